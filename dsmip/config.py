@@ -1,0 +1,300 @@
+"""The frame of an experiment configuration: frozen, validated, with errors that name the key and the nearest valid one.
+
+A system (a file in `dsmip/models/`) owns the class that validates its `system:` section; this file owns the rest and
+the way from a YAML and `--set key=value` to a validated object. No path is looked at here.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from dsmip.errors import UserError
+
+Scalar = str | int | float | bool | None
+
+
+class Frozen(BaseModel):
+    """Base of every configuration class: immutable, unknown keys are errors, defaults are validated too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class BackboneConfig(Frozen):
+    """Which CLIP the towers come from.
+
+    architecture: an open_clip name, the name of a shipped JSON (`tiny`) or a path to a JSON of that form.
+    pretrained: an open_clip tag, a hub id (`hf-hub:...`), a local weights file, or null for random weights.
+    """
+
+    architecture: str
+    pretrained: str | None = None
+
+
+class AugmentConfig(Frozen):
+    """Random changes of training items; the defaults change nothing.
+
+    scale: magnification from 1 - scale to 1 / (1 - scale). shift, erase_area: fractions of the picture. rotation:
+    degrees. colour: strength of brightness, contrast and saturation changes. hue: fraction of the colour circle. The
+    rest are probabilities; drop_tokens is per token, drop_pictures per item.
+    """
+
+    scale: float = Field(0.0, ge=0, lt=1)
+    shift: float = Field(0.0, ge=0, lt=1)
+    rotation: float = Field(0.0, ge=0, le=180)
+    flip: float = Field(0.0, ge=0, le=1)
+    colour: float = Field(0.0, ge=0, lt=1)
+    hue: float = Field(0.0, ge=0, le=0.5)
+    grayscale: float = Field(0.0, ge=0, le=1)
+    erase: float = Field(0.0, ge=0, le=1)
+    padding: Literal["border", "white"] = "border"
+    drop_tokens: float = Field(0.0, ge=0, lt=1)
+    drop_pictures: float = Field(0.0, ge=0, lt=1)
+
+
+class TrainConfig(Frozen):
+    """One stage-one or stage-two training. Batch sizes count mentions over all workers.
+
+    extra_negatives: random entities of the kb added to each batch's columns. self_mentions: random entities of the kb
+    that a batch also links to themselves, their text and picture changed by `self_augment` (towers that train only:
+    with few mentions this teaches the whole kb's words and looks).
+    """
+
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(128, ge=2)
+    micro_batch_size: int | None = Field(None, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    tower_learning_rate: float | None = Field(None, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    clip_norm: float | None = Field(None, gt=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    negatives: Literal["gathered", "local"] = "gathered"
+    extra_negatives: int = Field(0, ge=0)
+    self_mentions: int = Field(0, ge=0)
+    patience: int | None = Field(None, ge=1)
+    augment: AugmentConfig = AugmentConfig()
+    self_augment: AugmentConfig = AugmentConfig(drop_tokens=0.6)
+
+
+class Resources(Frozen):
+    """What one worker or trial asks of Ray; fractions are allowed."""
+
+    cpu: float = Field(1.0, ge=0)
+    gpu: float = Field(0.0, ge=0)
+
+
+class PartConfig(Frozen):
+    """How one part is trained: its workers, and what differs from `train`."""
+
+    workers: int = Field(1, ge=1)
+    resources: Resources = Resources()
+    train: dict[str, Any] = Field(default_factory=dict)
+
+
+class Choice(Frozen):
+    """A search dimension: a list of values, or a range to draw from."""
+
+    values: tuple[Scalar, ...] | None = None
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Choice":
+        given = [name for name in ("values", "uniform", "loguniform") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of values, uniform, loguniform")
+        bounds = self.uniform or self.loguniform
+        if bounds and not bounds[0] < bounds[1]:
+            raise ValueError("the lower bound must be below the upper bound")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("a loguniform range must be positive")
+        return self
+
+
+class TuneConfig(Frozen):
+    """Stage two: the search space (dotted configuration keys) and the budget. `train` overrides the frame's `train`."""
+
+    trials: int = Field(8, ge=1)
+    rungs: tuple[int, ...] = (2, 6, 18)
+    reduction: int = Field(3, ge=2)
+    resources: Resources = Resources()
+    space: dict[str, Choice] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _rungs_grow(self) -> "TuneConfig":
+        if not self.rungs or self.rungs[0] < 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)):
+            raise ValueError(f"rungs are epochs that grow, starting at 1 or more; got {list(self.rungs)}")
+        return self
+
+
+class PretrainConfig(Frozen):
+    """Contrastive training of the backbone on the kb's own picture-text pairs (`dsmip pretrain`)."""
+
+    epochs: int = Field(10, ge=1)
+    batch_size: int = Field(256, ge=2)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_steps: int = Field(20, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    workers: int = Field(1, ge=1)
+    resources: Resources = Resources()
+    augment: AugmentConfig = AugmentConfig()
+
+
+class ExperimentConfig(Frozen):
+    """Everything that decides a run's figures, besides the data. Made by `parse_config`, which validates `system`."""
+
+    model: str
+    backbone: BackboneConfig
+    system: Any
+    train: TrainConfig = TrainConfig()
+    parts: dict[str, PartConfig] = Field(default_factory=dict)
+    tune: TuneConfig = TuneConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    cache_dtype: Literal["float32", "float16"] = "float32"
+    seed: int = Field(0, ge=0)
+
+    def part(self, name: str) -> PartConfig:
+        """Workers and resources of a part (defaults when the YAML does not name it)."""
+        return self.parts.get(name, PartConfig())
+
+    def train_of(self, part: str) -> TrainConfig:
+        """The training configuration of one stage-one part."""
+        return merged(self.train, self.part(part).train)
+
+    def tune_train(self) -> TrainConfig:
+        """The training configuration of a stage-two trial."""
+        return merged(self.train, self.tune.train)
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML text that `load_config` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def merged(base: Config, overrides: Mapping[str, Any]) -> Config:
+    """`base` with some keys replaced (nested mappings are merged), validated again."""
+    return type(base).model_validate(_deep_merge(base.model_dump(), overrides))
+
+
+def _deep_merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in overrides.items():
+        nested = result.get(key)
+        result[key] = _deep_merge(nested, value) if isinstance(nested, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def shipped_configs() -> list[str]:
+    """Names of the YAMLs that come with the package."""
+    folder = resources.files("dsmip") / "configs"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads a shipped configuration (by name) or a YAML file, applies `key=value` overrides and validates.
+
+    Raises UserError for an unknown name, wrong YAML, an unknown key or a value out of range.
+    """
+    if name_or_path in shipped_configs():
+        text = (resources.files("dsmip") / "configs" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        raise UserError(
+            f"config '{name_or_path}' is neither a file nor a shipped name; shipped: {', '.join(shipped_configs())}"
+        )
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {name_or_path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config {name_or_path} must be a mapping of keys, not {type(tree).__name__}")
+    for override in overrides:
+        tree = _deep_merge(tree, _parse_override(override))
+    return parse_config(tree, source=f"config {name_or_path}")
+
+
+def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> ExperimentConfig:
+    """Validates a mapping; UserError names each wrong key."""
+    from dsmip.models import find_system  # the registry imports systems, and they import this file
+
+    model = tree.get("model")
+    if not isinstance(model, str):
+        raise UserError(f"{source}: the key 'model' must name a system")
+    system = find_system(model)
+    section = _validated(system.config_class, tree.get("system") or {}, source, "system.")
+    config = _validated(ExperimentConfig, {**tree, "system": section}, source, "")
+    names = system.part_names(section)
+    for name, part in config.parts.items():
+        if name not in names:
+            raise UserError(f"{source}: unknown part 'parts.{name}'; {model} has {', '.join(names)}")
+        _validated(TrainConfig, _deep_merge(config.train.model_dump(), part.train), source, f"parts.{name}.train.")
+    _validated(TrainConfig, _deep_merge(config.train.model_dump(), config.tune.train), source, "tune.train.")
+    return config
+
+
+def _validated(config_class: type[Config], tree: Any, source: str, prefix: str) -> Config:
+    try:
+        return config_class.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_explain(detail, config_class, prefix) for detail in error.errors())
+        raise UserError(f"{source}: {problems}") from error
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set takes key=value (for example train.epochs=5), got '{text}'")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: the value is not valid YAML") from error
+    # YAML 1.1 reads 5e-4 as text; a number is what the user means.
+    if isinstance(parsed, str):
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def _explain(detail: ErrorDetails, root: type[BaseModel], prefix: str) -> str:
+    place = prefix + ".".join(str(part) for part in detail["loc"])
+    if detail["type"] != "extra_forbidden":
+        return f"{place.rstrip('.')}: {detail['msg'].removeprefix('Value error, ')}"
+    valid = _keys_at(root, detail["loc"][:-1])
+    near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1, cutoff=0.0)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"unknown key '{place}'{hint} (valid here: {', '.join(valid)})"
+
+
+def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    for step in path:
+        field = model.model_fields.get(str(step))
+        inner = _model_in(field.annotation) if field else None
+        if inner is None:
+            continue
+        model = inner
+    return sorted(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None

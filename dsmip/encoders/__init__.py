@@ -1,0 +1,1 @@
+"""Frozen or tunable towers that turn texts and pictures into features."""

@@ -1,0 +1,129 @@
+"""An expert network: towers that encode an item once, units that score a pair (DSMIP section 3.2).
+
+The three experts are one class that uses the text, the picture or both; only the multimodal one has prompts and the
+cross unit. Without an encoder an expert scores cached features.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dsmip.batches import ItemBatch
+from dsmip.config import BackboneConfig, Frozen
+from dsmip.encoders.clip import Backbone, Tower, Tuning
+from dsmip.encoders.prompts import InteractivePrompts
+from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores
+from dsmip.ops.contrastive import contrastive_loss
+from dsmip.scorer import Modality, UnitScorer
+from dsmip.table import Ragged, Table
+
+ExpertName = Literal["text", "visual", "multimodal"]
+MODALITIES: Mapping[str, tuple[Modality, ...]] = {
+    "text": ("text",),
+    "visual": ("image",),
+    "multimodal": ("text", "image"),
+}
+_TOWERS: Mapping[Modality, Tower] = {"text": "text", "image": "vision"}
+
+
+class ExpertConfig(Frozen):
+    """What an expert trains besides its units, and its prompts (0 for the single-modality experts)."""
+
+    tune: Tuning = "frozen"
+    prompt_length: int = 0
+    prompt_depth: int = 0
+
+
+@cache
+def feature_sizes(architecture: str) -> FeatureSizes:
+    """Widths of a backbone's features, without building its weights."""
+    backbone = Backbone.build(architecture, None, device="meta")
+    return FeatureSizes(backbone.text_width, backbone.vision_width, backbone.embed_width)
+
+
+class ExpertEncoder(nn.Module):
+    """The towers that an expert uses, with one set of prompts for mentions and one for entities."""
+
+    def __init__(self, modalities: tuple[Modality, ...], config: ExpertConfig, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self.modalities = modalities
+        self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
+        self.backbone.tune(config.tune, [_TOWERS[modality] for modality in modalities])
+        widths = (config.prompt_length, config.prompt_depth, self.backbone.text_width, self.backbone.vision_width)
+        self.mention_prompts = InteractivePrompts(*widths)
+        self.entity_prompts = InteractivePrompts(*widths)
+
+    def train(self, mode: bool = True) -> "ExpertEncoder":
+        """Towers always run in eval mode: they must give the same features twice (cached gradients)."""
+        return super().train(False)
+
+    def encode(self, batch: ItemBatch, prompts: InteractivePrompts) -> Table:
+        """Features of N items: text_global [N, d_z], text_tokens, image_global [N, d_z], image_tokens (ragged)."""
+        columns: dict[str, Tensor | Ragged] = {}
+        if "text" in self.modalities:
+            text = self.backbone.encode_text(batch.token_ids, prompts)
+            columns["text_global"] = text.pooled
+            columns["text_tokens"] = Ragged.from_padded(text.tokens, text.mask)
+        if "image" in self.modalities:
+            pixels = self.backbone.normalise(batch.pictures, batch.has_image)
+            image = self.backbone.encode_image(pixels, prompts)
+            columns["image_global"] = image.pooled
+            columns["image_tokens"] = Ragged.from_padded(image.tokens)
+        return Table(columns)
+
+
+class Expert(Matcher):
+    """One of the three experts.
+
+    Its score is the mean of its units' (eqs. 9, 10, 14); the loss is in-batch contrastive (eq. 17).
+    """
+
+    def __init__(self, scorer: UnitScorer, encoder: ExpertEncoder | None = None) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.encoder = encoder
+
+    @staticmethod
+    def build(
+        name: str, config: ExpertConfig, backbone: BackboneConfig, width: int, *, mask_padding: bool, with_encoder: bool
+    ) -> "Expert":
+        """The expert of that name; its units have `width`. Raises UserError for a backbone that cannot be built."""
+        modalities = MODALITIES[name]
+        scorer = UnitScorer(modalities, feature_sizes(backbone.architecture), width, mask_padding=mask_padding)
+        return Expert(scorer, ExpertEncoder(modalities, config, backbone) if with_encoder else None)
+
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        encoder = self._encoder()
+        return encoder.encode(batch, encoder.mention_prompts)
+
+    def encode_entities(self, batch: ItemBatch) -> Table:
+        encoder = self._encoder()
+        return encoder.encode(batch, encoder.entity_prompts)
+
+    def prepare_mentions(self, features: Table) -> Table:
+        return self.scorer.prepare_mentions(features)
+
+    def prepare_entities(self, features: Table) -> Table:
+        return self.scorer.prepare_entities(features)
+
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        units = self.scorer.score(mentions, entities)
+        return Scores(torch.stack(list(units.values())).mean(dim=0), parts=units)
+
+    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+        scores = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features))
+        return contrastive_loss(scores.total_ME, gold.column_M, gold.same_ME)
+
+    def encoder_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self._encoder().parameters())
+
+    def encoder_state(self) -> Mapping[str, Tensor]:
+        return self._encoder().state_dict()
+
+    def _encoder(self) -> ExpertEncoder:
+        if self.encoder is None:
+            raise RuntimeError("this expert was built without towers: it scores cached features only")
+        return self.encoder

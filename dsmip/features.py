@@ -1,0 +1,135 @@
+"""The feature cache: what a frozen encoder says of every item, computed once per split, memory-mapped by all readers.
+
+A cache file's name carries the hash of everything that its content depends on (weights, data, texts, precision), so a
+stale file is never read and a finished one is never computed again.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dsmip.batches import ItemBatch
+from dsmip.collate import Collator
+from dsmip.models.base import FeatureEncoder
+from dsmip.shards import Dataset
+from dsmip.table import Column, Ragged, Table, concatenate
+
+KB = "kb"
+Item = TypeVar("Item")
+Progress = Callable[[int], None]
+
+
+def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+class FeatureCache:
+    """Feature tables of one run, in `folder/<part>-<split>-<hash>.safetensors`."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.folder, self.dtype = folder, dtype
+
+    def table(
+        self,
+        part: str,
+        split: str,
+        encoder: FeatureEncoder,
+        dataset: Dataset,
+        collator: Collator,
+        device: torch.device,
+        progress: Progress = lambda count: None,
+    ) -> Table:
+        """Features of a split's mentions (in shard order) or of the kb (split "kb", in row order)."""
+        key = fingerprint(encoder.encoder_state(), dataset.manifest_hash, collator.text_format, split, self.dtype)
+        path = self.folder / f"{part}-{split}-{key[:16]}.safetensors"
+        if not path.is_file():
+            encode_split(split, encoder, dataset, collator, device, self.dtype, progress).save(path)
+        return Table.load(path)
+
+
+def fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:
+    """Hex digest of named tensors and of anything with a stable text form."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode_split(
+    split: str,
+    encoder: FeatureEncoder,
+    dataset: Dataset,
+    collator: Collator,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress = lambda count: None,
+    batch_size: int = 256,
+    rows: range | None = None,
+) -> Table:
+    """Encodes a whole split (or the kb, or some `rows` of it) in batches; a missing picture's tokens are kept once."""
+    if split == KB:
+        batches = (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), batch_size))
+        return _encode(encoder.encode_entities, batches, device, dtype, progress)
+    batches = (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), batch_size))
+    return _encode(encoder.encode_mentions, batches, device, dtype, progress)
+
+
+def _encode(
+    encode: Callable[[ItemBatch], Table],
+    batches: Iterator[ItemBatch],
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> Table:
+    tables: list[Table] = []
+    has_image: list[Tensor] = []
+    for batch in batches:
+        table = encode(batch.to(device)).to(torch.device("cpu"))
+        tables.append(Table({name: _as_stored(column, dtype) for name, column in table.columns.items()}))
+        has_image.append(batch.has_image)
+        progress(len(batch))
+    return share_missing_pictures(concatenate(tables), torch.cat(has_image))
+
+
+def _as_stored(column: Column, dtype: torch.dtype) -> Column:
+    if isinstance(column, Ragged):
+        return Ragged(column.values.to(dtype), column.starts, column.lengths)
+    return column.to(dtype) if column.is_floating_point() else column
+
+
+def share_missing_pictures(table: Table, has_image_N: Tensor) -> Table:
+    """Lets all items without a picture point at the picture tokens of the first of them.
+
+    Ragged columns whose last name part is `image_tokens` depend on the picture alone.
+    """
+    missing_K = (~has_image_N).nonzero()[:, 0]
+    if len(missing_K) == 0:
+        return table
+    columns: dict[str, Column] = {}
+    for name, column in table.columns.items():
+        if isinstance(column, Ragged) and name.split(".")[-1] == "image_tokens":
+            starts, lengths = column.starts.clone(), column.lengths.clone()
+            first = int(missing_K[0])
+            starts[missing_K], lengths[missing_K] = int(starts[first]), int(lengths[first])
+            columns[name] = Ragged(column.values, starts, lengths).compact()
+        else:
+            columns[name] = column
+    return Table(columns)
+
+
+def whole_features(tables: Mapping[str, Table], parts: Sequence[str]) -> Table:
+    """Columns of several parts side by side, each under its part's name."""
+    merged = Table({})
+    for part in parts:
+        merged = merged.merged(tables[part].prefixed(part))
+    return merged

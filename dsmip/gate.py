@@ -1,0 +1,106 @@
+"""The modality selection gating network (DSMIP section 3.3, eqs. 15-16).
+
+Each side's input is [mean of the frozen input token embeddings ; picture feature]. The paper's last layer over
+[h_m ; h_e] is split into one part per side, so that a pair costs B additions: M mentions, E entities, B experts.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dsmip.batches import ItemBatch
+from dsmip.config import BackboneConfig, Frozen
+from dsmip.encoders.clip import Backbone
+from dsmip.encoders.vgg import Vgg16Features
+from dsmip.table import Table
+
+
+class GateConfig(Frozen):
+    """The gate's form.
+
+    picture: `vgg16` (the paper, fc7) or `clip` (the frozen backbone's pooled picture). vgg_weights: a local file, or
+    `torchvision`. choice: `pair` (the paper: every mention-entity pair chooses its expert) or `mention` (one expert per
+    mention, so that all entities of a ranking are scored on one scale). final_activation: the paper's last ReLU or none.
+    """
+
+    picture: Literal["vgg16", "clip"] = "vgg16"
+    vgg_weights: str = "torchvision"
+    choice: Literal["pair", "mention"] = "pair"
+    final_activation: Literal["relu", "none"] = "none"
+    width: int = Field(512, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    temperature: float = Field(0.1, gt=0)
+
+
+class GateEncoder(nn.Module):
+    """The gate's inputs of an item: columns `text` [N, d_t] and `picture` [N, d_g]. Frozen."""
+
+    def __init__(self, config: GateConfig, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
+        self.vgg = Vgg16Features.build(config.vgg_weights) if config.picture == "vgg16" else None
+        self.requires_grad_(False).eval()
+
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        return self._encode(batch)
+
+    def encode_entities(self, batch: ItemBatch) -> Table:
+        return self._encode(batch)
+
+    def encoder_state(self) -> Mapping[str, Tensor]:
+        return self.state_dict()
+
+    @torch.no_grad()
+    def _encode(self, batch: ItemBatch) -> Table:
+        if self.vgg is not None:
+            picture = self.vgg(batch.pictures, batch.has_image)
+        else:
+            picture = self.backbone.encode_image(self.backbone.normalise(batch.pictures, batch.has_image)).pooled
+        return Table({"text": self.backbone.token_embedding_mean(batch.token_ids), "picture": picture})
+
+
+class Gate(nn.Module):
+    """Logits of B experts per pair, from two MLPs of the same form."""
+
+    def __init__(self, config: GateConfig, text_width: int, picture_width: int, num_experts: int) -> None:
+        super().__init__()
+        self.config = config
+        self.mention_mlp = _mlp(text_width + picture_width, config)
+        self.mention_logits = nn.Linear(config.width, num_experts)
+        if config.choice == "pair":
+            self.entity_mlp = _mlp(text_width + picture_width, config)
+            self.entity_logits = nn.Linear(config.width, num_experts, bias=False)
+
+    def prepare_mentions(self, features: Table) -> Table:
+        """Column `logits` [M, B]: the mentions' half, with the bias."""
+        return Table({"logits": self.mention_logits(self.mention_mlp(_inputs(features)))})
+
+    def prepare_entities(self, features: Table) -> Table:
+        """Column `logits` [E, B]: the entities' half; zero columns when the choice is per mention."""
+        inputs = _inputs(features)
+        if self.config.choice == "mention":
+            return Table({"logits": inputs.new_zeros(len(inputs), self.mention_logits.out_features)})
+        return Table({"logits": self.entity_logits(self.entity_mlp(inputs))})
+
+    def log_pi(self, mentions: Table, entities: Table) -> Tensor:
+        """Log probabilities of the experts [M, E, B] (E is 1 when the choice is per mention), before noise."""
+        logits_MEB = mentions.dense("logits")[:, None, :]
+        if self.config.choice == "pair":
+            logits_MEB = logits_MEB + entities.dense("logits")[None, :, :]
+        if self.config.final_activation == "relu":
+            logits_MEB = torch.relu(logits_MEB)
+        return torch.log_softmax(logits_MEB, dim=-1)
+
+
+def _inputs(features: Table) -> Tensor:
+    return torch.cat([features.dense("text").float(), features.dense("picture").float()], dim=-1)
+
+
+def _mlp(input_width: int, config: GateConfig) -> nn.Sequential:
+    def block(width: int) -> list[nn.Module]:
+        return [nn.Linear(width, config.width), nn.LeakyReLU(), nn.Dropout(config.dropout)]
+
+    return nn.Sequential(*block(input_width), *block(config.width))

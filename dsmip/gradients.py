@@ -1,0 +1,113 @@
+"""The gradient of one batch, equal to that of one big batch whatever the workers and micro-batches.
+
+A batch's mentions and entities come either as raw items (towers train, so they are encoded here) or as rows of the
+feature cache (towers frozen). Negatives are gathered over workers, and micro-batches use cached gradients (Gao et al., 2021).
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsmip import distributed
+from dsmip.batches import ItemBatch
+from dsmip.config import TrainConfig
+from dsmip.models.base import BatchGold, Matcher
+from dsmip.table import Column, Ragged, Table, concatenate
+
+Items = ItemBatch | Table
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One worker's share of one batch: M mentions, their M gold entities in the same order, then extra negatives.
+
+    gold_row_M, entity_row_E: kb rows (E >= M).
+    """
+
+    mentions: Items
+    entities: Items
+    gold_row_M: Tensor
+    entity_row_E: Tensor
+
+
+def batch_backward(
+    matcher: Matcher,
+    step: Step,
+    config: TrainConfig,
+    device: torch.device,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> float:
+    """Accumulates the gradient of the whole batch's mean loss; returns this worker's mean loss.
+
+    With `micro_batch_size` the towers run twice over small slices: once without a graph for the features, once to carry
+    the features' gradients back. The towers must be deterministic (they are: no dropout), else the passes would differ.
+    """
+    mentions, replay_mentions = _features(matcher.encode_mentions, step.mentions, config, device)
+    entities, replay_entities = _features(matcher.encode_entities, step.entities, config, device)
+    gold_row_M, entity_row_E = step.gold_row_M.to(device), step.entity_row_E.to(device)
+    column_M = torch.arange(len(gold_row_M), device=device)
+    if config.negatives == "gathered" and distributed.world_size() > 1:
+        columns_before = torch.tensor([len(entity_row_E)], device=device)
+        offsets = distributed.gather_rows(columns_before).cumsum(0) - distributed.gather_rows(columns_before)
+        column_M = column_M + offsets[distributed.rank()]
+        entities = distributed.gather_table(entities)
+        entity_row_E = distributed.gather_rows(entity_row_E)
+    gold = BatchGold.from_rows(gold_row_M, entity_row_E, column_M)
+    loss_sum = matcher(mentions, entities, gold)
+    num_mentions = distributed.sum_over_workers(torch.tensor(float(len(gold_row_M)), device=device))
+    scale(loss_sum / num_mentions).backward()
+    replay_mentions()
+    replay_entities()
+    return float(loss_sum.detach()) / max(len(gold_row_M), 1)
+
+
+def _features(
+    encode: Callable[[ItemBatch], Table], items: Items, config: TrainConfig, device: torch.device
+) -> tuple[Table, Callable[[], None]]:
+    """Features of a batch, and what to call after backward (re-encoding of micro-batches, or nothing)."""
+    if isinstance(items, Table):
+        return items.to(device), lambda: None
+    size = config.micro_batch_size or len(items)
+    with _autocast(config, device):
+        if size >= len(items):
+            return encode(items.to(device)), lambda: None
+        with torch.no_grad():
+            slices = [items.rows(start, start + size).to(device) for start in range(0, len(items), size)]
+            parts = [_as_leaves(encode(part)) for part in slices]
+
+    def replay() -> None:
+        for part, leaves in zip(slices, parts, strict=True):
+            with _autocast(config, device):
+                features = encode(part)
+            pairs = [
+                (values, leaf.grad)
+                for values, leaf in zip(_floats(features), _floats(leaves), strict=True)
+                if leaf.grad is not None and values.requires_grad
+            ]
+            torch.autograd.backward([values for values, _ in pairs], [gradient for _, gradient in pairs])
+
+    return concatenate(parts), replay
+
+
+def _as_leaves(features: Table) -> Table:
+    columns: dict[str, Column] = {}
+    for name, column in features.columns.items():
+        if isinstance(column, Ragged):
+            columns[name] = Ragged(column.values.detach().requires_grad_(), column.starts, column.lengths)
+        else:
+            columns[name] = column.detach().requires_grad_() if column.is_floating_point() else column
+    return Table(columns)
+
+
+def _floats(features: Table) -> list[Tensor]:
+    tensors = [c.values if isinstance(c, Ragged) else c for c in features.columns.values()]
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
+    if config.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float16)

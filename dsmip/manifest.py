@@ -1,0 +1,156 @@
+"""The manifest of a dataset directory: what is in it, where it came from, and whether it is complete.
+
+It is written last and atomically, so a folder with a `manifest.json` is complete; nothing in it depends on the
+machine, the path or the time of the build.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from dsmip.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+KB = "kb"
+MANIFEST_FILE = "manifest.json"
+ENTITIES_FILE = "kb/entities.parquet"
+REJECTS_FILE = "rejects.jsonl"
+FORMAT = 1
+
+# Nothing else is ever opened: no other folder, no URL, no shell pipe.
+_SHARD_PATH = r"(kb/kb|train/train|validation/validation|test/test)-\d{6}\.tar"
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Part):
+    """The release a dataset was made from: its folder name and the SHA-256 of its content."""
+
+    name: str
+    sha256: Digest
+
+
+class PictureSettings(_Part):
+    """How pictures were prepared: shorter side at most `size` pixels, JPEG `quality` where they were encoded again."""
+
+    size: Annotated[int, Field(ge=1)]
+    quality: Annotated[int, Field(ge=1, le=100)]
+
+
+class SplitCounts(_Part):
+    """Mentions of a split, and how many of them have a picture."""
+
+    mentions: Count
+    with_image: Count
+
+
+class ShardInfo(_Part):
+    """One tar: path below the dataset's folder, number of samples, size in bytes, SHA-256."""
+
+    path: Annotated[str, StringConstraints(pattern=f"^{_SHARD_PATH}$")]
+    samples: Count
+    bytes: Count
+    sha256: Digest
+
+
+class Manifest(_Part):
+    """`manifest.json`.
+
+    Findings by reason: `rejects` counts records left out (inputs = in shards + rejected), `repaired` and `degraded`
+    what was changed or lost in records that are kept.
+    """
+
+    format: int = FORMAT
+    name: str
+    licence: str
+    source: Source
+    tool_version: str
+    seed: int
+    image: PictureSettings
+    entities: Count
+    entities_with_image: Count
+    splits: dict[str, SplitCounts]
+    entities_sha256: Digest
+    shards: tuple[ShardInfo, ...]
+    rejects: dict[str, Count]
+    repaired: dict[str, Count]
+    degraded: dict[str, Count]
+
+    def shards_of(self, part: str) -> tuple[ShardInfo, ...]:
+        """Shards of the kb (`kb`) or of a split, in order."""
+        return tuple(shard for shard in self.shards if shard.path.startswith(f"{part}/"))
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """The checked manifest of a dataset directory and the SHA-256 of its file.
+
+    Raises:
+        UserError: there is no such folder, the dataset is incomplete, or the manifest is not one.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such dataset directory")
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise UserError(f"{folder}: no {MANIFEST_FILE}, so this is no complete dataset; prepare it (again)")
+    content = path.read_bytes()
+    value = parse_json(content, path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if value.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: dataset format {value.get('format')!r}, this version reads {FORMAT}; prepare it again"
+        )
+    try:
+        # JSON mode: arrays become tuples; numbers are not guessed from strings.
+        manifest = Manifest.model_validate_json(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise UserError(f"{path}: {where}: {first['msg']}; prepare the dataset again") from error
+    _check_sums(manifest, path)
+    return manifest, hashlib.sha256(content).hexdigest()
+
+
+def parse_json(content: bytes, path: Path) -> Any:
+    """Parsed JSON.
+
+    Raises:
+        UserError: naming file, line and column of what is wrong.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno} column {error.colno}: wrong JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise UserError(f"{path}: line {line} column {column}: not UTF-8 text") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply") from error
+
+
+def _check_sums(manifest: Manifest, path: Path) -> None:
+    """Names and sums that the types cannot say."""
+    if tuple(sorted(manifest.splits)) != tuple(sorted(SPLITS)):
+        raise UserError(f"{path}: splits must be {', '.join(SPLITS)}; found {', '.join(sorted(manifest.splits))}")
+    expected = {KB: manifest.entities} | {split: counts.mentions for split, counts in manifest.splits.items()}
+    for part, count in expected.items():
+        found = sum(shard.samples for shard in manifest.shards_of(part))
+        if found != count:
+            raise UserError(f"{path}: {part} has {count} samples, but its shards hold {found}; prepare it again")
+
+
+def shard_path(part: str, index: int) -> str:
+    """Path of shard `index` of the kb or of a split, below the dataset's folder."""
+    path = f"{part}/{part}-{index:06d}.tar"
+    if not re.fullmatch(_SHARD_PATH, path):
+        raise ValueError(f"no shard name: {path}")
+    return path

@@ -1,0 +1,26 @@
+"""Published systems, one file each. A file in this folder that defines a `System` subclass is found by itself."""
+
+import difflib
+import importlib
+import pkgutil
+from functools import cache
+
+from dsmip.errors import UserError
+from dsmip.models.base import System
+
+
+@cache
+def systems() -> dict[str, type[System]]:
+    """All systems by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return {system.name: system for system in System.__subclasses__()}
+
+
+def find_system(name: str) -> type[System]:
+    """The system of that name; UserError names the nearest one."""
+    known = systems()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise UserError(f"unknown model '{name}'; did you mean '{near[0]}'? (known: {', '.join(sorted(known))})")
+    return known[name]

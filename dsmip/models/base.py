@@ -1,0 +1,162 @@
+"""The contract that every system keeps: encode once per item, prepare once per item, score per pair.
+
+    ItemBatch --encode--> features (Table) --prepare--> what a pair needs (Table) --score--> Scores [M, E]
+
+Training and evaluation use the same `score`. A system is made of `parts` that are trained one after the other or side by
+side; every part is itself a `Matcher`. Shapes: M mentions, E entities, B experts, N items.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dsmip.batches import ItemBatch
+from dsmip.collate import TextFormat
+from dsmip.config import ExperimentConfig, Frozen
+from dsmip.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores of M x E pairs, higher is better.
+
+    total_ME: float [M, E]. chosen_ME: int64 [M, E], index of the expert that scored the pair (None: no choice is made).
+    parts: named [M, E] scores that the total is made of (units or experts), for losses and reports.
+    """
+
+    total_ME: Tensor
+    chosen_ME: Tensor | None = None
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSizes:
+    """Widths of features: text tokens d_t, picture tokens d_v, pooled vectors d_z."""
+
+    text_width: int
+    vision_width: int
+    embed_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchGold:
+    """Which entity column is right, and which columns must not count as negatives.
+
+    column_M: int64 [M], gold column of each mention. same_ME: bool [M, E], True where the entity is the mention's gold
+    in another column (the same entity drawn for another mention).
+    """
+
+    column_M: Tensor
+    same_ME: Tensor
+
+    @staticmethod
+    def from_rows(gold_row_M: Tensor, entity_row_E: Tensor, column_M: Tensor) -> "BatchGold":
+        """From kb rows of the mentions' golds and of the columns."""
+        same_ME = gold_row_M[:, None] == entity_row_E[None, :]
+        same_ME[torch.arange(len(gold_row_M), device=same_ME.device), column_M] = False
+        return BatchGold(column_M, same_ME)
+
+
+class Matcher(nn.Module, ABC):
+    """A trainable scorer of mention-entity pairs (a whole system or one of its parts)."""
+
+    @abstractmethod
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        """Features of N mentions (towers run here, under autocast where configured; outputs are float32)."""
+
+    @abstractmethod
+    def encode_entities(self, batch: ItemBatch) -> Table:
+        """Features of N entities."""
+
+    @abstractmethod
+    def prepare_mentions(self, features: Table) -> Table:
+        """All that a pair needs of a mention, computed once; row n depends on features of row n alone."""
+
+    @abstractmethod
+    def prepare_entities(self, features: Table) -> Table:
+        """All that a pair needs of an entity, computed once; row n depends on features of row n alone."""
+
+    @abstractmethod
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        """Scores of prepared mentions [M] against prepared entities [E].
+
+        noise: Gumbel noise [M, E, B] while a gate is trained; None chooses without noise.
+        """
+
+    @abstractmethod
+    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+        """Training loss summed over the M mentions (a scalar): prepare, score, contrast."""
+
+    @abstractmethod
+    def encoder_trains(self) -> bool:
+        """True when encode_* has trainable parameters: features then change during training and cannot be cached."""
+
+    def encoder_state(self) -> Mapping[str, Tensor]:
+        """The tensors that features depend on (their hash keys the feature cache)."""
+        return self.state_dict()
+
+
+class FeatureEncoder(Protocol):
+    """What the feature cache needs: a part, or a gate's inputs."""
+
+    def encode_mentions(self, batch: ItemBatch) -> Table: ...
+
+    def encode_entities(self, batch: ItemBatch) -> Table: ...
+
+    def encoder_state(self) -> Mapping[str, Tensor]: ...
+
+
+class System(ABC):
+    """What the registry holds: how a published system is built from a configuration.
+
+    `part_names` are trained in stage one, each a `Matcher` of its own. `build_whole` scores from cached features of
+    `feature_parts`, whose columns carry the part's name as prefix. `gated` systems have a stage two.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[Frozen]]
+    gated: ClassVar[bool]
+
+    @classmethod
+    @abstractmethod
+    def part_names(cls, section: Any) -> tuple[str, ...]:
+        """Names of the stage-one parts under a validated `system` section."""
+
+    @classmethod
+    @abstractmethod
+    def feature_parts(cls, section: Any) -> tuple[str, ...]:
+        """Whose features the whole system scores from."""
+
+    @classmethod
+    @abstractmethod
+    def choices(cls, section: Any) -> tuple[str, ...]:
+        """What `Scores.chosen_ME` indexes, in order; empty for a system that makes no choice."""
+
+    @classmethod
+    def part_key(cls, part: str, config: ExperimentConfig) -> object:
+        """What a part's stage one depends on: equal keys (compared and hashed by repr) mean the same trained part."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def text_format(cls, section: Any, part: str) -> TextFormat:
+        """Templates and token limit of a feature part's texts."""
+
+    @classmethod
+    @abstractmethod
+    def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> Matcher:
+        """One part, with its towers or (for cached features) without."""
+
+    @classmethod
+    @abstractmethod
+    def build_encoder(cls, part: str, config: ExperimentConfig) -> FeatureEncoder:
+        """The encoder of one of `feature_parts`, weights not yet loaded."""
+
+    @classmethod
+    @abstractmethod
+    def build_whole(cls, config: ExperimentConfig) -> Matcher:
+        """The whole system on cached features, without towers."""

@@ -1,0 +1,155 @@
+"""DSMIP (Ma et al., TKDE 2025): three experts and the gate that chooses one of them per pair (eqs. 15-18)."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dsmip.batches import ItemBatch
+from dsmip.collate import TextFormat
+from dsmip.config import ExperimentConfig, Frozen
+from dsmip.experts import Expert, ExpertConfig, ExpertName, feature_sizes
+from dsmip.gate import Gate, GateConfig, GateEncoder
+from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, System
+from dsmip.ops.contrastive import contrastive_loss
+from dsmip.ops.gumbel import hard_choice, sample_gumbel
+from dsmip.table import Table
+from dsmip.text import Template
+
+GATE = "gate"
+_VGG_WIDTH = 4096
+
+
+class DsmipConfig(Frozen):
+    """The `system` section. `use` lists the experts of stage two, in order: ties go to the first."""
+
+    experts: dict[ExpertName, ExpertConfig] = {
+        "text": ExpertConfig(),
+        "visual": ExpertConfig(),
+        "multimodal": ExpertConfig(prompt_length=2, prompt_depth=9),
+    }
+    use: tuple[ExpertName, ...] = ("text", "visual", "multimodal")
+    width: int = Field(96, ge=1)
+    mask_padding: bool = True
+    gate: GateConfig = GateConfig()
+    template: Template = Template()
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> "DsmipConfig":
+        if len(set(self.use)) != len(self.use) or len(self.use) < 2:
+            raise ValueError("use: name two or three different experts")
+        if missing := [name for name in self.use if name not in self.experts]:
+            raise ValueError(f"use: no expert named {', '.join(missing)} under experts")
+        return self
+
+
+class DsmipMatcher(Matcher):
+    """Scores cached features of all experts: S = sum over experts of z_i S_i with a one-hot z (eq. 18)."""
+
+    def __init__(self, experts: Mapping[str, Expert], gate: Gate) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict(experts)
+        self.gate = gate
+
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        raise RuntimeError("the gated system scores cached features; encode with its parts")
+
+    def encode_entities(self, batch: ItemBatch) -> Table:
+        raise RuntimeError("the gated system scores cached features; encode with its parts")
+
+    def prepare_mentions(self, features: Table) -> Table:
+        return self._prepare(features, "prepare_mentions")
+
+    def prepare_entities(self, features: Table) -> Table:
+        return self._prepare(features, "prepare_entities")
+
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        """Scores with the choice of each pair; gradients reach the gate straight through (eqs. 15, 16)."""
+        parts = {
+            name: expert.score(mentions.under(name), entities.under(name)).total_ME
+            for name, expert in self._experts().items()
+        }
+        scores_MEB = torch.stack(list(parts.values()), dim=-1)
+        log_pi_MEB = self.gate.log_pi(mentions.under(GATE), entities.under(GATE))
+        if torch.is_grad_enabled():
+            choice_MEB = hard_choice(log_pi_MEB, noise, self.gate.config.temperature)
+            return Scores((choice_MEB * scores_MEB).sum(-1), choice_MEB.argmax(-1).expand(scores_MEB.shape[:2]), parts)
+        chosen_ME = log_pi_MEB.argmax(dim=-1).expand(scores_MEB.shape[:2])
+        return Scores(scores_MEB.gather(-1, chosen_ME[..., None])[..., 0], chosen_ME, parts)
+
+    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+        mentions, entities = self.prepare_mentions(mention_features), self.prepare_entities(entity_features)
+        log_pi_shape = (len(mentions), len(entities) if self.gate.config.choice == "pair" else 1, len(self.experts))
+        device = gold.column_M.device
+        generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
+        noise = sample_gumbel(log_pi_shape, generator, device)
+        return contrastive_loss(self.score(mentions, entities, noise=noise).total_ME, gold.column_M, gold.same_ME)
+
+    def encoder_trains(self) -> bool:
+        return False
+
+    def _experts(self) -> dict[str, Expert]:
+        return {name: cast(Expert, expert) for name, expert in self.experts.items()}
+
+    def _prepare(self, features: Table, method: str) -> Table:
+        prepared: Table = getattr(self.gate, method)(features.under(GATE)).prefixed(GATE)
+        for name, expert in self._experts().items():
+            prepared = prepared.merged(getattr(expert, method)(features.under(name)).prefixed(name))
+        return prepared
+
+
+class Dsmip(System):
+    """How DSMIP is built: parts text, visual, multimodal, then the gate."""
+
+    name: ClassVar[str] = "dsmip"
+    config_class: ClassVar[type[Frozen]] = DsmipConfig
+    gated: ClassVar[bool] = True
+
+    @classmethod
+    def part_names(cls, section: Any) -> tuple[str, ...]:
+        return tuple(section.experts)
+
+    @classmethod
+    def feature_parts(cls, section: Any) -> tuple[str, ...]:
+        return (*section.use, GATE)
+
+    @classmethod
+    def choices(cls, section: Any) -> tuple[str, ...]:
+        return tuple(section.use)
+
+    @classmethod
+    def part_key(cls, part: str, config: ExperimentConfig) -> object:
+        return None if part == GATE else config.system.experts[part].model_dump()
+
+    @classmethod
+    def text_format(cls, section: Any, part: str) -> TextFormat:
+        reserve = 0 if part == GATE else section.experts[part].prompt_length
+        return TextFormat(section.template, reserve=reserve)
+
+    @classmethod
+    def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> Expert:
+        section: DsmipConfig = config.system
+        return Expert.build(
+            part,
+            section.experts[cast(ExpertName, part)],
+            config.backbone,
+            section.width,
+            mask_padding=section.mask_padding,
+            with_encoder=with_encoder,
+        )
+
+    @classmethod
+    def build_encoder(cls, part: str, config: ExperimentConfig) -> FeatureEncoder:
+        if part == GATE:
+            return GateEncoder(config.system.gate, config.backbone)
+        return cls.build_part(part, config, with_encoder=True)
+
+    @classmethod
+    def build_whole(cls, config: ExperimentConfig) -> Matcher:
+        section, sizes = config.system, feature_sizes(config.backbone.architecture)
+        picture_width = _VGG_WIDTH if section.gate.picture == "vgg16" else sizes.embed_width
+        gate = Gate(section.gate, sizes.text_width, picture_width, len(section.use))
+        experts = {name: cls.build_part(name, config, with_encoder=False) for name in section.use}
+        return DsmipMatcher(experts, gate)

@@ -1,0 +1,124 @@
+"""Exact ranks by counting, their means, and deterministic top-k. M mentions, E entities (columns), K kept columns.
+
+A rank is 1 + the number of entities that score better (+ half of the tied ones: the realistic rank). Counts of disjoint
+sets of columns add up, so tiles and workers count on their own. The gold's score must come from the same scoring call
+as its column (another call differs in the last bits), and its column is excluded by index, never by value.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Counts(NamedTuple):
+    """Entities other than the gold that score better than it and as well as it: int64 [M] each."""
+
+    better_M: Tensor
+    tied_M: Tensor
+
+
+class TopK(NamedTuple):
+    """The best K columns of each mention, best first: scores float [M, K], rows int64 [M, K]."""
+
+    scores_MK: Tensor
+    rows_MK: Tensor
+
+
+def count_ranks(scores_ME: Tensor, gold_column_M: Tensor) -> Counts:
+    """Counts where every gold is a column of `scores_ME`.
+
+    gold_column_M: int64 [M]. Raises ValueError on NaN, which compares false with everything and would rank first.
+
+    >>> import torch
+    >>> count_ranks(torch.tensor([[3.0, 1.0, 1.0, 0.0]]), torch.tensor([2]))
+    Counts(better_M=tensor([1]), tied_M=tensor([1]))
+    """
+    gold_score_M = scores_ME.gather(1, gold_column_M[:, None]).squeeze(1)
+    return count_against(scores_ME, gold_score_M, gold_column_M)
+
+
+def count_against(scores_ME: Tensor, gold_score_M: Tensor, gold_column_M: Tensor) -> Counts:
+    """Counts of one tile of columns against golds that may lie in another tile.
+
+    gold_score_M: float [M], the gold's score. gold_column_M: int64 [M], the gold's column in this tile, -1 if it lies
+    elsewhere. Raises ValueError on NaN.
+    """
+    if bool(scores_ME.isnan().any()) or bool(gold_score_M.isnan().any()):
+        raise ValueError("scores contain NaN: nothing can be ranked")
+    gold_M1 = gold_score_M[:, None]
+    better_M = (scores_ME > gold_M1).sum(dim=1)
+    tied_M = (scores_ME == gold_M1).sum(dim=1)
+    if scores_ME.shape[1] == 0:
+        return Counts(better_M, tied_M)
+    own_M1 = scores_ME.gather(1, gold_column_M.clamp_min(0)[:, None])
+    here_M = gold_column_M >= 0
+    better_M = better_M - ((own_M1 > gold_M1).squeeze(1) & here_M).long()
+    tied_M = tied_M - ((own_M1 == gold_M1).squeeze(1) & here_M).long()
+    return Counts(better_M, tied_M)
+
+
+def optimistic_ranks(counts: Counts) -> Tensor:
+    """float64 [M]: the gold before all entities that tie with it."""
+    return 1.0 + counts.better_M.double()
+
+
+def realistic_ranks(counts: Counts) -> Tensor:
+    """float64 [M]: the gold in the middle of its ties (may be fractional)."""
+    return 1.0 + counts.better_M.double() + counts.tied_M.double() / 2
+
+
+def pessimistic_ranks(counts: Counts) -> Tensor:
+    """float64 [M]: the gold after all entities that tie with it."""
+    return 1.0 + counts.better_M.double() + counts.tied_M.double()
+
+
+def hits_at(ranks_M: Tensor, k: int) -> float:
+    """Share of ranks <= k, in 0..1; fractional ranks compare as they are (DSMIP eq. 19, which prints < by a slip)."""
+    return float((_some(ranks_M) <= k).double().mean())
+
+
+def mean_reciprocal_rank(ranks_M: Tensor) -> float:
+    """Mean of 1 / rank, in 0..1."""
+    return float(_some(ranks_M).double().reciprocal().mean())
+
+
+def mean_rank(ranks_M: Tensor) -> float:
+    """Mean of the ranks, at least 1."""
+    return float(_some(ranks_M).double().mean())
+
+
+def _some(ranks_M: Tensor) -> Tensor:
+    if len(ranks_M) == 0:
+        raise ValueError("no ranks: the mean of nothing is undefined")
+    return ranks_M
+
+
+def top_k(scores_ME: Tensor, k: int) -> TopK:
+    """The min(k, E) best columns, best first, equal scores by lower column. Raises ValueError on NaN.
+
+    >>> import torch
+    >>> top_k(torch.tensor([[1.0, 3.0, 1.0, 1.0]]), 3).rows_MK
+    tensor([[1, 0, 2]])
+    """
+    if bool(scores_ME.isnan().any()):
+        raise ValueError("scores contain NaN: nothing can be ranked")
+    k = min(k, scores_ME.shape[1])
+    best_MK, rows_MK = scores_ME.topk(k, dim=1, sorted=True)
+    if k == 0:
+        return TopK(best_MK, rows_MK)
+    # torch.topk takes any of several equal scores: redo the mentions whose last place is contested
+    contested_M = (scores_ME >= best_MK[:, -1:]).sum(dim=1) > k
+    if bool(contested_M.any()):
+        full = scores_ME[contested_M].sort(dim=1, descending=True, stable=True)
+        rows_MK[contested_M] = full.indices[:, :k]
+    return merge_top_k(scores_ME.gather(1, rows_MK), rows_MK, k)
+
+
+def merge_top_k(scores_MC: Tensor, rows_MC: Tensor, k: int) -> TopK:
+    """The best min(k, C) of C candidates in any order, best first, equal scores by lower row.
+
+    scores_MC: float [M, C]; rows_MC: int64 [M, C], for instance the top-k of several tiles side by side with KB rows.
+    """
+    rows_MC, by_row_MC = rows_MC.sort(dim=1)
+    best_MC, by_score_MC = scores_MC.gather(1, by_row_MC).sort(dim=1, descending=True, stable=True)
+    return TopK(best_MC[:, :k], rows_MC.gather(1, by_score_MC)[:, :k])

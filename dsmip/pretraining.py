@@ -1,0 +1,217 @@
+"""Contrastive training of a backbone on a kb's own pairs of picture and text (CLIP, Radford et al., 2021).
+
+An epoch has one pair per entity with a picture; of several pictures a random one. Order, choice and augmentation are
+a pure function of (seed, epoch, step), split over workers by pair.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from open_clip.loss import ClipLoss
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dsmip import distributed
+from dsmip.batches import ItemBatch
+from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dsmip.config import PretrainConfig, TrainConfig
+from dsmip.encoders.clip import Backbone
+from dsmip.errors import UserError
+from dsmip.pictures import decode, fit
+from dsmip.records import Entity
+from dsmip.shards import Dataset
+from dsmip.sources import augmented, read_ahead
+from dsmip.streams import count_steps, draw, permutation, step_bounds
+from dsmip.text import Template, Tokenizer, entity_text
+from dsmip.training import Context, build_optimizer, learning_rate_factor
+
+MAX_LOGIT_SCALE = math.log(100)
+DECODED_BYTES = 1 << 30  # pictures of a smaller kb are decoded once per worker and kept
+_READ_AHEAD = 4
+
+
+class PairSource:
+    """Batches of entities that have a picture, as items with the entity's text and one of its pictures.
+
+    Raises UserError when fewer than two entities have a picture.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        template: Template,
+        image_size: int,
+        config: PretrainConfig,
+        seed: int,
+        decoded_bytes: int = DECODED_BYTES,
+    ) -> None:
+        self.dataset, self.image_size, self.config, self.seed = dataset, image_size, config, seed
+        counts = dataset.entity_texts()["num_images"].to_pylist()
+        self.rows = [row for row, count in enumerate(counts) if count]
+        self.num_images = [counts[row] for row in self.rows]
+        if len(self.rows) < 2:
+            raise UserError(
+                f"{dataset.folder}: fewer than two entities have a picture: nothing to contrast"
+            )
+        self.token_ids = tokenizer([entity_text(e, template) for e in _without_pictures(dataset, self.rows)])
+        fits = sum(self.num_images) * 3 * image_size**2 <= decoded_bytes
+        self.decoded = self._decode_all() if fits else None
+
+    def num_steps(self) -> int:
+        """Steps of an epoch, the same on every worker."""
+        return count_steps(len(self.rows), self.config.batch_size)
+
+    def steps(self, epoch: int) -> Iterator[ItemBatch]:
+        """This worker's share of every batch of an epoch."""
+        return self._steps(epoch) if self.decoded is not None else read_ahead(self._steps(epoch), _READ_AHEAD)
+
+    def _steps(self, epoch: int) -> Iterator[ItemBatch]:
+        order = permutation(len(self.rows), "pairs", self.seed, epoch).tolist()
+        rank, world_size = distributed.rank(), distributed.world_size()
+        for step in range(self.num_steps()):
+            share = step_bounds(len(order), self.num_steps(), step, rank, world_size)
+            generator = torch.Generator().manual_seed(draw(2**63, "augment", self.seed, epoch, step, rank))
+            yield augmented(self._batch([order[p] for p in share], epoch), self.config.augment, generator)
+
+    def _batch(self, places: Sequence[int], epoch: int) -> ItemBatch:
+        pictures = torch.zeros(len(places), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for slot, place in enumerate(places):
+            number = draw(self.num_images[place], "pair", self.seed, epoch, self.rows[place])
+            pictures[slot] = self._picture(place, number)
+        token_ids = self.token_ids[list(places)]
+        longest = int(token_ids.count_nonzero(dim=1).max()) if places else 1
+        return ItemBatch(token_ids[:, :longest], pictures, torch.ones(len(places), dtype=torch.bool))
+
+    def _picture(self, place: int, number: int) -> Tensor:
+        if self.decoded is not None:
+            return self.decoded[place][number]
+        return fit(decode(self.dataset.entity_images(self.rows[place])[number]), self.image_size)
+
+    def _decode_all(self) -> list[Tensor]:
+        """uint8 [num_images, 3, S, S] of every pictured entity."""
+        return [
+            torch.stack([fit(decode(image), self.image_size) for image in entity.images])
+            for entity in self.dataset.entities()
+            if entity.images
+        ]
+
+
+def pretrain(
+    backbone: Backbone, pairs: PairSource, config: PretrainConfig, context: Context, *, seed: int
+) -> list[dict[str, float]]:
+    """Trains both towers in place and returns the metrics of every epoch: loss, and accuracy of picture to text.
+
+    Accuracy is the share of pictures whose own text scores best in the batch. Goes on from `context.restore()`.
+    """
+    backbone.tune("full")
+    backbone.logit_scale.requires_grad_(True)
+    backbone.to(context.device)
+    settings = TrainConfig(
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        schedule="cosine",
+    )
+    optimizer = build_optimizer(backbone, settings)
+    total_steps = config.epochs * pairs.num_steps()
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, total_steps, settings)
+    )
+    history = _resume(backbone, optimizer, schedule, context)
+    for epoch in range(len(history), config.epochs):
+        torch.manual_seed(draw(2**63, "pretrain", seed, epoch, distributed.rank()))
+        history.append(_epoch(backbone, pairs, config, context, epoch, optimizer, schedule))
+        folder = None
+        if distributed.rank() == 0:
+            folder = context.checkpoint_folder(epoch)
+            weights = {name: tensor.detach() for name, tensor in backbone.clip.state_dict().items()}
+            state = Checkpoint(epoch + 1, history, weights, {}, optimizer.state_dict(), schedule.state_dict(), {})
+            save_checkpoint(folder, state)
+        context.epoch_done(history[-1], folder)
+    backbone.tune("frozen")
+    return history
+
+
+def contrast(
+    backbone: Backbone, batch: ItemBatch, config: PretrainConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """CLIP's symmetric loss over the pairs of all workers, divided by their number, and the number of right answers.
+
+    The gradients of all workers add up to that of the whole batch.
+    """
+    batch = batch.to(device)
+    with _precision(config, device):
+        text_Nz = backbone.encode_text(batch.token_ids).pooled
+        image_Nz = backbone.encode_image(backbone.normalise(batch.pictures, batch.has_image)).pooled
+    text_Nz = nn.functional.normalize(distributed.gather_rows(text_Nz.float()), dim=-1)
+    image_Nz = nn.functional.normalize(distributed.gather_rows(image_Nz.float()), dim=-1)
+    loss = ClipLoss()(image_Nz, text_Nz, backbone.logit_scale.exp())
+    with torch.no_grad():
+        right = (image_Nz @ text_Nz.T).argmax(dim=1) == torch.arange(len(text_Nz), device=device)
+    return loss / distributed.world_size(), right.sum()
+
+
+@contextmanager
+def _precision(config: PretrainConfig, device: torch.device) -> Iterator[None]:
+    """Autocast for bf16. On a CPU attention is then plain matrix products: the fused one's backward is 7 times slower."""
+    if config.precision == "fp32":
+        yield
+        return
+    backends = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with torch.autocast(device.type, dtype=torch.bfloat16), sdpa_kernel(backends):
+        yield
+
+
+def _epoch(
+    backbone: Backbone,
+    pairs: PairSource,
+    config: PretrainConfig,
+    context: Context,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+) -> dict[str, float]:
+    losses, num_right = [], 0
+    for number, batch in enumerate(pairs.steps(epoch)):
+        optimizer.zero_grad(set_to_none=True)
+        loss, right = contrast(backbone, batch, config, context.device)
+        loss.backward()
+        distributed.sum_gradients(backbone.parameters())
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            backbone.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        losses.append(loss.item() * distributed.world_size())
+        num_right += int(right)
+        context.step_done(epoch, number, pairs.num_steps(), losses[-1])
+    return {
+        "epoch": float(epoch),
+        "loss": sum(losses) / len(losses),
+        "accuracy": num_right / len(pairs.rows),
+        "temperature": math.exp(-backbone.logit_scale.item()),
+    }
+
+
+def _resume(
+    backbone: Backbone,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    context: Context,
+) -> list[dict[str, float]]:
+    """Loads the last checkpoint, if there is one; returns the epochs already done."""
+    folder = context.restore()
+    if folder is None:
+        return []
+    stored = load_checkpoint(folder, context.device)
+    backbone.clip.load_state_dict(stored.weights)
+    optimizer.load_state_dict(stored.optimizer)
+    schedule.load_state_dict(stored.schedule)
+    return stored.history
+
+
+def _without_pictures(dataset: Dataset, rows: Sequence[int]) -> list[Entity]:
+    texts = dataset.entity_texts().select(["entity_row", "entity_id", "name", "attributes"])
+    return [Entity(**record) for record in texts.take(list(rows)).to_pylist()]

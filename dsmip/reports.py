@@ -1,0 +1,172 @@
+"""From ranks to files and tables: `metrics.json`, `ranks.parquet`, and what several models' ranks say together."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from dsmip.config import ExperimentConfig
+from dsmip.errors import UserError
+from dsmip.evaluation import Ranking, prepare_in_tiles, rank
+from dsmip.features import KB
+from dsmip.files import atomic_path, write_json
+from dsmip.models.base import Matcher
+from dsmip.records import Mention
+from dsmip.runs import Run
+from dsmip.stages import load_whole_features, part_features
+from dsmip.table import Table
+
+TOP_K = 20
+KIND = "kind"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Where a model's files are, and its metrics as they stand in `metrics.json`."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+
+def default_model(run: Run) -> str:
+    """The whole system, or the only part of a system without a gate."""
+    return run.system.name if run.system.gated else run.part_names[0]
+
+
+def evaluate_model(run: Run, split: str, model: str, device: torch.device) -> Evaluated:
+    """Ranks the whole kb for every mention of a split and writes metrics.json and ranks.parquet.
+
+    model: a finished part, or the system's name for the gated whole.
+    Raises UserError for an unknown model or split, or one that is not trained yet.
+    """
+    if split not in ("train", "validation", "test"):
+        raise UserError(f"unknown split '{split}'; there are train, validation and test")
+    mentions = list(run.dataset.mentions(split))
+    if not mentions:
+        raise UserError(f"split '{split}' of {run.dataset.folder} has no mentions")
+    matcher, config, mention_features, kb = _model_and_features(run, split, model, device)
+    choices = run.system.choices(config.system) if model == run.system.name else ()
+    gold_row_M = torch.tensor([mention.entity_row for mention in mentions])
+    ranking = rank(
+        matcher.to(device),
+        prepare_in_tiles(matcher, mention_features, "mentions", device),
+        prepare_in_tiles(matcher, kb, "entities", device),
+        gold_row_M,
+        device=device,
+        top_k=TOP_K,
+        num_choices=len(choices),
+    )
+    metrics = {"model": model, "split": split, **_metrics(ranking, mentions, choices, run.dataset.num_entities)}
+    folder = run.folder / "evaluate" / split / model
+    entity_ids = run.dataset.entity_texts().column("entity_id").to_pylist()
+    _write_ranks(folder / "ranks.parquet", ranking, mentions, entity_ids, choices)
+    write_json(folder / "metrics.json", metrics)
+    return Evaluated(folder, metrics)
+
+
+def _model_and_features(
+    run: Run, split: str, model: str, device: torch.device
+) -> tuple[Matcher, ExperimentConfig, Table, Table]:
+    if model == run.system.name and run.system.gated:
+        matcher, config = run.load_whole(), run.whole_config()
+        features = [load_whole_features(run, config, each, device) for each in (split, KB)]
+    elif model in run.part_names:
+        matcher, config = run.load_part(model, with_encoder=False), run.config
+        features = [part_features(run, model, each, device) for each in (split, KB)]
+    else:
+        whole = [run.system.name] if run.system.gated else []
+        raise UserError(f"unknown model '{model}'; this run has {', '.join([*whole, *run.part_names])}")
+    return matcher, config, features[0], features[1]
+
+
+def _metrics(
+    ranking: Ranking, mentions: Sequence[Mention], choices: Sequence[str], num_entities: int
+) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "overall": ranking.metrics(),
+        "mentions": len(mentions),
+        "entities": num_entities,
+        "groups": {},
+    }
+    for group in sorted({name for mention in mentions for name in mention.groups}):
+        values = [mention.groups.get(group, "") for mention in mentions]
+        report["groups"][group] = {
+            value: {"mentions": values.count(value), **ranking.metrics(torch.tensor([v == value for v in values]))}
+            for value in sorted(set(values))
+        }
+    if choices and ranking.chosen_pairs_MB is not None and ranking.chosen_gold_M is not None:
+        report["experts"] = _expert_usage(ranking.chosen_pairs_MB, ranking.chosen_gold_M, mentions, choices)
+    return report
+
+
+def _expert_usage(
+    pairs_MB: Tensor, gold_M: Tensor, mentions: Sequence[Mention], choices: Sequence[str]
+) -> dict[str, Any]:
+    """Shares of all pairs and of gold pairs that went to each expert, overall and by kind."""
+
+    def shares(rows: Tensor) -> dict[str, dict[str, float]]:
+        pairs_B = pairs_MB[rows].sum(dim=0).double()
+        gold_B = torch.bincount(gold_M[rows], minlength=len(choices)).double()
+        return {
+            "pair_share": dict(zip(choices, (pairs_B / pairs_B.sum()).tolist(), strict=True)),
+            "gold_share": dict(zip(choices, (gold_B / gold_B.sum()).tolist(), strict=True)),
+        }
+
+    kinds = [mention.groups.get(KIND, "") for mention in mentions]
+    by_kind = {kind: shares(torch.tensor([k == kind for k in kinds])) for kind in sorted(set(kinds)) if kind}
+    return {**shares(torch.ones(len(mentions), dtype=torch.bool)), "by_kind": by_kind}
+
+
+def _write_ranks(
+    path: Path, ranking: Ranking, mentions: Sequence[Mention], entity_ids: Sequence[str], choices: Sequence[str]
+) -> None:
+    columns: dict[str, Any] = {
+        "mention_id": [mention.mention_id for mention in mentions],
+        KIND: [mention.groups.get(KIND) for mention in mentions],
+        "gold": [mention.entity_id for mention in mentions],
+        "rank": ranking.rank_M.tolist(),
+        "better": ranking.counts.better_M.tolist(),
+        "tied": ranking.counts.tied_M.tolist(),
+        "top": [[entity_ids[row] for row in rows] for rows in ranking.top_row_Mk.tolist()],
+        "top_scores": ranking.top_score_Mk.tolist(),
+    }
+    if ranking.chosen_gold_M is not None and ranking.chosen_top_Mk is not None:
+        columns["gold_expert"] = [choices[c] for c in ranking.chosen_gold_M.tolist()]
+        columns["top_experts"] = [[choices[c] for c in row] for row in ranking.chosen_top_Mk.tolist()]
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table(columns), temporary)
+
+
+def oracle(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Metrics of the oracle that takes, for each mention, the expert that ranks its gold best.
+
+    folders: evaluation folders by expert name, of the same split. Returns overall metrics and hits@1 by kind.
+    """
+    tables = [pq.read_table(folder / "ranks.parquet") for folder in folders.values()]
+    if len({tuple(table.column("mention_id").to_pylist()) for table in tables}) != 1:
+        raise UserError("the experts were evaluated on different mentions; evaluate all of them on one split")
+    ranks_BM = torch.tensor([table.column("rank").to_pylist() for table in tables], dtype=torch.float64)
+    best_M = ranks_BM.min(dim=0).values
+    kinds = tables[0].column(KIND).to_pylist()
+    by_kind = {}
+    for kind in sorted({k for k in kinds if k is not None}):
+        rows = torch.tensor([k == kind for k in kinds])
+        by_kind[kind] = float((best_M[rows] <= 1).double().mean())
+    overall = {f"hits@{k}": float((best_M <= k).double().mean()) for k in (1, 3, 5, 10, 20)}
+    overall |= {"mrr": float((1 / best_M).mean()), "mean_rank": float(best_M.mean())}
+    return {"overall": overall, "by_kind": by_kind}
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """`metrics.json` of an evaluation folder; UserError when there is none."""
+    path = folder / "metrics.json"
+    if not path.is_file():
+        raise UserError(f"no evaluation at {folder}; run 'dsmip evaluate' first")
+    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return metrics

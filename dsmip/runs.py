@@ -1,0 +1,191 @@
+"""A run directory: one configuration on one data set, its trained parts, features, trials and evaluations.
+
+<run>/run.json                    written first: data hash and folder, version; a run of other data is refused
+<run>/config.yaml                 the whole configuration
+<run>/<part>/weights.safetensors  a finished part (or whole system), with part.json (metrics, history) last
+<run>/features/                   the feature cache
+<run>/variants/<hash>/            parts of other stage-one settings that a search asked for
+<run>/evaluate/<split>/<model>/   metrics.json and ranks.parquet
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dsmip import __version__
+from dsmip.checkpoints import save_weights
+from dsmip.collate import Collator
+from dsmip.config import ExperimentConfig, load_config
+from dsmip.encoders.clip import Backbone
+from dsmip.errors import UserError
+from dsmip.features import FeatureCache
+from dsmip.files import write_json, write_text
+from dsmip.models import find_system
+from dsmip.models.base import Matcher, System
+from dsmip.shards import Dataset
+from dsmip.text import Tokenizer
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run directory with its configuration and data."""
+
+    folder: Path
+    config: ExperimentConfig
+    dataset: Dataset
+
+    @staticmethod
+    def create(folder: Path, config: ExperimentConfig, dataset: Dataset) -> "Run":
+        """Makes the run, or opens it when it was made from the same configuration and data.
+
+        Raises UserError when the folder belongs to another configuration or data set.
+        """
+        stamp = folder / "run.json"
+        if stamp.is_file():
+            run = Run.open(folder, dataset)
+            if run.config != config:
+                raise UserError(
+                    f"run {folder} was made with another configuration ({_first_difference(run.config, config)}); "
+                    "use another --run folder, or the same configuration to resume"
+                )
+            return run
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and not a run (no run.json); give a new folder for --run")
+        write_text(folder / "config.yaml", config.to_yaml())
+        data = {"folder": str(dataset.folder.resolve()), "name": dataset.manifest.name, "sha256": dataset.manifest_hash}
+        write_json(stamp, {"data": data, "dsmip": __version__})
+        return Run(folder, config, dataset)
+
+    @staticmethod
+    def open(folder: Path, dataset: Dataset | None = None) -> "Run":
+        """Opens an existing run with its own data, or with `dataset` when it has the same manifest.
+
+        Raises UserError for a missing run, moved data, or data whose manifest differs.
+        """
+        stamp = folder / "run.json"
+        if not stamp.is_file():
+            raise UserError(f"no run at {folder} (no run.json); 'dsmip train' makes one")
+        try:
+            data = json.loads(stamp.read_text(encoding="utf-8"))["data"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{stamp} is damaged: {error!r}") from error
+        if dataset is None:
+            dataset = Dataset.open(Path(data["folder"]))
+        if dataset.manifest_hash != data["sha256"]:
+            raise UserError(
+                f"run {folder} was made on data '{data['name']}' with manifest {data['sha256'][:12]}, but "
+                f"{dataset.folder} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
+            )
+        return Run(folder, load_config(str(folder / "config.yaml")), dataset)
+
+    @property
+    def system(self) -> type[System]:
+        return find_system(self.config.model)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        return self.system.part_names(self.config.system)
+
+    @property
+    def cache(self) -> FeatureCache:
+        return FeatureCache(self.folder / "features", _DTYPES[self.config.cache_dtype])
+
+    def collator(self, part: str) -> Collator:
+        """Makes batches in the form that a feature part reads."""
+        architecture = self.config.backbone.architecture
+        size = Backbone.build(architecture, None, device="meta").image_size
+        return Collator(Tokenizer(architecture), self.system.text_format(self.config.system, part), size)
+
+    def home(self, part: str, config: ExperimentConfig) -> "Run":
+        """Where a part of that form lives: this run, or a variant of it whose stage one differs (a tuned prompt length)."""
+        key = self.system.part_key(part, config)
+        if key == self.system.part_key(part, self.config):
+            return self
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        return Run(self.folder / "variants" / name, config, self.dataset)
+
+    def is_finished(self, part: str) -> bool:
+        """Whether a part (or the whole system, by its name) has been trained to the end."""
+        return (self.folder / part / "part.json").is_file()
+
+    def part_report(self, part: str) -> dict[str, Any]:
+        """What training said of a finished part: best metrics and history."""
+        self._check_finished(part)
+        report: dict[str, Any] = json.loads((self.folder / part / "part.json").read_text(encoding="utf-8"))
+        return report
+
+    def save_part(self, part: str, matcher: nn.Module, report: dict[str, Any]) -> None:
+        """Writes a finished part: the weights that are not the untouched pretrained tower's, then part.json."""
+        save_weights(self.folder / part / "weights.safetensors", own_weights(matcher))
+        write_json(self.folder / part / "part.json", report)
+
+    def load_part(self, part: str, *, with_encoder: bool) -> Matcher:
+        """A finished part with its trained weights, on the CPU."""
+        self._check_finished(part)
+        matcher = self.system.build_part(part, self.config, with_encoder=with_encoder)
+        load_own_weights(matcher, self.folder / part / "weights.safetensors")
+        return matcher
+
+    def load_whole(self, config: ExperimentConfig | None = None) -> Matcher:
+        """The finished gated system, for cached features."""
+        self._check_finished(self.system.name)
+        matcher = self.system.build_whole(config or self.whole_config())
+        load_own_weights(matcher, self.folder / self.system.name / "weights.safetensors")
+        return matcher
+
+    def whole_config(self) -> ExperimentConfig:
+        """The configuration that the best trial chose (temperature, gate width, experts ...)."""
+        path = self.folder / self.system.name / "config.yaml"
+        return load_config(str(path)) if path.is_file() else self.config
+
+    def _check_finished(self, part: str) -> None:
+        if not self.is_finished(part):
+            command = "tune" if part == self.system.name and self.system.gated else "train"
+            raise UserError(f"run {self.folder} has no finished '{part}'; run 'dsmip {command}' first")
+
+
+def own_weights(matcher: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything but frozen backbone tensors, which the configuration's `backbone` brings back."""
+    trained = {name for name, parameter in matcher.named_parameters() if parameter.requires_grad}
+    state = matcher.state_dict()
+    return {name: tensor for name, tensor in state.items() if name in trained or ".backbone." not in f".{name}"}
+
+
+def load_own_weights(matcher: nn.Module, path: Path) -> None:
+    """Loads what `own_weights` saved; tensors of an encoder that this matcher was built without are passed over.
+
+    Raises UserError when a tensor of the matcher is missing or has another shape.
+    """
+    stored = load_file(path)
+    state = matcher.state_dict()
+    wanted = own_weights(matcher)
+    if missing := [name for name in wanted if name not in stored]:
+        raise UserError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: it is of another configuration")
+    for name in stored.keys() & state.keys():
+        if stored[name].shape != state[name].shape:
+            raise UserError(
+                f"{path}: {name} has shape {list(stored[name].shape)}, the configuration makes {list(state[name].shape)}"
+            )
+    matcher.load_state_dict({name: stored[name] for name in stored.keys() & state.keys()}, strict=False)
+
+
+def _first_difference(stored: ExperimentConfig, given: ExperimentConfig) -> str:
+    before, after = _flat(stored.model_dump(mode="json")), _flat(given.model_dump(mode="json"))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            return f"{key} was {before.get(key)!r}, is now {after.get(key)!r}"
+    return "keys differ"
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}

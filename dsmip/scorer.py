@@ -1,0 +1,70 @@
+"""The matching units that an expert owns, with the norms and projections before them (MIMIC, Luo et al. 2023).
+
+Text alone: U_T. Picture alone: U_V. Both: U_T, U_V and the cross unit U_C. Names follow the published state dict.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from dsmip.models.base import FeatureSizes
+from dsmip.table import Ragged, Table
+from dsmip.units import CrossUnit, PictureNorm, TextNorm, TextUnit, VisualUnit
+
+Modality = Literal["text", "image"]
+
+
+class UnitScorer(nn.Module):
+    """Scores pairs from features: text_global, text_tokens, image_global, image_tokens (those of its modalities)."""
+
+    def __init__(
+        self, modalities: Sequence[Modality], sizes: FeatureSizes, width: int, *, mask_padding: bool = True
+    ) -> None:
+        super().__init__()
+        self.units = nn.ModuleDict()
+        if "text" in modalities:
+            self.text_norm = TextNorm(sizes.embed_width, sizes.text_width)
+            self.units["text"] = TextUnit(sizes.embed_width, sizes.text_width, width, mask_padding=mask_padding)
+        if "image" in modalities:
+            self.picture_norm = PictureNorm(sizes.embed_width, sizes.vision_width, width)
+            self.units["image"] = VisualUnit(width)
+        if len(modalities) == 2:
+            self.units["cross"] = CrossUnit(sizes.embed_width, width)
+
+    def prepare_mentions(self, features: Table) -> Table:
+        """Everything that the units need of mentions, columns prefixed with the unit's name."""
+        return self._prepare(features, "prepare_mentions")
+
+    def prepare_entities(self, features: Table) -> Table:
+        """Everything that the units need of entities."""
+        return self._prepare(features, "prepare_entities")
+
+    def score(self, mentions: Table, entities: Table) -> dict[str, Tensor]:
+        """Each unit's scores [M, E], by name."""
+        return {name: _unit(unit).score(mentions.under(name), entities.under(name)) for name, unit in self.units.items()}
+
+    def _prepare(self, features: Table, method: str) -> Table:
+        inputs: dict[str, tuple[Tensor, Ragged]] = {}
+        if "text" in self.units:
+            inputs["text"] = self.text_norm(*_float_inputs(features, "text"))
+        if "image" in self.units:
+            inputs["image"] = self.picture_norm(*_float_inputs(features, "image"))
+        if "cross" in self.units:
+            inputs["cross"] = (inputs["text"][0], inputs["image"][1])
+        prepared = Table({})
+        for name, unit in self.units.items():
+            prepared = prepared.merged(getattr(unit, method)(*inputs[name]).prefixed(name))
+        return prepared
+
+
+def _unit(module: nn.Module) -> TextUnit | VisualUnit | CrossUnit:
+    assert isinstance(module, TextUnit | VisualUnit | CrossUnit)
+    return module
+
+
+def _float_inputs(features: Table, modality: Modality) -> tuple[Tensor, Ragged]:
+    """Pooled and token features as float32 (the cache may hold float16)."""
+    tokens = features.ragged(f"{modality}_tokens")
+    values = Ragged(tokens.values.float(), tokens.starts, tokens.lengths)
+    return features.dense(f"{modality}_global").float(), values

@@ -1,0 +1,250 @@
+"""The dataset directory: the records of a prepared release, streamed from tar shards, and how they are laid out there.
+
+<data>/manifest.json               see dsmip.manifest
+<data>/kb/entities.parquet         one row per entity, with the place of each picture in the kb's shards
+<data>/kb/kb-000000.tar            <row>.json, <row>.0.jpg, <row>.1.jpg ...
+<data>/<split>/<split>-000000.tar  <key>.json, <key>.jpg, <key>.entity.json, <key>.entity.0.jpg ...
+<data>/rejects.jsonl               what was left out, repaired or degraded
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from dsmip.errors import UserError
+from dsmip.files import sha256_file
+from dsmip.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, read_manifest
+from dsmip.records import Entity, Mention
+from dsmip.samples import make_entity, read_mention, read_pair
+from dsmip.streams import TrainingBatch, Window, count_steps, step_bounds, windows
+from dsmip.tars import Sample, read_place, read_shard
+
+ENTITY_SCHEMA = pa.schema(
+    [
+        ("entity_row", pa.int64()),
+        ("entity_id", pa.string()),
+        ("name", pa.string()),
+        ("attributes", pa.string()),
+        ("num_images", pa.int64()),
+        ("shard", pa.string()),
+        ("key", pa.string()),
+        ("image_offsets", pa.list_(pa.int64())),
+        ("image_sizes", pa.list_(pa.int64())),
+    ]
+)
+_TEXT_COLUMNS = ["entity_row", "entity_id", "name", "attributes", "num_images"]
+_ROWS_AT_ONCE = 1024
+
+
+class Dataset:
+    """A prepared release. Open it with `Dataset.open`; reading is lazy and every record comes from the files.
+
+    Attributes: folder; manifest; manifest_hash (SHA-256 of manifest.json: equal hashes mean equal data).
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, manifest_hash: str) -> None:
+        self.folder, self.manifest, self.manifest_hash = folder, manifest, manifest_hash
+
+    @classmethod
+    def open(cls, folder: Path) -> "Dataset":
+        """Opens a dataset directory and checks that its files are there with the right sizes (`verify` reads them).
+
+        Raises:
+            UserError: there is no such folder, or it is no complete dataset.
+        """
+        manifest, manifest_hash = read_manifest(folder)
+        for shard in manifest.shards:
+            path = folder / shard.path
+            found = path.stat().st_size if path.is_file() else None
+            if found != shard.bytes:
+                state = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
+                raise UserError(f"{path}: the shard {state}; prepare the dataset again")
+        if not (folder / ENTITIES_FILE).is_file():
+            raise UserError(f"{folder / ENTITIES_FILE}: the file is missing; prepare the dataset again")
+        return cls(folder, manifest, manifest_hash)
+
+    @property
+    def num_entities(self) -> int:
+        """Entities in the kb."""
+        return self.manifest.entities
+
+    def num_mentions(self, split: str) -> int:
+        """Mentions of a split."""
+        return self.manifest.splits[_known(split)].mentions
+
+    def num_steps(self, split: str, batch_size: int) -> int:
+        """Steps of an epoch over a split: ceil(mentions / batch_size)."""
+        return count_steps(self.num_mentions(split), batch_size)
+
+    def entity_texts(self) -> pa.Table:
+        """All entities' entity_row, entity_id, name, attributes and num_images, in row order."""
+        return self._kb.select(_TEXT_COLUMNS)
+
+    def entities(self, rows: range | None = None) -> Iterator[Entity]:
+        """Entities with all their pictures, in the order of `rows` (default: the whole kb); pictures are streamed.
+
+        Raises:
+            IndexError: a row is outside the kb. UserError: a shard is missing or damaged.
+        """
+        rows = range(self.num_entities) if rows is None else rows
+        if rows and not (min(rows) >= 0 and max(rows) < self.num_entities):
+            raise IndexError(f"entity rows {min(rows)} .. {max(rows)} outside a kb of {self.num_entities}")
+        open_path, stream = "", None
+        try:
+            for record in self._entity_records(rows):
+                if record["num_images"] and record["shard"] != open_path:
+                    if stream:
+                        stream.close()
+                    open_path, stream = record["shard"], self._open_kb_shard(record["shard"])
+                yield make_entity(record, _images(record, stream) if record["num_images"] and stream else ())
+        finally:
+            if stream:
+                stream.close()
+
+    def entity(self, row: int) -> Entity:
+        """One entity with all its pictures, by random access.
+
+        Raises:
+            IndexError: the row is outside the kb.
+        """
+        return next(self.entities(range(row, row + 1)))
+
+    def entity_images(self, row: int) -> tuple[bytes, ...]:
+        """An entity's pictures (JPEG bytes) in release order, by random access."""
+        return self.entity(row).images
+
+    def mentions(self, split: str, rows: range | None = None) -> Iterator[Mention]:
+        """Mentions of a split in shard order; `rows` (ascending) picks some of them by position.
+
+        Raises:
+            ValueError: no such split. UserError: a shard is missing or damaged.
+        """
+        start = 0
+        num_mentions = self.num_mentions(split)
+        rows = range(num_mentions) if rows is None else rows
+        for shard in self.manifest.shards_of(split):
+            inside = [row - start for row in range(start, start + shard.samples) if row in rows]
+            if inside:
+                for sample in self._samples(shard, inside):
+                    yield read_mention(sample.fields, shard.path)
+            start += shard.samples
+
+    def training_batches(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ) -> Iterator[TrainingBatch]:
+        """One rank's batches of one epoch, from `start_step` on; a pure function of the arguments.
+
+        `batch_size` counts mentions over all ranks. Step sizes differ by at most one and never exceed it; a step is
+        divided over ranks as evenly as possible (with more ranks than samples some get an empty batch). Of an entity's
+        pictures one is drawn by (seed, epoch, mention_id). Memory holds one window of shards, as encoded bytes.
+
+        Raises:
+            ValueError: no such split, or arguments out of range. UserError: a shard is missing or damaged.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in 0 .. {world_size - 1}")
+        num_samples, num_steps = self.num_mentions(split), self.num_steps(split, batch_size)
+        shares = {
+            step: step_bounds(num_samples, num_steps, step, rank, world_size) for step in range(start_step, num_steps)
+        }
+        return self._batches(split, shares, seed, epoch)
+
+    def verify(self) -> Iterator[ShardInfo]:
+        """Reads every file and compares its SHA-256 with the manifest; yields each shard once it is found right.
+
+        Raises:
+            UserError: a file differs.
+        """
+        if sha256_file(self.folder / ENTITIES_FILE) != self.manifest.entities_sha256:
+            raise UserError(f"{self.folder / ENTITIES_FILE}: its SHA-256 is not the manifest's; prepare it again")
+        for shard in self.manifest.shards:
+            if sha256_file(self.folder / shard.path) != shard.sha256:
+                raise UserError(f"{self.folder / shard.path}: its SHA-256 is not the manifest's; prepare it again")
+            yield shard
+
+    @cached_property
+    def _kb(self) -> pa.Table:
+        path = self.folder / ENTITIES_FILE
+        try:
+            table = pq.read_table(path, memory_map=True)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: the file is damaged ({error}); prepare the dataset again") from error
+        if not table.schema.equals(ENTITY_SCHEMA) or len(table) != self.num_entities:
+            raise UserError(f"{path}: not the entities of this dataset; prepare it again")
+        return table.combine_chunks()
+
+    def _entity_records(self, rows: range) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            yield from self._kb.take(pa.array(rows[start : start + _ROWS_AT_ONCE], pa.int64())).to_pylist()
+
+    def _open_kb_shard(self, path: str) -> BinaryIO:
+        if path not in {shard.path for shard in self.manifest.shards_of(KB)}:
+            raise UserError(f"{self.folder / ENTITIES_FILE}: unknown shard {path!r}; prepare the dataset again")
+        try:
+            return (self.folder / path).open("rb")
+        except OSError as error:
+            raise UserError(f"{self.folder / path}: cannot be read ({error.strerror})") from error
+
+    def _samples(self, shard: ShardInfo, indices: Sequence[int]) -> Iterator[Sample]:
+        """The samples of a shard at `indices`, in shard order."""
+        wanted = set(indices)
+        found = 0
+        for sample in read_shard(self.folder / shard.path, wanted.__contains__):
+            found += 1
+            yield sample
+        if found != len(wanted):
+            raise UserError(f"{self.folder / shard.path}: fewer samples than the manifest says; prepare it again")
+
+    def _batches(self, split: str, shares: Mapping[int, range], seed: int, epoch: int) -> Iterator[TrainingBatch]:
+        shards = self.manifest.shards_of(split)
+        wanted = {position for share in shares.values() for position in share}
+        loaded: dict[int, tuple[Mention, Entity]] = {}
+        steps = iter(shares.items())
+        step, share = next(steps, (None, range(0)))
+        for window in windows([shard.samples for shard in shards], seed, epoch):
+            if step is None:
+                return
+            loaded |= self._load(window, shards, wanted, seed, epoch)
+            end = window.start + len(window.order)
+            while step is not None and share.stop <= end:
+                pairs = [loaded.pop(position) for position in share]
+                yield TrainingBatch(step, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+                step, share = next(steps, (None, range(0)))
+
+    def _load(
+        self, window: Window, shards: Sequence[ShardInfo], wanted: set[int], seed: int, epoch: int
+    ) -> dict[int, tuple[Mention, Entity]]:
+        """The wanted samples of a window by position in the epoch, each entity with its one drawn picture."""
+        positions: dict[int, dict[int, int]] = {shard: {} for shard in window.shards}
+        for position, (shard, index) in enumerate(window.order, start=window.start):
+            if position in wanted:
+                positions[shard][index] = position
+        loaded = {}
+        for shard, position_of in positions.items():
+            if position_of:
+                for sample in self._samples(shards[shard], list(position_of)):
+                    loaded[position_of[sample.index]] = read_pair(sample.fields, shards[shard].path, seed, epoch)
+        return loaded
+
+
+def _images(record: Mapping[str, Any], stream: BinaryIO) -> tuple[bytes, ...]:
+    places = zip(record["image_offsets"], record["image_sizes"], strict=True)
+    return tuple(read_place(stream, offset, size) for offset, size in places)
+
+
+def _known(split: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    return split

@@ -1,0 +1,137 @@
+"""The two training stages and the evaluation of a run, each as one function that knows nothing of where it runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsmip import distributed
+from dsmip.config import ExperimentConfig, TrainConfig
+from dsmip.evaluation import prepare_in_tiles, rank
+from dsmip.features import KB, encode_split, whole_features
+from dsmip.models.base import Matcher
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+from dsmip.sources import CachedSource, StreamSource
+from dsmip.table import Table
+from dsmip.training import Context, StepSource, TrainResult, train
+
+CPU = torch.device("cpu")
+
+
+def gold_rows(dataset: Dataset, split: str) -> Tensor:
+    """kb row of each mention's gold, int64 [M], in shard order (the order of cached features)."""
+    return torch.tensor([mention.entity_row for mention in dataset.mentions(split)], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """Features of one split's mentions with their golds."""
+
+    mentions: Table
+    gold_row_M: Tensor
+
+
+def train_part(run: Run, part: str, context: Context) -> TrainResult:
+    """Stage one of one part: from cached features when its towers are frozen, else from streamed shards.
+
+    The finished part is written into the run by rank 0.
+    """
+    config = run.config.train_of(part)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.config.seed)  # every worker starts from the same weights
+        matcher = run.system.build_part(part, run.config, with_encoder=True).to(context.device)
+    validation = gold_rows(run.dataset, "validation")
+    source: StepSource
+    if matcher.encoder_trains():
+        source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed)
+        validate = _validate_by_encoding(run, part, validation, context.device)
+    else:
+        tables = {
+            split: run_features(run, part, split, matcher, context.device) for split in ("train", "validation", KB)
+        }
+        golds = gold_rows(run.dataset, "train")
+        source = CachedSource(tables["train"], tables[KB], golds, config, run.config.seed)
+        validate = _validate_on(SplitFeatures(tables["validation"], validation), tables[KB], context.device)
+    result = train(matcher, source, config, context, validate, seed=run.config.seed)
+    if distributed.rank() == 0:
+        run.save_part(part, matcher, {"best": result.best, "history": result.history})
+    return result
+
+
+def train_whole(
+    matcher: Matcher,
+    train_split: SplitFeatures,
+    validation: SplitFeatures,
+    kb: Table,
+    config: TrainConfig,
+    context: Context,
+    *,
+    seed: int,
+    stop_epoch: int | None = None,
+) -> TrainResult:
+    """Stage two of a gated system on cached features (DSMIP eq. 18): gate and units train, the towers are not there."""
+    source = CachedSource(train_split.mentions, kb, train_split.gold_row_M, config, seed)
+    validate = _validate_on(validation, kb, context.device)
+    return train(matcher, source, config, context, validate, seed=seed, stop_epoch=stop_epoch)
+
+
+def run_features(run: Run, part: str, split: str, matcher: Matcher, device: torch.device) -> Table:
+    """Cached features of a part's encoder on a split or the kb. Only rank 0 computes them; the others wait for it."""
+    if distributed.rank() == 0:
+        run.cache.table(part, split, matcher, run.dataset, run.collator(part), device)
+    distributed.barrier()
+    return run.cache.table(part, split, matcher, run.dataset, run.collator(part), device)
+
+
+def load_whole_features(run: Run, config: ExperimentConfig, split: str, device: torch.device) -> Table:
+    """Features of all parts that the whole system of `config` needs, computed where they are not cached yet."""
+    names = run.system.feature_parts(config.system)
+    return whole_features({name: part_features(run.home(name, config), name, split, device) for name in names}, names)
+
+
+def part_features(run: Run, part: str, split: str, device: torch.device) -> Table:
+    """Cached features of a finished part, or of a gate's inputs."""
+    if part in run.part_names:
+        encoder = run.load_part(part, with_encoder=True).to(device)
+        return run.cache.table(part, split, encoder, run.dataset, run.collator(part), device)
+    gate = run.system.build_encoder(part, run.config)
+    return run.cache.table(part, split, gate, run.dataset, run.collator(part), device)
+
+
+def _validate_on(
+    validation: SplitFeatures, kb: Table, device: torch.device
+) -> Callable[[Matcher], Mapping[str, float]]:
+    """Full-KB metrics from cached features; every worker ranks against its own slice of the kb."""
+    first, stop = _slice_of(len(kb))
+
+    def validate(matcher: Matcher) -> Mapping[str, float]:
+        mentions = prepare_in_tiles(matcher, validation.mentions, "mentions", device)
+        entities = prepare_in_tiles(matcher, kb.rows(slice(first, stop)), "entities", device)
+        return rank(matcher, mentions, entities, validation.gold_row_M, device=device, first_row=first).metrics()
+
+    return validate
+
+
+def _validate_by_encoding(
+    run: Run, part: str, gold_row_M: Tensor, device: torch.device
+) -> Callable[[Matcher], Mapping[str, float]]:
+    """Full-KB metrics with towers that train: every worker encodes its own slice of the kb."""
+    collator = run.collator(part)
+    rows = range(*_slice_of(run.dataset.num_entities))
+
+    def validate(matcher: Matcher) -> Mapping[str, float]:
+        matcher.eval()
+        kb = encode_split(KB, matcher, run.dataset, collator, device, rows=rows)
+        mentions = encode_split("validation", matcher, run.dataset, collator, device)
+        prepared = prepare_in_tiles(matcher, mentions, "mentions", device)
+        entities = prepare_in_tiles(matcher, kb, "entities", device)
+        return rank(matcher, prepared, entities, gold_row_M, device=device, first_row=rows.start).metrics()
+
+    return validate
+
+
+def _slice_of(num_entities: int) -> tuple[int, int]:
+    rank_, world = distributed.rank(), distributed.world_size()
+    return num_entities * rank_ // world, num_entities * (rank_ + 1) // world

@@ -1,0 +1,178 @@
+"""A row-sliceable table of named tensors: what encoders and `prepare` return, what the feature cache holds.
+
+A column is either a dense tensor [N, ...] or a `Ragged`: a variable number of token rows per item. Slicing rows of a
+ragged column touches only its starts and lengths, so a table that is memory-mapped from a file stays on disk until a
+batch is padded, and items that share token rows (all items without a picture) store them once.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsmip.files import atomic_path
+
+Rows = slice | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """N token sequences inside one [R, d] tensor: item n owns rows starts[n] .. starts[n] + lengths[n]."""
+
+    values: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+    @staticmethod
+    def from_padded(values_NTd: Tensor, mask_NT: Tensor | None = None) -> "Ragged":
+        """Packs [N, T, d]; `mask_NT` marks the tokens to keep, which must come first in each row (None: all)."""
+        num_items, num_tokens = values_NTd.shape[:2]
+        if mask_NT is None:
+            lengths = torch.full((num_items,), num_tokens, dtype=torch.int64, device=values_NTd.device)
+            starts = torch.arange(num_items, device=values_NTd.device) * num_tokens
+            return Ragged(values_NTd.reshape(num_items * num_tokens, -1), starts, lengths)
+        lengths = mask_NT.sum(dim=1)
+        return Ragged(values_NTd[mask_NT], lengths.cumsum(0) - lengths, lengths)
+
+    def rows(self, index: Rows) -> "Ragged":
+        """The chosen items; values are shared, not copied."""
+        return Ragged(self.values, self.starts[index], self.lengths[index])
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """(values [N, T, d], zero where padded; mask [N, T] bool) with T the longest length (at least 1)."""
+        num_tokens = max(int(self.lengths.max()), 1) if len(self.lengths) else 1
+        position_T = torch.arange(num_tokens, device=self.values.device)
+        mask_NT = position_T < self.lengths[:, None]
+        index_NT = (self.starts[:, None] + position_T).where(mask_NT, 0)
+        return self.values[index_NT] * mask_NT[..., None], mask_NT
+
+    def compact(self) -> "Ragged":
+        """Copies only the token rows that are used, each once, in order of first start."""
+        unique_starts, inverse = torch.unique(self.starts, return_inverse=True)
+        length_of_unique = torch.zeros_like(unique_starts).scatter_reduce(0, inverse, self.lengths, "amax")
+        new_starts = length_of_unique.cumsum(0) - length_of_unique
+        offset = torch.repeat_interleave(unique_starts - new_starts, length_of_unique)
+        index = torch.arange(int(length_of_unique.sum()), device=self.values.device) + offset
+        return Ragged(self.values[index], new_starts[inverse], self.lengths)
+
+    def to(self, device: torch.device) -> "Ragged":
+        return Ragged(self.values.to(device), self.starts.to(device), self.lengths.to(device))
+
+
+Column = Tensor | Ragged
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns of equal number of rows. `table["name"]`, `table.rows(index)`, `len(table)`."""
+
+    columns: Mapping[str, Column]
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(c.lengths) if isinstance(c, Ragged) else len(c) for name, c in self.columns.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"columns differ in their number of rows: {sizes}")
+
+    def __len__(self) -> int:
+        for column in self.columns.values():
+            return len(column.lengths) if isinstance(column, Ragged) else len(column)
+        return 0
+
+    def dense(self, name: str) -> Tensor:
+        """A dense column; TypeError when it is ragged."""
+        column = self.columns[name]
+        if isinstance(column, Ragged):
+            raise TypeError(f"column {name} is ragged")
+        return column
+
+    def ragged(self, name: str) -> Ragged:
+        """A ragged column; TypeError when it is dense."""
+        column = self.columns[name]
+        if not isinstance(column, Ragged):
+            raise TypeError(f"column {name} is dense")
+        return column
+
+    def rows(self, index: Rows) -> "Table":
+        """The chosen rows of every column."""
+        return Table({n: c.rows(index) if isinstance(c, Ragged) else c[index] for n, c in self.columns.items()})
+
+    def take(self, index: Rows) -> "Table":
+        """The chosen rows with only the token rows they use: what to compute on or to send to a device."""
+        chosen = self.rows(index)
+        return Table({n: c.compact() if isinstance(c, Ragged) else c for n, c in chosen.columns.items()})
+
+    def to(self, device: torch.device) -> "Table":
+        return Table({n: c.to(device) for n, c in self.columns.items()})
+
+    def under(self, prefix: str) -> "Table":
+        """The columns named `prefix.*`, without the prefix."""
+        start = prefix + "."
+        return Table({n.removeprefix(start): c for n, c in self.columns.items() if n.startswith(start)})
+
+    def prefixed(self, prefix: str) -> "Table":
+        """Every column renamed to `prefix.<name>`."""
+        return Table({f"{prefix}.{n}": c for n, c in self.columns.items()})
+
+    def merged(self, other: "Table") -> "Table":
+        """Columns of both (same rows)."""
+        return Table({**self.columns, **other.columns})
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, shared token rows counted once."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, column in self.columns.items():
+            if isinstance(column, Ragged):
+                for field in ("values", "starts", "lengths"):
+                    tensors[f"{name}/{field}"] = getattr(column, field)
+            else:
+                tensors[name] = column
+        return tensors
+
+    def save(self, path: Path, metadata: Mapping[str, object] | None = None) -> None:
+        """Writes a safetensors file atomically; only used token rows are written."""
+        tensors = {n: t.detach().cpu().contiguous() for n, t in self.take(slice(None))._tensors().items()}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"table": json.dumps(dict(metadata or {}), sort_keys=True)})
+
+    @staticmethod
+    def load(path: Path) -> "Table":
+        """Opens a saved table memory-mapped: tensors stay on disk until they are read."""
+        with safe_open(path, framework="pt", device="cpu") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no __iter__)
+        names = {name.split("/")[0] for name in tensors}
+        columns: dict[str, Column] = {}
+        for name in sorted(names):
+            if name in tensors:
+                columns[name] = tensors[name]
+            else:
+                columns[name] = Ragged(*(tensors[f"{name}/{field}"] for field in ("values", "starts", "lengths")))
+        return Table(columns)
+
+
+def concatenate(tables: Sequence[Table]) -> Table:
+    """Rows of all tables one after the other; all must have the same columns."""
+    if not tables:
+        raise ValueError("no tables to concatenate")
+    columns: dict[str, Column] = {}
+    for name, first in tables[0].columns.items():
+        if not isinstance(first, Ragged):
+            columns[name] = torch.cat([t.dense(name) for t in tables])
+            continue
+        parts = [t.ragged(name) for t in tables]
+        base, starts = 0, []
+        for part in parts:
+            starts.append(part.starts + base)
+            base += len(part.values)
+        columns[name] = Ragged(
+            torch.cat([p.values for p in parts]), torch.cat(starts), torch.cat([p.lengths for p in parts])
+        )
+    return Table(columns)

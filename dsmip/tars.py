@@ -1,0 +1,146 @@
+"""WebDataset tars: samples of one key each, written reproducibly, read with suspicion.
+
+A sample is a key without dots and its fields (`json`, `jpg`, `entity.0.jpg` ...), stored next to each other as
+`<key>.<field>`. Fields are bytes here; no field is ever decoded by its name, so no pickle is loaded and no URL opened.
+"""
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dsmip.errors import UserError
+from dsmip.files import atomic_path
+
+Fields = Mapping[str, bytes]
+
+MAX_FIELD_BYTES = 1 << 26
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(rf"({_KEY.pattern})\.([a-z0-9]+(?:\.[a-z0-9]+)*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample: its position in the shard, its key, its fields."""
+
+    index: int
+    key: str
+    fields: Fields
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenShard:
+    """What a shard became: sizes, digest, and for each sample where its fields' bytes lie: field -> (offset, size)."""
+
+    samples: int
+    bytes: int
+    sha256: str
+    places: tuple[Mapping[str, tuple[int, int]], ...]
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, Fields]]) -> WrittenShard:
+    """Writes (key, fields) pairs as a tar, atomically; equal samples give equal bytes (fixed owner, mode and time)."""
+    places = []
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        writer = _HashingWriter(stream)
+        for key, fields in samples:
+            places.append(_write_sample(writer, key, fields))
+        writer.write(bytes(2 * tarfile.BLOCKSIZE))
+        writer.write(bytes(-writer.offset % tarfile.RECORDSIZE))
+    return WrittenShard(len(places), writer.offset, writer.digest.hexdigest(), tuple(places))
+
+
+def read_shard(path: Path, wanted: Callable[[int], bool] = lambda index: True) -> Iterator[Sample]:
+    """The samples of a tar whose index is `wanted`, in order; the bytes of the others are skipped over.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds anything but sample fields.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            yield from _read_samples(archive, wanted)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: the shard is missing; prepare the dataset again") from error
+    except (tarfile.TarError, _BadShard, EOFError) as error:
+        raise UserError(f"{path}: the shard is damaged ({error}); prepare the dataset again") from error
+
+
+def read_place(stream: BinaryIO, offset: int, size: int) -> bytes:
+    """The `size` bytes at `offset` of an open shard.
+
+    Raises:
+        UserError: the place is outside the file.
+    """
+    if not (offset >= 0 and 0 <= size <= MAX_FIELD_BYTES):
+        raise UserError(f"{stream.name}: no picture at {offset} + {size}; prepare the dataset again")
+    stream.seek(offset)
+    content = stream.read(size)
+    if len(content) != size:
+        raise UserError(f"{stream.name}: the shard ends before {offset + size}; prepare the dataset again")
+    return content
+
+
+def json_field(value: Any) -> bytes:
+    """A JSON field: sorted keys, UTF-8."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+
+
+class _BadShard(Exception):
+    pass
+
+
+class _HashingWriter:
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.offset, self.digest = stream, 0, hashlib.sha256()
+
+    def write(self, content: bytes) -> None:
+        self.stream.write(content)
+        self.digest.update(content)
+        self.offset += len(content)
+
+
+def _write_sample(writer: _HashingWriter, key: str, fields: Fields) -> dict[str, tuple[int, int]]:
+    places = {}
+    for field in sorted(fields):
+        name, content = f"{key}.{field}", fields[field]
+        if not (_KEY.fullmatch(key) and _NAME.fullmatch(name)):
+            raise ValueError(f"not a sample's field: key {key!r}, field {field!r}")
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(content), 0o644
+        writer.write(info.tobuf(tarfile.USTAR_FORMAT, "ascii"))
+        places[field] = (writer.offset, len(content))
+        writer.write(content)
+        writer.write(bytes(-writer.offset % tarfile.BLOCKSIZE))
+    return places
+
+
+def _read_samples(archive: tarfile.TarFile, wanted: Callable[[int], bool]) -> Iterator[Sample]:
+    index, key, fields = -1, "", dict[str, bytes]()
+    keep = False
+    for member in archive:
+        match = _NAME.fullmatch(member.name)
+        if match is None or not member.isreg() or member.issparse():
+            raise _BadShard(f"unexpected member {member.name!r}")
+        if match[1] != key:
+            if keep:
+                yield Sample(index, key, fields)
+            index, key, fields = index + 1, match[1], {}
+            keep = wanted(index)
+        if keep:
+            fields[match[2]] = _content(archive, member)
+    if keep:
+        yield Sample(index, key, fields)
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > MAX_FIELD_BYTES:
+        raise _BadShard(f"member {member.name!r} has {member.size} bytes")
+    stream = archive.extractfile(member)
+    content = stream.read() if stream else b""
+    if len(content) != member.size:
+        raise _BadShard(f"member {member.name!r} is cut short")
+    return content

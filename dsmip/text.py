@@ -1,0 +1,104 @@
+"""What the text tower reads: templates over a record's fields, and CLIP's byte-pair tokens."""
+
+from collections.abc import Sequence
+from string import Formatter
+
+import torch
+from pydantic import BaseModel, ConfigDict, field_validator
+from torch import Tensor
+
+from dsmip.encoders.architecture import resolve_architecture
+from dsmip.records import Entity, Mention
+
+
+class Template(BaseModel):
+    """How a mention and an entity become one line of text (DSMIP eq. 2).
+
+    Each is a format string that may name its record's fields only: word and sentence, name and attributes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mention: str = "{word} : {sentence}"
+    entity: str = "{name} : {attributes}"
+
+    @field_validator("mention")
+    @classmethod
+    def _check_mention(cls, value: str) -> str:
+        return _checked(value, {"word", "sentence"})
+
+    @field_validator("entity")
+    @classmethod
+    def _check_entity(cls, value: str) -> str:
+        return _checked(value, {"name", "attributes"})
+
+
+def _checked(template: str, allowed: set[str]) -> str:
+    names = "{" + "}, {".join(sorted(allowed)) + "}"
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; write braces as {{{{ and }}}}") from None
+    used = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    if not used:
+        raise ValueError(f"template {template!r} uses no field; it may use {names}")
+    for name, spec, conversion in used:
+        if name not in allowed or spec or conversion:
+            raise ValueError(f"template {template!r}: {{{name}}} is not one of {names}")
+    return template
+
+
+def mention_text(mention: Mention, template: Template) -> str:
+    """The line that stands for a mention."""
+    return template.mention.format(word=mention.word, sentence=mention.sentence)
+
+
+def entity_text(entity: Entity, template: Template) -> str:
+    """The line that stands for an entity."""
+    return template.entity.format(name=entity.name, attributes=entity.attributes)
+
+
+class Tokenizer:
+    """CLIP's byte-pair tokenizer for a backbone (the same vocabulary for all that are supported).
+
+    Args:
+        architecture: as in `Backbone.build`; only its context length and cleaning rule are used, never its weights.
+
+    Raises:
+        UserError: unknown or unsupported architecture.
+    """
+
+    def __init__(self, architecture: str) -> None:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        network = resolve_architecture(architecture)
+        options = network.config["text_cfg"].get("tokenizer_kwargs") or {}
+        self.context_length = network.context_length
+        self._bpe = SimpleTokenizer(context_length=self.context_length, **options)
+        self.vocab_size: int = self._bpe.vocab_size
+        self._start: int = self._bpe.sot_token_id
+        self._end: int = self._bpe.eot_token_id
+
+    def __call__(self, texts: Sequence[str], reserve: int = 0) -> Tensor:
+        """Token ids int64 [N, L]: start-of-text, tokens, end-of-text, zeros; L is the longest text of the batch.
+
+        A text longer than context_length - reserve is cut at its end; its last token is still end-of-text.
+
+        Args:
+            reserve: positions to leave free for prompts.
+
+        Raises:
+            ValueError: reserve leaves no room for one token between start and end.
+        """
+        limit = self.context_length - reserve
+        if reserve < 0 or limit < 3:
+            raise ValueError(f"reserve {reserve} does not fit the context length {self.context_length}")
+        rows = [[self._start, *self._encode(text)[: limit - 2], self._end] for text in texts]
+        token_ids = torch.zeros(len(rows), max(map(len, rows), default=2), dtype=torch.int64)
+        for row, ids in enumerate(rows):
+            token_ids[row, : len(ids)] = torch.tensor(ids)
+        return token_ids
+
+    def _encode(self, text: str) -> list[int]:
+        # The vocabulary's two special tokens may be written out in a text; there they mean nothing.
+        return [token for token in self._bpe.encode(text) if token < self._start]

@@ -1,0 +1,244 @@
+"""The three matching units and the norms of their inputs (MIMIC: Luo et al., KDD 2023; DSMIP eq. 14).
+
+    features --prepare_mentions / prepare_entities--> Table (all that depends on one item) --score--> [M, E]
+
+Parameter names are those of the published MIMIC state dict below `matcher.tglu`, `matcher.vdlu`, `matcher.cmfu`.
+N items, M mentions, E entities, z global text width, d unit width. Everything is float32: call it outside autocast.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from dsmip.ops import dual, matching
+from dsmip.table import Ragged, Table
+
+
+class TextNorm(nn.Module):
+    """One LayerNorm for the pooled text and one for its tokens."""
+
+    def __init__(self, global_width: int, token_width: int) -> None:
+        super().__init__()
+        self.text_cls_layernorm = nn.LayerNorm(global_width)
+        self.text_tokens_layernorm = nn.LayerNorm(token_width)
+
+    def forward(self, global_Nz: Tensor, tokens: Ragged) -> tuple[Tensor, Ragged]:
+        """Same shapes and widths as given; padding is not touched."""
+        return self.text_cls_layernorm(global_Nz), _each_row(tokens, self.text_tokens_layernorm)
+
+
+class PictureNorm(nn.Module):
+    """Maps pooled picture and picture tokens to the unit width, then one LayerNorm each."""
+
+    def __init__(self, global_width: int, token_width: int, width: int) -> None:
+        super().__init__()
+        self.image_cls_fc = nn.Linear(global_width, width)
+        self.image_tokens_fc = nn.Linear(token_width, width)
+        self.image_cls_layernorm = nn.LayerNorm(width)
+        self.image_tokens_layernorm = nn.LayerNorm(width)
+
+    def forward(self, global_Nz: Tensor, tokens: Ragged) -> tuple[Tensor, Ragged]:
+        """([N, d], ragged rows of d)."""
+        global_Nd = self.image_cls_layernorm(self.image_cls_fc(global_Nz))
+        return global_Nd, _each_row(tokens, lambda x: self.image_tokens_layernorm(self.image_tokens_fc(x)))
+
+
+class TextUnit(nn.Module):
+    """U_T, text against text. See `dsmip.ops.matching.text_unit`.
+
+    mask_padding: True attends over each item's own tokens. False reproduces the published code, which attends over
+    padding as well: the features must then hold all token places of every item, padding included.
+    """
+
+    def __init__(
+        self,
+        global_width: int,
+        token_width: int,
+        width: int,
+        *,
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        self.mask_padding = mask_padding
+        self.fc_query = nn.Linear(token_width, width)
+        self.fc_key = nn.Linear(token_width, width)
+        self.fc_value = nn.Linear(token_width, width)
+        self.fc_cls = nn.Linear(global_width, width)
+        self.layer_norm = nn.LayerNorm(width)
+
+    def prepare_mentions(self, global_Nz: Tensor, tokens: Ragged) -> Table:
+        """Columns `global` [N, z], ragged `key` and `value` (rows of d)."""
+        self._check_lengths(tokens)
+        tokens = _rows_in_use(tokens)
+        key, value = _each_row(tokens, self.fc_key), _each_row(tokens, self.fc_value)
+        return Table({"global": global_Nz, "key": key, "value": value})
+
+    def prepare_entities(self, global_Nz: Tensor, tokens: Ragged) -> Table:
+        """Columns `global` [N, z], `local` [N, d] (W_c t_e), ragged `query` (rows of d, divided by sqrt(d))."""
+        self._check_lengths(tokens)
+        scale = self.fc_query.out_features**-0.5
+        query = _each_row(tokens, lambda x: self.fc_query(x) * scale)
+        return Table({"global": global_Nz, "local": self.fc_cls(global_Nz), "query": query})
+
+    def score(self, mentions: Table, entities: Table) -> Tensor:
+        """S_T, float [M, E]."""
+        key_MTd, mask_MT = mentions.ragged("key").padded()
+        value_MTd, _ = mentions.ragged("value").padded()
+        query_ESd, mask_ES = entities.ragged("query").padded()
+        return matching.text_unit(
+            mentions.dense("global"),
+            entities.dense("global"),
+            key_MTd,
+            value_MTd,
+            mask_MT if self.mask_padding else None,
+            query_ESd,
+            mask_ES if self.mask_padding else None,
+            entities.dense("local"),
+            self.layer_norm.weight,
+            self.layer_norm.bias,
+            self.layer_norm.eps,
+        )
+
+    def _check_lengths(self, tokens: Ragged) -> None:
+        if not self.mask_padding and len(tokens.lengths) and bool((tokens.lengths != tokens.lengths[0]).any()):
+            raise ValueError("mask_padding=False needs features that hold every token place, but lengths differ")
+
+
+class DualUnit(nn.Module):
+    """One direction of U_V: the pooled picture of one side against picture tokens of the other (`dsmip.ops.dual`)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cls_fc = nn.Linear(width, width)
+        self.tokens_fc = nn.Linear(width, width)
+        self.fc = nn.Linear(width, width)
+        self.gate_fc = nn.Linear(width, 1)
+        self.add_layer_norm = nn.LayerNorm(width)
+        self.layer_norm = nn.LayerNorm(width)
+
+    def prepare_query(self, global_Nd: Tensor) -> Table:
+        """Columns `query`, `target`, `mapped` [N, d] and `scalars` [N, 7] of the query side."""
+        side = dual.query_side(self.cls_fc(global_Nd), self._weights())
+        return Table(
+            {
+                "query": side.query_Ad,
+                "target": side.target_Ad,
+                "mapped": side.mapped_Ad,
+                "scalars": side.scalars_A7,
+            }
+        )
+
+    def prepare_value(self, global_Nd: Tensor, pooled_Nd: Tensor) -> Table:
+        """Columns `value`, `key`, `mapped` [N, d] and `scalars` [N, 7]; pooled_Nd is the mean of the picture tokens."""
+        side = dual.value_side(self.tokens_fc(pooled_Nd), self.cls_fc(global_Nd), self._weights())
+        return Table(
+            {
+                "value": side.value_Bd,
+                "key": side.key_Bd,
+                "mapped": side.mapped_Bd,
+                "scalars": side.scalars_B7,
+            }
+        )
+
+    def score(self, queries: Table, values: Table) -> Tensor:
+        """Query side [A] against value side [B]: float [A, B]."""
+        a = dual.QuerySide(*(queries.dense(name) for name in ("query", "target", "mapped", "scalars")))
+        b = dual.ValueSide(*(values.dense(name) for name in ("value", "key", "mapped", "scalars")))
+        return dual.dual_unit(a, b, self._weights())
+
+    def _weights(self) -> dual.DualWeights:
+        return dual.DualWeights(
+            self.add_layer_norm.weight,
+            self.add_layer_norm.bias,
+            self.fc.weight,
+            self.fc.bias,
+            self.gate_fc.weight[0],
+            self.gate_fc.bias[0],
+            self.layer_norm.weight,
+            self.layer_norm.bias,
+            self.layer_norm.eps,
+        )
+
+
+class VisualUnit(nn.Module):
+    """U_V, picture against picture: the mean of both directions. Inputs are of unit width (`PictureNorm`)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dual_ent2men = DualUnit(width)
+        self.dual_men2ent = DualUnit(width)
+
+    def prepare_mentions(self, global_Nd: Tensor, tokens: Ragged) -> Table:
+        """Columns `ent2men.*` (value side) and `men2ent.*` (query side) of `DualUnit`."""
+        values = self.dual_ent2men.prepare_value(global_Nd, _mean_token(tokens))
+        return values.prefixed("ent2men").merged(self.dual_men2ent.prepare_query(global_Nd).prefixed("men2ent"))
+
+    def prepare_entities(self, global_Nd: Tensor, tokens: Ragged) -> Table:
+        """Columns `ent2men.*` (query side) and `men2ent.*` (value side) of `DualUnit`."""
+        values = self.dual_men2ent.prepare_value(global_Nd, _mean_token(tokens))
+        return values.prefixed("men2ent").merged(self.dual_ent2men.prepare_query(global_Nd).prefixed("ent2men"))
+
+    def score(self, mentions: Table, entities: Table) -> Tensor:
+        """S_V, float [M, E]."""
+        ent2men_EM = self.dual_ent2men.score(entities.under("ent2men"), mentions.under("ent2men"))
+        men2ent_ME = self.dual_men2ent.score(mentions.under("men2ent"), entities.under("men2ent"))
+        return (ent2men_EM.T + men2ent_ME) / 2
+
+
+class CrossUnit(nn.Module):
+    """U_C, text and picture of one side fused into one vector; the score is the dot product of two sides.
+
+    `context_layer_norm` is in the published state dict but takes no part: it is loaded and never trained.
+    """
+
+    def __init__(self, text_width: int, width: int) -> None:
+        super().__init__()
+        self.text_fc = nn.Linear(text_width, width)
+        self.image_fc = nn.Linear(width, width)
+        self.gate_fc = nn.Linear(width, 1)
+        self.gate_layer_norm = nn.LayerNorm(width)
+        self.context_layer_norm = nn.LayerNorm(width).requires_grad_(False)
+
+    def prepare_mentions(self, global_Nz: Tensor, tokens: Ragged) -> Table:
+        """Column `fused` [N, d] of pooled texts and picture tokens of unit width."""
+        return self._prepare(global_Nz, tokens)
+
+    def prepare_entities(self, global_Nz: Tensor, tokens: Ragged) -> Table:
+        """Column `fused` [N, d] of pooled texts and picture tokens of unit width."""
+        return self._prepare(global_Nz, tokens)
+
+    def score(self, mentions: Table, entities: Table) -> Tensor:
+        """S_C, float [M, E]."""
+        return mentions.dense("fused") @ entities.dense("fused").T
+
+    def _prepare(self, global_Nz: Tensor, tokens: Ragged) -> Table:
+        tokens_NPd, mask_NP = _each_row(tokens, self.image_fc).padded()
+        norm = self.gate_layer_norm
+        gate = (self.gate_fc.weight, self.gate_fc.bias)
+        fused_Nd = matching.cross_vector(
+            self.text_fc(global_Nz),
+            tokens_NPd,
+            mask_NP,
+            *gate,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+        )
+        return Table({"fused": fused_Nd})
+
+
+def _rows_in_use(tokens: Ragged) -> Ragged:
+    """The same items without the token rows that none of them uses (a slice of a large table shares all its rows)."""
+    return tokens.compact() if len(tokens.values) > int(tokens.lengths.sum()) else tokens
+
+
+def _each_row(tokens: Ragged, transform: Callable[[Tensor], Tensor]) -> Ragged:
+    """`transform` applied once to every token row in use."""
+    tokens = _rows_in_use(tokens)
+    return Ragged(transform(tokens.values), tokens.starts, tokens.lengths)
+
+
+def _mean_token(tokens: Ragged) -> Tensor:
+    """Mean of each item's token rows [N, d]."""
+    tokens_NPd, _ = tokens.padded()
+    return tokens_NPd.sum(dim=1) / tokens.lengths[:, None]

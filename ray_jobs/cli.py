@@ -1,0 +1,120 @@
+"""The command `dsmip`. Ray and torch are imported inside the commands that need them, so that help and errors are quick."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsmip.errors import UserError
+from ray_jobs import environment  # noqa: F401  (before anything imports Ray)
+from ray_jobs.failures import JobFailed
+
+app = typer.Typer(
+    name="dsmip",
+    help="Multimodal entity linking on Ray: prepare data, train experts, tune the gate, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[str, typer.Option("--config", help="A shipped configuration's name or a YAML file.")]
+DataOption = Annotated[Path, typer.Option("--data", help="Dataset directory made by 'dsmip prepare'.")]
+RunOption = Annotated[Path, typer.Option("--run", help="Run directory.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value of the configuration; may be repeated.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own log.")]
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="Release folder; for demo: a seed, or a YAML of the generator.")],
+    out: Annotated[Path, typer.Argument(help="Dataset directory to make.")],
+    format: Annotated[str, typer.Option("--format", help="Layout of the source: mimic or demo.")] = "mimic",
+    name: Annotated[str | None, typer.Option(help="Name of the data set (default: the folder's).")] = None,
+    image_size: Annotated[int, typer.Option(min=16, help="Longest shorter side of stored pictures (mimic).")] = 224,
+    seed: Annotated[int, typer.Option(min=0, help="Orders the training mentions (mimic).")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that build shards.")] = 1,
+) -> None:
+    """Makes a dataset directory from a raw release."""
+    from ray_jobs import prepare as job
+
+    if format not in ("mimic", "demo"):
+        raise UserError(f"--format {format} is unknown; known: mimic, demo")
+    if format == "demo":
+        manifest = job.prepare_demo(job.demo_config(source), out, name=name, workers=workers, progress=_print_progress)
+    else:
+        manifest = job.prepare_mimic(
+            Path(source), out, name=name, image_size=image_size, seed=seed, workers=workers, progress=_print_progress
+        )
+    mentions = ", ".join(f"{split} {counts.mentions}" for split, counts in manifest.splits.items())
+    touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
+    counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())
+    print(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {out / 'rejects.jsonl'})")
+
+
+@app.command()
+def pretrain(
+    config: ConfigOption,
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="Weights file to write (.safetensors).")],
+    set: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Trains the backbone on the knowledge base's own picture-text pairs."""
+    from ray_jobs.settings import job_config
+
+    settings = job_config(config, set or [])
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out} must end in .safetensors")
+    from dsmip.shards import Dataset
+    from ray_jobs.pretrain import pretrain_backbone
+    from ray_jobs.progress import Display
+
+    pretrain_backbone(settings, Dataset.open(data), out, Display(), verbose=verbose)
+
+
+@app.command()
+def train(
+    config: ConfigOption, data: DataOption, run: RunOption, set: SetOption = None, verbose: VerboseOption = False
+) -> None:
+    """Stage one: trains all parts of the system at once. Run again, it resumes."""
+    from ray_jobs.settings import job_config
+
+    settings = job_config(config, set or [])
+    from dsmip.shards import Dataset
+    from ray_jobs.progress import Display
+    from ray_jobs.train_experts import train_experts
+
+    train_experts(settings, Dataset.open(data), run, Display(), verbose=verbose)
+
+
+def _print_progress(part: str, done: int, total: int) -> None:
+    if done == total:
+        print(f"  {part}: {total}", flush=True)
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends with one line on stderr and exit code 2."""
+    with _exit_codes():
+        app()
+
+
+def run_script(command: str) -> None:
+    """Entry point of a job file started as a script: `python ray_jobs/<job>.py <options of the command>`."""
+    with _exit_codes():
+        app([command, *sys.argv[1:]])
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except JobFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,44 @@
+"""Ray's environment variables and the connection to a cluster. Import this before anything imports Ray."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# What Ray should do unless the user said otherwise. Ray hands these on to its workers.
+_VARIABLES = {
+    "RAY_AUTH_MODE": "disabled",  # unset, Ray writes a token file and later connections fail obscurely
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` makes Ray upload the folder and build another venv
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Train reports at most about once per interval
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a worker comes twice
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+for _name, _value in _VARIABLES.items():
+    os.environ.setdefault(_name, _value)
+
+_OBJECT_STORE_BYTES = 200 << 20  # of a local cluster: tables are shared as files, not as objects
+
+
+@contextmanager
+def connected(*, verbose: bool = False) -> Iterator[None]:
+    """Joins the cluster of RAY_ADDRESS (set inside `ray job submit`), or starts a local one and stops it afterwards.
+
+    A cluster that this process is connected to already is used as it is. `verbose` shows Ray's own log.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+    if not verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()

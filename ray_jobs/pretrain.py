@@ -1,0 +1,106 @@
+"""The job `dsmip pretrain`: contrastive training of the backbone on the kb's own pairs, as one Ray Train run."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.environment import connected
+
+# isort: split
+from dsmip import distributed
+from dsmip.config import ExperimentConfig
+from dsmip.encoders.clip import Backbone
+from dsmip.errors import UserError
+from dsmip.files import write_json
+from dsmip.models import find_system
+from dsmip.pretraining import PairSource, pretrain
+from dsmip.shards import Dataset
+from dsmip.text import Tokenizer
+from ray_jobs.context import RayContext
+from ray_jobs.progress import Display
+from ray_jobs.settings import read_config
+from ray_jobs.trainings import Training, run_trainings
+
+
+def pretrain_backbone(
+    config: ExperimentConfig, dataset: Dataset, out: Path, display: Display, *, verbose: bool = False
+) -> dict[str, Any]:
+    """Trains and writes `out` (safetensors) and beside it `<out>.json` with settings and history, which is returned.
+
+    Run again it resumes; a finished file of the same settings and data is kept. Raises UserError when `out` holds
+    something else, JobFailed when the training failed.
+    """
+    out = out.resolve()
+    stamp = _stamp(config, dataset)
+    if report := _finished(out, stamp):
+        display.say(f"{out} is finished already")
+        return report
+    started = time.monotonic()
+    work = out.with_name(f".{out.name}.{stamp['sha256'][:12]}")
+    training = Training(
+        name="backbone",
+        loop=_loop,
+        settings={"config": config.to_yaml(), "data": str(dataset.folder.resolve()), "out": str(out), "stamp": stamp},
+        num_epochs=config.pretrain.epochs,
+        storage=work,
+        workers=config.pretrain.workers,
+        resources=config.pretrain.resources,
+    )
+    with connected(verbose=verbose):
+        run_trainings([training], display)
+    shutil.rmtree(work, ignore_errors=True)
+    report = _finished(out, stamp)
+    display.say(f"{out}: {config.pretrain.epochs} epochs in {time.monotonic() - started:.0f} s")
+    return report or {}
+
+
+def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
+    config = read_config(settings["config"])
+    dataset = Dataset.open(Path(settings["data"]))
+    backbone = Backbone.build(config.backbone.architecture, config.backbone.pretrained, seed=config.seed)
+    section = config.system
+    system = find_system(config.model)
+    template = system.text_format(section, system.part_names(section)[0]).template
+    tokenizer = Tokenizer(config.backbone.architecture)
+    pairs = PairSource(dataset, tokenizer, template, backbone.image_size, config.pretrain, config.seed)
+    history = pretrain(backbone, pairs, config.pretrain, context, seed=config.seed)
+    if distributed.rank() == 0:
+        out = Path(settings["out"])
+        backbone.save_weights(out)
+        write_json(_report_path(out), {**settings["stamp"], "history": history})
+
+
+def _stamp(config: ExperimentConfig, dataset: Dataset) -> dict[str, Any]:
+    """What the weights depend on, and its hash."""
+    settings = config.model_dump(mode="json", include={"model", "backbone", "pretrain", "seed"})
+    settings["pretrain"].pop("resources")
+    depends_on = {"settings": settings, "data": dataset.manifest_hash}
+    text = json.dumps(depends_on, sort_keys=True)
+    return {**depends_on, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _finished(out: Path, stamp: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report of a finished `out` of this stamp, None when there is nothing; UserError for something else."""
+    path = _report_path(out)
+    if not path.is_file():
+        if out.exists():
+            raise UserError(f"{out} exists and was not made by 'dsmip pretrain'; name another --out")
+        return None
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if report.get("sha256") != stamp["sha256"]:
+        raise UserError(f"{out} was made from other settings or data; name another --out or delete it")
+    return report
+
+
+def _report_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.json")
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import run_script
+
+    run_script("pretrain")

@@ -1,0 +1,79 @@
+"""The job `dsmip train` (stage one): every part of a system at once, each a Ray Train run of its own."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.environment import connected
+
+# isort: split
+from dsmip.config import ExperimentConfig
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+from dsmip.stages import train_part
+from ray_jobs.context import RayContext
+from ray_jobs.progress import Display
+from ray_jobs.settings import read_config
+from ray_jobs.trainings import Training, run_trainings
+
+
+def train_experts(
+    config: ExperimentConfig, dataset: Dataset, folder: Path, display: Display, *, verbose: bool = False
+) -> Run:
+    """Trains all parts that are not finished yet into the run `folder`; run again it resumes.
+
+    Raises UserError (the folder belongs to something else, or the cluster can never run a part) and JobFailed
+    after all other parts have ended.
+    """
+    run = Run.create(folder.resolve(), config, dataset)
+    train_parts(run, [(run, part) for part in run.part_names], display, verbose=verbose)
+    return run
+
+
+def train_parts(root: Run, parts: Sequence[tuple[Run, str]], display: Display, *, verbose: bool = False) -> None:
+    """Trains the unfinished ones of `parts`: pairs of a home (`root` itself or a variant below it) and a part's name."""
+    trainings = []
+    for home, part in parts:
+        if home.is_finished(part):
+            display.say(f"  {part}: finished already, {_figures(home, part)}")
+        else:
+            trainings.append(_training(root, home, part))
+    if not trainings:
+        return
+    started = time.monotonic()
+    with connected(verbose=verbose):
+        run_trainings(trainings, display)
+    for home, part in parts:
+        display.say(f"  {part}: {_figures(home, part)}")
+    display.say(f"  trained in {time.monotonic() - started:.0f} s; run: {root.folder}")
+
+
+def _training(root: Run, home: Run, part: str) -> Training:
+    plan = home.config.part(part)
+    return Training(
+        name=part if home.folder == root.folder else f"{part}-{home.folder.name}",
+        loop=_loop,
+        settings={"root": str(root.folder), "config": home.config.to_yaml(), "part": part},
+        num_epochs=home.config.train_of(part).epochs,
+        storage=home.folder / "ray",
+        workers=plan.workers,
+        resources=plan.resources,
+    )
+
+
+def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
+    root = Run.open(Path(settings["root"]))
+    home = root.home(settings["part"], read_config(settings["config"]))
+    train_part(home, settings["part"], context)
+
+
+def _figures(home: Run, part: str) -> str:
+    best = home.part_report(part)["best"]
+    return f"validation hits@1 {best['hits@1']:.3f}, MRR {best['mrr']:.3f} after epoch {int(best['epoch']) + 1}"
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import run_script
+
+    run_script("train")

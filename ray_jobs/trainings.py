@@ -1,0 +1,159 @@
+"""Ray Train runs side by side: each in a task of its own, failures kept apart, progress shown while they run."""
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray_jobs import environment  # noqa: F401  (first: Ray reads its variables when it is imported)
+
+# isort: split
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchTrainer
+
+from dsmip.config import Resources
+from dsmip.errors import UserError
+from ray_jobs.context import RayContext
+from ray_jobs.failures import JobFailed
+from ray_jobs.progress import Display, EventQueue
+from ray_jobs.resources import Request, check_feasible, describe_wait
+
+_LOST_WORKERS = 2  # how many times a training restarts from its checkpoint after a worker was lost
+_LOOK_SECONDS = 0.3
+_WAIT_LINE_SECONDS = 30.0
+
+Loop = Callable[[RayContext, Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One Ray Train run. `loop` is called in every worker with its context and `settings`.
+
+    The same name and storage again resumes the run.
+    """
+
+    name: str
+    loop: Loop
+    settings: Mapping[str, Any]
+    num_epochs: int
+    storage: Path
+    workers: int = 1
+    resources: Resources = field(default_factory=Resources)
+
+    @property
+    def request(self) -> Request:
+        return Request(self.name, self.workers, self.resources.cpu, self.resources.gpu)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a training failed: `message` in one line; `user_error` when a user can mend it; `trace` for the log."""
+
+    message: str
+    user_error: bool = False
+    trace: str = ""
+
+
+def run_trainings(trainings: Sequence[Training], display: Display) -> None:
+    """Runs all trainings at once (they queue where resources are short) and waits for every one of them.
+
+    Raises UserError when the cluster can never run one, JobFailed after the last has ended if some failed.
+    """
+    check_feasible([training.request for training in trainings])
+    events = EventQueue.remote()
+    running = {_fit.remote(training, events): training for training in trainings}
+    failures: dict[str, Failure] = {}
+    next_line = time.monotonic() + _WAIT_LINE_SECONDS
+    with display:
+        while running:
+            finished, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
+            for event in ray.get(events.drain.remote()):
+                display.show(event)
+            for task in finished:
+                training = running.pop(task)
+                if failure := _outcome(task):
+                    failures[training.name] = failure
+                    display.say(f"  {training.name}: failed: {failure.message}")
+            if time.monotonic() >= next_line:
+                next_line += _WAIT_LINE_SECONDS
+                waiting = [t.request for t in running.values() if t.name not in display.started]
+                if waiting:
+                    display.say(f"  {describe_wait(waiting)}")
+    if failures:
+        exit_code = 2 if all(failure.user_error for failure in failures.values()) else 1
+        raise JobFailed(f"failed: {', '.join(failures)}; run the same command again to resume", exit_code)
+
+
+def _outcome(task: Any) -> Failure | None:
+    try:
+        failure: Failure | None = ray.get(task)
+    except ray.exceptions.RayError as error:
+        return Failure(_last_line(str(error)), trace=str(error))
+    return failure
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _fit(training: Training, events: Any) -> Failure | None:
+    asked = {"CPU": training.resources.cpu, "GPU": training.resources.gpu}
+    trainer = TorchTrainer(
+        _guarded_loop,
+        train_loop_config={"training": training, "events": events},
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=training.resources.gpu > 0,
+            resources_per_worker={name: amount for name, amount in asked.items() if amount} or {"CPU": 0.01},
+        ),
+        run_config=RunConfig(
+            name=training.name,
+            storage_path=str(training.storage),
+            failure_config=FailureConfig(max_failures=_LOST_WORKERS),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        failure: Failure | None = trainer.fit().return_value
+    except WorkerGroupError as error:
+        return _worst(list(error.worker_failures.values())) or Failure(_last_line(str(error)), trace=str(error))
+    return failure
+
+
+def _guarded_loop(config: dict[str, Any]) -> Failure | None:
+    """The training's loop. A lone worker returns its failure: it would fail again, so Ray must not restart it.
+
+    With several workers the error is raised, because the others may wait for this one in a collective.
+    """
+    training: Training = config["training"]
+    try:
+        with RayContext(training.name, training.num_epochs, config["events"]) as context:
+            training.loop(context, training.settings)
+    except Exception as error:
+        if training.workers > 1:
+            raise
+        return _failure(error)
+    return None
+
+
+def _failure(error: BaseException) -> Failure:
+    if isinstance(error, UserError):
+        return Failure(str(error), user_error=True)
+    lines = "".join(traceback.format_exception(error))
+    return Failure(_last_line(lines), trace=lines)
+
+
+def _worst(errors: Sequence[BaseException]) -> Failure | None:
+    """A user's mistake if there is one, else the first error that is not just another worker's loss."""
+    failures = [_failure(_cause(error)) for error in errors]
+    return next((f for f in failures if f.user_error), failures[0] if failures else None)
+
+
+def _cause(error: BaseException) -> BaseException:
+    inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
+    return inner if isinstance(inner, UserError) else error
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

@@ -1,0 +1,301 @@
+"""The towers against plain open_clip, the prompts' places, and what a user is told when a backbone does not load."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsmip.encoders.architecture import SHIPPED, resolve_architecture
+from dsmip.encoders.clip import Backbone, text_mask
+from dsmip.encoders.prompts import InteractivePrompts
+from dsmip.errors import UserError
+
+START, END = 49406, 49407
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone.build("tiny", None, seed=3)
+
+
+@pytest.fixture(scope="module")
+def token_ids() -> torch.Tensor:
+    ids = torch.zeros(3, 77, dtype=torch.int64)
+    for row, length in enumerate((4, 77, 12)):
+        ids[row, :length] = torch.randint(1, 49000, (length,), generator=torch.Generator().manual_seed(row))
+        ids[row, 0], ids[row, length - 1] = START, END
+    return ids
+
+
+@pytest.fixture(scope="module")
+def pixels(backbone: Backbone) -> torch.Tensor:
+    pictures = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return backbone.normalise(pictures, torch.tensor([True, True, False]))
+
+
+def small_config(**changes: object) -> dict:
+    config = json.loads((SHIPPED / "tiny.json").read_text())
+    config["vision_cfg"] |= {"layers": 2, "width": 64}
+    config["text_cfg"] |= {"layers": 2, "width": 32, "heads": 2}
+    return config | changes
+
+
+def write_config(folder: Path, **changes: object) -> str:
+    path = folder / "small.json"
+    path.write_text(json.dumps(small_config(**changes)))
+    return str(path)
+
+
+def test_tiny_has_few_million_parameters(backbone: Backbone) -> None:
+    assert sum(p.numel() for p in backbone.parameters()) == 8_245_057
+    assert (backbone.text_width, backbone.vision_width, backbone.embed_width) == (128, 160, 128)
+    assert (backbone.text_layers, backbone.vision_layers) == (3, 4)
+    assert (backbone.context_length, backbone.image_size, backbone.num_patches) == (77, 64, 64)
+    assert not backbone.training
+    assert not any(p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+@pytest.mark.parametrize(("num_prompts", "depth"), [(None, None), (0, 2), (2, 0)])
+def test_without_prompts_equals_open_clip_to_the_last_bit(
+    tmp_path: Path, token_ids: torch.Tensor, pixels: torch.Tensor, custom_text: bool, num_prompts: int, depth: int
+) -> None:
+    backbone = Backbone.build(write_config(tmp_path, custom_text=custom_text), None)
+    prompts = None
+    if num_prompts is not None:
+        prompts = InteractivePrompts(num_prompts, depth, backbone.text_width, backbone.vision_width)
+        assert sum(p.numel() for p in prompts.parameters()) == 0
+    for training in (False, True):
+        backbone.clip.train(training)
+        texts, pictures = backbone.encode_text(token_ids, prompts), backbone.encode_image(pixels, prompts)
+        assert torch.equal(texts.pooled, backbone.clip.encode_text(token_ids))
+        assert torch.equal(pictures.pooled, backbone.clip.encode_image(pixels))
+    assert texts.tokens.shape == (3, 77, 32)
+    assert texts.mask.sum(dim=1).tolist() == [4, 77, 12]
+    assert pictures.tokens.shape == (3, 65, 64)
+    assert pictures.mask.all()
+
+
+def test_text_tokens_are_normed_and_picture_tokens_are_not(
+    backbone: Backbone, token_ids: torch.Tensor, pixels: torch.Tensor
+) -> None:
+    texts, pictures = backbone.encode_text(token_ids), backbone.encode_image(pixels)
+    end = texts.tokens[torch.arange(3), token_ids.argmax(dim=1)]
+    torch.testing.assert_close(end @ backbone.clip.text_projection, texts.pooled)
+    class_token = backbone.clip.visual.ln_post(pictures.tokens[:, 0])
+    torch.testing.assert_close(class_token @ backbone.clip.visual.proj, pictures.pooled)
+
+
+def test_trimmed_texts_give_the_same_features(backbone: Backbone, token_ids: torch.Tensor) -> None:
+    rows = token_ids[[0, 2]]
+    full, trimmed = backbone.encode_text(rows), backbone.encode_text(rows[:, :12])
+    torch.testing.assert_close(trimmed.pooled, full.pooled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trimmed.tokens, full.tokens[:, :12], rtol=1e-5, atol=1e-5)
+
+
+def test_random_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, same, other = (Backbone.build(path, None, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not torch.equal(one["clip.text_projection"], other["clip.text_projection"])
+
+
+def test_half_precision_towers_return_float32(
+    backbone: Backbone, token_ids: torch.Tensor, pixels: torch.Tensor
+) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        features = [backbone.encode_text(token_ids), backbone.encode_image(pixels)]
+    for feature in features:
+        assert feature.pooled.dtype == feature.tokens.dtype == torch.float32
+
+
+def test_missing_pictures_are_zero_after_normalisation(backbone: Backbone) -> None:
+    pictures = torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)
+    pixels = backbone.normalise(pictures, torch.tensor([True, False]))
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    torch.testing.assert_close(pixels[0, :, 0, 0], (1 - mean) / std)
+    assert pixels.dtype == torch.float32
+    assert not pixels[1].any()
+    with pytest.raises(ValueError, match="64"):
+        backbone.normalise(pictures[..., :32, :32], torch.tensor([True, False]))
+
+
+def test_token_embedding_mean_ignores_padding(backbone: Backbone, token_ids: torch.Tensor) -> None:
+    table = backbone.clip.token_embedding.weight
+    # Token 0 is also a word ("!"): inside the text it counts.
+    ids = token_ids.clone()
+    ids[0, 1] = 0
+    expected = torch.stack([table[row[: row.tolist().index(END) + 1]].mean(dim=0) for row in ids])
+    torch.testing.assert_close(backbone.token_embedding_mean(ids), expected)
+
+
+def test_text_mask_reaches_to_end_of_text() -> None:
+    ids = torch.tensor([[START, 0, END, 0, 0], [START, 5, 6, 7, END]])
+    assert text_mask(ids).tolist() == [[True, True, True, False, False], [True] * 5]
+
+
+def trainable(backbone: Backbone) -> set[str]:
+    return {name.removeprefix("clip.") for name, p in backbone.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_tune_sets_what_trains(tmp_path: Path, custom_text: bool) -> None:
+    backbone = Backbone.build(write_config(tmp_path, custom_text=custom_text), None)
+    text = "text." if custom_text else ""
+    backbone.tune("projection")
+    assert trainable(backbone) == {f"{text}text_projection", "visual.proj"}
+    backbone.tune("full")
+    every = {name.removeprefix("clip.") for name, _ in backbone.named_parameters()}
+    assert trainable(backbone) == every - {"logit_scale"}
+    backbone.tune("full", ("vision",))
+    assert trainable(backbone) == {name for name in every if name.startswith("visual.")}
+    backbone.tune("frozen")
+    assert trainable(backbone) == set()
+
+
+def test_vit_b_32_sizes_without_building_it() -> None:
+    backbone = Backbone.build("ViT-B-32", None, device="meta")
+    assert sum(p.numel() for p in backbone.parameters()) == 151_277_313
+    features = backbone.encode_text(torch.zeros(2, 10, dtype=torch.int64, device="meta"))
+    assert (features.pooled.shape, features.tokens.shape) == ((2, 512), (2, 10, 512))
+
+
+def test_saved_weights_load_again(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    first = Backbone.build(path, None, seed=1)
+    first.save_weights(tmp_path / "weights.safetensors")
+    state = load_file(tmp_path / "weights.safetensors")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, tmp_path / "w.pt")
+    for name in ("weights.safetensors", "w.pt"):
+        again = Backbone.build(path, str(tmp_path / name), seed=2)
+        assert all(torch.equal(value, again.state_dict()[key]) for key, value in first.state_dict().items())
+
+
+def test_weights_of_the_plain_layout_load_into_custom_text(tmp_path: Path) -> None:
+    plain = Backbone.build(write_config(tmp_path), None, seed=1)
+    plain.save_weights(tmp_path / "weights.safetensors")
+    custom = Backbone.build(write_config(tmp_path, custom_text=True), str(tmp_path / "weights.safetensors"))
+    assert torch.equal(custom.clip.text.text_projection, plain.clip.text_projection)
+
+
+def test_local_open_clip_config_brings_its_pixel_statistics(tmp_path: Path) -> None:
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps({"model_cfg": small_config(), "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}))
+    backbone = Backbone.build(str(path), None)
+    pictures = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    assert torch.equal(backbone.normalise(pictures, torch.tensor([True])), torch.full((1, 3, 64, 64), 2.0))
+
+
+def without_text(key: str, value: object) -> dict:
+    config = small_config()
+    config["text_cfg"][key] = value
+    return {"text_cfg": config["text_cfg"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_confg": {}}, "unknown key vision_confg; did you mean vision_cfg"),
+        (without_text("widht", 3), "unknown key text_cfg.widht; did you mean text_cfg.width"),
+        (without_text("pool_type", "last"), "text_cfg.pool_type = 'last' is not supported"),
+        (without_text("heads", 5), "cannot be built"),
+        ({"embed_dim": None}, "embed_dim"),
+    ],
+)
+def test_wrong_configurations_are_named(tmp_path: Path, changes: dict, message: str) -> None:
+    path = write_config(tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        Backbone.build(path, None)
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["RN50", "roberta-ViT-B-32", "ViT-B-16-SigLIP", "coca_ViT-B-32", "ViT-L-14-CLIPA"])
+def test_unsupported_towers_say_what_is_supported(name: str) -> None:
+    with pytest.raises(UserError, match="supported are open_clip's own VisionTransformer"):
+        resolve_architecture(name)
+
+
+def test_unknown_architecture_lists_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown backbone architecture 'vit-b32'.*ViT-B-32"):
+        resolve_architecture("vit-b32")
+
+
+def test_broken_json_names_line_and_column(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text('{\n "embed_dim": 3,,\n}')
+    with pytest.raises(UserError, match=r"bad\.json is not JSON.*line 2, column 17"):
+        resolve_architecture(str(tmp_path / "bad.json"))
+    with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
+        resolve_architecture("nowhere.json")
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    Backbone.build(path, None).save_weights(tmp_path / "good.safetensors")
+    state = load_file(tmp_path / "good.safetensors")
+    save_file({**state, "ln_final.bias": torch.zeros(7)}, tmp_path / "shape.safetensors")
+    state.pop("ln_final.weight")
+    save_file({**state, "surplus": torch.zeros(1)}, tmp_path / "keys.safetensors")
+    with pytest.raises(UserError, match=r"ln_final\.bias has shape \(7,\), the network \(32,\)"):
+        Backbone.build(path, str(tmp_path / "shape.safetensors"))
+    with pytest.raises(UserError, match=r"ln_final\.weight is missing; surplus is not part"):
+        Backbone.build(path, str(tmp_path / "keys.safetensors"))
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("exploded"),)
+
+
+def test_weights_with_code_are_refused_unexecuted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Bomb()}, "bomb.pt")
+    Path("plain.pt").write_bytes(pickle.dumps(Bomb()))
+    Path("broken.safetensors").write_bytes(b"not tensors")
+    for name in ("bomb.pt", "plain.pt", "broken.safetensors"):
+        with pytest.raises(UserError, match=f"weights file {name}"):
+            Backbone.build(write_config(tmp_path), name)
+    assert not Path("exploded").exists()
+
+
+def test_unknown_weights_list_the_tags(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'opnai' of ViT-B-32.*known tags: .*laion2b"):
+        Backbone.build("ViT-B-32", "opnai", device="meta")
+    with pytest.raises(UserError, match="it has no weights by tag"):
+        Backbone.build("tiny", "openai")
+    with pytest.raises(UserError, match=r"weights file gone\.safetensors does not exist"):
+        Backbone.build("tiny", "gone.safetensors")
+
+
+def test_activation_of_the_weights_must_be_the_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fetched(model_id: str, filename: str = "open_clip_model.safetensors") -> str:
+        assert filename == "open_clip_config.json", "weights fetched before the check"
+        (tmp_path / filename).write_text(json.dumps({"model_cfg": {"quick_gelu": model_id == "owner/model"}}))
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda config: pytest.fail("fetched"))
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_hf", fetched)
+    for pretrained in ("openai", "hf-hub:owner/model"):
+        with pytest.raises(UserError, match=r"trained with QuickGELU.*use architecture ViT-B-32-quickgelu"):
+            Backbone.build("ViT-B-32", pretrained, device="meta")
+    with pytest.raises(UserError, match=r"trained without QuickGELU.*use architecture ViT-L-14$"):
+        Backbone.build("ViT-L-14-quickgelu", "hf-hub:other/model", device="meta")
+    with pytest.raises(UserError, match='set "quick_gelu": true in it'):
+        Backbone.build("tiny", "hf-hub:owner/model")
+
+
+@pytest.mark.parametrize("pretrained", ["laion2b_s34b_b79k", "hf-hub:owner/model"])
+def test_no_internet_points_to_local_files(monkeypatch: pytest.MonkeyPatch, pretrained: str) -> None:
+    def offline(*_: object, **__: object) -> str:
+        raise FileNotFoundError("Failed to download file\nmore detail")
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", offline)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_hf", offline)
+    with pytest.raises(UserError, match=r"could not be downloaded.*local \.safetensors") as caught:
+        Backbone.build("ViT-B-32", pretrained, device="meta")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,101 @@
+"""Decoding, fitting against open_clip's own preprocessing, and batches with missing pictures."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from dsmip import pictures
+from dsmip.pictures import UnreadablePicture, collate, decode, fit
+from dsmip.text import Tokenizer
+
+
+def smooth_picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(width * 1000 + height)
+    small = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")])
+def test_every_mode_becomes_rgb(mode: str, kind: str) -> None:
+    data = encoded(smooth_picture(30, 20, mode), kind)
+    picture = decode(data)
+    assert picture.dtype == torch.uint8
+    assert picture.shape == (3, 20, 30)
+    assert np.array_equal(picture.permute(1, 2, 0).numpy(), np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_transparent_becomes_white() -> None:
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    image.putpixel((1, 2), (10, 20, 30, 255))
+    picture = decode(encoded(image, "PNG"))
+    assert picture[:, 2, 1].tolist() == [10, 20, 30]
+    assert picture[:, 0, 0].tolist() == [255, 255, 255]
+
+
+def test_unreadable_pictures() -> None:
+    data = encoded(smooth_picture(80, 60))
+    for broken in (b"", b"not a picture", data[: len(data) // 2], data[:20]):
+        with pytest.raises(UnreadablePicture):
+            decode(broken)
+
+
+def test_huge_pictures_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 100)
+    assert decode(encoded(Image.new("RGB", (10, 10)))).shape == (3, 10, 10)
+    # Cut after the header: only a decoder would notice that the pixels are missing.
+    with pytest.raises(UnreadablePicture, match="11 x 10 pixels are above the limit of 100"):
+        decode(encoded(Image.new("RGB", (11, 10)), "PNG")[:44])
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(90, 64), (64, 91), (300, 200), (123, 457), (40, 50), (64, 64), (150, 100)]
+)
+def test_fit_is_clips_preprocessing(width: int, height: int) -> None:
+    image = smooth_picture(width, height)
+    transform = image_transform_v2(PreprocessCfg(size=64, mean=(0, 0, 0), std=(1, 1, 1)), is_train=False)
+    expected = (transform(image) * 255).round()
+    fitted = fit(decode(encoded(image, "PNG")), 64)
+    assert fitted.dtype == torch.uint8
+    assert fitted.shape == (3, 64, 64)
+    difference = (fitted.float() - expected).abs()
+    # Pillow and torch round differently; a picture cut to its centre first may shift by a part of a pixel.
+    assert difference.max() <= (1 if max(width, height) < 3 * min(width, height) else 20)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 4000), (4000, 1), (3, 2000), (5000, 64)])
+def test_extreme_shapes_fit(width: int, height: int) -> None:
+    picture = torch.full((3, height, width), 77, dtype=torch.uint8)
+    assert torch.equal(fit(picture, 32), torch.full((3, 32, 32), 77, dtype=torch.uint8))
+
+
+def test_extreme_shapes_show_their_centre() -> None:
+    picture = torch.zeros(3, 10, 1000, dtype=torch.uint8)
+    picture[:, :, 480:520] = 200
+    assert (fit(picture, 32) == 200).all()
+
+
+def test_collate() -> None:
+    tokenizer = Tokenizer("tiny")
+    image = encoded(smooth_picture(90, 70))
+    batch = collate(["one", "a longer text"], [None, image], tokenizer, 64)
+    assert len(batch) == 2
+    assert batch.has_image.tolist() == [False, True]
+    assert torch.equal(batch.token_ids, tokenizer(["one", "a longer text"]))
+    assert not batch.pictures[0].any()
+    assert torch.equal(batch.pictures[1], fit(decode(image), 64))
+    assert collate(["word " * 99], [None], tokenizer, 64, reserve=2).token_ids.shape == (1, 75)
+    assert collate([], [], tokenizer, 64).pictures.shape == (0, 3, 64, 64)
+    with pytest.raises(ValueError, match="1 texts but 2 images"):
+        collate(["one"], [None, None], tokenizer, 64)
+    with pytest.raises(UnreadablePicture):
+        collate(["one"], [b"broken"], tokenizer, 64)
