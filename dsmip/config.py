@@ -5,6 +5,7 @@ the way from a YAML and `--set key=value` to a validated object. No path is look
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,6 +18,20 @@ from pydantic_core import ErrorDetails
 from dsmip.errors import UserError
 
 Scalar = str | int | float | bool | None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 5e-4 is a number (YAML 1.1 wants a dot, and reads text)."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes for `_Loader`: text that it would take for a number is quoted."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 class Frozen(BaseModel):
@@ -62,7 +77,8 @@ class TrainConfig(Frozen):
 
     extra_negatives: random entities of the kb added to each batch's columns. self_mentions: random entities of the kb
     that a batch also links to themselves, their text and picture changed by `self_augment` (towers that train only:
-    with few mentions this teaches the whole kb's words and looks).
+    with few mentions this teaches the whole kb's words and looks). validate_every, patience: epochs; the last epoch is
+    always validated.
     """
 
     epochs: int = Field(20, ge=1)
@@ -78,6 +94,7 @@ class TrainConfig(Frozen):
     negatives: Literal["gathered", "local"] = "gathered"
     extra_negatives: int = Field(0, ge=0)
     self_mentions: int = Field(0, ge=0)
+    validate_every: int = Field(1, ge=1)
     patience: int | None = Field(None, ge=1)
     augment: AugmentConfig = AugmentConfig()
     self_augment: AugmentConfig = AugmentConfig(drop_tokens=0.6)
@@ -99,9 +116,9 @@ class PartConfig(Frozen):
 
 
 class Choice(Frozen):
-    """A search dimension: a list of values, or a range to draw from."""
+    """A search dimension: a list of values (a value may be a list of names), or a range to draw from."""
 
-    values: tuple[Scalar, ...] | None = None
+    values: tuple[Scalar | tuple[str, ...], ...] | None = Field(None, min_length=1)
     uniform: tuple[float, float] | None = None
     loguniform: tuple[float, float] | None = None
 
@@ -176,7 +193,7 @@ class ExperimentConfig(Frozen):
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML text that `load_config` reads back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return str(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False))
 
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -209,13 +226,16 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> ExperimentC
     if name_or_path in shipped_configs():
         text = (resources.files("dsmip") / "configs" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"config {name_or_path} cannot be read as text: {error}") from error
     else:
         raise UserError(
             f"config '{name_or_path}' is neither a file nor a shipped name; shipped: {', '.join(shipped_configs())}"
         )
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"config {name_or_path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -257,15 +277,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not key:
         raise UserError(f"--set takes key=value (for example train.epochs=5), got '{text}'")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"--set {text}: the value is not valid YAML") from error
-    # YAML 1.1 reads 5e-4 as text; a number is what the user means.
-    if isinstance(parsed, str):
-        try:
-            parsed = float(parsed)
-        except ValueError:
-            pass
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return dict(parsed)

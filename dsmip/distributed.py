@@ -69,7 +69,7 @@ def gather_rows(tensor: Tensor) -> Tensor:
     """Rows of all workers in rank order [sum N, ...]; differentiable; the numbers of rows may differ."""
     if world_size() == 1:
         return tensor
-    counts = _gather_ints(len(tensor), tensor.device)
+    counts = gather_ints(len(tensor), tensor.device)
     largest = max(counts)
     padding = tensor.new_zeros((largest - len(tensor), *tensor.shape[1:]))
     padded = torch.cat([tensor, padding])
@@ -84,13 +84,21 @@ def _gather_plain(padded: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _gather_ints(value: int, device: torch.device) -> list[int]:
+def gather_ints(value: int, device: torch.device) -> list[int]:
+    """Every worker's number, in rank order."""
     mine = torch.tensor([value], device=device)
     return [int(v) for v in _gather_plain(mine)]
 
 
+def sum_own_rows(gathered: Tensor, num_rows: int) -> Tensor:
+    """This worker's `num_rows` rows of the sum over workers of a tensor laid out as `gather_rows` does (no gradient)."""
+    start = sum(gather_ints(num_rows, gathered.device)[: rank()])
+    return sum_over_workers(gathered)[start : start + num_rows]
+
+
+@torch.no_grad()
 def gather_table(table: Table) -> Table:
-    """Rows of all workers in rank order; differentiable through every floating-point column."""
+    """Rows of all workers in rank order (no gradient)."""
     if world_size() == 1:
         return table
     columns: dict[str, Column] = {}
@@ -98,8 +106,7 @@ def gather_table(table: Table) -> Table:
         if not isinstance(column, Ragged):
             columns[name] = gather_rows(column)
             continue
-        sizes = _gather_ints(len(column.values), column.values.device)
-        base = sum(sizes[: rank()])
+        base = sum(gather_ints(len(column.values), column.values.device)[: rank()])
         columns[name] = Ragged(
             gather_rows(column.values), gather_rows(column.starts + base), gather_rows(column.lengths)
         )

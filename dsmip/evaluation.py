@@ -125,7 +125,7 @@ def _rank_tile(
         "top_score": top_score_Mk,
         "top_row": top_row_Mk,
     }
-    if chosen_ME is not None:
+    if chosen_ME is not None and num_choices:
         tile["chosen_gold"] = chosen_ME.gather(1, column_M[:, None])[:, 0].long()
         tile["chosen_top"] = chosen_ME.gather(1, top_row_Mk).long()
         tile["chosen_pairs"] = torch.stack([(chosen_ME == b).sum(dim=1) for b in range(num_choices)], dim=1)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
+from dsmip.collate import Modality
 from dsmip.config import BackboneConfig, Frozen
 from dsmip.encoders.clip import Backbone, Tower, Tuning
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores
 from dsmip.ops.contrastive import contrastive_loss
-from dsmip.scorer import Modality, UnitScorer
+from dsmip.scorer import UnitScorer
 from dsmip.table import Ragged, Table
 
 ExpertName = Literal["text", "visual", "multimodal"]

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import Collator
-from dsmip.models.base import FeatureEncoder
+from dsmip.models.base import FeatureEncoder, Matcher
 from dsmip.shards import Dataset
 from dsmip.table import Column, Ragged, Table, concatenate
 
 KB = "kb"
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
+_BATCH_SIZE = 256
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -48,11 +49,24 @@ class FeatureCache:
         progress: Progress = lambda count: None,
     ) -> Table:
         """Features of a split's mentions (in shard order) or of the kb (split "kb", in row order)."""
-        key = fingerprint(encoder.encoder_state(), dataset.manifest_hash, collator.text_format, split, self.dtype)
+        return Table.load(self.ensure(part, split, encoder, dataset, collator, device, progress))
+
+    def ensure(
+        self,
+        part: str,
+        split: str,
+        encoder: FeatureEncoder,
+        dataset: Dataset,
+        collator: Collator,
+        device: torch.device,
+        progress: Progress = lambda count: None,
+    ) -> Path:
+        """The file of those features, computed unless it is there."""
+        key = fingerprint(encoder.encoder_state(), dataset.manifest_hash, collator.item_format, split, self.dtype)
         path = self.folder / f"{part}-{split}-{key[:16]}.safetensors"
         if not path.is_file():
             encode_split(split, encoder, dataset, collator, device, self.dtype, progress).save(path)
-        return Table.load(path)
+        return path
 
 
 def fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:
@@ -73,32 +87,41 @@ def encode_split(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     progress: Progress = lambda count: None,
-    batch_size: int = 256,
-    rows: range | None = None,
 ) -> Table:
-    """Encodes a whole split (or the kb, or some `rows` of it) in batches; a missing picture's tokens are kept once."""
-    if split == KB:
-        batches = (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), batch_size))
-        return _encode(encoder.encode_entities, batches, device, dtype, progress)
-    batches = (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), batch_size))
-    return _encode(encoder.encode_mentions, batches, device, dtype, progress)
-
-
-def _encode(
-    encode: Callable[[ItemBatch], Table],
-    batches: Iterator[ItemBatch],
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> Table:
+    """Encodes a whole split (or the kb) in batches; a missing picture's tokens are kept once."""
+    encode = encoder.encode_entities if split == KB else encoder.encode_mentions
     tables: list[Table] = []
     has_image: list[Tensor] = []
-    for batch in batches:
+    for batch in _batches(split, dataset, collator):
         table = encode(batch.to(device)).to(torch.device("cpu"))
         tables.append(Table({name: _as_stored(column, dtype) for name, column in table.columns.items()}))
         has_image.append(batch.has_image)
         progress(len(batch))
     return share_missing_pictures(concatenate(tables), torch.cat(has_image))
+
+
+@torch.no_grad()
+def prepare_split(
+    split: str,
+    matcher: Matcher,
+    dataset: Dataset,
+    collator: Collator,
+    device: torch.device,
+    rows: range | None = None,
+) -> Table:
+    """Encodes and prepares a split (or `rows` of the kb) batch by batch: features are never held as a whole."""
+    if split == KB:
+        encode, prepare = matcher.encode_entities, matcher.prepare_entities
+    else:
+        encode, prepare = matcher.encode_mentions, matcher.prepare_mentions
+    matcher.eval()
+    return concatenate([prepare(encode(batch.to(device))) for batch in _batches(split, dataset, collator, rows)])
+
+
+def _batches(split: str, dataset: Dataset, collator: Collator, rows: range | None = None) -> Iterator[ItemBatch]:
+    if split == KB:
+        return (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), _BATCH_SIZE))
+    return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), _BATCH_SIZE))
 
 
 def _as_stored(column: Column, dtype: torch.dtype) -> Column:

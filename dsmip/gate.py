@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
@@ -19,20 +19,32 @@ from dsmip.table import Table
 
 
 class GateConfig(Frozen):
-    """The gate's form.
+    """The gate's form. The paper's: vgg16, raw, pair, relu, sampled.
 
-    picture: `vgg16` (the paper, fc7) or `clip` (the frozen backbone's pooled picture). vgg_weights: a local file, or
-    `torchvision`. choice: `pair` (the paper: every mention-entity pair chooses its expert) or `mention` (one expert per
-    mention, so that all entities of a ranking are scored on one scale). final_activation: the paper's last ReLU or none.
+    picture: `vgg16` (fc7) or `clip` (the frozen backbone's pooled picture). vgg_weights: a local file, or `torchvision`.
+    inputs: `raw`, or `normalised` to mean 0 and variance 1 per number (means of token embeddings are tiny and nearly
+    the same for all texts: raw, the gate does not see them). choice: every `pair` chooses its expert, or every `mention`, so
+    that all entities of a ranking are scored on one scale. training: `sampled` one-hot choices with straight-through
+    gradients (eqs. 15, 16), or `mixture`, the exact likelihood of a mixture of the experts (mention choice only).
     """
 
     picture: Literal["vgg16", "clip"] = "vgg16"
     vgg_weights: str = "torchvision"
+    inputs: Literal["raw", "normalised"] = "raw"
     choice: Literal["pair", "mention"] = "pair"
+    training: Literal["sampled", "mixture"] = "sampled"
     final_activation: Literal["relu", "none"] = "none"
     width: int = Field(512, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
     temperature: float = Field(0.1, gt=0)
+
+    @model_validator(mode="after")
+    def _mixture_needs_one_scale(self) -> "GateConfig":
+        if self.training == "mixture" and self.choice == "pair":
+            raise ValueError(
+                "training: mixture needs choice: mention (experts are mixed as distributions over entities)"
+            )
+        return self
 
 
 class GateEncoder(nn.Module):
@@ -76,11 +88,11 @@ class Gate(nn.Module):
 
     def prepare_mentions(self, features: Table) -> Table:
         """Column `logits` [M, B]: the mentions' half, with the bias."""
-        return Table({"logits": self.mention_logits(self.mention_mlp(_inputs(features)))})
+        return Table({"logits": self.mention_logits(self.mention_mlp(self._inputs(features)))})
 
     def prepare_entities(self, features: Table) -> Table:
         """Column `logits` [E, B]: the entities' half; zero columns when the choice is per mention."""
-        inputs = _inputs(features)
+        inputs = self._inputs(features)
         if self.config.choice == "mention":
             return Table({"logits": inputs.new_zeros(len(inputs), self.mention_logits.out_features)})
         return Table({"logits": self.entity_logits(self.entity_mlp(inputs))})
@@ -94,13 +106,14 @@ class Gate(nn.Module):
             logits_MEB = torch.relu(logits_MEB)
         return torch.log_softmax(logits_MEB, dim=-1)
 
-
-def _inputs(features: Table) -> Tensor:
-    return torch.cat([features.dense("text").float(), features.dense("picture").float()], dim=-1)
+    @staticmethod
+    def _inputs(features: Table) -> Tensor:
+        return torch.cat([features.dense("text").float(), features.dense("picture").float()], dim=-1)
 
 
 def _mlp(input_width: int, config: GateConfig) -> nn.Sequential:
     def block(width: int) -> list[nn.Module]:
         return [nn.Linear(width, config.width), nn.LeakyReLU(), nn.Dropout(config.dropout)]
 
-    return nn.Sequential(*block(input_width), *block(config.width))
+    normalise = [nn.BatchNorm1d(input_width, affine=False)] if config.inputs == "normalised" else []
+    return nn.Sequential(*normalise, *block(input_width), *block(config.width))

@@ -4,7 +4,7 @@ A batch's mentions and entities come either as raw items (towers train, so they 
 feature cache (towers frozen). Negatives are gathered over workers, and micro-batches use cached gradients (Gao et al., 2021).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -49,16 +49,19 @@ def batch_backward(
     entities, replay_entities = _features(matcher.encode_entities, step.entities, config, device)
     gold_row_M, entity_row_E = step.gold_row_M.to(device), step.entity_row_E.to(device)
     column_M = torch.arange(len(gold_row_M), device=device)
+    hand_back: Callable[[], None] = _nothing
     if config.negatives == "gathered" and distributed.world_size() > 1:
-        columns_before = torch.tensor([len(entity_row_E)], device=device)
-        offsets = distributed.gather_rows(columns_before).cumsum(0) - distributed.gather_rows(columns_before)
-        column_M = column_M + offsets[distributed.rank()]
-        entities = distributed.gather_table(entities)
+        column_M = column_M + sum(distributed.gather_ints(len(entity_row_E), device)[: distributed.rank()])
         entity_row_E = distributed.gather_rows(entity_row_E)
+        if isinstance(step.entities, Table):
+            entities = distributed.gather_table(entities)
+        else:
+            entities, hand_back = _gathered(entities)
     gold = BatchGold.from_rows(gold_row_M, entity_row_E, column_M)
     loss_sum = matcher(mentions, entities, gold)
     num_mentions = distributed.sum_over_workers(torch.tensor(float(len(gold_row_M)), device=device))
     scale(loss_sum / num_mentions).backward()
+    hand_back()
     replay_mentions()
     replay_entities()
     return float(loss_sum.detach()) / max(len(gold_row_M), 1)
@@ -69,11 +72,11 @@ def _features(
 ) -> tuple[Table, Callable[[], None]]:
     """Features of a batch, and what to call after backward (re-encoding of micro-batches, or nothing)."""
     if isinstance(items, Table):
-        return items.to(device), lambda: None
+        return items.to(device), _nothing
     size = config.micro_batch_size or len(items)
     with _autocast(config, device):
         if size >= len(items):
-            return encode(items.to(device)), lambda: None
+            return encode(items.to(device)), _nothing
         with torch.no_grad():
             slices = [items.rows(start, start + size).to(device) for start in range(0, len(items), size)]
             parts = [_as_leaves(encode(part)) for part in slices]
@@ -82,14 +85,40 @@ def _features(
         for part, leaves in zip(slices, parts, strict=True):
             with _autocast(config, device):
                 features = encode(part)
-            pairs = [
-                (values, leaf.grad)
-                for values, leaf in zip(_floats(features), _floats(leaves), strict=True)
-                if leaf.grad is not None and values.requires_grad
-            ]
-            torch.autograd.backward([values for values, _ in pairs], [gradient for _, gradient in pairs])
+            _backward(features, [leaf.grad for leaf in _floats(leaves)])
 
     return concatenate(parts), replay
+
+
+def _gathered(own: Table) -> tuple[Table, Callable[[], None]]:
+    """Features of all workers, and what to call after backward so that each worker's rows get their whole gradient.
+
+    The collectives stay out of the graph: a worker with an empty share uses fewer columns than the others, and they
+    would wait for it.
+    """
+    everyone = _as_leaves(distributed.gather_table(own))
+
+    def hand_back() -> None:
+        gradients = [leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad for leaf in _floats(everyone)]
+        rows = [len(values) for values in _floats(own)]
+        _backward(own, [distributed.sum_own_rows(g, count) for g, count in zip(gradients, rows, strict=True)])
+
+    return everyone, hand_back
+
+
+def _backward(features: Table, gradients: Sequence[Tensor | None]) -> None:
+    """Carries gradients of the floating-point columns on to what made them."""
+    pairs = [
+        (values, gradient)
+        for values, gradient in zip(_floats(features), gradients, strict=True)
+        if gradient is not None and values.requires_grad
+    ]
+    if pairs:
+        torch.autograd.backward([values for values, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _nothing() -> None:
+    """What is left to do after backward where features come straight from their encoder."""
 
 
 def _as_leaves(features: Table) -> Table:

@@ -1,16 +1,12 @@
-"""Encoded pictures to uint8 tensors of the backbone's size, and whole batches."""
+"""Encoded pictures to uint8 tensors of the backbone's size."""
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
-
-from dsmip.batches import ItemBatch
-from dsmip.text import Tokenizer
 
 MAX_PIXELS = 64_000_000
 
@@ -72,26 +68,3 @@ def _centre(picture: Tensor, height: int, width: int) -> Tensor:
     top = round((picture.shape[1] - height) / 2)
     left = round((picture.shape[2] - width) / 2)
     return picture[:, top : top + height, left : left + width]
-
-
-def collate(
-    texts: Sequence[str], images: Sequence[bytes | None], tokenizer: Tokenizer, size: int, reserve: int = 0
-) -> ItemBatch:
-    """A batch of N items from their lines of text and encoded pictures (None: no picture).
-
-    Args:
-        size: side of the pictures (the backbone's image_size).
-        reserve: token positions to leave free for prompts.
-
-    Raises:
-        UnreadablePicture: an encoded picture cannot be decoded (shards hold readable ones only).
-        ValueError: texts and images differ in number.
-    """
-    if len(texts) != len(images):
-        raise ValueError(f"{len(texts)} texts but {len(images)} images")
-    pictures = torch.zeros(len(images), 3, size, size, dtype=torch.uint8)
-    for row, image in enumerate(images):
-        if image is not None:
-            pictures[row] = fit(decode(image), size)
-    has_image = torch.tensor([image is not None for image in images], dtype=torch.bool)
-    return ItemBatch(tokenizer(texts, reserve), pictures, has_image)

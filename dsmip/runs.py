@@ -75,8 +75,9 @@ class Run:
             raise UserError(f"no run at {folder} (no run.json); 'dsmip train' makes one")
         try:
             data = json.loads(stamp.read_text(encoding="utf-8"))["data"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{stamp} is damaged: {error!r}") from error
+            data = {key: str(data[key]) for key in ("folder", "name", "sha256")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{stamp} is damaged ({error!r}); train into another --run folder") from error
         if dataset is None:
             dataset = Dataset.open(Path(data["folder"]))
         if dataset.manifest_hash != data["sha256"]:
@@ -84,6 +85,8 @@ class Run:
                 f"run {folder} was made on data '{data['name']}' with manifest {data['sha256'][:12]}, but "
                 f"{dataset.folder} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
             )
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"run {folder} is damaged (no config.yaml); train into another --run folder")
         return Run(folder, load_config(str(folder / "config.yaml")), dataset)
 
     @property
@@ -102,7 +105,7 @@ class Run:
         """Makes batches in the form that a feature part reads."""
         architecture = self.config.backbone.architecture
         size = Backbone.build(architecture, None, device="meta").image_size
-        return Collator(Tokenizer(architecture), self.system.text_format(self.config.system, part), size)
+        return Collator(Tokenizer(architecture), self.system.item_format(self.config.system, part), size)
 
     def home(self, part: str, config: ExperimentConfig) -> "Run":
         """Where a part of that form lives: this run, or a variant of it whose stage one differs (a tuned prompt length)."""

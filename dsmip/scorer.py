@@ -4,15 +4,13 @@ Text alone: U_T. Picture alone: U_V. Both: U_T, U_V and the cross unit U_C. Name
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor, nn
 
+from dsmip.collate import Modality
 from dsmip.models.base import FeatureSizes
 from dsmip.table import Ragged, Table
 from dsmip.units import CrossUnit, PictureNorm, TextNorm, TextUnit, VisualUnit
-
-Modality = Literal["text", "image"]
 
 
 class UnitScorer(nn.Module):
@@ -42,7 +40,9 @@ class UnitScorer(nn.Module):
 
     def score(self, mentions: Table, entities: Table) -> dict[str, Tensor]:
         """Each unit's scores [M, E], by name."""
-        return {name: _unit(unit).score(mentions.under(name), entities.under(name)) for name, unit in self.units.items()}
+        return {
+            name: _unit(unit).score(mentions.under(name), entities.under(name)) for name, unit in self.units.items()
+        }
 
     def _prepare(self, features: Table, method: str) -> Table:
         inputs: dict[str, tuple[Tensor, Ragged]] = {}

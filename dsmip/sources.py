@@ -17,7 +17,7 @@ from dsmip.collate import Collator
 from dsmip.config import AugmentConfig, TrainConfig
 from dsmip.gradients import Step
 from dsmip.ops import augmentation
-from dsmip.records import Entity
+from dsmip.records import Entity, Mention
 from dsmip.shards import Dataset
 from dsmip.table import Table
 
@@ -54,8 +54,8 @@ class StreamSource:
             yield Step(
                 mentions,
                 augmented(self.collator.entities(columns), self.config.augment, generator),
-                torch.tensor([record.entity_row for record in [*batch.mentions, *own]]),
-                torch.tensor([entity.entity_row for entity in columns]),
+                _rows([*batch.mentions, *own]),
+                _rows(columns),
             )
 
     def _random_entities(self, count: int, generator: torch.Generator) -> Sequence[Entity]:
@@ -86,6 +86,11 @@ class CachedSource:
             yield Step(self.mentions.take(mine), self.entities.take(rows), gold, rows)
 
 
+def _rows(records: Sequence[Mention | Entity]) -> Tensor:
+    """kb rows int64 [N], of an empty share as well."""
+    return torch.tensor([record.entity_row for record in records], dtype=torch.int64)
+
+
 def augmented(batch: ItemBatch, config: AugmentConfig, generator: torch.Generator) -> ItemBatch:
     """The batch with random changes of pictures and texts; the same object when all is off."""
     if config == AugmentConfig():
@@ -93,7 +98,9 @@ def augmented(batch: ItemBatch, config: AugmentConfig, generator: torch.Generato
     has_image = batch.has_image
     if config.drop_pictures:
         has_image = has_image & (torch.rand(len(batch), generator=generator) >= config.drop_pictures)
-    pictures = augmentation.augment_pictures(batch.pictures, has_image, _strength(config), generator)
+    pictures = batch.pictures
+    if has_image.any():
+        pictures = augmentation.augment_pictures(pictures, has_image, _strength(config), generator)
     token_ids = augmentation.drop_tokens(batch.token_ids, config.drop_tokens, generator)
     return ItemBatch(token_ids, pictures, has_image)
 

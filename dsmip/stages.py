@@ -9,7 +9,7 @@ from torch import Tensor
 from dsmip import distributed
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.evaluation import prepare_in_tiles, rank
-from dsmip.features import KB, encode_split, whole_features
+from dsmip.features import KB, prepare_split, whole_features
 from dsmip.models.base import Matcher
 from dsmip.runs import Run
 from dsmip.shards import Dataset
@@ -58,6 +58,21 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
     if distributed.rank() == 0:
         run.save_part(part, matcher, {"best": result.best, "history": result.history})
     return result
+
+
+def start_whole(run: Run, config: ExperimentConfig) -> Matcher:
+    """A gated system at the start of stage two: units of the trained experts, a fresh gate drawn from the seed.
+
+    Raises UserError when an expert is not trained yet.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        matcher = run.system.build_whole(config)
+    for part in run.system.feature_parts(config.system):
+        if part in run.part_names:
+            expert = run.home(part, config).load_part(part, with_encoder=False)
+            matcher.get_submodule(f"experts.{part}").load_state_dict(expert.state_dict())
+    return matcher
 
 
 def train_whole(
@@ -123,11 +138,9 @@ def _validate_by_encoding(
 
     def validate(matcher: Matcher) -> Mapping[str, float]:
         matcher.eval()
-        kb = encode_split(KB, matcher, run.dataset, collator, device, rows=rows)
-        mentions = encode_split("validation", matcher, run.dataset, collator, device)
-        prepared = prepare_in_tiles(matcher, mentions, "mentions", device)
-        entities = prepare_in_tiles(matcher, kb, "entities", device)
-        return rank(matcher, prepared, entities, gold_row_M, device=device, first_row=rows.start).metrics()
+        entities = prepare_split(KB, matcher, run.dataset, collator, device, rows=rows)
+        mentions = prepare_split("validation", matcher, run.dataset, collator, device)
+        return rank(matcher, mentions, entities, gold_row_M, device=device, first_row=rows.start).metrics()
 
     return validate
 

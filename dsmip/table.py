@@ -35,7 +35,7 @@ class Ragged:
         if mask_NT is None:
             lengths = torch.full((num_items,), num_tokens, dtype=torch.int64, device=values_NTd.device)
             starts = torch.arange(num_items, device=values_NTd.device) * num_tokens
-            return Ragged(values_NTd.reshape(num_items * num_tokens, -1), starts, lengths)
+            return Ragged(values_NTd.flatten(0, 1), starts, lengths)
         lengths = mask_NT.sum(dim=1)
         return Ragged(values_NTd[mask_NT], lengths.cumsum(0) - lengths, lengths)
 
@@ -139,7 +139,11 @@ class Table:
 
     def save(self, path: Path, metadata: Mapping[str, object] | None = None) -> None:
         """Writes a safetensors file atomically; only used token rows are written."""
-        tensors = {n: t.detach().cpu().contiguous() for n, t in self.take(slice(None))._tensors().items()}
+        # cloned: columns may share starts and lengths, which safetensors refuses
+        tensors = {
+            n: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for n, t in self.take(slice(None))._tensors().items()
+        }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"table": json.dumps(dict(metadata or {}), sort_keys=True)})
 

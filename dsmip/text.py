@@ -1,6 +1,7 @@
 """What the text tower reads: templates over a record's fields, and CLIP's byte-pair tokens."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from string import Formatter
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from dsmip.encoders.architecture import resolve_architecture
 from dsmip.records import Entity, Mention
+
+_KEPT_TEXTS = 1 << 17
 
 
 class Template(BaseModel):
@@ -74,6 +77,8 @@ class Tokenizer:
         network = resolve_architecture(architecture)
         options = network.config["text_cfg"].get("tokenizer_kwargs") or {}
         self.context_length = network.context_length
+        # training reads the same texts every epoch
+        self._encode = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_anew)
         self._bpe = SimpleTokenizer(context_length=self.context_length, **options)
         self.vocab_size: int = self._bpe.vocab_size
         self._start: int = self._bpe.sot_token_id
@@ -99,6 +104,6 @@ class Tokenizer:
             token_ids[row, : len(ids)] = torch.tensor(ids)
         return token_ids
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_anew(self, text: str) -> list[int]:
         # The vocabulary's two special tokens may be written out in a text; there they mean nothing.
         return [token for token in self._bpe.encode(text) if token < self._start]

@@ -69,24 +69,26 @@ def train(
 ) -> TrainResult:
     """Trains until `config.epochs` or until validation MRR has not risen for `config.patience` epochs.
 
-    stop_epoch: pause there (a rung of successive halving); the schedule still spans `config.epochs`. Resumes from `context.restore()`. On return the matcher holds the weights of the best epoch. `validate` returns
+    Resumes from `context.restore()`. On return the matcher holds the weights of the best epoch. `validate` returns
     metrics with the key `mrr`; with several workers it is called on each, and must return the same on each.
+    stop_epoch: pause there (a rung of successive halving); the schedule still spans `config.epochs`.
     """
     run = _Run(matcher, source, config, context)
     state = run.resume()
     last = config.epochs if stop_epoch is None else min(stop_epoch, config.epochs)
     while state.epoch < last and not _patience_lost(state.history, config.patience):
         epoch_loss = run.epoch(state.epoch, seed)
-        metrics = {"epoch": float(state.epoch), "loss": epoch_loss, **validate(matcher)}
-        state.history.append(metrics)
+        metrics = {"epoch": float(state.epoch), "loss": epoch_loss}
         state.epoch += 1
-        if metrics["mrr"] >= max(m["mrr"] for m in state.history):
+        if state.epoch % config.validate_every == 0 or state.epoch == last:
+            metrics |= validate(matcher)
+        state.history.append(metrics)
+        if _best_epoch(state.history) == len(state.history) - 1:
             state.best = {name: tensor.detach().clone() for name, tensor in trained_state(matcher).items()}
         folder = run.save(state) if distributed.rank() == 0 else None
         context.epoch_done(metrics, folder)
     matcher.load_state_dict(state.best, strict=False)
-    best_epoch = max(range(len(state.history)), key=lambda e: (state.history[e]["mrr"], e))
-    return TrainResult(state.history, best_epoch)
+    return TrainResult(state.history, _best_epoch(state.history))
 
 
 @dataclass
@@ -97,15 +99,21 @@ class _State:
 
 
 def trained_state(matcher: nn.Module) -> dict[str, Tensor]:
-    """The tensors that training changes: parameters with gradients, and all buffers but a frozen tower's."""
-    return {name: parameter.data for name, parameter in matcher.named_parameters() if parameter.requires_grad}
+    """The tensors that training changes: parameters with gradients, and all buffers but a backbone's."""
+    trained = {name: parameter.data for name, parameter in matcher.named_parameters() if parameter.requires_grad}
+    return trained | {name: buffer for name, buffer in matcher.named_buffers() if ".backbone." not in f".{name}"}
+
+
+def _best_epoch(history: list[dict[str, float]]) -> int:
+    """The epoch with the highest validation MRR, the last one of equals; epochs without validation do not count."""
+    return max(range(len(history)), key=lambda epoch: (history[epoch].get("mrr", -1.0), epoch))
 
 
 def _patience_lost(history: list[dict[str, float]], patience: int | None) -> bool:
     if patience is None or not history:
         return False
-    best = max(range(len(history)), key=lambda e: history[e]["mrr"])
-    return len(history) - 1 - best >= patience
+    risen = max(range(len(history)), key=lambda epoch: history[epoch].get("mrr", -1.0))  # the first of equals
+    return len(history) - 1 - risen >= patience
 
 
 class _Run:

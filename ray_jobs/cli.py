@@ -1,4 +1,4 @@
-"""The command `dsmip`. Ray and torch are imported inside the commands that need them, so that help and errors are quick."""
+"""The command `dsmip`. Ray and torch are imported inside the commands that need them: help and errors are quick."""
 
 import sys
 from collections.abc import Iterator
@@ -89,6 +89,49 @@ def train(
     from ray_jobs.train_experts import train_experts
 
     train_experts(settings, Dataset.open(data), run, Display(), verbose=verbose)
+
+
+@app.command()
+def tune(
+    run: RunOption,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the trials.")] = 0,
+    set: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
+    from dsmip.runs import Run
+    from ray_jobs.progress import Display
+    from ray_jobs.settings import job_config
+    from ray_jobs.tune_gate import tune_gate
+
+    opened = Run.open(run.resolve())
+    tune_gate(opened, job_config(str(opened.folder / "config.yaml"), set or []), Display(), seed=seed, verbose=verbose)
+
+
+@app.command()
+def evaluate(
+    run: RunOption,
+    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
+    model: Annotated[str | None, typer.Option("--model", help="A part, or the system's name (default).")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = "cpu",
+) -> None:
+    """Ranks the whole knowledge base for every mention of a split. Runs in this process, without Ray."""
+    from ray_jobs.evaluate import evaluate_run
+
+    evaluate_run(run, split, model, device)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for everything that the demo makes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Draws the world and the trials.")] = 0,
+    verbose: VerboseOption = False,
+) -> None:
+    """Draws a data set and goes all the way to a comparison of experts, gate and oracle, in a few minutes."""
+    from data_prep.demo_release import DemoConfig
+    from ray_jobs.demo import run_demo
+
+    run_demo(out, DemoConfig(seed=seed), verbose=verbose)
 
 
 def _print_progress(part: str, done: int, total: int) -> None:

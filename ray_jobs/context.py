@@ -1,4 +1,4 @@
-"""A training's outside world inside a Ray Train worker: checkpoints and progress through Ray."""
+"""What a training inside a Ray worker knows of its outside world: device, threads, checkpoints and whom to tell."""
 
 import shutil
 import tempfile
@@ -16,21 +16,45 @@ from ray_jobs.progress import Event
 _STEP_EVENT_SECONDS = 0.5
 
 
+class StepEvents:
+    """Tells an `EventQueue` actor of steps (at most about two a second) and of every epoch.
+
+    The first event is sent at once: it says that the worker has started. None instead of a queue tells nobody.
+    """
+
+    def __init__(self, name: str, num_epochs: int, events: Any) -> None:
+        self._name, self._num_epochs, self._events = name, num_epochs, events
+        self._num_steps = 1
+        self._last = 0.0
+        self._send(0, 0, {})
+
+    def step_done(self, epoch: int, step: int, num_steps: int, loss: float) -> None:
+        self._num_steps = num_steps
+        if time.monotonic() - self._last >= _STEP_EVENT_SECONDS:
+            self._send(epoch, epoch * num_steps + step + 1, {})
+
+    def epoch_done(self, metrics: Mapping[str, float]) -> None:
+        epoch = int(metrics["epoch"])
+        self._send(epoch, (epoch + 1) * self._num_steps, dict(metrics))
+
+    def _send(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
+        if self._events is not None:
+            self._last = time.monotonic()
+            self._events.push.remote(Event(self._name, done, self._num_epochs * self._num_steps, epoch, metrics))
+
+
 class RayContext:
     """`dsmip.training.Context` on Ray Train. Use as a context manager: it removes what it copied.
 
-    events: an `EventQueue` actor. Only rank 0 sends events; the first one says that the worker has started.
+    events: an `EventQueue` actor. Only rank 0 sends events.
     """
 
     def __init__(self, name: str, num_epochs: int, events: Any) -> None:
         self.device: torch.device = ray.train.torch.get_device()
-        self._name, self._num_epochs = name, num_epochs
-        self._events = events if ray.train.get_context().get_world_rank() == 0 else None
+        is_first = ray.train.get_context().get_world_rank() == 0
+        self._told = StepEvents(name, num_epochs, events if is_first else None)
         self._restored = Path(tempfile.mkdtemp(prefix="dsmip-restored-"))
-        self._num_steps = 1
-        self._last_event = 0.0
         set_threads()
-        self._send(0, 0, {})
 
     def __enter__(self) -> Self:
         return self
@@ -39,13 +63,10 @@ class RayContext:
         shutil.rmtree(self._restored, ignore_errors=True)
 
     def step_done(self, epoch: int, step: int, num_steps: int, loss: float) -> None:
-        self._num_steps = num_steps
-        if time.monotonic() - self._last_event >= _STEP_EVENT_SECONDS:
-            self._send(epoch, epoch * num_steps + step + 1, {})
+        self._told.step_done(epoch, step, num_steps, loss)
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        epoch = int(metrics["epoch"])
-        self._send(epoch, (epoch + 1) * self._num_steps, dict(metrics))
+        self._told.epoch_done(metrics)
         ray.train.report(
             dict(metrics),
             checkpoint=None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint),
@@ -60,13 +81,13 @@ class RayContext:
     def checkpoint_folder(self, epoch: int) -> Path:
         return Path(tempfile.mkdtemp(prefix=f"dsmip-epoch-{epoch:04d}-"))  # Ray deletes it once it is stored
 
-    def _send(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
-        if self._events is not None:
-            self._last_event = time.monotonic()
-            self._events.push.remote(Event(self._name, done, self._num_epochs * self._num_steps, epoch, metrics))
+
+def worker_device() -> torch.device:
+    """The GPU that Ray gave to this task or trial, else the CPU."""
+    return torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
 
 
 def set_threads() -> None:
     """As many threads as whole CPUs were assigned to this worker, at least one."""
-    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0)
-    torch.set_num_threads(max(int(cpus), 1))
+    assigned: Mapping[str, float] = ray.get_runtime_context().get_assigned_resources()
+    torch.set_num_threads(max(int(assigned.get("CPU", 0.0)), 1))

@@ -12,7 +12,14 @@ _VARIABLES = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` makes Ray upload the folder and build another venv
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Train reports at most about once per interval
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a worker comes twice
-    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else a call after shutdown starts another cluster
+    "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints its configuration whatever its verbosity
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # csv, json and tensorboard files of every trial
+}
+# For a cluster that lives and dies with this process.
+_LOCAL_VARIABLES = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less per training: nobody takes this node away
+    "RAY_worker_maximum_startup_concurrency": "16",  # a training's helpers start at once; fewer make Ray warn
 }
 for _name, _value in _VARIABLES.items():
     os.environ.setdefault(_name, _value)
@@ -31,13 +38,21 @@ def connected(*, verbose: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    level = logging.INFO if verbose else logging.ERROR
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        ray.init(log_to_driver=verbose, logging_level=level)
     else:
-        ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+        for name, value in _LOCAL_VARIABLES.items():
+            os.environ.setdefault(name, value)
+        ray.init(
+            "local",
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=verbose,
+            logging_level=level,
+        )
     if not verbose:
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray").setLevel(level)
     try:
         yield
     finally:

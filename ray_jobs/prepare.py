@@ -1,4 +1,4 @@
-"""The job `dsmip prepare`: a raw release becomes a dataset directory. Runs in processes of this machine, without Ray."""
+"""The job `dsmip prepare`: a raw release becomes a dataset directory, in processes of this machine, without Ray."""
 
 import shutil
 from collections.abc import Callable

@@ -64,7 +64,7 @@ def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
     backbone = Backbone.build(config.backbone.architecture, config.backbone.pretrained, seed=config.seed)
     section = config.system
     system = find_system(config.model)
-    template = system.text_format(section, system.part_names(section)[0]).template
+    template = system.item_format(section, system.part_names(section)[0]).template
     tokenizer = Tokenizer(config.backbone.architecture)
     pairs = PairSource(dataset, tokenizer, template, backbone.image_size, config.pretrain, config.seed)
     history = pretrain(backbone, pairs, config.pretrain, context, seed=config.seed)

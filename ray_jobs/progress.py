@@ -5,15 +5,18 @@ On a terminal there is one live bar per training; without one there is a plain l
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 _SHOWN = ("loss", "mrr", "hits@1", "accuracy")
+_LOOK_SECONDS = 0.3
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +30,8 @@ class Event:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-@ray.remote(num_cpus=0)
 class EventQueue:
-    """Holds events between a worker's push and the driver's next look. Costs no CPU share."""
+    """Holds events between a worker's push and the driver's next look; `start_event_queue` makes the actor."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -42,8 +44,37 @@ class EventQueue:
         return events
 
 
+def start_event_queue() -> Any:
+    """The handle of a new `EventQueue` actor, which costs no CPU share."""
+    return ray.remote(num_cpus=0)(EventQueue).remote()
+
+
+def run_watched(
+    jobs: Mapping[str, Callable[[], Result]],
+    events: Any,
+    display: "Display",
+    every_look: Callable[[set[str]], None] = lambda running: None,
+) -> Iterator[tuple[str, "Future[Result]"]]:
+    """Runs blocking calls into Ray in threads of this process; yields each by name when it has ended.
+
+    Meanwhile events go to the display, and `every_look` gets the names of the calls that still run.
+    """
+    pool = ThreadPoolExecutor(max(len(jobs), 1))
+    running = {pool.submit(job): name for name, job in jobs.items()}
+    try:
+        while running:
+            finished, _ = wait(running, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+            for event in ray.get(events.drain.remote()):
+                display.show(event)
+            for future in finished:
+                yield running.pop(future), future
+            every_look(set(running.values()))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # interrupted calls end when the connection to Ray closes
+
+
 class Display:
-    """Shows trainings side by side. Use as a context manager around the wait."""
+    """Shows trainings side by side. Use as a context manager around every wait: it starts with no bars."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -54,6 +85,10 @@ class Display:
         self._started = time.monotonic()
 
     def __enter__(self) -> Self:
+        for task in self._tasks.values():
+            self._progress.remove_task(task)
+        self._tasks.clear()
+        self._started = time.monotonic()
         if self._live:
             self._progress.start()
         return self
@@ -63,9 +98,9 @@ class Display:
             self._progress.stop()
 
     @property
-    def started(self) -> Sequence[str]:
+    def started(self) -> set[str]:
         """Names of the trainings that have sent an event."""
-        return list(self._tasks)
+        return set(self._tasks)
 
     def say(self, line: str) -> None:
         """Prints one line above the bars."""

@@ -1,7 +1,8 @@
 """What trainings ask of a cluster: whether it can ever be fulfilled, and what to say while it is not."""
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import ray
 
 from dsmip.errors import UserError
 
+_WAIT_LINE_SECONDS = 30.0
 _SLACK = 1e-6  # fractions of CPUs are floats
 
 
@@ -48,19 +50,33 @@ def check_feasible(requests: Sequence[Request]) -> None:
     kinds = cluster_kinds()
     for request in requests:
         if sum(kind.room_for(request) for kind in kinds) < request.workers:
-            biggest = max(
-                (kind.resources for kind in kinds), key=lambda r: (r.get("GPU", 0), r.get("CPU", 0)), default={}
-            )
+            biggest = max((kind.resources for kind in kinds if kind.count), key=_size, default={})
             raise UserError(
-                f"{request}, which this cluster can never give: its biggest node has {_amounts(biggest)} "
-                f"and all together {_amounts(_sum(kinds))}; ask less (parts.<name>.workers, .resources) or use a larger one"
+                f"{request}, which this cluster can never give: its biggest node has {_amounts(biggest)}, all together "
+                f"have {_amounts(_sum(kinds))}; ask less (workers, resources) or use a larger cluster"
             )
 
 
 def describe_wait(waiting: Sequence[Request]) -> str:
     """One line: who waits, what they ask, what is free."""
     asked = "; ".join(str(request) for request in waiting)
-    return f"waiting: {asked}; free: {_amounts(ray.available_resources())} of {_amounts(ray.cluster_resources())}"
+    return (
+        f"waiting to start: {asked}; free: {_amounts(ray.available_resources())} of {_amounts(ray.cluster_resources())}"
+    )
+
+
+class WaitingLine:
+    """Says every 30 seconds which of the given names wait; call it often with those that do."""
+
+    def __init__(self, requests: Mapping[str, Request], say: Callable[[str], None]) -> None:
+        self._requests, self._say = requests, say
+        self._next = time.monotonic() + _WAIT_LINE_SECONDS
+
+    def __call__(self, waiting: set[str]) -> None:
+        if time.monotonic() >= self._next:
+            self._next += _WAIT_LINE_SECONDS
+            if waiting:
+                self._say(f"  {describe_wait([self._requests[name] for name in sorted(waiting)])}")
 
 
 def cluster_kinds() -> list[NodeKind]:
@@ -84,6 +100,10 @@ def _autoscaler_groups() -> dict[str, NodeKind]:
         group.name: NodeKind(dict(group.resources), math.inf if group.max_count < 0 else float(group.max_count))
         for group in config.node_group_configs
     }
+
+
+def _size(resources: Mapping[str, float]) -> tuple[float, float]:
+    return resources.get("GPU", 0.0), resources.get("CPU", 0.0)
 
 
 def _sum(kinds: Sequence[NodeKind]) -> dict[str, float]:

@@ -32,7 +32,7 @@ def train_experts(
 
 
 def train_parts(root: Run, parts: Sequence[tuple[Run, str]], display: Display, *, verbose: bool = False) -> None:
-    """Trains the unfinished ones of `parts`: pairs of a home (`root` itself or a variant below it) and a part's name."""
+    """Trains the unfinished ones of `parts`: pairs of a home (`root` or a variant below it) and a part's name."""
     trainings = []
     for home, part in parts:
         if home.is_finished(part):

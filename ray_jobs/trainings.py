@@ -1,29 +1,27 @@
 """Ray Train runs side by side: each in a task of its own, failures kept apart, progress shown while they run."""
 
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray_jobs import environment  # noqa: F401  (first: Ray reads its variables when it is imported)
 
 # isort: split
-import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.exceptions import RayError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from dsmip.config import Resources
 from dsmip.errors import UserError
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed
-from ray_jobs.progress import Display, EventQueue
-from ray_jobs.resources import Request, check_feasible, describe_wait
+from ray_jobs.progress import Display, run_watched, start_event_queue
+from ray_jobs.resources import Request, WaitingLine, check_feasible
 
 _LOST_WORKERS = 2  # how many times a training restarts from its checkpoint after a worker was lost
-_LOOK_SECONDS = 0.3
-_WAIT_LINE_SECONDS = 30.0
 
 Loop = Callable[[RayContext, Mapping[str, Any]], None]
 
@@ -63,43 +61,26 @@ def run_trainings(trainings: Sequence[Training], display: Display) -> None:
     Raises UserError when the cluster can never run one, JobFailed after the last has ended if some failed.
     """
     check_feasible([training.request for training in trainings])
-    events = EventQueue.remote()
-    running = {_fit.remote(training, events): training for training in trainings}
+    events = start_event_queue()
     failures: dict[str, Failure] = {}
-    next_line = time.monotonic() + _WAIT_LINE_SECONDS
+    waiting = WaitingLine({training.name: training.request for training in trainings}, display.say)
     with display:
-        while running:
-            finished, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
-            for event in ray.get(events.drain.remote()):
-                display.show(event)
-            for task in finished:
-                training = running.pop(task)
-                if failure := _outcome(task):
-                    failures[training.name] = failure
-                    display.say(f"  {training.name}: failed: {failure.message}")
-            if time.monotonic() >= next_line:
-                next_line += _WAIT_LINE_SECONDS
-                waiting = [t.request for t in running.values() if t.name not in display.started]
-                if waiting:
-                    display.say(f"  {describe_wait(waiting)}")
+        calls = {training.name: partial(_fit, training, events) for training in trainings}
+        for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
+            if failure := call.result():
+                failures[name] = failure
+                display.say(f"  {name}: failed: {failure.message}")
     if failures:
         exit_code = 2 if all(failure.user_error for failure in failures.values()) else 1
         raise JobFailed(f"failed: {', '.join(failures)}; run the same command again to resume", exit_code)
 
 
-def _outcome(task: Any) -> Failure | None:
-    try:
-        failure: Failure | None = ray.get(task)
-    except ray.exceptions.RayError as error:
-        return Failure(_last_line(str(error)), trace=str(error))
-    return failure
-
-
-@ray.remote(num_cpus=0, max_retries=0)
 def _fit(training: Training, events: Any) -> Failure | None:
+    """One training from start to end, in a thread of the driver: a process of its own would only import torch again."""
     asked = {"CPU": training.resources.cpu, "GPU": training.resources.gpu}
+    loop: Any = _guarded_loop  # Ray's annotation does not know that a loop may return a value
     trainer = TorchTrainer(
-        _guarded_loop,
+        loop,
         train_loop_config={"training": training, "events": events},
         scaling_config=ScalingConfig(
             num_workers=training.workers,
@@ -114,9 +95,12 @@ def _fit(training: Training, events: Any) -> Failure | None:
         ),
     )
     try:
-        failure: Failure | None = trainer.fit().return_value
+        result: Any = trainer.fit()
     except WorkerGroupError as error:
         return _worst(list(error.worker_failures.values())) or Failure(_last_line(str(error)), trace=str(error))
+    except (TrainingFailedError, RayError) as error:
+        return Failure(_last_line(str(error)), trace=str(error))
+    failure: Failure | None = result.return_value
     return failure
 
 

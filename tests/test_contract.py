@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 START, END, IMAGE_SIZE = 49406, 49407, 16
 NUM_MENTIONS, NUM_ENTITIES, LONGEST = 7, 11, 20
 # Scores are sums over tens of channels with values of order one: float32 in another order of summation.
-TOLERANCE = {"atol": 1e-3, "rtol": 1e-5}
+TOLERANCE: dict[str, Any] = {"atol": 1e-3, "rtol": 1e-5}
 
 Encode = Callable[[ItemBatch], Table]
 
@@ -320,6 +320,8 @@ def test_ranks_do_not_depend_on_tiles(subject: Subject, features: tuple[Table, T
         torch.testing.assert_close(result.top_score_Mk, scores.total_ME.topk(3, dim=1).values, **TOLERANCE)
         torch.testing.assert_close(scores.total_ME.gather(1, result.top_row_Mk), result.top_score_Mk, **TOLERANCE)
     if num_choices:
+        assert one.chosen_pairs_MB is not None
+        assert many.chosen_pairs_MB is not None
         assert torch.equal(one.chosen_pairs_MB, many.chosen_pairs_MB)
         assert one.chosen_pairs_MB.sum() == NUM_MENTIONS * NUM_ENTITIES
 

@@ -107,15 +107,16 @@ def test_wrong_published_weights_are_named_and_change_nothing(
 def hugging_face() -> CLIPModel:
     text = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
     vision = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3}
+    quick_gelu = {"hidden_act": "quick_gelu"}
     config = CLIPConfig(
-        text_config={**text, "vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 24},
-        vision_config={**vision, "image_size": 32, "patch_size": 8, "projection_dim": 24},
+        text_config={**text, **quick_gelu, "vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 24},
+        vision_config={**vision, **quick_gelu, "image_size": 32, "patch_size": 8, "projection_dim": 24},
         projection_dim=24,
     )
-    assert config.text_config.hidden_act == config.vision_config.hidden_act == "quick_gelu"
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        model = CLIPModel(config).eval()
+        model: CLIPModel = CLIPModel(config)
+        model.train(False)
         for parameter in model.parameters():  # norms and biases start at 1 and 0, which would hide a mix-up
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -278,7 +279,7 @@ def test_unknown_tower_weights_are_named() -> None:
 
 
 def test_texts_are_written_and_cut_as_published(config: ExperimentConfig) -> None:
-    collator = Collator(Tokenizer(config.backbone.architecture), Mimic.text_format(config.system, "mimic"), 32)
+    collator = Collator(Tokenizer(config.backbone.architecture), Mimic.item_format(config.system, "mimic"), 32)
     bpe = collator.tokenizer._bpe
     short = collator.entities([Entity(0, "Q1", "Otto", "Sex: male.")]).token_ids
     assert short.shape == (1, NUM_TOKENS)

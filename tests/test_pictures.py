@@ -9,8 +9,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from dsmip import pictures
-from dsmip.pictures import UnreadablePicture, collate, decode, fit
-from dsmip.text import Tokenizer
+from dsmip.pictures import UnreadablePicture, decode, fit
 
 
 def smooth_picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -82,20 +81,3 @@ def test_extreme_shapes_show_their_centre() -> None:
     picture = torch.zeros(3, 10, 1000, dtype=torch.uint8)
     picture[:, :, 480:520] = 200
     assert (fit(picture, 32) == 200).all()
-
-
-def test_collate() -> None:
-    tokenizer = Tokenizer("tiny")
-    image = encoded(smooth_picture(90, 70))
-    batch = collate(["one", "a longer text"], [None, image], tokenizer, 64)
-    assert len(batch) == 2
-    assert batch.has_image.tolist() == [False, True]
-    assert torch.equal(batch.token_ids, tokenizer(["one", "a longer text"]))
-    assert not batch.pictures[0].any()
-    assert torch.equal(batch.pictures[1], fit(decode(image), 64))
-    assert collate(["word " * 99], [None], tokenizer, 64, reserve=2).token_ids.shape == (1, 75)
-    assert collate([], [], tokenizer, 64).pictures.shape == (0, 3, 64, 64)
-    with pytest.raises(ValueError, match="1 texts but 2 images"):
-        collate(["one"], [None, None], tokenizer, 64)
-    with pytest.raises(UnreadablePicture):
-        collate(["one"], [b"broken"], tokenizer, 64)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
-from dsmip.collate import TextFormat
+from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.table import Table
 
@@ -143,7 +143,7 @@ class System(ABC):
 
     @classmethod
     @abstractmethod
-    def text_format(cls, section: Any, part: str) -> TextFormat:
+    def item_format(cls, section: Any, part: str) -> ItemFormat:
         """Templates and token limit of a feature part's texts."""
 
     @classmethod

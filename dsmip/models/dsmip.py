@@ -8,12 +8,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
-from dsmip.collate import TextFormat
+from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
-from dsmip.experts import Expert, ExpertConfig, ExpertName, feature_sizes
+from dsmip.experts import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
 from dsmip.gate import Gate, GateConfig, GateEncoder
 from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, System
-from dsmip.ops.contrastive import contrastive_loss
+from dsmip.ops.contrastive import contrastive_loss, contrastive_losses
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.table import Table
 from dsmip.text import Template
@@ -67,10 +67,7 @@ class DsmipMatcher(Matcher):
 
     def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         """Scores with the choice of each pair; gradients reach the gate straight through (eqs. 15, 16)."""
-        parts = {
-            name: expert.score(mentions.under(name), entities.under(name)).total_ME
-            for name, expert in self._experts().items()
-        }
+        parts = self._expert_scores(mentions, entities)
         scores_MEB = torch.stack(list(parts.values()), dim=-1)
         log_pi_MEB = self.gate.log_pi(mentions.under(GATE), entities.under(GATE))
         if torch.is_grad_enabled():
@@ -81,11 +78,25 @@ class DsmipMatcher(Matcher):
 
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
         mentions, entities = self.prepare_mentions(mention_features), self.prepare_entities(entity_features)
+        if self.gate.config.training == "mixture":
+            return self._mixture_loss(mentions, entities, gold)
         log_pi_shape = (len(mentions), len(entities) if self.gate.config.choice == "pair" else 1, len(self.experts))
         device = gold.column_M.device
         generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
         noise = sample_gumbel(log_pi_shape, generator, device)
         return contrastive_loss(self.score(mentions, entities, noise=noise).total_ME, gold.column_M, gold.same_ME)
+
+    def _mixture_loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
+        """- log sum over experts of pi_i p_i(gold), p_i an expert's softmax over the batch's entities; summed over M."""
+        experts = self._expert_scores(mentions, entities)
+        log_p_MB = torch.stack([-contrastive_losses(s, gold.column_M, gold.same_ME) for s in experts.values()], dim=-1)
+        return -torch.logsumexp(self.gate.log_pi(mentions.under(GATE), entities.under(GATE))[:, 0] + log_p_MB, -1).sum()
+
+    def _expert_scores(self, mentions: Table, entities: Table) -> dict[str, Tensor]:
+        return {
+            name: expert.score(mentions.under(name), entities.under(name)).total_ME
+            for name, expert in self._experts().items()
+        }
 
     def encoder_trains(self) -> bool:
         return False
@@ -124,9 +135,11 @@ class Dsmip(System):
         return None if part == GATE else config.system.experts[part].model_dump()
 
     @classmethod
-    def text_format(cls, section: Any, part: str) -> TextFormat:
-        reserve = 0 if part == GATE else section.experts[part].prompt_length
-        return TextFormat(section.template, reserve=reserve)
+    def item_format(cls, section: Any, part: str) -> ItemFormat:
+        if part == GATE:
+            return ItemFormat(section.template)
+        reserve = section.experts[part].prompt_length
+        return ItemFormat(section.template, reserve=reserve, modalities=MODALITIES[part])
 
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> Expert:

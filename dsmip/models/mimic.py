@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsmip.batches import ItemBatch
-from dsmip.collate import TextFormat
+from dsmip.collate import ItemFormat
 from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
 from dsmip.encoders.clip import Backbone, Tuning, text_mask
 from dsmip.encoders.hugging_face import open_clip_names
@@ -172,8 +172,8 @@ class Mimic(System):
         return ()
 
     @classmethod
-    def text_format(cls, section: Any, part: str) -> TextFormat:
-        return TextFormat(section.template, num_tokens=section.num_tokens)
+    def item_format(cls, section: Any, part: str) -> ItemFormat:
+        return ItemFormat(section.template, num_tokens=section.num_tokens)
 
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> MimicMatcher:

@@ -1,0 +1,183 @@
+"""The job `dsmip demo`: every step from drawn data to a comparison of experts, gate and oracle, in one folder."""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.environment import connected
+
+# isort: split
+import torch
+from rich.table import Table
+
+from data_prep.demo_release import DemoConfig
+from dsmip.config import ExperimentConfig, merged
+from dsmip.errors import UserError
+from dsmip.files import write_json
+from dsmip.reports import evaluate_model, oracle
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+from ray_jobs.evaluate import SHOWN
+from ray_jobs.prepare import prepare_mimic, write_release_once
+from ray_jobs.pretrain import pretrain_backbone
+from ray_jobs.progress import Display
+from ray_jobs.settings import job_config
+from ray_jobs.train_experts import train_experts
+from ray_jobs.tune_gate import tune_gate
+
+ORACLE = "oracle"
+
+
+def run_demo(
+    out: Path,
+    world: DemoConfig,
+    *,
+    config: str = "demo",
+    overrides: Sequence[str] = (),
+    verbose: bool = False,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Runs all steps in `out` and returns what it writes to `out/results.json`. Run again, it resumes.
+
+    Raises UserError when `out` belongs to something else, JobFailed when a training failed.
+    """
+    out, display = out.resolve(), display or Display()
+    base = job_config(config, overrides)
+    journal = Journal.open(out, world, display)
+    with journal.step("release", "Drawing a world of heraldic houses"):
+        write_release_once(world, out / "release", lambda done, total: None)
+    with journal.step("prepare", "Preparing the data set"):
+        dataset = _prepare(out, world)
+    with connected(verbose=verbose):
+        with journal.step("pretrain", "Pretraining a small CLIP on the knowledge base's own pictures and texts"):
+            backbone = out / "backbone.safetensors"
+            pretrain_backbone(_with_all_cpus(base), dataset, backbone, display)
+        settings = merged(base, {"backbone": {"pretrained": str(backbone)}, "system": base.system})
+        with journal.step("train", f"Stage one: training {', '.join(settings.parts)}"):
+            run = train_experts(settings, dataset, out / "run", display)
+        with journal.step("tune", "Stage two: tuning the gate"):
+            tune_gate(run, run.config, display, seed=world.seed)
+    with journal.step("evaluate", "Ranking the whole knowledge base for every test mention"):
+        results = compare(run, "test")
+    results["seconds"] = journal.seconds
+    write_json(out / "results.json", results)
+    show_results(results, out, display)
+    return results
+
+
+def compare(run: Run, split: str) -> dict[str, Any]:
+    """Figures of every expert, the gated system and the oracle over the experts; shares of the gate; hits@1 by kind."""
+    experts = run.system.choices(run.whole_config().system)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    evaluated = {model: evaluate_model(run, split, model, device) for model in (*experts, run.system.name)}
+    best = oracle({name: evaluated[name].folder for name in experts})
+    overall = {name: each.metrics["overall"] for name, each in evaluated.items()} | {ORACLE: best["overall"]}
+    kinds: dict[str, dict[str, float]] = {}
+    for kind, hits in best["by_kind"].items():
+        of_kind = {name: each.metrics["groups"]["kind"][kind]["hits@1"] for name, each in evaluated.items()}
+        kinds[kind] = of_kind | {ORACLE: hits}
+    usage = evaluated[run.system.name].metrics["experts"]
+    return {
+        "models": {name: {key: figures[key] for key in SHOWN} for name, figures in overall.items()},
+        "gate": {key: usage[key] for key in ("pair_share", "gold_share")},
+        "kinds": kinds,
+    }
+
+
+def covered(models: Mapping[str, Mapping[str, float]], whole: str, figure: str = "hits@1") -> float | None:
+    """Share of the way from the best expert to the oracle that the whole system goes; None when they are equal."""
+    best = max(figures[figure] for name, figures in models.items() if name not in (whole, ORACLE))
+    way = models[ORACLE][figure] - best
+    return (models[whole][figure] - best) / way if way > 0 else None
+
+
+def show_results(results: Mapping[str, Any], out: Path, display: Display) -> None:
+    """Prints the tables, where everything is, and what to do next."""
+    models, gate = results["models"], results["gate"]
+    whole = next(name for name in models if name not in gate["pair_share"] and name != ORACLE)
+    table = Table("", *SHOWN, "pairs", "gold pairs", title="Test split, ranked against the whole knowledge base")
+    for name, figures in models.items():
+        shares = [f"{gate[key][name]:.0%}" if name in gate[key] else "" for key in ("pair_share", "gold_share")]
+        table.add_row(name, *(f"{figures[key]:.3f}" for key in SHOWN), *shares)
+    display.console.print(table)
+    kinds = Table("hits@1 by kind of mention", *models)
+    for kind, hits in results["kinds"].items():
+        kinds.add_row(kind, *(f"{hits[name]:.3f}" for name in models))
+    display.console.print(kinds)
+    if (share := covered(models, whole)) is not None:
+        display.say(f"{whole} covers {share:.0%} of the way from the best expert to the oracle (hits@1).")
+    display.say(f"Took {sum(results['seconds'].values()):.0f} s. Figures: {out / 'results.json'}; run: {out / 'run'}")
+    display.say("Your own data in the MIMIC layout:")
+    display.say("  dsmip prepare PATH/TO/RELEASE my-data --format mimic")
+    backbone = f"backbone.pretrained={out / 'backbone.safetensors'}"
+    display.say(f"  dsmip train --config demo --data my-data --run my-run --set {backbone}")
+
+
+def _prepare(out: Path, world: DemoConfig) -> Dataset:
+    prepare_mimic(
+        out / "release",
+        out / "data",
+        name=f"demo-{world.seed}",
+        image_size=world.picture_size,
+        seed=world.seed,
+        workers=1,
+        progress=lambda part, done, total: None,
+    )
+    return Dataset.open(out / "data")
+
+
+def _with_all_cpus(config: ExperimentConfig) -> ExperimentConfig:
+    """The backbone trains alone, so it gets the whole machine."""
+    resources = {"cpu": float(os.cpu_count() or 1)}
+    return merged(config, {"system": config.system, "pretrain": {"resources": resources}})
+
+
+@dataclass
+class Journal:
+    """`demo.json`: which demo this folder holds, and how long its finished steps took."""
+
+    path: Path
+    world: DemoConfig
+    seconds: dict[str, float]
+    display: Display
+
+    @staticmethod
+    def open(out: Path, world: DemoConfig, display: Display) -> "Journal":
+        """The journal of `out`, new or from an earlier try. UserError when the folder holds something else."""
+        path = out / "demo.json"
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["world"] != world.model_dump(mode="json"):
+                seed = stored["world"]["seed"]
+                raise UserError(f"{out} holds the demo of seed {seed} with its own settings; use another --out")
+            return Journal(path, world, stored["seconds"], display)
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty and holds no demo; use another --out")
+        journal = Journal(path, world, {}, display)
+        journal._write()
+        return journal
+
+    @contextmanager
+    def step(self, name: str, title: str) -> Iterator[None]:
+        """Announces a step and remembers its seconds, over all tries."""
+        self.display.say(title)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 1)
+            self._write()
+
+    def _write(self) -> None:
+        write_json(self.path, {"world": self.world.model_dump(mode="json"), "seconds": self.seconds})
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import run_script
+
+    run_script("demo")

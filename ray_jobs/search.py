@@ -1,0 +1,77 @@
+"""What a sweep tries and what it keeps: trials drawn up front, synchronous successive halving. Pure functions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, exp, log
+from random import Random
+from typing import Any
+
+from dsmip.config import Choice, ExperimentConfig, parse_config
+from dsmip.errors import UserError
+
+_DRAWS_PER_TRIAL = 100  # a finite space is taken as used up after so many repetitions in a row
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration of a sweep. `changes` are the drawn values by key; trial 0 has none."""
+
+    number: int
+    changes: Mapping[str, Any]
+    config: ExperimentConfig
+
+
+def draw_trials(config: ExperimentConfig, seed: int) -> list[Trial]:
+    """Up to `config.tune.trials` different configurations: first the unchanged one, then random draws of the space.
+
+    A key `train.<name>` changes the stage-two training (`tune.train`), every other key the configuration itself.
+    Raises UserError when a key of the space, or a drawn value, is not valid.
+    """
+    rng = Random(f"sweep/{seed}")
+    trials = [Trial(0, {}, config)]
+    known = {config.to_yaml()}
+    for number in range(1, config.tune.trials):
+        for _ in range(_DRAWS_PER_TRIAL if config.tune.space else 0):
+            changes = {key: _draw(choice, rng) for key, choice in config.tune.space.items()}
+            changed = _changed(config, changes)
+            if changed.to_yaml() not in known:
+                known.add(changed.to_yaml())
+                trials.append(Trial(number, changes, changed))
+                break
+        else:
+            break
+    return trials
+
+
+def survivors(mrr: Mapping[int, float], reduction: int) -> list[int]:
+    """The best ceil(n / reduction) trial numbers by validation MRR, in ascending order; ties go to the lower number."""
+    best_first = sorted(mrr, key=lambda number: (-mrr[number], number))
+    return sorted(best_first[: ceil(len(mrr) / reduction)])
+
+
+def _draw(choice: Choice, rng: Random) -> Any:
+    if choice.values is not None:
+        value = rng.choice(choice.values)
+        return list(value) if isinstance(value, tuple) else value
+    if choice.uniform is not None:
+        return rng.uniform(*choice.uniform)
+    assert choice.loguniform is not None
+    low, high = choice.loguniform
+    return exp(rng.uniform(log(low), log(high)))
+
+
+def _changed(config: ExperimentConfig, changes: Mapping[str, Any]) -> ExperimentConfig:
+    tree = config.model_dump(mode="json")
+    for key, value in changes.items():
+        path = key.split(".")
+        _set(tree, ["tune", *path] if path[0] == "train" else path, key, value)
+    return parse_config(tree, source="tune.space")
+
+
+def _set(tree: dict[str, Any], path: Sequence[str], key: str, value: Any) -> None:
+    for step in path[:-1]:
+        inner = tree.setdefault(step, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"tune.space: '{key}' is no key of the configuration: '{step}' has no keys below it")
+        tree = inner
+    tree[path[-1]] = value

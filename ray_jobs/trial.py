@@ -1,0 +1,106 @@
+"""One trial of a sweep: the gated system trained on shared feature tables, in a process of Ray Tune."""
+
+import json
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmip.checkpoints import save_weights
+from dsmip.errors import UserError
+from dsmip.features import KB, whole_features
+from dsmip.files import write_json, write_text
+from dsmip.local import LocalContext
+from dsmip.models.base import FeatureEncoder
+from dsmip.runs import Run, own_weights
+from dsmip.stages import SplitFeatures, gold_rows, start_whole, train_whole
+from dsmip.table import Table
+from ray_jobs.context import StepEvents, set_threads, worker_device
+from ray_jobs.settings import read_config
+
+SPLITS = ("train", "validation", KB)
+FeaturePaths = Mapping[str, Mapping[str, str]]
+_GPU_SHARE = 0.5  # of the free memory: tables up to this size are moved there whole
+
+
+@dataclass(frozen=True)
+class TrialTask:
+    """A trial to bring up to `stop_epoch`. `features` are the tables' files by part and split; `folder` is its own."""
+
+    number: int
+    root: str
+    config: str
+    folder: str
+    stop_epoch: int
+    features: FeaturePaths
+
+
+def cache_features(root: str, config: str, part: str) -> dict[str, str]:
+    """Computes what a part's encoder says of the splits that trials need; returns the tables' files by split."""
+    set_threads()
+    run = Run.open(Path(root))
+    settings = read_config(config)
+    home = run.home(part, settings)
+    device = worker_device()
+    if part in run.part_names:
+        encoder: FeatureEncoder = home.load_part(part, with_encoder=True).to(device)
+    else:
+        encoder = home.system.build_encoder(part, settings)
+    collator = home.collator(part)
+    return {
+        split: str(home.cache.ensure(part, split, encoder, run.dataset, collator, device).resolve()) for split in SPLITS
+    }
+
+
+def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
+    """Trains from the trial's own checkpoint to `stop_epoch`, writes weights, then `result.json`, which is returned."""
+    set_threads()
+    run, config = Run.open(Path(task.root)), read_config(task.config)
+    settings, folder, device = config.tune_train(), Path(task.folder), worker_device()
+    tables = _load_tables(json.dumps(task.features), run.system.feature_parts(config.system), str(device))
+    told = StepEvents(f"trial {task.number}", settings.epochs, events)
+    matcher = start_whole(run, config).to(device)
+    result = train_whole(
+        matcher,
+        SplitFeatures(tables["train"], gold_rows(run.dataset, "train")),
+        SplitFeatures(tables["validation"], gold_rows(run.dataset, "validation")),
+        tables[KB],
+        settings,
+        LocalContext(folder / "checkpoints", device, on_epoch=told.epoch_done, on_step=told.step_done),
+        seed=config.seed,
+        stop_epoch=task.stop_epoch,
+    )
+    save_weights(folder / "weights.safetensors", own_weights(matcher))
+    report = {"epochs": task.stop_epoch, "best": result.best, "history": result.history}
+    write_json(folder / "result.json", report)
+    return report
+
+
+def guarded_trial(task: TrialTask, events: Any) -> dict[str, Any]:
+    """`run_trial`, with an error as a result: the other trials go on."""
+    try:
+        return {"mrr": run_trial(task, events)["best"]["mrr"]}
+    except UserError as error:
+        return {"failure": str(error), "user_error": True}
+    except Exception as error:
+        log = Path(task.folder) / "error.txt"
+        write_text(log, traceback.format_exc())
+        return {"failure": f"{type(error).__name__}: {error} (see {log})", "user_error": False}
+
+
+@lru_cache(maxsize=2)
+def _load_tables(features: str, parts: tuple[str, ...], device: str) -> dict[str, Table]:
+    """The whole system's tables by split, memory-mapped; on a GPU they are moved there when they fit."""
+    paths: FeaturePaths = json.loads(features)
+    tables = {
+        split: whole_features({part: Table.load(Path(paths[part][split])) for part in parts}, parts) for split in SPLITS
+    }
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info()
+        if sum(table.num_bytes for table in tables.values()) < _GPU_SHARE * free:
+            return {split: table.to(torch.device(device)) for split, table in tables.items()}
+    return tables

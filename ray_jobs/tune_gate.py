@@ -1,0 +1,238 @@
+"""The job `dsmip tune` (stage two): a Ray Tune sweep over gate, units and expert settings by successive halving.
+
+Trials are drawn up front and each rung ends before the next one starts, so the winner never depends on timing.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.environment import connected
+
+# isort: split
+import ray
+from ray import tune
+
+from dsmip.config import ExperimentConfig, Resources
+from dsmip.errors import UserError
+from dsmip.files import write_json, write_text
+from dsmip.runs import Run
+from ray_jobs.failures import JobFailed
+from ray_jobs.progress import Display, run_watched, start_event_queue
+from ray_jobs.resources import Request, WaitingLine, check_feasible
+from ray_jobs.search import Trial, draw_trials, survivors
+from ray_jobs.train_experts import train_parts
+from ray_jobs.trial import FeaturePaths, TrialTask, cache_features, guarded_trial
+
+_LOST_TRIALS = 2  # how many times a trial restarts from its checkpoint after its process was lost
+
+
+def tune_gate(
+    run: Run, config: ExperimentConfig, display: Display, *, seed: int = 0, verbose: bool = False
+) -> dict[str, Any]:
+    """Sweeps `config.tune.space` around `config`, writes the best trial as the run's whole system, returns its report.
+
+    Run again it goes on from finished rungs and the trials' checkpoints. The test split is never read.
+    Raises UserError (no gate, an expert is missing, wrong space, another sweep is there) and JobFailed.
+    """
+    if not run.system.gated:
+        raise UserError(f"{run.system.name} has no gate: 'dsmip train' trains all of it and there is nothing to tune")
+    trials = draw_trials(config, seed)
+    stamp = _checked_stamp(run, trials, seed)
+    if _is_saved(run, stamp):
+        display.say(f"  sweep finished already: {_sentence(run.part_report(run.system.name))}")
+        return run.part_report(run.system.name)
+    started = time.monotonic()
+    with connected(verbose=verbose):
+        check_feasible([_request("a trial", config)])
+        _train_variants(run, trials, display, verbose=verbose)
+        features = _cache_all_features(run, trials, display)
+        _claim_folder(run, trials, seed, stamp)
+        results = _halve(run, trials, features, display)
+    report = _save_winner(run, trials, results, stamp)
+    display.say(f"  swept in {time.monotonic() - started:.0f} s; {_sentence(report)}")
+    return report
+
+
+def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
+    """Hash of what the sweep is. UserError when the run holds another sweep."""
+    text = json.dumps([seed, *(trial.config.to_yaml() for trial in trials)])
+    stamp = hashlib.sha256(text.encode()).hexdigest()
+    path = _claim_path(run)
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["sha256"] != stamp:
+            raise UserError(
+                f"{path.parent} holds another sweep (seed {found['seed']}, {len(found['trials'])} trials, or other "
+                "settings); repeat that one to resume it, or delete the folder to start anew"
+            )
+    return stamp
+
+
+def _claim_folder(run: Run, trials: Sequence[Trial], seed: int, stamp: str) -> None:
+    shown = {str(trial.number): dict(trial.changes) for trial in trials}
+    write_json(_claim_path(run), {"sha256": stamp, "seed": seed, "trials": shown})
+
+
+def _claim_path(run: Run) -> Path:
+    return run.folder / "tune" / "sweep.json"
+
+
+def _used_parts(run: Run, trials: Sequence[Trial]) -> dict[tuple[str, str], tuple[Run, str]]:
+    """Every feature part that some trial needs, once: its home and name, by the home's folder and the name."""
+    used: dict[tuple[str, str], tuple[Run, str]] = {}
+    for trial in trials:
+        for part in run.system.feature_parts(trial.config.system):
+            home = run.home(part, trial.config)
+            used.setdefault((str(home.folder), part), (home, part))
+    return used
+
+
+def _train_variants(run: Run, trials: Sequence[Trial], display: Display, *, verbose: bool) -> None:
+    """Trains experts of stage-one settings that only the sweep asks for; the run's own must be finished."""
+    variants = []
+    for home, part in _used_parts(run, trials).values():
+        if part not in run.part_names or home.is_finished(part):
+            continue
+        if home.folder == run.folder:
+            home.part_report(part)  # raises: says that 'dsmip train' comes first
+        variants.append((home, part))
+    if variants:
+        display.say(f"  {len(variants)} experts of other settings to train first")
+        train_parts(run, variants, display, verbose=verbose)
+
+
+def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> dict[tuple[str, str], dict[str, str]]:
+    """Computes all feature tables before the trials start; returns their files by (home, part) and split."""
+    remote = ray.remote(max_retries=0)(cache_features).options(**_task_options(run.config.tune.resources))
+    used = _used_parts(run, trials)
+    tasks = {key: remote.remote(str(run.folder), home.config.to_yaml(), part) for key, (home, part) in used.items()}
+    try:
+        features: dict[tuple[str, str], dict[str, str]] = {key: ray.get(task) for key, task in tasks.items()}
+    except ray.exceptions.RayTaskError as error:
+        raise (
+            error.cause if isinstance(error.cause, UserError) else JobFailed(f"features: {error.cause!r}", 1)
+        ) from error
+    num_bytes = sum(Path(path).stat().st_size for paths in features.values() for path in set(paths.values()))
+    display.say(f"  feature tables of {len(used)} encoders: {num_bytes / 2**20:.0f} MiB, shared by all trials")
+    return features
+
+
+def _halve(
+    run: Run, trials: Sequence[Trial], features: Mapping[tuple[str, str], dict[str, str]], display: Display
+) -> dict[int, float]:
+    """Runs rung after rung; returns the last rung's validation MRR by trial number."""
+    plan = trials[0].config.tune
+    results: dict[int, float] = {}
+    numbers = [trial.number for trial in trials]
+    for rung, epochs in enumerate(plan.rungs):
+        path = run.folder / "tune" / f"rung-{rung}.json"
+        if not path.is_file():
+            tasks = {n: _task(run, trials[n], epochs, features) for n in numbers}
+            outcome = _run_rung(run, rung, tasks, display)
+            write_json(path, {"epochs": epochs, **outcome, "survivors": survivors(outcome["mrr"], plan.reduction)})
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        results = {int(number): mrr for number, mrr in stored["mrr"].items()}
+        for number, message in stored["failed"].items():
+            display.say(f"  trial {number}: failed: {message}")
+        numbers = stored["survivors"]
+        figures = ", ".join(f"trial {n} {mrr:.4f}" for n, mrr in sorted(results.items()))
+        display.say(f"  rung {rung + 1} of {len(plan.rungs)}, {epochs} epochs, validation MRR: {figures}")
+    return results
+
+
+def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str], dict[str, str]]) -> TrialTask:
+    parts = run.system.feature_parts(trial.config.system)
+    tables: FeaturePaths = {part: features[str(run.home(part, trial.config).folder), part] for part in parts}
+    folder = run.folder / "tune" / "trials" / str(trial.number)
+    return TrialTask(trial.number, str(run.folder), trial.config.to_yaml(), str(folder), epochs, tables)
+
+
+def _run_rung(run: Run, rung: int, tasks: Mapping[int, TrialTask], display: Display) -> dict[str, Any]:
+    """One Ray Tune run over the given trials; returns `mrr` and `failed` messages by trial number."""
+    resources = run.config.tune.resources
+    storage = run.folder / "tune" / "ray"
+    shutil.rmtree(storage / f"rung-{rung}", ignore_errors=True)  # of an interrupted sweep: trials have own checkpoints
+    events = start_event_queue()
+    trainable = tune.with_parameters(_trainable, tasks=dict(tasks), events=events)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"CPU": resources.cpu, "GPU": resources.gpu}),
+        param_space={"number": tune.grid_search(list(tasks))},
+        tune_config=tune.TuneConfig(reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=f"rung-{rung}",
+            storage_path=str(storage),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=_LOST_TRIALS),
+        ),
+    )
+    names = {f"trial {number}" for number in tasks}
+    waiting = WaitingLine({name: _request(name, run.config) for name in names}, display.say)
+    with display:
+        for _, call in run_watched(
+            {"rung": tuner.fit}, events, display, lambda _: waiting(set() if names & display.started else names)
+        ):
+            grid = call.result()
+    return _collect(grid, tasks)
+
+
+def _collect(grid: Any, tasks: Mapping[int, TrialTask]) -> dict[str, Any]:
+    found = {result.config["number"]: result for result in grid}
+    mrr, failed, only_users = {}, {}, True
+    for number in tasks:
+        metrics = found[number].metrics or {}
+        if "mrr" in metrics:
+            mrr[number] = metrics["mrr"]
+        else:
+            failed[number] = metrics.get("failure") or f"its process was lost: {found[number].error}"
+            only_users &= metrics.get("user_error", False)
+    if not mrr:
+        first = next(iter(failed.values()))
+        raise JobFailed(f"all trials failed; trial {next(iter(failed))}: {first}", 2 if only_users else 1)
+    return {"mrr": mrr, "failed": failed}
+
+
+def _trainable(config: dict[str, int], tasks: Mapping[int, TrialTask], events: Any) -> None:
+    tune.report(guarded_trial(tasks[config["number"]], events))
+
+
+def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float], stamp: str) -> dict[str, Any]:
+    """Copies the best trial into the run as the whole system; part.json comes last."""
+    best = min(results, key=lambda number: (-results[number], number))
+    source, target = run.folder / "tune" / "trials" / str(best), run.folder / run.system.name
+    result = json.loads((source / "result.json").read_text(encoding="utf-8"))
+    target.mkdir(exist_ok=True)
+    shutil.copyfile(source / "weights.safetensors", target / "weights.safetensors")
+    write_text(target / "config.yaml", trials[best].config.to_yaml())
+    changes = dict(trials[best].changes)
+    report = {**result, "trial": best, "changes": changes, "mrr": dict(results), "sweep": stamp}
+    write_json(target / "part.json", report)
+    return run.part_report(run.system.name)
+
+
+def _is_saved(run: Run, stamp: str) -> bool:
+    return run.is_finished(run.system.name) and run.part_report(run.system.name).get("sweep") == stamp
+
+
+def _sentence(report: Mapping[str, Any]) -> str:
+    changes = ", ".join(f"{key}={value}" for key, value in report["changes"].items()) or "the configuration unchanged"
+    best = report["best"]
+    return f"best is trial {report['trial']} ({changes}): validation hits@1 {best['hits@1']:.3f}, MRR {best['mrr']:.3f}"
+
+
+def _request(name: str, config: ExperimentConfig) -> Request:
+    return Request(name, 1, config.tune.resources.cpu, config.tune.resources.gpu)
+
+
+def _task_options(resources: Resources) -> dict[str, float]:
+    return {"num_cpus": resources.cpu, "num_gpus": resources.gpu}
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import run_script
+
+    run_script("tune")

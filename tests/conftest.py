@@ -1,0 +1,101 @@
+"""Fixtures that several test files share: a tiny prepared data set and a narrow backbone."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_release import picture, write_release
+
+from data_prep.build import prepare
+from data_prep.mimic_release import MimicRelease
+from dsmip.config import ExperimentConfig, parse_config
+from dsmip.shards import Dataset
+
+NARROW_BACKBONE = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "grey", "pink", "brown", "cyan", "white")
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """11 entities (three of four with a picture), 23 / 7 / 8 mentions of two kinds, some with a picture."""
+    folder = tmp_path_factory.mktemp("small")
+    kb = [
+        {"qid": f"Q{row}", "entity_name": colour, "attr": f"colour {row}", "image_list": [f"Q{row}.jpg"] * (row % 4 > 0)}
+        for row, colour in enumerate(COLOURS)
+    ]
+    files = {f"kb_image/Q{row}.jpg": picture((16, 16), colour) for row, colour in enumerate(COLOURS)}
+    mentions = []
+    for number in range(38):
+        row = number * 7 % len(COLOURS)
+        mentions.append(
+            {
+                "id": f"m{number}",
+                "sentence": f"a {COLOURS[row]} thing, number {number}",
+                "mentions": COLOURS[row],
+                "answer": f"Q{row}",
+                "imgPath": f"m{number}.jpg" if number % 3 else "",
+                "kind": "odd" if number % 2 else "even",
+            }
+        )
+        files[f"mention_image/m{number}.jpg"] = picture((20, 16), COLOURS[row])
+    records: dict[str, list[Any]] = {"kb": kb, "train": mentions[:23], "dev": mentions[23:30], "test": mentions[30:]}
+    prepare(MimicRelease(write_release(folder / "release", records, files)), folder / "data", name="small")
+    return Dataset.open(folder / "data")
+
+
+@pytest.fixture(scope="session")
+def narrow_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone of two thin layers per tower."""
+    path = tmp_path_factory.mktemp("backbone") / "narrow.json"
+    path.write_text(json.dumps(NARROW_BACKBONE))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_config(narrow_backbone: Path) -> ExperimentConfig:
+    """DSMIP with three small experts: text and visual frozen, multimodal with prompts."""
+    return parse_config(
+        {
+            "model": "dsmip",
+            "backbone": {"architecture": str(narrow_backbone)},
+            "system": {
+                "experts": {"text": {}, "visual": {}, "multimodal": {"prompt_length": 2, "prompt_depth": 2}},
+                "width": 8,
+                "gate": {"picture": "clip", "width": 8},
+            },
+            "train": {"epochs": 2, "batch_size": 8},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A quiet Ray of this process with 4 CPUs, whatever the machine has; jobs use it instead of starting one."""
+    import ray_jobs.environment  # noqa: F401  (before Ray is imported)
+
+    # isort: split
+    import ray
+
+    variables = pytest.MonkeyPatch()
+    variables.delenv("RAY_ADDRESS", raising=False)
+    variables.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    variables.setenv("RAY_worker_maximum_startup_concurrency", "16")
+    ray.init(
+        "local",
+        num_cpus=4,
+        object_store_memory=200 << 20,
+        log_to_driver=False,
+        logging_level="ERROR",
+        include_dashboard=False,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        variables.undo()

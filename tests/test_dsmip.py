@@ -1,0 +1,207 @@
+"""DSMIP as a whole: what the gate's choice does to scores, its size, and what a part's weights file holds."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsmip.checkpoints import save_weights
+from dsmip.config import ExperimentConfig, merged, parse_config
+from dsmip.encoders.clip import Backbone
+from dsmip.errors import UserError
+from dsmip.experts import feature_sizes
+from dsmip.models.base import BatchGold
+from dsmip.models.dsmip import Dsmip, DsmipMatcher
+from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
+from dsmip.runs import load_own_weights, own_weights
+from dsmip.table import Column, Ragged, Table
+
+NUM_MENTIONS, NUM_ENTITIES = 5, 6
+
+
+def seeded(seed: int, build: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def with_system(config: ExperimentConfig, **changes: Any) -> ExperimentConfig:
+    return config.model_copy(update={"system": merged(config.system, changes)})
+
+
+def whole(config: ExperimentConfig, **gate: Any) -> DsmipMatcher:
+    matcher = seeded(1, lambda: Dsmip.build_whole(with_system(config, gate=gate)))
+    assert isinstance(matcher, DsmipMatcher)
+    return matcher.eval()
+
+
+def features(config: ExperimentConfig, count: int, seed: int) -> Table:
+    """Random features of all experts and of the gate."""
+    sizes, generator = feature_sizes(config.backbone.architecture), torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 4, (count,), generator=generator)
+
+    def ragged(width: int) -> Ragged:
+        values = torch.randn(int(lengths.sum()), width, generator=generator)
+        return Ragged(values, lengths.cumsum(0) - lengths, lengths)
+
+    columns: dict[str, Column] = {
+        "gate.text": torch.randn(count, sizes.text_width, generator=generator),
+        "gate.picture": torch.randn(count, sizes.embed_width, generator=generator),
+    }
+    for part, kinds in {"text": ["text"], "visual": ["image"], "multimodal": ["text", "image"]}.items():
+        for kind in kinds:
+            width = sizes.text_width if kind == "text" else sizes.vision_width
+            columns[f"{part}.{kind}_global"] = torch.randn(count, sizes.embed_width, generator=generator)
+            columns[f"{part}.{kind}_tokens"] = ragged(width)
+    return Table(columns)
+
+
+def prepared(matcher: DsmipMatcher, config: ExperimentConfig) -> tuple[Table, Table]:
+    mentions, entities = features(config, NUM_MENTIONS, 2), features(config, NUM_ENTITIES, 3)
+    return matcher.prepare_mentions(mentions), matcher.prepare_entities(entities)
+
+
+@pytest.mark.parametrize("final", ["relu", "none"])
+def test_ties_go_to_the_expert_listed_first(small_config: ExperimentConfig, final: str) -> None:
+    """Logits that are all equal, or (relu) all negative: the same choice with and without gradients."""
+    matcher = whole(small_config, final_activation=final)
+    with torch.no_grad():
+        matcher.gate.mention_logits.weight.zero_()
+        matcher.gate.entity_logits.weight.zero_()
+        matcher.gate.mention_logits.bias.copy_(torch.tensor([-3.0, -2.0, -1.0]))
+    mentions, entities = prepared(matcher, small_config)
+    first = 0 if final == "relu" else 2
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            scores = matcher.score(mentions, entities)
+        assert scores.chosen_ME is not None
+        assert scores.chosen_ME.tolist() == [[first] * NUM_ENTITIES] * NUM_MENTIONS
+        torch.testing.assert_close(scores.total_ME, list(scores.parts.values())[first], atol=0, rtol=0)
+
+
+def test_one_expert_per_mention(small_config: ExperimentConfig) -> None:
+    matcher = whole(small_config, choice="mention")
+    with torch.no_grad():
+        matcher.gate.mention_logits.bias.zero_()
+        matcher.gate.mention_logits.weight.mul_(20)  # else one expert has them all
+        mentions, entities = prepared(matcher, small_config)
+        scores = matcher.score(mentions, entities)
+    logits_MB = mentions.dense("gate.logits")
+    assert scores.chosen_ME is not None
+    assert scores.chosen_ME.shape == (NUM_MENTIONS, NUM_ENTITIES)
+    assert torch.equal(scores.chosen_ME, logits_MB.argmax(dim=1)[:, None].expand(NUM_MENTIONS, NUM_ENTITIES))
+    assert len(set(scores.chosen_ME[:, 0].tolist())) > 1
+    parts_MEB = torch.stack(list(scores.parts.values()), dim=-1)
+    assert torch.equal(scores.total_ME, parts_MEB.gather(-1, scores.chosen_ME[..., None])[..., 0])
+
+
+@pytest.mark.parametrize("choice", ["pair", "mention"])
+def test_training_scores_choose_with_noise_and_carry_the_relaxed_gradient(
+    small_config: ExperimentConfig, choice: str
+) -> None:
+    matcher = whole(small_config, choice=choice, temperature=0.7)
+    mentions, entities = prepared(matcher, small_config)
+    logits_MB = mentions.dense("gate.logits").detach().requires_grad_()
+    mentions = Table({**mentions.columns, "gate.logits": logits_MB})
+    noise = sample_gumbel(
+        (NUM_MENTIONS, NUM_ENTITIES if choice == "pair" else 1, 3), torch.Generator().manual_seed(4)
+    )
+    scores = matcher.score(mentions, entities, noise=noise)
+    (found,) = torch.autograd.grad(scores.total_ME.sum(), logits_MB, retain_graph=True)
+
+    def relaxed_total(logits: Tensor) -> Tensor:
+        table = Table({"logits": logits})
+        log_pi_MEB = matcher.gate.log_pi(table, entities.under("gate"))
+        parts_MEB = torch.stack([part.detach() for part in scores.parts.values()], dim=-1)
+        return (relaxed_choice(log_pi_MEB, noise, 0.7) * parts_MEB).sum()
+
+    (expected,) = torch.autograd.grad(relaxed_total(logits_MB), logits_MB)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    log_pi_MEB = matcher.gate.log_pi(mentions.under("gate"), entities.under("gate"))
+    chosen_ME = (log_pi_MEB + noise).argmax(-1).expand(NUM_MENTIONS, NUM_ENTITIES)
+    assert scores.chosen_ME is not None
+    assert torch.equal(scores.chosen_ME, chosen_ME)
+    parts_MEB = torch.stack(list(scores.parts.values()), dim=-1)
+    assert torch.equal(scores.total_ME, parts_MEB.gather(-1, chosen_ME[..., None])[..., 0])
+
+
+def test_the_loss_draws_its_noise_from_the_global_seed(small_config: ExperimentConfig) -> None:
+    """So that a resumed training, which seeds every step, draws the same."""
+    matcher = whole(small_config, temperature=0.7)
+    mentions, entities = features(small_config, NUM_MENTIONS, 2), features(small_config, NUM_ENTITIES, 3)
+    gold = BatchGold(torch.arange(NUM_MENTIONS), torch.zeros(NUM_MENTIONS, NUM_ENTITIES, dtype=torch.bool))
+    first, second, third = (seeded(seed, lambda: matcher(mentions, entities, gold)).item() for seed in (1, 1, 2))
+    assert first == second
+    assert first != third
+
+
+def test_the_experts_in_use_come_in_their_order(small_config: ExperimentConfig) -> None:
+    config = with_system(small_config, use=["multimodal", "text"])
+    matcher = Dsmip.build_whole(config)
+    assert list(matcher.score(*prepared(matcher, config)).parts) == ["multimodal", "text"]  # type: ignore[arg-type]
+    assert Dsmip.choices(config.system) == ("multimodal", "text")
+    assert Dsmip.feature_parts(config.system) == ("multimodal", "text", "gate")
+    assert Dsmip.part_names(config.system) == ("text", "visual", "multimodal")
+
+
+def num_trained(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def test_multimodal_expert_trains_as_many_parameters_as_the_paper_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """7.6 M with ViT-B/32, prompts of length 2 in nine layers (built without memory for its weights)."""
+    build = Backbone.build
+    monkeypatch.setattr(Backbone, "build", staticmethod(lambda name, tag, **_: build(name, None, device="meta")))
+    config = parse_config({"model": "dsmip", "backbone": {"architecture": "ViT-B-32", "pretrained": "openai"}})
+    with torch.device("meta"):
+        expert = Dsmip.build_part("multimodal", config, with_encoder=True)
+    assert num_trained(expert) == pytest.approx(7.6e6, rel=0.01)
+    prompts = 18 * (2 * 512 + 512 * 768 + 768)
+    assert expert.encoder is not None
+    assert num_trained(expert.encoder) == prompts
+    assert sum(p.numel() for p in expert.encoder.backbone.parameters()) == pytest.approx(151.3e6, rel=0.01)
+
+
+def part(config: ExperimentConfig, name: str, *, with_encoder: bool = True, seed: int = 1) -> Any:
+    return seeded(seed, lambda: Dsmip.build_part(name, config, with_encoder=with_encoder))
+
+
+def tuned(config: ExperimentConfig, name: str, **changes: Any) -> ExperimentConfig:
+    return with_system(config, experts={name: changes})
+
+
+def test_a_frozen_tower_is_not_saved(small_config: ExperimentConfig) -> None:
+    names = own_weights(part(small_config, "multimodal")).keys()
+    assert not any(".backbone." in name for name in names)
+    assert {"encoder.mention_prompts.tables_Jrt", "encoder.entity_prompts.couplings.1.bias"} <= names
+    assert "scorer.units.cross.context_layer_norm.weight" in names  # published, never trained, but no tower's
+
+
+def test_a_trained_tower_is_saved(small_config: ExperimentConfig) -> None:
+    matcher = part(tuned(small_config, "text", tune="full"), "text")
+    saved = {name for name in own_weights(matcher) if ".backbone." in name}
+    assert saved == {n for n, p in matcher.named_parameters() if p.requires_grad and ".backbone." in n}
+    assert any("token_embedding" in name for name in saved)
+    assert not any("visual" in name for name in saved)
+
+
+def test_weights_are_loaded_with_or_without_towers(small_config: ExperimentConfig, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    trained = part(small_config, "multimodal", seed=5)
+    save_weights(path, own_weights(trained))
+    for with_encoder in (True, False):
+        again = part(small_config, "multimodal", with_encoder=with_encoder)
+        load_own_weights(again, path)
+        for name, tensor in own_weights(again).items():
+            assert torch.equal(tensor, trained.state_dict()[name])
+
+
+def test_weights_of_another_form_are_refused(small_config: ExperimentConfig, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, own_weights(part(small_config, "text")))
+    with pytest.raises(UserError, match="another configuration"):
+        load_own_weights(part(small_config, "visual"), path)
+    with pytest.raises(UserError, match=r"scorer\.units.*shape.*8.*9"):
+        load_own_weights(part(with_system(small_config, width=9), "text"), path)

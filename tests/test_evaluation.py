@@ -1,0 +1,172 @@
+"""Ranking against the slow obvious twin, with ties, tiles and slices of the kb."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from workers import run_workers
+
+from dsmip import distributed
+from dsmip.batches import ItemBatch
+from dsmip.evaluation import Ranking, prepare_in_tiles, rank, summarise
+from dsmip.models.base import BatchGold, Matcher, Scores
+from dsmip.ops.ranking import Counts
+from dsmip.table import Table
+
+CPU = torch.device("cpu")
+
+
+class TableMatcher(Matcher):
+    """Scores are looked up: `scores` [M, E] and, with `chosen`, the expert of each pair."""
+
+    def __init__(self, scores: Tensor, chosen: Tensor | None = None) -> None:
+        super().__init__()
+        self.scores_ME, self.chosen_ME = scores, chosen
+
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        raise NotImplementedError
+
+    def encode_entities(self, batch: ItemBatch) -> Table:
+        raise NotImplementedError
+
+    def prepare_mentions(self, features: Table) -> Table:
+        return features
+
+    def prepare_entities(self, features: Table) -> Table:
+        return features
+
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        rows, columns = mentions.dense("row")[:, None], entities.dense("row")[None]
+        return Scores(self.scores_ME[rows, columns], None if self.chosen_ME is None else self.chosen_ME[rows, columns])
+
+    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+        raise NotImplementedError
+
+    def encoder_trains(self) -> bool:
+        return False
+
+
+def numbered(count: int, first: int = 0) -> Table:
+    return Table({"row": torch.arange(first, first + count)})
+
+
+def ranks_by_sorting(scores_ME: Tensor, gold_M: Tensor) -> list[float]:
+    """Mean place of the gold among all equal scores in a full sort."""
+    found = []
+    for scores, gold in zip(scores_ME, gold_M.tolist(), strict=True):
+        order = scores.argsort(descending=True).tolist()
+        equal = [place + 1 for place, column in enumerate(order) if scores[column] == scores[gold]]
+        found.append(sum(equal) / len(equal))
+    return found
+
+
+def ranked(scores_ME: Tensor, gold_M: Tensor, chosen_ME: Tensor | None = None, **options: Any) -> Ranking:
+    num_mentions, num_entities = scores_ME.shape
+    matcher = TableMatcher(scores_ME, chosen_ME)
+    return rank(matcher, numbered(num_mentions), numbered(num_entities), gold_M, device=CPU, **options)
+
+
+@given(seed=st.integers(0, 10**6), shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), tiles=st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_ranks_equal_a_full_sort(seed: int, shape: tuple[int, int], tiles: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores_ME = torch.randint(0, 4, shape, generator=generator).float()  # few values: many ties
+    gold_M = torch.randint(shape[1], (shape[0],), generator=generator)
+    ranking = ranked(scores_ME, gold_M, mention_tile=tiles, entity_tile=max(tiles // 2, 1), top_k=3)
+    assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
+    order_ME = scores_ME.sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(ranking.top_row_Mk, order_ME[:, :3])
+    assert torch.equal(ranking.top_score_Mk, scores_ME.gather(1, order_ME[:, :3]))
+
+
+def test_reported_metrics_of_hand_made_ranks() -> None:
+    """Ranks 1, 2.5 (one better, one tied) and 4."""
+    metrics = summarise(Counts(torch.tensor([0, 1, 3]), torch.tensor([0, 1, 0])))
+    assert metrics["hits@1"] == pytest.approx(1 / 3)
+    assert metrics["hits@3"] == pytest.approx(2 / 3)
+    assert metrics["hits@5"] == 1.0
+    assert metrics["mrr"] == pytest.approx((1 + 1 / 2.5 + 1 / 4) / 3)
+    assert metrics["mean_rank"] == pytest.approx(2.5)
+    assert metrics["mean_rank_optimistic"] == pytest.approx(7 / 3)
+    assert metrics["mean_rank_pessimistic"] == pytest.approx(8 / 3)
+
+
+def test_metrics_of_some_mentions() -> None:
+    ranking = ranked(torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([0, 1]))
+    assert ranking.metrics()["mrr"] == 0.75
+    assert ranking.metrics(torch.tensor([True, False]))["mrr"] == 0.5
+
+
+def test_constant_scores_rank_in_the_middle() -> None:
+    """A model that says nothing must not look good."""
+    ranking = ranked(torch.zeros(2, 5), torch.tensor([0, 4]))
+    assert ranking.rank_M.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("column", [0, 3])
+def test_nan_is_refused(column: int) -> None:
+    scores_ME = torch.zeros(2, 4)
+    scores_ME[1, column] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        ranked(scores_ME, torch.tensor([0, 1]), mention_tile=1, entity_tile=2)
+
+
+def test_choices_of_pairs_are_counted() -> None:
+    scores_ME = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0]])
+    chosen_ME = torch.tensor([[0, 2, 2], [1, 0, 2]])
+    ranking = ranked(scores_ME, torch.tensor([1, 0]), chosen_ME, top_k=2, num_choices=3, entity_tile=2)
+    assert ranking.chosen_pairs_MB is not None
+    assert ranking.chosen_gold_M is not None
+    assert ranking.chosen_top_Mk is not None
+    assert ranking.chosen_pairs_MB.tolist() == [[1, 0, 2], [1, 1, 1]]
+    assert ranking.chosen_gold_M.tolist() == [2, 1]
+    assert ranking.chosen_top_Mk.tolist() == [[0, 2], [0, 2]]
+
+
+def test_choices_are_left_out_where_only_ranks_are_wanted() -> None:
+    """As in validation, where workers hold slices of the kb."""
+    ranking = ranked(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), torch.tensor([[1, 0]]))
+    assert ranking.rank_M.tolist() == [2.0]
+    assert ranking.chosen_pairs_MB is None
+
+
+def test_preparing_in_tiles_keeps_rows() -> None:
+    table = prepare_in_tiles(TableMatcher(torch.zeros(1, 1)), numbered(7), "entities", CPU, tile=3)
+    assert table.dense("row").tolist() == list(range(7))
+
+
+SHAPE = (5, 11)
+
+
+def example() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 5, SHAPE, generator=generator).float(), torch.tensor([0, 10, 4, 5, 6])
+
+
+def rank_slice() -> dict[str, Tensor]:
+    scores_ME, gold_M = example()
+    first, stop = (0, 4) if distributed.rank() == 0 else (4, SHAPE[1])
+    ranking = rank(
+        TableMatcher(scores_ME, torch.zeros(SHAPE, dtype=torch.int64)),
+        numbered(SHAPE[0]),
+        numbered(stop - first, first),
+        gold_M,
+        device=CPU,
+        first_row=first,
+        mention_tile=2,
+        entity_tile=3,
+    )
+    return {"better": ranking.counts.better_M, "tied": ranking.counts.tied_M}
+
+
+def test_slices_of_the_kb_add_up(tmp_path: Path) -> None:
+    scores_ME, gold_M = example()
+    expected = ranked(scores_ME, gold_M)
+    assert expected.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
+    for worker in run_workers(rank_slice, 2, tmp_path):
+        assert torch.equal(worker["better"], expected.counts.better_M)
+        assert torch.equal(worker["tied"], expected.counts.tied_M)

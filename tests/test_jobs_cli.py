@@ -1,0 +1,103 @@
+"""The command line as a user meets it: one clear message and exit code 2 for a mistake, no traceback, quick help."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsmip.config import ExperimentConfig
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+from ray_jobs import cli
+
+
+@pytest.fixture
+def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Runs a command that must end with exit code 2; returns what it said on stderr."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["dsmip", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train --config nothing --data D --run R", "'nothing' is neither a file nor a shipped name; shipped: .*demo"),
+        ("train --config demo --data D --run R --set train.epocs=3", "train.epocs.*did you mean 'epochs'"),
+        ("train --config demo --data D --run R --set train.epochs", "--set takes key=value"),
+        ("train --config demo --data D --run R --set train.epochs=0", "train.epochs"),
+        ("train --config demo --data D --run R", "D: no such dataset directory"),
+        ("pretrain --config demo --data D --out w.pt", "must end in .safetensors"),
+        ("pretrain --config demo --data D --out w.safetensors", "D: no such dataset directory"),
+        ("tune --run R", "no run at .*R"),
+        ("evaluate --run R", "no run at .*R"),
+        ("prepare S OUT --format tarball", "--format tarball is unknown; known: mimic, demo"),
+        ("prepare S OUT --format demo", "takes a seed or a YAML file as SOURCE; 'S' is neither"),
+        ("prepare S OUT", "S"),
+        ("nonsense", "No such command"),
+        ("train --config demo", "Missing option"),
+    ],
+)
+def test_a_mistake_is_named(mistake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: str) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    import re
+
+    assert re.search(said, mistake(*command.split()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_keys_of_the_demo_generator_are_named(mistake, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    settings = tmp_path / "world.yaml"
+    settings.write_text("num_entitys: 200\n")
+    said = mistake("prepare", settings, tmp_path / "out", "--format", "demo")
+    assert "num_entitys" in said
+    assert "num_entities" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_folder_is_left_alone(mistake, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "photo.txt").write_text("mine")
+    assert "is not empty and holds no demo" in mistake("demo", "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.txt"]
+
+
+def test_what_a_run_does_not_have_is_named(  # type: ignore[no-untyped-def]
+    mistake, tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
+) -> None:
+    run = tmp_path / "run"
+    Run.create(run, small_config, small_data)
+    assert "run 'dsmip train' first" in mistake("evaluate", "--run", run, "--model", "text")
+    assert "run 'dsmip tune' first" in mistake("evaluate", "--run", run)
+    assert "unknown model 'sound'" in mistake("evaluate", "--run", run, "--model", "sound")
+    assert "unknown split 'dev'" in mistake("evaluate", "--run", run, "--split", "dev")
+    assert "is no device" in mistake("evaluate", "--run", run, "--device", "toaster")
+    assert "did you mean 'trials'" in mistake("tune", "--run", run, "--set", "tune.trails=3")
+    assert "was made with another configuration (seed was 0, is now 1)" in mistake(
+        "train", "--config", run / "config.yaml", "--data", small_data.folder, "--run", run, "--set", "seed=1"
+    )
+
+
+def test_help_needs_neither_ray_nor_torch() -> None:
+    code = (
+        "import sys; from ray_jobs import cli; sys.argv = ['dsmip', 'train', '--help']\n"
+        "try: cli.main()\n"
+        "finally: print([name for name in ('ray', 'torch') if name in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "--config" in said
+    assert said.rstrip().endswith("[]")
+
+
+@pytest.mark.parametrize("job", ["prepare", "pretrain", "train_experts", "tune_gate", "evaluate", "demo"])
+def test_every_job_file_is_a_script(job: str) -> None:
+    source = (Path(cli.__file__).parent / f"{job}.py").read_text(encoding="utf-8")
+    assert source.rstrip().splitlines()[-1].startswith('    run_script("')

@@ -1,0 +1,85 @@
+"""What a sweep tries and keeps: trials drawn up front, survivors that depend on figures alone."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsmip.config import ExperimentConfig, TuneConfig, merged
+from dsmip.errors import UserError
+from ray_jobs.search import draw_trials, survivors
+
+
+def with_space(config: ExperimentConfig, space: dict[str, Any], trials: int = 6) -> ExperimentConfig:
+    tune = TuneConfig(trials=trials, space=space)
+    return config.model_copy(update={"tune": tune})
+
+
+def test_trial_0_is_the_configuration_itself_and_no_trial_comes_twice(small_config: ExperimentConfig) -> None:
+    config = with_space(
+        small_config,
+        {"system.gate.temperature": {"values": [0.1, 0.5]}, "train.learning_rate": {"loguniform": [1e-4, 1e-2]}},
+        trials=20,
+    )
+    trials = draw_trials(config, seed=1)
+    assert [trial.number for trial in trials] == list(range(20))
+    assert trials[0].config == config
+    assert len({trial.config.to_yaml() for trial in trials}) == 20
+    for trial in trials[1:]:
+        assert trial.config.system.gate.temperature == trial.changes["system.gate.temperature"]  # type: ignore[attr-defined]
+        assert trial.config.tune_train().learning_rate == trial.changes["train.learning_rate"]
+        assert 1e-4 <= trial.changes["train.learning_rate"] <= 1e-2
+        assert trial.config.train == config.train  # stage one is what it was
+
+
+def test_trials_depend_on_the_seed_alone(small_config: ExperimentConfig) -> None:
+    config = with_space(small_config, {"system.gate.dropout": {"uniform": [0.0, 0.5]}})
+    assert draw_trials(config, 5) == draw_trials(config, 5)
+    assert draw_trials(config, 5) != draw_trials(config, 6)
+
+
+def test_a_small_space_is_used_up_without_repetition(small_config: ExperimentConfig) -> None:
+    space = {"system.use": {"values": [["text", "multimodal"], ["visual", "text"]]}}
+    trials = draw_trials(with_space(small_config, space), seed=0)
+    assert trials[0].changes == {}
+    drawn = sorted(trial.changes["system.use"] for trial in trials[1:])
+    assert drawn == [["text", "multimodal"], ["visual", "text"]]
+
+
+def test_without_a_space_there_is_one_trial(small_config: ExperimentConfig) -> None:
+    assert len(draw_trials(with_space(small_config, {}), seed=0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("space", "named"),
+    [
+        ({"system.gate.temprature": {"values": [0.1]}}, "did you mean 'temperature'"),
+        ({"system.gate.temperature": {"values": [-1.0]}}, "system.gate.temperature"),
+        ({"train.learning_rat": {"values": [0.1]}}, "learning_rate"),
+        ({"system.width.x": {"values": [1]}}, "'system.width.x' is no key"),
+        ({"system.use": {"values": [["text", "sound"]]}}, "system.use"),
+    ],
+)
+def test_a_wrong_space_names_its_key(small_config: ExperimentConfig, space: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        draw_trials(with_space(small_config, space), seed=0)
+
+
+@given(st.dictionaries(st.integers(0, 30), st.sampled_from([0.1, 0.2, 0.3]), min_size=1), st.integers(2, 4))
+def test_survivors_are_the_best_and_ties_go_to_the_lower_number(mrr: dict[int, float], reduction: int) -> None:
+    kept = survivors(mrr, reduction)
+    assert kept == sorted(kept)
+    assert len(kept) == math.ceil(len(mrr) / reduction)
+    for out in mrr.keys() - set(kept):
+        assert all(mrr[number] > mrr[out] or (mrr[number] == mrr[out] and number < out) for number in kept)
+
+
+def test_the_configuration_with_drawn_lists_survives_its_yaml(small_config: ExperimentConfig) -> None:
+    from ray_jobs.settings import read_config
+
+    config = with_space(small_config, {"system.use": {"values": [["text", "visual"]]}})
+    drawn = draw_trials(config, seed=0)[1].config
+    assert read_config(drawn.to_yaml()) == drawn
+    assert merged(drawn.tune, {}) == drawn.tune

@@ -1,0 +1,118 @@
+"""Stage one on a real Ray: parts side by side, failures kept apart, resume from checkpoints."""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from dsmip.config import ExperimentConfig, Resources, parse_config
+from dsmip.errors import UserError
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+from ray_jobs.context import RayContext
+from ray_jobs.failures import JobFailed
+from ray_jobs.progress import Display
+from ray_jobs.resources import Request, check_feasible, describe_wait
+from ray_jobs.train_experts import train_experts
+from ray_jobs.trainings import Training, run_trainings
+
+pytestmark = [pytest.mark.usefixtures("ray_cluster")]
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path
+
+
+class Lines(Display):
+    """A display that keeps what it said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def count_epochs(context: RayContext, settings: Mapping[str, Any]) -> None:
+    """Four epochs that only count. Once, after the second, it breaks in the way that `settings` ask."""
+    restored = context.restore()
+    start = int((restored / "epoch").read_text()) if restored else 0
+    log, broken = Path(settings["log"]), Path(settings["log"] + ".broken")
+    for epoch in range(start, 4):
+        if epoch == 2 and settings["how"] and not broken.exists():
+            broken.touch()
+            if settings["how"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("the disc is full")
+        with log.open("a") as stream:
+            stream.write(f"{epoch} ")
+        folder = context.checkpoint_folder(epoch)
+        (folder / "epoch").write_text(str(epoch + 1))
+        context.step_done(epoch, 0, 1, 0.0)
+        context.epoch_done({"epoch": epoch, "loss": 0.0}, folder)
+
+
+def counting(name: str, how: str, folder: Path) -> Training:
+    settings = {"how": how, "log": str(folder / name)}
+    return Training(name, count_epochs, settings, num_epochs=4, storage=folder / "ray", resources=Resources(cpu=0.5))
+
+
+def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
+    trainings = [
+        counting("sound", "", tmp_path),
+        counting("lost", "kill", tmp_path),
+        counting("full", "raise", tmp_path),
+    ]
+    display = Lines()
+    with pytest.raises(JobFailed, match="failed: full; run the same command again") as failed:
+        run_trainings(trainings, display)
+    assert failed.value.exit_code == 1
+    assert any(line.startswith("  full: failed: RuntimeError: the disc is full") for line in display.lines)
+    assert (tmp_path / "sound").read_text() == "0 1 2 3 "
+    # the lost worker came back by itself, from a checkpoint; its very last report may be lost with it
+    assert (tmp_path / "lost").read_text() in ("0 1 2 3 ", "0 1 1 2 3 ")
+    assert (tmp_path / "full").read_text() == "0 1 "
+    run_trainings([trainings[2]], display)
+    assert (tmp_path / "full").read_text() == "0 1 2 3 "
+
+
+def test_experts_train_side_by_side_and_finished_ones_are_kept(
+    tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
+) -> None:
+    tree = small_config.model_dump(mode="json")
+    tree["system"]["experts"] |= {"visual": {"prompt_length": 1, "prompt_depth": 9}}
+    wrong = parse_config(tree)
+    display = Lines()
+    with pytest.raises(JobFailed, match="failed: visual") as failed:
+        train_experts(wrong, small_data, tmp_path / "run", display)
+    assert failed.value.exit_code == 2  # every cause was a user's mistake
+    assert any("visual: failed: prompt depth 9 exceeds the 2 layers" in line for line in display.lines)
+    run = Run.open(tmp_path / "run")
+    assert [part for part in run.part_names if run.is_finished(part)] == ["text", "multimodal"]
+    assert len(run.part_report("text")["history"]) == 2
+    run.load_part("multimodal", with_encoder=False)
+    weights = (run.folder / "text" / "weights.safetensors").stat().st_mtime_ns
+
+    with pytest.raises(JobFailed, match="failed: visual"):
+        train_experts(wrong, small_data, tmp_path / "run", display := Lines())
+    assert any(line.startswith("  text: finished already, validation hits@1") for line in display.lines)
+    assert (run.folder / "text" / "weights.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_request_that_can_never_be_fulfilled_ends_at_once(tmp_path: Path) -> None:
+    large = Training("large", count_epochs, {}, num_epochs=1, storage=tmp_path, resources=Resources(cpu=1000))
+    with pytest.raises(UserError, match="large asks 1 worker with 1000 CPU each, which this cluster can never give"):
+        run_trainings([counting("sound", "", tmp_path), large], Lines())
+    assert list(tmp_path.iterdir()) == []
+    check_feasible([Request("four", 4, 1, 0)])
+    with pytest.raises(UserError, match="biggest node has 4 CPU"):
+        check_feasible([Request("five", 5, 1, 0)])
+
+
+def test_the_waiting_line_says_who_asks_what() -> None:
+    line = describe_wait([Request("visual", 2, 1.5, 1)])
+    assert line.startswith("waiting to start: visual asks 2 workers with 1.5 CPU and 1 GPU each; free: ")
+    assert line.endswith(" of 4 CPU")

@@ -1,0 +1,109 @@
+"""Stage two on a real Ray: the same sweep twice gives the same winner, an interrupted one too."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsmip.config import ExperimentConfig, TuneConfig
+from dsmip.errors import UserError
+from dsmip.local import LocalContext
+from dsmip.reports import evaluate_model
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+from dsmip.stages import CPU, train_part
+from ray_jobs import tune_gate as job
+from ray_jobs.progress import Display
+from ray_jobs.tune_gate import tune_gate
+
+pytestmark = [pytest.mark.usefixtures("ray_cluster")]
+SPACE = {
+    "system.gate.temperature": {"values": [0.1, 0.5, 1.0]},
+    "train.learning_rate": {"loguniform": [1e-3, 1e-2]},
+    "system.use": {"values": [["text", "multimodal"], ["text", "visual", "multimodal"]]},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, small_config: ExperimentConfig, small_data: Dataset) -> Path:
+    """A run whose experts are finished."""
+    tune = TuneConfig(trials=3, rungs=(1, 3), reduction=2, resources={"cpu": 1}, space=SPACE, train={"epochs": 3})
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run = Run.create(folder, small_config.model_copy(update={"tune": tune}), small_data)
+    for part in run.part_names:
+        train_part(run, part, LocalContext(tmp_path_factory.mktemp(part)))
+    return folder
+
+
+def opened(trained: Path, folder: Path) -> Run:
+    shutil.copytree(trained, folder)
+    return Run.open(folder)
+
+
+def rungs(run: Run) -> list[dict[str, Any]]:
+    return [json.loads((run.folder / "tune" / f"rung-{rung}.json").read_text()) for rung in range(2)]
+
+
+def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = opened(trained, tmp_path / "first"), opened(trained, tmp_path / "second")
+    report = tune_gate(first, first.config, Display(), seed=4)
+    found = rungs(first)
+    assert [len(rung["mrr"]) for rung in found] == [3, 2]
+    assert report["trial"] in found[0]["survivors"]
+    assert report["best"]["mrr"] == max(found[1]["mrr"].values())
+
+    class Interrupted(Exception):
+        pass
+
+    run_rung = job._run_rung
+
+    def stop_after_the_first(run: Run, rung: int, *arguments: Any) -> dict[str, Any]:
+        if rung == 1:
+            raise Interrupted
+        return run_rung(run, rung, *arguments)
+
+    monkeypatch.setattr(job, "_run_rung", stop_after_the_first)
+    with pytest.raises(Interrupted):
+        tune_gate(second, second.config, Display(), seed=4)
+    monkeypatch.setattr(job, "_run_rung", run_rung)
+    assert not second.is_finished("dsmip")
+    assert tune_gate(second, second.config, Display(), seed=4) == report
+    assert rungs(second) == found
+
+    figures = [evaluate_model(run, "test", "dsmip", CPU).metrics for run in (first, second)]
+    assert figures[0] == figures[1]
+    assert tune_gate(first, first.config, Display(), seed=4) == report  # finished: nothing runs
+    with pytest.raises(UserError, match="holds another sweep"):
+        tune_gate(first, first.config, Display(), seed=5)
+
+
+def test_missing_variants_are_trained_and_a_broken_trial_stops_no_other(trained: Path, tmp_path: Path) -> None:
+    run = opened(trained, tmp_path / "run")
+    space = {"system.experts.multimodal.prompt_length": {"values": [1]}}
+    config = run.config.model_copy(update={"tune": TuneConfig(trials=2, rungs=(1,), space=space)})
+    report = tune_gate(run, config, Display())
+    variants = list((run.folder / "variants").glob("*/multimodal/part.json"))
+    assert len(variants) == 1
+    assert set(rungs_of(run)) == {"0", "1"}
+    assert report["trial"] in (0, 1)
+    assert run.whole_config().system.experts["multimodal"].prompt_length == (2 if report["trial"] == 0 else 1)  # type: ignore[attr-defined]
+
+
+def rungs_of(run: Run) -> dict[str, float]:
+    stored: dict[str, float] = json.loads((run.folder / "tune" / "rung-0.json").read_text())["mrr"]
+    return stored
+
+
+def test_what_cannot_be_tuned_is_said_before_anything_runs(
+    tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
+) -> None:
+    run = Run.create(tmp_path / "run", small_config, small_data)
+    with pytest.raises(UserError, match="run 'dsmip train' first"):
+        tune_gate(run, run.config, Display())
+    wide = small_config.model_copy(update={"tune": TuneConfig(resources={"cpu": 99})})
+    with pytest.raises(UserError, match="a trial asks 1 worker with 99 CPU"):
+        tune_gate(Run.create(tmp_path / "other", wide, small_data), wide, Display())

@@ -1,0 +1,72 @@
+"""The pins in pyproject.toml: they cover the environment, and the tool that writes them keeps to its word."""
+
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tools.refresh_pins import BUILD, PACKAGES, pins_of, with_pins, with_ray_version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PINS = PROJECT["tool"]["uv"][PACKAGES]
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not the environment that uv made")
+def test_every_installed_package_is_pinned() -> None:
+    installed = {f"{_normal(each.name)}=={each.version}" for each in metadata.distributions()}
+    pinned = {pin.partition(" ;")[0] for pin in PINS}
+    assert {each for each in installed if not each.startswith("dsmip==")} <= pinned
+
+
+def test_every_dependency_is_pinned() -> None:
+    wanted = [*PROJECT["project"]["dependencies"], *PROJECT["dependency-groups"]["dev"]]
+    names = {_normal(re.split(r"[\[>=<]", each)[0]) for each in wanted}
+    assert names <= {pin.partition("==")[0] for pin in PINS}
+    assert any(pin.startswith("hatchling==") for pin in PROJECT["tool"]["uv"][BUILD])
+
+
+def test_pins_of_keeps_markers_only_where_a_package_has_several_versions() -> None:
+    exported = [
+        "ray[default]==2.1",
+        "# ==",
+        "numpy==1.0 ; python_version < '3'",
+        "numpy==2.0 ; os_name == 'x'",
+        "b==3 ; z",
+    ]
+    assert pins_of("\n".join(exported)) == [
+        "b==3",
+        "numpy==1.0 ; python_version < '3'",
+        "numpy==2.0 ; os_name == 'x'",
+        "ray==2.1",
+    ]
+
+
+def test_with_pins_replaces_one_list_and_nothing_else() -> None:
+    before = (
+        '[tool.uv]\nconstraint-dependencies = []\nbuild-constraint-dependencies = [\n    "c",\n]\n[tool.x]\ny = [1]\n'
+    )
+    after = with_pins(before, PACKAGES, ["a==1", "b==2 ; python_version < '3'"])
+    assert tomllib.loads(after) == {
+        "tool": {
+            "uv": {PACKAGES: ["a==1", "b==2 ; python_version < '3'"], BUILD: ["c"]},
+            "x": {"y": [1]},
+        }
+    }
+    assert with_pins(after, PACKAGES, []) == before.replace("ies = []", "ies = [\n]")
+    with pytest.raises(ValueError, match="found 0"):
+        with_pins("[project]\n", PACKAGES, [])
+
+
+def test_the_cluster_follows_the_ray_version() -> None:
+    cluster = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+    (ray,) = (pin for pin in PINS if pin.startswith("ray=="))
+    assert with_ray_version(cluster, PINS) == cluster
+    assert with_ray_version(cluster, ["ray==9.9.9"]) == cluster.replace(ray.removeprefix("ray=="), "9.9.9")

@@ -1,0 +1,146 @@
+"""Evaluations on disk: metrics.json, ranks.parquet and the oracle over several models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dsmip.config import ExperimentConfig, parse_config
+from dsmip.errors import UserError
+from dsmip.reports import TOP_K, Evaluated, default_model, evaluate_model, oracle, read_metrics
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(small_data: Dataset, small_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose parts are finished and know nothing."""
+    made = Run.create(tmp_path_factory.mktemp("reports") / "run", small_config, small_data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for name in made.part_names:
+            made.save_part(name, made.system.build_part(name, small_config, with_encoder=True), {})
+        made.save_part("dsmip", made.system.build_whole(small_config), {})
+    return made
+
+
+@pytest.fixture(scope="module")
+def whole(run: Run) -> Evaluated:
+    return evaluate_model(run, "test", "dsmip", CPU)
+
+
+def rows(evaluated: Evaluated) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = pq.read_table(evaluated.folder / "ranks.parquet").to_pylist()
+    return records
+
+
+@pytest.mark.parametrize("model", ["dsmip", "visual"])
+def test_metrics_are_those_of_the_ranks(run: Run, model: str) -> None:
+    evaluated = evaluate_model(run, "test", model, CPU)
+    assert evaluated.folder == run.folder / "evaluate" / "test" / model
+    metrics = read_metrics(evaluated.folder)
+    assert metrics == json.loads(json.dumps(evaluated.metrics))
+    assert (metrics["model"], metrics["split"], metrics["mentions"], metrics["entities"]) == (model, "test", 8, 11)
+    records = rows(evaluated)
+
+    def check(found: dict[str, float], chosen: list[dict[str, Any]]) -> None:
+        ranks = [record["rank"] for record in chosen]
+        assert found["hits@1"] == pytest.approx(sum(rank <= 1 for rank in ranks) / len(ranks))
+        assert found["hits@10"] == pytest.approx(sum(rank <= 10 for rank in ranks) / len(ranks))
+        assert found["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))
+        assert found["mean_rank"] == pytest.approx(sum(ranks) / len(ranks))
+        pessimistic = [1 + record["better"] + record["tied"] for record in chosen]
+        assert found["mean_rank_pessimistic"] == pytest.approx(sum(pessimistic) / len(pessimistic))
+
+    check(metrics["overall"], records)
+    assert metrics["groups"].keys() == {"kind"}
+    for kind, found in metrics["groups"]["kind"].items():
+        chosen = [record for record in records if record["kind"] == kind]
+        assert found["mentions"] == len(chosen) == 4
+        check(found, chosen)
+
+
+def test_ranks_name_mentions_golds_and_best_entities(run: Run, whole: Evaluated) -> None:
+    mentions = list(run.dataset.mentions("test"))
+    for mention, record in zip(mentions, rows(whole), strict=True):
+        assert (record["mention_id"], record["gold"]) == (mention.mention_id, mention.entity_id)
+        assert record["kind"] == mention.groups["kind"]
+        assert record["rank"] == 1 + record["better"] + record["tied"] / 2
+        assert len(record["top"]) == len(set(record["top"])) == min(TOP_K, 11)
+        assert record["top_scores"] == sorted(record["top_scores"], reverse=True)
+        place = record["top"].index(mention.entity_id)
+        assert record["better"] <= place <= record["better"] + record["tied"]
+        assert record["top_experts"][place] == record["gold_expert"]
+
+
+def test_shares_of_experts(run: Run, whole: Evaluated) -> None:
+    """The kb is smaller than top-k: all pairs' experts stand in the ranks."""
+    records, usage = rows(whole), whole.metrics["experts"]
+    pairs = [expert for record in records for expert in record["top_experts"]]
+    golds = [record["gold_expert"] for record in records]
+    assert usage.keys() == {"pair_share", "gold_share", "by_kind"}
+    for found, names in ((usage["pair_share"], pairs), (usage["gold_share"], golds)):
+        assert list(found) == ["text", "visual", "multimodal"]
+        for name, share in found.items():
+            assert share == pytest.approx(names.count(name) / len(names))
+    odd = [record["gold_expert"] for record in records if record["kind"] == "odd"]
+    assert usage["by_kind"]["odd"]["gold_share"]["text"] == pytest.approx(odd.count("text") / len(odd))
+    assert "experts" not in evaluate_model(run, "test", "text", CPU).metrics
+
+
+def test_a_second_evaluation_writes_the_same(run: Run, whole: Evaluated) -> None:
+    before = rows(whole)
+    again = evaluate_model(run, "test", "dsmip", CPU)
+    assert again.metrics == whole.metrics
+    assert rows(again) == before
+
+
+def test_what_cannot_be_evaluated(run: Run, small_config: ExperimentConfig, small_data: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown split 'dev'.*validation"):
+        evaluate_model(run, "dev", "dsmip", CPU)
+    with pytest.raises(UserError, match=r"unknown model 'gate'.*dsmip, text, visual, multimodal"):
+        evaluate_model(run, "test", "gate", CPU)
+    fresh = Run.create(tmp_path / "fresh", small_config, small_data)
+    for model, command in (("text", "train"), ("dsmip", "tune")):
+        with pytest.raises(UserError, match=rf"no finished '{model}'; run 'dsmip {command}'"):
+            evaluate_model(fresh, "test", model, CPU)
+    with pytest.raises(UserError, match="run 'dsmip evaluate' first"):
+        read_metrics(fresh.folder / "evaluate" / "test" / "dsmip")
+
+
+def test_the_model_that_is_meant_without_a_name(run: Run, small_data: Dataset) -> None:
+    mimic = parse_config({"model": "mimic", "backbone": {"architecture": "tiny"}})
+    assert default_model(run) == "dsmip"
+    assert default_model(Run(run.folder, mimic, small_data)) == "mimic"
+
+
+def ranks_file(folder: Path, ranks: list[float], ids: str = "abcd", kinds: list[str | None] | None = None) -> Path:
+    folder.mkdir()
+    table = pa.table({"mention_id": list(ids), "rank": ranks, "kind": kinds or ["x", "x", "y", None]})
+    pq.write_table(table, folder / "ranks.parquet")
+    return folder
+
+
+def test_the_oracle_takes_the_best_rank_of_each_mention(tmp_path: Path) -> None:
+    folders = {
+        "text": ranks_file(tmp_path / "text", [1.0, 4.0, 2.5, 10.0]),
+        "visual": ranks_file(tmp_path / "visual", [2.0, 2.0, 3.0, 1.0]),
+    }
+    found = oracle(folders)
+    assert found["overall"]["hits@1"] == 0.5
+    assert found["overall"]["hits@3"] == 1.0
+    assert found["overall"]["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2.5 + 1) / 4)
+    assert found["overall"]["mean_rank"] == pytest.approx((1 + 2 + 2.5 + 1) / 4)
+    assert found["by_kind"] == {"x": 0.5, "y": 0.0}
+
+
+def test_the_oracle_needs_the_same_mentions(tmp_path: Path) -> None:
+    folders = {"a": ranks_file(tmp_path / "a", [1.0] * 4), "b": ranks_file(tmp_path / "b", [1.0] * 4, ids="abdc")}
+    with pytest.raises(UserError, match="different mentions"):
+        oracle(folders)

@@ -1,0 +1,209 @@
+"""Where batches come from: the same for every reader, divided over workers, made ahead by a thread that ends."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsmip import distributed
+from dsmip.batches import ItemBatch
+from dsmip.config import AugmentConfig, ExperimentConfig, TrainConfig
+from dsmip.gradients import Step
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+from dsmip.sources import CachedSource, StreamSource, augmented, read_ahead
+from dsmip.table import Table
+
+Pretend = Callable[[int, int], None]
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
+    """Makes this process believe that it is one of several workers."""
+
+    def be(rank: int, world_size: int) -> None:
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+
+    return be
+
+
+def cached(config: TrainConfig, seed: int = 1) -> CachedSource:
+    mentions, entities = Table({"id": torch.arange(23)}), Table({"id": torch.arange(9)})
+    return CachedSource(mentions, entities, torch.arange(23) % 9, config, seed)
+
+
+def streamed(data: Dataset, config: ExperimentConfig, folder: Path, train: TrainConfig, seed: int = 1) -> StreamSource:
+    return StreamSource(data, "train", Run(folder, config, data).collator("multimodal"), train, seed)
+
+
+def mention_ids(step: Step) -> list[int]:
+    assert isinstance(step.mentions, Table)
+    return [int(row) for row in step.mentions.dense("id")]
+
+
+def summary(steps: Iterator[Step]) -> list[tuple[list[int], list[int], list[int]]]:
+    return [(mention_ids(step), step.gold_row_M.tolist(), step.entity_row_E.tolist()) for step in steps]
+
+
+def test_cached_batches_are_a_function_of_seed_and_epoch() -> None:
+    config = TrainConfig(batch_size=5, extra_negatives=2)
+    first = summary(cached(config).steps(0))
+    torch.rand(3)
+    assert summary(cached(config).steps(0)) == first
+    assert summary(cached(config).steps(1)) != first
+    assert summary(cached(config, seed=2).steps(0)) != first
+
+
+def test_cached_batches_hold_each_mention_once_with_its_gold() -> None:
+    source = cached(TrainConfig(batch_size=5, extra_negatives=2))
+    steps = list(source.steps(3))
+    assert len(steps) == source.num_steps() == 5
+    assert sorted(row for step in steps for row in mention_ids(step)) == list(range(23))
+    for step in steps:
+        assert 4 <= len(mention_ids(step)) <= 5
+        assert step.gold_row_M.tolist() == [row % 9 for row in mention_ids(step)]
+        assert step.entity_row_E[: len(step.gold_row_M)].tolist() == step.gold_row_M.tolist()
+        assert len(step.entity_row_E) == len(step.gold_row_M) + 2
+        assert isinstance(step.entities, Table)
+        assert step.entities.dense("id").tolist() == step.entity_row_E.tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_workers_divide_a_cached_batch(pretend: Pretend, world_size: int) -> None:
+    """Also where there are more workers than mentions in a batch: then some shares are empty."""
+    config = TrainConfig(batch_size=5, extra_negatives=3)
+    whole = summary(cached(config).steps(0))
+    shares = []
+    for rank in range(world_size):
+        pretend(rank, world_size)
+        shares.append(summary(cached(config).steps(0)))
+    assert {len(share) for share in shares} == {len(whole)}
+    for number, (ids, gold, columns) in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert [row for part in parts for row in part[0]] == ids
+        assert [row for part in parts for row in part[1]] == gold
+        assert sorted(row for part in parts for row in part[2]) == sorted(columns)
+        sizes = [len(part[0]) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def same(first: Step, second: Step) -> bool:
+    pairs = [(first.gold_row_M, second.gold_row_M), (first.entity_row_E, second.entity_row_E)]
+    for a, b in ((first.mentions, second.mentions), (first.entities, second.entities)):
+        assert isinstance(a, ItemBatch)
+        assert isinstance(b, ItemBatch)
+        pairs += [(a.token_ids, b.token_ids), (a.pictures, b.pictures), (a.has_image, b.has_image)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_streamed_batches_are_a_function_of_seed_and_epoch(
+    small_data: Dataset, small_config: ExperimentConfig, tmp_path: Path
+) -> None:
+    """Augmentation and random entities included."""
+    config = TrainConfig(
+        batch_size=9, extra_negatives=2, self_mentions=2, augment=AugmentConfig(flip=0.5, shift=0.2, drop_tokens=0.3)
+    )
+    first = list(streamed(small_data, small_config, tmp_path, config).steps(0))
+    torch.rand(3)
+    again = list(streamed(small_data, small_config, tmp_path, config).steps(0))
+    assert len(first) == len(again) == 3
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    assert not same(first[0], next(streamed(small_data, small_config, tmp_path, config).steps(1)))
+    assert not same(first[0], next(streamed(small_data, small_config, tmp_path, config, seed=2).steps(0)))
+
+
+def test_streamed_columns_are_golds_then_random_entities(
+    small_data: Dataset, small_config: ExperimentConfig, tmp_path: Path
+) -> None:
+    config = TrainConfig(batch_size=8, extra_negatives=3, self_mentions=2)
+    counts: dict[int, int] = {}
+    for step in streamed(small_data, small_config, tmp_path, config).steps(0):
+        number = len(step.gold_row_M)
+        assert len(step.mentions) == number
+        assert len(step.entities) == len(step.entity_row_E) == number + 3
+        assert step.entity_row_E[:number].tolist() == step.gold_row_M.tolist()
+        for row in step.gold_row_M[:-2].tolist():
+            counts[row] = counts.get(row, 0) + 1
+    golds = [mention.entity_row for mention in small_data.mentions("train")]
+    assert counts == {row: golds.count(row) for row in set(golds)}
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_workers_divide_a_streamed_batch(
+    small_data: Dataset, small_config: ExperimentConfig, tmp_path: Path, pretend: Pretend, world_size: int
+) -> None:
+    """Empty shares have the right types too: they meet the others' in collectives."""
+    config = TrainConfig(batch_size=3)
+    whole = list(streamed(small_data, small_config, tmp_path, config).steps(0))
+    shares = []
+    for rank in range(world_size):
+        pretend(rank, world_size)
+        shares.append(list(streamed(small_data, small_config, tmp_path, config).steps(0)))
+    for number, step in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert torch.equal(torch.cat([part.gold_row_M for part in parts]), step.gold_row_M)
+        assert {part.gold_row_M.dtype for part in parts} == {torch.int64}
+        assert {part.entity_row_E.dtype for part in parts} == {torch.int64}
+        assert {len(part.mentions) - len(part.gold_row_M) for part in parts} == {0}
+    empty = [len(part.mentions) == 0 for share in shares for part in share]
+    assert any(empty) == (world_size == 5)
+
+
+def items(count: int) -> ItemBatch:
+    generator = torch.Generator().manual_seed(1)
+    token_ids = torch.randint(1, 49000, (count, 8), generator=generator)
+    token_ids[:, 0], token_ids[:, 7] = 49406, 49407
+    pictures = torch.randint(1, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return ItemBatch(token_ids, pictures, torch.ones(count, dtype=torch.bool))
+
+
+def test_augmentation_that_is_off_returns_the_batch_itself() -> None:
+    batch = items(3)
+    assert augmented(batch, AugmentConfig(), torch.Generator()) is batch
+
+
+def test_dropped_pictures_are_missing_pictures() -> None:
+    result = augmented(items(40), AugmentConfig(drop_pictures=0.5), torch.Generator().manual_seed(2))
+    assert 8 < int(result.has_image.sum()) < 32
+    assert torch.equal(result.pictures.flatten(1).any(dim=1), result.has_image)
+
+
+def test_read_ahead_keeps_order() -> None:
+    assert list(read_ahead(iter(range(50)), 3)) == list(range(50))
+    assert list(read_ahead(iter([None, 1]), 1)) == [None, 1]
+
+
+def test_read_ahead_passes_an_exception_on_in_its_place() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ValueError("shard 7 is damaged")
+
+    reader = read_ahead(broken(), 4)
+    assert next(reader) == 1
+    with pytest.raises(ValueError, match="shard 7"):
+        next(reader)
+
+
+def test_read_ahead_makes_a_bounded_number_and_stops_its_thread() -> None:
+    """A training that ends in the middle of an epoch leaves nothing behind."""
+    made: list[int] = []
+    thread: list[threading.Thread] = []
+
+    def endless() -> Iterator[int]:
+        thread.append(threading.current_thread())
+        for number in itertools.count():
+            made.append(number)
+            yield number
+
+    reader = read_ahead(endless(), 3)
+    assert [next(reader) for _ in range(2)] == [0, 1]
+    assert isinstance(reader, Iterator)
+    reader.close()  # type: ignore[attr-defined]
+    thread[0].join(timeout=30)
+    assert not thread[0].is_alive()
+    assert thread[0] is not threading.current_thread()
+    assert len(made) <= 2 + 3 + 2

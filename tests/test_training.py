@@ -1,0 +1,321 @@
+"""The training loop over a toy matcher: resume, patience, pauses, schedule; and two workers against one on real data."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from workers import run_workers
+
+from dsmip.batches import ItemBatch
+from dsmip.checkpoints import load_checkpoint
+from dsmip.config import ExperimentConfig, TrainConfig, load_config, merged
+from dsmip.errors import UserError
+from dsmip.gradients import Step
+from dsmip.local import LocalContext
+from dsmip.models.base import BatchGold, Matcher, Scores
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+from dsmip.sources import CachedSource
+from dsmip.stages import train_part
+from dsmip.table import Table
+from dsmip.training import TrainResult, build_optimizer, learning_rate_factor, train, trained_state
+
+CPU = torch.device("cpu")
+WIDTH = 4
+
+
+class ToyMatcher(Matcher):
+    """A trained projection with dropout over cached vectors, and a frozen one."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.projection = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator))
+        self.bias = nn.Parameter(torch.zeros(WIDTH))
+        self.frozen = nn.Parameter(torch.randn(WIDTH, generator=generator), requires_grad=False)
+
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        raise NotImplementedError
+
+    def encode_entities(self, batch: ItemBatch) -> Table:
+        raise NotImplementedError
+
+    def prepare_mentions(self, features: Table) -> Table:
+        vectors = features.dense("vector") @ self.projection + self.bias
+        return Table({"vector": functional.dropout(vectors, 0.3, training=self.training)})
+
+    def prepare_entities(self, features: Table) -> Table:
+        return Table({"vector": features.dense("vector") * self.frozen})
+
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        return Scores(mentions.dense("vector") @ entities.dense("vector").T)
+
+    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+        total_ME = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features)).total_ME
+        return functional.cross_entropy(total_ME, gold.column_M, reduction="sum")
+
+    def encoder_trains(self) -> bool:
+        return False
+
+
+class RecordingContext(LocalContext):
+    """Notes what it is told; `last` stops the training after that epoch as a killed process would."""
+
+    def __init__(self, folder: Path, last: int | None = None) -> None:
+        super().__init__(folder)
+        self.last, self.steps, self.epochs = last, 0, 0
+
+    def step_done(self, epoch: int, step: int, num_steps: int, loss: float) -> None:
+        assert 0 <= step < num_steps
+        assert math.isfinite(loss)
+        self.steps += 1
+
+    def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+        super().epoch_done(metrics, checkpoint)
+        self.epochs += 1
+        if self.last is not None and metrics["epoch"] == self.last:
+            raise KeyboardInterrupt
+
+
+def source(config: TrainConfig) -> CachedSource:
+    generator = torch.Generator().manual_seed(5)
+    mentions, kb = torch.randn(23, WIDTH, generator=generator), torch.randn(9, WIDTH, generator=generator)
+    gold = torch.randint(9, (23,), generator=generator)
+    return CachedSource(Table({"vector": mentions}), Table({"vector": kb}), gold, config, seed=1)
+
+
+def scripted(scores: list[float], seen: list[dict[str, Tensor]] | None = None) -> Callable[[Matcher], Mapping[str, float]]:
+    """A validation that returns these MRRs one after the other and keeps the weights it saw."""
+    values = iter(scores)
+
+    def validate(matcher: Matcher) -> Mapping[str, float]:
+        if seen is not None:
+            seen.append({name: tensor.clone() for name, tensor in trained_state(matcher).items()})
+        return {"mrr": next(values)}
+
+    return validate
+
+
+def run(config: TrainConfig, context: LocalContext, scores: list[float], **options: Any) -> tuple[ToyMatcher, TrainResult]:
+    matcher = ToyMatcher()
+    return matcher, train(matcher, source(config), config, context, scripted(scores), seed=3, **options)
+
+
+def assert_equal_weights(matcher: nn.Module, expected: Mapping[str, Tensor]) -> None:
+    found = matcher.state_dict()
+    assert expected
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+SETTINGS: dict[str, Any] = {
+    "epochs": 4,
+    "batch_size": 6,
+    "learning_rate": 0.05,
+    "weight_decay": 0.1,
+    "schedule": "cosine",
+    "warmup_steps": 3,
+    "clip_norm": 0.5,
+    "extra_negatives": 2,
+}
+RISING = [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_resumed_training_ends_with_the_same_bits(tmp_path: Path, last: int) -> None:
+    config = TrainConfig(**SETTINGS)
+    expected, whole = run(config, LocalContext(tmp_path / "whole"), RISING)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, RecordingContext(tmp_path / "parts", last), RISING)
+    torch.rand(7)  # the global generator stands elsewhere in a new process
+    context = RecordingContext(tmp_path / "parts")
+    resumed, result = run(config, context, RISING[last + 1 :])
+    assert context.epochs == 3 - last
+    assert result == whole
+    assert_equal_weights(resumed, expected.state_dict())
+    assert not torch.equal(expected.projection, ToyMatcher().projection)
+
+
+def test_a_pause_changes_nothing(tmp_path: Path) -> None:
+    """Rungs of successive halving: the schedule spans all epochs, whatever is done in one go."""
+    config = TrainConfig(**SETTINGS)
+    expected, whole = run(config, LocalContext(tmp_path / "whole"), RISING)
+    first, paused = run(config, LocalContext(tmp_path / "parts"), RISING[:2], stop_epoch=2)
+    assert [m["epoch"] for m in paused.history] == [0.0, 1.0]
+    assert not torch.equal(first.projection, expected.projection)
+    second, result = run(config, LocalContext(tmp_path / "parts"), RISING[2:], stop_epoch=10)
+    assert result == whole
+    assert_equal_weights(second, expected.state_dict())
+
+
+def test_a_pause_goes_on_from_the_last_weights_not_the_best(tmp_path: Path) -> None:
+    config = TrainConfig(**SETTINGS)
+    falling = [0.4, 0.3, 0.2, 0.1]
+    seen: list[dict[str, Tensor]] = []
+    train(ToyMatcher(), source(config), config, LocalContext(tmp_path / "a"), scripted(falling, seen), seed=3)
+    run(config, LocalContext(tmp_path / "b"), falling, stop_epoch=2)
+    again: list[dict[str, Tensor]] = []
+    validate = scripted(falling[2:], again)
+    train(ToyMatcher(), source(config), config, LocalContext(tmp_path / "b"), validate, seed=3)
+    assert torch.equal(again[0]["projection"], seen[2]["projection"])
+
+
+def test_a_finished_training_is_not_repeated(tmp_path: Path) -> None:
+    config = TrainConfig(**SETTINGS)
+    expected, whole = run(config, LocalContext(tmp_path), RISING)
+    context = RecordingContext(tmp_path)
+    again, result = run(config, context, [])
+    assert context.steps == 0
+    assert result == whole
+    assert_equal_weights(again, expected.state_dict())
+
+
+@pytest.mark.parametrize(("scores", "best"), [([0.1, 0.5, 0.3, 0.2], 1), ([0.4, 0.5, 0.2, 0.5], 3), ([0.0] * 4, 3)])
+def test_the_best_weights_are_returned(tmp_path: Path, scores: list[float], best: int) -> None:
+    """Of equal epochs the later one."""
+    config = TrainConfig(**SETTINGS)
+    seen: list[dict[str, Tensor]] = []
+    matcher = ToyMatcher()
+    result = train(matcher, source(config), config, LocalContext(tmp_path), scripted(scores, seen), seed=3)
+    assert result.best_epoch == best
+    assert result.best["mrr"] == scores[best]
+    assert_equal_weights(matcher, seen[best])
+    assert not torch.equal(seen[0]["projection"], seen[best]["projection"])
+    resumed, stored = run(config, LocalContext(tmp_path), [])
+    assert stored == result
+    assert_equal_weights(resumed, seen[best])
+
+
+@pytest.mark.parametrize(
+    ("patience", "scores", "num_epochs"),
+    [(1, [0.3, 0.2], 2), (2, [0.3, 0.2, 0.4, 0.4], 4), (2, [0.3, 0.3, 0.3], 3), (None, [0.3, 0.2, 0.1, 0.0], 4)],
+)
+def test_patience(tmp_path: Path, patience: int | None, scores: list[float], num_epochs: int) -> None:
+    """An epoch that is only as good as the best so far is no rise."""
+    config = TrainConfig(**SETTINGS, patience=patience)
+    _, result = run(config, LocalContext(tmp_path), scores)
+    assert len(result.history) == num_epochs
+    context = RecordingContext(tmp_path)
+    assert run(config, context, [])[1] == result  # a restart does not go on either
+    assert context.steps == 0
+
+
+def test_validation_every_second_epoch(tmp_path: Path) -> None:
+    """And always after the last one; epochs without are never the best."""
+    config = TrainConfig(**{**SETTINGS, "epochs": 5}, validate_every=2)
+    _, result = run(config, LocalContext(tmp_path), [0.3, 0.2, 0.1])
+    assert [m.get("mrr") for m in result.history] == [None, 0.3, None, 0.2, 0.1]
+    assert result.best_epoch == 1
+
+
+def test_the_first_step_of_warm_up_trains() -> None:
+    config = TrainConfig(warmup_steps=4)
+    assert [learning_rate_factor(step, 10, config) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_cosine_goes_down_to_zero() -> None:
+    config = TrainConfig(schedule="cosine", warmup_steps=2)
+    factors = [learning_rate_factor(step, 10, config) for step in range(11)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[6] == pytest.approx(0.5)
+    assert factors[10] == pytest.approx(0.0)
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+    assert learning_rate_factor(5, 2, config) == pytest.approx(0.0)  # warm-up longer than the training
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleDict({"backbone": nn.Linear(2, 2)})
+        self.unit = nn.Linear(2, 2)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+
+def test_parameter_groups() -> None:
+    """Towers have their rate, vectors no decay, frozen parameters no place."""
+    towers = Towers()
+    config = TrainConfig(learning_rate=0.1, tower_learning_rate=0.01, weight_decay=0.5)
+    groups = build_optimizer(towers, config).param_groups
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    backbone = towers.encoder["backbone"]
+    assert isinstance(backbone, nn.Linear)
+    assert found == {
+        id(backbone.weight): (0.01, 0.5),
+        id(backbone.bias): (0.01, 0.0),
+        id(towers.unit.weight): (0.1, 0.5),
+        id(towers.unit.bias): (0.1, 0.0),
+    }
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_mentions(tmp_path: Path) -> None:
+    """Batches of 3, 3 and 2 mentions that all cost the same per mention: log of the number of columns."""
+
+    class Constant(ToyMatcher):
+        def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+            return Scores(0.0 * super().score(mentions, entities).total_ME)
+
+    class Steps:
+        def num_steps(self) -> int:
+            return 2
+
+        def steps(self, epoch: int) -> Iterator[Step]:
+            for size in (1, 3):
+                rows = torch.arange(size)
+                table = Table({"vector": torch.ones(size, WIDTH)})
+                yield Step(table, table, rows, rows)
+
+    result = train(Constant(), Steps(), TrainConfig(epochs=1), LocalContext(tmp_path), scripted([0.0]), seed=0)
+    assert result.history[0]["loss"] == pytest.approx((1 * 0 + 3 * math.log(3)) / 4)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    config = TrainConfig(**SETTINGS)
+    expected, whole = run(config, LocalContext(tmp_path / "whole"), RISING)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, RecordingContext(tmp_path / "parts", 1), RISING)
+    (tmp_path / "parts" / "epoch-0002").mkdir()
+    (tmp_path / "parts" / "epoch-0002" / "weights.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="not complete"):
+        load_checkpoint(tmp_path / "parts" / "epoch-0002", CPU)
+    resumed, result = run(config, LocalContext(tmp_path / "parts"), RISING[2:])
+    assert result == whole
+    assert_equal_weights(resumed, expected.state_dict())
+
+
+def train_in_worker(folder: Path, config_path: Path, data: Path, parts: list[str]) -> dict[str, Any]:
+    run = Run(folder, load_config(str(config_path)), Dataset.open(data))
+    results = {part: train_part(run, part, RankContext(folder / "checkpoints" / part)) for part in parts}
+    return {part: {"history": result.history, "best": result.best_epoch} for part, result in results.items()}
+
+
+class RankContext(LocalContext):
+    """Workers share a folder of checkpoints, which only rank 0 writes and cleans."""
+
+    def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            super().epoch_done(metrics, checkpoint)
+
+
+@pytest.mark.parametrize("parts", [["text", "multimodal"]])
+def test_two_workers_train_like_one(
+    tmp_path: Path, small_data: Dataset, small_config: ExperimentConfig, parts: list[str]
+) -> None:
+    """From cached features (text) and from streamed shards (multimodal); each worker ranks a slice of the kb.
+
+    23 mentions in batches of one or two: one worker's share is often empty.
+    """
+    settings = {"batch_size": 2, "epochs": 2, "learning_rate": 1e-3, "micro_batch_size": 1}
+    config = small_config.model_copy(update={"train": merged(small_config.train, settings)})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    arguments = (tmp_path / "config.yaml", small_data.folder, parts)
+    alone = train_in_worker(tmp_path / "alone", *arguments)
+    workers = run_workers(train_in_worker, 2, tmp_path / "workers", tmp_path / "together", *arguments)
+    assert workers[0] == workers[1]
+    for part in parts:
+        assert alone[part]["history"][1]["loss"] != alone[part]["history"][0]["loss"]
+        for expected, found in zip(alone[part]["history"], workers[0][part]["history"], strict=True):
+            assert found == pytest.approx(expected, rel=2e-3)

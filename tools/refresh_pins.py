@@ -1,0 +1,96 @@
+"""Rewrites the pins in pyproject.toml: every package of the resolution, transitive ones too, at one exact version.
+
+    uv run python tools/refresh_pins.py           # newest versions that fit together
+    uv run python tools/refresh_pins.py --keep    # present pins stay; new dependencies are pinned, unused pins go
+
+The floors in `dependencies` are not touched. cluster.yaml follows the Ray version. Run `uv sync` afterwards.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parents[1]
+PACKAGES, BUILD = "constraint-dependencies", "build-constraint-dependencies"
+_PLAIN = ("--no-annotate", "--no-header", "--no-emit-index-url")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Resolves in a temporary folder, then rewrites pyproject.toml and cluster.yaml."""
+    if arguments not in ([], ["--keep"]):
+        sys.exit(__doc__)
+    keep = bool(arguments)
+    project, cluster = ROOT / "pyproject.toml", ROOT / "cluster.yaml"
+    text = project.read_text(encoding="utf-8")
+    bare = text if keep else with_pins(with_pins(text, PACKAGES, []), BUILD, [])
+    with TemporaryDirectory() as folder:
+        packages = _package_pins(bare, Path(folder), keep=keep)
+        build = _build_pins(bare, Path(folder))
+    project.write_text(with_pins(with_pins(text, PACKAGES, packages), BUILD, build), encoding="utf-8")
+    cluster.write_text(with_ray_version(cluster.read_text(encoding="utf-8"), packages), encoding="utf-8")
+    print(f"pinned {len(packages)} packages and {len(build)} for the build; run uv sync")
+
+
+def pins_of(exported: str) -> list[str]:
+    """One requirement per package of `uv export`'s output, sorted.
+
+    A package that is locked at several versions gets one requirement for each, with the environments it is locked for.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in exported.splitlines():
+        requirement, _, marker = line.partition(" ; ")
+        if "==" in requirement and not requirement.startswith("#"):
+            found.setdefault(re.split(r"\[|==", requirement)[0], []).append((requirement.split("==")[1], marker))
+    return [
+        f"{name}=={version} ; {marker}" if len(versions) > 1 else f"{name}=={version}"
+        for name, versions in sorted(found.items())
+        for version, marker in versions
+    ]
+
+
+def with_pins(text: str, key: str, pins: Sequence[str]) -> str:
+    """pyproject.toml's text with the list `key` replaced. Raises ValueError unless the list is there once."""
+    block = "".join(f'    "{pin}",\n' for pin in pins)
+    new, count = re.subn(rf"^{key} = \[(?:\]|\n.*?^\])", f"{key} = [\n{block}]", text, flags=re.M | re.S)
+    if count != 1:
+        raise ValueError(f"pyproject.toml must hold the list {key} once; found {count}")
+    return new
+
+
+def with_ray_version(cluster: str, pins: Sequence[str]) -> str:
+    """cluster.yaml's text with the pinned Ray version in its images' tags."""
+    (version,) = (pin.removeprefix("ray==") for pin in pins if pin.startswith("ray=="))
+    return re.sub(r"(rayproject/ray:)\d+(?:\.\d+)+", rf"\g<1>{version}", cluster)
+
+
+def _package_pins(project: str, folder: Path, *, keep: bool) -> list[str]:
+    """Everything that the project and its development need, on all platforms."""
+    (folder / "pyproject.toml").write_text(project, encoding="utf-8")
+    if keep and (ROOT / "uv.lock").is_file():
+        shutil.copy(ROOT / "uv.lock", folder)
+    command = ["uv", "export", "--quiet", "--project", str(folder), "--all-groups", "--all-extras", "--no-emit-project"]
+    return pins_of(_output([*command, "--no-hashes", *_PLAIN], folder))
+
+
+def _build_pins(project: str, folder: Path) -> list[str]:
+    """What builds the package itself, in `build-system.requires` and below."""
+    tree = tomllib.loads(project)
+    requirements, present = folder / "build.in", folder / "build-pins.txt"
+    requirements.write_text("\n".join(tree["build-system"]["requires"]), encoding="utf-8")
+    present.write_text("\n".join(tree["tool"]["uv"][BUILD]), encoding="utf-8")
+    python = tree["project"]["requires-python"].removeprefix(">=")
+    command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", python]
+    return pins_of(_output([*command, *_PLAIN, "--constraints", str(present), str(requirements)], folder))
+
+
+def _output(command: Sequence[str], folder: Path) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=folder).stdout
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
