@@ -51,17 +51,17 @@ class DemoConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0)
-    num_entities: int = Field(1200, ge=100, le=MAX_HOUSES)
-    num_train: int = Field(3000, ge=1)
-    num_validation: int = Field(600, ge=1)
-    num_test: int = Field(1200, ge=1)
+    num_entities: int = Field(1000, ge=100, le=MAX_HOUSES)
+    num_train: int = Field(2800, ge=1)
+    num_validation: int = Field(400, ge=1)
+    num_test: int = Field(1000, ge=1)
     picture_size: int = Field(64, ge=32, le=512)
     kinds: KindRates = KindRates()
     entities_without_picture: float = Field(0.08, ge=0, le=0.5)
     unseen_answers: float = Field(0.5, ge=0, le=1)  # of the validation and test mentions
-    damaged_pictures: float = Field(0.35, ge=0, le=1)  # where the kind leaves it open
+    damaged_pictures: float = Field(0.25, ge=0, le=1)  # where the kind leaves it open
     misleading_namesakes: float = Field(0.7, ge=0, le=1)  # of the misleading pictures; the others are of any house
-    roughness: float = Field(1.0, ge=0, le=1.5)  # of mention pictures: scales every perturbation
+    roughness: float = Field(0.5, ge=0, le=1.5)  # of mention pictures: scales every perturbation
 
 
 def draw_demo(config: DemoConfig) -> tuple[list[House], dict[str, list[MentionPlan]]]:

@@ -75,10 +75,10 @@ class AugmentConfig(Frozen):
 class TrainConfig(Frozen):
     """One stage-one or stage-two training. Batch sizes count mentions over all workers.
 
-    extra_negatives: random entities of the kb added to each batch's columns. self_mentions: random entities of the kb
-    that a batch also links to themselves, their text and picture changed by `self_augment` (towers that train only:
-    with few mentions this teaches the whole kb's words and looks). validate_every, patience: epochs; the last epoch is
-    always validated.
+    extra_negatives: random entities of the kb added to each batch's columns (as many as the kb has: all of it).
+    self_mentions: random entities of the kb that a batch also links to themselves, their text and picture changed by
+    `self_augment` (towers that train only: with few mentions this teaches the whole kb's words and looks).
+    validate_every, patience: epochs; the last epoch is always validated.
     """
 
     epochs: int = Field(20, ge=1)
@@ -167,7 +167,11 @@ class PretrainConfig(Frozen):
 
 
 class ExperimentConfig(Frozen):
-    """Everything that decides a run's figures, besides the data. Made by `parse_config`, which validates `system`."""
+    """Everything that decides a run's figures, besides the data. Made by `parse_config`, which validates `system`.
+
+    held_out: share of the golds whose training mentions stage one never sees and stage two trains on. 0 is the paper:
+    both stages see all, and a gate then judges experts on mentions that they know by heart.
+    """
 
     model: str
     backbone: BackboneConfig
@@ -177,6 +181,7 @@ class ExperimentConfig(Frozen):
     tune: TuneConfig = TuneConfig()
     pretrain: PretrainConfig = PretrainConfig()
     cache_dtype: Literal["float32", "float16"] = "float32"
+    held_out: float = Field(0.0, ge=0, lt=1)
     seed: int = Field(0, ge=0)
 
     def part(self, name: str) -> PartConfig:

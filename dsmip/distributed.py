@@ -91,7 +91,7 @@ def gather_ints(value: int, device: torch.device) -> list[int]:
 
 
 def sum_own_rows(gathered: Tensor, num_rows: int) -> Tensor:
-    """This worker's `num_rows` rows of the sum over workers of a tensor laid out as `gather_rows` does (no gradient)."""
+    """This worker's `num_rows` rows of the sum over workers of a tensor laid out as by `gather_rows` (no gradient)."""
     start = sum(gather_ints(num_rows, gathered.device)[: rank()])
     return sum_over_workers(gathered)[start : start + num_rows]
 

@@ -1,7 +1,7 @@
 """Exact ranking of every mention against every entity, by counting, in tiles.
 
-rank = 1 + number of better entities + half the number of tied ones, the gold column excluded. The gold's score is read
-from the same scoring call as its column's, never from a second one (RANKING: scores of two calls differ in the last bits).
+rank = 1 + number of better entities + half the number of tied ones, the gold column excluded. The gold's score is
+read from the same scoring call as its column's, never from a second one: scores of two calls differ in the last bits.
 Memory grows with one mention tile times the number of entities, not with all pairs. Shapes: M mentions, E entities of
 this worker's slice, B experts, k kept candidates.
 """
@@ -22,8 +22,9 @@ from dsmip.table import Table, concatenate
 class Ranking:
     """Where each mention's gold landed (CPU tensors).
 
-    counts: better and tied entities, int64 [M] each. top_row_Mk, top_score_Mk: best k entities. chosen_*: index of the expert that scored
-    the gold pair, the top-k pairs, and the number of pairs per expert; None for a matcher that makes no choice.
+    counts: better and tied entities, int64 [M] each. top_row_Mk, top_score_Mk: best k entities. chosen_*: index of the
+    expert that scored the gold pair, the top-k pairs, and the number of pairs per expert; None for a matcher that
+    makes no choice.
     """
 
     counts: ops.Counts
@@ -112,7 +113,7 @@ def _rank_tile(
     entity_tile: int,
 ) -> dict[str, Tensor]:
     scores_ME, chosen_ME = _score_all(matcher, mentions, entities, entity_tile, gold_column_M.device)
-    num_mentions, num_entities = scores_ME.shape
+    num_entities = scores_ME.shape[1]
     here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
     column_M = gold_column_M.clamp(0, num_entities - 1)
     own_gold_M = scores_ME.gather(1, column_M[:, None])[:, 0]

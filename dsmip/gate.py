@@ -19,13 +19,19 @@ from dsmip.table import Table
 
 
 class GateConfig(Frozen):
-    """The gate's form. The paper's: vgg16, raw, pair, relu, sampled.
+    """The gate's form. The paper's: vgg16, raw, pair, sampled, none, tuned, relu.
 
-    picture: `vgg16` (fc7) or `clip` (the frozen backbone's pooled picture). vgg_weights: a local file, or `torchvision`.
+    picture: `vgg16` (fc7) or `clip` (the frozen backbone's pooled picture).
+    vgg_weights: a local file, or `torchvision`.
     inputs: `raw`, or `normalised` to mean 0 and variance 1 per number (means of token embeddings are tiny and nearly
-    the same for all texts: raw, the gate does not see them). choice: every `pair` chooses its expert, or every `mention`, so
-    that all entities of a ranking are scored on one scale. training: `sampled` one-hot choices with straight-through
-    gradients (eqs. 15, 16), or `mixture`, the exact likelihood of a mixture of the experts (mention choice only).
+    the same for all texts: raw, the gate does not see them).
+    choice: every `pair` chooses its expert, or every `mention`, so that all entities of a ranking are scored on one
+    scale.
+    training: `sampled` one-hot choices with straight-through gradients (eqs. 15, 16), or `mixture`, the exact
+    likelihood of a mixture of the experts (mention choice only).
+    calibration: `none`, or a learned `scale` of each expert's scores, since experts that were trained alone differ in
+    how sure they are of themselves.
+    units: the experts' units are `tuned` with the gate (the paper) or `frozen`.
     """
 
     picture: Literal["vgg16", "clip"] = "vgg16"
@@ -33,6 +39,8 @@ class GateConfig(Frozen):
     inputs: Literal["raw", "normalised"] = "raw"
     choice: Literal["pair", "mention"] = "pair"
     training: Literal["sampled", "mixture"] = "sampled"
+    calibration: Literal["none", "scale"] = "none"
+    units: Literal["tuned", "frozen"] = "tuned"
     final_activation: Literal["relu", "none"] = "none"
     width: int = Field(512, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)

@@ -1,7 +1,8 @@
 """The gradient of one batch, equal to that of one big batch whatever the workers and micro-batches.
 
 A batch's mentions and entities come either as raw items (towers train, so they are encoded here) or as rows of the
-feature cache (towers frozen). Negatives are gathered over workers, and micro-batches use cached gradients (Gao et al., 2021).
+feature cache (towers frozen). Negatives are gathered over workers, and micro-batches use cached gradients (Gao et al.,
+2021).
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ def batch_backward(
     gold = BatchGold.from_rows(gold_row_M, entity_row_E, column_M)
     loss_sum = matcher(mentions, entities, gold)
     num_mentions = distributed.sum_over_workers(torch.tensor(float(len(gold_row_M)), device=device))
-    scale(loss_sum / num_mentions).backward()
+    scale(loss_sum / num_mentions.clamp_min(1)).backward()  # a batch may have no mention at all
     hand_back()
     replay_mentions()
     replay_entities()

@@ -1,4 +1,4 @@
-"""A training's outside world on one machine, without a cluster: checkpoints are folders, the newest complete one counts."""
+"""A training's outside world on one machine, without a cluster: the newest complete checkpoint folder counts."""
 
 import shutil
 from collections.abc import Callable, Mapping

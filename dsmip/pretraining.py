@@ -154,7 +154,7 @@ def contrast(
 
 @contextmanager
 def _precision(config: PretrainConfig, device: torch.device) -> Iterator[None]:
-    """Autocast for bf16. On a CPU attention is then plain matrix products: the fused one's backward is 7 times slower."""
+    """Autocast for bf16. On a CPU attention is then plain products: the fused one's backward is 7 times slower."""
     if config.precision == "fp32":
         yield
         return

@@ -108,7 +108,7 @@ class Run:
         return Collator(Tokenizer(architecture), self.system.item_format(self.config.system, part), size)
 
     def home(self, part: str, config: ExperimentConfig) -> "Run":
-        """Where a part of that form lives: this run, or a variant of it whose stage one differs (a tuned prompt length)."""
+        """Where a part of that form lives: this run, or its variant with another stage one (a tuned prompt length)."""
         key = self.system.part_key(part, config)
         if key == self.system.part_key(part, self.config):
             return self
@@ -175,7 +175,8 @@ def load_own_weights(matcher: nn.Module, path: Path) -> None:
     for name in stored.keys() & state.keys():
         if stored[name].shape != state[name].shape:
             raise UserError(
-                f"{path}: {name} has shape {list(stored[name].shape)}, the configuration makes {list(state[name].shape)}"
+                f"{path}: {name} has shape {list(stored[name].shape)}, "
+                f"the configuration makes {list(state[name].shape)}"
             )
     matcher.load_state_dict({name: stored[name] for name in stored.keys() & state.keys()}, strict=False)
 

@@ -6,6 +6,7 @@ Both are pure functions of (seed, epoch, step), split over workers by sample, wi
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import TypeVar
 
 import torch
@@ -19,17 +20,28 @@ from dsmip.gradients import Step
 from dsmip.ops import augmentation
 from dsmip.records import Entity, Mention
 from dsmip.shards import Dataset
+from dsmip.streams import draw
 from dsmip.table import Table
 
 Item = TypeVar("Item")
 _READ_AHEAD = 4
+_DRAWS = 1 << 32
 
 
 class StreamSource:
     """Batches read from a split's shards, tokenized, decoded and augmented in a background thread."""
 
-    def __init__(self, dataset: Dataset, split: str, collator: Collator, config: TrainConfig, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        collator: Collator,
+        config: TrainConfig,
+        seed: int,
+        held_out: float = 0.0,
+    ) -> None:
         self.dataset, self.split, self.collator, self.config, self.seed = dataset, split, collator, config, seed
+        self.held_out = held_out
 
     def num_steps(self) -> int:
         return self.dataset.num_steps(self.split, self.config.batch_size)
@@ -46,15 +58,17 @@ class StreamSource:
             generator = torch.Generator().manual_seed(hash((self.seed, epoch, batch.step, rank)) % 2**63)
             own = self._random_entities(self.config.self_mentions, generator)
             negatives = self._random_entities(self.config.extra_negatives, generator)
-            columns = [*batch.entities, *own, *negatives]
-            mentions = augmented(self.collator.mentions(batch.mentions), self.config.augment, generator)
+            seen = [not is_held_out(mention.entity_id, self.held_out) for mention in batch.mentions]
+            real = list(compress(batch.mentions, seen))
+            columns = [*compress(batch.entities, seen), *own, *negatives]
+            mentions = augmented(self.collator.mentions(real), self.config.augment, generator)
             if own:
                 as_mentions = augmented(self.collator.entities(own), self.config.self_augment, generator)
                 mentions = stacked(mentions, as_mentions)
             yield Step(
                 mentions,
                 augmented(self.collator.entities(columns), self.config.augment, generator),
-                _rows([*batch.mentions, *own]),
+                _rows([*real, *own]),
                 _rows(columns),
             )
 
@@ -79,7 +93,7 @@ class CachedSource:
         generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
         order = torch.randperm(len(self.gold_row_N), generator=generator)
         for batch in order.tensor_split(self.num_steps()):
-            extra = torch.randint(len(self.entities), (self.config.extra_negatives,), generator=generator)
+            extra = torch.randperm(len(self.entities), generator=generator)[: self.config.extra_negatives]
             mine, extra = batch.tensor_split(world_size)[rank], extra.tensor_split(world_size)[rank]
             gold = self.gold_row_N[mine]
             rows = torch.cat([gold, extra])
@@ -89,6 +103,11 @@ class CachedSource:
 def _rows(records: Sequence[Mention | Entity]) -> Tensor:
     """kb rows int64 [N], of an empty share as well."""
     return torch.tensor([record.entity_row for record in records], dtype=torch.int64)
+
+
+def is_held_out(entity_id: str, share: float) -> bool:
+    """Whether an entity's training mentions are left to stage two: a fixed draw per entity."""
+    return draw(_DRAWS, "held out", entity_id) < share * _DRAWS
 
 
 def augmented(batch: ItemBatch, config: AugmentConfig, generator: torch.Generator) -> ItemBatch:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from dsmip import distributed
 from dsmip.config import ExperimentConfig, TrainConfig
+from dsmip.errors import UserError
 from dsmip.evaluation import prepare_in_tiles, rank
 from dsmip.features import KB, prepare_split, whole_features
 from dsmip.models.base import Matcher
 from dsmip.runs import Run
 from dsmip.shards import Dataset
-from dsmip.sources import CachedSource, StreamSource
+from dsmip.sources import CachedSource, StreamSource, is_held_out
 from dsmip.table import Table
 from dsmip.training import Context, StepSource, TrainResult, train
 
@@ -21,8 +22,19 @@ CPU = torch.device("cpu")
 
 
 def gold_rows(dataset: Dataset, split: str) -> Tensor:
-    """kb row of each mention's gold, int64 [M], in shard order (the order of cached features)."""
-    return torch.tensor([mention.entity_row for mention in dataset.mentions(split)], dtype=torch.int64)
+    """kb row of each mention's gold, int64 [M], in shard order (the order of cached features).
+
+    Raises UserError for a split without mentions.
+    """
+    rows = [mention.entity_row for mention in dataset.mentions(split)]
+    if not rows:
+        raise UserError(f"split '{split}' of {dataset.folder} has no mentions")
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def held_out_rows(dataset: Dataset, share: float) -> Tensor:
+    """bool [M], True for training mentions that stage one leaves to stage two, chosen by gold entity."""
+    return torch.tensor([is_held_out(mention.entity_id, share) for mention in dataset.mentions("train")])
 
 
 @dataclass(frozen=True)
@@ -45,14 +57,15 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
     validation = gold_rows(run.dataset, "validation")
     source: StepSource
     if matcher.encoder_trains():
-        source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed)
+        source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)
         validate = _validate_by_encoding(run, part, validation, context.device)
     else:
         tables = {
             split: run_features(run, part, split, matcher, context.device) for split in ("train", "validation", KB)
         }
-        golds = gold_rows(run.dataset, "train")
-        source = CachedSource(tables["train"], tables[KB], golds, config, run.config.seed)
+        seen = ~held_out_rows(run.dataset, run.config.held_out)
+        golds = gold_rows(run.dataset, "train")[seen]
+        source = CachedSource(tables["train"].rows(seen), tables[KB], golds, config, run.config.seed)
         validate = _validate_on(SplitFeatures(tables["validation"], validation), tables[KB], context.device)
     result = train(matcher, source, config, context, validate, seed=run.config.seed)
     if distributed.rank() == 0:
@@ -73,6 +86,15 @@ def start_whole(run: Run, config: ExperimentConfig) -> Matcher:
             expert = run.home(part, config).load_part(part, with_encoder=False)
             matcher.get_submodule(f"experts.{part}").load_state_dict(expert.state_dict())
     return matcher
+
+
+def stage_two_split(run: Run, mentions: Table) -> SplitFeatures:
+    """What stage two trains on: the held-out training mentions, or all of them when none are held out."""
+    golds = gold_rows(run.dataset, "train")
+    if run.config.held_out == 0:
+        return SplitFeatures(mentions, golds)
+    rows = held_out_rows(run.dataset, run.config.held_out)
+    return SplitFeatures(mentions.rows(rows), golds[rows])
 
 
 def train_whole(

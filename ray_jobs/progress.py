@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 _SHOWN = ("loss", "mrr", "hits@1", "accuracy")
 _LOOK_SECONDS = 0.3
+_PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
 Result = TypeVar("Result")
 
 
@@ -77,7 +78,8 @@ class Display:
     """Shows trainings side by side. Use as a context manager around every wait: it starts with no bars."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+        self.console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True, width=width)
         self._live = self.console.is_terminal
         columns = (TextColumn("  {task.description:<12}"), BarColumn(30), TextColumn("{task.fields[text]}"))
         self._progress = Progress(*columns, TimeElapsedColumn(), console=self.console)

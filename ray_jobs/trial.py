@@ -17,7 +17,7 @@ from dsmip.files import write_json, write_text
 from dsmip.local import LocalContext
 from dsmip.models.base import FeatureEncoder
 from dsmip.runs import Run, own_weights
-from dsmip.stages import SplitFeatures, gold_rows, start_whole, train_whole
+from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole
 from dsmip.table import Table
 from ray_jobs.context import StepEvents, set_threads, worker_device
 from ray_jobs.settings import read_config
@@ -66,7 +66,7 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
     matcher = start_whole(run, config).to(device)
     result = train_whole(
         matcher,
-        SplitFeatures(tables["train"], gold_rows(run.dataset, "train")),
+        stage_two_split(run, tables["train"]),
         SplitFeatures(tables["validation"], gold_rows(run.dataset, "validation")),
         tables[KB],
         settings,

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +180,11 @@ def _run_rung(run: Run, rung: int, tasks: Mapping[int, TrialTask], display: Disp
     return _collect(grid, tasks)
 
 
-def _collect(grid: Any, tasks: Mapping[int, TrialTask]) -> dict[str, Any]:
+def _collect(grid: Iterable[Any], numbers: Iterable[int]) -> dict[str, Any]:
+    """Figures and causes of failures by trial number; JobFailed when no trial has figures."""
     found = {result.config["number"]: result for result in grid}
     mrr, failed, only_users = {}, {}, True
-    for number in tasks:
+    for number in numbers:
         metrics = found[number].metrics or {}
         if "mrr" in metrics:
             mrr[number] = metrics["mrr"]

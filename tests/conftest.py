@@ -1,6 +1,7 @@
 """Fixtures that several test files share: a tiny prepared data set and a narrow backbone."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,12 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """11 entities (three of four with a picture), 23 / 7 / 8 mentions of two kinds, some with a picture."""
     folder = tmp_path_factory.mktemp("small")
     kb = [
-        {"qid": f"Q{row}", "entity_name": colour, "attr": f"colour {row}", "image_list": [f"Q{row}.jpg"] * (row % 4 > 0)}
+        {
+            "qid": f"Q{row}",
+            "entity_name": colour,
+            "attr": f"colour {row}",
+            "image_list": [f"Q{row}.jpg"] * (row % 4 > 0),
+        }
         for row, colour in enumerate(COLOURS)
     ]
     files = {f"kb_image/Q{row}.jpg": picture((16, 16), colour) for row, colour in enumerate(COLOURS)}
@@ -86,6 +92,8 @@ def ray_cluster() -> Iterator[None]:
     variables.delenv("RAY_ADDRESS", raising=False)
     variables.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     variables.setenv("RAY_worker_maximum_startup_concurrency", "16")
+    if "RAY_worker_niceness" not in os.environ:
+        variables.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves the workers beside any other load
     ray.init(
         "local",
         num_cpus=4,

@@ -105,9 +105,7 @@ def test_training_scores_choose_with_noise_and_carry_the_relaxed_gradient(
     mentions, entities = prepared(matcher, small_config)
     logits_MB = mentions.dense("gate.logits").detach().requires_grad_()
     mentions = Table({**mentions.columns, "gate.logits": logits_MB})
-    noise = sample_gumbel(
-        (NUM_MENTIONS, NUM_ENTITIES if choice == "pair" else 1, 3), torch.Generator().manual_seed(4)
-    )
+    noise = sample_gumbel((NUM_MENTIONS, NUM_ENTITIES if choice == "pair" else 1, 3), torch.Generator().manual_seed(4))
     scores = matcher.score(mentions, entities, noise=noise)
     (found,) = torch.autograd.grad(scores.total_ME.sum(), logits_MB, retain_graph=True)
 

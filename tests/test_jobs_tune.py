@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import CPU, train_part
 from ray_jobs import tune_gate as job
+from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display
 from ray_jobs.tune_gate import tune_gate
 
@@ -81,7 +83,8 @@ def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption
         tune_gate(first, first.config, Display(), seed=5)
 
 
-def test_missing_variants_are_trained_and_a_broken_trial_stops_no_other(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_experts_of_other_settings_are_trained_first(trained: Path, tmp_path: Path) -> None:
     run = opened(trained, tmp_path / "run")
     space = {"system.experts.multimodal.prompt_length": {"values": [1]}}
     config = run.config.model_copy(update={"tune": TuneConfig(trials=2, rungs=(1,), space=space)})
@@ -91,6 +94,21 @@ def test_missing_variants_are_trained_and_a_broken_trial_stops_no_other(trained:
     assert set(rungs_of(run)) == {"0", "1"}
     assert report["trial"] in (0, 1)
     assert run.whole_config().system.experts["multimodal"].prompt_length == (2 if report["trial"] == 0 else 1)  # type: ignore[attr-defined]
+
+
+def test_a_broken_trial_stops_no_other() -> None:
+    def result(number: int, metrics: dict[str, Any] | None, error: Exception | None = None) -> SimpleNamespace:
+        return SimpleNamespace(config={"number": number}, metrics=metrics, error=error)
+
+    broken = result(1, {"failure": "RuntimeError: no room", "user_error": False})
+    lost = result(2, None, RuntimeError("killed"))
+    outcome = job._collect([lost, broken, result(0, {"mrr": 0.5})], [0, 1, 2])
+    assert outcome["mrr"] == {0: 0.5}
+    assert outcome["failed"] == {1: "RuntimeError: no room", 2: "its process was lost: killed"}
+    wrong = result(0, {"failure": "no weights at x", "user_error": True})
+    with pytest.raises(JobFailed, match="all trials failed; trial 0: no weights at x") as failed:
+        job._collect([wrong], [0])
+    assert failed.value.exit_code == 2
 
 
 def rungs_of(run: Run) -> dict[str, float]:

@@ -11,7 +11,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("ray_jobs", "data_prep", "dsmip")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 70
 # data_prep is fed with records and writes shards: of the library it knows these modules only
-KNOWN_TO_DATA_PREP = {"dsmip", "errors", "files", "manifest", "pictures", "records", "samples", "shards", "streams", "tars", "text"}
+KNOWN_TO_DATA_PREP = {
+    "dsmip",
+    "errors",
+    "files",
+    "manifest",
+    "pictures",
+    "records",
+    "samples",
+    "shards",
+    "streams",
+    "tars",
+    "text",
+}
 
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 IDS = [str(path.relative_to(ROOT)) for path in SOURCES]

@@ -101,7 +101,9 @@ def test_a_second_evaluation_writes_the_same(run: Run, whole: Evaluated) -> None
     assert rows(again) == before
 
 
-def test_what_cannot_be_evaluated(run: Run, small_config: ExperimentConfig, small_data: Dataset, tmp_path: Path) -> None:
+def test_what_cannot_be_evaluated(
+    run: Run, small_config: ExperimentConfig, small_data: Dataset, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"unknown split 'dev'.*validation"):
         evaluate_model(run, "dev", "dsmip", CPU)
     with pytest.raises(UserError, match=r"unknown model 'gate'.*dsmip, text, visual, multimodal"):

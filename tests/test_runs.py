@@ -42,7 +42,9 @@ def test_a_run_opens_with_what_it_was_made_from(run: Run) -> None:
     assert Run.create(run.folder, run.config, run.dataset).config == run.config
 
 
-@pytest.mark.parametrize(("key", "value", "was"), [("seed", 3, "0"), ("system.width", 9, "8"), ("model", "mimic", "dsmip")])
+@pytest.mark.parametrize(
+    ("key", "value", "was"), [("seed", 3, "0"), ("system.width", 9, "8"), ("model", "mimic", "dsmip")]
+)
 def test_another_configuration_is_refused_by_its_key(run: Run, key: str, value: object, was: str) -> None:
     with pytest.raises(UserError, match=rf"{key} was '?{was}'?, is now '?{value}'?.*--run"):
         Run.create(run.folder, changed(run.config, key, value), run.dataset)
@@ -50,9 +52,10 @@ def test_another_configuration_is_refused_by_its_key(run: Run, key: str, value: 
 
 
 def test_other_data_is_refused(run: Run, other_data: Dataset) -> None:
-    for attempt in (lambda: Run.open(run.folder, other_data), lambda: Run.create(run.folder, run.config, other_data)):
-        with pytest.raises(UserError, match=r"made on data 'small'.*other"):
-            attempt()
+    with pytest.raises(UserError, match=r"made on data 'small'.*other"):
+        Run.open(run.folder, other_data)
+    with pytest.raises(UserError, match=r"made on data 'small'.*other"):
+        Run.create(run.folder, run.config, other_data)
 
 
 def test_the_same_data_elsewhere_is_accepted(run: Run, small_data: Dataset, tmp_path: Path) -> None:

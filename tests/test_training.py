@@ -1,4 +1,4 @@
-"""The training loop over a toy matcher: resume, patience, pauses, schedule; and two workers against one on real data."""
+"""The training loop over a toy matcher: resume, patience, pauses, schedule; and two workers against one."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from small_release import plain_release
 from torch import Tensor, nn
 from torch.nn import functional
 from workers import run_workers
 
+from data_prep.build import prepare
+from data_prep.mimic_release import MimicRelease
 from dsmip.batches import ItemBatch
 from dsmip.checkpoints import load_checkpoint
 from dsmip.config import ExperimentConfig, TrainConfig, load_config, merged
@@ -89,7 +92,10 @@ def source(config: TrainConfig) -> CachedSource:
     return CachedSource(Table({"vector": mentions}), Table({"vector": kb}), gold, config, seed=1)
 
 
-def scripted(scores: list[float], seen: list[dict[str, Tensor]] | None = None) -> Callable[[Matcher], Mapping[str, float]]:
+Validate = Callable[[Matcher], Mapping[str, float]]
+
+
+def scripted(scores: list[float], seen: list[dict[str, Tensor]] | None = None) -> Validate:
     """A validation that returns these MRRs one after the other and keeps the weights it saw."""
     values = iter(scores)
 
@@ -101,7 +107,9 @@ def scripted(scores: list[float], seen: list[dict[str, Tensor]] | None = None) -
     return validate
 
 
-def run(config: TrainConfig, context: LocalContext, scores: list[float], **options: Any) -> tuple[ToyMatcher, TrainResult]:
+def run(
+    config: TrainConfig, context: LocalContext, scores: list[float], **options: Any
+) -> tuple[ToyMatcher, TrainResult]:
     matcher = ToyMatcher()
     return matcher, train(matcher, source(config), config, context, scripted(scores), seed=3, **options)
 
@@ -300,18 +308,17 @@ class RankContext(LocalContext):
             super().epoch_done(metrics, checkpoint)
 
 
-@pytest.mark.parametrize("parts", [["text", "multimodal"]])
-def test_two_workers_train_like_one(
-    tmp_path: Path, small_data: Dataset, small_config: ExperimentConfig, parts: list[str]
-) -> None:
+def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConfig) -> None:
     """From cached features (text) and from streamed shards (multimodal); each worker ranks a slice of the kb.
 
-    23 mentions in batches of one or two: one worker's share is often empty.
+    Five mentions in batches of one or two: the first worker's share of a batch of one is empty.
     """
-    settings = {"batch_size": 2, "epochs": 2, "learning_rate": 1e-3, "micro_batch_size": 1}
+    prepare(MimicRelease(plain_release(tmp_path / "release", 6, 5)), tmp_path / "data", name="tiny")
+    settings = {"batch_size": 2, "epochs": 2, "learning_rate": 1e-3}
     config = small_config.model_copy(update={"train": merged(small_config.train, settings)})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    arguments = (tmp_path / "config.yaml", small_data.folder, parts)
+    parts = ["text", "multimodal"]
+    arguments = (tmp_path / "config.yaml", tmp_path / "data", parts)
     alone = train_in_worker(tmp_path / "alone", *arguments)
     workers = run_workers(train_in_worker, 2, tmp_path / "workers", tmp_path / "together", *arguments)
     assert workers[0] == workers[1]
@@ -319,3 +326,12 @@ def test_two_workers_train_like_one(
         assert alone[part]["history"][1]["loss"] != alone[part]["history"][0]["loss"]
         for expected, found in zip(alone[part]["history"], workers[0][part]["history"], strict=True):
             assert found == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_split_without_mentions_is_named(tmp_path: Path, small_config: ExperimentConfig) -> None:
+    release = plain_release(tmp_path / "release", 3, 2)
+    (release / "T_dev.json").write_text("[]")
+    prepare(MimicRelease(release), tmp_path / "data", name="tiny")
+    run = Run(tmp_path / "run", small_config, Dataset.open(tmp_path / "data"))
+    with pytest.raises(UserError, match=r"split 'validation' of .* has no mentions"):
+        train_part(run, "text", LocalContext(tmp_path / "checkpoints"))

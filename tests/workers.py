@@ -7,24 +7,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 
 def run_workers(function: Callable[..., Any], num_workers: int, folder: Path, *arguments: Any) -> list[Any]:
     """Results by rank of `function(*arguments)`: a function of a test module that returns what torch.save takes."""
     folder.mkdir(parents=True, exist_ok=True)
-    multiprocessing.spawn(_worker, (function, num_workers, folder, arguments), nprocs=num_workers)
+    spawn(_worker, (function, num_workers, folder, arguments), nprocs=num_workers)  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(num_workers)]
 
 
-def _worker(rank: int, function: Callable[..., Any], num_workers: int, folder: Path, arguments: tuple[Any, ...]) -> None:
+def _worker(
+    rank: int, function: Callable[..., Any], num_workers: int, folder: Path, arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=num_workers,
-        timeout=timedelta(seconds=60),  # a worker that waits for the other in vain fails the test
+        timeout=timedelta(seconds=200),  # a worker that waits for the other in vain fails the test
     )
     try:
         torch.save(function(*arguments), folder / f"{rank}.pt")

@@ -2,8 +2,8 @@
 
     ItemBatch --encode--> features (Table) --prepare--> what a pair needs (Table) --score--> Scores [M, E]
 
-Training and evaluation use the same `score`. A system is made of `parts` that are trained one after the other or side by
-side; every part is itself a `Matcher`. Shapes: M mentions, E entities, B experts, N items.
+Training and evaluation use the same `score`. A system is made of `parts` that are trained one after the other or
+side by side; every part is itself a `Matcher`. Shapes: M mentions, E entities, B experts, N items.
 """
 
 from abc import ABC, abstractmethod

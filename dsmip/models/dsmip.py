@@ -52,6 +52,10 @@ class DsmipMatcher(Matcher):
         super().__init__()
         self.experts = nn.ModuleDict(experts)
         self.gate = gate
+        if gate.config.units == "frozen":
+            self.experts.requires_grad_(False)
+        if gate.config.calibration == "scale":
+            self.log_scale_B = nn.Parameter(torch.zeros(len(experts)))
 
     def encode_mentions(self, batch: ItemBatch) -> Table:
         raise RuntimeError("the gated system scores cached features; encode with its parts")
@@ -87,16 +91,19 @@ class DsmipMatcher(Matcher):
         return contrastive_loss(self.score(mentions, entities, noise=noise).total_ME, gold.column_M, gold.same_ME)
 
     def _mixture_loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
-        """- log sum over experts of pi_i p_i(gold), p_i an expert's softmax over the batch's entities; summed over M."""
+        """-log sum_i pi_i p_i(gold) with p_i an expert's softmax over the batch's entities, summed over mentions."""
         experts = self._expert_scores(mentions, entities)
         log_p_MB = torch.stack([-contrastive_losses(s, gold.column_M, gold.same_ME) for s in experts.values()], dim=-1)
         return -torch.logsumexp(self.gate.log_pi(mentions.under(GATE), entities.under(GATE))[:, 0] + log_p_MB, -1).sum()
 
     def _expert_scores(self, mentions: Table, entities: Table) -> dict[str, Tensor]:
-        return {
+        scores = {
             name: expert.score(mentions.under(name), entities.under(name)).total_ME
             for name, expert in self._experts().items()
         }
+        if self.gate.config.calibration == "none":
+            return scores
+        return {name: s * scale for (name, s), scale in zip(scores.items(), self.log_scale_B.exp(), strict=True)}
 
     def encoder_trains(self) -> bool:
         return False
