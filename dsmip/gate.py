@@ -17,6 +17,8 @@ from dsmip.encoders.clip import Backbone
 from dsmip.encoders.vgg import Vgg16Features
 from dsmip.table import Table
 
+_SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the usual 1e-5 would swallow them
+
 
 class GateConfig(Frozen):
     """The gate's form. The paper's: vgg16, raw, pair, sampled, none, tuned, relu.
@@ -123,5 +125,7 @@ def _mlp(input_width: int, config: GateConfig) -> nn.Sequential:
     def block(width: int) -> list[nn.Module]:
         return [nn.Linear(width, config.width), nn.LeakyReLU(), nn.Dropout(config.dropout)]
 
-    normalise = [nn.BatchNorm1d(input_width, affine=False)] if config.inputs == "normalised" else []
+    normalise = (
+        [nn.BatchNorm1d(input_width, eps=_SMALLEST_VARIANCE, affine=False)] if config.inputs == "normalised" else []
+    )
     return nn.Sequential(*normalise, *block(input_width), *block(config.width))

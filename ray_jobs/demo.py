@@ -26,6 +26,7 @@ from ray_jobs.evaluate import SHOWN
 from ray_jobs.prepare import prepare_mimic, write_release_once
 from ray_jobs.pretrain import pretrain_backbone
 from ray_jobs.progress import Display
+from ray_jobs.resources import cluster_kinds
 from ray_jobs.settings import job_config
 from ray_jobs.train_experts import train_experts
 from ray_jobs.tune_gate import tune_gate
@@ -132,9 +133,10 @@ def _prepare(out: Path, world: DemoConfig) -> Dataset:
 
 
 def _with_all_cpus(config: ExperimentConfig) -> ExperimentConfig:
-    """The backbone trains alone, so it gets the whole machine."""
-    resources = {"cpu": float(os.cpu_count() or 1)}
-    return merged(config, {"system": config.system, "pretrain": {"resources": resources}})
+    """The backbone trains alone, so it gets a whole node."""
+    largest = max((kind.resources.get("CPU", 0.0) for kind in cluster_kinds()), default=1.0)
+    cpus = min(largest, float(os.cpu_count() or 1))
+    return merged(config, {"system": config.system, "pretrain": {"resources": {"cpu": cpus}}})
 
 
 @dataclass

@@ -176,7 +176,7 @@ def _run_rung(run: Run, rung: int, tasks: Mapping[int, TrialTask], display: Disp
         for _, call in run_watched(
             {"rung": tuner.fit}, events, display, lambda _: waiting(set() if names & display.started else names)
         ):
-            grid = call.result()
+            grid: Any = call.result()
     return _collect(grid, tasks)
 
 

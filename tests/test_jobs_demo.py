@@ -1,0 +1,55 @@
+"""The demo from drawn data to the comparison, at a small size; and its way of resuming."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.demo_release import DemoConfig
+from dsmip.errors import UserError
+from ray_jobs.demo import covered, run_demo
+
+WORLD = DemoConfig(seed=3, num_entities=100, num_train=96, num_validation=24, num_test=40)
+SHORT = ["pretrain.epochs=1", "tune.trials=2", "tune.rungs=[1,2]", "tune.train.epochs=2"]
+SHORT += [f"parts.{part}.train.epochs=1" for part in ("text", "visual", "multimodal")]
+
+
+def test_how_far_the_gate_goes_from_the_best_expert_to_the_oracle() -> None:
+    hits = {"text": 0.2, "visual": 0.4, "dsmip": 0.5, "oracle": 0.8}
+    models = {name: {"hits@1": value} for name, value in hits.items()}
+    assert covered(models, "dsmip") == pytest.approx(0.25)
+    assert covered(models | {"oracle": {"hits@1": 0.4}}, "dsmip") is None
+
+
+def test_a_folder_belongs_to_one_demo(tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text(json.dumps({"world": DemoConfig(seed=8).model_dump(), "seconds": {}}))
+    with pytest.raises(UserError, match="holds the demo of seed 8"):
+        run_demo(tmp_path, WORLD)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_demo_compares_experts_gate_and_oracle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    results = run_demo(out, WORLD, overrides=SHORT)
+    assert json.loads((out / "results.json").read_text()) == results
+    assert list(results["models"]) == ["text", "visual", "multimodal", "dsmip", "oracle"]
+    assert all(set(f) == {"hits@1", "hits@3", "hits@5", "mrr", "mean_rank"} for f in results["models"].values())
+    for figure in ("hits@1", "hits@3", "hits@5", "mrr"):
+        assert max(f[figure] for f in results["models"].values()) == results["models"]["oracle"][figure]
+    for shares in results["gate"].values():
+        assert list(shares) == ["text", "visual", "multimodal"]
+        assert sum(shares.values()) == pytest.approx(1)
+    assert set(results["kinds"]) == {"easy", "text", "missing_picture", "picture", "pointing", "both"}
+    assert list(results["seconds"]) == ["release", "prepare", "pretrain", "train", "tune", "evaluate"]
+    said = capsys.readouterr().out
+    assert "of the way from the best expert to the oracle" in said or results["models"]["oracle"]["hits@1"] == 0
+    assert "dsmip train --config demo --data my-data --run my-run --set backbone.pretrained=" in said
+
+    again = run_demo(out, WORLD, overrides=SHORT)
+    assert {**again, "seconds": None} == {**results, "seconds": None}
+    said = capsys.readouterr().out
+    assert "backbone.safetensors is finished already" in said
+    assert said.count("finished already, validation") == 3
+    assert "sweep finished already" in said
