@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dsmip.errors import UserError
+
 # What Ray should do unless the user said otherwise. Ray hands these on to its workers.
 _VARIABLES = {
     "RAY_AUTH_MODE": "disabled",  # unset, Ray writes a token file and later connections fail obscurely
@@ -13,6 +15,7 @@ _VARIABLES = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Train reports at most about once per interval
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else every print of a worker comes twice
     "RAY_ENABLE_AUTO_CONNECT": "0",  # else a call after shutdown starts another cluster
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait by spinning make a shared machine ten times slower
     "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints its configuration whatever its verbosity
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # csv, json and tensorboard files of every trial
 }
@@ -42,18 +45,35 @@ def connected(*, verbose: bool = False) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=verbose, logging_level=level)
     else:
-        for name, value in _LOCAL_VARIABLES.items():
-            os.environ.setdefault(name, value)
-        ray.init(
-            "local",
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=verbose,
-            logging_level=level,
-        )
+        _start_local(verbose=verbose, level=level)
     if not verbose:
         logging.getLogger("ray").setLevel(level)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_local(*, verbose: bool, level: int) -> None:
+    """Starts Ray in this process; once more when a busy machine took longer than Ray's fixed 30 s.
+
+    Raises UserError when it does not start the second time either.
+    """
+    import ray
+
+    for name, value in _LOCAL_VARIABLES.items():
+        os.environ.setdefault(name, value)
+    for last in (False, True):
+        try:
+            ray.init(
+                "local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=verbose,
+                logging_level=level,
+            )
+            return
+        except Exception as error:  # Ray raises a bare Exception here
+            ray.shutdown()
+            if last:
+                raise UserError(f"Ray did not start on this machine (is it overloaded?): {error}") from error

@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer
 
 from dsmip.config import Resources
 from dsmip.errors import UserError
+from dsmip.files import write_text
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
@@ -63,16 +64,27 @@ def run_trainings(trainings: Sequence[Training], display: Display) -> None:
     check_feasible([training.request for training in trainings])
     events = start_event_queue()
     failures: dict[str, Failure] = {}
+    storage = {training.name: training.storage for training in trainings}
     waiting = WaitingLine({training.name: training.request for training in trainings}, display.say)
     with display:
         calls = {training.name: partial(_fit, training, events) for training in trainings}
         for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
             if failure := call.result():
                 failures[name] = failure
-                display.say(f"  {name}: failed: {failure.message}")
+                display.say(
+                    f"  {name}: failed: {failure.message}{_traced(failure, storage[name] / f'{name}.error.txt')}"
+                )
     if failures:
         exit_code = 2 if all(failure.user_error for failure in failures.values()) else 1
         raise JobFailed(f"failed: {', '.join(failures)}; run the same command again to resume", exit_code)
+
+
+def _traced(failure: Failure, log: Path) -> str:
+    """Writes a failure's traceback, if it has one, and says where it is."""
+    if not failure.trace:
+        return ""
+    write_text(log, failure.trace)
+    return f" (see {log})"
 
 
 def _fit(training: Training, events: Any) -> Failure | None:

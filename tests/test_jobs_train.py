@@ -73,6 +73,7 @@ def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
         run_trainings(trainings, display)
     assert failed.value.exit_code == 1
     assert any(line.startswith("  full: failed: RuntimeError: the disc is full") for line in display.lines)
+    assert "in count_epochs" in (tmp_path / "ray" / "full.error.txt").read_text()
     assert (tmp_path / "sound").read_text() == "0 1 2 3 "
     assert (tmp_path / "lost").read_text() == "0 1 2 3 "  # came back by itself, from its last checkpoint
     assert (tmp_path / "full").read_text() == "0 1 "
