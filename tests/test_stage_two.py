@@ -29,7 +29,7 @@ def gold() -> BatchGold:
 def test_mixture_loss_is_the_likelihood_of_a_mixture(small_config: ExperimentConfig) -> None:
     matcher = whole(small_config, choice="mention", training="mixture", calibration="scale")
     with torch.no_grad():
-        matcher.log_scale_B.copy_(torch.tensor([0.5, -0.3, 0.1]))
+        matcher.log_scale_B.copy_(torch.tensor([0.05, -0.03, 0.01]))
     mentions, entities = features(small_config, NUM_MENTIONS, 2), features(small_config, NUM_ENTITIES, 3)
     matcher.requires_grad_(False)
     loss = matcher(mentions, entities, gold())
@@ -54,7 +54,7 @@ def test_calibration_scales_scores_and_keeps_each_experts_ranking(small_config: 
     entities = matcher.prepare_entities(features(small_config, NUM_ENTITIES, 3))
     before = matcher.score(mentions, entities)
     with torch.no_grad():
-        matcher.log_scale_B.fill_(float(torch.tensor(3.0).log()))
+        matcher.log_scale_B.fill_(float(torch.tensor(3.0).log()) / 10)
     after = matcher.score(mentions, entities)
     torch.testing.assert_close(after.total_ME, 3 * before.total_ME)
     assert torch.equal(after.total_ME.argsort(dim=1), before.total_ME.argsort(dim=1))

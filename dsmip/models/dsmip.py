@@ -20,6 +20,7 @@ from dsmip.text import Template
 
 GATE = "gate"
 _VGG_WIDTH = 4096
+_SCALE_SPEED = 10.0  # Adam moves a parameter by its learning rate a step, too slow for factors of 3 to 30
 
 
 class DsmipConfig(Frozen):
@@ -90,6 +91,10 @@ class DsmipMatcher(Matcher):
         noise = sample_gumbel(log_pi_shape, generator, device)
         return contrastive_loss(self.score(mentions, entities, noise=noise).total_ME, gold.column_M, gold.same_ME)
 
+    def scale_B(self) -> Tensor:
+        """The learned factor on each expert's scores, float [B]."""
+        return (_SCALE_SPEED * self.log_scale_B).exp()
+
     def _mixture_loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
         """-log sum_i pi_i p_i(gold) with p_i an expert's softmax over the batch's entities, summed over mentions."""
         experts = self._expert_scores(mentions, entities)
@@ -103,7 +108,7 @@ class DsmipMatcher(Matcher):
         }
         if self.gate.config.calibration == "none":
             return scores
-        return {name: s * scale for (name, s), scale in zip(scores.items(), self.log_scale_B.exp(), strict=True)}
+        return {name: s * scale for (name, s), scale in zip(scores.items(), self.scale_B(), strict=True)}
 
     def encoder_trains(self) -> bool:
         return False
