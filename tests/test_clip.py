@@ -50,10 +50,10 @@ def write_config(folder: Path, **changes: object) -> str:
 
 
 def test_tiny_has_few_million_parameters(backbone: Backbone) -> None:
-    assert sum(p.numel() for p in backbone.parameters()) == 8_245_057
-    assert (backbone.text_width, backbone.vision_width, backbone.embed_width) == (128, 160, 128)
-    assert (backbone.text_layers, backbone.vision_layers) == (3, 4)
-    assert (backbone.context_length, backbone.image_size, backbone.num_patches) == (77, 64, 64)
+    assert sum(p.numel() for p in backbone.parameters()) == 5_890_145
+    assert (backbone.text_width, backbone.vision_width, backbone.embed_width) == (96, 128, 96)
+    assert (backbone.text_layers, backbone.vision_layers) == (2, 4)
+    assert (backbone.context_length, backbone.image_size, backbone.num_patches) == (77, 64, 16)
     assert not backbone.training
     assert not any(p.requires_grad for p in backbone.parameters())
 
@@ -75,7 +75,7 @@ def test_without_prompts_equals_open_clip_to_the_last_bit(
         assert torch.equal(pictures.pooled, backbone.clip.encode_image(pixels))
     assert texts.tokens.shape == (3, 77, 32)
     assert texts.mask.sum(dim=1).tolist() == [4, 77, 12]
-    assert pictures.tokens.shape == (3, 65, 64)
+    assert pictures.tokens.shape == (3, 17, 64)
     assert pictures.mask.all()
 
 

@@ -1,5 +1,7 @@
 """Where the prompts stand in the towers, layer by layer (DSMIP eqs. 6-8)."""
 
+import json
+
 import pytest
 import torch
 
@@ -12,8 +14,13 @@ NUM_PROMPTS = 2
 
 
 @pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return Backbone.build("tiny", None, seed=3)
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """Three text layers, four vision layers, 64 patches."""
+    path = tmp_path_factory.mktemp("backbone") / "deep.json"
+    vision = {"image_size": 64, "layers": 4, "width": 160, "head_width": 32, "patch_size": 8}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 128, "heads": 4, "layers": 3}
+    path.write_text(json.dumps({"embed_dim": 128, "vision_cfg": vision, "text_cfg": text}))
+    return Backbone.build(str(path), None, seed=3)
 
 
 @pytest.fixture(scope="module")
