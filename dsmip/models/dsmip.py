@@ -144,7 +144,11 @@ class Dsmip(System):
 
     @classmethod
     def part_key(cls, part: str, config: ExperimentConfig) -> object:
-        return None if part == GATE else config.system.experts[part].model_dump()
+        section = config.system
+        if part == GATE:
+            return section.gate.picture, section.gate.vgg_weights
+        common = (section.width, section.mask_padding, section.template.model_dump())
+        return section.experts[part].model_dump(), *common
 
     @classmethod
     def item_format(cls, section: Any, part: str) -> ItemFormat:
