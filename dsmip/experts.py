@@ -6,6 +6,7 @@ cross unit. Without an encoder an expert scores cached features.
 
 from collections.abc import Mapping
 from functools import cache
+from operator import index
 from typing import Literal
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from dsmip.batches import ItemBatch
 from dsmip.collate import Modality
 from dsmip.config import BackboneConfig, Frozen
+from dsmip.encoders.architecture import read_architecture, resolve_architecture
 from dsmip.encoders.clip import Backbone, Tower, Tuning
 from dsmip.encoders.prompts import InteractivePrompts
+from dsmip.errors import UserError
 from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores
 from dsmip.ops.contrastive import contrastive_loss
 from dsmip.scorer import UnitScorer
@@ -40,9 +43,16 @@ class ExpertConfig(Frozen):
 
 @cache
 def feature_sizes(architecture: str) -> FeatureSizes:
-    """Widths of a backbone's features, without building its weights."""
-    backbone = Backbone.build(architecture, None, device="meta")
-    return FeatureSizes(backbone.text_width, backbone.vision_width, backbone.embed_width)
+    """Widths of a backbone's features, from its configuration alone. Raises UserError when it does not state them."""
+    config = read_architecture(architecture).config
+    try:
+        return FeatureSizes(
+            *map(index, (config["text_cfg"]["width"], config["vision_cfg"]["width"], config["embed_dim"]))
+        )
+    except (KeyError, TypeError):
+        resolve_architecture(architecture)  # says what is wrong with it, if more than this
+        message = f"backbone {architecture} must state the integers embed_dim, vision_cfg.width and text_cfg.width"
+        raise UserError(message) from None
 
 
 class ExpertEncoder(nn.Module):

@@ -117,6 +117,8 @@ def show_results(results: Mapping[str, Any], out: Path, display: Display) -> Non
     display.say("  dsmip prepare PATH/TO/RELEASE my-data --format mimic")
     backbone = f"backbone.pretrained={out / 'backbone.safetensors'}"
     display.say(f"  dsmip train --config demo --data my-data --run my-run --set {backbone}")
+    display.say("  dsmip tune --run my-run")
+    display.say("  dsmip evaluate --run my-run --split test")
 
 
 def _prepare(out: Path, world: DemoConfig) -> Dataset:

@@ -66,6 +66,16 @@ def resolve_architecture(architecture: str) -> Architecture:
     Raises:
         UserError: unknown name (nearest ones are listed), missing or wrong JSON, unknown key, unsupported network.
     """
+    network = read_architecture(architecture)
+    _check_supported(architecture, network.config)
+    return network
+
+
+def read_architecture(architecture: str) -> Architecture:
+    """The configuration as it is written, for whoever needs its sizes only: checking it imports open_clip, seconds.
+
+    Raises UserError for an unknown name and a missing or wrong JSON.
+    """
     shipped = SHIPPED / f"{architecture}.json"
     if architecture.endswith(".json"):
         stored, is_open_clip = _read_json(Path(architecture)), False
@@ -74,7 +84,6 @@ def resolve_architecture(architecture: str) -> Architecture:
     else:
         stored, is_open_clip = _open_clip_config(architecture), True
     config = stored.get("model_cfg", stored)
-    _check_supported(architecture, config)
     mean, std = pixel_statistics(stored.get("preprocess_cfg", {}))
     return Architecture(architecture, config, mean or CLIP_MEAN, std or CLIP_STD, is_open_clip)
 

@@ -54,22 +54,18 @@ def text_unit(
     bias_MT = torch.zeros_like(key_MTd[..., 0]) if mask_MT is None else torch.where(mask_MT, 0.0, -torch.inf)
     weight_ES = torch.ones_like(query_ESd[..., 0]) if mask_ES is None else mask_ES.to(query_ESd.dtype)
     centred_MTd = value_MTd - value_MTd.mean(dim=-1, keepdim=True)
-    mention_side = [
-        x[order_M].split([m for m, _ in blocks_M]) for x in (key_MTd, centred_MTd, bias_MT.to(key_MTd.dtype))
-    ]
-    entity_inputs = (query_ESd, weight_ES / weight_ES.sum(dim=1, keepdim=True), local_query_Ed * norm_weight)
-    entity_side = [x[order_E].split([e for e, _ in blocks_E]) for x in entity_inputs]
+    mean_weight_ES = weight_ES / weight_ES.sum(dim=1, keepdim=True)
+    mention_side = [_cut(x[order_M], blocks_M) for x in (key_MTd, centred_MTd, bias_MT.to(key_MTd.dtype))]
+    entity_side = [_cut(x[order_E], blocks_E) for x in (query_ESd, mean_weight_ES)]
+    directions = (local_query_Ed * norm_weight)[order_E].split([e for e, _ in blocks_E])
 
     num_elements = sum(m * t for m, t in blocks_M) * sum(e * s for e, s in blocks_E)
     keep = num_elements <= kept_elements or not torch.is_grad_enabled()
     local_scores = _local_scores if keep else _recomputed_local_scores
     strips = []
-    for (_, t), key, value, bias in zip(blocks_M, *mention_side, strict=True):
-        strip = []
-        for (_, s), query, weight, direction in zip(blocks_E, *entity_side, strict=True):
-            tokens = (key[:, :t], value[:, :t], bias[:, :t], query[:, :s], weight[:, :s])
-            strip.append(local_scores(eps, *tokens, direction))
-        strips.append(torch.cat(strip, dim=1))
+    for mentions in zip(*mention_side, strict=True):
+        entities = zip(*entity_side, directions, strict=True)
+        strips.append(torch.cat([local_scores(eps, *mentions, *block) for block in entities], dim=1))
     local_ME = torch.cat(strips)[order_M.argsort()][:, order_E.argsort()]
     return (global_Mz @ global_Ez.T + local_ME + local_query_Ed @ norm_bias) / 2
 
@@ -98,6 +94,12 @@ def _blocks_by_length(
         blocks.append((size, longest))
         start += size
     return order_N, blocks
+
+
+def _cut(items_NT: Tensor, blocks: list[tuple[int, int]]) -> list[Tensor]:
+    """The blocks of items that are in order, each without the token places that it does not use."""
+    sizes = [size for size, _ in blocks]
+    return [block[:, :longest] for block, (_, longest) in zip(items_NT.split(sizes), blocks, strict=True)]
 
 
 def _recomputed_local_scores(eps: float, *block: Tensor) -> Tensor:
