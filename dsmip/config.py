@@ -75,7 +75,8 @@ class AugmentConfig(Frozen):
 class TrainConfig(Frozen):
     """One stage-one or stage-two training. Batch sizes count mentions over all workers.
 
-    extra_negatives: random entities of the kb added to each batch's columns (as many as the kb has: all of it).
+    extra_negatives: random entities of the kb added to each batch's columns (in stage two, on cached features, without
+    repetition: as many as the kb has are all of it).
     self_mentions: random entities of the kb that a batch also links to themselves, their text and picture changed by
     `self_augment` (towers that train only: with few mentions this teaches the whole kb's words and looks).
     validate_every, patience: epochs; the last epoch is always validated.
@@ -133,6 +134,12 @@ class Choice(Frozen):
         if self.loguniform and self.loguniform[0] <= 0:
             raise ValueError("a loguniform range must be positive")
         return self
+
+    @property
+    def example(self) -> Any:
+        """One of its values."""
+        first = (self.values or self.uniform or self.loguniform or (None,))[0]
+        return list(first) if isinstance(first, tuple) else first
 
 
 class TuneConfig(Frozen):
@@ -251,7 +258,35 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> ExperimentC
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> ExperimentConfig:
-    """Validates a mapping; UserError names each wrong key."""
+    """Validates a mapping, the search space with a value of each key included; UserError names each wrong key."""
+    config = _parse(tree, source)
+    for key, choice in config.tune.space.items():
+        swept(config, {key: choice.example}, f"{source}, tune.space")
+    return config
+
+
+def swept(config: ExperimentConfig, changes: Mapping[str, Any], source: str = "tune.space") -> ExperimentConfig:
+    """The configuration of a trial: `changes` by dotted key, of `system` or of the stage-two training (`train.<name>`).
+
+    Raises UserError for other keys: stage one is over when a sweep starts.
+    """
+    tree = config.model_dump(mode="json")
+    for key, value in changes.items():
+        path = key.split(".")
+        if path[0] not in ("system", "train") or len(path) == 1:
+            raise UserError(
+                f"{source}: '{key}' cannot be searched; keys are train.<name> (of stage two) and system.<name>"
+            )
+        place = tree["tune"] if path[0] == "train" else tree
+        for step in path[:-1]:
+            place = place.setdefault(step, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{source}: '{key}' is no key of the configuration: '{step}' has no keys below it")
+        place[path[-1]] = value
+    return _parse(tree, source)
+
+
+def _parse(tree: Mapping[str, Any], source: str) -> ExperimentConfig:
     from dsmip.models import find_system  # the registry imports systems, and they import this file
 
     model = tree.get("model")

@@ -125,7 +125,8 @@ def _mlp(input_width: int, config: GateConfig) -> nn.Sequential:
     def block(width: int) -> list[nn.Module]:
         return [nn.Linear(width, config.width), nn.LeakyReLU(), nn.Dropout(config.dropout)]
 
-    normalise = (
-        [nn.BatchNorm1d(input_width, eps=_SMALLEST_VARIANCE, affine=False)] if config.inputs == "normalised" else []
-    )
+    normalise: list[nn.Module] = []
+    if config.inputs == "normalised":
+        # plain means over all batches (momentum None): decaying ones start at variance 1, a thousand times the inputs'
+        normalise = [nn.BatchNorm1d(input_width, eps=_SMALLEST_VARIANCE, momentum=None, affine=False)]
     return nn.Sequential(*normalise, *block(input_width), *block(config.width))

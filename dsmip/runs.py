@@ -3,6 +3,7 @@
 <run>/run.json                    written first: data hash and folder, version; a run of other data is refused
 <run>/config.yaml                 the whole configuration
 <run>/<part>/weights.safetensors  a finished part (or whole system), with part.json (metrics, history) last
+<run>/ray/                        checkpoints of trainings that are not finished
 <run>/features/                   the feature cache
 <run>/variants/<hash>/            parts of other stage-one settings that a search asked for
 <run>/evaluate/<split>/<model>/   metrics.json and ranks.parquet
@@ -10,6 +11,8 @@
 
 import hashlib
 import json
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,17 +49,22 @@ class Run:
     def create(folder: Path, config: ExperimentConfig, dataset: Dataset) -> "Run":
         """Makes the run, or opens it when it was made from the same configuration and data.
 
+        Resources and what stage one does not depend on may change; everything may as long as nothing has been trained.
         Raises UserError when the folder belongs to another configuration or data set.
         """
         stamp = folder / "run.json"
         if stamp.is_file():
             run = Run.open(folder, dataset)
+            if difference := first_difference(_stage_one(run.config), _stage_one(config)):
+                if run.has_begun:
+                    raise UserError(
+                        f"run {folder} was made with another configuration ({difference}); "
+                        "use another --run folder, or the same configuration to resume"
+                    )
+                shutil.rmtree(run.training_folder, ignore_errors=True)
             if run.config != config:
-                raise UserError(
-                    f"run {folder} was made with another configuration ({_first_difference(run.config, config)}); "
-                    "use another --run folder, or the same configuration to resume"
-                )
-            return run
+                write_text(folder / "config.yaml", config.to_yaml())
+            return Run(folder, config, dataset)
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and not a run (no run.json); give a new folder for --run")
         write_text(folder / "config.yaml", config.to_yaml())
@@ -96,6 +104,16 @@ class Run:
     @property
     def part_names(self) -> tuple[str, ...]:
         return self.system.part_names(self.config.system)
+
+    @property
+    def training_folder(self) -> Path:
+        """Where stage one keeps its checkpoints."""
+        return self.folder / "ray"
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether some part has been trained, at least to its first checkpoint."""
+        return any(map(self.is_finished, self.part_names)) or any(self.training_folder.glob("*/checkpoint_*"))
 
     @property
     def cache(self) -> FeatureCache:
@@ -181,12 +199,20 @@ def load_own_weights(matcher: nn.Module, path: Path) -> None:
     matcher.load_state_dict({name: stored[name] for name in stored.keys() & state.keys()}, strict=False)
 
 
-def _first_difference(stored: ExperimentConfig, given: ExperimentConfig) -> str:
-    before, after = _flat(stored.model_dump(mode="json")), _flat(given.model_dump(mode="json"))
+def first_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The first dotted key whose value differs between two dumped configurations, in words; empty when none does."""
+    before, after = _flat(stored), _flat(given)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             return f"{key} was {before.get(key)!r}, is now {after.get(key)!r}"
-    return "keys differ"
+    return ""
+
+
+def _stage_one(config: ExperimentConfig) -> dict[str, Any]:
+    """What trained experts depend on."""
+    tree = config.model_dump(mode="json", exclude={"tune", "pretrain"})
+    tree["parts"] = {name: {**part, "resources": None} for name, part in tree["parts"].items()}
+    return tree
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

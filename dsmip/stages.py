@@ -89,11 +89,19 @@ def start_whole(run: Run, config: ExperimentConfig) -> Matcher:
 
 
 def stage_two_split(run: Run, mentions: Table) -> SplitFeatures:
-    """What stage two trains on: the held-out training mentions, or all of them when none are held out."""
+    """What stage two trains on: the held-out training mentions, or all of them when none are held out.
+
+    Raises UserError when too few are held out to train on.
+    """
     golds = gold_rows(run.dataset, "train")
     if run.config.held_out == 0:
         return SplitFeatures(mentions, golds)
     rows = held_out_rows(run.dataset, run.config.held_out)
+    if int(rows.sum()) < 2:
+        raise UserError(
+            f"held_out {run.config.held_out:g} leaves stage two {int(rows.sum())} of {len(golds)} training mentions; "
+            "train into a new run with a larger share, or with 0 (both stages see all)"
+        )
     return SplitFeatures(mentions.rows(rows), golds[rows])
 
 
@@ -133,7 +141,7 @@ def part_features(run: Run, part: str, split: str, device: torch.device) -> Tabl
     if part in run.part_names:
         encoder = run.load_part(part, with_encoder=True).to(device)
         return run.cache.table(part, split, encoder, run.dataset, run.collator(part), device)
-    gate = run.system.build_encoder(part, run.config)
+    gate = run.system.build_encoder(part, run.config).to(device)
     return run.cache.table(part, split, gate, run.dataset, run.collator(part), device)
 
 

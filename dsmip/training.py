@@ -110,8 +110,8 @@ def _best_epoch(history: list[dict[str, float]]) -> int:
 
 
 def _patience_lost(history: list[dict[str, float]], patience: int | None) -> bool:
-    if patience is None or not history:
-        return False
+    if patience is None or not history or "mrr" not in history[-1]:
+        return False  # only a validation can tell
     risen = max(range(len(history)), key=lambda epoch: history[epoch].get("mrr", -1.0))  # the first of equals
     return len(history) - 1 - risen >= patience
 

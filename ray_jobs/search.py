@@ -1,13 +1,12 @@
 """What a sweep tries and what it keeps: trials drawn up front, synchronous successive halving. Pure functions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, exp, log
 from random import Random
 from typing import Any
 
-from dsmip.config import Choice, ExperimentConfig, parse_config
-from dsmip.errors import UserError
+from dsmip.config import Choice, ExperimentConfig, swept
 
 _DRAWS_PER_TRIAL = 100  # a finite space is taken as used up after so many repetitions in a row
 
@@ -33,7 +32,7 @@ def draw_trials(config: ExperimentConfig, seed: int) -> list[Trial]:
     for number in range(1, config.tune.trials):
         for _ in range(_DRAWS_PER_TRIAL if config.tune.space else 0):
             changes = {key: _draw(choice, rng) for key, choice in config.tune.space.items()}
-            changed = _changed(config, changes)
+            changed = swept(config, changes)
             if changed.to_yaml() not in known:
                 known.add(changed.to_yaml())
                 trials.append(Trial(number, changes, changed))
@@ -58,20 +57,3 @@ def _draw(choice: Choice, rng: Random) -> Any:
     assert choice.loguniform is not None
     low, high = choice.loguniform
     return exp(rng.uniform(log(low), log(high)))
-
-
-def _changed(config: ExperimentConfig, changes: Mapping[str, Any]) -> ExperimentConfig:
-    tree = config.model_dump(mode="json")
-    for key, value in changes.items():
-        path = key.split(".")
-        _set(tree, ["tune", *path] if path[0] == "train" else path, key, value)
-    return parse_config(tree, source="tune.space")
-
-
-def _set(tree: dict[str, Any], path: Sequence[str], key: str, value: Any) -> None:
-    for step in path[:-1]:
-        inner = tree.setdefault(step, {})
-        if not isinstance(inner, dict):
-            raise UserError(f"tune.space: '{key}' is no key of the configuration: '{step}' has no keys below it")
-        tree = inner
-    tree[path[-1]] = value

@@ -56,7 +56,7 @@ def _training(root: Run, home: Run, part: str) -> Training:
         loop=_loop,
         settings={"root": str(root.folder), "config": home.config.to_yaml(), "part": part},
         num_epochs=home.config.train_of(part).epochs,
-        storage=home.folder / "ray",
+        storage=home.training_folder,
         workers=plan.workers,
         resources=plan.resources,
     )

@@ -39,20 +39,33 @@ class TrialTask:
     features: FeaturePaths
 
 
-def cache_features(root: str, config: str, part: str) -> dict[str, str]:
-    """Computes what a part's encoder says of the splits that trials need; returns the tables' files by split."""
+def cache_features(root: str, config: str, part: str, name: str, events: Any) -> dict[str, str]:
+    """Computes what a part's encoder says of the splits that trials need; returns the tables' files by split.
+
+    Progress goes to `events` under `name`.
+    """
     set_threads()
     run = Run.open(Path(root))
+    told = StepEvents(name, 1, events)
+    sizes = {split: run.dataset.num_entities if split == KB else run.dataset.num_mentions(split) for split in SPLITS}
+    done = 0
+
+    def count(items: int) -> None:
+        nonlocal done
+        done += items
+        told.step_done(0, done - 1, sum(sizes.values()), 0.0)
+
     settings = read_config(config)
     home = run.home(part, settings)
     device = worker_device()
     if part in run.part_names:
         encoder: FeatureEncoder = home.load_part(part, with_encoder=True).to(device)
     else:
-        encoder = home.system.build_encoder(part, settings)
+        encoder = home.system.build_encoder(part, settings).to(device)
     collator = home.collator(part)
+    ensure = home.cache.ensure
     return {
-        split: str(home.cache.ensure(part, split, encoder, run.dataset, collator, device).resolve()) for split in SPLITS
+        split: str(ensure(part, split, encoder, run.dataset, collator, device, count).resolve()) for split in SPLITS
     }
 
 

@@ -8,6 +8,8 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from ray import tune
 
 from dsmip.config import ExperimentConfig, Resources
 from dsmip.errors import UserError
-from dsmip.files import write_json, write_text
-from dsmip.runs import Run
+from dsmip.files import atomic_path, write_json, write_text
+from dsmip.runs import Run, first_difference
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible
@@ -41,6 +43,7 @@ def tune_gate(
     """
     if not run.system.gated:
         raise UserError(f"{run.system.name} has no gate: 'dsmip train' trains all of it and there is nothing to tune")
+    _check_config(run, config)
     trials = draw_trials(config, seed)
     stamp = _checked_stamp(run, trials, seed)
     if _is_saved(run, stamp):
@@ -48,7 +51,7 @@ def tune_gate(
         return run.part_report(run.system.name)
     started = time.monotonic()
     with connected(verbose=verbose):
-        check_feasible([_request("a trial", config)])
+        check_feasible([_request("a trial", config.tune.resources)])
         _train_variants(run, trials, display, verbose=verbose)
         features = _cache_all_features(run, trials, display)
         _claim_folder(run, trials, seed, stamp)
@@ -56,6 +59,17 @@ def tune_gate(
     report = _save_winner(run, trials, results, stamp)
     display.say(f"  swept in {time.monotonic() - started:.0f} s; {_sentence(report)}")
     return report
+
+
+def _check_config(run: Run, config: ExperimentConfig) -> None:
+    """UserError for changes that a sweep cannot make: stage one is over, and rungs are part of a trial's epochs."""
+    fixed = {"tune", "system"}
+    if difference := first_difference(
+        run.config.model_dump(mode="json", exclude=fixed), config.model_dump(mode="json", exclude=fixed)
+    ):
+        raise UserError(f"{difference}, but stage one is over: change tune.* or system.*, or train another run")
+    if (last := config.tune.rungs[-1]) > (epochs := config.tune_train().epochs):
+        raise UserError(f"tune.rungs ends at {last} epochs, but tune.train.epochs is {epochs}")
 
 
 def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
@@ -82,20 +96,20 @@ def _claim_path(run: Run) -> Path:
     return run.folder / "tune" / "sweep.json"
 
 
-def _used_parts(run: Run, trials: Sequence[Trial]) -> dict[tuple[str, str], tuple[Run, str]]:
-    """Every feature part that some trial needs, once: its home and name, by the home's folder and the name."""
+def _used_parts(run: Run, trials: Sequence[Trial]) -> list[tuple[Run, str]]:
+    """Every feature part that some trial needs, once: its home and name."""
     used: dict[tuple[str, str], tuple[Run, str]] = {}
     for trial in trials:
         for part in run.system.feature_parts(trial.config.system):
             home = run.home(part, trial.config)
             used.setdefault((str(home.folder), part), (home, part))
-    return used
+    return list(used.values())
 
 
 def _train_variants(run: Run, trials: Sequence[Trial], display: Display, *, verbose: bool) -> None:
     """Trains experts of stage-one settings that only the sweep asks for; the run's own must be finished."""
     variants = []
-    for home, part in _used_parts(run, trials).values():
+    for home, part in _used_parts(run, trials):
         if part not in run.part_names or home.is_finished(part):
             continue
         if home.folder == run.folder:
@@ -108,18 +122,41 @@ def _train_variants(run: Run, trials: Sequence[Trial], display: Display, *, verb
 
 def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> dict[tuple[str, str], dict[str, str]]:
     """Computes all feature tables before the trials start; returns their files by (home, part) and split."""
-    remote = ray.remote(max_retries=0)(cache_features).options(**_task_options(run.config.tune.resources))
-    used = _used_parts(run, trials)
-    tasks = {key: remote.remote(str(run.folder), home.config.to_yaml(), part) for key, (home, part) in used.items()}
-    try:
-        features: dict[tuple[str, str], dict[str, str]] = {key: ray.get(task) for key, task in tasks.items()}
-    except ray.exceptions.RayTaskError as error:
-        raise (
-            error.cause if isinstance(error.cause, UserError) else JobFailed(f"features: {error.cause!r}", 1)
-        ) from error
+    resources = trials[0].config.tune.resources
+    remote = ray.remote(max_retries=0, num_cpus=resources.cpu, num_gpus=resources.gpu)(cache_features)
+    used = {
+        f"{part} features" if home.folder == run.folder else f"{part} features {home.folder.name}": (home, part)
+        for home, part in _used_parts(run, trials)
+    }
+    events = start_event_queue()
+
+    def compute(name: str) -> dict[str, str]:
+        home, part = used[name]
+        files: dict[str, str] = ray.get(remote.remote(str(run.folder), home.config.to_yaml(), part, name, events))
+        return files
+
+    features = {}
+    waiting = WaitingLine({name: _request(name, resources) for name in used}, display.say)
+    with display:
+        calls = {name: partial(compute, name) for name in used}
+        for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
+            home, part = used[name]
+            features[str(home.folder), part] = _outcome(name, call)
     num_bytes = sum(Path(path).stat().st_size for paths in features.values() for path in set(paths.values()))
     display.say(f"  feature tables of {len(used)} encoders: {num_bytes / 2**20:.0f} MiB, shared by all trials")
     return features
+
+
+def _outcome(name: str, call: "Future[dict[str, str]]") -> dict[str, str]:
+    """What a task returned; its UserError, or JobFailed for any other end."""
+    try:
+        return call.result()
+    except ray.exceptions.RayTaskError as error:
+        raise (
+            error.cause if isinstance(error.cause, UserError) else JobFailed(f"{name}: {error.cause!r}", 1)
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise JobFailed(f"{name}: {error}", 1) from error
 
 
 def _halve(
@@ -133,7 +170,7 @@ def _halve(
         path = run.folder / "tune" / f"rung-{rung}.json"
         if not path.is_file():
             tasks = {n: _task(run, trials[n], epochs, features) for n in numbers}
-            outcome = _run_rung(run, rung, tasks, display)
+            outcome = _run_rung(run, rung, tasks, plan.resources, display)
             write_json(path, {"epochs": epochs, **outcome, "survivors": survivors(outcome["mrr"], plan.reduction)})
         stored = json.loads(path.read_text(encoding="utf-8"))
         results = {int(number): mrr for number, mrr in stored["mrr"].items()}
@@ -152,9 +189,10 @@ def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str]
     return TrialTask(trial.number, str(run.folder), trial.config.to_yaml(), str(folder), epochs, tables)
 
 
-def _run_rung(run: Run, rung: int, tasks: Mapping[int, TrialTask], display: Display) -> dict[str, Any]:
+def _run_rung(
+    run: Run, rung: int, tasks: Mapping[int, TrialTask], resources: Resources, display: Display
+) -> dict[str, Any]:
     """One Ray Tune run over the given trials; returns `mrr` and `failed` messages by trial number."""
-    resources = run.config.tune.resources
     storage = run.folder / "tune" / "ray"
     shutil.rmtree(storage / f"rung-{rung}", ignore_errors=True)  # of an interrupted sweep: trials have own checkpoints
     events = start_event_queue()
@@ -171,7 +209,7 @@ def _run_rung(run: Run, rung: int, tasks: Mapping[int, TrialTask], display: Disp
         ),
     )
     names = {f"trial {number}" for number in tasks}
-    waiting = WaitingLine({name: _request(name, run.config) for name in names}, display.say)
+    waiting = WaitingLine({name: _request(name, resources) for name in names}, display.say)
     with display:
         for _, call in run_watched(
             {"rung": tuner.fit}, events, display, lambda _: waiting(set() if names & display.started else names)
@@ -207,7 +245,9 @@ def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float]
     source, target = run.folder / "tune" / "trials" / str(best), run.folder / run.system.name
     result = json.loads((source / "result.json").read_text(encoding="utf-8"))
     target.mkdir(exist_ok=True)
-    shutil.copyfile(source / "weights.safetensors", target / "weights.safetensors")
+    (target / "part.json").unlink(missing_ok=True)  # of an earlier sweep: its weights are about to go
+    with atomic_path(target / "weights.safetensors") as temporary:
+        shutil.copyfile(source / "weights.safetensors", temporary)
     write_text(target / "config.yaml", trials[best].config.to_yaml())
     changes = dict(trials[best].changes)
     report = {**result, "trial": best, "changes": changes, "mrr": dict(results), "sweep": stamp}
@@ -225,12 +265,8 @@ def _sentence(report: Mapping[str, Any]) -> str:
     return f"best is trial {report['trial']} ({changes}): validation hits@1 {best['hits@1']:.3f}, MRR {best['mrr']:.3f}"
 
 
-def _request(name: str, config: ExperimentConfig) -> Request:
-    return Request(name, 1, config.tune.resources.cpu, config.tune.resources.gpu)
-
-
-def _task_options(resources: Resources) -> dict[str, float]:
-    return {"num_cpus": resources.cpu, "num_gpus": resources.gpu}
+def _request(name: str, resources: Resources) -> Request:
+    return Request(name, 1, resources.cpu, resources.gpu)
 
 
 if __name__ == "__main__":

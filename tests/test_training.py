@@ -212,6 +212,13 @@ def test_patience(tmp_path: Path, patience: int | None, scores: list[float], num
     assert context.steps == 0
 
 
+def test_patience_waits_for_a_validation(tmp_path: Path) -> None:
+    """Epochs without one say nothing about a rise."""
+    config = TrainConfig(**{**SETTINGS, "epochs": 6}, validate_every=2, patience=1)
+    _, result = run(config, LocalContext(tmp_path), [0.3, 0.2])
+    assert [m.get("mrr") for m in result.history] == [None, 0.3, None, 0.2]
+
+
 def test_validation_every_second_epoch(tmp_path: Path) -> None:
     """And always after the last one; epochs without are never the best."""
     config = TrainConfig(**{**SETTINGS, "epochs": 5}, validate_every=2)

@@ -9,7 +9,7 @@ side by side; every part is itself a `Matcher`. Shapes: M mentions, E entities, 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,9 @@ class Matcher(nn.Module, ABC):
 
 
 class FeatureEncoder(Protocol):
-    """What the feature cache needs: a part, or a gate's inputs."""
+    """What the feature cache needs: a module such as a part, or a gate's inputs."""
+
+    def to(self, device: torch.device) -> Self: ...
 
     def encode_mentions(self, batch: ItemBatch) -> Table: ...
 
