@@ -10,6 +10,7 @@ from operator import index
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
@@ -34,11 +35,16 @@ _TOWERS: Mapping[Modality, Tower] = {"text": "text", "image": "vision"}
 
 
 class ExpertConfig(Frozen):
-    """What an expert trains besides its units, and its prompts (0 for the single-modality experts)."""
+    """What an expert trains besides its units, and its prompts (the multimodal expert only; 0: none)."""
 
     tune: Tuning = "frozen"
-    prompt_length: int = 0
-    prompt_depth: int = 0
+    prompt_length: int = Field(0, ge=0)
+    prompt_depth: int = Field(0, ge=0)
+
+    @property
+    def num_prompts(self) -> int:
+        """Places that prompts take of a text: none without a layer to put them in."""
+        return self.prompt_length if self.prompt_depth else 0
 
 
 @cache
