@@ -185,6 +185,18 @@ def encoded(config: ExperimentConfig, name: str) -> Table:
     return table
 
 
+@pytest.mark.parametrize("name", ["text", "multimodal"])
+def test_unmasked_padding_takes_all_places_of_the_context(small_config: ExperimentConfig, name: str) -> None:
+    """And changes no real token: padding is seen by the text unit only."""
+    masked = encoded(small_config, name).ragged("text_tokens")
+    every = encoded(with_system(small_config, mask_padding=False), name).ragged("text_tokens")
+    assert every.lengths.tolist() == [77, 77]
+    assert masked.lengths[0] == 77 > masked.lengths[1]
+    for row, length in enumerate(masked.lengths.tolist()):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(every.rows(one).padded()[0][:, :length], masked.rows(one).padded()[0])
+
+
 @pytest.mark.parametrize("none", [{"prompt_length": 0}, {"prompt_depth": 0}])
 def test_without_prompts_a_long_text_has_all_of_clips_places(
     small_config: ExperimentConfig, none: dict[str, int]

@@ -42,6 +42,22 @@ def text_mask(token_ids: Tensor) -> Tensor:
     return position_L <= token_ids.argmax(dim=1, keepdim=True)
 
 
+def padded_with_end(token_ids_NL: Tensor, length: int) -> Tensor:
+    """int64 [N, length]: end-of-text instead of zeros, and as much of it as is missing (MIMIC's published form).
+
+    Raises:
+        ValueError: a text of more than `length` tokens.
+    """
+    mask_NL = text_mask(token_ids_NL)
+    if bool(mask_NL[:, length:].any()):
+        raise ValueError(f"texts of more than {length} tokens: tokenize to {length}")
+    kept = min(length, token_ids_NL.shape[1])
+    end_N1 = token_ids_NL.amax(dim=1, keepdim=True)
+    padded_NL = end_N1.repeat(1, length)
+    padded_NL[:, :kept] = token_ids_NL[:, :kept].where(mask_NL[:, :kept], end_N1)
+    return padded_NL
+
+
 class Backbone(nn.Module):
     """An open_clip model whose two towers share a projection space. Make one with `Backbone.build`."""
 

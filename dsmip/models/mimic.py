@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
 from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
-from dsmip.encoders.clip import Backbone, Tuning, text_mask
+from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
 from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import load_weights
 from dsmip.errors import UserError
@@ -77,7 +77,7 @@ class MimicEncoder(nn.Module):
         Raises:
             ValueError: a text of more than `num_tokens` tokens.
         """
-        text = self.backbone.encode_text(_padded_with_end(batch.token_ids, self.num_tokens), hide_padding=True)
+        text = self.backbone.encode_text(padded_with_end(batch.token_ids, self.num_tokens), hide_padding=True)
         image = self.backbone.encode_image(self.backbone.normalise(batch.pictures, batch.has_image))
         return Table(
             {
@@ -189,18 +189,6 @@ class Mimic(System):
     def build_whole(cls, config: ExperimentConfig) -> MimicMatcher:
         """The part without its towers: it scores the part's features as they are, without a prefix."""
         return cls.build_part(cls.name, config, with_encoder=False)
-
-
-def _padded_with_end(token_ids_NL: Tensor, length: int) -> Tensor:
-    """int64 [N, length]: end-of-text instead of zeros, and as much of it as is missing."""
-    mask_NL = text_mask(token_ids_NL)
-    if bool(mask_NL[:, length:].any()):
-        raise ValueError(f"texts of more than {length} tokens: tokenize to {length}")
-    kept = min(length, token_ids_NL.shape[1])
-    end_N1 = token_ids_NL.amax(dim=1, keepdim=True)
-    padded_NL = end_N1.repeat(1, length)
-    padded_NL[:, :kept] = token_ids_NL[:, :kept].where(mask_NL[:, :kept], end_N1)
-    return padded_NL
 
 
 def _published_name(name: str) -> str:
