@@ -85,9 +85,14 @@ def load_weights(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> No
     Raises:
         UserError: missing, unexpected or wrongly shaped tensors, the first of them named.
     """
-    expected = clip.state_dict()
     if hasattr(clip, "text") and "positional_embedding" in state:
         state = {f"text.{key}" if key.startswith(_TEXT_TOWER) else key: value for key, value in state.items()}
+    check_fit(state, clip.state_dict(), label)
+    clip.load_state_dict(dict(state))
+
+
+def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], label: str) -> None:
+    """Raises UserError for missing, unexpected or wrongly shaped tensors; the first of them are named."""
     faults = [f"{key} is missing" for key in expected if key not in state]
     faults += [f"{key} is not part of the network" for key in state if key not in expected]
     faults += [
@@ -98,7 +103,6 @@ def load_weights(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> No
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"weights {label} do not fit the architecture: {'; '.join(faults[:3])}{more}")
-    clip.load_state_dict(dict(state))
 
 
 def _from_tag(architecture: Architecture, tag: str) -> Weights:

@@ -17,7 +17,7 @@ from dsmip.collate import ItemFormat
 from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
 from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
 from dsmip.encoders.hugging_face import open_clip_names
-from dsmip.encoders.weights import load_weights
+from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
 from dsmip.experts import feature_sizes
 from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, System
@@ -140,7 +140,8 @@ class MimicMatcher(Matcher):
         """
         units = {name: tensor for name, tensor in state.items() if not name.startswith(_PUBLISHED_CLIP)}
         own_names = {_published_name(name): name for name in self.scorer.state_dict()}
-        _check_fit(units, {published: self.scorer.state_dict()[name] for published, name in own_names.items()})
+        own = self.scorer.state_dict()
+        check_fit(units, {published: own[name] for published, name in own_names.items()}, "of MIMIC")
         if self.encoder is not None:
             clip = {name.removeprefix(_PUBLISHED_CLIP): state[name] for name in state.keys() - units.keys()}
             load_weights(self.encoder.backbone.clip, open_clip_names(clip), f"of MIMIC ({_PUBLISHED_CLIP}*)")
@@ -194,16 +195,3 @@ class Mimic(System):
 def _published_name(name: str) -> str:
     start = next(start for start in _PUBLISHED if name.startswith(start))
     return _PUBLISHED[start] + name.removeprefix(start)
-
-
-def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    faults = [f"{name} is missing" for name in expected if name not in state]
-    faults += [f"{name} is not a parameter of MIMIC" for name in state if name not in expected]
-    faults += [
-        f"{name} has shape {list(state[name].shape)}, the configuration makes {list(expected[name].shape)}"
-        for name in state
-        if name in expected and state[name].shape != expected[name].shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise UserError(f"published MIMIC weights do not fit: {faults[0]}{more}")
