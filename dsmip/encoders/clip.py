@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsmip.encoders.architecture import Architecture, resolve_architecture
 from dsmip.encoders.prompts import InteractivePrompts
-from dsmip.encoders.weights import load_weights, locate_weights, read_weights
+from dsmip.encoders.weights import load_weights, locate_weights, read_weights, statistics_metadata
 from dsmip.errors import UserError
 from dsmip.files import atomic_path
 
@@ -236,10 +236,11 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(True)
 
     def save_weights(self, path: Path) -> None:
-        """Writes the weights atomically as safetensors with open_clip's names: `build` and open_clip load them."""
+        """Writes weights and pixel statistics atomically as safetensors; `build` and open_clip (weights) load them."""
         state = {key: value.detach().cpu().contiguous() for key, value in self.clip.state_dict().items()}
+        metadata = statistics_metadata(self.mean.flatten().tolist(), self.std.flatten().tolist())
         with atomic_path(path) as temporary:
-            save_file(state, temporary)
+            save_file(state, temporary, metadata=metadata)
 
     def _tower_parameters(self, tower: Tower, mode: Tuning) -> list[nn.Parameter]:
         if mode == "frozen":
