@@ -2,7 +2,7 @@
 
     kb_entity.json       [{qid, entity_name, attr, image_list: [file, ...]}, ...]
     <NAME>_train.json    [{id, sentence, mentions, answer, imgPath, ...}, ...]; likewise _dev and _test
-    kb_image/  mention_image/
+    kb_image/  mention_image/ (or mention_images/: releases of both forms circulate)
 
 `mentions` is the word, `answer` the gold qid. Scalar fields that the layout does not know become groups.
 """
@@ -22,7 +22,7 @@ from dsmip.files import sha256_file
 from dsmip.manifest import parse_json
 
 _KB_FILE = "kb_entity.json"
-_KB_PICTURES, _MENTION_PICTURES = "kb_image", "mention_image"
+_KB_PICTURES, _MENTION_PICTURES = "kb_image", ("mention_image", "mention_images")
 _SUFFIX = {"train": "_train.json", "validation": "_dev.json", "test": "_test.json"}
 _MENTION_FIELDS = frozenset({"id", "sentence", "mentions", "entities", "imgPath", "answer"})
 
@@ -31,13 +31,14 @@ class MimicRelease:
     """A folder in the MIMIC layout.
 
     Raises:
-        UserError: the folder or one of its JSON files is missing.
+        UserError: the folder or one of its JSON files is missing, or it has two folders of mention pictures.
     """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
         self.folder = folder
+        self._mention_folder = _mention_folder(folder)
         self._files = {split: _mention_file(folder, suffix) for split, suffix in _SUFFIX.items()}
         if not (folder / _KB_FILE).is_file():
             raise UserError(f"{folder}: looked for {_KB_FILE}, found {_listing(folder)}")
@@ -47,7 +48,7 @@ class MimicRelease:
         digest = hashlib.sha256()
         paths = [self.folder / _KB_FILE, *self._files.values()]
         paths += [self.folder / _KB_PICTURES / name for name in sorted(set(self._kb_pictures.values()))]
-        paths += [self.folder / _MENTION_PICTURES / name for name in sorted(set(self._mention_pictures.values()))]
+        paths += [self._mention_folder / name for name in sorted(set(self._mention_pictures.values()))]
         for path in paths:
             name = path.relative_to(self.folder).as_posix().encode("utf-8", "surrogateescape")
             digest.update(len(name).to_bytes(8, "little") + name + bytes.fromhex(sha256_file(path)))
@@ -95,7 +96,7 @@ class MimicRelease:
         base = _base_name(name)
         if not base:
             return None
-        return _find(name, [base.split(".")[0] + ".jpg", base], self.folder / _MENTION_PICTURES, self._mention_pictures)
+        return _find(name, [base.split(".")[0] + ".jpg", base], self._mention_folder, self._mention_pictures)
 
     @cached_property
     def _kb_pictures(self) -> dict[str, str]:
@@ -103,7 +104,15 @@ class MimicRelease:
 
     @cached_property
     def _mention_pictures(self) -> dict[str, str]:
-        return _picture_files(self.folder / _MENTION_PICTURES)
+        return _picture_files(self._mention_folder)
+
+
+def _mention_folder(folder: Path) -> Path:
+    found = [folder / name for name in _MENTION_PICTURES if (folder / name).is_dir()]
+    if len(found) > 1:
+        names = " and ".join(f"{path.name}/" for path in found)
+        raise UserError(f"{folder}: has both {names}; keep the one that holds the mentions' pictures")
+    return found[0] if found else folder / _MENTION_PICTURES[0]
 
 
 def _mention_file(folder: Path, suffix: str) -> Path:

@@ -10,13 +10,14 @@ from operator import index
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import Modality
 from dsmip.config import BackboneConfig, Frozen
 from dsmip.encoders.architecture import read_architecture, resolve_architecture
-from dsmip.encoders.clip import Backbone, Tower, Tuning
+from dsmip.encoders.clip import Backbone, TokenFeatures, Tower, Tuning, padded_with_end
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.errors import UserError
 from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores
@@ -34,11 +35,16 @@ _TOWERS: Mapping[Modality, Tower] = {"text": "text", "image": "vision"}
 
 
 class ExpertConfig(Frozen):
-    """What an expert trains besides its units, and its prompts (0 for the single-modality experts)."""
+    """What an expert trains besides its units, and its prompts (the multimodal expert only; 0: none)."""
 
     tune: Tuning = "frozen"
-    prompt_length: int = 0
-    prompt_depth: int = 0
+    prompt_length: int = Field(0, ge=0)
+    prompt_depth: int = Field(0, ge=0)
+
+    @property
+    def num_prompts(self) -> int:
+        """Places that prompts take of a text: none without a layer to put them in."""
+        return self.prompt_length if self.prompt_depth else 0
 
 
 @cache
@@ -56,11 +62,16 @@ def feature_sizes(architecture: str) -> FeatureSizes:
 
 
 class ExpertEncoder(nn.Module):
-    """The towers that an expert uses, with one set of prompts for mentions and one for entities."""
+    """The towers that an expert uses, with one set of prompts for mentions and one for entities.
 
-    def __init__(self, modalities: tuple[Modality, ...], config: ExpertConfig, backbone: BackboneConfig) -> None:
+    mask_padding: True gives an item's own text tokens. False gives all places of the context, padded as in MIMIC.
+    """
+
+    def __init__(
+        self, modalities: tuple[Modality, ...], config: ExpertConfig, backbone: BackboneConfig, *, mask_padding: bool
+    ) -> None:
         super().__init__()
-        self.modalities = modalities
+        self.modalities, self.mask_padding = modalities, mask_padding
         self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
         self.backbone.tune(config.tune, [_TOWERS[modality] for modality in modalities])
         widths = (config.prompt_length, config.prompt_depth, self.backbone.text_width, self.backbone.vision_width)
@@ -75,15 +86,21 @@ class ExpertEncoder(nn.Module):
         """Features of N items: text_global [N, d_z], text_tokens, image_global [N, d_z], image_tokens (ragged)."""
         columns: dict[str, Tensor | Ragged] = {}
         if "text" in self.modalities:
-            text = self.backbone.encode_text(batch.token_ids, prompts)
+            text = self._encode_text(batch.token_ids, prompts)
             columns["text_global"] = text.pooled
-            columns["text_tokens"] = Ragged.from_padded(text.tokens, text.mask)
+            columns["text_tokens"] = Ragged.from_padded(text.tokens, text.mask if self.mask_padding else None)
         if "image" in self.modalities:
             pixels = self.backbone.normalise(batch.pictures, batch.has_image)
             image = self.backbone.encode_image(pixels, prompts)
             columns["image_global"] = image.pooled
             columns["image_tokens"] = Ragged.from_padded(image.tokens)
         return Table(columns)
+
+    def _encode_text(self, token_ids: Tensor, prompts: InteractivePrompts) -> TokenFeatures:
+        if self.mask_padding:
+            return self.backbone.encode_text(token_ids, prompts)
+        token_ids = padded_with_end(token_ids, self.backbone.context_length - prompts.num_prompts)
+        return self.backbone.encode_text(token_ids, prompts, hide_padding=True)
 
 
 class Expert(Matcher):
@@ -104,7 +121,9 @@ class Expert(Matcher):
         """The expert of that name; its units have `width`. Raises UserError for a backbone that cannot be built."""
         modalities = MODALITIES[name]
         scorer = UnitScorer(modalities, feature_sizes(backbone.architecture), width, mask_padding=mask_padding)
-        return Expert(scorer, ExpertEncoder(modalities, config, backbone) if with_encoder else None)
+        if not with_encoder:
+            return Expert(scorer)
+        return Expert(scorer, ExpertEncoder(modalities, config, backbone, mask_padding=mask_padding))
 
     def encode_mentions(self, batch: ItemBatch) -> Table:
         encoder = self._encoder()

@@ -19,7 +19,7 @@ from dsmip.files import write_json
 from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
 from dsmip.shards import Dataset
-from dsmip.text import Tokenizer
+from dsmip.text import Template, Tokenizer
 from ray_jobs.context import RayContext
 from ray_jobs.progress import Display
 from ray_jobs.settings import read_config
@@ -62,23 +62,25 @@ def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
     config = read_config(settings["config"])
     dataset = Dataset.open(Path(settings["data"]))
     backbone = Backbone.build(config.backbone.architecture, config.backbone.pretrained, seed=config.seed)
-    section = config.system
-    system = find_system(config.model)
-    template = system.item_format(section, system.part_names(section)[0]).template
     tokenizer = Tokenizer(config.backbone.architecture)
-    pairs = PairSource(dataset, tokenizer, template, backbone.image_size, config.pretrain, config.seed)
+    pairs = PairSource(dataset, tokenizer, _template(config), backbone.image_size, config.pretrain, config.seed)
     history = pretrain(backbone, pairs, config.pretrain, context, seed=config.seed)
     if distributed.rank() == 0:
         out = Path(settings["out"])
-        backbone.save_weights(out)
         write_json(_report_path(out), {**settings["stamp"], "history": history})
+        backbone.save_weights(out)  # last: present means finished
+
+
+def _template(config: ExperimentConfig) -> Template:
+    system = find_system(config.model)
+    return system.item_format(config.system, system.part_names(config.system)[0]).template
 
 
 def _stamp(config: ExperimentConfig, dataset: Dataset) -> dict[str, Any]:
     """What the weights depend on, and its hash."""
     settings = config.model_dump(mode="json", include={"model", "backbone", "pretrain", "seed"})
     settings["pretrain"].pop("resources")
-    depends_on = {"settings": settings, "data": dataset.manifest_hash}
+    depends_on = {"settings": settings, "text": _template(config).entity, "data": dataset.manifest_hash}
     text = json.dumps(depends_on, sort_keys=True)
     return {**depends_on, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
@@ -86,10 +88,10 @@ def _stamp(config: ExperimentConfig, dataset: Dataset) -> dict[str, Any]:
 def _finished(out: Path, stamp: Mapping[str, Any]) -> dict[str, Any] | None:
     """The report of a finished `out` of this stamp, None when there is nothing; UserError for something else."""
     path = _report_path(out)
-    if not path.is_file():
-        if out.exists():
-            raise UserError(f"{out} exists and was not made by 'dsmip pretrain'; name another --out")
+    if not out.exists():
         return None
+    if not (out.is_file() and path.is_file()):
+        raise UserError(f"{out} exists and was not made by 'dsmip pretrain'; name another --out")
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if report.get("sha256") != stamp["sha256"]:
         raise UserError(f"{out} was made from other settings or data; name another --out or delete it")

@@ -42,7 +42,7 @@ class NodeKind:
             for name, amount in (("CPU", request.cpu), ("GPU", request.gpu))
             if amount > 0
         ]
-        return min(limits, default=math.inf) * self.count if self.count else 0.0
+        return _times(min(limits, default=math.inf), self.count)
 
 
 def check_feasible(requests: Sequence[Request]) -> None:
@@ -97,9 +97,17 @@ def _autoscaler_groups() -> dict[str, NodeKind]:
     if config is None:
         return {}
     return {
-        group.name: NodeKind(dict(group.resources), math.inf if group.max_count < 0 else float(group.max_count))
+        group.name: NodeKind(dict(group.resources), _most_nodes(group, config.max_resources))
         for group in config.node_group_configs
     }
+
+
+def _most_nodes(group: Any, max_resources: Mapping[str, float]) -> float:
+    """A node type's maximum (negative: none), lowered to what the whole cluster may have."""
+    limits = [
+        max_resources[name] // amount for name, amount in group.resources.items() if amount and name in max_resources
+    ]
+    return float(min(math.inf if group.max_count < 0 else group.max_count, *limits, math.inf))
 
 
 def _size(resources: Mapping[str, float]) -> tuple[float, float]:
@@ -107,11 +115,18 @@ def _size(resources: Mapping[str, float]) -> tuple[float, float]:
 
 
 def _sum(kinds: Sequence[NodeKind]) -> dict[str, float]:
-    return {
-        name: sum(kind.resources.get(name, 0.0) * kind.count for kind in kinds if kind.count) for name in ("CPU", "GPU")
-    }
+    return {name: sum(_times(kind.resources.get(name, 0.0), kind.count) for kind in kinds) for name in ("CPU", "GPU")}
+
+
+def _times(amount: float, count: float) -> float:
+    """The product; nothing of infinitely many is nothing (floats say nan, which is below no number)."""
+    return amount * count if amount and count else 0.0
 
 
 def _amounts(resources: Mapping[str, float]) -> str:
-    gpus = f" and {resources['GPU']:g} GPU" if resources.get("GPU") else ""
-    return f"{resources.get('CPU', 0.0):g} CPU{gpus}"
+    gpus = f" and {_amount(resources['GPU'])} GPU" if resources.get("GPU") else ""
+    return f"{_amount(resources.get('CPU', 0.0))} CPU{gpus}"
+
+
+def _amount(number: float) -> str:
+    return "unlimited" if number == math.inf else f"{number:g}"

@@ -198,6 +198,23 @@ def without_text(key: str, value: object) -> dict:
     return {"text_cfg": config["text_cfg"]}
 
 
+def test_saved_weights_bring_their_pixel_statistics(tmp_path: Path) -> None:
+    """Else weights adapted from a CLIP with other statistics would see other colours than they were trained on."""
+    adapted = Backbone.build(write_config(tmp_path), None)
+    adapted.mean.copy_(torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1))
+    adapted.std.fill_(0.7)
+    adapted.save_weights(tmp_path / "weights.safetensors")
+    again = Backbone.build(write_config(tmp_path), str(tmp_path / "weights.safetensors"))
+    assert torch.equal(again.mean, adapted.mean)
+    assert torch.equal(again.std, adapted.std)
+    save_file(load_file(tmp_path / "weights.safetensors"), tmp_path / "foreign.safetensors")
+    foreign = Backbone.build(write_config(tmp_path), str(tmp_path / "foreign.safetensors"))
+    assert torch.equal(foreign.mean, Backbone.build(write_config(tmp_path), None).mean)
+    save_file(adapted.clip.state_dict(), tmp_path / "odd.safetensors", metadata={"preprocess_cfg": "[1]"})
+    with pytest.raises(UserError, match=r"odd\.safetensors cannot be read"):
+        Backbone.build(write_config(tmp_path), str(tmp_path / "odd.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

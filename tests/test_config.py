@@ -92,6 +92,8 @@ def test_an_unknown_key_names_the_nearest(change: dict[str, Any], key: str, near
         ({"system": {"use": ["text", "text"]}}, "system"),
         ({"system": {"experts": {"text": {}}, "use": ["text", "visual"]}}, "visual"),
         ({"system": {"experts": {"sound": {}}}}, "system.experts.sound"),
+        ({"system": {"experts": {"multimodal": {"prompt_length": -1}}}}, "system.experts.multimodal.prompt_length"),
+        ({"system": {"experts": {"multimodal": {"prompt_depth": -1}}}}, "system.experts.multimodal.prompt_depth"),
         ({"system": {"gate": {"temperature": 0}}}, "system.gate.temperature"),
         ({"system": {"template": {"mention": "{wrd}"}}}, "system.template"),
         ({"parts": {"txt": {}}}, "parts.txt"),
@@ -114,6 +116,13 @@ def test_a_wrong_value_names_its_key(change: dict[str, Any], key: str) -> None:
     message = refused({**MINIMAL, **change})
     assert key in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("name", "key"), [("text", "prompt_length"), ("visual", "prompt_depth")])
+def test_prompts_of_a_single_modality_are_refused(name: str, key: str) -> None:
+    experts = {"text": {}, "visual": {}, "multimodal": {}, name: {key: 2}}
+    message = refused({**MINIMAL, "system": {"experts": experts}})
+    assert f"experts.{name}: only the multimodal expert has prompts" in message
 
 
 def test_all_mistakes_are_named_at_once() -> None:

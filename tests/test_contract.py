@@ -26,7 +26,11 @@ from dsmip.runs import load_own_weights, own_weights
 from dsmip.table import Ragged, Table, concatenate
 
 FORMS: dict[str, list[dict[str, Any]]] = {
-    "dsmip": [{"gate": {"picture": "clip"}}, {"gate": {"picture": "clip", "choice": "mention"}}],
+    "dsmip": [
+        {"gate": {"picture": "clip"}},
+        {"gate": {"picture": "clip", "choice": "mention"}},
+        {"gate": {"picture": "clip"}, "mask_padding": False},
+    ],
     "mimic": [{}, {"mask_padding": True}],
 }
 # Deep enough for every default (nine layers of prompts), and narrow.

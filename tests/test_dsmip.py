@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.checkpoints import save_weights
+from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig, merged, parse_config
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
@@ -15,8 +16,10 @@ from dsmip.experts import feature_sizes
 from dsmip.models.base import BatchGold
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
+from dsmip.records import Mention
 from dsmip.runs import load_own_weights, own_weights
 from dsmip.table import Column, Ragged, Table
+from dsmip.text import Template, Tokenizer, mention_text
 
 NUM_MENTIONS, NUM_ENTITIES = 5, 6
 
@@ -168,6 +171,44 @@ def part(config: ExperimentConfig, name: str, *, with_encoder: bool = True, seed
 
 def tuned(config: ExperimentConfig, name: str, **changes: Any) -> ExperimentConfig:
     return with_system(config, experts={name: changes})
+
+
+LONG = [Mention("m0", "word", "sentence " * 100, "Q1", 0), Mention("m1", "word", "short", "Q1", 0)]
+
+
+def encoded(config: ExperimentConfig, name: str) -> Table:
+    """Features of a text that is too long and of a short one, as a job makes them."""
+    architecture = config.backbone.architecture
+    items = Collator(Tokenizer(architecture), Dsmip.item_format(config.system, name), 16).mentions(LONG)
+    with torch.no_grad():
+        table: Table = part(config, name).encode_mentions(items)
+    return table
+
+
+@pytest.mark.parametrize("name", ["text", "multimodal"])
+def test_unmasked_padding_takes_all_places_of_the_context(small_config: ExperimentConfig, name: str) -> None:
+    """And changes no real token: padding is seen by the text unit only."""
+    masked = encoded(small_config, name).ragged("text_tokens")
+    every = encoded(with_system(small_config, mask_padding=False), name).ragged("text_tokens")
+    assert every.lengths.tolist() == [77, 77]
+    assert masked.lengths[0] == 77 > masked.lengths[1]
+    for row, length in enumerate(masked.lengths.tolist()):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(every.rows(one).padded()[0][:, :length], masked.rows(one).padded()[0])
+
+
+@pytest.mark.parametrize("none", [{"prompt_length": 0}, {"prompt_depth": 0}])
+def test_without_prompts_a_long_text_has_all_of_clips_places(
+    small_config: ExperimentConfig, none: dict[str, int]
+) -> None:
+    table = encoded(with_system(small_config, experts={"multimodal": none}), "multimodal")
+    architecture = small_config.backbone.architecture
+    token_ids = Tokenizer(architecture)([mention_text(mention, Template()) for mention in LONG])
+    assert token_ids.shape == (2, 77)
+    with torch.no_grad():
+        plain = Backbone.build(architecture, None).encode_text(token_ids)
+    assert torch.equal(table.dense("text_global"), plain.pooled)
+    assert not torch.equal(encoded(small_config, "multimodal").dense("text_global"), plain.pooled)
 
 
 def test_a_frozen_tower_is_not_saved(small_config: ExperimentConfig) -> None:

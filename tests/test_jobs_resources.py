@@ -3,12 +3,16 @@
 import math
 
 import pytest
+import ray
+from ray._private.state import state
+from ray.core.generated.autoscaler_pb2 import ClusterConfig
 
 from dsmip.errors import UserError
 from ray_jobs import resources
 from ray_jobs.resources import NodeKind, Request, check_feasible
 
 TWO_SMALL = [NodeKind({"CPU": 2.0}, 1.0), NodeKind({"CPU": 2.0, "GPU": 1.0}, 1.0)]
+UNLIMITED = [NodeKind({"CPU": 4.0}, math.inf)]  # a node type without a maximum
 SCALING = [NodeKind({"CPU": 0.0}, 1.0), NodeKind({"CPU": 8.0, "GPU": 4.0}, 2.0), NodeKind({"CPU": 64.0}, 0.0)]
 
 
@@ -29,7 +33,11 @@ SCALING = [NodeKind({"CPU": 0.0}, 1.0), NodeKind({"CPU": 8.0, "GPU": 4.0}, 2.0),
         (SCALING, Request("x", 8, 2, 1), True),
         (SCALING, Request("x", 9, 1, 1), False),
         (SCALING, Request("x", 1, 64, 0), False),  # the maximum of that node type is 0
-        ([NodeKind({"CPU": 4.0}, math.inf)], Request("x", 1000, 4, 0), True),
+        (UNLIMITED, Request("x", 1000, 4, 0), True),
+        (UNLIMITED, Request("x", 1, 1, 1), False),
+        (UNLIMITED, Request("x", 1, 5, 0), False),
+        ([*UNLIMITED, *TWO_SMALL], Request("x", 1, 1, 1), True),
+        ([*UNLIMITED, *TWO_SMALL], Request("x", 2, 1, 1), False),
     ],
 )
 def test_what_fits(monkeypatch: pytest.MonkeyPatch, kinds: list[NodeKind], request_: Request, fits: bool) -> None:
@@ -45,3 +53,23 @@ def test_the_message_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(resources, "cluster_kinds", lambda: TWO_SMALL)
     with pytest.raises(UserError, match=r"3 workers with 9 CPU and 2 GPU.*biggest node has 2 CPU and 1 GPU.*4 CPU"):
         check_feasible([Request("visual", 3, 9, 2)])
+    monkeypatch.setattr(resources, "cluster_kinds", lambda: [*UNLIMITED, *TWO_SMALL])
+    with pytest.raises(UserError, match=r"all together have unlimited CPU and 1 GPU;"):
+        check_feasible([Request("visual", 2, 1, 1)])
+
+
+def test_the_autoscalers_limits_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node type's maximum (-1: none), and the most that the whole cluster may have of a resource."""
+    config = ClusterConfig(max_resources={"CPU": 20, "TPU": 0})
+    groups = {"cpu": ({"CPU": 8, "memory": 1 << 30}, -1), "gpu": ({"CPU": 4, "GPU": 2}, 3), "big": ({"CPU": 64}, 5)}
+    for name, (amounts, most) in groups.items():
+        config.node_group_configs.add(name=name, resources=amounts, max_count=most)
+    labels = {"ray.io/node-group": "cpu"}
+    nodes = [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": True, "Resources": {"CPU": 8.0}, "Labels": labels}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(state, "get_cluster_config", lambda: config)
+    head, *kinds = resources.cluster_kinds()
+    assert (head.resources, head.count) == ({"CPU": 1.0}, 1)
+    assert [kind.count for kind in kinds] == [2, 3, 0]
+    del config.max_resources["CPU"]
+    assert [kind.count for kind in resources.cluster_kinds()] == [1, math.inf, 3, 5]

@@ -85,20 +85,20 @@ def test_experts_train_side_by_side_and_finished_ones_are_kept(
     tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
 ) -> None:
     tree = small_config.model_dump(mode="json")
-    tree["system"]["experts"] |= {"visual": {"prompt_length": 1, "prompt_depth": 9}}
+    tree["system"]["experts"] |= {"multimodal": {"prompt_length": 1, "prompt_depth": 9}}
     wrong = parse_config(tree)
     display = Lines()
-    with pytest.raises(JobFailed, match="failed: visual") as failed:
+    with pytest.raises(JobFailed, match="failed: multimodal") as failed:
         train_experts(wrong, small_data, tmp_path / "run", display)
     assert failed.value.exit_code == 2  # every cause was a user's mistake
-    assert any("visual: failed: prompt depth 9 exceeds the 2 layers" in line for line in display.lines)
+    assert any("multimodal: failed: prompt depth 9 exceeds the 2 layers" in line for line in display.lines)
     run = Run.open(tmp_path / "run")
-    assert [part for part in run.part_names if run.is_finished(part)] == ["text", "multimodal"]
+    assert [part for part in run.part_names if run.is_finished(part)] == ["text", "visual"]
     assert len(run.part_report("text")["history"]) == 2
-    run.load_part("multimodal", with_encoder=False)
+    run.load_part("visual", with_encoder=False)
     weights = (run.folder / "text" / "weights.safetensors").stat().st_mtime_ns
 
-    with pytest.raises(JobFailed, match="failed: visual"):
+    with pytest.raises(JobFailed, match="failed: multimodal"):
         train_experts(wrong, small_data, tmp_path / "run", display := Lines())
     assert any(line.startswith("  text: finished already, validation hits@1") for line in display.lines)
     assert (run.folder / "text" / "weights.safetensors").stat().st_mtime_ns == weights

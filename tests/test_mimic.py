@@ -87,9 +87,9 @@ def test_loss_is_the_sum_of_four_contrastive_losses(golden: dict[str, Tensor], p
     [
         ({"matcher.tglu.fc_query.bias": None}, r"matcher\.tglu\.fc_query\.bias is missing$"),
         ({"encoder.image_cls_fc.weight": None}, r"encoder\.image_cls_fc\.weight is missing$"),
-        ({"matcher.tglu.fc_qeury.bias": torch.zeros(24)}, r"matcher\.tglu\.fc_qeury\.bias is not a parameter"),
-        ({"matcher.image_cls_fc.bias": torch.zeros(24)}, r"matcher\.image_cls_fc\.bias is not a parameter"),
-        ({"matcher.cmfu.gate_fc.weight": torch.zeros(1, 96)}, r"gate_fc\.weight has shape \[1, 96\].* \[1, 24\]$"),
+        ({"matcher.tglu.fc_qeury.bias": torch.zeros(24)}, r"matcher\.tglu\.fc_qeury\.bias is not part"),
+        ({"matcher.image_cls_fc.bias": torch.zeros(24)}, r"matcher\.image_cls_fc\.bias is not part"),
+        ({"matcher.cmfu.gate_fc.weight": torch.zeros(1, 96)}, r"gate_fc\.weight has shape \(1, 96\).* \(1, 24\)$"),
     ],
 )
 def test_wrong_published_weights_are_named_and_change_nothing(

@@ -78,6 +78,22 @@ def test_pictures_are_found_by_the_releases_naming(release: MimicRelease) -> Non
     assert [picture.path and picture.path.name for picture in entities[3].pictures] == ["broken.jpg", "Q3 x.jpg"]
 
 
+def test_either_folder_of_mention_pictures_is_read(release: MimicRelease) -> None:
+    expected = [mention.picture for mention in _kept(release, "train")[0]]
+    single, plural = release.folder / "mention_image", release.folder / "mention_images"
+    single.rename(plural)
+    found = [mention.picture for mention in _kept(MimicRelease(release.folder), "train")[0]]
+    assert sum(picture is not None and picture.path is not None for picture in expected) == 4
+    for one, other in zip(found, expected, strict=True):
+        assert (one and one.path) == (other and other.path and plural / other.path.name)
+    before = MimicRelease(release.folder).sha256()
+    (plural / "Photo.jpg").write_bytes(b"other")
+    assert MimicRelease(release.folder).sha256() != before
+    single.mkdir()
+    with pytest.raises(UserError, match="has both mention_image/ and mention_images/; keep the one"):
+        MimicRelease(release.folder)
+
+
 @pytest.mark.parametrize("name", ["../T_train.json", "/etc/hostname", "..", "%2e%2e%2fT_train.json"])
 def test_no_picture_outside_its_folder(release: MimicRelease, name: str) -> None:
     picture = release._mention_picture(name)

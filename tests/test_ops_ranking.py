@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dsmip.ops.ranking import (
     Counts,
     count_against,
-    count_ranks,
     hits_at,
     mean_rank,
     mean_reciprocal_rank,
@@ -23,6 +23,11 @@ few_scores = st.sampled_from([-1.5, -0.0, 0.0, 0.5, 2.0, float("inf"), float("-i
 rows_of_scores = st.integers(1, 12).flatmap(
     lambda e: st.lists(st.lists(few_scores, min_size=e, max_size=e), min_size=1, max_size=4)
 )
+
+
+def count_ranks(scores_ME: Tensor, gold_column_M: Tensor) -> Counts:
+    """Counts of one tile with every column in it."""
+    return count_against(scores_ME, scores_ME.gather(1, gold_column_M[:, None])[:, 0], gold_column_M)
 
 
 def sorted_ranks(row: list[float], gold: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsmip.encoders.architecture import Architecture, resolve_architecture
 from dsmip.encoders.prompts import InteractivePrompts
-from dsmip.encoders.weights import load_weights, locate_weights, read_weights
+from dsmip.encoders.weights import load_weights, locate_weights, read_weights, statistics_metadata
 from dsmip.errors import UserError
 from dsmip.files import atomic_path
 
@@ -40,6 +40,22 @@ def text_mask(token_ids: Tensor) -> Tensor:
     """bool [N, L]: True up to and including end-of-text, the highest id of CLIP's vocabulary."""
     position_L = torch.arange(token_ids.shape[1], device=token_ids.device)
     return position_L <= token_ids.argmax(dim=1, keepdim=True)
+
+
+def padded_with_end(token_ids_NL: Tensor, length: int) -> Tensor:
+    """int64 [N, length]: end-of-text instead of zeros, and as much of it as is missing (MIMIC's published form).
+
+    Raises:
+        ValueError: a text of more than `length` tokens.
+    """
+    mask_NL = text_mask(token_ids_NL)
+    if bool(mask_NL[:, length:].any()):
+        raise ValueError(f"texts of more than {length} tokens: tokenize to {length}")
+    kept = min(length, token_ids_NL.shape[1])
+    end_N1 = token_ids_NL.amax(dim=1, keepdim=True)
+    padded_NL = end_N1.repeat(1, length)
+    padded_NL[:, :kept] = token_ids_NL[:, :kept].where(mask_NL[:, :kept], end_N1)
+    return padded_NL
 
 
 class Backbone(nn.Module):
@@ -220,10 +236,11 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(True)
 
     def save_weights(self, path: Path) -> None:
-        """Writes the weights atomically as safetensors with open_clip's names: `build` and open_clip load them."""
+        """Writes weights and pixel statistics atomically as safetensors; `build` and open_clip (weights) load them."""
         state = {key: value.detach().cpu().contiguous() for key, value in self.clip.state_dict().items()}
+        metadata = statistics_metadata(self.mean.flatten().tolist(), self.std.flatten().tolist())
         with atomic_path(path) as temporary:
-            save_file(state, temporary)
+            save_file(state, temporary, metadata=metadata)
 
     def _tower_parameters(self, tower: Tower, mode: Tuning) -> list[nn.Parameter]:
         if mode == "frozen":

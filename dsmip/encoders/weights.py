@@ -2,13 +2,13 @@
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from dsmip.errors import UserError
 HUB = "hf-hub:"
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _TEXT_TOWER = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
+_PREPROCESS = "preprocess_cfg"  # key of a file's metadata; the name of that section in open_clip's configurations
 # Numbers that OpenAI's own archives carry beside the tensors.
 _LEGACY_KEYS = ("input_resolution", "context_length", "vocab_size")
 
@@ -42,12 +43,17 @@ def locate_weights(architecture: Architecture, pretrained: str) -> Weights:
     """
     path = Path(pretrained)
     if path.is_file():
-        return Weights(path)
+        return Weights(path, *_stored_statistics(path))
     if pretrained.startswith(HUB):
         return _from_hub(architecture, pretrained)
     if path.suffix in _FILE_SUFFIXES:
         raise UserError(f"weights file {pretrained} does not exist")
     return _from_tag(architecture, pretrained)
+
+
+def statistics_metadata(mean: Sequence[float], std: Sequence[float]) -> dict[str, str]:
+    """Pixel statistics as metadata of a .safetensors file, where `locate_weights` finds them again."""
+    return {_PREPROCESS: json.dumps({"mean": list(mean), "std": list(std)})}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -85,9 +91,14 @@ def load_weights(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> No
     Raises:
         UserError: missing, unexpected or wrongly shaped tensors, the first of them named.
     """
-    expected = clip.state_dict()
     if hasattr(clip, "text") and "positional_embedding" in state:
         state = {f"text.{key}" if key.startswith(_TEXT_TOWER) else key: value for key, value in state.items()}
+    check_fit(state, clip.state_dict(), label)
+    clip.load_state_dict(dict(state))
+
+
+def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], label: str) -> None:
+    """Raises UserError for missing, unexpected or wrongly shaped tensors; the first of them are named."""
     faults = [f"{key} is missing" for key in expected if key not in state]
     faults += [f"{key} is not part of the network" for key in state if key not in expected]
     faults += [
@@ -98,7 +109,17 @@ def load_weights(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> No
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise UserError(f"weights {label} do not fit the architecture: {'; '.join(faults[:3])}{more}")
-    clip.load_state_dict(dict(state))
+
+
+def _stored_statistics(path: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    if path.suffix != ".safetensors":
+        return None, None
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+        return pixel_statistics(json.loads(metadata.get(_PREPROCESS, "{}")))
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"weights file {path} cannot be read: {_first_line(error)}") from None
 
 
 def _from_tag(architecture: Architecture, tag: str) -> Weights:

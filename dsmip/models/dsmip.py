@@ -43,6 +43,11 @@ class DsmipConfig(Frozen):
             raise ValueError("use: name two or three different experts")
         if missing := [name for name in self.use if name not in self.experts]:
             raise ValueError(f"use: no expert named {', '.join(missing)} under experts")
+        for name, expert in self.experts.items():
+            if len(MODALITIES[name]) == 1 and (expert.prompt_length or expert.prompt_depth):
+                raise ValueError(
+                    f"experts.{name}: only the multimodal expert has prompts; remove prompt_length and prompt_depth"
+                )
         return self
 
 
@@ -154,8 +159,7 @@ class Dsmip(System):
     def item_format(cls, section: Any, part: str) -> ItemFormat:
         if part == GATE:
             return ItemFormat(section.template)
-        reserve = section.experts[part].prompt_length
-        return ItemFormat(section.template, reserve=reserve, modalities=MODALITIES[part])
+        return ItemFormat(section.template, section.experts[part].num_prompts, modalities=MODALITIES[part])
 
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> Expert:

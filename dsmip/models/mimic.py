@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
 from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
-from dsmip.encoders.clip import Backbone, Tuning, text_mask
+from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
 from dsmip.encoders.hugging_face import open_clip_names
-from dsmip.encoders.weights import load_weights
+from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
 from dsmip.experts import feature_sizes
 from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, System
@@ -77,7 +77,7 @@ class MimicEncoder(nn.Module):
         Raises:
             ValueError: a text of more than `num_tokens` tokens.
         """
-        text = self.backbone.encode_text(_padded_with_end(batch.token_ids, self.num_tokens), hide_padding=True)
+        text = self.backbone.encode_text(padded_with_end(batch.token_ids, self.num_tokens), hide_padding=True)
         image = self.backbone.encode_image(self.backbone.normalise(batch.pictures, batch.has_image))
         return Table(
             {
@@ -140,7 +140,8 @@ class MimicMatcher(Matcher):
         """
         units = {name: tensor for name, tensor in state.items() if not name.startswith(_PUBLISHED_CLIP)}
         own_names = {_published_name(name): name for name in self.scorer.state_dict()}
-        _check_fit(units, {published: self.scorer.state_dict()[name] for published, name in own_names.items()})
+        own = self.scorer.state_dict()
+        check_fit(units, {published: own[name] for published, name in own_names.items()}, "of MIMIC")
         if self.encoder is not None:
             clip = {name.removeprefix(_PUBLISHED_CLIP): state[name] for name in state.keys() - units.keys()}
             load_weights(self.encoder.backbone.clip, open_clip_names(clip), f"of MIMIC ({_PUBLISHED_CLIP}*)")
@@ -191,31 +192,6 @@ class Mimic(System):
         return cls.build_part(cls.name, config, with_encoder=False)
 
 
-def _padded_with_end(token_ids_NL: Tensor, length: int) -> Tensor:
-    """int64 [N, length]: end-of-text instead of zeros, and as much of it as is missing."""
-    mask_NL = text_mask(token_ids_NL)
-    if bool(mask_NL[:, length:].any()):
-        raise ValueError(f"texts of more than {length} tokens: tokenize to {length}")
-    kept = min(length, token_ids_NL.shape[1])
-    end_N1 = token_ids_NL.amax(dim=1, keepdim=True)
-    padded_NL = end_N1.repeat(1, length)
-    padded_NL[:, :kept] = token_ids_NL[:, :kept].where(mask_NL[:, :kept], end_N1)
-    return padded_NL
-
-
 def _published_name(name: str) -> str:
     start = next(start for start in _PUBLISHED if name.startswith(start))
     return _PUBLISHED[start] + name.removeprefix(start)
-
-
-def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    faults = [f"{name} is missing" for name in expected if name not in state]
-    faults += [f"{name} is not a parameter of MIMIC" for name in state if name not in expected]
-    faults += [
-        f"{name} has shape {list(state[name].shape)}, the configuration makes {list(expected[name].shape)}"
-        for name in state
-        if name in expected and state[name].shape != expected[name].shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise UserError(f"published MIMIC weights do not fit: {faults[0]}{more}")

@@ -24,24 +24,15 @@ class TopK(NamedTuple):
     rows_MK: Tensor
 
 
-def count_ranks(scores_ME: Tensor, gold_column_M: Tensor) -> Counts:
-    """Counts where every gold is a column of `scores_ME`.
-
-    gold_column_M: int64 [M]. Raises ValueError on NaN, which compares false with everything and would rank first.
-
-    >>> import torch
-    >>> count_ranks(torch.tensor([[3.0, 1.0, 1.0, 0.0]]), torch.tensor([2]))
-    Counts(better_M=tensor([1]), tied_M=tensor([1]))
-    """
-    gold_score_M = scores_ME.gather(1, gold_column_M[:, None]).squeeze(1)
-    return count_against(scores_ME, gold_score_M, gold_column_M)
-
-
 def count_against(scores_ME: Tensor, gold_score_M: Tensor, gold_column_M: Tensor) -> Counts:
     """Counts of one tile of columns against golds that may lie in another tile.
 
     gold_score_M: float [M], the gold's score. gold_column_M: int64 [M], the gold's column in this tile, -1 if it lies
-    elsewhere. Raises ValueError on NaN.
+    elsewhere. Raises ValueError on NaN, which compares false with everything and would rank first.
+
+    >>> import torch
+    >>> count_against(torch.tensor([[3.0, 1.0, 1.0, 0.0]]), torch.tensor([1.0]), torch.tensor([2]))
+    Counts(better_M=tensor([1]), tied_M=tensor([1]))
     """
     if bool(scores_ME.isnan().any()) or bool(gold_score_M.isnan().any()):
         raise ValueError("scores contain NaN: nothing can be ranked")
