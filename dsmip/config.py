@@ -203,6 +203,10 @@ class ExperimentConfig(Frozen):
         """The training configuration of a stage-two trial."""
         return merged(self.train, self.tune.train)
 
+    def changed(self, overrides: Mapping[str, Any]) -> "ExperimentConfig":
+        """A copy with some keys replaced (nested mappings are merged), validated again."""
+        return parse_config(_deep_merge(self.model_dump(mode="json"), overrides))
+
     def to_yaml(self) -> str:
         """The whole configuration as YAML text that `load_config` reads back to an equal object."""
         return str(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False))

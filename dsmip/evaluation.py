@@ -24,7 +24,7 @@ class Ranking:
 
     counts: better and tied entities, int64 [M] each. top_row_Mk, top_score_Mk: best k entities. chosen_*: index of the
     expert that scored the gold pair, the top-k pairs, and the number of pairs per expert; None for a matcher that
-    makes no choice.
+    makes no choice. tied_choices_M: number of pairs for which another expert was as good a choice.
     """
 
     counts: ops.Counts
@@ -33,6 +33,7 @@ class Ranking:
     chosen_gold_M: Tensor | None = None
     chosen_top_Mk: Tensor | None = None
     chosen_pairs_MB: Tensor | None = None
+    tied_choices_M: Tensor | None = None
 
     @property
     def rank_M(self) -> Tensor:
@@ -100,6 +101,7 @@ def rank(
         columns.get("chosen_gold"),
         columns.get("chosen_top"),
         columns.get("chosen_pairs"),
+        columns.get("tied_choices"),
     )
 
 
@@ -112,7 +114,7 @@ def _rank_tile(
     num_choices: int,
     entity_tile: int,
 ) -> dict[str, Tensor]:
-    scores_ME, chosen_ME = _score_all(matcher, mentions, entities, entity_tile, gold_column_M.device)
+    scores_ME, chosen_ME, tied_choices_M = _score_all(matcher, mentions, entities, entity_tile, gold_column_M.device)
     num_entities = scores_ME.shape[1]
     here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
     column_M = gold_column_M.clamp(0, num_entities - 1)
@@ -130,19 +132,24 @@ def _rank_tile(
         tile["chosen_gold"] = chosen_ME.gather(1, column_M[:, None])[:, 0].long()
         tile["chosen_top"] = chosen_ME.gather(1, top_row_Mk).long()
         tile["chosen_pairs"] = torch.stack([(chosen_ME == b).sum(dim=1) for b in range(num_choices)], dim=1)
+        tile["tied_choices"] = tied_choices_M
     return tile
 
 
 def _score_all(
     matcher: Matcher, mentions: Table, entities: Table, entity_tile: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Scores [M, E], choices [M, E] or None, and the number of tied choices [M]."""
     totals, choices = [], []
+    tied_choices_M = torch.zeros(len(mentions), dtype=torch.int64, device=device)
     for start in range(0, len(entities), entity_tile):
         scores = matcher.score(mentions, entities.rows(slice(start, start + entity_tile)).to(device))
         totals.append(scores.total_ME)
         if scores.chosen_ME is not None:
             choices.append(scores.chosen_ME.to(torch.int8))
-    return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None
+        if scores.tied_choice_ME is not None:
+            tied_choices_M += scores.tied_choice_ME.sum(dim=1)
+    return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, tied_choices_M
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import Collator
+from dsmip.manifest import KB
 from dsmip.models.base import FeatureEncoder, Matcher
 from dsmip.shards import Dataset
 from dsmip.table import Column, Ragged, Table, concatenate
 
-KB = "kb"
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
 _BATCH_SIZE = 256

@@ -1,6 +1,5 @@
 """From ranks to files and tables: `metrics.json`, `ranks.parquet`, and what several models' ranks say together."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.evaluation import Ranking, prepare_in_tiles, rank
-from dsmip.features import KB
+from dsmip.evaluation import HITS_AT, Ranking, prepare_in_tiles, rank
 from dsmip.files import atomic_path, write_json
+from dsmip.manifest import KB, SPLITS
 from dsmip.models.base import Matcher
+from dsmip.ops import ranking as ops
 from dsmip.records import Mention
 from dsmip.runs import Run
 from dsmip.stages import load_whole_features, part_features
@@ -45,8 +45,8 @@ def evaluate_model(run: Run, split: str, model: str, device: torch.device) -> Ev
     model: a finished part, or the system's name for the gated whole.
     Raises UserError for an unknown model or split, or one that is not trained yet.
     """
-    if split not in ("train", "validation", "test"):
-        raise UserError(f"unknown split '{split}'; there are train, validation and test")
+    if split not in SPLITS:
+        raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
     mentions = list(run.dataset.mentions(split))
     if not mentions:
         raise UserError(f"split '{split}' of {run.dataset.folder} has no mentions")
@@ -102,6 +102,8 @@ def _metrics(
         }
     if choices and ranking.chosen_pairs_MB is not None and ranking.chosen_gold_M is not None:
         report["experts"] = _expert_usage(ranking.chosen_pairs_MB, ranking.chosen_gold_M, mentions, choices)
+    if choices and ranking.tied_choices_M is not None:
+        report["experts"]["tie_share"] = float(ranking.tied_choices_M.sum()) / (len(mentions) * num_entities)
     return report
 
 
@@ -157,16 +159,7 @@ def oracle(folders: Mapping[str, Path]) -> dict[str, Any]:
     by_kind = {}
     for kind in sorted({k for k in kinds if k is not None}):
         rows = torch.tensor([k == kind for k in kinds])
-        by_kind[kind] = float((best_M[rows] <= 1).double().mean())
-    overall = {f"hits@{k}": float((best_M <= k).double().mean()) for k in (1, 3, 5, 10, 20)}
-    overall |= {"mrr": float((1 / best_M).mean()), "mean_rank": float(best_M.mean())}
+        by_kind[kind] = ops.hits_at(best_M[rows], 1)
+    overall = {f"hits@{k}": ops.hits_at(best_M, k) for k in HITS_AT}
+    overall |= {"mrr": ops.mean_reciprocal_rank(best_M), "mean_rank": ops.mean_rank(best_M)}
     return {"overall": overall, "by_kind": by_kind}
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """`metrics.json` of an evaluation folder; UserError when there is none."""
-    path = folder / "metrics.json"
-    if not path.is_file():
-        raise UserError(f"no evaluation at {folder}; run 'dsmip evaluate' first")
-    metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return metrics

@@ -210,9 +210,11 @@ def first_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str
 
 def _stage_one(config: ExperimentConfig) -> dict[str, Any]:
     """What trained experts depend on."""
-    tree = config.model_dump(mode="json", exclude={"tune", "pretrain"})
-    tree["parts"] = {name: {**part, "resources": None} for name, part in tree["parts"].items()}
-    return tree
+    parts = find_system(config.model).part_names(config.system)
+    return {
+        **config.model_dump(mode="json", exclude={"tune", "pretrain", "parts"}),
+        "parts": {name: config.part(name).model_dump(mode="json", exclude={"resources"}) for name in parts},
+    }
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

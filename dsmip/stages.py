@@ -10,7 +10,8 @@ from dsmip import distributed
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.errors import UserError
 from dsmip.evaluation import prepare_in_tiles, rank
-from dsmip.features import KB, prepare_split, whole_features
+from dsmip.features import prepare_split, whole_features
+from dsmip.manifest import KB
 from dsmip.models.base import Matcher
 from dsmip.runs import Run
 from dsmip.shards import Dataset

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from data_prep.demo_release import DemoConfig
-from dsmip.config import ExperimentConfig, merged
+from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.files import write_json
 from dsmip.reports import evaluate_model, oracle
@@ -58,7 +58,7 @@ def run_demo(
         with journal.step("pretrain", "Pretraining a small CLIP on the knowledge base's own pictures and texts"):
             backbone = out / "backbone.safetensors"
             pretrain_backbone(_with_all_cpus(base), dataset, backbone, display)
-        settings = merged(base, {"backbone": {"pretrained": str(backbone)}, "system": base.system})
+        settings = base.changed({"backbone": {"pretrained": str(backbone)}})
         with journal.step("train", f"Stage one: training {', '.join(settings.parts)}"):
             run = train_experts(settings, dataset, out / "run", display)
         with journal.step("tune", "Stage two: tuning the gate"):
@@ -138,7 +138,7 @@ def _with_all_cpus(config: ExperimentConfig) -> ExperimentConfig:
     """The backbone trains alone, so it gets a whole node."""
     largest = max((kind.resources.get("CPU", 0.0) for kind in cluster_kinds()), default=1.0)
     cpus = min(largest, float(os.cpu_count() or 1))
-    return merged(config, {"system": config.system, "pretrain": {"resources": {"cpu": cpus}}})
+    return config.changed({"pretrain": {"resources": {"cpu": cpus}}})
 
 
 @dataclass

@@ -12,9 +12,10 @@ import torch
 
 from dsmip.checkpoints import save_weights
 from dsmip.errors import UserError
-from dsmip.features import KB, whole_features
+from dsmip.features import whole_features
 from dsmip.files import write_json, write_text
 from dsmip.local import LocalContext
+from dsmip.manifest import KB
 from dsmip.models.base import FeatureEncoder
 from dsmip.runs import Run, own_weights
 from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole

@@ -46,7 +46,9 @@ def test_the_demo_is_shipped() -> None:
 def test_small_numbers_survive_a_round_trip(tmp_path: Path) -> None:
     """YAML's own notation of 1e-05 would be read back as text."""
     tree = {**MINIMAL, "train": {"learning_rate": 1e-5, "weight_decay": 3e-7}}
-    tree["tune"] = {"space": {"train.learning_rate": {"loguniform": [1e-6, 1e-3]}, "seed": {"values": [1, 2, None]}}}
+    tree["tune"] = {
+        "space": {"train.learning_rate": {"loguniform": [1e-6, 1e-3]}, "train.clip_norm": {"values": [1, 2, None]}}
+    }
     tree["backbone"] = {"architecture": "tiny", "pretrained": "12e5"}  # text that looks like a number
     config = parse_config(tree)
     assert load_config(written(tmp_path, config.to_yaml())) == config

@@ -82,6 +82,8 @@ def test_ties_go_to_the_expert_listed_first(small_config: ExperimentConfig, fina
         assert scores.chosen_ME is not None
         assert scores.chosen_ME.tolist() == [[first] * NUM_ENTITIES] * NUM_MENTIONS
         torch.testing.assert_close(scores.total_ME, list(scores.parts.values())[first], atol=0, rtol=0)
+    assert scores.tied_choice_ME is not None
+    assert scores.tied_choice_ME.tolist() == [[final == "relu"] * NUM_ENTITIES] * NUM_MENTIONS
 
 
 def test_one_expert_per_mention(small_config: ExperimentConfig) -> None:

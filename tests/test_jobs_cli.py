@@ -74,13 +74,16 @@ def test_what_a_run_does_not_have_is_named(  # type: ignore[no-untyped-def]
     mistake, tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
 ) -> None:
     run = tmp_path / "run"
-    Run.create(run, small_config, small_data)
+    made = Run.create(run, small_config, small_data)
     assert "run 'dsmip train' first" in mistake("evaluate", "--run", run, "--model", "text")
     assert "run 'dsmip tune' first" in mistake("evaluate", "--run", run)
     assert "unknown model 'sound'" in mistake("evaluate", "--run", run, "--model", "sound")
     assert "unknown split 'dev'" in mistake("evaluate", "--run", run, "--split", "dev")
     assert "is no device" in mistake("evaluate", "--run", run, "--device", "toaster")
     assert "did you mean 'trials'" in mistake("tune", "--run", run, "--set", "tune.trails=3")
+    assert "seed was 0, is now 1, but stage one is over" in mistake("tune", "--run", run, "--set", "seed=1")
+    assert "tune.rungs ends at 18 epochs" in mistake("tune", "--run", run, "--set", "tune.train.epochs=5")
+    (made.training_folder / "text" / "checkpoint_0").mkdir(parents=True)
     assert "was made with another configuration (seed was 0, is now 1)" in mistake(
         "train", "--config", run / "config.yaml", "--data", small_data.folder, "--run", run, "--set", "seed=1"
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmip.config import ExperimentConfig, TuneConfig, merged
+from dsmip.config import ExperimentConfig, TuneConfig, merged, parse_config
 from dsmip.errors import UserError
 from ray_jobs.search import draw_trials, survivors
 
@@ -59,12 +59,15 @@ def test_without_a_space_there_is_one_trial(small_config: ExperimentConfig) -> N
         ({"system.gate.temperature": {"values": [-1.0]}}, "system.gate.temperature"),
         ({"train.learning_rat": {"values": [0.1]}}, "learning_rate"),
         ({"system.width.x": {"values": [1]}}, "'system.width.x' is no key"),
+        ({"backbone.architecture": {"values": ["tiny"]}}, "'backbone.architecture' cannot be searched"),
         ({"system.use": {"values": [["text", "sound"]]}}, "system.use"),
     ],
 )
 def test_a_wrong_space_names_its_key(small_config: ExperimentConfig, space: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         draw_trials(with_space(small_config, space), seed=0)
+    with pytest.raises(UserError, match=named):  # and stage one does not start with it
+        parse_config({**small_config.model_dump(mode="json"), "tune": {"space": space}})
 
 
 @given(st.dictionaries(st.integers(0, 30), st.sampled_from([0.1, 0.2, 0.3]), min_size=1), st.integers(2, 4))

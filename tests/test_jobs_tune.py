@@ -86,6 +86,8 @@ def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption
 @pytest.mark.slow
 def test_experts_of_other_settings_are_trained_first(trained: Path, tmp_path: Path) -> None:
     run = opened(trained, tmp_path / "run")
+    greedy = run.config.changed({"tune": {"resources": {"cpu": 99}}})
+    run = Run.create(run.folder, greedy, run.dataset)  # what the sweep itself asks counts
     space = {"system.experts.multimodal.prompt_length": {"values": [1]}}
     config = run.config.model_copy(update={"tune": TuneConfig(trials=2, rungs=(1,), space=space)})
     report = tune_gate(run, config, Display())
@@ -119,9 +121,10 @@ def rungs_of(run: Run) -> dict[str, float]:
 def test_what_cannot_be_tuned_is_said_before_anything_runs(
     tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
 ) -> None:
-    run = Run.create(tmp_path / "run", small_config, small_data)
+    short = small_config.model_copy(update={"tune": TuneConfig(rungs=(1,))})
+    run = Run.create(tmp_path / "run", short, small_data)
     with pytest.raises(UserError, match="run 'dsmip train' first"):
         tune_gate(run, run.config, Display())
-    wide = small_config.model_copy(update={"tune": TuneConfig(resources={"cpu": 99})})
+    wide = small_config.model_copy(update={"tune": TuneConfig(rungs=(1,), resources={"cpu": 99})})
     with pytest.raises(UserError, match="a trial asks 1 worker with 99 CPU"):
         tune_gate(Run.create(tmp_path / "other", wide, small_data), wide, Display())

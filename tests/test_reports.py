@@ -11,7 +11,7 @@ import torch
 
 from dsmip.config import ExperimentConfig, parse_config
 from dsmip.errors import UserError
-from dsmip.reports import TOP_K, Evaluated, default_model, evaluate_model, oracle, read_metrics
+from dsmip.reports import TOP_K, Evaluated, default_model, evaluate_model, oracle
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 
@@ -44,7 +44,7 @@ def rows(evaluated: Evaluated) -> list[dict[str, Any]]:
 def test_metrics_are_those_of_the_ranks(run: Run, model: str) -> None:
     evaluated = evaluate_model(run, "test", model, CPU)
     assert evaluated.folder == run.folder / "evaluate" / "test" / model
-    metrics = read_metrics(evaluated.folder)
+    metrics = json.loads((evaluated.folder / "metrics.json").read_text())
     assert metrics == json.loads(json.dumps(evaluated.metrics))
     assert (metrics["model"], metrics["split"], metrics["mentions"], metrics["entities"]) == (model, "test", 8, 11)
     records = rows(evaluated)
@@ -84,11 +84,12 @@ def test_shares_of_experts(run: Run, whole: Evaluated) -> None:
     records, usage = rows(whole), whole.metrics["experts"]
     pairs = [expert for record in records for expert in record["top_experts"]]
     golds = [record["gold_expert"] for record in records]
-    assert usage.keys() == {"pair_share", "gold_share", "by_kind"}
+    assert usage.keys() == {"pair_share", "gold_share", "by_kind", "tie_share"}
     for found, names in ((usage["pair_share"], pairs), (usage["gold_share"], golds)):
         assert list(found) == ["text", "visual", "multimodal"]
         for name, share in found.items():
             assert share == pytest.approx(names.count(name) / len(names))
+    assert usage["tie_share"] == 0
     odd = [record["gold_expert"] for record in records if record["kind"] == "odd"]
     assert usage["by_kind"]["odd"]["gold_share"]["text"] == pytest.approx(odd.count("text") / len(odd))
     assert "experts" not in evaluate_model(run, "test", "text", CPU).metrics
@@ -112,8 +113,6 @@ def test_what_cannot_be_evaluated(
     for model, command in (("text", "train"), ("dsmip", "tune")):
         with pytest.raises(UserError, match=rf"no finished '{model}'; run 'dsmip {command}'"):
             evaluate_model(fresh, "test", model, CPU)
-    with pytest.raises(UserError, match="run 'dsmip evaluate' first"):
-        read_metrics(fresh.folder / "evaluate" / "test" / "dsmip")
 
 
 def test_the_model_that_is_meant_without_a_name(run: Run, small_data: Dataset) -> None:

@@ -46,9 +46,27 @@ def test_a_run_opens_with_what_it_was_made_from(run: Run) -> None:
     ("key", "value", "was"), [("seed", 3, "0"), ("system.width", 9, "8"), ("model", "mimic", "dsmip")]
 )
 def test_another_configuration_is_refused_by_its_key(run: Run, key: str, value: object, was: str) -> None:
+    (run.training_folder / "text" / "checkpoint_0").mkdir(parents=True)
     with pytest.raises(UserError, match=rf"{key} was '?{was}'?, is now '?{value}'?.*--run"):
         Run.create(run.folder, changed(run.config, key, value), run.dataset)
     assert Run.open(run.folder).config == run.config
+
+
+def test_a_run_that_has_trained_nothing_takes_another_configuration(run: Run) -> None:
+    """Else whoever mistyped a weights file could not correct himself."""
+    (run.training_folder / "text").mkdir(parents=True)
+    other = changed(run.config, "seed", 3)
+    assert Run.create(run.folder, other, run.dataset).config == other
+    assert Run.open(run.folder).config == other
+    assert not run.training_folder.exists()
+
+
+def test_a_trained_run_takes_other_resources_and_another_sweep(run: Run) -> None:
+    (run.training_folder / "text" / "checkpoint_0").mkdir(parents=True)
+    other = run.config.changed({"tune": {"trials": 3}, "parts": {"text": {"resources": {"cpu": 0.5}}}})
+    assert Run.create(run.folder, other, run.dataset).config == other
+    assert Run.open(run.folder).config == other
+    assert run.has_begun
 
 
 def test_other_data_is_refused(run: Run, other_data: Dataset) -> None:

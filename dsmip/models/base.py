@@ -26,11 +26,13 @@ class Scores:
 
     total_ME: float [M, E]. chosen_ME: int64 [M, E], index of the expert that scored the pair (None: no choice is made).
     parts: named [M, E] scores that the total is made of (units or experts), for losses and reports.
+    tied_choice_ME: bool [M, E], True where another expert was as good a choice; None: not asked, or no choice is made.
     """
 
     total_ME: Tensor
     chosen_ME: Tensor | None = None
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    tied_choice_ME: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,11 @@ class BatchGold:
 
 
 class Matcher(nn.Module, ABC):
-    """A trainable scorer of mention-entity pairs (a whole system or one of its parts)."""
+    """A trainable scorer of mention-entity pairs (a whole system or one of its parts).
+
+    Pretrained towers live in submodules named `backbone`: they have a learning rate of their own
+    (`train.tower_learning_rate`), and where they are frozen, checkpoints leave them out.
+    """
 
     @abstractmethod
     def encode_mentions(self, batch: ItemBatch) -> Table:

@@ -84,7 +84,9 @@ class DsmipMatcher(Matcher):
             choice_MEB = hard_choice(log_pi_MEB, noise, self.gate.config.temperature)
             return Scores((choice_MEB * scores_MEB).sum(-1), choice_MEB.argmax(-1).expand(scores_MEB.shape[:2]), parts)
         chosen_ME = log_pi_MEB.argmax(dim=-1).expand(scores_MEB.shape[:2])
-        return Scores(scores_MEB.gather(-1, chosen_ME[..., None])[..., 0], chosen_ME, parts)
+        best_ME2 = log_pi_MEB.topk(2, dim=-1).values
+        tied_ME = (best_ME2[..., 0] == best_ME2[..., 1]).expand(scores_MEB.shape[:2])
+        return Scores(scores_MEB.gather(-1, chosen_ME[..., None])[..., 0], chosen_ME, parts, tied_ME)
 
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
         mentions, entities = self.prepare_mentions(mention_features), self.prepare_entities(entity_features)
