@@ -42,16 +42,21 @@ def connected(*, verbose: bool = False) -> Iterator[None]:
         yield
         return
     level = logging.INFO if verbose else logging.ERROR
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=verbose, logging_level=level)
-    else:
+    if starts_own_cluster():
         _start_local(verbose=verbose, level=level)
+    else:
+        ray.init(log_to_driver=verbose, logging_level=level)
     if not verbose:
         logging.getLogger("ray").setLevel(level)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def starts_own_cluster() -> bool:
+    """Whether the cluster lives and dies with this process, as no address of another one was given."""
+    return not os.environ.get("RAY_ADDRESS")
 
 
 def _start_local(*, verbose: bool, level: int) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_jobs import environment  # noqa: F401  (first: Ray reads its variables when it is imported)
+from ray_jobs.environment import starts_own_cluster  # first: Ray reads its variables when it is imported
 
 # isort: split
 from ray.exceptions import RayError
@@ -15,6 +15,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.backend import BackendConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from dsmip.config import Resources
@@ -91,10 +92,15 @@ def _traced(failure: Failure, log: Path) -> str:
 
 
 class _Trainer(DataParallelTrainer):
-    """Without the actor (one process, 5 s, 0.2 GB) that Ray would start to serve Ray Data sets: there are none."""
+    """Without helper processes (5 s and 0.2 GB each) that would do nothing.
+
+    One serves Ray Data sets: there are none. One frees a lost training's resources: a cluster of this process ends
+    with it.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback) if starts_own_cluster() else (DatasetsCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, idle)]
 
 
 def _fit(training: Training, events: Any) -> Failure | None:
