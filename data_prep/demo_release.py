@@ -52,7 +52,7 @@ class DemoConfig(BaseModel):
 
     seed: int = Field(0, ge=0)
     num_entities: int = Field(1000, ge=100, le=MAX_HOUSES)
-    num_train: int = Field(2200, ge=1)
+    num_train: int = Field(1800, ge=1)
     num_validation: int = Field(400, ge=1)
     num_test: int = Field(1000, ge=1)
     picture_size: int = Field(64, ge=32, le=512)

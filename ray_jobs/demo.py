@@ -4,7 +4,8 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,16 @@ def run_demo(
     out, display = out.resolve(), display or Display()
     base = job_config(config, overrides)
     journal = Journal.open(out, world, display)
-    with journal.step("release", "Drawing a world of heraldic houses"):
-        write_release_once(world, out / "release", lambda done, total: None)
-    with journal.step("prepare", "Preparing the data set"):
-        dataset = _prepare(out, world)
-    with connected(verbose=verbose):
+    with ExitStack() as ray_runs:
+        with (
+            journal.step("release", "Drawing a world of heraldic houses while Ray starts"),
+            ThreadPoolExecutor(1) as pool,
+        ):
+            drawing = pool.submit(write_release_once, world, out / "release", lambda done, total: None)
+            ray_runs.enter_context(connected(verbose=verbose))
+            drawing.result()
+        with journal.step("prepare", "Preparing the data set"):
+            dataset = _prepare(out, world)
         with journal.step("pretrain", "Pretraining a small CLIP on the knowledge base's own pictures and texts"):
             backbone = out / "backbone.safetensors"
             pretrain_backbone(_with_all_cpus(base), dataset, backbone, display)
