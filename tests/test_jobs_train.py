@@ -13,13 +13,15 @@ from ray import cloudpickle
 
 from dsmip.config import ExperimentConfig, Resources, parse_config
 from dsmip.errors import UserError
+from dsmip.local import LocalContext
 from dsmip.runs import Run
 from dsmip.shards import Dataset
+from dsmip.stages import train_part
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display
 from ray_jobs.resources import Request, check_feasible, describe_wait
-from ray_jobs.train_experts import train_experts
+from ray_jobs.train_experts import train_experts, train_parts
 from ray_jobs.trainings import Training, run_trainings
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
@@ -102,6 +104,20 @@ def test_experts_train_side_by_side_and_finished_ones_are_kept(
         train_experts(wrong, small_data, tmp_path / "run", display := Lines())
     assert any(line.startswith("  text: finished already, validation hits@1") for line in display.lines)
     assert (run.folder / "text" / "weights.safetensors").stat().st_mtime_ns == weights
+
+
+@pytest.mark.slow
+def test_two_workers_train_a_part_as_one_does(
+    tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
+) -> None:
+    alone = Run.create(tmp_path / "alone", small_config, small_data)
+    expected = train_part(alone, "text", LocalContext(tmp_path / "checkpoints"))
+    shared = small_config.changed({"parts": {"text": {"workers": 2, "resources": {"cpu": 0.5}}}})
+    run = Run.create(tmp_path / "run", shared, small_data)
+    train_parts(run, [(run, "text")], Lines())
+    found = run.part_report("text")["history"]
+    assert [epoch["loss"] for epoch in found] == pytest.approx([epoch["loss"] for epoch in expected.history], rel=1e-4)
+    assert found[-1]["mrr"] == pytest.approx(expected.history[-1]["mrr"])
 
 
 def test_a_request_that_can_never_be_fulfilled_ends_at_once(tmp_path: Path) -> None:
