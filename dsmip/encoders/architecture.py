@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dsmip.encoders.stem import STEM, check_stem
 from dsmip.errors import UserError
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "backbones"
@@ -147,7 +148,8 @@ def _check_supported(name: str, config: Any) -> None:
         ("text_cfg", CLIPTextCfg, _TEXT_MUST_BE),
     ):
         stated = config[section]
-        _check_keys(name, f"{section}.", stated, [field.name for field in fields(known)])
+        ours = [STEM] if section == "vision_cfg" else []
+        _check_keys(name, f"{section}.", stated, [*(field.name for field in fields(known)), *ours])
         for key, value in required.items():
             if stated.get(key, value) != value:
                 raise UserError(f"backbone {name}: {section}.{key} = {stated[key]!r} is not supported; {_SUPPORTED}")
@@ -157,6 +159,8 @@ def _check_supported(name: str, config: Any) -> None:
         raise UserError(f"backbone {name}: text_cfg.context_length must be an integer")
     if not isinstance(config["vision_cfg"].get("image_size", 224), int):
         raise UserError(f"backbone {name}: vision_cfg.image_size must be one integer (square pictures)")
+    if STEM in (vision := config["vision_cfg"]):
+        check_stem(name, vision[STEM], vision.get("patch_size", 16), vision.get("image_size", 224))
 
 
 def _check_keys(name: str, prefix: str, stated: Mapping[str, Any], known: list[str] | tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsmip.encoders.architecture import Architecture, resolve_architecture
 from dsmip.encoders.prompts import InteractivePrompts
+from dsmip.encoders.stem import STEM, conv_stem
 from dsmip.encoders.weights import load_weights, locate_weights, read_weights, statistics_metadata
 from dsmip.errors import UserError
 from dsmip.files import atomic_path
@@ -113,7 +114,7 @@ class Backbone(nn.Module):
     @property
     def vision_width(self) -> int:
         """d_v."""
-        return int(self._vision.conv1.out_channels)
+        return int(self._vision.class_embedding.shape[0])
 
     @property
     def embed_width(self) -> int:
@@ -236,7 +237,8 @@ class Backbone(nn.Module):
                 parameter.requires_grad_(True)
 
     def save_weights(self, path: Path) -> None:
-        """Writes weights and pixel statistics atomically as safetensors; `build` and open_clip (weights) load them."""
+        """Writes weights and pixel statistics atomically as safetensors; `build` loads them, and open_clip too (weights
+        without a convolutional stem)."""
         state = {key: value.detach().cpu().contiguous() for key, value in self.clip.state_dict().items()}
         metadata = statistics_metadata(self.mean.flatten().tolist(), self.std.flatten().tolist())
         with atomic_path(path) as temporary:
@@ -273,11 +275,16 @@ def _network(architecture: Architecture) -> nn.Module:
 
     config = dict(architecture.config)
     network = CustomTextCLIP if config.pop("custom_text", False) else CLIP
-    vision, text = (CLIPVisionCfg(**config.pop("vision_cfg")), CLIPTextCfg(**config.pop("text_cfg")))
+    vision_cfg = dict(config.pop("vision_cfg"))
+    stem: list[int] | None = vision_cfg.pop(STEM, None)
+    vision, text = (CLIPVisionCfg(**vision_cfg), CLIPTextCfg(**config.pop("text_cfg")))
     try:
         clip: nn.Module = network(vision_cfg=vision, text_cfg=text, **config)
     except (AssertionError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"backbone {architecture.name} cannot be built from its sizes: {error}") from None
+    if stem is not None:
+        tower: Any = clip.visual
+        tower.conv1 = conv_stem(stem, vision.width)
     return clip
 
 
