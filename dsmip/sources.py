@@ -121,7 +121,14 @@ def augmented(batch: ItemBatch, config: AugmentConfig, generator: torch.Generato
     if has_image.any():
         pictures = augmentation.augment_pictures(pictures, has_image, _strength(config), generator)
     token_ids = augmentation.drop_tokens(batch.token_ids, config.drop_tokens, generator)
-    return ItemBatch(token_ids, pictures, has_image)
+    return ItemBatch(_trimmed(token_ids), pictures, has_image)
+
+
+def _trimmed(token_ids: Tensor) -> Tensor:
+    """Without the places that no text uses any more: towers take as long as their longest text."""
+    if len(token_ids) == 0:
+        return token_ids
+    return token_ids[:, : int(token_ids.argmax(dim=1).max()) + 1]  # end-of-text is the highest id
 
 
 def _strength(config: AugmentConfig) -> augmentation.PictureAugmentation:
