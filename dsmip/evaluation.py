@@ -2,19 +2,22 @@
 
 rank = 1 + number of better entities + half the number of tied ones, the gold column excluded. The gold's score is
 read from the same scoring call as its column's, never from a second one: scores of two calls differ in the last bits.
+With `refine` close pairs are decided in float64 instead (see `dsmip.refinement`).
 Memory grows with one mention tile times the number of entities, not with all pairs. Shapes: M mentions, E entities of
 this worker's slice, B experts, k kept candidates.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsmip.distributed import sum_over_workers
-from dsmip.models.base import Matcher
+from dsmip.index import EntityIndex
+from dsmip.models.base import Matcher, Scores
 from dsmip.ops import ranking as ops
+from dsmip.refinement import PairScorer, Refinement, Refiner
 from dsmip.table import Table, concatenate
 
 
@@ -24,7 +27,8 @@ class Ranking:
 
     counts: better and tied entities, int64 [M] each. top_row_Mk, top_score_Mk: best k entities. chosen_*: index of the
     expert that scored the gold pair, the top-k pairs, and the number of pairs per expert; None for a matcher that
-    makes no choice. tied_choices_M: number of pairs for which another expert was as good a choice.
+    makes no choice (-1: the gold is of another slice). tied_choices_M: number of pairs for which another expert was as
+    good a choice. refinement: what scoring close pairs again took; None when they were not.
     """
 
     counts: ops.Counts
@@ -34,6 +38,7 @@ class Ranking:
     chosen_top_Mk: Tensor | None = None
     chosen_pairs_MB: Tensor | None = None
     tied_choices_M: Tensor | None = None
+    refinement: Refinement | None = None
 
     @property
     def rank_M(self) -> Tensor:
@@ -44,6 +49,25 @@ class Ranking:
         """hits@k, MRR and mean ranks over all mentions or over the chosen `rows` (bool [M])."""
         chosen = slice(None) if rows is None else rows
         return summarise(ops.Counts(self.counts.better_M[chosen], self.counts.tied_M[chosen]))
+
+
+@dataclass(frozen=True, slots=True)
+class TileSize:
+    """How many mentions and entities are scored at a time."""
+
+    mentions: int = 128
+    entities: int = 2048
+
+
+class NotRankable(ValueError):
+    """A score is NaN, which compares false with everything and would rank first."""
+
+    def __init__(self, mention: int, entity_row: int) -> None:
+        super().__init__(mention, entity_row)  # what a process hands to another
+        self.mention, self.entity_row = mention, entity_row
+
+    def __str__(self) -> str:
+        return f"the score of mention {self.mention} and entity row {self.entity_row} is NaN: nothing can be ranked"
 
 
 HITS_AT = (1, 3, 5, 10, 20)
@@ -64,36 +88,138 @@ def summarise(counts: ops.Counts) -> dict[str, float]:
 def rank(
     matcher: Matcher,
     mentions: Table,
-    entities: Table,
+    index: EntityIndex,
     gold_row_M: Tensor,
     *,
     device: torch.device,
-    first_row: int = 0,
     top_k: int = 0,
     num_choices: int = 0,
-    mention_tile: int = 128,
-    entity_tile: int = 2048,
+    refine: bool = False,
+    gold_score_M: Tensor | None = None,
+    tile_size: TileSize = TileSize(),
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Ranking:
-    """Ranks prepared `mentions` against this worker's slice of prepared `entities`.
+    """Ranks prepared `mentions` against the entities of `index`.
 
-    gold_row_M: kb rows int64 [M]. first_row: kb row of the slice's first entity; with several workers every one passes
-    all mentions and its own slice, counts are added up, and `top_k` must be 0. num_choices: B when experts are chosen.
-    Raises ValueError when a score is NaN.
+    gold_row_M: kb rows int64 [M]. top_k: number of best entities to keep (at most all). num_choices: B when experts are
+    chosen. refine: close pairs are scored again in float64, so that neither tiles nor slices of the kb change a rank.
+
+    Slices of the kb: with a process group every worker passes all mentions and the index of its own slice, counts are
+    added up, `top_k` must be 0 and `refine` off. Elsewhere each slice is ranked on its own, with `refine` and
+    `gold_score_M` (all golds' scores, from `PairScorer`), and `merge_rankings` puts them together.
+
+    Raises NotRankable when a score is NaN; ValueError when a gold is in no slice that is known of.
     """
     matcher.eval()
-    tiles = [
-        _rank_tile(
-            matcher,
-            mentions.rows(slice(start, start + mention_tile)).to(device),
-            entities,
-            gold_row_M[start : start + mention_tile].to(device) - first_row,
-            top_k,
-            num_choices,
-            entity_tile,
-        )
-        for start in range(0, len(mentions), mention_tile)
-    ]
-    columns: Mapping[str, Tensor] = {name: torch.cat([tile[name] for tile in tiles]).cpu() for name in tiles[0]}
+    tiles = _Tiles(matcher, mentions, index, gold_row_M - index.first_row, device, tile_size, notice)
+    if not refine:
+        columns = tiles.rank(top_k, num_choices, None)
+        return _ranking(columns, index.first_row, None)
+    pairs = PairScorer(matcher, mentions, index, device)
+    gold_score_M = pairs.gold_scores(gold_row_M) if gold_score_M is None else gold_score_M
+    _check_golds(gold_score_M, gold_row_M, index)
+    refiner = Refiner(pairs, gold_score_M)
+    columns = tiles.rank(top_k, num_choices, refiner)
+    while not refiner.band_held:
+        refiner.widen()
+        columns = tiles.rank(top_k, num_choices, refiner)
+    return _ranking(columns, index.first_row, refiner.report())
+
+
+@dataclass
+class _Tiles:
+    """Mentions against an index, one tile of both at a time.
+
+    gold_column_M: places in the index; a gold that is not in it has a place outside.
+    """
+
+    matcher: Matcher
+    mentions: Table
+    index: EntityIndex
+    gold_column_M: Tensor
+    device: torch.device
+    size: TileSize
+    notice: Callable[[str], None]
+
+    def rank(self, top_k: int, num_choices: int, refiner: Refiner | None) -> dict[str, Tensor]:
+        """Columns of a `Ranking` for all mentions, on the CPU; rows are places in the index."""
+        starts = range(0, len(self.mentions), self.size.mentions)
+        tiles = [self._rank_tile(start, top_k, num_choices, refiner) for start in starts]
+        return {name: torch.cat([tile[name] for tile in tiles]).cpu() for name in tiles[0]}
+
+    def _rank_tile(self, start: int, top_k: int, num_choices: int, refiner: Refiner | None) -> dict[str, Tensor]:
+        scores_ME, chosen_ME, tied_choices_M = self._score_all(start)
+        num_entities = scores_ME.shape[1]
+        gold_column_M = self.gold_column_M[start : start + len(scores_ME)].to(self.device)
+        here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
+        column_M = gold_column_M.clamp(0, num_entities - 1)
+        if refiner is not None:
+            scores_ME, gold_M = refiner.refine(scores_ME, start, top_k)
+        else:
+            own_M = scores_ME.gather(1, column_M[:, None])[:, 0]
+            gold_M = sum_over_workers(own_M.where(here_M, torch.zeros_like(own_M)))
+        better_M, tied_M = ops.count_against(scores_ME, gold_M, column_M.where(here_M, -1))
+        top_score_Mk, top_row_Mk = ops.top_k(scores_ME, min(top_k, num_entities))
+        tile = {
+            "better": sum_over_workers(better_M),
+            "tied": sum_over_workers(tied_M),
+            "top_score": top_score_Mk,
+            "top_row": top_row_Mk,
+        }
+        if chosen_ME is not None and num_choices:
+            own_choice_M = chosen_ME.gather(1, column_M[:, None])[:, 0].long()
+            tile["chosen_gold"] = own_choice_M.where(here_M, -1)
+            tile["chosen_top"] = chosen_ME.gather(1, top_row_Mk).long()
+            tile["chosen_pairs"] = torch.stack([(chosen_ME == b).sum(dim=1) for b in range(num_choices)], dim=1)
+            tile["tied_choices"] = tied_choices_M
+        return tile
+
+    def _score_all(self, start: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Scores [M, E], choices [M, E] or None, and the number of tied choices [M] of one tile of mentions."""
+        mentions = self.mentions.rows(slice(start, start + self.size.mentions)).to(self.device)
+        totals, choices, first = [], [], 0
+        tied_choices_M = torch.zeros(len(mentions), dtype=torch.int64, device=self.device)
+        for entities in self.index.tiles(self.size.entities):
+            for scores in self._score_fitting(mentions, entities):
+                _refuse_nan(scores.total_ME, start, self.index.first_row + first)
+                first += scores.total_ME.shape[1]
+                totals.append(scores.total_ME)
+                if scores.chosen_ME is not None:
+                    choices.append(scores.chosen_ME.to(torch.int8))
+                if scores.tied_choice_ME is not None:
+                    tied_choices_M += scores.tied_choice_ME.sum(dim=1)
+        return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, tied_choices_M
+
+    def _score_fitting(self, mentions: Table, entities: Table) -> Iterator[Scores]:
+        """Scores of a tile of entities, in halves of it where the device has no memory for all of it."""
+        try:
+            yield self.matcher.score(mentions, entities.to(self.device))
+            return
+        except torch.OutOfMemoryError:
+            if len(entities) == 1:
+                raise
+        half = (len(entities) + 1) // 2
+        self.size = TileSize(self.size.mentions, min(self.size.entities, half))
+        self.notice(f"{self.device} is out of memory: going on with tiles of {half} entities")
+        for part in (slice(0, half), slice(half, None)):
+            yield from self._score_fitting(mentions, entities.rows(part))
+
+
+def _check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) -> None:
+    for mention in gold_score_M.isnan().nonzero()[:, 0].tolist():
+        row = int(gold_row_M[mention])
+        if index.first_row <= row < index.first_row + len(index):
+            raise NotRankable(mention, row)
+        raise ValueError(f"mention {mention}: its gold, kb row {row}, is not in the index, and its score is not given")
+
+
+def _refuse_nan(scores_ME: Tensor, first_mention: int, first_row: int) -> None:
+    if bool(scores_ME.isnan().any()):
+        mention, entity = scores_ME.isnan().nonzero()[0].tolist()
+        raise NotRankable(first_mention + mention, first_row + entity)
+
+
+def _ranking(columns: Mapping[str, Tensor], first_row: int, refinement: Refinement | None) -> Ranking:
     return Ranking(
         ops.Counts(columns["better"], columns["tied"]),
         columns["top_row"] + first_row,
@@ -102,54 +228,40 @@ def rank(
         columns.get("chosen_top"),
         columns.get("chosen_pairs"),
         columns.get("tied_choices"),
+        refinement,
     )
 
 
-def _rank_tile(
-    matcher: Matcher,
-    mentions: Table,
-    entities: Table,
-    gold_column_M: Tensor,
-    top_k: int,
-    num_choices: int,
-    entity_tile: int,
-) -> dict[str, Tensor]:
-    scores_ME, chosen_ME, tied_choices_M = _score_all(matcher, mentions, entities, entity_tile, gold_column_M.device)
-    num_entities = scores_ME.shape[1]
-    here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
-    column_M = gold_column_M.clamp(0, num_entities - 1)
-    own_gold_M = scores_ME.gather(1, column_M[:, None])[:, 0]
-    gold_M = sum_over_workers(own_gold_M.where(here_M, torch.zeros_like(own_gold_M)))
-    better_M, tied_M = ops.count_against(scores_ME, gold_M, column_M.where(here_M, -1))
-    top_score_Mk, top_row_Mk = ops.top_k(scores_ME, min(top_k, num_entities))
-    tile = {
-        "better": sum_over_workers(better_M),
-        "tied": sum_over_workers(tied_M),
-        "top_score": top_score_Mk,
-        "top_row": top_row_Mk,
-    }
-    if chosen_ME is not None and num_choices:
-        tile["chosen_gold"] = chosen_ME.gather(1, column_M[:, None])[:, 0].long()
-        tile["chosen_top"] = chosen_ME.gather(1, top_row_Mk).long()
-        tile["chosen_pairs"] = torch.stack([(chosen_ME == b).sum(dim=1) for b in range(num_choices)], dim=1)
-        tile["tied_choices"] = tied_choices_M
-    return tile
+def merge_rankings(parts: Sequence[Ranking]) -> Ranking:
+    """One ranking from those of disjoint slices of the kb that were made with the same exact gold scores and `refine`.
 
-
-def _score_all(
-    matcher: Matcher, mentions: Table, entities: Table, entity_tile: int, device: torch.device
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Scores [M, E], choices [M, E] or None, and the number of tied choices [M]."""
-    totals, choices = [], []
-    tied_choices_M = torch.zeros(len(mentions), dtype=torch.int64, device=device)
-    for start in range(0, len(entities), entity_tile):
-        scores = matcher.score(mentions, entities.rows(slice(start, start + entity_tile)).to(device))
-        totals.append(scores.total_ME)
-        if scores.chosen_ME is not None:
-            choices.append(scores.chosen_ME.to(torch.int8))
-        if scores.tied_choice_ME is not None:
-            tied_choices_M += scores.tied_choice_ME.sum(dim=1)
-    return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, tied_choices_M
+    Every part must have kept its min(k, entities) best; the merged one keeps the largest of these numbers.
+    """
+    k = max(part.top_row_Mk.shape[1] for part in parts)
+    rows_MC = torch.cat([part.top_row_Mk for part in parts], dim=1)
+    top = ops.merge_top_k(torch.cat([part.top_score_Mk for part in parts], dim=1), rows_MC, k)
+    place_MK = (rows_MC[:, None, :] == top.rows_MK[:, :, None]).int().argmax(dim=2)
+    gold, top_choice, pairs, tied = (
+        [value for part in parts if (value := getattr(part, name)) is not None]
+        for name in ("chosen_gold_M", "chosen_top_Mk", "chosen_pairs_MB", "tied_choices_M")
+    )
+    refinements = [part.refinement for part in parts if part.refinement is not None]
+    return Ranking(
+        ops.Counts(*(torch.stack(counts).sum(dim=0) for counts in zip(*(part.counts for part in parts), strict=True))),
+        top.rows_MK,
+        top.scores_MK,
+        torch.stack(gold).amax(dim=0) if gold else None,
+        torch.cat(top_choice, dim=1).gather(1, place_MK) if top_choice else None,
+        torch.stack(pairs).sum(dim=0) if pairs else None,
+        torch.stack(tied).sum(dim=0) if tied else None,
+        Refinement(
+            sum(each.num_pairs for each in refinements),
+            max(each.band for each in refinements),
+            max(each.largest_error for each in refinements),
+        )
+        if refinements
+        else None,
+    )
 
 
 @torch.no_grad()

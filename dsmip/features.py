@@ -94,7 +94,7 @@ def encode_split(
     has_image: list[Tensor] = []
     for batch in _batches(split, dataset, collator):
         table = encode(batch.to(device)).to(torch.device("cpu"))
-        tables.append(Table({name: _as_stored(column, dtype) for name, column in table.columns.items()}))
+        tables.append(table.cast(dtype))
         has_image.append(batch.has_image)
         progress(len(batch))
     return share_missing_pictures(concatenate(tables), torch.cat(has_image))
@@ -122,12 +122,6 @@ def _batches(split: str, dataset: Dataset, collator: Collator, rows: range | Non
     if split == KB:
         return (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), _BATCH_SIZE))
     return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), _BATCH_SIZE))
-
-
-def _as_stored(column: Column, dtype: torch.dtype) -> Column:
-    if isinstance(column, Ragged):
-        return Ragged(column.values.to(dtype), column.starts, column.lengths)
-    return column.to(dtype) if column.is_floating_point() else column
 
 
 def share_missing_pictures(table: Table, has_image_N: Tensor) -> Table:

@@ -108,10 +108,13 @@ class Gate(nn.Module):
         return Table({"logits": self.entity_logits(self.entity_mlp(inputs))})
 
     def log_pi(self, mentions: Table, entities: Table) -> Tensor:
-        """Log probabilities of the experts [M, E, B] (E is 1 when the choice is per mention), before noise."""
-        logits_MEB = mentions.dense("logits")[:, None, :]
+        """Log probabilities of the experts [M, E, B] (E is 1 when the choice is per mention), before noise.
+
+        Always float32: a sum of two halves is the same in every tile, so no choice depends on how pairs are scored.
+        """
+        logits_MEB = mentions.dense("logits").float()[:, None, :]
         if self.config.choice == "pair":
-            logits_MEB = logits_MEB + entities.dense("logits")[None, :, :]
+            logits_MEB = logits_MEB + entities.dense("logits").float()[None, :, :]
         if self.config.final_activation == "relu":
             logits_MEB = torch.relu(logits_MEB)
         return torch.log_softmax(logits_MEB, dim=-1)

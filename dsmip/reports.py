@@ -1,7 +1,7 @@
 """From ranks to files and tables: `metrics.json`, `ranks.parquet`, and what several models' ranks say together."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.evaluation import HITS_AT, Ranking, prepare_in_tiles, rank
+from dsmip.evaluation import HITS_AT, NotRankable, Ranking
 from dsmip.files import atomic_path, write_json
-from dsmip.manifest import KB, SPLITS
-from dsmip.models.base import Matcher
+from dsmip.manifest import SPLITS
 from dsmip.ops import ranking as ops
+from dsmip.ranked_model import RankedFiles, store_ranked
 from dsmip.records import Mention
 from dsmip.runs import Run
-from dsmip.stages import load_whole_features, part_features
-from dsmip.table import Table
 
-TOP_K = 20
 KIND = "kind"
 
 
@@ -39,50 +35,42 @@ def default_model(run: Run) -> str:
     return run.system.name if run.system.gated else run.part_names[0]
 
 
-def evaluate_model(run: Run, split: str, model: str, device: torch.device) -> Evaluated:
+def evaluate_model(
+    run: Run,
+    split: str,
+    model: str,
+    device: torch.device,
+    *,
+    rank_stored: Callable[[RankedFiles], Ranking] | None = None,
+    progress: Callable[[int], None] = lambda num_entities: None,
+) -> Evaluated:
     """Ranks the whole kb for every mention of a split and writes metrics.json and ranks.parquet.
 
-    model: a finished part, or the system's name for the gated whole.
-    Raises UserError for an unknown model or split, or one that is not trained yet.
+    model: a finished part, or the system's name for the gated whole. rank_stored: makes the ranking (default: in this
+    process, on `device`). progress: called with the number of entities that are in the index.
+    Raises UserError for an unknown model or split, one that is not trained yet, or one that scores NaN.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
     mentions = list(run.dataset.mentions(split))
     if not mentions:
         raise UserError(f"split '{split}' of {run.dataset.folder} has no mentions")
-    matcher, config, mention_features, kb = _model_and_features(run, split, model, device)
-    choices = run.system.choices(config.system) if model == run.system.name else ()
-    gold_row_M = torch.tensor([mention.entity_row for mention in mentions])
-    ranking = rank(
-        matcher.to(device),
-        prepare_in_tiles(matcher, mention_features, "mentions", device),
-        prepare_in_tiles(matcher, kb, "entities", device),
-        gold_row_M,
-        device=device,
-        top_k=TOP_K,
-        num_choices=len(choices),
-    )
-    metrics = {"model": model, "split": split, **_metrics(ranking, mentions, choices, run.dataset.num_entities)}
-    folder = run.folder / "evaluate" / split / model
+    stored = store_ranked(run, split, model, device, progress)
     entity_ids = run.dataset.entity_texts().column("entity_id").to_pylist()
-    _write_ranks(folder / "ranks.parquet", ranking, mentions, entity_ids, choices)
+    try:
+        opened = stored.open()
+        ranking = rank_stored(stored) if rank_stored else opened.rank(device)
+    except NotRankable as error:
+        raise UserError(
+            f"{model} of {run.folder} scores mention {mentions[error.mention].mention_id} and entity "
+            f"{entity_ids[error.entity_row]} as NaN; its training has diverged, or their features are broken"
+        ) from None
+    metrics = {"model": model, "split": split, **_metrics(ranking, mentions, opened.choices, len(opened.index))}
+    metrics["index_bytes_per_entity"] = opened.index.num_bytes / len(opened.index)
+    folder = run.folder / "evaluate" / split / model
+    _write_ranks(folder / "ranks.parquet", ranking, mentions, entity_ids, opened.choices)
     write_json(folder / "metrics.json", metrics)
     return Evaluated(folder, metrics)
-
-
-def _model_and_features(
-    run: Run, split: str, model: str, device: torch.device
-) -> tuple[Matcher, ExperimentConfig, Table, Table]:
-    if model == run.system.name and run.system.gated:
-        matcher, config = run.load_whole(), run.whole_config()
-        features = [load_whole_features(run, config, each, device) for each in (split, KB)]
-    elif model in run.part_names:
-        matcher, config = run.load_part(model, with_encoder=False), run.config
-        features = [part_features(run, model, each, device) for each in (split, KB)]
-    else:
-        whole = [run.system.name] if run.system.gated else []
-        raise UserError(f"unknown model '{model}'; this run has {', '.join([*whole, *run.part_names])}")
-    return matcher, config, features[0], features[1]
 
 
 def _metrics(
@@ -100,6 +88,8 @@ def _metrics(
             value: {"mentions": values.count(value), **ranking.metrics(torch.tensor([v == value for v in values]))}
             for value in sorted(set(values))
         }
+    if ranking.refinement is not None:
+        report["refinement"] = asdict(ranking.refinement)
     if choices and ranking.chosen_pairs_MB is not None and ranking.chosen_gold_M is not None:
         report["experts"] = _expert_usage(ranking.chosen_pairs_MB, ranking.chosen_gold_M, mentions, choices)
     if choices and ranking.tied_choices_M is not None:

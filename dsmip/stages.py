@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.errors import UserError
 from dsmip.evaluation import prepare_in_tiles, rank
 from dsmip.features import prepare_split, whole_features
+from dsmip.index import EntityIndex
 from dsmip.manifest import KB
-from dsmip.models.base import Matcher
+from dsmip.models.base import FeatureEncoder, Matcher
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.sources import CachedSource, StreamSource, is_held_out
@@ -133,17 +135,23 @@ def run_features(run: Run, part: str, split: str, matcher: Matcher, device: torc
 
 def load_whole_features(run: Run, config: ExperimentConfig, split: str, device: torch.device) -> Table:
     """Features of all parts that the whole system of `config` needs, computed where they are not cached yet."""
+    files = whole_feature_files(run, config, split, device)
+    return whole_features({name: Table.load(path) for name, path in files.items()}, list(files))
+
+
+def whole_feature_files(run: Run, config: ExperimentConfig, split: str, device: torch.device) -> dict[str, Path]:
+    """The cached features of each part that the whole system of `config` needs, computed where they are missing."""
     names = run.system.feature_parts(config.system)
-    return whole_features({name: part_features(run.home(name, config), name, split, device) for name in names}, names)
+    return {name: part_feature_file(run.home(name, config), name, split, device) for name in names}
 
 
-def part_features(run: Run, part: str, split: str, device: torch.device) -> Table:
-    """Cached features of a finished part, or of a gate's inputs."""
+def part_feature_file(run: Run, part: str, split: str, device: torch.device) -> Path:
+    """The cached features of a finished part, or of a gate's inputs, computed where they are missing."""
     if part in run.part_names:
-        encoder = run.load_part(part, with_encoder=True).to(device)
-        return run.cache.table(part, split, encoder, run.dataset, run.collator(part), device)
-    gate = run.system.build_encoder(part, run.config).to(device)
-    return run.cache.table(part, split, gate, run.dataset, run.collator(part), device)
+        encoder: FeatureEncoder = run.load_part(part, with_encoder=True).to(device)
+    else:
+        encoder = run.system.build_encoder(part, run.config).to(device)
+    return run.cache.ensure(part, split, encoder, run.dataset, run.collator(part), device)
 
 
 def _validate_on(
@@ -155,7 +163,8 @@ def _validate_on(
     def validate(matcher: Matcher) -> Mapping[str, float]:
         mentions = prepare_in_tiles(matcher, validation.mentions, "mentions", device)
         entities = prepare_in_tiles(matcher, kb.rows(slice(first, stop)), "entities", device)
-        return rank(matcher, mentions, entities, validation.gold_row_M, device=device, first_row=first).metrics()
+        index = EntityIndex([entities], first)
+        return rank(matcher, mentions, index, validation.gold_row_M, device=device).metrics()
 
     return validate
 
@@ -171,7 +180,7 @@ def _validate_by_encoding(
         matcher.eval()
         entities = prepare_split(KB, matcher, run.dataset, collator, device, rows=rows)
         mentions = prepare_split("validation", matcher, run.dataset, collator, device)
-        return rank(matcher, mentions, entities, gold_row_M, device=device, first_row=rows.start).metrics()
+        return rank(matcher, mentions, EntityIndex([entities], rows.start), gold_row_M, device=device).metrics()
 
     return validate
 

@@ -63,6 +63,9 @@ class Ragged:
     def to(self, device: torch.device) -> "Ragged":
         return Ragged(self.values.to(device), self.starts.to(device), self.lengths.to(device))
 
+    def cast(self, dtype: torch.dtype) -> "Ragged":
+        return Ragged(self.values.to(dtype), self.starts, self.lengths)
+
 
 Column = Tensor | Ragged
 
@@ -108,6 +111,16 @@ class Table:
 
     def to(self, device: torch.device) -> "Table":
         return Table({n: c.to(device) for n, c in self.columns.items()})
+
+    def cast(self, dtype: torch.dtype) -> "Table":
+        """Floating-point columns in another precision."""
+        columns: dict[str, Column] = {}
+        for name, column in self.columns.items():
+            if isinstance(column, Ragged):
+                columns[name] = column.cast(dtype)
+            else:
+                columns[name] = column.to(dtype) if column.is_floating_point() else column
+        return Table(columns)
 
     def under(self, prefix: str) -> "Table":
         """The columns named `prefix.*`, without the prefix."""

@@ -114,11 +114,14 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
     model: Annotated[str | None, typer.Option("--model", help="A part, or the system's name (default).")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = "cpu",
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Ray workers that rank slices of the kb; 1: this process, no Ray.")
+    ] = 1,
 ) -> None:
-    """Ranks the whole knowledge base for every mention of a split. Runs in this process, without Ray."""
+    """Ranks the whole knowledge base for every mention of a split."""
     from ray_jobs.evaluate import evaluate_run
 
-    evaluate_run(run, split, model, device)
+    evaluate_run(run, split, model, device, workers)
 
 
 @app.command()

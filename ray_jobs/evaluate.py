@@ -1,30 +1,50 @@
-"""The job `dsmip evaluate`: exact ranking of one model on one split, in this process, without Ray."""
+"""The job `dsmip evaluate`: exact ranking of one model on one split, in this process without Ray, or on Ray workers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsmip.errors import UserError
+from dsmip.evaluation import Ranking
+from dsmip.ranked_model import RankedFiles
 from dsmip.reports import default_model, evaluate_model
 from dsmip.runs import Run
 
 SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
 
 
-def evaluate_run(folder: Path, split: str, model: str | None, device: str) -> dict[str, Any]:
+def evaluate_run(folder: Path, split: str, model: str | None, device: str, workers: int = 1) -> dict[str, Any]:
     """Evaluates a finished part or the whole system of a run, prints the main figures and returns the metrics.
 
-    Raises UserError for an unknown model, split or device, or a model that is not trained yet.
+    workers: more than one rank slices of the kb on Ray. Raises UserError for an unknown model, split or device, or a
+    model that is not trained yet; JobFailed when a worker fails.
     """
-    run = Run.open(folder)
-    evaluated = evaluate_model(run, split, model or default_model(run), checked_device(device))
+    run, place = Run.open(folder), checked_device(device)
+    rank_stored = None if workers == 1 else _ranker_on_ray(workers, place)
+    evaluated = evaluate_model(run, split, model or default_model(run), place, rank_stored=rank_stored)
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
+    refined = metrics["refinement"]
     print(f"{metrics['model']} on {split}: {metrics['mentions']} mentions, {metrics['entities']} entities")
     print(f"  {figures}")
+    print(
+        f"  exact: {refined['num_pairs']} pairs within {refined['band']:.1e} of a decision scored again in float64;"
+        f" index: {metrics['index_bytes_per_entity']:.0f} bytes an entity"
+    )
     print(f"  {evaluated.folder / 'metrics.json'}")
     return metrics
+
+
+def _ranker_on_ray(workers: int, device: torch.device) -> Callable[[RankedFiles], Ranking]:
+    def rank_stored(stored: RankedFiles) -> Ranking:
+        from ray_jobs.progress import Display
+        from ray_jobs.rank_slices import rank_on_ray  # imports Ray, which one worker does without
+
+        return rank_on_ray(stored, workers, gpu=device.type == "cuda", display=Display())
+
+    return rank_stored
 
 
 def checked_device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ A new file in `dsmip/models/` is tested by being there, with its default setting
 downloads or that has several forms is named in `FORMS`.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 from dsmip.batches import ItemBatch
 from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig, parse_config
-from dsmip.evaluation import Ranking, prepare_in_tiles, rank
+from dsmip.evaluation import Ranking, TileSize, merge_rankings, prepare_in_tiles, rank
 from dsmip.features import share_missing_pictures, whole_features
+from dsmip.index import EntityIndex
 from dsmip.models import systems
 from dsmip.models.base import BatchGold, Matcher, Scores, System
+from dsmip.ops.ranking import count_against, top_k
+from dsmip.refinement import GRID, PairScorer
 from dsmip.runs import load_own_weights, own_weights
 from dsmip.table import Ragged, Table, concatenate
 
@@ -306,9 +310,15 @@ def test_ranks_do_not_depend_on_tiles(subject: Subject, features: tuple[Table, T
     num_choices = len(scores.parts) if scores.chosen_ME is not None else 0
 
     def ranking(mention_tile: int, entity_tile: int) -> Ranking:
-        tiles = {"mention_tile": mention_tile, "entity_tile": entity_tile}
         return rank(
-            subject.matcher, mentions, entities, gold_row_M, device=CPU, top_k=3, num_choices=num_choices, **tiles
+            subject.matcher,
+            mentions,
+            EntityIndex([entities]),
+            gold_row_M,
+            device=CPU,
+            top_k=3,
+            num_choices=num_choices,
+            tile_size=TileSize(mention_tile, entity_tile),
         )
 
     one, many = ranking(100, 100), ranking(3, 4)
@@ -328,6 +338,49 @@ def test_ranks_do_not_depend_on_tiles(subject: Subject, features: tuple[Table, T
         assert many.chosen_pairs_MB is not None
         assert torch.equal(one.chosen_pairs_MB, many.chosen_pairs_MB)
         assert one.chosen_pairs_MB.sum() == NUM_MENTIONS * NUM_ENTITIES
+
+
+@torch.no_grad()
+def test_refined_ranks_are_those_of_double_precision(subject: Subject, features: tuple[Table, Table]) -> None:
+    """Whatever the tiles and the slices of the kb."""
+    mentions, entities = subject.matcher.prepare_mentions(features[0]), subject.matcher.prepare_entities(features[1])
+    gold_row_M = torch.arange(NUM_MENTIONS) * 3 % NUM_ENTITIES
+    exact = copy.deepcopy(subject.matcher).double().score(mentions.cast(torch.float64), entities.cast(torch.float64))
+    scores_ME = (exact.total_ME / GRID).round() * GRID
+    best = top_k(scores_ME, 4)
+    counts = count_against(scores_ME, scores_ME.gather(1, gold_row_M[:, None])[:, 0], gold_row_M)
+
+    def ranked(index: EntityIndex, tiles: TileSize, gold_score_M: Tensor | None = None) -> Ranking:
+        return rank(
+            subject.matcher,
+            mentions,
+            index,
+            gold_row_M,
+            device=CPU,
+            top_k=4,
+            num_choices=0 if exact.chosen_ME is None else len(exact.parts),
+            refine=True,
+            gold_score_M=gold_score_M,
+            tile_size=tiles,
+        )
+
+    index = EntityIndex([entities.rows(slice(0, 5)), entities.rows(slice(5, None))])
+    slices = [index.slice(part, 3) for part in range(3)]
+    golds = [PairScorer(subject.matcher, mentions, each, CPU).gold_scores(gold_row_M) for each in slices]
+    gold_score_M = torch.stack(golds).nan_to_num(-torch.inf).amax(dim=0)
+    merged = merge_rankings([ranked(each, TileSize(4, 2), gold_score_M) for each in slices])
+    for result in (ranked(index, TileSize(100, 100)), ranked(index, TileSize(3, 4)), merged):
+        assert torch.equal(result.counts.better_M, counts.better_M)
+        assert torch.equal(result.counts.tied_M, counts.tied_M)
+        assert torch.equal(result.top_row_Mk, best.rows_MK)
+        assert torch.equal(result.top_score_Mk, best.scores_MK)
+        if exact.chosen_ME is not None:
+            assert result.chosen_gold_M is not None
+            assert result.chosen_top_Mk is not None
+            assert torch.equal(result.chosen_gold_M, exact.chosen_ME.gather(1, gold_row_M[:, None])[:, 0])
+            assert torch.equal(result.chosen_top_Mk, exact.chosen_ME.gather(1, best.rows_MK))
+            assert result.chosen_pairs_MB is not None
+            assert result.chosen_pairs_MB.sum() == NUM_MENTIONS * NUM_ENTITIES
 
 
 def loss_of(subject: Subject, features: tuple[Table, Table], rows_M: list[int], gold_rows: list[int]) -> Tensor:

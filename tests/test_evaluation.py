@@ -12,7 +12,8 @@ from workers import run_workers
 
 from dsmip import distributed
 from dsmip.batches import ItemBatch
-from dsmip.evaluation import Ranking, prepare_in_tiles, rank, summarise
+from dsmip.evaluation import Ranking, TileSize, prepare_in_tiles, rank, summarise
+from dsmip.index import EntityIndex
 from dsmip.models.base import BatchGold, Matcher, Scores
 from dsmip.ops.ranking import Counts
 from dsmip.table import Table
@@ -67,7 +68,8 @@ def ranks_by_sorting(scores_ME: Tensor, gold_M: Tensor) -> list[float]:
 def ranked(scores_ME: Tensor, gold_M: Tensor, chosen_ME: Tensor | None = None, **options: Any) -> Ranking:
     num_mentions, num_entities = scores_ME.shape
     matcher = TableMatcher(scores_ME, chosen_ME)
-    return rank(matcher, numbered(num_mentions), numbered(num_entities), gold_M, device=CPU, **options)
+    index = EntityIndex([numbered(num_entities)])
+    return rank(matcher, numbered(num_mentions), index, gold_M, device=CPU, **options)
 
 
 @given(seed=st.integers(0, 10**6), shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), tiles=st.integers(1, 12))
@@ -76,7 +78,7 @@ def test_ranks_equal_a_full_sort(seed: int, shape: tuple[int, int], tiles: int) 
     generator = torch.Generator().manual_seed(seed)
     scores_ME = torch.randint(0, 4, shape, generator=generator).float()  # few values: many ties
     gold_M = torch.randint(shape[1], (shape[0],), generator=generator)
-    ranking = ranked(scores_ME, gold_M, mention_tile=tiles, entity_tile=max(tiles // 2, 1), top_k=3)
+    ranking = ranked(scores_ME, gold_M, tile_size=TileSize(tiles, max(tiles // 2, 1)), top_k=3)
     assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
     order_ME = scores_ME.sort(dim=1, descending=True, stable=True).indices
     assert torch.equal(ranking.top_row_Mk, order_ME[:, :3])
@@ -112,13 +114,13 @@ def test_nan_is_refused(column: int) -> None:
     scores_ME = torch.zeros(2, 4)
     scores_ME[1, column] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        ranked(scores_ME, torch.tensor([0, 1]), mention_tile=1, entity_tile=2)
+        ranked(scores_ME, torch.tensor([0, 1]), tile_size=TileSize(1, 2))
 
 
 def test_choices_of_pairs_are_counted() -> None:
     scores_ME = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0]])
     chosen_ME = torch.tensor([[0, 2, 2], [1, 0, 2]])
-    ranking = ranked(scores_ME, torch.tensor([1, 0]), chosen_ME, top_k=2, num_choices=3, entity_tile=2)
+    ranking = ranked(scores_ME, torch.tensor([1, 0]), chosen_ME, top_k=2, num_choices=3, tile_size=TileSize(entities=2))
     assert ranking.chosen_pairs_MB is not None
     assert ranking.chosen_gold_M is not None
     assert ranking.chosen_top_Mk is not None
@@ -153,12 +155,10 @@ def rank_slice() -> dict[str, Tensor]:
     ranking = rank(
         TableMatcher(scores_ME, torch.zeros(SHAPE, dtype=torch.int64)),
         numbered(SHAPE[0]),
-        numbered(stop - first, first),
+        EntityIndex([numbered(stop - first, first)], first),
         gold_M,
         device=CPU,
-        first_row=first,
-        mention_tile=2,
-        entity_tile=3,
+        tile_size=TileSize(2, 3),
     )
     return {"better": ranking.counts.better_M, "tied": ranking.counts.tied_M}
 

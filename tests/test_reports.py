@@ -11,7 +11,8 @@ import torch
 
 from dsmip.config import ExperimentConfig, parse_config
 from dsmip.errors import UserError
-from dsmip.reports import TOP_K, Evaluated, default_model, evaluate_model, oracle
+from dsmip.ranked_model import TOP_K
+from dsmip.reports import Evaluated, default_model, evaluate_model, oracle
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 

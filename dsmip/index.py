@@ -1,0 +1,120 @@
+"""The entity index: everything about an entity that does not depend on a mention, computed once, read by every ranking.
+
+<folder>/slice-000000.safetensors   prepared entities (a `Table`), a fixed number of kb rows each, memory-mapped
+<folder>/index.json                 written last: what it was made from, and rows and bytes of each slice
+
+An interrupted build goes on from its finished slices.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmip.errors import UserError
+from dsmip.files import write_json
+from dsmip.table import Table, concatenate
+
+MANIFEST = "index.json"
+SLICE_ROWS = 4096
+
+
+class EntityIndex:
+    """Prepared entities of kb rows `first_row` .. `first_row + len(self)`, in one or several tables."""
+
+    def __init__(self, tables: Sequence[Table], first_row: int = 0) -> None:
+        self.tables, self.first_row = tuple(tables), first_row
+        self._starts = [0]
+        for table in self.tables:
+            self._starts.append(self._starts[-1] + len(table))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tables; token rows that entities share are counted once per table."""
+        return sum(table.num_bytes for table in self.tables)
+
+    def tiles(self, size: int) -> Iterator[Table]:
+        """The entities in order, at most `size` at a time; a tile never spans two tables, so nothing is copied."""
+        for table in self.tables:
+            for start in range(0, len(table), size):
+                yield table.rows(slice(start, start + size))
+
+    def take(self, columns: Tensor) -> Table:
+        """The entities at places `columns` (int64 [n], ascending) of this index, with the token rows they use.
+
+        Raises ValueError for no place at all.
+        """
+        chosen = []
+        for (start, stop), table in zip(pairwise(self._starts), self.tables, strict=True):
+            inside = columns[(columns >= start) & (columns < stop)]
+            if len(inside):
+                chosen.append(table.take(inside - start))
+        return concatenate(chosen)
+
+    def slice(self, part: int, num_parts: int) -> "EntityIndex":
+        """One of `num_parts` contiguous slices of nearly equal size."""
+        first, stop = len(self) * part // num_parts, len(self) * (part + 1) // num_parts
+        cut = [
+            table.rows(slice(max(first - start, 0), max(stop - start, 0)))
+            for start, table in zip(self._starts, self.tables, strict=False)
+        ]
+        return EntityIndex([table for table in cut if len(table)], self.first_row + first)
+
+    @staticmethod
+    def open(folder: Path, made_from: dict[str, Any]) -> "EntityIndex":
+        """Opens a finished index memory-mapped.
+
+        Raises UserError when there is none, when it was made from something else, or a slice is missing or cut off.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise UserError(f"no index at {folder} (no {MANIFEST})")
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            found, slices = stored["made_from"], [(entry["file"], entry["bytes"]) for entry in stored["slices"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error!r}); delete the folder to build the index again") from error
+        for key, value in made_from.items():
+            if found.get(key) != value:
+                raise UserError(f"{path}: the index was made from {key} {found.get(key)}, not {value}")
+        for name, num_bytes in slices:
+            size = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if size != num_bytes:
+                state = "is missing" if size is None else f"has {size} bytes instead of {num_bytes}"
+                raise UserError(f"{folder / name} {state}; delete {folder} to build the index again")
+        return EntityIndex([Table.load(folder / name) for name, _ in slices])
+
+
+def build_index(
+    folder: Path,
+    made_from: dict[str, Any],
+    num_entities: int,
+    prepare: Callable[[range], Table],
+    *,
+    slice_rows: int = SLICE_ROWS,
+    progress: Callable[[int], None] = lambda num_entities: None,
+) -> EntityIndex:
+    """Opens the index at `folder`, or builds what is missing of it, slice by slice.
+
+    The folder must belong to `made_from` alone (carry a hash of it in its name). prepare: prepared entities of a range
+    of kb rows. progress: called with the number of entities that are done.
+    """
+    if (folder / MANIFEST).is_file():
+        return EntityIndex.open(folder, made_from)
+    slices = []
+    for number, first in enumerate(range(0, num_entities, slice_rows)):
+        rows = range(first, min(first + slice_rows, num_entities))
+        path = folder / f"slice-{number:06d}.safetensors"
+        if not path.is_file():
+            prepare(rows).to(torch.device("cpu")).save(path)
+        slices.append({"file": path.name, "rows": len(rows), "bytes": path.stat().st_size})
+        progress(rows.stop)
+    write_json(folder / MANIFEST, {"made_from": made_from, "slices": slices})
+    return EntityIndex.open(folder, made_from)

@@ -1,0 +1,144 @@
+"""What an evaluation ranks: a run's model, a split's mentions and the entity index, in memory and on disk.
+
+<run>/index/<model>-<hash>/                     the entity index (see `dsmip.index`)
+<run>/index/<model>-<hash>/<split>.safetensors  prepared mentions, so that all workers score the very same numbers
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmip.config import ExperimentConfig
+from dsmip.errors import UserError
+from dsmip.evaluation import Ranking, prepare_in_tiles, rank
+from dsmip.features import fingerprint, whole_features
+from dsmip.index import EntityIndex, build_index
+from dsmip.manifest import KB
+from dsmip.models.base import Matcher
+from dsmip.refinement import PairScorer
+from dsmip.runs import Run
+from dsmip.stages import gold_rows, part_feature_file, whole_feature_files
+from dsmip.table import Table
+
+TOP_K = 20
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class RankedModel:
+    """A model and all that its ranking needs. choices: the experts that the model chooses from (may be none)."""
+
+    matcher: Matcher
+    mentions: Table
+    index: EntityIndex
+    gold_row_M: Tensor
+    choices: tuple[str, ...]
+
+    def rank(self, device: torch.device, notice: Callable[[str], None] = lambda text: None) -> Ranking:
+        """Exact ranks and the best `TOP_K` entities of all mentions."""
+        return self.rank_slice(self.index, self.gold_scores(self.index, device), device, notice)
+
+    def gold_scores(self, index: EntityIndex, device: torch.device) -> Tensor:
+        """float64 [M]: exact scores of the golds that are in a slice of the index, NaN elsewhere."""
+        return PairScorer(self.matcher, self.mentions, index, device).gold_scores(self.gold_row_M)
+
+    def rank_slice(
+        self,
+        index: EntityIndex,
+        gold_score_M: Tensor,
+        device: torch.device,
+        notice: Callable[[str], None] = lambda text: None,
+    ) -> Ranking:
+        """The ranking against a slice of the index, given all golds' exact scores."""
+        return rank(
+            self.matcher.to(device),
+            self.mentions,
+            index,
+            self.gold_row_M,
+            device=device,
+            top_k=TOP_K,
+            num_choices=len(self.choices),
+            refine=True,
+            gold_score_M=gold_score_M,
+            notice=notice,
+        )
+
+
+@dataclass(frozen=True)
+class RankedFiles:
+    """Where a `RankedModel` is stored, for processes that share the run's folder."""
+
+    run: Path
+    split: str
+    model: str
+    index: Path
+    made_from: Mapping[str, Any]
+
+    @property
+    def mentions(self) -> Path:
+        return self.index / f"{self.split}.safetensors"
+
+    def open(self) -> RankedModel:
+        """Everything memory-mapped; the model on the CPU. Raises UserError when something is missing or damaged."""
+        run = Run.open(self.run)
+        matcher, _, choices = load_model(run, self.model)
+        index = EntityIndex.open(self.index, dict(self.made_from))
+        return RankedModel(matcher, Table.load(self.mentions), index, gold_rows(run.dataset, self.split), choices)
+
+
+def load_model(run: Run, model: str) -> tuple[Matcher, ExperimentConfig, tuple[str, ...]]:
+    """A finished part, or the gated whole by the system's name, for cached features; its configuration and choices.
+
+    Raises UserError for an unknown model, or one that is not trained yet.
+    """
+    if model == run.system.name and run.system.gated:
+        config = run.whole_config()
+        return run.load_whole(), config, run.system.choices(config.system)
+    if model in run.part_names:
+        return run.load_part(model, with_encoder=False), run.config, ()
+    whole = [run.system.name] if run.system.gated else []
+    raise UserError(f"unknown model '{model}'; this run has {', '.join([*whole, *run.part_names])}")
+
+
+def store_ranked(
+    run: Run, split: str, model: str, device: torch.device, progress: Progress = lambda num_entities: None
+) -> RankedFiles:
+    """Encodes and prepares what is not there yet: features, index and mentions.
+
+    progress: called with the number of entities that are in the index. Raises UserError as `load_model` does.
+    """
+    matcher, config, _ = load_model(run, model)
+    matcher.to(device)
+    files = {each: _feature_files(run, config, model, each, device) for each in (split, KB)}
+    made_from = {
+        "model": model,
+        "data": run.dataset.manifest_hash,
+        "weights": fingerprint(matcher.state_dict()),
+        "features": sorted(path.name for path in files[KB].values()),
+    }
+    folder = run.folder / "index" / f"{model}-{fingerprint({}, made_from)[:16]}"
+    kb, mentions = _features(files[KB]), _features(files[split])
+
+    def prepare(rows: range) -> Table:
+        return prepare_in_tiles(matcher, kb.rows(slice(rows.start, rows.stop)), "entities", device)
+
+    build_index(folder, made_from, len(kb), prepare, progress=progress)
+    ranked = RankedFiles(run.folder.resolve(), split, model, folder.resolve(), made_from)
+    if not ranked.mentions.is_file():
+        prepare_in_tiles(matcher, mentions, "mentions", device).to(torch.device("cpu")).save(ranked.mentions)
+    return ranked
+
+
+def _feature_files(run: Run, config: ExperimentConfig, model: str, split: str, device: torch.device) -> dict[str, Path]:
+    if model == run.system.name and run.system.gated:
+        return whole_feature_files(run, config, split, device)
+    return {model: part_feature_file(run, model, split, device)}
+
+
+def _features(files: Mapping[str, Path]) -> Table:
+    tables = {name: Table.load(path) for name, path in files.items()}
+    return whole_features(tables, list(tables)) if len(tables) > 1 else next(iter(tables.values()))

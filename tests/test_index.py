@@ -1,0 +1,133 @@
+"""The entity index on disk: built slice by slice, gone on with after an interruption, checked when it is opened."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsmip.errors import UserError
+from dsmip.index import EntityIndex, build_index
+from dsmip.table import Ragged, Table, concatenate
+
+MADE_FROM: dict[str, Any] = {"model": "text", "data": "abc"}
+NUM_ENTITIES = 10
+
+
+def prepared(rows: range) -> Table:
+    """Row n has the number n, and n % 3 + 1 token rows that say n."""
+    numbers = torch.tensor(rows)
+    lengths = numbers % 3 + 1
+    tokens = torch.repeat_interleave(numbers, lengths)[:, None].float()
+    return Table({"row": numbers.float()[:, None], "token": Ragged(tokens, lengths.cumsum(0) - lengths, lengths)})
+
+
+def build(folder: Path, **options: Any) -> EntityIndex:
+    return build_index(folder, MADE_FROM, NUM_ENTITIES, prepared, slice_rows=4, **options)
+
+
+def assert_rows(table: Table, rows: list[int]) -> None:
+    assert table.dense("row")[:, 0].tolist() == rows
+    tokens_NTd, mask_NT = table.ragged("token").padded()
+    for row, tokens_Td, mask_T in zip(rows, tokens_NTd, mask_NT, strict=True):
+        assert tokens_Td[mask_T][:, 0].tolist() == [row] * (row % 3 + 1)
+
+
+def test_a_built_index_holds_every_entity_in_order(tmp_path: Path) -> None:
+    seen: list[int] = []
+    index = build(tmp_path / "index", progress=seen.append)
+    assert len(index) == NUM_ENTITIES
+    assert seen == [4, 8, 10]
+    assert [len(table) for table in index.tables] == [4, 4, 2]
+    for size in (1, 3, 100):
+        tiles = list(index.tiles(size))
+        assert all(len(tile) <= size for tile in tiles)
+        assert_rows(concatenate(tiles), list(range(NUM_ENTITIES)))
+    assert index.num_bytes == sum(table.num_bytes for table in index.tables) > 0
+
+
+@given(places=st.lists(st.integers(0, NUM_ENTITIES - 1), min_size=1), num_parts=st.integers(1, 12))
+def test_entities_by_place_and_by_slice(places: list[int], num_parts: int) -> None:
+    index = EntityIndex([prepared(range(4)), prepared(range(4, 5)), prepared(range(5, NUM_ENTITIES))], first_row=7)
+    assert_rows(index.take(torch.tensor(sorted(places))), sorted(places))
+    parts = [index.slice(part, num_parts) for part in range(num_parts)]
+    assert sum(map(len, parts)) == NUM_ENTITIES
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    first = 0
+    for part in parts:
+        assert part.first_row == 7 + first
+        if len(part):
+            assert_rows(concatenate(part.tables), list(range(first, first + len(part))))
+        first += len(part)
+
+
+def test_an_interrupted_build_goes_on_from_finished_slices(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def interrupted(rows: range) -> Table:
+        if rows.start == 8 and len(asked) < 3:
+            asked.append(rows.start)
+            raise KeyboardInterrupt
+        asked.append(rows.start)
+        return prepared(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(tmp_path, MADE_FROM, NUM_ENTITIES, interrupted, slice_rows=4)
+    with pytest.raises(UserError, match="no index"):
+        EntityIndex.open(tmp_path, MADE_FROM)
+    index = build_index(tmp_path, MADE_FROM, NUM_ENTITIES, interrupted, slice_rows=4)
+    assert asked == [0, 4, 8, 8]
+    assert_rows(concatenate(index.tables), list(range(NUM_ENTITIES)))
+    build_index(tmp_path, MADE_FROM, NUM_ENTITIES, interrupted, slice_rows=4)
+    assert len(asked) == 4
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "slice-000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lose(folder: Path) -> None:
+    (folder / "slice-000002.safetensors").unlink()
+
+
+def scribble(folder: Path) -> None:
+    (folder / "index.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_off, r"slice-000001\.safetensors has \d+ bytes instead of \d+; delete"),
+        (lose, r"slice-000002\.safetensors is missing; delete"),
+        (scribble, r"index\.json is damaged .* delete the folder"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, damage: Any, message: str) -> None:
+    build(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
+        EntityIndex.open(tmp_path, MADE_FROM)
+    with pytest.raises(UserError, match=message):
+        build(tmp_path)
+
+
+def test_an_index_of_something_else_is_refused(tmp_path: Path) -> None:
+    build(tmp_path)
+    assert json.loads((tmp_path / "index.json").read_text())["made_from"] == MADE_FROM
+    with pytest.raises(UserError, match="made from data abc, not xyz"):
+        EntityIndex.open(tmp_path, MADE_FROM | {"data": "xyz"})
+
+
+def test_shared_token_rows_are_stored_once(tmp_path: Path) -> None:
+    def alike(rows: range) -> Table:
+        starts: Tensor = torch.zeros(len(rows), dtype=torch.int64)
+        return Table({"token": Ragged(torch.ones(5, 8), starts, starts + 5)})
+
+    index = build_index(tmp_path, MADE_FROM, 100, alike, slice_rows=50)
+    values = [table.ragged("token").values for table in index.tables]
+    assert [len(rows) for rows in values] == [5, 5]

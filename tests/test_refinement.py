@@ -1,0 +1,151 @@
+"""Close pairs in double precision, with a matcher whose single-precision errors are known."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_evaluation import CPU, TableMatcher, numbered, ranks_by_sorting
+from torch import Tensor
+
+from dsmip.evaluation import NotRankable, Ranking, TileSize, merge_rankings, rank
+from dsmip.index import EntityIndex
+from dsmip.models.base import Scores
+from dsmip.refinement import GRID, PairScorer
+from dsmip.table import Table
+
+
+class NoisyMatcher(TableMatcher):
+    """Says `scores` in double precision, and in single precision errs by `errors` [M, E]."""
+
+    def __init__(self, scores_ME: Tensor, errors_ME: Tensor) -> None:
+        super().__init__(scores_ME)
+        self.errors_ME = errors_ME
+
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        exact = super().score(mentions, entities)
+        if mentions.dense("weight").dtype == torch.float64:
+            return exact
+        rows, columns = mentions.dense("row")[:, None], entities.dense("row")[None]
+        return Scores((exact.total_ME + self.errors_ME[rows, columns]).float())
+
+
+def weighted(count: int) -> Table:
+    """Numbered rows with a column whose precision tells what is asked for."""
+    return numbered(count).merged(Table({"weight": torch.ones(count)}))
+
+
+def refined(matcher: TableMatcher, shape: tuple[int, int], gold_M: Tensor, **options: Any) -> Ranking:
+    return rank(
+        matcher, weighted(shape[0]), EntityIndex([weighted(shape[1])]), gold_M, device=CPU, refine=True, **options
+    )
+
+
+def example(seed: int, shape: tuple[int, int], error: float) -> tuple[NoisyMatcher, Tensor]:
+    """Scores on a coarse grid (ties), errors of at most `error`, golds."""
+    generator = torch.Generator().manual_seed(seed)
+    scores_ME = torch.randint(0, 50, shape, generator=generator).double() / 16
+    errors_ME = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * error
+    return NoisyMatcher(scores_ME, errors_ME), torch.randint(shape[1], shape[:1], generator=generator)
+
+
+@given(seed=st.integers(0, 10**6), tiles=st.integers(1, 9), error=st.sampled_from([0.0, 1e-4, 0.05, 0.5]))
+@settings(max_examples=60, deadline=None)
+def test_ranks_and_top_k_are_the_exact_ones(seed: int, tiles: int, error: float) -> None:
+    shape = (5, 40)
+    matcher, gold_M = example(seed, shape, error)
+    scores_ME = matcher.scores_ME
+    ranking = refined(matcher, shape, gold_M, top_k=4, tile_size=TileSize(tiles, 3 * tiles))
+    assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
+    best_ME = scores_ME.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(ranking.top_row_Mk, best_ME.indices[:, :4])
+    assert torch.equal(ranking.top_score_Mk, best_ME.values[:, :4])
+    assert ranking.refinement is not None
+    assert 2 * ranking.refinement.largest_error <= ranking.refinement.band
+
+
+def test_only_close_pairs_are_scored_again() -> None:
+    shape = (3, 2000)
+    matcher, gold_M = example(1, shape, 1e-6)
+    matcher.scores_ME = torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    ranking = refined(matcher, shape, gold_M)
+    assert ranking.refinement is not None
+    assert ranking.refinement.largest_error <= 1.1e-6
+    assert 3 <= ranking.refinement.num_pairs < 30  # the golds, and what is within some millionths of them
+
+
+def test_an_error_that_the_sample_missed_widens_the_band() -> None:
+    """The band is measured on every 32nd entity or so; a close pair that errs more must not pass."""
+    scores_ME = torch.linspace(0, 1, 2001, dtype=torch.float64)[None]
+    errors_ME = torch.zeros(1, 2001, dtype=torch.float64)
+    errors_ME[0, 1000] = -0.1  # the gold: scored exactly at once, so it tells what single precision does
+    errors_ME[0, 1040] = -0.05
+    ranking = refined(NoisyMatcher(scores_ME, errors_ME), (1, 2001), torch.tensor([1000]), top_k=3)
+    assert ranking.rank_M.tolist() == [1001.0]
+    assert ranking.refinement is not None
+
+
+def test_equal_features_tie_in_slices_that_are_ranked_apart() -> None:
+    """Scores that differ in the last bits of double precision are equal."""
+    scores_ME = torch.full((2, 9), 0.7, dtype=torch.float64) + torch.arange(9) * 1e-15
+    matcher, gold_row_M = NoisyMatcher(scores_ME, torch.zeros(2, 9, dtype=torch.float64)), torch.tensor([0, 8])
+    index = EntityIndex([weighted(9)])
+    slices = [index.slice(part, 2) for part in range(2)]
+    golds = torch.stack([PairScorer(matcher, weighted(2), each, CPU).gold_scores(gold_row_M) for each in slices])
+    assert golds.isnan().tolist() == [[False, True], [True, False]]
+    gold_score_M = golds.nan_to_num(-torch.inf).amax(dim=0)
+    parts = [
+        rank(matcher, weighted(2), each, gold_row_M, device=CPU, top_k=3, refine=True, gold_score_M=gold_score_M)
+        for each in slices
+    ]
+    merged = merge_rankings(parts)
+    assert merged.rank_M.tolist() == [5.0, 5.0]
+    assert merged.top_row_Mk.tolist() == [[0, 1, 2]] * 2
+    assert gold_score_M.tolist() == pytest.approx([0.7, 0.7], abs=GRID)
+
+
+def test_a_gold_outside_the_index_is_refused() -> None:
+    matcher, _ = example(0, (2, 5), 0.0)
+    with pytest.raises(ValueError, match="mention 1: its gold, kb row 5, is not in the index"):
+        refined(matcher, (2, 5), torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("gold", [1, 7])
+def test_nan_is_named(refine: bool, gold: int) -> None:
+    matcher, gold_M = example(0, (3, 9), 0.0)
+    matcher.scores_ME[2, 7] = float("nan")
+    gold_M[2] = gold
+    index = EntityIndex([weighted(9).rows(slice(0, 5)), weighted(9).rows(slice(5, None))])
+    with pytest.raises(NotRankable, match="mention 2 and entity row 7 is NaN") as raised:
+        rank(matcher, weighted(3), index, gold_M, device=CPU, refine=refine, tile_size=TileSize(2, 2))
+    assert (raised.value.mention, raised.value.entity_row) == (2, 7)
+
+
+class SmallDevice(TableMatcher):
+    """Has memory for a few entities at a time."""
+
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        if len(entities) > 3:
+            raise torch.OutOfMemoryError("no memory left")
+        return super().score(mentions, entities)
+
+
+def test_tiles_are_halved_when_memory_runs_out() -> None:
+    scores_ME = torch.randint(0, 5, (4, 20), generator=torch.Generator().manual_seed(0)).float()
+    gold_M, notices = torch.tensor([3, 0, 19, 7]), list[str]()
+    index = EntityIndex([numbered(20)])
+    ranking = rank(SmallDevice(scores_ME), numbered(4), index, gold_M, device=CPU, top_k=5, notice=notices.append)
+    assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
+    assert torch.equal(ranking.top_row_Mk, scores_ME.sort(dim=1, descending=True, stable=True).indices[:, :5])
+    assert [notice.split()[-2] for notice in notices] == ["10", "5", "3"]
+
+
+def test_a_single_entity_that_does_not_fit_is_an_error() -> None:
+    class NoMemory(TableMatcher):
+        def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+            raise torch.OutOfMemoryError("no memory left")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        rank(NoMemory(torch.zeros(1, 4)), numbered(1), EntityIndex([numbered(4)]), torch.tensor([0]), device=CPU)
