@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsmip.distributed import sum_over_workers
+from dsmip.metrics import summarise
 from dsmip.models.base import Matcher
 from dsmip.ops import ranking as ops
 from dsmip.table import Table, concatenate
@@ -44,20 +45,6 @@ class Ranking:
         """hits@k, MRR and mean ranks over all mentions or over the chosen `rows` (bool [M])."""
         chosen = slice(None) if rows is None else rows
         return summarise(ops.Counts(self.counts.better_M[chosen], self.counts.tied_M[chosen]))
-
-
-HITS_AT = (1, 3, 5, 10, 20)
-
-
-def summarise(counts: ops.Counts) -> dict[str, float]:
-    """The reported metrics of counts: fractions 0 to 1; realistic ranks unless the name says otherwise."""
-    rank_M = ops.realistic_ranks(counts)
-    report = {f"hits@{k}": ops.hits_at(rank_M, k) for k in HITS_AT}
-    report["mrr"] = ops.mean_reciprocal_rank(rank_M)
-    report["mean_rank"] = ops.mean_rank(rank_M)
-    report["mean_rank_optimistic"] = ops.mean_rank(ops.optimistic_ranks(counts))
-    report["mean_rank_pessimistic"] = ops.mean_rank(ops.pessimistic_ranks(counts))
-    return report
 
 
 @torch.no_grad()
