@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsmip.distributed import sum_over_workers
 from dsmip.index import EntityIndex
+from dsmip.metrics import summarise
 from dsmip.models.base import Matcher, Scores
 from dsmip.ops import ranking as ops
 from dsmip.refinement import PairScorer, Refinement, Refiner
@@ -68,20 +69,6 @@ class NotRankable(ValueError):
 
     def __str__(self) -> str:
         return f"the score of mention {self.mention} and entity row {self.entity_row} is NaN: nothing can be ranked"
-
-
-HITS_AT = (1, 3, 5, 10, 20)
-
-
-def summarise(counts: ops.Counts) -> dict[str, float]:
-    """The reported metrics of counts: fractions 0 to 1; realistic ranks unless the name says otherwise."""
-    rank_M = ops.realistic_ranks(counts)
-    report = {f"hits@{k}": ops.hits_at(rank_M, k) for k in HITS_AT}
-    report["mrr"] = ops.mean_reciprocal_rank(rank_M)
-    report["mean_rank"] = ops.mean_rank(rank_M)
-    report["mean_rank_optimistic"] = ops.mean_rank(ops.optimistic_ranks(counts))
-    report["mean_rank_pessimistic"] = ops.mean_rank(ops.pessimistic_ranks(counts))
-    return report
 
 
 @torch.no_grad()

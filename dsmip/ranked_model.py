@@ -18,6 +18,7 @@ from dsmip.evaluation import Ranking, prepare_in_tiles, rank
 from dsmip.features import fingerprint, whole_features
 from dsmip.index import EntityIndex, build_index
 from dsmip.manifest import KB
+from dsmip.models import find_system
 from dsmip.models.base import Matcher
 from dsmip.refinement import PairScorer
 from dsmip.runs import Run
@@ -90,6 +91,12 @@ class RankedFiles:
         return RankedModel(matcher, Table.load(self.mentions), index, gold_rows(run.dataset, self.split), choices)
 
 
+def model_names(config: ExperimentConfig) -> tuple[str, ...]:
+    """What can be evaluated: the gated whole first, then every part."""
+    system = find_system(config.model)
+    return (*([system.name] if system.gated else []), *system.part_names(config.system))
+
+
 def load_model(run: Run, model: str) -> tuple[Matcher, ExperimentConfig, tuple[str, ...]]:
     """A finished part, or the gated whole by the system's name, for cached features; its configuration and choices.
 
@@ -100,8 +107,7 @@ def load_model(run: Run, model: str) -> tuple[Matcher, ExperimentConfig, tuple[s
         return run.load_whole(), config, run.system.choices(config.system)
     if model in run.part_names:
         return run.load_part(model, with_encoder=False), run.config, ()
-    whole = [run.system.name] if run.system.gated else []
-    raise UserError(f"unknown model '{model}'; this run has {', '.join([*whole, *run.part_names])}")
+    raise UserError(f"unknown model '{model}'; this run has {', '.join(model_names(run.config))}")
 
 
 def store_ranked(

@@ -1,5 +1,6 @@
 """From ranks to files and tables: `metrics.json`, `ranks.parquet`, and what several models' ranks say together."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 from dsmip.errors import UserError
-from dsmip.evaluation import HITS_AT, NotRankable, Ranking
+from dsmip.evaluation import NotRankable, Ranking
 from dsmip.files import atomic_path, write_json
+from dsmip.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.manifest import SPLITS
+from dsmip.metrics import HITS_AT, confidence
 from dsmip.ops import ranking as ops
 from dsmip.ranked_model import RankedFiles, store_ranked
 from dsmip.records import Mention
 from dsmip.runs import Run
 
-KIND = "kind"
+KB_HASH = b"kb_sha256"  # in the schema's metadata of ranks.parquet
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Evaluated:
     metrics: dict[str, Any]
 
 
-def default_model(run: Run) -> str:
-    """The whole system, or the only part of a system without a gate."""
-    return run.system.name if run.system.gated else run.part_names[0]
+def evaluation_folder(run_folder: Path, split: str, model: str) -> Path:
+    """Where metrics.json and ranks.parquet of a model on a split lie."""
+    return run_folder / "evaluate" / split / model
 
 
 def evaluate_model(
@@ -65,40 +68,42 @@ def evaluate_model(
             f"{model} of {run.folder} scores mention {mentions[error.mention].mention_id} and entity "
             f"{entity_ids[error.entity_row]} as NaN; its training has diverged, or their features are broken"
         ) from None
-    metrics = {"model": model, "split": split, **_metrics(ranking, mentions, opened.choices, len(opened.index))}
+    groups = report_groups(run.dataset, mentions)
+    metrics = {"model": model, "split": split, **_metrics(ranking, groups, opened.choices, len(opened.index))}
     metrics["index_bytes_per_entity"] = opened.index.num_bytes / len(opened.index)
-    folder = run.folder / "evaluate" / split / model
-    _write_ranks(folder / "ranks.parquet", ranking, mentions, entity_ids, opened.choices)
+    folder = evaluation_folder(run.folder, split, model)
+    _write_ranks(folder / "ranks.parquet", ranking, mentions, groups, entity_ids, opened.choices)
     write_json(folder / "metrics.json", metrics)
     return Evaluated(folder, metrics)
 
 
 def _metrics(
-    ranking: Ranking, mentions: Sequence[Mention], choices: Sequence[str], num_entities: int
+    ranking: Ranking, groups: Sequence[Mapping[str, str]], choices: Sequence[str], num_entities: int
 ) -> dict[str, Any]:
+    """What metrics.json holds; `confidence`: 95 % bootstrap interval of each overall figure, the same at every run."""
     report: dict[str, Any] = {
         "overall": ranking.metrics(),
-        "mentions": len(mentions),
+        "confidence": confidence(ranking.counts, torch.Generator().manual_seed(0)),
+        "mentions": len(groups),
         "entities": num_entities,
         "groups": {},
     }
-    for group in sorted({name for mention in mentions for name in mention.groups}):
-        values = [mention.groups.get(group, "") for mention in mentions]
-        report["groups"][group] = {
-            value: {"mentions": values.count(value), **ranking.metrics(torch.tensor([v == value for v in values]))}
-            for value in sorted(set(values))
+    for name in sorted({name for each in groups for name in each}):
+        report["groups"][name] = {
+            value: {"mentions": sum(rows), **ranking.metrics(torch.tensor(rows))}
+            for value, rows in rows_by_value(groups, name).items()
         }
     if ranking.refinement is not None:
         report["refinement"] = asdict(ranking.refinement)
     if choices and ranking.chosen_pairs_MB is not None and ranking.chosen_gold_M is not None:
-        report["experts"] = _expert_usage(ranking.chosen_pairs_MB, ranking.chosen_gold_M, mentions, choices)
+        report["experts"] = _expert_usage(ranking.chosen_pairs_MB, ranking.chosen_gold_M, groups, choices)
     if choices and ranking.tied_choices_M is not None:
-        report["experts"]["tie_share"] = float(ranking.tied_choices_M.sum()) / (len(mentions) * num_entities)
+        report["experts"]["tie_share"] = float(ranking.tied_choices_M.sum()) / (len(groups) * num_entities)
     return report
 
 
 def _expert_usage(
-    pairs_MB: Tensor, gold_M: Tensor, mentions: Sequence[Mention], choices: Sequence[str]
+    pairs_MB: Tensor, gold_M: Tensor, groups: Sequence[Mapping[str, str]], choices: Sequence[str]
 ) -> dict[str, Any]:
     """Shares of all pairs and of gold pairs that went to each expert, overall and by kind."""
 
@@ -110,17 +115,21 @@ def _expert_usage(
             "gold_share": dict(zip(choices, (gold_B / gold_B.sum()).tolist(), strict=True)),
         }
 
-    kinds = [mention.groups.get(KIND, "") for mention in mentions]
-    by_kind = {kind: shares(torch.tensor([k == kind for k in kinds])) for kind in sorted(set(kinds)) if kind}
-    return {**shares(torch.ones(len(mentions), dtype=torch.bool)), "by_kind": by_kind}
+    by_kind = {kind: shares(torch.tensor(rows)) for kind, rows in rows_by_value(groups, KIND).items() if kind}
+    return {**shares(torch.ones(len(groups), dtype=torch.bool)), "by_kind": by_kind}
 
 
 def _write_ranks(
-    path: Path, ranking: Ranking, mentions: Sequence[Mention], entity_ids: Sequence[str], choices: Sequence[str]
+    path: Path,
+    ranking: Ranking,
+    mentions: Sequence[Mention],
+    groups: Sequence[Mapping[str, str]],
+    entity_ids: Sequence[str],
+    choices: Sequence[str],
 ) -> None:
     columns: dict[str, Any] = {
         "mention_id": [mention.mention_id for mention in mentions],
-        KIND: [mention.groups.get(KIND) for mention in mentions],
+        **{name: pa.array([each.get(name) for each in groups], pa.string()) for name in REPORTED},
         "gold": [mention.entity_id for mention in mentions],
         "rank": ranking.rank_M.tolist(),
         "better": ranking.counts.better_M.tolist(),
@@ -131,8 +140,14 @@ def _write_ranks(
     if ranking.chosen_gold_M is not None and ranking.chosen_top_Mk is not None:
         columns["gold_expert"] = [choices[c] for c in ranking.chosen_gold_M.tolist()]
         columns["top_experts"] = [[choices[c] for c in row] for row in ranking.chosen_top_Mk.tolist()]
+    table = pa.table(columns).replace_schema_metadata({KB_HASH: kb_hash(entity_ids)})
     with atomic_path(path) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+        pq.write_table(table, temporary)
+
+
+def kb_hash(entity_ids: Sequence[str]) -> bytes:
+    """SHA-256 of the kb's entity ids in any order: ranks of two evaluations compare only over the same entities."""
+    return hashlib.sha256("\n".join(sorted(entity_ids)).encode()).hexdigest().encode()
 
 
 def oracle(folders: Mapping[str, Path]) -> dict[str, Any]:
@@ -149,7 +164,7 @@ def oracle(folders: Mapping[str, Path]) -> dict[str, Any]:
     by_kind = {}
     for kind in sorted({k for k in kinds if k is not None}):
         rows = torch.tensor([k == kind for k in kinds])
-        by_kind[kind] = ops.hits_at(best_M[rows], 1)
-    overall = {f"hits@{k}": ops.hits_at(best_M, k) for k in HITS_AT}
-    overall |= {"mrr": ops.mean_reciprocal_rank(best_M), "mean_rank": ops.mean_rank(best_M)}
+        by_kind[kind] = float(ops.hits_at(best_M[rows], 1))
+    overall = {f"hits@{k}": float(ops.hits_at(best_M, k)) for k in HITS_AT}
+    overall |= {"mrr": float(ops.mean_reciprocal_rank(best_M)), "mean_rank": float(ops.mean_rank(best_M))}
     return {"overall": overall, "by_kind": by_kind}

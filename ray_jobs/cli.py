@@ -125,6 +125,24 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    run1: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN1")],
+    run2: Annotated[Path, typer.Argument(help="Run directory to compare with it; may be the same.", metavar="RUN2")],
+    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
+    model1: Annotated[str | None, typer.Option("--model1", help="A part, or the system's name (default).")] = None,
+    model2: Annotated[str | None, typer.Option("--model2", help="A part, or the system's name (default).")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws resamples and sign flips.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Also write the comparison to this file.")
+    ] = None,
+) -> None:
+    """Says whether RUN2 differs from RUN1 by more than luck, from what 'dsmip evaluate' wrote of both."""
+    from ray_jobs.compare import compare_runs
+
+    compare_runs(run1, run2, split=split, model1=model1, model2=model2, seed=seed, json_file=json_file)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything that the demo makes.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Draws the world and the trials.")] = 0,

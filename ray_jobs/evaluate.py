@@ -8,8 +8,8 @@ import torch
 
 from dsmip.errors import UserError
 from dsmip.evaluation import Ranking
-from dsmip.ranked_model import RankedFiles
-from dsmip.reports import default_model, evaluate_model
+from dsmip.ranked_model import RankedFiles, model_names
+from dsmip.reports import evaluate_model
 from dsmip.runs import Run
 
 SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
@@ -23,7 +23,7 @@ def evaluate_run(folder: Path, split: str, model: str | None, device: str, worke
     """
     run, place = Run.open(folder), checked_device(device)
     rank_stored = None if workers == 1 else _ranker_on_ray(workers, place)
-    evaluated = evaluate_model(run, split, model or default_model(run), place, rank_stored=rank_stored)
+    evaluated = evaluate_model(run, split, model or model_names(run.config)[0], place, rank_stored=rank_stored)
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
     refined = metrics["refinement"]

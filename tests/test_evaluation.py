@@ -12,8 +12,9 @@ from workers import run_workers
 
 from dsmip import distributed
 from dsmip.batches import ItemBatch
-from dsmip.evaluation import Ranking, TileSize, prepare_in_tiles, rank, summarise
+from dsmip.evaluation import Ranking, TileSize, prepare_in_tiles, rank
 from dsmip.index import EntityIndex
+from dsmip.metrics import summarise
 from dsmip.models.base import BatchGold, Matcher, Scores
 from dsmip.ops.ranking import Counts
 from dsmip.table import Table

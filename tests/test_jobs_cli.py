@@ -40,6 +40,9 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         ("pretrain --config demo --data D --out w.safetensors", "D: no such dataset directory"),
         ("tune --run R", "no run at .*R"),
         ("evaluate --run R", "no run at .*R"),
+        ("compare R R", "no run at R"),
+        ("compare R", "Missing argument 'RUN2'"),
+        ("compare R R --json .", "is a directory"),
         ("prepare S OUT --format tarball", "--format tarball is unknown; known: mimic, demo"),
         ("prepare S OUT --format demo", "takes a seed or a YAML file as SOURCE; 'S' is neither"),
         ("prepare S OUT", "S"),
@@ -100,7 +103,7 @@ def test_help_needs_neither_ray_nor_torch() -> None:
     assert said.rstrip().endswith("[]")
 
 
-@pytest.mark.parametrize("job", ["prepare", "pretrain", "train_experts", "tune_gate", "evaluate", "demo"])
+@pytest.mark.parametrize("job", ["prepare", "pretrain", "train_experts", "tune_gate", "evaluate", "compare", "demo"])
 def test_every_job_file_is_a_script(job: str) -> None:
     source = (Path(cli.__file__).parent / f"{job}.py").read_text(encoding="utf-8")
     assert source.rstrip().splitlines()[-1].startswith('    run_script("')

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dsmip.comparison import compare, read_evaluation
 from dsmip.config import ExperimentConfig, parse_config
 from dsmip.errors import UserError
-from dsmip.ranked_model import TOP_K
-from dsmip.reports import Evaluated, default_model, evaluate_model, oracle
+from dsmip.ranked_model import TOP_K, model_names
+from dsmip.reports import Evaluated, evaluate_model, oracle
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 
@@ -60,11 +61,31 @@ def test_metrics_are_those_of_the_ranks(run: Run, model: str) -> None:
         assert found["mean_rank_pessimistic"] == pytest.approx(sum(pessimistic) / len(pessimistic))
 
     check(metrics["overall"], records)
-    assert metrics["groups"].keys() == {"kind"}
-    for kind, found in metrics["groups"]["kind"].items():
-        chosen = [record for record in records if record["kind"] == kind]
-        assert found["mentions"] == len(chosen) == 4
-        check(found, chosen)
+    assert [found["mentions"] for found in metrics["groups"]["kind"].values()] == [4, 4]
+    assert metrics["groups"].keys() == {"kind", "gold_seen", "picture", "word"}
+    for group, values in metrics["groups"].items():
+        assert set(values) == {record[group] for record in records}
+        for value, found in values.items():
+            chosen = [record for record in records if record[group] == value]
+            assert found["mentions"] == len(chosen)
+            check(found, chosen)
+
+
+def test_every_overall_figure_has_its_interval(whole: Evaluated) -> None:
+    overall, confidence = whole.metrics["overall"], whole.metrics["confidence"]
+    assert confidence.keys() == overall.keys()
+    for name, (low, high) in confidence.items():
+        assert low <= overall[name] <= high
+    assert confidence["mrr"][0] < confidence["mrr"][1]
+
+
+def test_two_models_of_a_run_can_be_compared(run: Run, whole: Evaluated) -> None:
+    evaluate_model(run, "test", "text", CPU)
+    first, second = (read_evaluation(run.folder, "test", model) for model in (None, "text"))
+    found = compare(first, second, torch.Generator().manual_seed(0))
+    assert found.metrics["mrr"].first == whole.metrics["overall"]["mrr"]
+    assert set(found.groups["kind"]) == {"even", "odd"}
+    assert found.groups["picture"].keys() == whole.metrics["groups"]["picture"].keys()
 
 
 def test_ranks_name_mentions_golds_and_best_entities(run: Run, whole: Evaluated) -> None:
@@ -116,10 +137,10 @@ def test_what_cannot_be_evaluated(
             evaluate_model(fresh, "test", model, CPU)
 
 
-def test_the_model_that_is_meant_without_a_name(run: Run, small_data: Dataset) -> None:
+def test_models_of_a_run_the_whole_first(run: Run) -> None:
     mimic = parse_config({"model": "mimic", "backbone": {"architecture": "tiny"}})
-    assert default_model(run) == "dsmip"
-    assert default_model(Run(run.folder, mimic, small_data)) == "mimic"
+    assert model_names(run.config) == ("dsmip", "text", "visual", "multimodal")
+    assert model_names(mimic) == ("mimic",)
 
 
 def ranks_file(folder: Path, ranks: list[float], ids: str = "abcd", kinds: list[str | None] | None = None) -> Path:

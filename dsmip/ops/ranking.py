@@ -1,4 +1,5 @@
-"""Exact ranks by counting, their means, and deterministic top-k. M mentions, E entities (columns), K kept columns.
+"""Exact ranks by counting, their means, and deterministic top-k. M mentions, E entities (columns), K kept columns,
+X any number of leading dimensions.
 
 A rank is 1 + the number of entities that score better (+ half of the tied ones: the realistic rank). Counts of disjoint
 sets of columns add up, so tiles and workers count on their own. The gold's score must come from the same scoring call
@@ -63,25 +64,41 @@ def pessimistic_ranks(counts: Counts) -> Tensor:
     return 1.0 + counts.better_M.double() + counts.tied_M.double()
 
 
-def hits_at(ranks_M: Tensor, k: int) -> float:
-    """Share of ranks <= k, in 0..1; fractional ranks compare as they are (DSMIP eq. 19, which prints < by a slip)."""
-    return float((_some(ranks_M) <= k).double().mean())
+def hits_at(ranks_XM: Tensor, k: int) -> Tensor:
+    """float64 [X]: share of ranks <= k, in 0..1; fractional ranks compare as they are.
+
+    Like all means below it takes ranks float [..., M] of any leading shape X, () for one sample of mentions, and raises
+    ValueError when M is 0. Source: DSMIP eq. 19, which prints < by a slip.
+    """
+    return (_some(ranks_XM) <= k).double().mean(dim=-1)
 
 
-def mean_reciprocal_rank(ranks_M: Tensor) -> float:
-    """Mean of 1 / rank, in 0..1."""
-    return float(_some(ranks_M).double().reciprocal().mean())
+def mean_reciprocal_rank(ranks_XM: Tensor) -> Tensor:
+    """float64 [X]: mean of 1 / rank, in 0..1."""
+    return _some(ranks_XM).double().reciprocal().mean(dim=-1)
 
 
-def mean_rank(ranks_M: Tensor) -> float:
-    """Mean of the ranks, at least 1."""
-    return float(_some(ranks_M).double().mean())
+def mean_rank(ranks_XM: Tensor) -> Tensor:
+    """float64 [X]: mean of the ranks, at least 1."""
+    return _some(ranks_XM).double().mean(dim=-1)
 
 
-def _some(ranks_M: Tensor) -> Tensor:
-    if len(ranks_M) == 0:
+def median_rank(ranks_XM: Tensor) -> Tensor:
+    """float64 [X]: the middle rank, the mean of the two middle ones when M is even; at least 1.
+
+    >>> import torch
+    >>> median_rank(torch.tensor([[1.0, 9.0, 2.0, 3.0], [1.0, 1.0, 1.0, 4.0]]))
+    tensor([2.5000, 1.0000], dtype=torch.float64)
+    """
+    sorted_XM = _some(ranks_XM).double().sort(dim=-1).values
+    num_ranks = ranks_XM.shape[-1]
+    return (sorted_XM[..., (num_ranks - 1) // 2] + sorted_XM[..., num_ranks // 2]) / 2
+
+
+def _some(ranks_XM: Tensor) -> Tensor:
+    if ranks_XM.shape[-1] == 0:
         raise ValueError("no ranks: the mean of nothing is undefined")
-    return ranks_M
+    return ranks_XM
 
 
 def top_k(scores_ME: Tensor, k: int) -> TopK:

@@ -1,0 +1,71 @@
+"""Groups of mentions that a report breaks figures down by: the data set's own, and what is known of every data set.
+
+gold_seen   seen, unseen: whether the gold entity is the gold of some training mention.
+picture     mention+entity, mention only, entity only, none: who has a picture, the mention and its gold entity.
+word        ambiguous, unique: whether the mention's word stands for several entities, upper and lower case being equal:
+            the entities with this name and the golds of all mentions, of any split, with this word.
+A group that the data set itself has under one of these names stands as it is.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from dsmip.manifest import SPLITS
+from dsmip.records import Mention
+from dsmip.shards import Dataset
+
+KIND = "kind"
+GOLD_SEEN, PICTURE, WORD = "gold_seen", "picture", "word"
+# Columns of ranks.parquet; further groups of the data set are in metrics.json only.
+REPORTED = (KIND, GOLD_SEEN, PICTURE, WORD)
+
+_PICTURES = {
+    (True, True): "mention+entity",
+    (True, False): "mention only",
+    (False, True): "entity only",
+    (False, False): "none",
+}
+
+
+def report_groups(dataset: Dataset, mentions: Sequence[Mention]) -> list[dict[str, str]]:
+    """Group values of each mention by group name. Reads all splits.
+
+    Raises UserError when a shard is missing or damaged.
+    """
+    own = {name for mention in mentions for name in mention.groups}
+    kb = dataset.entity_texts()
+    num_images_E = kb.column("num_images").to_pylist()
+    train_golds, entities_of = _golds_and_words(dataset)
+    for row, name in enumerate(kb.column("name").to_pylist()):
+        entities_of[_key(name)].add(row)
+    groups = []
+    for mention in mentions:
+        derived = {
+            GOLD_SEEN: "seen" if mention.entity_row in train_golds else "unseen",
+            PICTURE: _PICTURES[mention.image is not None, num_images_E[mention.entity_row] > 0],
+            WORD: "ambiguous" if len(entities_of[_key(mention.word)]) > 1 else "unique",
+        }
+        groups.append({name: value for name, value in derived.items() if name not in own} | dict(mention.groups))
+    return groups
+
+
+def rows_by_value(groups: Sequence[Mapping[str, str]], name: str) -> dict[str, list[bool]]:
+    """Which mentions have each value of a group, by sorted value; the value of those outside the group is ''."""
+    values = [each.get(name, "") for each in groups]
+    return {value: [each == value for each in values] for value in sorted(set(values))}
+
+
+def _golds_and_words(dataset: Dataset) -> tuple[set[int], defaultdict[str, set[int]]]:
+    """kb rows that are golds of training mentions, and kb rows that each word is linked to."""
+    train_golds: set[int] = set()
+    entities_of: defaultdict[str, set[int]] = defaultdict(set)
+    for split in SPLITS:
+        for mention in dataset.mentions(split):
+            entities_of[_key(mention.word)].add(mention.entity_row)
+            if split == "train":
+                train_golds.add(mention.entity_row)
+    return train_golds, entities_of
+
+
+def _key(word: str) -> str:
+    return word.strip().casefold()

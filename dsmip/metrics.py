@@ -1,0 +1,115 @@
+"""The reported metrics of ranks: one definition for figures, bootstrap intervals and paired comparisons.
+
+M mentions, R resamples, K metrics, X any number of leading dimensions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsmip.ops import ranking as ops
+from dsmip.ops.significance import percentile_interval, randomisation_p_values, resamples
+
+HITS_AT = (1, 3, 5, 10, 20)
+MEDIAN_RANK = "median_rank"
+LEVEL = 0.95  # of all intervals
+NUM_RESAMPLES = 2_000
+NUM_FLIPS = 10_000
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of two systems on the same mentions; `difference` is second minus first.
+
+    interval: paired bootstrap, 95 %. p_value: paired randomisation test; None for the median, which is no mean.
+    """
+
+    first: float
+    second: float
+    difference: float
+    interval: tuple[float, float]
+    p_value: float | None
+
+
+def measure(counts: ops.Counts) -> dict[str, Tensor]:
+    """All metrics of counts int64 [..., M], each float64 [X]; realistic ranks unless the name says otherwise.
+
+    Raises ValueError when M is 0.
+    """
+    ranks_XM = ops.realistic_ranks(counts)
+    report = {f"hits@{k}": ops.hits_at(ranks_XM, k) for k in HITS_AT}
+    report["mrr"] = ops.mean_reciprocal_rank(ranks_XM)
+    report["mean_rank"] = ops.mean_rank(ranks_XM)
+    report["mean_rank_optimistic"] = ops.mean_rank(ops.optimistic_ranks(counts))
+    report["mean_rank_pessimistic"] = ops.mean_rank(ops.pessimistic_ranks(counts))
+    report[MEDIAN_RANK] = ops.median_rank(ranks_XM)
+    return report
+
+
+def summarise(counts: ops.Counts) -> dict[str, float]:
+    """The metrics of counts int64 [M] as numbers; hits and MRR are fractions 0 to 1."""
+    return {name: float(value) for name, value in measure(counts).items()}
+
+
+def confidence(
+    counts: ops.Counts, generator: torch.Generator, *, num_resamples: int = NUM_RESAMPLES
+) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap interval over mentions (low, high) of each metric. counts: int64 [M] on the generator's device."""
+    pieces = [
+        _stack(measure(_take(counts, rows_RM))) for rows_RM in resamples(len(counts.better_M), num_resamples, generator)
+    ]
+    return _intervals(list(summarise(counts)), torch.cat(pieces))
+
+
+def compare_counts(
+    first: ops.Counts,
+    second: ops.Counts,
+    generator: torch.Generator,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    num_flips: int = NUM_FLIPS,
+) -> dict[str, Difference]:
+    """Each metric of two systems on the same mentions in the same order, counts int64 [M] each.
+
+    Raises ValueError when they have different numbers of mentions, or none.
+    """
+    if first.better_M.shape != second.better_M.shape:
+        raise ValueError(f"{len(first.better_M)} mentions against {len(second.better_M)}: nothing to pair")
+    before, after = summarise(first), summarise(second)
+    pieces = [
+        _stack(measure(_take(second, rows_RM))) - _stack(measure(_take(first, rows_RM)))
+        for rows_RM in resamples(len(first.better_M), num_resamples, generator)
+    ]
+    intervals = _intervals(list(before), torch.cat(pieces))
+    differences_MK = _stack(measure(_single(second))) - _stack(measure(_single(first)))
+    p_values = dict(zip(before, randomisation_p_values(differences_MK, num_flips, generator).tolist(), strict=True))
+    return {
+        name: Difference(
+            before[name],
+            after[name],
+            after[name] - before[name],
+            intervals[name],
+            None if name == MEDIAN_RANK else p_values[name],
+        )
+        for name in before
+    }
+
+
+def _take(counts: ops.Counts, rows_RM: Tensor) -> ops.Counts:
+    return ops.Counts(counts.better_M[rows_RM], counts.tied_M[rows_RM])
+
+
+def _single(counts: ops.Counts) -> ops.Counts:
+    """Every mention as a sample of its own [M, 1]: a metric that is a mean is the mean of these."""
+    return ops.Counts(counts.better_M[:, None], counts.tied_M[:, None])
+
+
+def _stack(report: dict[str, Tensor]) -> Tensor:
+    """[..., K], metrics in the report's order."""
+    return torch.stack(list(report.values()), dim=-1)
+
+
+def _intervals(names: list[str], resampled_RK: Tensor) -> dict[str, tuple[float, float]]:
+    low_K, high_K = percentile_interval(resampled_RK, LEVEL).tolist()
+    return {name: (low, high) for name, low, high in zip(names, low_K, high_K, strict=True)}

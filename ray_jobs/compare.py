@@ -1,0 +1,67 @@
+"""The job `dsmip compare`: two evaluations on the same mentions, with intervals and p-values. Knows no Ray."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dsmip.comparison import Comparison, Evaluation, compare, read_evaluation
+from dsmip.errors import UserError
+from dsmip.files import write_json
+from dsmip.manifest import SPLITS
+from dsmip.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
+
+_PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
+
+
+def compare_runs(
+    run1: Path, run2: Path, *, split: str, model1: str | None, model2: str | None, seed: int, json_file: Path | None
+) -> Comparison:
+    """Prints the comparison, and writes it to `json_file` when one is given.
+
+    Raises UserError for an unknown split, a missing evaluation, two that are one, or two of different tasks.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
+    first, second = read_evaluation(run1, split, model1), read_evaluation(run2, split, model2)
+    if (first.run.resolve(), first.model) == (second.run.resolve(), second.model):
+        raise UserError(f"both are {first}; give another RUN2, or --model1 and --model2")
+    found = compare(first, second, torch.Generator().manual_seed(seed))
+    if json_file is not None:
+        sides = [{"run": str(each.run), "model": each.model} for each in (first, second)]
+        write_json(json_file, {"runs": sides, "split": split, "seed": seed, **asdict(found)})
+    _show(first, second, split, found)
+    return found
+
+
+def _show(first: Evaluation, second: Evaluation, split: str, found: Comparison) -> None:
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    console.print(f"{found.num_mentions} mentions of {split}\n  1: {first}\n  2: {second}", markup=False)
+    metrics = Table("", "1", "2", "2 - 1", f"{LEVEL:.0%} interval", "p")
+    for name, metric in found.metrics.items():
+        low, high = metric.interval
+        interval = f"{low:+.3f} to {high:+.3f}"
+        p_value = "" if metric.p_value is None else f"{metric.p_value:.4f}"
+        figures = (f"{metric.first:.3f}", f"{metric.second:.3f}", f"{metric.difference:+.3f}")
+        metrics.add_row(name, *figures, interval, p_value)
+    console.print(metrics)
+    console.print(f"paired over mentions: {NUM_RESAMPLES} bootstrap resamples, {NUM_FLIPS} random sign flips")
+    hits = Table("hits@1 of", "mentions", "1", "2", "2 - 1")
+    for group, values in found.groups.items():
+        hits.add_section()
+        for value, each in values.items():
+            one, two = each["hits@1"]
+            hits.add_row(
+                f"{group} {value or '-'}", str(each["mentions"]), f"{one:.3f}", f"{two:.3f}", f"{two - one:+.3f}"
+            )
+    if found.groups:
+        console.print(hits)
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import run_script
+
+    run_script("compare")
