@@ -139,8 +139,16 @@ class Expert(Matcher):
     def prepare_entities(self, features: Table) -> Table:
         return self.scorer.prepare_entities(features)
 
-    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
-        units = self.scorer.score(mentions, entities)
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether it has the one unit that compares tokens with tokens."""
+        return "text" in self.scorer.units
+
+    def score(
+        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, wanted_ME: Tensor | None = None
+    ) -> Scores:
+        """wanted_ME: bool [M, E]; scores of other pairs lack the text unit's token-level half (None: all are whole)."""
+        units = self.scorer.score(mentions, entities, wanted_ME)
         return Scores(torch.stack(list(units.values())).mean(dim=0), parts=units)
 
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:

@@ -38,11 +38,13 @@ class UnitScorer(nn.Module):
         """Everything that the units need of entities."""
         return self._prepare(features, "prepare_entities")
 
-    def score(self, mentions: Table, entities: Table) -> dict[str, Tensor]:
-        """Each unit's scores [M, E], by name."""
-        return {
-            name: _unit(unit).score(mentions.under(name), entities.under(name)) for name, unit in self.units.items()
-        }
+    def score(self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None) -> dict[str, Tensor]:
+        """Each unit's scores [M, E], by name; the text unit's lack their token-level half where not wanted (bool)."""
+        scores = {}
+        for name, unit in self.units.items():
+            inputs = mentions.under(name), entities.under(name)
+            scores[name] = unit.score(*inputs, wanted_ME) if isinstance(unit, TextUnit) else _unit(unit).score(*inputs)
+        return scores
 
     def _prepare(self, features: Table, method: str) -> Table:
         inputs: dict[str, tuple[Tensor, Ragged]] = {}

@@ -6,12 +6,19 @@ Parameter names are those of the published MIMIC state dict below `matcher.tglu`
 N items, M mentions, E entities, z global text width, d unit width. Everything is float32: call it outside autocast.
 """
 
+import warnings
 from collections.abc import Callable
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from dsmip.errors import UserError
 from dsmip.ops import dual, matching
+from dsmip.ops.kernels import cpu
 from dsmip.table import Ragged, Table
+
+Backend = Literal["torch", "cpp"]
 
 
 class TextNorm(nn.Module):
@@ -48,6 +55,8 @@ class TextUnit(nn.Module):
 
     mask_padding: True attends over each item's own tokens. False reproduces the published code, which attends over
     padding as well: the features must then hold all token places of every item, padding included.
+    backend: what computes token-level scores (`use_backend`). `cpp` is taken for float32 on a CPU without gradients,
+    `torch` for all else.
     """
 
     def __init__(
@@ -60,6 +69,7 @@ class TextUnit(nn.Module):
     ) -> None:
         super().__init__()
         self.mask_padding = mask_padding
+        self.backend: Backend = "torch"
         self.fc_query = nn.Linear(token_width, width)
         self.fc_key = nn.Linear(token_width, width)
         self.fc_value = nn.Linear(token_width, width)
@@ -80,28 +90,74 @@ class TextUnit(nn.Module):
         query = _each_row(tokens, lambda x: self.fc_query(x) * scale)
         return Table({"global": global_Nz, "local": self.fc_cls(global_Nz), "query": query})
 
-    def score(self, mentions: Table, entities: Table) -> Tensor:
-        """S_T, float [M, E]."""
+    def score(self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None) -> Tensor:
+        """S_T, float [M, E]. The token-level half, which costs the most, is left out of pairs not wanted (bool)."""
+        local_query_Ed = entities.dense("local")
+        direction_Ed = local_query_Ed * self.layer_norm.weight
+        if self._takes_cpp(direction_Ed):
+            local_ME = self._local_cpp(mentions, entities, direction_Ed, wanted_ME)
+        elif wanted_ME is None:
+            local_ME = self._local_torch(mentions, entities, direction_Ed)
+        else:
+            local_ME = self._local_of_lists(mentions, entities, direction_Ed, wanted_ME)
+        globals_ = mentions.dense("global"), entities.dense("global")
+        return matching.with_global(local_ME, *globals_, local_query_Ed, self.layer_norm.bias)
+
+    def _takes_cpp(self, direction_Ed: Tensor) -> bool:
+        on_cpu = direction_Ed.device.type == "cpu" and direction_Ed.dtype == torch.float32
+        return self.backend == "cpp" and on_cpu and not torch.is_grad_enabled()
+
+    def _local_cpp(self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor | None) -> Tensor:
+        columns = mentions.ragged("key"), mentions.ragged("value"), entities.ragged("query")
+        rows = (cpu.TokenRows(column.values, column.starts, column.lengths) for column in columns)
+        return cpu.local_scores(*rows, direction_Ed, self.layer_norm.eps, wanted_ME)
+
+    def _local_torch(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
         key_MTd, mask_MT = mentions.ragged("key").padded()
         value_MTd, _ = mentions.ragged("value").padded()
         query_ESd, mask_ES = entities.ragged("query").padded()
-        return matching.text_unit(
-            mentions.dense("global"),
-            entities.dense("global"),
-            key_MTd,
-            value_MTd,
-            mask_MT if self.mask_padding else None,
-            query_ESd,
-            mask_ES if self.mask_padding else None,
-            entities.dense("local"),
-            self.layer_norm.weight,
-            self.layer_norm.bias,
-            self.layer_norm.eps,
+        masks = (mask_MT, mask_ES) if self.mask_padding else (None, None)
+        return matching.local_scores(
+            key_MTd, value_MTd, masks[0], query_ESd, masks[1], direction_Ed, self.layer_norm.eps
         )
+
+    def _local_of_lists(self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor) -> Tensor:
+        """`_local_torch` of each mention with its own list of entities; 0 elsewhere."""
+        local_ME = direction_Ed.new_zeros(wanted_ME.shape)
+        for m, wanted_E in enumerate(wanted_ME):
+            row_e = wanted_E.nonzero()[:, 0]
+            one = mentions.rows(slice(m, m + 1))
+            local_ME[m, row_e] = self._local_torch(one, entities.rows(row_e), direction_Ed[row_e])[0]
+        return local_ME
 
     def _check_lengths(self, tokens: Ragged) -> None:
         if not self.mask_padding and len(tokens.lengths) and bool((tokens.lengths != tokens.lengths[0]).any()):
             raise ValueError("mask_padding=False needs features that hold every token place, but lengths differ")
+
+
+def use_backend(matcher: nn.Module, name: Literal["auto", "torch", "cpp"], device: torch.device) -> Backend:
+    """Sets what computes the token-level scores of all text units in `matcher`; returns it.
+
+    auto: `cpp` on a CPU where it can be compiled, else `torch`, with a warning that says why when it cannot.
+
+    Raises:
+        UserError: `cpp` was asked for and is not to be had.
+    """
+    backend: Backend = "torch"
+    if name == "cpp" and device.type != "cpu":
+        raise UserError(f"backend cpp runs on a CPU, not on {device}: use torch or auto")
+    if name != "torch" and device.type == "cpu":
+        reason = cpu.why_unavailable()
+        if reason is None:
+            backend = "cpp"
+        elif name == "cpp":
+            raise UserError(f"backend cpp cannot be built: {reason}; mend it, or use torch")
+        else:
+            warnings.warn(f"no compiled kernel, scoring with PyTorch: {reason}", stacklevel=2)
+    for module in matcher.modules():
+        if isinstance(module, TextUnit):
+            module.backend = backend
+    return backend
 
 
 class DualUnit(nn.Module):

@@ -12,7 +12,7 @@ from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.experts import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
 from dsmip.gate import Gate, GateConfig, GateEncoder
-from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, System
+from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, System, TokenPairs
 from dsmip.ops.contrastive import contrastive_loss, contrastive_losses
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.table import Table
@@ -77,16 +77,40 @@ class DsmipMatcher(Matcher):
 
     def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         """Scores with the choice of each pair; gradients reach the gate straight through (eqs. 15, 16)."""
+        log_pi_MEB = self.gate.log_pi(mentions.under(GATE), entities.under(GATE))
+        if not torch.is_grad_enabled():
+            return self._chosen_scores(mentions, entities, log_pi_MEB)
         parts = self._expert_scores(mentions, entities)
         scores_MEB = torch.stack(list(parts.values()), dim=-1)
-        log_pi_MEB = self.gate.log_pi(mentions.under(GATE), entities.under(GATE))
-        if torch.is_grad_enabled():
-            choice_MEB = hard_choice(log_pi_MEB, noise, self.gate.config.temperature)
-            return Scores((choice_MEB * scores_MEB).sum(-1), choice_MEB.argmax(-1).expand(scores_MEB.shape[:2]), parts)
-        chosen_ME = log_pi_MEB.argmax(dim=-1).expand(scores_MEB.shape[:2])
+        choice_MEB = hard_choice(log_pi_MEB, noise, self.gate.config.temperature)
+        return Scores((choice_MEB * scores_MEB).sum(-1), choice_MEB.argmax(-1).expand(scores_MEB.shape[:2]), parts)
+
+    def _chosen_scores(self, mentions: Table, entities: Table, log_pi_MEB: Tensor) -> Scores:
+        """Each pair scored by its likeliest expert alone, the first of equals."""
+        shape = (len(mentions), len(entities))
+        chosen_ME = log_pi_MEB.argmax(dim=-1).expand(shape)
         best_ME2 = log_pi_MEB.topk(2, dim=-1).values
-        tied_ME = (best_ME2[..., 0] == best_ME2[..., 1]).expand(scores_MEB.shape[:2])
-        return Scores(scores_MEB.gather(-1, chosen_ME[..., None])[..., 0], chosen_ME, parts, tied_ME)
+        tied_ME = (best_ME2[..., 0] == best_ME2[..., 1]).expand(shape)
+        score = self._mentions_of if self.gate.config.choice == "mention" else self._pairs_of
+        wanted = {name: chosen_ME == b for b, name in enumerate(self.experts)}
+        parts = self._calibrated({name: score(name, mentions, entities, wanted[name]) for name in wanted})
+        texts = [wanted[name] for name, expert in self._experts().items() if expert.scores_tokens]
+        pairs = TokenPairs(sum(int(wanted_ME.sum()) for wanted_ME in texts), len(texts) * chosen_ME.numel())
+        total_ME = torch.stack(list(parts.values()), dim=-1).gather(-1, chosen_ME[..., None])[..., 0]
+        return Scores(total_ME, chosen_ME, parts, tied_ME, pairs)
+
+    def _mentions_of(self, name: str, mentions: Table, entities: Table, wanted_ME: Tensor) -> Tensor:
+        """An expert's scores [M, E] in the rows of mentions that chose it, 0 in the others."""
+        row_m = wanted_ME.any(dim=1).nonzero()[:, 0]
+        own = mentions.under(name).rows(row_m)
+        scores_mE = self._experts()[name].score(own, entities.under(name)).total_ME
+        return scores_mE.new_zeros(wanted_ME.shape).index_copy(0, row_m, scores_mE)
+
+    def _pairs_of(self, name: str, mentions: Table, entities: Table, wanted_ME: Tensor) -> Tensor:
+        """An expert's scores [M, E] of pairs that chose it, 0 of others; its products that cost little are dense."""
+        own = mentions.under(name), entities.under(name)
+        scores_ME = self._experts()[name].score(*own, wanted_ME=wanted_ME).total_ME
+        return scores_ME.where(wanted_ME, 0.0)
 
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
         mentions, entities = self.prepare_mentions(mention_features), self.prepare_entities(entity_features)
@@ -109,10 +133,14 @@ class DsmipMatcher(Matcher):
         return -torch.logsumexp(self.gate.log_pi(mentions.under(GATE), entities.under(GATE))[:, 0] + log_p_MB, -1).sum()
 
     def _expert_scores(self, mentions: Table, entities: Table) -> dict[str, Tensor]:
-        scores = {
-            name: expert.score(mentions.under(name), entities.under(name)).total_ME
-            for name, expert in self._experts().items()
-        }
+        return self._calibrated(
+            {
+                name: expert.score(mentions.under(name), entities.under(name)).total_ME
+                for name, expert in self._experts().items()
+            }
+        )
+
+    def _calibrated(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.gate.config.calibration == "none":
             return scores
         return {name: s * scale for (name, s), scale in zip(scores.items(), self.scale_B(), strict=True)}

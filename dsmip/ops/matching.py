@@ -31,15 +31,52 @@ def text_unit(
     query_ESd must already be divided by sqrt(d). mask_MT and mask_ES are bool, True for real tokens, at least one per
     item; None: all are real. local_query_Ed is W_c t_e; norm_weight [d], norm_bias [d] and eps are the LayerNorm's.
 
-    The mean over s is taken of the attention before it meets the values, so nothing of size [M, E, S, d] exists. Pairs
-    are handled in blocks of items of like length whose [e, s, m, t] attention has at most `max_elements` elements (or
-    is one pair; default: what suits the device). The backward pass needs all attention: up to `kept_elements` it is
-    kept, beyond that each block's is computed again.
-
     >>> key, value, query = torch.ones(1, 1, 2), torch.tensor([[[3.0, 1.0]]]), torch.ones(1, 1, 2)
     >>> local_query, weight, bias = torch.tensor([[1.0, 0.0]]), torch.ones(2), torch.zeros(2)
     >>> text_unit(key[0], query[0], key, value, None, query, None, local_query, weight, bias, 0.0)
     tensor([[1.5000]])
+    """
+    local_ME = local_scores(
+        key_MTd,
+        value_MTd,
+        mask_MT,
+        query_ESd,
+        mask_ES,
+        local_query_Ed * norm_weight,
+        eps,
+        max_elements=max_elements,
+        kept_elements=kept_elements,
+    )
+    return with_global(local_ME, global_Mz, global_Ez, local_query_Ed, norm_bias)
+
+
+def with_global(
+    local_ME: Tensor, global_Mz: Tensor, global_Ez: Tensor, local_query_Ed: Tensor, norm_bias: Tensor
+) -> Tensor:
+    """U_T from its token-level scores (`local_scores` with the directions W_c t_e * norm_weight), float [M, E]."""
+    return (global_Mz @ global_Ez.T + local_ME + local_query_Ed @ norm_bias) / 2
+
+
+def local_scores(
+    key_MTd: Tensor,
+    value_MTd: Tensor,
+    mask_MT: Tensor | None,
+    query_ESd: Tensor,
+    mask_ES: Tensor | None,
+    direction_Ed: Tensor,
+    eps: float,
+    *,
+    max_elements: int | None = None,
+    kept_elements: int = 2**26,
+) -> Tensor:
+    """<direction_e, c / sd(c)> with c = mean over s of softmax(q_s K^T) V, V centred over channels; float [M, E].
+
+    Arguments as in `text_unit`; `dsmip.ops.kernels.cpu.local_scores` is the same in C++.
+
+    The mean over s is taken of the attention before it meets the values, so nothing of size [M, E, S, d] exists. Pairs
+    are handled in blocks of items of like length whose [e, s, m, t] attention has at most `max_elements` elements (or
+    is one pair; default: what suits the device). The backward pass needs all attention: up to `kept_elements` it is
+    kept, beyond that each block's is computed again.
     """
     if max_elements is None:
         max_elements = 2**20 if key_MTd.device.type == "cpu" else 2**26  # a CPU's cache; a fraction of a GPU's memory
@@ -49,7 +86,7 @@ def text_unit(
     )
 
     if not (blocks_M and blocks_E):
-        return global_Mz @ global_Ez.T  # no pair
+        return key_MTd.new_zeros(len(key_MTd), len(query_ESd))  # no pair
 
     bias_MT = torch.zeros_like(key_MTd[..., 0]) if mask_MT is None else torch.where(mask_MT, 0.0, -torch.inf)
     weight_ES = torch.ones_like(query_ESd[..., 0]) if mask_ES is None else mask_ES.to(query_ESd.dtype)
@@ -57,17 +94,16 @@ def text_unit(
     mean_weight_ES = weight_ES / weight_ES.sum(dim=1, keepdim=True)
     mention_side = [_cut(x[order_M], blocks_M) for x in (key_MTd, centred_MTd, bias_MT.to(key_MTd.dtype))]
     entity_side = [_cut(x[order_E], blocks_E) for x in (query_ESd, mean_weight_ES)]
-    directions = (local_query_Ed * norm_weight)[order_E].split([e for e, _ in blocks_E])
+    directions = direction_Ed[order_E].split([e for e, _ in blocks_E])
 
     num_elements = sum(m * t for m, t in blocks_M) * sum(e * s for e, s in blocks_E)
     keep = num_elements <= kept_elements or not torch.is_grad_enabled()
-    local_scores = _local_scores if keep else _recomputed_local_scores
+    of_block = _local_scores if keep else _recomputed_local_scores
     strips = []
     for mentions in zip(*mention_side, strict=True):
         entities = zip(*entity_side, directions, strict=True)
-        strips.append(torch.cat([local_scores(eps, *mentions, *block) for block in entities], dim=1))
-    local_ME = torch.cat(strips)[order_M.argsort()][:, order_E.argsort()]
-    return (global_Mz @ global_Ez.T + local_ME + local_query_Ed @ norm_bias) / 2
+        strips.append(torch.cat([of_block(eps, *mentions, *block) for block in entities], dim=1))
+    return torch.cat(strips)[order_M.argsort()][:, order_E.argsort()]
 
 
 def _blocks_by_length(

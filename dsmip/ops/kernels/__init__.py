@@ -1,0 +1,1 @@
+"""Compiled forms of what `dsmip.ops` does in plain PyTorch."""

@@ -1,0 +1,161 @@
+"""The text unit's token-level score in C++ (text_unit.cpp), compiled at first use; float32 on a CPU, no gradients.
+
+The source is one C function in a shared library of its own, loaded with ctypes: building it takes a C++ compiler and
+seconds, where an extension of torch takes ninja, torch's headers and a minute. It starts threads itself, so that no
+second OpenMP runtime comes into the process. The library is kept in the user's cache folder, by a hash of the source,
+the flags and what the compiler says of itself and of this processor.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_name("text_unit.cpp")
+# tuned for a certain processor, GCC reads the keys of a register tile from memory for every row: a third slower
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-mtune=generic", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+_SECONDS = 300  # for the compiler
+
+
+class TokenRows(NamedTuple):
+    """N items' token rows in one float32 tensor [R, d]: item n owns rows starts[n] to starts[n] + lengths[n]."""
+
+    values_Rd: Tensor
+    start_N: Tensor
+    length_N: Tensor
+
+
+def why_unavailable() -> str | None:
+    """Why there is no compiled kernel, in one line; None when there is one. The first call builds it."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def local_scores(
+    key: TokenRows,
+    value: TokenRows,
+    query: TokenRows,
+    direction_Ed: Tensor,
+    eps: float,
+    wanted_ME: Tensor | None = None,
+    num_threads: int | None = None,
+) -> Tensor:
+    """`dsmip.ops.matching.local_scores` of M mentions and E entities: float32 [M, E], 0 where not wanted (bool [M, E]).
+
+    A pair's score depends on the pair alone, to the last bit: not on the other pairs, their order or the number of
+    threads (default: torch's). NaN in, NaN out; an item without tokens scores NaN.
+
+    Raises:
+        RuntimeError: the kernel is not available, or memory does not suffice.
+        ValueError: another dtype, device or shape, or rows outside their tensor.
+    """
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"the C++ kernel is not available: {library}")
+    key, value, query = (_checked(rows) for rows in (key, value, query))
+    if not torch.equal(key.length_N, value.length_N):
+        raise ValueError("keys and values differ in their numbers of tokens")
+    num_mentions, num_entities, width = len(key.length_N), len(query.length_N), key.values_Rd.shape[1]
+    direction_Ed = direction_Ed.detach().contiguous()
+    shapes = (value.values_Rd.shape[1], query.values_Rd.shape[1], *direction_Ed.shape)
+    if shapes != (width, width, num_entities, width) or direction_Ed.dtype != torch.float32:
+        raise ValueError("directions must be float32 [E, d], and keys, values and queries of the same width d")
+    if wanted_ME is not None:
+        if wanted_ME.shape != (num_mentions, num_entities) or wanted_ME.dtype != torch.bool:
+            raise ValueError("wanted pairs must be bool [M, E]")
+        wanted_ME = wanted_ME.contiguous()
+    scores_ME = torch.empty(num_mentions, num_entities)
+    mentions = (key.values_Rd, value.values_Rd, key.start_N, value.start_N, key.length_N)
+    failed = library.dsmip_text_unit(
+        *map(_address, mentions),
+        num_mentions,
+        *map(_address, query),
+        _address(direction_Ed),
+        num_entities,
+        width,
+        eps,
+        None if wanted_ME is None else _address(wanted_ME),
+        num_threads or torch.get_num_threads(),
+        _address(scores_ME),
+    )
+    if failed:
+        raise RuntimeError(f"no memory left to score {num_mentions} x {num_entities} pairs")
+    return scores_ME
+
+
+def _checked(rows: TokenRows) -> TokenRows:
+    """Contiguous and safe to read: the kernel does not look again."""
+    values_Rd = rows.values_Rd.detach().contiguous()
+    if values_Rd.dtype != torch.float32 or values_Rd.device.type != "cpu" or values_Rd.dim() != 2:
+        raise ValueError("token rows must be float32 [R, d] on the CPU")
+    start_N, length_N = (x.to(torch.int64).contiguous() for x in (rows.start_N, rows.length_N))
+    inside_N = (start_N >= 0) & (length_N >= 0) & (start_N + length_N <= len(values_Rd))
+    if len(start_N) != len(length_N) or not bool(inside_N.all()):
+        raise ValueError(f"items own token rows outside of the {len(values_Rd)} that there are")
+    return TokenRows(values_Rd, start_N, length_N)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded library, or why there is none."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    try:
+        library = ctypes.CDLL(str(_built(compiler)))
+    except FileNotFoundError:
+        return f"no C++ compiler named {compiler[0]} (set CXX to one)"
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        return f"{compiler[0]} failed: {next((line for line in lines if 'error' in line), lines[-1])}"
+    except subprocess.TimeoutExpired:
+        return f"{compiler[0]} took more than {_SECONDS} seconds"
+    except (OSError, RuntimeError) as error:  # a cache folder that cannot be written, no home folder
+        return str(error)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.dsmip_text_unit.argtypes = (
+        *(pointer,) * 5,  # keys, values, their starts, lengths
+        number,
+        *(pointer,) * 4,  # queries, starts, lengths, directions
+        number,
+        number,
+        ctypes.c_float,
+        pointer,  # wanted
+        ctypes.c_int,
+        pointer,  # scores
+    )
+    library.dsmip_text_unit.restype = ctypes.c_int
+    return library
+
+
+def _built(compiler: list[str]) -> Path:
+    """The library's file, compiled if it is not there."""
+    # the macros that a compiler defines name its version and the processor's instructions
+    macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    key = hashlib.sha256(repr((_SOURCE.read_bytes(), _FLAGS, macros)).encode()).hexdigest()[:16]
+    target = _cache_folder() / f"text_unit-{key}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            unfinished = Path(folder) / target.name
+            _run([*compiler, *_FLAGS, str(_SOURCE), "-o", str(unfinished)])
+            os.replace(unfinished, target)  # at once: another process sees all of it or nothing
+    return target
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS).stdout
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmip"
