@@ -9,7 +9,8 @@ padding masked, which is another function than the padded one that it is compare
 The published side ranks one batch of 20 mentions among `--published-entities`, ours `--mentions` among `--entities`;
 what is compared is the cost of a pair: processor seconds on a CPU, seconds on the clock elsewhere. Preparing entities
 is timed apart: once per knowledge base, where the published logic projects them again for every 20 mentions. Ranks are
-compared with the float64 twin: the same matcher in double precision on the same prepared tables.
+compared with the float64 twin: the same matcher in double precision on the same prepared tables. Run it alone: other
+programs cost caches and waiting, even in processor seconds (with OMP_NUM_THREADS=1 least).
 """
 
 import argparse
@@ -56,10 +57,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--case", action="append", choices=CASES, help="may be repeated (default: all)")
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated (default: all)")
-    parser.add_argument("--mentions", type=_positive, default=128)
-    parser.add_argument("--entities", type=_positive, default=4096)
-    parser.add_argument("--published-entities", type=_positive, default=2000)
-    parser.add_argument("--rounds", type=_positive, default=3)
+    parser.add_argument("--mentions", type=_positive, default=64, help="default: 64")
+    parser.add_argument("--entities", type=_positive, default=4096, help="default: 4096")
+    parser.add_argument(
+        "--published-entities",
+        type=_positive,
+        default=1000,
+        help="a pair costs the published logic the same with 500 and with 3000; memory grows with it (default: 1000)",
+    )
+    parser.add_argument("--rounds", type=_positive, default=3, help="default: 3")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args(arguments)
@@ -127,14 +133,14 @@ def _mib(peak_mib: float | None) -> str:
 
 
 def _notes(outcomes: Sequence[Outcome], sizes: Sizes, device: torch.device) -> list[str]:
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    where = f"CPU, threads: {torch.get_num_threads()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
     differences = [ours.difference for o in outcomes for ours in o.ours.values() if ours.difference is not None]
     lines = [
         f"{where}, PyTorch {torch.__version__}, {sizes.rounds} rounds, one logic after the other",
         f"ours: {sizes.mentions} mentions x {sizes.entities} entities; published: "
         f"{min(MENTION_BATCH, sizes.mentions)} x {sizes.published_entities} (chunks of {ENTITY_CHUNK})",
-        "peak: growth while ranking, index and features not counted; ties: entities that score as the gold; index: "
-        "preparing all entities",
+        "peak: growth while ranking at these sizes, index and features not counted",
+        "index: preparing all entities; ties: entities that score as their mention's gold",
     ]
     if differences:
         lines.append(
