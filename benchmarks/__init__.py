@@ -1,0 +1,1 @@
+"""Measurements that stay in the repository; nothing imports them but their tests."""

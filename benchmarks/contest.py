@@ -1,0 +1,211 @@
+"""One case, measured: the published logic and every backend by turns in one process, on the same items and weights.
+
+The published logic runs one batch of mentions on fewer entities than ours, so that a run stays short: costs per pair
+are compared. M mentions, E entities.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from benchmarks import published
+from benchmarks.cases import Case, Side, build_matcher, feature_blocks
+from benchmarks.measure import Cost, measured
+from dsmip import evaluation
+from dsmip.evaluation import Ranking
+from dsmip.models.base import Matcher, Scores
+from dsmip.reports import TOP_K
+from dsmip.table import Ragged, Table, concatenate
+
+TOLERANCE = 5e-4
+"""Largest difference allowed between scores that should be equal (float32 on both sides; they spread by tens)."""
+MAX_OTHER_CHOICES = 1e-3
+"""Largest share of pairs that may go to another expert: two were equally good but for rounding."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """mentions, entities: what ours ranks. published_entities: what the published logic ranks (`entities` at most)."""
+
+    mentions: int
+    entities: int
+    published_entities: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The same work in several rounds."""
+
+    num_pairs: int
+    costs: Sequence[Cost]
+
+    def us_per_pair(self, device: torch.device) -> list[float]:
+        """Microseconds a pair, of what `Cost.seconds` says, by round."""
+        return [1e6 * cost.seconds(device) / self.num_pairs for cost in self.costs]
+
+    @property
+    def pairs_per_s(self) -> float:
+        """By the clock, the middle of all rounds."""
+        return self.num_pairs / median(cost.wall_s for cost in self.costs)
+
+    @property
+    def peak_mib(self) -> float | None:
+        """The most of all rounds."""
+        peaks = [cost.peak_bytes for cost in self.costs if cost.peak_bytes is not None]
+        return max(peaks) / 2**20 if peaks else None
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A backend's costs and ranks.
+
+    ratios: the published logic's cost of a pair over ours, by round. other_ranks: mentions whose rank is not that of
+    the float64 twin. difference: largest one to the published scores; None where those are of another function.
+    """
+
+    measured: Measured
+    ratios: Sequence[float]
+    ranking: Ranking
+    other_ranks: int
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """index_s: time on the clock to prepare all entities. index_bytes, published_bytes: kept of an entity."""
+
+    case: Case
+    published: Measured
+    ours: Mapping[str, Ours]
+    index_s: float
+    index_bytes: float
+    published_bytes: float
+
+
+@dataclass(frozen=True)
+class _Items:
+    """One side. prepared: for our ranking, in `seconds`. stored: the first ones as the published logic keeps them."""
+
+    prepared: Table
+    stored: Table
+    seconds: float
+
+
+def run_case(case: Case, sizes: Sizes, backends: Sequence[str], device: torch.device) -> Outcome:
+    """Measures one case. Raises RuntimeError when scores differ that should be equal."""
+    matcher = build_matcher(case, device)
+    mentions = _prepare(matcher, case, "mentions", sizes.mentions, published.MENTION_BATCH, device)
+    entities = _prepare(matcher, case, "entities", sizes.entities, sizes.published_entities, device)
+    m, e, stored_m, stored_e = mentions.prepared, entities.prepared, mentions.stored, entities.stored
+    gold_row_M = torch.randint(len(stored_e), (len(m),), generator=torch.Generator().manual_seed(0))
+
+    matchers = {name: with_backend(matcher, name, device) for name in backends}
+    few, first = slice(0, 4), torch.zeros_like(gold_row_M[:4])
+    published.rank(matcher, stored_m.rows(few), stored_e.rows(few), first, device)  # first calls cost more
+    for own in matchers.values():
+        rank_ours(own, case, m.rows(few), e.rows(few), first, device)
+
+    ranked, published_costs, rankings, costs = _by_turns(
+        partial(published.rank, matcher, stored_m, stored_e, gold_row_M[: len(stored_m)], device),
+        {name: partial(rank_ours, own, case, m, e, gold_row_M, device) for name, own in matchers.items()},
+        sizes.rounds,
+        device,
+    )
+    theirs = Measured(len(stored_m) * len(stored_e), published_costs)
+    twin = copy.deepcopy(matcher).double()
+    exact = evaluation.rank(twin, _doubled(m), _doubled(e), gold_row_M, device=device)
+    ours = {}
+    for name, own in matchers.items():
+        mine = Measured(len(m) * len(e), costs[name])
+        pairs = zip(theirs.us_per_pair(device), mine.us_per_pair(device), strict=True)
+        other_ranks = int((rankings[name].rank_M != exact.rank_M).sum())
+        difference = None
+        if not case.masked:
+            with torch.no_grad():
+                scores = own.score(m.rows(slice(0, len(stored_m))), e.rows(slice(0, len(stored_e))))
+            difference = checked_difference(f"{case.name}, {name}", ranked.scores, scores)
+        ours[name] = Ours(
+            mine, [their_us / my_us for their_us, my_us in pairs], rankings[name], other_ranks, difference
+        )
+    bytes_of = (e.num_bytes / len(e), stored_e.num_bytes / len(stored_e))
+    return Outcome(case, theirs, ours, entities.seconds, *bytes_of)
+
+
+def _by_turns(
+    rank_published: Callable[[], published.Ranked],
+    rank_own: Mapping[str, Callable[[], Ranking]],
+    rounds: int,
+    device: torch.device,
+) -> tuple[published.Ranked, list[Cost], dict[str, Ranking], dict[str, list[Cost]]]:
+    """Results of the last round (they are the same in all) and the costs of every round."""
+    published_costs: list[Cost] = []
+    costs: dict[str, list[Cost]] = {name: [] for name in rank_own}
+    rankings: dict[str, Ranking] = {}
+    for _ in range(rounds):
+        ranked, cost = measured(rank_published, device)
+        published_costs.append(cost)
+        for name, rank_it in rank_own.items():
+            rankings[name], cost = measured(rank_it, device)
+            costs[name].append(cost)
+    return ranked, published_costs, rankings, costs
+
+
+def rank_ours(
+    matcher: Matcher, case: Case, mentions: Table, entities: Table, gold_row_M: Tensor, device: torch.device
+) -> Ranking:
+    """What `dsmip evaluate` runs on prepared tables."""
+    num_choices = len(case.choices)
+    return evaluation.rank(matcher, mentions, entities, gold_row_M, device=device, top_k=TOP_K, num_choices=num_choices)
+
+
+def with_backend(matcher: Matcher, name: str, device: torch.device) -> Matcher:
+    """A copy of the matcher that scores with the backend of that name."""
+    return copy.deepcopy(matcher)
+
+
+def checked_difference(what: str, published_scores: Scores, our_scores: Scores) -> float:
+    """The largest difference between scores of the same pairs, those left out that went to another expert.
+
+    Raises RuntimeError when it exceeds TOLERANCE, or other experts' share MAX_OTHER_CHOICES.
+    """
+    same_ME = torch.ones_like(our_scores.total_ME, dtype=torch.bool)
+    if published_scores.chosen_ME is not None and our_scores.chosen_ME is not None:
+        same_ME = published_scores.chosen_ME == our_scores.chosen_ME
+    if (share := float((~same_ME).double().mean())) > MAX_OTHER_CHOICES:
+        raise RuntimeError(f"{what}: {share:.2%} of the pairs go to another expert than in the published logic")
+    difference = float((published_scores.total_ME - our_scores.total_ME).abs()[same_ME].max())
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"{what}: scores differ by {difference:.2g} from the published logic's")
+    return difference
+
+
+def _prepare(matcher: Matcher, case: Case, side: Side, count: int, num_stored: int, device: torch.device) -> _Items:
+    """Features are drawn block by block, so that they never exist for all items."""
+    prepare = matcher.prepare_mentions if side == "mentions" else matcher.prepare_entities
+    prepared, stored, seconds, first = [], [], 0.0, 0
+    for full, own in feature_blocks(case, side, count, device):
+        with torch.no_grad():
+            table, cost = measured(partial(prepare, own), device)
+        prepared.append(table)
+        seconds += cost.wall_s
+        if first < num_stored:
+            features = full.rows(slice(0, num_stored - first))
+            stored.append(published.stored_features(matcher, features).to(torch.device("cpu")))
+        first += len(full)
+    return _Items(concatenate(prepared), concatenate(stored), seconds)
+
+
+def _doubled(table: Table) -> Table:
+    """The same table in float64."""
+    return Table(
+        {
+            name: Ragged(c.values.double(), c.starts, c.lengths) if isinstance(c, Ragged) else c.double()
+            for name, c in table.columns.items()
+        }
+    )
