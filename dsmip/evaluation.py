@@ -29,7 +29,8 @@ class Ranking:
     counts: better and tied entities, int64 [M] each. top_row_Mk, top_score_Mk: best k entities. chosen_*: index of the
     expert that scored the gold pair, the top-k pairs, and the number of pairs per expert; None for a matcher that
     makes no choice (-1: the gold is of another slice). tied_choices_M: number of pairs for which another expert was as
-    good a choice. refinement: what scoring close pairs again took; None when they were not.
+    good a choice. token_pairs_M2: as in `Scores`, of all tiles. refinement: what scoring close pairs again took; None
+    when they were not.
     """
 
     counts: ops.Counts
@@ -39,6 +40,7 @@ class Ranking:
     chosen_top_Mk: Tensor | None = None
     chosen_pairs_MB: Tensor | None = None
     tied_choices_M: Tensor | None = None
+    token_pairs_M2: Tensor | None = None
     refinement: Refinement | None = None
 
     @property
@@ -135,7 +137,7 @@ class _Tiles:
         return {name: torch.cat([tile[name] for tile in tiles]).cpu() for name in tiles[0]}
 
     def _rank_tile(self, start: int, top_k: int, num_choices: int, refiner: Refiner | None) -> dict[str, Tensor]:
-        scores_ME, chosen_ME, tied_choices_M = self._score_all(start)
+        scores_ME, chosen_ME, counted = self._score_all(start)
         num_entities = scores_ME.shape[1]
         gold_column_M = self.gold_column_M[start : start + len(scores_ME)].to(self.device)
         here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
@@ -152,20 +154,19 @@ class _Tiles:
             "tied": sum_over_workers(tied_M),
             "top_score": top_score_Mk,
             "top_row": top_row_Mk,
+            **counted,
         }
         if chosen_ME is not None and num_choices:
             own_choice_M = chosen_ME.gather(1, column_M[:, None])[:, 0].long()
             tile["chosen_gold"] = own_choice_M.where(here_M, -1)
             tile["chosen_top"] = chosen_ME.gather(1, top_row_Mk).long()
             tile["chosen_pairs"] = torch.stack([(chosen_ME == b).sum(dim=1) for b in range(num_choices)], dim=1)
-            tile["tied_choices"] = tied_choices_M
         return tile
 
-    def _score_all(self, start: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Scores [M, E], choices [M, E] or None, and the number of tied choices [M] of one tile of mentions."""
+    def _score_all(self, start: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Scores [M, E], choices [M, E] or None, and columns of counts (`_counted`) of one tile of mentions."""
         mentions = self.mentions.rows(slice(start, start + self.size.mentions)).to(self.device)
-        totals, choices, first = [], [], 0
-        tied_choices_M = torch.zeros(len(mentions), dtype=torch.int64, device=self.device)
+        totals, choices, counts, first = [], [], [], 0
         for entities in self.index.tiles(self.size.entities):
             for scores in self._score_fitting(mentions, entities):
                 _refuse_nan(scores.total_ME, start, self.index.first_row + first)
@@ -173,9 +174,9 @@ class _Tiles:
                 totals.append(scores.total_ME)
                 if scores.chosen_ME is not None:
                     choices.append(scores.chosen_ME.to(torch.int8))
-                if scores.tied_choice_ME is not None:
-                    tied_choices_M += scores.tied_choice_ME.sum(dim=1)
-        return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, tied_choices_M
+                counts.append(_counted(scores))
+        counted = {name: torch.stack([each[name] for each in counts]).sum(dim=0) for name in counts[0]}
+        return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, counted
 
     def _score_fitting(self, mentions: Table, entities: Table) -> Iterator[Scores]:
         """Scores of a tile of entities, in halves of it where the device has no memory for all of it."""
@@ -190,6 +191,16 @@ class _Tiles:
         self.notice(f"{self.device} is out of memory: going on with tiles of {half} entities")
         for part in (slice(0, half), slice(half, None)):
             yield from self._score_fitting(mentions, entities.rows(part))
+
+
+def _counted(scores: Scores) -> dict[str, Tensor]:
+    """Columns of a tile's scores that add up over tiles."""
+    counted = {}
+    if scores.tied_choice_ME is not None:
+        counted["tied_choices"] = scores.tied_choice_ME.sum(dim=1)
+    if scores.token_pairs_M2 is not None:
+        counted["token_pairs"] = scores.token_pairs_M2
+    return counted
 
 
 def _check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) -> None:
@@ -215,6 +226,7 @@ def _ranking(columns: Mapping[str, Tensor], first_row: int, refinement: Refineme
         columns.get("chosen_top"),
         columns.get("chosen_pairs"),
         columns.get("tied_choices"),
+        columns.get("token_pairs"),
         refinement,
     )
 
@@ -228,9 +240,9 @@ def merge_rankings(parts: Sequence[Ranking]) -> Ranking:
     rows_MC = torch.cat([part.top_row_Mk for part in parts], dim=1)
     top = ops.merge_top_k(torch.cat([part.top_score_Mk for part in parts], dim=1), rows_MC, k)
     place_MK = (rows_MC[:, None, :] == top.rows_MK[:, :, None]).int().argmax(dim=2)
-    gold, top_choice, pairs, tied = (
+    gold, top_choice, pairs, tied, token_pairs = (
         [value for part in parts if (value := getattr(part, name)) is not None]
-        for name in ("chosen_gold_M", "chosen_top_Mk", "chosen_pairs_MB", "tied_choices_M")
+        for name in ("chosen_gold_M", "chosen_top_Mk", "chosen_pairs_MB", "tied_choices_M", "token_pairs_M2")
     )
     refinements = [part.refinement for part in parts if part.refinement is not None]
     return Ranking(
@@ -241,6 +253,7 @@ def merge_rankings(parts: Sequence[Ranking]) -> Ranking:
         torch.cat(top_choice, dim=1).gather(1, place_MK) if top_choice else None,
         torch.stack(pairs).sum(dim=0) if pairs else None,
         torch.stack(tied).sum(dim=0) if tied else None,
+        torch.stack(token_pairs).sum(dim=0) if token_pairs else None,
         Refinement(
             sum(each.num_pairs for each in refinements),
             max(each.band for each in refinements),

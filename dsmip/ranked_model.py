@@ -20,10 +20,12 @@ from dsmip.index import EntityIndex, build_index
 from dsmip.manifest import KB
 from dsmip.models import find_system
 from dsmip.models.base import Matcher
+from dsmip.rank_options import RankOptions
 from dsmip.refinement import PairScorer
 from dsmip.runs import Run
 from dsmip.stages import gold_rows, part_feature_file, whole_feature_files
 from dsmip.table import Table
+from dsmip.units import use_backend
 
 TOP_K = 20
 Progress = Callable[[int], None]
@@ -39,9 +41,11 @@ class RankedModel:
     gold_row_M: Tensor
     choices: tuple[str, ...]
 
-    def rank(self, device: torch.device, notice: Callable[[str], None] = lambda text: None) -> Ranking:
-        """Exact ranks and the best `TOP_K` entities of all mentions."""
-        return self.rank_slice(self.index, self.gold_scores(self.index, device), device, notice)
+    def rank(
+        self, device: torch.device, options: RankOptions = RankOptions(), notice: Callable[[str], None] = print
+    ) -> Ranking:
+        """Exact ranks and the best `TOP_K` entities of all mentions. Raises UserError when an option cannot be had."""
+        return self.rank_slice(self.index, self.gold_scores(self.index, device), device, options, notice)
 
     def gold_scores(self, index: EntityIndex, device: torch.device) -> Tensor:
         """float64 [M]: exact scores of the golds that are in a slice of the index, NaN elsewhere."""
@@ -52,11 +56,14 @@ class RankedModel:
         index: EntityIndex,
         gold_score_M: Tensor,
         device: torch.device,
-        notice: Callable[[str], None] = lambda text: None,
+        options: RankOptions = RankOptions(),
+        notice: Callable[[str], None] = print,
     ) -> Ranking:
         """The ranking against a slice of the index, given all golds' exact scores."""
+        matcher = self.matcher.to(device)
+        notice(f"scoring on {device} with {use_backend(matcher, options.backend, device)}")
         return rank(
-            self.matcher.to(device),
+            matcher,
             self.mentions,
             index,
             self.gold_row_M,

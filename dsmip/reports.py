@@ -18,6 +18,7 @@ from dsmip.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.manifest import SPLITS
 from dsmip.metrics import HITS_AT, confidence
 from dsmip.ops import ranking as ops
+from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles, store_ranked
 from dsmip.records import Mention
 from dsmip.runs import Run
@@ -44,13 +45,14 @@ def evaluate_model(
     model: str,
     device: torch.device,
     *,
+    options: RankOptions = RankOptions(),
     rank_stored: Callable[[RankedFiles], Ranking] | None = None,
     progress: Callable[[int], None] = lambda num_entities: None,
 ) -> Evaluated:
     """Ranks the whole kb for every mention of a split and writes metrics.json and ranks.parquet.
 
     model: a finished part, or the system's name for the gated whole. rank_stored: makes the ranking (default: in this
-    process, on `device`). progress: called with the number of entities that are in the index.
+    process, on `device`, with `options`). progress: called with the number of entities that are in the index.
     Raises UserError for an unknown model or split, one that is not trained yet, or one that scores NaN.
     """
     if split not in SPLITS:
@@ -62,7 +64,7 @@ def evaluate_model(
     entity_ids = run.dataset.entity_texts().column("entity_id").to_pylist()
     try:
         opened = stored.open()
-        ranking = rank_stored(stored) if rank_stored else opened.rank(device)
+        ranking = rank_stored(stored) if rank_stored else opened.rank(device, options)
     except NotRankable as error:
         raise UserError(
             f"{model} of {run.folder} scores mention {mentions[error.mention].mention_id} and entity "
@@ -95,6 +97,9 @@ def _metrics(
         }
     if ranking.refinement is not None:
         report["refinement"] = asdict(ranking.refinement)
+    if ranking.token_pairs_M2 is not None:
+        computed, of_all_parts = ranking.token_pairs_M2.sum(dim=0).tolist()
+        report["token_pairs_skipped"] = 1 - computed / of_all_parts
     if choices and ranking.chosen_pairs_MB is not None and ranking.chosen_gold_M is not None:
         report["experts"] = _expert_usage(ranking.chosen_pairs_MB, ranking.chosen_gold_M, groups, choices)
     if choices and ranking.tied_choices_M is not None:

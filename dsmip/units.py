@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dsmip.errors import UserError
 from dsmip.ops import dual, matching
 from dsmip.ops.kernels import cpu
+from dsmip.rank_options import BackendName
 from dsmip.table import Ragged, Table
 
 Backend = Literal["torch", "cpp"]
@@ -135,7 +136,7 @@ class TextUnit(nn.Module):
             raise ValueError("mask_padding=False needs features that hold every token place, but lengths differ")
 
 
-def use_backend(matcher: nn.Module, name: Literal["auto", "torch", "cpp"], device: torch.device) -> Backend:
+def use_backend(matcher: nn.Module, name: BackendName, device: torch.device) -> Backend:
     """Sets what computes the token-level scores of all text units in `matcher`; returns it.
 
     auto: `cpp` on a CPU where it can be compiled, else `torch`, with a warning that says why when it cannot.

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dsmip.errors import UserError
+from dsmip.rank_options import BackendName, RankOptions
 from ray_jobs import environment  # noqa: F401  (before anything imports Ray)
 from ray_jobs.failures import JobFailed
 
@@ -117,11 +118,14 @@ def evaluate(
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Ray workers that rank slices of the kb; 1: this process, no Ray.")
     ] = 1,
+    backend: Annotated[
+        BackendName, typer.Option("--backend", help="What computes token-level scores; auto: the fastest there is.")
+    ] = "auto",
 ) -> None:
     """Ranks the whole knowledge base for every mention of a split."""
     from ray_jobs.evaluate import evaluate_run
 
-    evaluate_run(run, split, model, device, workers)
+    evaluate_run(run, split, model, device, workers=workers, options=RankOptions(backend))
 
 
 @app.command()

@@ -8,6 +8,7 @@ import torch
 
 from dsmip.errors import UserError
 from dsmip.evaluation import Ranking
+from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles, model_names
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
@@ -15,15 +16,24 @@ from dsmip.runs import Run
 SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
 
 
-def evaluate_run(folder: Path, split: str, model: str | None, device: str, workers: int = 1) -> dict[str, Any]:
+def evaluate_run(
+    folder: Path,
+    split: str,
+    model: str | None,
+    device: str,
+    *,
+    workers: int = 1,
+    options: RankOptions = RankOptions(),
+) -> dict[str, Any]:
     """Evaluates a finished part or the whole system of a run, prints the main figures and returns the metrics.
 
     workers: more than one rank slices of the kb on Ray. Raises UserError for an unknown model, split or device, or a
     model that is not trained yet; JobFailed when a worker fails.
     """
     run, place = Run.open(folder), checked_device(device)
-    rank_stored = None if workers == 1 else _ranker_on_ray(workers, place)
-    evaluated = evaluate_model(run, split, model or model_names(run.config)[0], place, rank_stored=rank_stored)
+    rank_stored = None if workers == 1 else _ranker_on_ray(workers, place, options)
+    model = model or model_names(run.config)[0]
+    evaluated = evaluate_model(run, split, model, place, options=options, rank_stored=rank_stored)
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
     refined = metrics["refinement"]
@@ -33,16 +43,18 @@ def evaluate_run(folder: Path, split: str, model: str | None, device: str, worke
         f"  exact: {refined['num_pairs']} pairs within {refined['band']:.1e} of a decision scored again in float64;"
         f" index: {metrics['index_bytes_per_entity']:.0f} bytes an entity"
     )
+    if "token_pairs_skipped" in metrics:
+        print(f"  {metrics['token_pairs_skipped']:.0%} of the experts' token-level scores were not needed")
     print(f"  {evaluated.folder / 'metrics.json'}")
     return metrics
 
 
-def _ranker_on_ray(workers: int, device: torch.device) -> Callable[[RankedFiles], Ranking]:
+def _ranker_on_ray(workers: int, device: torch.device, options: RankOptions) -> Callable[[RankedFiles], Ranking]:
     def rank_stored(stored: RankedFiles) -> Ranking:
         from ray_jobs.progress import Display
         from ray_jobs.rank_slices import rank_on_ray  # imports Ray, which one worker does without
 
-        return rank_on_ray(stored, workers, gpu=device.type == "cuda", display=Display())
+        return rank_on_ray(stored, workers, gpu=device.type == "cuda", options=options, display=Display())
 
     return rank_stored
 

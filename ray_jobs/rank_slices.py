@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsmip.evaluation import NotRankable, Ranking, merge_rankings
+from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles
 from ray_jobs.context import StepEvents, set_threads, worker_device
 from ray_jobs.failures import JobFailed
@@ -25,7 +26,9 @@ from ray_jobs.resources import Request, WaitingLine, check_feasible
 _LOST_WORKERS = 3  # how many times a slice is ranked again after its process was lost
 
 
-def rank_on_ray(stored: RankedFiles, workers: int, *, gpu: bool, display: Display, verbose: bool = False) -> Ranking:
+def rank_on_ray(
+    stored: RankedFiles, workers: int, *, gpu: bool, options: RankOptions, display: Display, verbose: bool = False
+) -> Ranking:
     """The same ranking as in one process, to the last count. A worker asks for one CPU and, with `gpu`, for one GPU.
 
     Raises UserError when the cluster can never give that, NotRankable when a score is NaN, JobFailed when a slice
@@ -36,7 +39,7 @@ def rank_on_ray(stored: RankedFiles, workers: int, *, gpu: bool, display: Displa
         on_slices = partial(_on_slices, workers=workers, gpu=gpu, display=display)
         golds: list[Tensor] = on_slices(_gold_scores, stored, workers)
         gold_score_M = torch.stack(golds).nan_to_num(-torch.inf).amax(dim=0)
-        rankings: list[Ranking] = on_slices(_rank_slice, stored, workers, gold_score_M)
+        rankings: list[Ranking] = on_slices(_rank_slice, stored, workers, gold_score_M, options)
         return merge_rankings(rankings)
 
 
@@ -46,10 +49,12 @@ def _gold_scores(stored: RankedFiles, num_slices: int, number: int, events: Any)
     return model.gold_scores(model.index.slice(number, num_slices), worker_device())
 
 
-def _rank_slice(stored: RankedFiles, num_slices: int, gold_score_M: Tensor, number: int, events: Any) -> Ranking:
+def _rank_slice(
+    stored: RankedFiles, num_slices: int, gold_score_M: Tensor, options: RankOptions, number: int, events: Any
+) -> Ranking:
     _say_started(number, events)
     model = stored.open()
-    return model.rank_slice(model.index.slice(number, num_slices), gold_score_M, worker_device(), notice=print)
+    return model.rank_slice(model.index.slice(number, num_slices), gold_score_M, worker_device(), options)
 
 
 def _say_started(number: int, events: Any) -> None:

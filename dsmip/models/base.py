@@ -9,7 +9,7 @@ side by side; every part is itself a `Matcher`. Shapes: M mentions, E entities, 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,6 @@ from dsmip.config import ExperimentConfig, Frozen
 from dsmip.table import Table
 
 
-class TokenPairs(NamedTuple):
-    """How many token-level scores, the costly ones, were computed; the share skipped is 1 - computed / all_parts."""
-
-    computed: int
-    all_parts: int
-
-
 @dataclass(frozen=True, slots=True)
 class Scores:
     """Scores of M x E pairs, higher is better.
@@ -35,14 +28,15 @@ class Scores:
     parts: named [M, E] scores that the total is made of (units or experts), for losses and reports. Where a choice is
     made and no gradient asked for, only the chosen part of a pair is computed, and the others hold 0.
     tied_choice_ME: bool [M, E], True where another expert was as good a choice; None: not asked, or no choice is made.
-    token_pairs: token-level scores that were computed and that all parts together have; None: all were computed.
+    token_pairs_M2: int64 [M, 2], how many token-level scores, the costly ones, were computed, and how many all parts
+    together have; None: all were computed.
     """
 
     total_ME: Tensor
     chosen_ME: Tensor | None = None
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     tied_choice_ME: Tensor | None = None
-    token_pairs: TokenPairs | None = None
+    token_pairs_M2: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.experts import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
 from dsmip.gate import Gate, GateConfig, GateEncoder
-from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, System, TokenPairs
+from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, System
 from dsmip.ops.contrastive import contrastive_loss, contrastive_losses
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.table import Table
@@ -95,9 +95,10 @@ class DsmipMatcher(Matcher):
         wanted = {name: chosen_ME == b for b, name in enumerate(self.experts)}
         parts = self._calibrated({name: score(name, mentions, entities, wanted[name]) for name in wanted})
         texts = [wanted[name] for name, expert in self._experts().items() if expert.scores_tokens]
-        pairs = TokenPairs(sum(int(wanted_ME.sum()) for wanted_ME in texts), len(texts) * chosen_ME.numel())
+        computed_M = sum((wanted_ME.sum(dim=1) for wanted_ME in texts), start=torch.zeros_like(chosen_ME[:, 0]))
+        pairs_M2 = torch.stack([computed_M, torch.full_like(computed_M, len(texts) * shape[1])], dim=1)
         total_ME = torch.stack(list(parts.values()), dim=-1).gather(-1, chosen_ME[..., None])[..., 0]
-        return Scores(total_ME, chosen_ME, parts, tied_ME, pairs)
+        return Scores(total_ME, chosen_ME, parts, tied_ME, pairs_M2)
 
     def _mentions_of(self, name: str, mentions: Table, entities: Table, wanted_ME: Tensor) -> Tensor:
         """An expert's scores [M, E] in the rows of mentions that chose it, 0 in the others."""
