@@ -18,9 +18,11 @@ from benchmarks.cases import Case, Side, build_matcher, feature_blocks
 from benchmarks.measure import Cost, measured
 from dsmip import evaluation
 from dsmip.evaluation import Ranking
+from dsmip.index import EntityIndex
 from dsmip.models.base import Matcher, Scores
-from dsmip.reports import TOP_K
-from dsmip.table import Ragged, Table, concatenate
+from dsmip.ranked_model import TOP_K
+from dsmip.table import Table, concatenate
+from dsmip.units import Backend, use_backend
 
 TOLERANCE = 5e-4
 """Largest difference allowed between scores that should be equal (float32 on both sides; they spread by tens)."""
@@ -97,7 +99,7 @@ class _Items:
     seconds: float
 
 
-def run_case(case: Case, sizes: Sizes, backends: Sequence[str], device: torch.device) -> Outcome:
+def run_case(case: Case, sizes: Sizes, backends: Sequence[Backend], device: torch.device) -> Outcome:
     """Measures one case. Raises RuntimeError when scores differ that should be equal."""
     matcher = build_matcher(case, device)
     mentions = _prepare(matcher, case, "mentions", sizes.mentions, published.MENTION_BATCH, device)
@@ -119,7 +121,8 @@ def run_case(case: Case, sizes: Sizes, backends: Sequence[str], device: torch.de
     )
     theirs = Measured(len(stored_m) * len(stored_e), published_costs)
     twin = copy.deepcopy(matcher).double()
-    exact = evaluation.rank(twin, _doubled(m), _doubled(e), gold_row_M, device=device)
+    doubled = (m.cast(torch.float64), EntityIndex([e.cast(torch.float64)]))
+    exact = evaluation.rank(twin, *doubled, gold_row_M, device=device)
     ours = {}
     for name, own in matchers.items():
         mine = Measured(len(m) * len(e), costs[name])
@@ -159,14 +162,24 @@ def _by_turns(
 def rank_ours(
     matcher: Matcher, case: Case, mentions: Table, entities: Table, gold_row_M: Tensor, device: torch.device
 ) -> Ranking:
-    """What `dsmip evaluate` runs on prepared tables."""
-    num_choices = len(case.choices)
-    return evaluation.rank(matcher, mentions, entities, gold_row_M, device=device, top_k=TOP_K, num_choices=num_choices)
+    """What `dsmip evaluate` runs on prepared tables: close pairs are scored again in float64."""
+    return evaluation.rank(
+        matcher,
+        mentions,
+        EntityIndex([entities]),
+        gold_row_M,
+        device=device,
+        top_k=TOP_K,
+        num_choices=len(case.choices),
+        refine=True,
+    )
 
 
-def with_backend(matcher: Matcher, name: str, device: torch.device) -> Matcher:
-    """A copy of the matcher that scores with the backend of that name."""
-    return copy.deepcopy(matcher)
+def with_backend(matcher: Matcher, name: Backend, device: torch.device) -> Matcher:
+    """A copy of the matcher that scores with the backend of that name. Raises UserError when it cannot be had."""
+    own = copy.deepcopy(matcher)
+    use_backend(own, name, device)
+    return own
 
 
 def checked_difference(what: str, published_scores: Scores, our_scores: Scores) -> float:
@@ -199,13 +212,3 @@ def _prepare(matcher: Matcher, case: Case, side: Side, count: int, num_stored: i
             stored.append(published.stored_features(matcher, features).to(torch.device("cpu")))
         first += len(full)
     return _Items(concatenate(prepared), concatenate(stored), seconds)
-
-
-def _doubled(table: Table) -> Table:
-    """The same table in float64."""
-    return Table(
-        {
-            name: Ragged(c.values.double(), c.starts, c.lengths) if isinstance(c, Ragged) else c.double()
-            for name, c in table.columns.items()
-        }
-    )

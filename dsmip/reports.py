@@ -48,11 +48,13 @@ def evaluate_model(
     options: RankOptions = RankOptions(),
     rank_stored: Callable[[RankedFiles], Ranking] | None = None,
     progress: Callable[[int], None] = lambda num_entities: None,
+    notice: Callable[[str], None] = print,
 ) -> Evaluated:
     """Ranks the whole kb for every mention of a split and writes metrics.json and ranks.parquet.
 
     model: a finished part, or the system's name for the gated whole. rank_stored: makes the ranking (default: in this
-    process, on `device`, with `options`). progress: called with the number of entities that are in the index.
+    process, on `device`, with `options`). progress: called with the number of entities that are in the index. notice:
+    takes lines about how it is done.
     Raises UserError for an unknown model or split, one that is not trained yet, or one that scores NaN.
     """
     if split not in SPLITS:
@@ -64,7 +66,7 @@ def evaluate_model(
     entity_ids = run.dataset.entity_texts().column("entity_id").to_pylist()
     try:
         opened = stored.open()
-        ranking = rank_stored(stored) if rank_stored else opened.rank(device, options)
+        ranking = rank_stored(stored) if rank_stored else opened.rank(device, options, notice)
     except NotRankable as error:
         raise UserError(
             f"{model} of {run.folder} scores mention {mentions[error.mention].mention_id} and entity "

@@ -81,7 +81,10 @@ def compare(run: Run, split: str) -> dict[str, Any]:
     """Figures of every expert, the gated system and the oracle over the experts; shares of the gate; hits@1 by kind."""
     experts = run.system.choices(run.whole_config().system)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    evaluated = {model: evaluate_model(run, split, model, device) for model in (*experts, run.system.name)}
+    evaluated = {
+        model: evaluate_model(run, split, model, device, notice=lambda text: None)
+        for model in (*experts, run.system.name)
+    }
     best = oracle({name: evaluated[name].folder for name in experts})
     overall = {name: each.metrics["overall"] for name, each in evaluated.items()} | {ORACLE: best["overall"]}
     kinds: dict[str, dict[str, float]] = {}

@@ -115,7 +115,9 @@ def test_a_small_run_writes_a_row_for_every_case_and_backend(
     path = tmp_path / "rows.json"
     main([*["--mentions", "2", "--entities", "6", "--published-entities", "5", "--rounds", "2", "--json"], str(path)])
     rows = json.loads(path.read_text())["rows"]
-    assert [(row["case"], row["backend"]) for row in rows] == [(case, name) for case in CASES for name in BACKENDS]
+    assert [(row["case"], row["backend"]) for row in rows] == [
+        (case, name) for case in CASES for name in BACKENDS["cpu"]
+    ]
     for row in rows:
         assert row["ranks_equal"] is True
         assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation import Ranking
+from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles, RankedModel, store_ranked
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
@@ -42,7 +43,8 @@ def stored(run: Run) -> RankedFiles:
 
 
 def assert_equal(found: Ranking, expected: Ranking) -> None:
-    for name in ("top_row_Mk", "top_score_Mk", "chosen_gold_M", "chosen_top_Mk", "chosen_pairs_MB", "tied_choices_M"):
+    of_choices = ("chosen_gold_M", "chosen_top_Mk", "chosen_pairs_MB", "tied_choices_M", "token_pairs_M2")
+    for name in ("top_row_Mk", "top_score_Mk", *of_choices):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert torch.equal(found.counts.better_M, expected.counts.better_M)
     assert torch.equal(found.counts.tied_M, expected.counts.tied_M)
@@ -61,7 +63,7 @@ class LosesAWorker(RankedFiles):
 
 def test_workers_rank_as_one_process(stored: RankedFiles) -> None:
     lossy = LosesAWorker(stored.run, stored.split, stored.model, stored.index, stored.made_from)
-    assert_equal(rank_on_ray(lossy, 3, gpu=False, display=Display()), stored.open().rank(CPU))
+    assert_equal(rank_on_ray(lossy, 3, gpu=False, options=RankOptions(), display=Display()), stored.open().rank(CPU))
     assert (stored.run / "killed").exists()
 
 
