@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks import published
+from benchmarks import published, roofline
 from benchmarks.cases import Case, Side, build_matcher, feature_blocks
 from benchmarks.measure import Cost, measured
 from dsmip import evaluation
@@ -68,7 +68,8 @@ class Ours:
     """A backend's costs and ranks.
 
     ratios: the published logic's cost of a pair over ours, by round. other_ranks: mentions whose rank is not that of
-    the float64 twin. difference: largest one to the published scores; None where those are of another function.
+    the float64 twin. difference: largest one to the published scores; None where those are of another function. work:
+    what the text units took.
     """
 
     measured: Measured
@@ -76,6 +77,7 @@ class Ours:
     ranking: Ranking
     other_ranks: int
     difference: float | None
+    work: roofline.Rates
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,12 @@ def run_case(case: Case, sizes: Sizes, backends: Sequence[Backend], device: torc
                 scores = own.score(m.rows(slice(0, len(stored_m))), e.rows(slice(0, len(stored_e))))
             difference = checked_difference(f"{case.name}, {name}", ranked.scores, scores)
         ours[name] = Ours(
-            mine, [their_us / my_us for their_us, my_us in pairs], rankings[name], other_ranks, difference
+            mine,
+            [their_us / my_us for their_us, my_us in pairs],
+            rankings[name],
+            other_ranks,
+            difference,
+            roofline.work(m, e, rankings[name]),
         )
     bytes_of = (e.num_bytes / len(e), stored_e.num_bytes / len(stored_e))
     return Outcome(case, theirs, ours, entities.seconds, *bytes_of)

@@ -29,6 +29,7 @@ from rich.table import Table
 from benchmarks.cases import CASES, MEAN_TOKENS
 from benchmarks.contest import TOLERANCE, Ours, Outcome, Sizes, run_case
 from benchmarks.published import ENTITY_CHUNK, MENTION_BATCH
+from benchmarks.roofline import device_rates
 from dsmip.files import write_json
 from dsmip.ops.kernels import cpu
 from dsmip.units import Backend
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         outcomes.append(run_case(CASES[name], sizes, backends, device))
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(_table(outcomes, device))
-    for line in _notes(outcomes, sizes, device):
+    for line in _notes(outcomes, sizes, device) + (_shares(outcomes, device) if device.type == "cuda" else []):
         console.print(line, highlight=False)
     if options.json is not None:
         rows = [_row(outcome, name) for outcome in outcomes for name in outcome.ours]
@@ -172,6 +173,18 @@ def _notes(outcomes: Sequence[Outcome], sizes: Sizes, device: torch.device) -> l
     if tied := [int(tie_M.sum()) for tie_M in ties if tie_M is not None]:
         experts = next(" ".join(o.case.choices) for o in outcomes if o.case.choices)
         lines.append(f"experts: {experts}; pairs whose choice was tied: {max(tied)}")
+    return lines
+
+
+def _shares(outcomes: Sequence[Outcome], device: torch.device) -> list[str]:
+    """A line per backend: the share of the card's rates that the text units reached."""
+    rates, lines = device_rates(device), []
+    for outcome in outcomes:
+        for name, ours in outcome.ours.items():
+            seconds = median(cost.wall_s for cost in ours.measured.costs)
+            tensor = ours.work.operations / seconds / rates.operations
+            exp = ours.work.exponentials / seconds / rates.exponentials
+            lines.append(f"{outcome.case.name}, {name}: {tensor:.1%} of the tensor rate, {exp:.1%} of the exp rate")
     return lines
 
 

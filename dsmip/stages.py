@@ -20,6 +20,7 @@ from dsmip.shards import Dataset
 from dsmip.sources import CachedSource, StreamSource, is_held_out
 from dsmip.table import Table
 from dsmip.training import Context, StepSource, TrainResult, train
+from dsmip.units import use_backend
 
 CPU = torch.device("cpu")
 
@@ -163,8 +164,7 @@ def _validate_on(
     def validate(matcher: Matcher) -> Mapping[str, float]:
         mentions = prepare_in_tiles(matcher, validation.mentions, "mentions", device)
         entities = prepare_in_tiles(matcher, kb.rows(slice(first, stop)), "entities", device)
-        index = EntityIndex([entities], first)
-        return rank(matcher, mentions, index, validation.gold_row_M, device=device).metrics()
+        return _figures(matcher, mentions, EntityIndex([entities], first), validation.gold_row_M, device)
 
     return validate
 
@@ -180,9 +180,16 @@ def _validate_by_encoding(
         matcher.eval()
         entities = prepare_split(KB, matcher, run.dataset, collator, device, rows=rows)
         mentions = prepare_split("validation", matcher, run.dataset, collator, device)
-        return rank(matcher, mentions, EntityIndex([entities], rows.start), gold_row_M, device=device).metrics()
+        return _figures(matcher, mentions, EntityIndex([entities], rows.start), gold_row_M, device)
 
     return validate
+
+
+def _figures(
+    matcher: Matcher, mentions: Table, index: EntityIndex, gold_row_M: Tensor, device: torch.device
+) -> Mapping[str, float]:
+    use_backend(matcher, "auto", device)
+    return rank(matcher, mentions, index, gold_row_M, device=device).metrics()
 
 
 def _slice_of(num_entities: int) -> tuple[int, int]:

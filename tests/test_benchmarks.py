@@ -1,6 +1,7 @@
 """The benchmark at a size of seconds, and that its yardstick computes what the published code computes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import published
+from benchmarks import published, roofline
 from benchmarks.cases import CASES, build_matcher, feature_blocks
 from benchmarks.contest import TOLERANCE, checked_difference
 from benchmarks.measure import measured
 from benchmarks.ranking import BACKENDS, main
+from dsmip.evaluation import Ranking
 from dsmip.models.base import FeatureSizes, Scores
 from dsmip.models.mimic import MimicMatcher
+from dsmip.ops.ranking import Counts
 from dsmip.scorer import UnitScorer
 from dsmip.table import Column, Ragged, Table
 
@@ -98,6 +101,17 @@ def test_pairs_of_another_expert_are_left_out_unless_they_are_many() -> None:
     other_chosen_ME[5] = 2
     with pytest.raises(RuntimeError, match="of the pairs go to another expert"):
         checked_difference("x", theirs, Scores(other_ME, other_chosen_ME))
+
+
+def test_the_work_of_text_units_is_counted_by_computed_pairs_and_tokens() -> None:
+    mentions = Table(
+        {"x.key": Ragged.from_padded(torch.zeros(2, 3, 8)), "y.key": Ragged.from_padded(torch.zeros(2, 5, 8))}
+    )
+    entities = Table({f"{name}.query": Ragged.from_padded(torch.zeros(7, 6, 8)) for name in "xy"})
+    everything = Ranking(Counts(torch.zeros(2), torch.zeros(2)), torch.zeros(2, 0), torch.zeros(2, 0))
+    assert roofline.work(mentions, entities, everything) == roofline.Rates(28 * 2 * 8 * 4 * 7, 28 * 4 * 6)
+    half = replace(everything, token_pairs_M2=torch.tensor([[7, 14], [3, 14]]))
+    assert roofline.work(mentions, entities, half).exponentials == 10 * 4 * 6
 
 
 def test_memory_is_that_of_the_work_alone() -> None:

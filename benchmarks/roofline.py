@@ -1,0 +1,58 @@
+"""What a GPU can do at best, and what a ranking takes. Only the text units count: they cost the most.
+
+A pair with T mention and S entity tokens of width d takes T x S exponentials and 2 d T (S + 1) operations of products.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dsmip.evaluation import Ranking
+from dsmip.table import Ragged, Table
+
+_EXPONENTIALS_PER_CLOCK = 16  # of a multiprocessor's special function units, since 2017
+_MATRIX, _ROUNDS = 8192, 10
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per second: operations of matrix products, exponentials."""
+
+    operations: float
+    exponentials: float
+
+
+def device_rates(device: torch.device) -> Rates:
+    """Products: measured in half precision. Exponentials: from the clock and the number of multiprocessors."""
+    properties = torch.cuda.get_device_properties(device)
+    matrix = torch.randn(_MATRIX, _MATRIX, device=device, dtype=torch.float16)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    matrix @ matrix
+    start.record()
+    for _ in range(_ROUNDS):
+        matrix @ matrix
+    stop.record()
+    torch.cuda.synchronize(device)
+    seconds = start.elapsed_time(stop) / 1e3
+    clock = properties.clock_rate * 1e3
+    return Rates(2 * _MATRIX**3 * _ROUNDS / seconds, properties.multi_processor_count * _EXPONENTIALS_PER_CLOCK * clock)
+
+
+def work(mentions: Table, entities: Table, ranking: Ranking) -> Rates:
+    """What the text units of a ranking took in all, from mean lengths and the pairs that were computed."""
+    keys, queries = _tokens(mentions, "key"), _tokens(entities, "query")
+    pairs = len(keys) * len(mentions) * len(entities)
+    if ranking.token_pairs_M2 is not None:
+        pairs = int(ranking.token_pairs_M2[:, 0].sum())
+    num_keys = sum(_mean_length(key) for key in keys) / len(keys)
+    num_queries = sum(_mean_length(query) for query in queries) / len(queries)
+    width = keys[0].values.shape[1]
+    return Rates(pairs * 2 * width * num_keys * (num_queries + 1), pairs * num_keys * num_queries)
+
+
+def _tokens(table: Table, kind: str) -> list[Ragged]:
+    return [table.ragged(name) for name in table.columns if name.split(".")[-1] == kind]
+
+
+def _mean_length(tokens: Ragged) -> float:
+    return float(tokens.lengths.double().mean())
