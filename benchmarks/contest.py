@@ -125,7 +125,7 @@ def run_case(case: Case, sizes: Sizes, backends: Sequence[Backend], device: torc
     twin = copy.deepcopy(matcher).double()
     doubled = (m.cast(torch.float64), EntityIndex([e.cast(torch.float64)]))
     exact = evaluation.rank(twin, *doubled, gold_row_M, device=device)
-    ours = {}
+    ours: dict[str, Ours] = {}
     for name, own in matchers.items():
         mine = Measured(len(m) * len(e), costs[name])
         pairs = zip(theirs.us_per_pair(device), mine.us_per_pair(device), strict=True)

@@ -51,7 +51,8 @@ def work(mentions: Table, entities: Table, ranking: Ranking) -> Rates:
 
 
 def _tokens(table: Table, kind: str) -> list[Ragged]:
-    return [table.ragged(name) for name in table.columns if name.split(".")[-1] == kind]
+    columns = [column for name, column in table.columns.items() if name.split(".")[-1] == kind]
+    return [column for column in columns if isinstance(column, Ragged)]  # dense ones are of the dual units
 
 
 def _mean_length(tokens: Ragged) -> float:

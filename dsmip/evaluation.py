@@ -142,10 +142,10 @@ class _Tiles:
         gold_column_M = self.gold_column_M[start : start + len(scores_ME)].to(self.device)
         here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
         column_M = gold_column_M.clamp(0, num_entities - 1)
+        own_M = scores_ME.gather(1, column_M[:, None])[:, 0]
         if refiner is not None:
-            scores_ME, gold_M = refiner.refine(scores_ME, start, top_k)
+            scores_ME, gold_M = refiner.refine(scores_ME, start, own_M.where(here_M, torch.nan), top_k)
         else:
-            own_M = scores_ME.gather(1, column_M[:, None])[:, 0]
             gold_M = sum_over_workers(own_M.where(here_M, torch.zeros_like(own_M)))
         better_M, tied_M = ops.count_against(scores_ME, gold_M, column_M.where(here_M, -1))
         top_score_Mk, top_row_Mk = ops.top_k(scores_ME, min(top_k, num_entities))
@@ -179,18 +179,20 @@ class _Tiles:
         return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, counted
 
     def _score_fitting(self, mentions: Table, entities: Table) -> Iterator[Scores]:
-        """Scores of a tile of entities, in halves of it where the device has no memory for all of it."""
-        try:
-            yield self.matcher.score(mentions, entities.to(self.device))
-            return
-        except torch.OutOfMemoryError:
-            if len(entities) == 1:
-                raise
-        half = (len(entities) + 1) // 2
-        self.size = TileSize(self.size.mentions, min(self.size.entities, half))
-        self.notice(f"{self.device} is out of memory: going on with tiles of {half} entities")
-        for part in (slice(0, half), slice(half, None)):
-            yield from self._score_fitting(mentions, entities.rows(part))
+        """Scores of a tile of entities, in parts of it where the device has no memory for all of it."""
+        start = 0
+        while start < len(entities):
+            part = entities.rows(slice(start, start + self.size.entities))
+            try:
+                scores = self.matcher.score(mentions, part.to(self.device))
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self.size = TileSize(self.size.mentions, (len(part) + 1) // 2)
+                self.notice(f"{self.device} is out of memory: going on with tiles of {self.size.entities} entities")
+                continue
+            yield scores
+            start += len(part)
 
 
 def _counted(scores: Scores) -> dict[str, Tensor]:

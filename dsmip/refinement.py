@@ -80,15 +80,17 @@ class Refiner:
     def report(self) -> Refinement:
         return Refinement(self._num_pairs, self._band, self._largest_error)
 
-    def refine(self, scores_ME: Tensor, first_mention: int, k: int) -> tuple[Tensor, Tensor]:
+    def refine(self, scores_ME: Tensor, first_mention: int, own_M: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The scores of the tile of mentions from `first_mention`, exact where they are close, and its golds' scores.
 
-        float64 [M, E] and [M]. k: places of the top-k that must be exact as well.
+        float64 [M, E] and [M]. own_M: the golds' scores in single precision, NaN where they are not in the index. k:
+        places of the top-k that must be exact as well.
         """
+        gold_M = self._gold_score_M[first_mention : first_mention + len(scores_ME)].to(scores_ME.device)
+        self._note_errors((own_M.double() - gold_M)[~own_M.isnan()])
         if self._band == 0.0:
             self._band = max(_SAFETY * self._sample_error(scores_ME, first_mention), 2 * _rounding(scores_ME))
         refined_ME = scores_ME.double()
-        gold_M = self._gold_score_M[first_mention : first_mention + len(scores_ME)].to(scores_ME.device)
         close_ME = (refined_ME - gold_M[:, None]).abs() <= self._band
         if k:
             last_M1 = scores_ME.topk(min(k, scores_ME.shape[1]), dim=1).values[:, -1:]
@@ -110,9 +112,12 @@ class Refiner:
 
     def _exact(self, scores_ME: Tensor, first_mention: int, place: int, columns: Tensor) -> Tensor:
         exact = self._pairs.score(first_mention + place, columns.cpu())
-        errors = (exact - scores_ME[place, columns].cpu().double()).abs()
-        self._largest_error = max(self._largest_error, float(errors.max()) if len(errors) else 0.0)
+        self._note_errors(exact - scores_ME[place, columns].cpu().double())
         return exact
+
+    def _note_errors(self, errors: Tensor) -> None:
+        if len(errors):
+            self._largest_error = max(self._largest_error, float(errors.abs().max()))
 
 
 def _rounding(scores_ME: Tensor) -> float:

@@ -110,8 +110,8 @@ class TextUnit(nn.Module):
 
     def _local_cpp(self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor | None) -> Tensor:
         columns = mentions.ragged("key"), mentions.ragged("value"), entities.ragged("query")
-        rows = (cpu.TokenRows(column.values, column.starts, column.lengths) for column in columns)
-        return cpu.local_scores(*rows, direction_Ed, self.layer_norm.eps, wanted_ME)
+        key, value, query = (cpu.TokenRows(column.values, column.starts, column.lengths) for column in columns)
+        return cpu.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
 
     def _local_torch(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
         key_MTd, mask_MT = mentions.ragged("key").padded()
