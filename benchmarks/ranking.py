@@ -76,8 +76,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=sorted({*chain(*BACKENDS.values())}),
         help="may be repeated (default: all that the device has)",
     )
-    parser.add_argument("--mentions", type=_positive, default=64, help="default: 64")
-    parser.add_argument("--entities", type=_positive, default=4096, help="default: 4096")
+    parser.add_argument("--mentions", type=_positive, default=20, help="default: 20")
+    parser.add_argument("--entities", type=_positive, default=16384, help="default: 16384")
     parser.add_argument(
         "--published-entities",
         type=_positive,

@@ -19,6 +19,8 @@ GRID = 2.0**-30
 """Scores in double precision are compared on this grid: pairs of equal features tie whatever call they were in."""
 _SAFETY = 8.0
 _SAMPLE_MENTIONS, _SAMPLE_ENTITIES = 16, 64
+_GOLDS = 16
+_MENTIONS_ON_GPU = 32  # at a time, each against the close entities of all: calls cost more there than pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +40,23 @@ class PairScorer:
         self.mentions, self.index, self.device = mentions, index, device
 
     @torch.no_grad()
-    def score(self, mention: int, columns: Tensor) -> Tensor:
-        """float64 [n], on the CPU: one mention against n places of the index (int64, ascending)."""
-        if len(columns) == 0:
-            return torch.zeros(0, dtype=torch.float64)
-        mentions = self.mentions.take(slice(mention, mention + 1)).to(self.device).cast(torch.float64)
-        entities = self.index.take(columns).to(self.device).cast(torch.float64)
-        scores_n = self.matcher.score(mentions, entities).total_ME[0].double().cpu()
-        return (scores_n / GRID).round() * GRID
+    def score(self, row_m: Tensor, column_e: Tensor) -> Tensor:
+        """float64 [m, e], on the CPU: mentions against places of the index (int64, ascending)."""
+        if len(row_m) == 0 or len(column_e) == 0:
+            return torch.zeros(len(row_m), len(column_e), dtype=torch.float64)
+        mentions = self.mentions.take(row_m).to(self.device).cast(torch.float64)
+        entities = self.index.take(column_e).to(self.device).cast(torch.float64)
+        scores_me = self.matcher.score(mentions, entities).total_ME.double().cpu()
+        return (scores_me / GRID).round() * GRID
 
     def gold_scores(self, gold_row_M: Tensor) -> Tensor:
         """float64 [M]: the golds' scores, NaN for golds (kb rows) that are not in the index."""
         column_M = gold_row_M - self.index.first_row
         scores_M = torch.full((len(gold_row_M),), float("nan"), dtype=torch.float64)
-        for mention in ((column_M >= 0) & (column_M < len(self.index))).nonzero()[:, 0].tolist():
-            scores_M[mention] = self.score(mention, column_M[mention : mention + 1])[0]
+        here = ((column_M >= 0) & (column_M < len(self.index))).nonzero()[:, 0]
+        for row_m in here.split(_GOLDS):  # a call costs as much as some hundred pairs
+            column_e, place_m = column_M[row_m].unique(return_inverse=True)
+            scores_M[row_m] = self.score(row_m, column_e).gather(1, place_m[:, None])[:, 0]
         return scores_M
 
 
@@ -95,25 +99,22 @@ class Refiner:
         if k:
             last_M1 = scores_ME.topk(min(k, scores_ME.shape[1]), dim=1).values[:, -1:]
             close_ME |= scores_ME >= last_M1 - self._band
-        for place in range(len(scores_ME)):
-            columns = close_ME[place].nonzero()[:, 0]
-            exact = self._exact(scores_ME, first_mention, place, columns)
-            refined_ME[place, columns] = exact.to(scores_ME.device)
-            self._num_pairs += len(columns)
+        for place_m in torch.arange(len(scores_ME)).split(1 if scores_ME.device.type == "cpu" else _MENTIONS_ON_GPU):
+            column_e = close_ME[place_m].any(dim=0).nonzero()[:, 0]
+            close_me = close_ME[place_m][:, column_e]
+            exact_me = self._pairs.score(first_mention + place_m, column_e.cpu()).to(scores_ME.device)
+            self._note_errors((exact_me - scores_ME[place_m][:, column_e])[close_me])
+            refined_ME[place_m[:, None], column_e] = exact_me.where(close_me, refined_ME[place_m][:, column_e])
+            self._num_pairs += int(close_me.sum())
         return refined_ME, gold_M
 
     def _sample_error(self, scores_ME: Tensor, first_mention: int) -> float:
-        """Largest error among some pairs that are spread over the tile."""
-        num_entities = scores_ME.shape[1]
-        columns = torch.linspace(0, num_entities - 1, min(_SAMPLE_ENTITIES, num_entities)).long()
-        for place in range(min(_SAMPLE_MENTIONS, len(scores_ME))):
-            self._exact(scores_ME, first_mention, place, columns)
+        """Largest error among the golds and some pairs that are spread over the tile."""
+        num_mentions, num_entities = scores_ME.shape
+        column_e = torch.linspace(0, num_entities - 1, min(_SAMPLE_ENTITIES, num_entities)).long()
+        row_m = first_mention + torch.arange(min(_SAMPLE_MENTIONS, num_mentions))
+        self._note_errors(self._pairs.score(row_m, column_e) - scores_ME[: len(row_m), column_e].cpu())
         return self._largest_error
-
-    def _exact(self, scores_ME: Tensor, first_mention: int, place: int, columns: Tensor) -> Tensor:
-        exact = self._pairs.score(first_mention + place, columns.cpu())
-        self._note_errors(exact - scores_ME[place, columns].cpu().double())
-        return exact
 
     def _note_errors(self, errors: Tensor) -> None:
         if len(errors):
