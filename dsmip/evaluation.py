@@ -233,14 +233,14 @@ def _ranking(columns: Mapping[str, Tensor], first_row: int, refinement: Refineme
     )
 
 
-def merge_rankings(parts: Sequence[Ranking]) -> Ranking:
+def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
     """One ranking from those of disjoint slices of the kb that were made with the same exact gold scores and `refine`.
 
-    Every part must have kept its min(k, entities) best; the merged one keeps the largest of these numbers.
+    Every part must have kept its `top_k` best entities, or all.
     """
-    k = max(part.top_row_Mk.shape[1] for part in parts)
     rows_MC = torch.cat([part.top_row_Mk for part in parts], dim=1)
-    top = ops.merge_top_k(torch.cat([part.top_score_Mk for part in parts], dim=1), rows_MC, k)
+    scores_MC = torch.cat([part.top_score_Mk for part in parts], dim=1)
+    top = ops.merge_top_k(scores_MC, rows_MC, top_k)
     place_MK = (rows_MC[:, None, :] == top.rows_MK[:, :, None]).int().argmax(dim=2)
     gold, top_choice, pairs, tied, token_pairs = (
         [value for part in parts if (value := getattr(part, name)) is not None]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsmip.evaluation import NotRankable, Ranking, merge_rankings
 from dsmip.rank_options import RankOptions
-from dsmip.ranked_model import RankedFiles
+from dsmip.ranked_model import TOP_K, RankedFiles
 from ray_jobs.context import StepEvents, set_threads, worker_device
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
@@ -40,7 +40,7 @@ def rank_on_ray(
         golds: list[Tensor] = on_slices(_gold_scores, stored, workers)
         gold_score_M = torch.stack(golds).nan_to_num(-torch.inf).amax(dim=0)
         rankings: list[Ranking] = on_slices(_rank_slice, stored, workers, gold_score_M, options)
-        return merge_rankings(rankings)
+        return merge_rankings(rankings, TOP_K)
 
 
 def _gold_scores(stored: RankedFiles, num_slices: int, number: int, events: Any) -> Tensor:

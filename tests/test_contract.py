@@ -368,7 +368,7 @@ def test_refined_ranks_are_those_of_double_precision(subject: Subject, features:
     slices = [index.slice(part, 3) for part in range(3)]
     golds = [PairScorer(subject.matcher, mentions, each, CPU).gold_scores(gold_row_M) for each in slices]
     gold_score_M = torch.stack(golds).nan_to_num(-torch.inf).amax(dim=0)
-    merged = merge_rankings([ranked(each, TileSize(4, 2), gold_score_M) for each in slices])
+    merged = merge_rankings([ranked(each, TileSize(4, 2), gold_score_M) for each in slices], top_k=4)
     for result in (ranked(index, TileSize(100, 100)), ranked(index, TileSize(3, 4)), merged):
         assert torch.equal(result.counts.better_M, counts.better_M)
         assert torch.equal(result.counts.tied_M, counts.tied_M)

@@ -99,7 +99,7 @@ def test_equal_features_tie_in_slices_that_are_ranked_apart() -> None:
         rank(matcher, weighted(2), each, gold_row_M, device=CPU, top_k=3, refine=True, gold_score_M=gold_score_M)
         for each in slices
     ]
-    merged = merge_rankings(parts)
+    merged = merge_rankings(parts, 3)
     assert merged.rank_M.tolist() == [5.0, 5.0]
     assert merged.top_row_Mk.tolist() == [[0, 1, 2]] * 2
     assert gold_score_M.tolist() == pytest.approx([0.7, 0.7], abs=GRID)
