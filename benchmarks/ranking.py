@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     device = torch.device(options.device)
     sizes = Sizes(options.mentions, options.entities, min(options.published_entities, options.entities), options.rounds)
-    backends, outcomes = options.backend or _available(device), []
+    backends, outcomes = options.backend or available_backends(device), []
     for name in options.case or CASES:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         outcomes.append(run_case(CASES[name], sizes, backends, device))
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(options.json, {"rows": rows})
 
 
-def _available(device: torch.device) -> list[Backend]:
+def available_backends(device: torch.device) -> list[Backend]:
     """The device's backends; a compiled one that cannot be had is named and left out."""
     backends = list(BACKENDS[device.type])
     if "cpp" in backends and (reason := cpu.why_unavailable()) is not None:

@@ -13,7 +13,7 @@ from benchmarks import published, roofline
 from benchmarks.cases import CASES, build_matcher, feature_blocks
 from benchmarks.contest import TOLERANCE, checked_difference
 from benchmarks.measure import measured
-from benchmarks.ranking import BACKENDS, main
+from benchmarks.ranking import available_backends, main
 from dsmip.evaluation import Ranking
 from dsmip.models.base import FeatureSizes, Scores
 from dsmip.models.mimic import MimicMatcher
