@@ -4,6 +4,7 @@
 <run>/index/<model>-<hash>/<split>.safetensors  prepared mentions, so that all workers score the very same numbers
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,8 @@ def store_ranked(
         "features": sorted(path.name for path in files[KB].values()),
     }
     folder = run.folder / "index" / f"{model}-{fingerprint({}, made_from)[:16]}"
+    for outdated in {*folder.parent.glob(f"{model}-{'[0-9a-f]' * 16}")} - {folder}:
+        shutil.rmtree(outdated)  # of weights or features that are no more
     kb, mentions = _features(files[KB]), _features(files[split])
 
     def prepare(rows: range) -> Table:

@@ -124,6 +124,21 @@ def test_a_second_evaluation_writes_the_same(run: Run, whole: Evaluated) -> None
     assert rows(again) == before
 
 
+def test_an_index_of_earlier_weights_is_replaced(run: Run) -> None:
+    evaluate_model(run, "test", "visual", CPU)
+    evaluate_model(run, "validation", "visual", CPU)
+    (before,) = (run.folder / "index").glob("visual-*")
+    assert {path.stem for path in before.iterdir()} == {"index", "slice-000000", "test", "validation"}
+    matcher = run.load_part("visual", with_encoder=True)
+    with torch.no_grad():
+        for parameter in matcher.scorer.parameters():
+            parameter.mul_(1.1)
+    run.save_part("visual", matcher, {})
+    evaluate_model(run, "test", "visual", CPU)
+    (after,) = (run.folder / "index").glob("visual-*")
+    assert after != before
+
+
 def test_what_cannot_be_evaluated(
     run: Run, small_config: ExperimentConfig, small_data: Dataset, tmp_path: Path
 ) -> None:
