@@ -40,12 +40,19 @@ class PairScorer:
     @torch.no_grad()
     def score(self, mention: int, columns: Tensor) -> Tensor:
         """float64 [n], on the CPU: one mention against n places of the index (int64, ascending)."""
+        return self.score_and_choose(mention, columns)[0]
+
+    @torch.no_grad()
+    def score_and_choose(self, mention: int, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `score`, with the index of the expert that scored each pair, int64 [n] (None: no choice is made)."""
         if len(columns) == 0:
-            return torch.zeros(0, dtype=torch.float64)
+            return torch.zeros(0, dtype=torch.float64), None
         mentions = self.mentions.take(slice(mention, mention + 1)).to(self.device).cast(torch.float64)
         entities = self.index.take(columns).to(self.device).cast(torch.float64)
-        scores_n = self.matcher.score(mentions, entities).total_ME[0].double().cpu()
-        return (scores_n / GRID).round() * GRID
+        scores = self.matcher.score(mentions, entities)
+        total_n = scores.total_ME[0].double().cpu()
+        chosen_n = None if scores.chosen_ME is None else scores.chosen_ME[0].cpu()
+        return (total_n / GRID).round() * GRID, chosen_n
 
     def gold_scores(self, gold_row_M: Tensor) -> Tensor:
         """float64 [M]: the golds' scores, NaN for golds (kb rows) that are not in the index."""
