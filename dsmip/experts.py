@@ -20,7 +20,7 @@ from dsmip.encoders.architecture import read_architecture, resolve_architecture
 from dsmip.encoders.clip import Backbone, TokenFeatures, Tower, Tuning, padded_with_end
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.errors import UserError
-from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores
+from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores, Side
 from dsmip.ops.contrastive import contrastive_loss
 from dsmip.scorer import UnitScorer
 from dsmip.table import Ragged, Table
@@ -150,6 +150,9 @@ class Expert(Matcher):
         """wanted_ME: bool [M, E]; scores of other pairs lack the text unit's token-level half (None: all are whole)."""
         units = self.scorer.score(mentions, entities, wanted_ME)
         return Scores(torch.stack(list(units.values())).mean(dim=0), parts=units)
+
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        return self.scorer.global_vectors(prepared, side)
 
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
         scores = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsmip.candidates import CandidateSearch, Links, link
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.evaluation import Ranking, prepare_in_tiles, rank
@@ -75,6 +76,18 @@ class RankedModel:
             gold_score_M=gold_score_M,
             notice=notice,
         )
+
+    def link(
+        self, k: int, device: torch.device, notice: Callable[[str], None] = print
+    ) -> tuple[CandidateSearch, Links]:
+        """A search for `k` candidates of every mention, and all of them in the order of their exact scores.
+
+        Raises UserError for a model without global vectors.
+        """
+        if k > len(self.index):
+            notice(f"{k} candidates of {len(self.index)} entities: all entities are candidates")
+        search = CandidateSearch.build(self.matcher, self.index, device)
+        return search, link(self.matcher, self.mentions, self.index, search, k, top=k)
 
 
 @dataclass(frozen=True)

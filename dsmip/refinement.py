@@ -42,12 +42,19 @@ class PairScorer:
     @torch.no_grad()
     def score(self, row_m: Tensor, column_e: Tensor) -> Tensor:
         """float64 [m, e], on the CPU: mentions against places of the index (int64, ascending)."""
+        return self.score_and_choose(row_m, column_e)[0]
+
+    @torch.no_grad()
+    def score_and_choose(self, row_m: Tensor, column_e: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `score`, with the index of the expert that scored each pair, int64 [m, e] (None: no choice is made)."""
         if len(row_m) == 0 or len(column_e) == 0:
-            return torch.zeros(len(row_m), len(column_e), dtype=torch.float64)
+            return torch.zeros(len(row_m), len(column_e), dtype=torch.float64), None
         mentions = self.mentions.take(row_m).to(self.device).cast(torch.float64)
         entities = self.index.take(column_e).to(self.device).cast(torch.float64)
-        scores_me = self.matcher.score(mentions, entities).total_ME.double().cpu()
-        return (scores_me / GRID).round() * GRID
+        scores = self.matcher.score(mentions, entities)
+        total_me = scores.total_ME.double().cpu()
+        chosen_me = None if scores.chosen_ME is None else scores.chosen_ME.cpu()
+        return (total_me / GRID).round() * GRID, chosen_me
 
     def gold_scores(self, gold_row_M: Tensor) -> Tensor:
         """float64 [M]: the golds' scores, NaN for golds (kb rows) that are not in the index."""

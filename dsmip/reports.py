@@ -19,11 +19,12 @@ from dsmip.manifest import SPLITS
 from dsmip.metrics import HITS_AT, confidence
 from dsmip.ops import ranking as ops
 from dsmip.rank_options import RankOptions
-from dsmip.ranked_model import RankedFiles, store_ranked
+from dsmip.ranked_model import TOP_K, RankedFiles, RankedModel, store_ranked
 from dsmip.records import Mention
 from dsmip.runs import Run
 
 KB_HASH = b"kb_sha256"  # in the schema's metadata of ranks.parquet
+_CANDIDATES_NOTE = "ranks among k candidates, a gold outside them counted as a miss: not metrics of the full ranking"
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,20 @@ def evaluate_model(
     rank_stored: Callable[[RankedFiles], Ranking] | None = None,
     progress: Callable[[int], None] = lambda num_entities: None,
     notice: Callable[[str], None] = print,
+    candidates: int | None = None,
 ) -> Evaluated:
     """Ranks the whole kb for every mention of a split and writes metrics.json and ranks.parquet.
 
     model: a finished part, or the system's name for the gated whole. rank_stored: makes the ranking (default: in this
     process, on `device`, with `options`). progress: called with the number of entities that are in the index. notice:
-    takes lines about how it is done.
-    Raises UserError for an unknown model or split, one that is not trained yet, or one that scores NaN.
+    takes lines about how it is done. candidates: also rank among so many candidates, in this process; their figures are
+    a section of their own.
+    Raises UserError for an unknown model or split, one that is not trained yet, one that scores NaN, or no candidates.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
+    if candidates is not None and candidates < 1:
+        raise UserError(f"candidates: {candidates} are none to rank among; give at least 1")
     mentions = list(run.dataset.mentions(split))
     if not mentions:
         raise UserError(f"split '{split}' of {run.dataset.folder} has no mentions")
@@ -75,6 +80,8 @@ def evaluate_model(
     groups = report_groups(run.dataset, mentions)
     metrics = {"model": model, "split": split, **_metrics(ranking, groups, opened.choices, len(opened.index))}
     metrics["index_bytes_per_entity"] = opened.index.num_bytes / len(opened.index)
+    if candidates is not None:
+        metrics["candidates"] = _candidate_metrics(opened, candidates, ranking, device, notice)
     folder = evaluation_folder(run.folder, split, model)
     _write_ranks(folder / "ranks.parquet", ranking, mentions, groups, entity_ids, opened.choices)
     write_json(folder / "metrics.json", metrics)
@@ -107,6 +114,23 @@ def _metrics(
     if choices and ranking.tied_choices_M is not None:
         report["experts"]["tie_share"] = float(ranking.tied_choices_M.sum()) / (len(groups) * num_entities)
     return report
+
+
+def _candidate_metrics(
+    model: RankedModel, k: int, ranking: Ranking, device: torch.device, notice: Callable[[str], None]
+) -> dict[str, Any]:
+    """How much of the exact ranking is left among `k` candidates. There is no mean rank: a gold may not be there."""
+    search, links = model.link(k, device, notice)
+    ranks_M = ops.ranks_among(links.score_MT, links.row_MT, model.gold_row_M)
+    return {
+        "k": links.candidate_row_MK.shape[1],
+        "search": search.method,
+        f"recall@{TOP_K}": ops.recall_at(ranking.top_row_Mk, links.candidate_row_MK),
+        "gold_recall": float(ranks_M.isfinite().double().mean()),
+        **{f"hits@{hits}": float(ops.hits_at(ranks_M, hits)) for hits in HITS_AT},
+        "mrr": float(ops.mean_reciprocal_rank(ranks_M)),
+        "note": _CANDIDATES_NOTE,
+    }
 
 
 def _expert_usage(

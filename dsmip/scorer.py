@@ -5,10 +5,11 @@ Text alone: U_T. Picture alone: U_V. Both: U_T, U_V and the cross unit U_C. Name
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from dsmip.collate import Modality
-from dsmip.models.base import FeatureSizes
+from dsmip.models.base import FeatureSizes, Side
 from dsmip.table import Ragged, Table
 from dsmip.units import CrossUnit, PictureNorm, TextNorm, TextUnit, VisualUnit
 
@@ -45,6 +46,12 @@ class UnitScorer(nn.Module):
             inputs = mentions.under(name), entities.under(name)
             scores[name] = unit.score(*inputs, wanted_ME) if isinstance(unit, TextUnit) else _unit(unit).score(*inputs)
         return scores
+
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        """The units' vectors side by side [N, g]: products are the mean over units of theirs."""
+        blocks = [_unit(unit).global_vectors(prepared.under(name), side) for name, unit in self.units.items()]
+        vectors_Ng = torch.cat(blocks, dim=-1)
+        return vectors_Ng / len(blocks) if side == "mentions" else vectors_Ng
 
     def _prepare(self, features: Table, method: str) -> Table:
         inputs: dict[str, tuple[Tensor, Ragged]] = {}

@@ -12,8 +12,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dsmip.errors import UserError
+from dsmip.models.base import Side
 from dsmip.ops import dual, matching
 from dsmip.ops.kernels import cpu
 from dsmip.rank_options import BackendName
@@ -103,6 +105,17 @@ class TextUnit(nn.Module):
             local_ME = self._local_of_lists(mentions, entities, direction_Ed, wanted_ME)
         globals_ = mentions.dense("global"), entities.dense("global")
         return matching.with_global(local_ME, *globals_, local_query_Ed, self.layer_norm.bias)
+
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        """[N, z + 1]; products are S_T without its token-level half (the score of pairs not wanted).
+
+        The last place carries <W_c t_e, bias of LN>, which depends on the entity alone.
+        """
+        global_Nz = prepared.dense("global")
+        if side == "mentions":
+            return F.pad(global_Nz, (0, 1), value=1.0) / 2
+        bias_N = prepared.dense("local") @ self.layer_norm.bias
+        return torch.cat([global_Nz, bias_N[:, None]], dim=-1)
 
     def _takes_cpp(self, direction_Ed: Tensor) -> bool:
         on_cpu = direction_Ed.device.type == "cpu" and direction_Ed.dtype == torch.float32
@@ -203,6 +216,16 @@ class DualUnit(nn.Module):
         b = dual.ValueSide(*(values.dense(name) for name in ("value", "key", "mapped", "scalars")))
         return dual.dual_unit(a, b, self._weights())
 
+    def query_vectors(self, queries: Table) -> Tensor:
+        """[A, d + 1]: `dsmip.ops.dual.query_vectors`."""
+        a = dual.QuerySide(*(queries.dense(name) for name in ("query", "target", "mapped", "scalars")))
+        return dual.query_vectors(a)
+
+    def value_vectors(self, values: Table) -> Tensor:
+        """[B, d + 1]: `dsmip.ops.dual.value_vectors`."""
+        b = dual.ValueSide(*(values.dense(name) for name in ("value", "key", "mapped", "scalars")))
+        return dual.value_vectors(b, self.layer_norm.eps)
+
     def _weights(self) -> dual.DualWeights:
         return dual.DualWeights(
             self.add_layer_norm.weight,
@@ -241,6 +264,15 @@ class VisualUnit(nn.Module):
         men2ent_ME = self.dual_men2ent.score(mentions.under("men2ent"), entities.under("men2ent"))
         return (ent2men_EM.T + men2ent_ME) / 2
 
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        """[N, 2 d + 2]; products are S_V with its gates shut: the rest is no dot product (`dsmip.ops.dual`)."""
+        ent2men, men2ent = prepared.under("ent2men"), prepared.under("men2ent")
+        if side == "mentions":
+            blocks = self.dual_ent2men.value_vectors(ent2men), self.dual_men2ent.query_vectors(men2ent)
+            return torch.cat(blocks, dim=-1) / 2
+        blocks = self.dual_ent2men.query_vectors(ent2men), self.dual_men2ent.value_vectors(men2ent)
+        return torch.cat(blocks, dim=-1)
+
 
 class CrossUnit(nn.Module):
     """U_C, text and picture of one side fused into one vector; the score is the dot product of two sides.
@@ -267,6 +299,10 @@ class CrossUnit(nn.Module):
     def score(self, mentions: Table, entities: Table) -> Tensor:
         """S_C, float [M, E]."""
         return mentions.dense("fused") @ entities.dense("fused").T
+
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        """[N, d]; products are S_C, for both sides alike."""
+        return prepared.dense("fused")
 
     def _prepare(self, global_Nz: Tensor, tokens: Ragged) -> Table:
         tokens_NPd, mask_NP = _each_row(tokens, self.image_fc).padded()

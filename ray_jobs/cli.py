@@ -121,11 +121,17 @@ def evaluate(
     backend: Annotated[
         BackendName, typer.Option("--backend", help="What computes token-level scores; auto: the fastest there is.")
     ] = "auto",
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            "--candidates", min=1, help="Also rank among so many candidates, as a section beside the metrics."
+        ),
+    ] = None,
 ) -> None:
     """Ranks the whole knowledge base for every mention of a split."""
     from ray_jobs.evaluate import evaluate_run
 
-    evaluate_run(run, split, model, device, workers=workers, options=RankOptions(backend))
+    evaluate_run(run, split, model, device, workers=workers, options=RankOptions(backend), candidates=candidates)
 
 
 @app.command()

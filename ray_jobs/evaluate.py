@@ -9,11 +9,12 @@ import torch
 from dsmip.errors import UserError
 from dsmip.evaluation import Ranking
 from dsmip.rank_options import RankOptions
-from dsmip.ranked_model import RankedFiles, model_names
+from dsmip.ranked_model import TOP_K, RankedFiles, model_names
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
 
 SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
+_SHOWN_OF_CANDIDATES = ("hits@1", "hits@5", "hits@20", "mrr")
 
 
 def evaluate_run(
@@ -24,16 +25,20 @@ def evaluate_run(
     *,
     workers: int = 1,
     options: RankOptions = RankOptions(),
+    candidates: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates a finished part or the whole system of a run, prints the main figures and returns the metrics.
 
-    workers: more than one rank slices of the kb on Ray. Raises UserError for an unknown model, split or device, or a
-    model that is not trained yet; JobFailed when a worker fails.
+    workers: more than one rank slices of the kb on Ray. candidates: how many to rank among as well, apart from the
+    metrics and in this process. Raises UserError for an unknown model, split or device, or a model that is not trained
+    yet; JobFailed when a worker fails.
     """
     run, place = Run.open(folder), checked_device(device)
     rank_stored = None if workers == 1 else _ranker_on_ray(workers, place, options)
     model = model or model_names(run.config)[0]
-    evaluated = evaluate_model(run, split, model, place, options=options, rank_stored=rank_stored)
+    evaluated = evaluate_model(
+        run, split, model, place, options=options, rank_stored=rank_stored, candidates=candidates
+    )
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
     refined = metrics["refinement"]
@@ -45,8 +50,19 @@ def evaluate_run(
     )
     if "token_pairs_skipped" in metrics:
         print(f"  {metrics['token_pairs_skipped']:.0%} of the experts' token-level scores were not needed")
+    if "candidates" in metrics:
+        _print_candidates(metrics["candidates"])
     print(f"  {evaluated.folder / 'metrics.json'}")
     return metrics
+
+
+def _print_candidates(found: dict[str, Any]) -> None:
+    figures = "  ".join(f"{name} {found[name]:.3f}" for name in _SHOWN_OF_CANDIDATES)
+    print(
+        f"  candidates, not the full ranking: {found['k']} by global vectors ({found['search']}) hold"
+        f" {found[f'recall@{TOP_K}']:.1%} of the exact top {TOP_K} and {found['gold_recall']:.1%} of the golds"
+    )
+    print(f"  among candidates only, never to be reported as metrics: {figures}")
 
 
 def _ranker_on_ray(workers: int, device: torch.device, options: RankOptions) -> Callable[[RankedFiles], Ranking]:

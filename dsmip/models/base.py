@@ -9,7 +9,7 @@ side by side; every part is itself a `Matcher`. Shapes: M mentions, E entities, 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
+from dsmip.errors import UserError
 from dsmip.table import Table
+
+Side = Literal["mentions", "entities"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,15 @@ class Matcher(nn.Module, ABC):
 
         noise: Gumbel noise [M, E, B] while a gate is trained; None chooses without noise.
         """
+
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        """Float [N, g] of prepared items: a mention's dot product with an entity stands for their score in a search.
+
+        It holds all of the score that is a dot product of one vector per item; every unit says what it leaves out.
+        Token rows (ragged columns) are not read. For candidates alone: no score and no rank is made from it.
+        Raises UserError for a matcher that has none.
+        """
+        raise UserError(f"{type(self).__name__} has no global vectors: candidates cannot be searched with it")
 
     @abstractmethod
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:

@@ -6,13 +6,14 @@ from typing import Any, ClassVar, cast
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.experts import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
 from dsmip.gate import Gate, GateConfig, GateEncoder
-from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, System
+from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System
 from dsmip.ops.contrastive import contrastive_loss, contrastive_losses
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.table import Table
@@ -112,6 +113,28 @@ class DsmipMatcher(Matcher):
         own = mentions.under(name), entities.under(name)
         scores_ME = self._experts()[name].score(*own, wanted_ME=wanted_ME).total_ME
         return scores_ME.where(wanted_ME, 0.0)
+
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        """The experts' vectors side by side [N, g], with their scales.
+
+        Where every mention chooses, only its own expert's block is not zero: products stand for the very score it will
+        get. Where every pair chooses, they are the sum over experts, whichever of them the gate will take.
+        """
+        experts = self._experts().items()
+        vectors = [expert.global_vectors(prepared.under(name), side) for name, expert in experts]
+        if side == "mentions":
+            factors_BM = self._factors(prepared.under(GATE)).T
+            vectors = [factor_M[:, None] * own for factor_M, own in zip(factors_BM, vectors, strict=True)]
+        return torch.cat(vectors, dim=-1)
+
+    def _factors(self, mentions: Table) -> Tensor:
+        """What each mention's experts are multiplied by in `global_vectors` [M, B]; takes the gate's columns."""
+        logits_MB = mentions.dense("logits")
+        factor_MB = torch.ones_like(logits_MB)
+        if self.gate.config.choice == "mention":
+            chosen_M = self.gate.log_pi(mentions, Table({}))[:, 0].argmax(dim=-1)
+            factor_MB = F.one_hot(chosen_M, logits_MB.shape[1]).to(logits_MB.dtype)
+        return factor_MB if self.gate.config.calibration == "none" else factor_MB * self.scale_B()
 
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
         mentions, entities = self.prepare_mentions(mention_features), self.prepare_entities(entity_features)

@@ -20,7 +20,7 @@ from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
 from dsmip.experts import feature_sizes
-from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, System
+from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System
 from dsmip.ops.contrastive import contrastive_loss
 from dsmip.scorer import UnitScorer
 from dsmip.table import Ragged, Table
@@ -114,6 +114,9 @@ class MimicMatcher(Matcher):
         """(S_T + S_V + S_C) / 3, with `parts` text, image and cross."""
         units = self.scorer.score(mentions, entities)
         return Scores((units["text"] + units["image"] + units["cross"]) / 3, parts=units)
+
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        return self.scorer.global_vectors(prepared, side)
 
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
         """Sum of four contrastive losses: of the total and of each unit alone."""

@@ -133,6 +133,19 @@ def dual_unit(a: QuerySide, b: ValueSide, weights: DualWeights) -> Tensor:
     return scores_AB.index_put((rows_A, rows_B), _direct(a, b, rows_A, rows_B, weights))
 
 
+def query_vectors(a: QuerySide) -> Tensor:
+    """[A, d + 1]: y' and y.b2, to be multiplied with `value_vectors`."""
+    return torch.cat([a.target_Ad, a.scalars_A7[:, 6:]], dim=-1)
+
+
+def value_vectors(b: ValueSide, eps: float) -> Tensor:
+    """[B, d + 1], whose products with `query_vectors` stand for the scores where only a dot product will do.
+
+    A score is none: n and its norm mix both sides. These are the scores of a shut gate, t = 0: <LN2(k), LN2(q)>.
+    """
+    return F.pad(F.layer_norm(b.key_Bd, b.key_Bd.shape[-1:], eps=eps), (0, 1), value=1.0)
+
+
 def _direct(a: QuerySide, b: ValueSide, rows_A: Tensor, rows_B: Tensor, weights: DualWeights) -> Tensor:
     """Scores [n] of single pairs, without expanding any norm."""
     shape, eps = (weights.fc_bias.shape[0],), weights.eps

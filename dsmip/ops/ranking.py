@@ -1,5 +1,5 @@
 """Exact ranks by counting, their means, and deterministic top-k. M mentions, E entities (columns), K kept columns,
-X any number of leading dimensions.
+C candidates, g width of a vector, X any number of leading dimensions.
 
 A rank is 1 + the number of entities that score better (+ half of the tied ones: the realistic rank). Counts of disjoint
 sets of columns add up, so tiles and workers count on their own. The gold's score must come from the same scoring call
@@ -8,6 +8,7 @@ as its column (another call differs in the last bits), and its column is exclude
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -130,3 +131,58 @@ def merge_top_k(scores_MC: Tensor, rows_MC: Tensor, k: int) -> TopK:
     rows_MC, by_row_MC = rows_MC.sort(dim=1)
     best_MC, by_score_MC = scores_MC.gather(1, by_row_MC).sort(dim=1, descending=True, stable=True)
     return TopK(best_MC[:, :k], rows_MC.gather(1, by_score_MC)[:, :k])
+
+
+def largest_products(
+    vectors_Mg: Tensor, vectors_Eg: Tensor, k: int, *, mention_tile: int = 256, entity_tile: int = 8192
+) -> TopK:
+    """The min(k, E) largest dot products of each mention, largest first, equal ones by lower row.
+
+    Both float [., g], of one dtype and device. Memory holds one tile of products. Raises ValueError on NaN.
+
+    >>> largest_products(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 5.0], [3.0, 0.0], [2.0, 9.0]]), 2).rows_MK
+    tensor([[1, 2]])
+    """
+    tops = [_largest_products(tile_mg, vectors_Eg, k, entity_tile) for tile_mg in vectors_Mg.split(mention_tile)]
+    return TopK(torch.cat([top.scores_MK for top in tops]), torch.cat([top.rows_MK for top in tops]))
+
+
+def _largest_products(vectors_Mg: Tensor, vectors_Eg: Tensor, k: int, entity_tile: int) -> TopK:
+    best = top_k(vectors_Mg @ vectors_Eg[:entity_tile].T, k)
+    for start in range(entity_tile, len(vectors_Eg), entity_tile):
+        tile = top_k(vectors_Mg @ vectors_Eg[start : start + entity_tile].T, k)
+        scores_MC = torch.cat([best.scores_MK, tile.scores_MK], dim=1)
+        best = merge_top_k(scores_MC, torch.cat([best.rows_MK, tile.rows_MK + start], dim=1), k)
+    return best
+
+
+def recall_at(exact_top_MK: Tensor, candidate_row_MC: Tensor) -> float:
+    """Share of the exact top-K that is among the candidates, 0..1; both rows int64, candidates in any order.
+
+    An entity that ties with the last of the top, but is not named in it, does not count. Raises ValueError when there
+    is nothing to find.
+
+    >>> recall_at(torch.tensor([[4, 2], [0, 1]]), torch.tensor([[1, 2, 3], [1, 0, 9]]))
+    0.75
+    """
+    if exact_top_MK.numel() == 0:
+        raise ValueError("no exact top: a share of nothing is undefined")
+    candidate_row_MC = candidate_row_MC.sort(dim=1).values
+    place_MK = torch.searchsorted(candidate_row_MC, exact_top_MK.contiguous())
+    found_MK = candidate_row_MC.gather(1, place_MK.clamp_max(candidate_row_MC.shape[1] - 1)) == exact_top_MK
+    return float(found_MK.double().mean())
+
+
+def ranks_among(scores_MC: Tensor, rows_MC: Tensor, gold_row_M: Tensor) -> Tensor:
+    """Realistic ranks float64 [M] of golds among C candidates alone; infinite where the gold is none of them.
+
+    scores_MC: float, in any order; rows_MC: int64, each row at most once. So a gold that was missed is no hit at any k,
+    adds nothing to the MRR, and leaves no mean rank. Raises ValueError on NaN.
+
+    >>> ranks_among(torch.tensor([[3.0, 2.0], [3.0, 2.0]]), torch.tensor([[7, 5], [1, 2]]), torch.tensor([5, 6]))
+    tensor([2., inf], dtype=torch.float64)
+    """
+    own_MC = rows_MC == gold_row_M[:, None]
+    column_M = own_MC.int().argmax(dim=1)
+    counts = count_against(scores_MC, scores_MC.gather(1, column_M[:, None])[:, 0], column_M)
+    return realistic_ranks(counts).where(own_MC.any(dim=1), torch.inf)

@@ -1,0 +1,142 @@
+"""Candidates: a few entities per mention by their global vectors, then exact scores of these alone. For serving.
+
+    search = CandidateSearch.build(matcher, index, device)          # once per index
+    links = link(matcher, mentions, index, search, k=100, top=5)    # prepared mentions -> kb rows and scores
+
+What the search misses is lost, so ranks among candidates are no ranks over the knowledge base. M mentions, E entities,
+g width of a global vector (`Matcher.global_vectors`), K candidates, T kept ones.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsmip.evaluation import NotRankable
+from dsmip.index import EntityIndex
+from dsmip.models.base import Matcher
+from dsmip.ops import ranking as ops
+from dsmip.refinement import PairScorer
+from dsmip.table import Table
+
+SearchMethod = Literal["gemm", "faiss"]
+_TILE = 4096
+
+
+class CandidateSearch:
+    """Finds the entities whose global vectors have the largest dot products with a mention's; none is skipped.
+
+    Holds 4 g bytes per entity. method: `faiss` (its IndexFlatIP) where that package is installed and the vectors lie on
+    a CPU, else `gemm`. Both find the same, but of entities with equal products `gemm` takes those of lower rows.
+    """
+
+    def __init__(self, vectors_Eg: Tensor, first_row: int = 0) -> None:
+        """vectors_Eg: of kb rows `first_row` .. `first_row + E`. Raises ValueError for one that is not finite."""
+        _refuse_infinite(vectors_Eg, "entity", first_row)
+        self.first_row, self.device, self._num_entities = first_row, vectors_Eg.device, len(vectors_Eg)
+        faiss = _faiss() if self.device.type == "cpu" else None
+        self.method: SearchMethod = "gemm" if faiss is None else "faiss"
+        if faiss is None:
+            self._vectors_Eg = vectors_Eg.float()
+        else:
+            self._flat = faiss.IndexFlatIP(vectors_Eg.shape[1])
+            self._flat.add(vectors_Eg.float().contiguous().numpy())
+
+    def __len__(self) -> int:
+        return self._num_entities
+
+    @staticmethod
+    def build(matcher: Matcher, index: EntityIndex, device: torch.device) -> "CandidateSearch":
+        """Vectors of all entities of the index; the matcher moves to `device`.
+
+        Raises UserError for a matcher that has no global vectors, ValueError for a vector that is not finite.
+        """
+        matcher.to(device).eval()
+        with torch.no_grad():
+            tiles = [matcher.global_vectors(_dense(tile).to(device), "entities") for tile in index.tiles(_TILE)]
+        return CandidateSearch(torch.cat(tiles), index.first_row)
+
+    def search(self, vectors_Mg: Tensor, k: int) -> Tensor:
+        """Kb rows int64 [M, min(k, E)] of each mention's best entities, best first.
+
+        Raises ValueError for k < 1 or a vector that is not finite.
+        """
+        if k < 1:
+            raise ValueError(f"{k} candidates: at least one is needed")
+        _refuse_infinite(vectors_Mg, "mention")
+        k, vectors_Mg = min(k, len(self)), vectors_Mg.to(self.device).float()
+        if self.method == "gemm":
+            row_MK = ops.largest_products(vectors_Mg, self._vectors_Eg, k).rows_MK
+        else:
+            row_MK = torch.from_numpy(self._flat.search(vectors_Mg.contiguous().numpy(), k)[1])
+        return row_MK + self.first_row
+
+
+@dataclass(frozen=True)
+class Links:
+    """What M mentions are linked to, best first (CPU tensors).
+
+    row_MT: kb rows int64. score_MT: their scores float64, as in a refined ranking. chosen_MT: index of the expert that
+    scored each, None for a matcher that makes no choice. candidate_row_MK: kb rows of all candidates, ascending.
+    """
+
+    row_MT: Tensor
+    score_MT: Tensor
+    chosen_MT: Tensor | None
+    candidate_row_MK: Tensor
+
+
+def link(matcher: Matcher, mentions: Table, index: EntityIndex, search: CandidateSearch, k: int, top: int) -> Links:
+    """The `top` best of each prepared mention's `k` candidates (at most all of both), equal scores by lower row.
+
+    Candidates are scored in float64 on the ranking's grid (`PairScorer`) and not in float32: a few pairs cost little,
+    and so their order is that of the exact ranking, whatever the candidates they are scored beside.
+
+    Raises ValueError for k < 1 or a search of another index, NotRankable for a score that is NaN.
+    """
+    if (len(search), search.first_row) != (len(index), index.first_row):
+        raise ValueError(f"a search among {len(search)} entities for an index of {len(index)}: they must be the same")
+    pairs = PairScorer(matcher, mentions, index, search.device)
+    with torch.no_grad():
+        dense = _dense(mentions).to(search.device).cast(torch.float64)
+        vectors_Mg = pairs.matcher.global_vectors(dense, "mentions")
+    row_MK = search.search(vectors_Mg, k).cpu().sort(dim=1).values
+    score_MK, chosen_MK = _scored(pairs, row_MK, index.first_row)
+    best = ops.merge_top_k(score_MK, row_MK, top)
+    place_MT = torch.searchsorted(row_MK, best.rows_MK.contiguous())
+    chosen_MT = None if chosen_MK is None else chosen_MK.gather(1, place_MT)
+    return Links(best.rows_MK, best.scores_MK, chosen_MT, row_MK)
+
+
+def _scored(pairs: PairScorer, row_MK: Tensor, first_row: int) -> tuple[Tensor, Tensor | None]:
+    """Exact scores float64 [M, K] of each mention's kb rows (ascending), and the experts that gave them."""
+    score_MK, choices = torch.zeros(row_MK.shape, dtype=torch.float64), list[Tensor]()
+    for mention, row_K in enumerate(row_MK):
+        score_MK[mention : mention + 1], chosen_1K = pairs.score_and_choose(torch.tensor([mention]), row_K - first_row)
+        if chosen_1K is not None:
+            choices.append(chosen_1K)
+    if bool(score_MK.isnan().any()):
+        mention, place = score_MK.isnan().nonzero()[0].tolist()
+        raise NotRankable(mention, int(row_MK[mention, place]))
+    return score_MK, torch.cat(choices) if choices else None
+
+
+def _dense(table: Table) -> Table:
+    """Without token rows, which have no part in global vectors and would be the most to move to a device."""
+    return Table({name: column for name, column in table.columns.items() if isinstance(column, Tensor)})
+
+
+def _faiss() -> ModuleType | None:
+    try:
+        return import_module("faiss")
+    except ImportError:
+        return None
+
+
+def _refuse_infinite(vectors_Ng: Tensor, what: str, first: int = 0) -> None:
+    broken = (~vectors_Ng.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise ValueError(f"the global vector of {what} {first + broken[0]} is not finite: nothing can be searched")
