@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from dsmip.errors import UserError
 from dsmip.ops import dual, matching
-from dsmip.ops.kernels import cpu
-from dsmip.rank_options import BackendName
+from dsmip.ops.kernels import cpu, cuda
+from dsmip.ops.kernels.rows import TokenRows
+from dsmip.rank_options import BackendName, PrecisionName
 from dsmip.table import Ragged, Table
 
-Backend = Literal["torch", "cpp"]
+Backend = Literal["torch", "cpp", "triton"]
+Precision = Literal["fp32", "fp16"]
 
 
 class TextNorm(nn.Module):
@@ -56,8 +58,8 @@ class TextUnit(nn.Module):
 
     mask_padding: True attends over each item's own tokens. False reproduces the published code, which attends over
     padding as well: the features must then hold all token places of every item, padding included.
-    backend: what computes token-level scores (`use_backend`). `cpp` is taken for float32 on a CPU without gradients,
-    `torch` for all else.
+    backend: what computes token-level scores (`use_backend`). `cpp` (on a CPU) and `triton` (on a GPU, up to 128 tokens
+    a mention) are taken for float32 without gradients, `torch` for all else. precision: see `use_precision`.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class TextUnit(nn.Module):
         super().__init__()
         self.mask_padding = mask_padding
         self.backend: Backend = "torch"
+        self.precision: Precision = "fp32"
         self.fc_query = nn.Linear(token_width, width)
         self.fc_key = nn.Linear(token_width, width)
         self.fc_value = nn.Linear(token_width, width)
@@ -95,8 +98,8 @@ class TextUnit(nn.Module):
         """S_T, float [M, E]. The token-level half, which costs the most, is left out of pairs not wanted (bool)."""
         local_query_Ed = entities.dense("local")
         direction_Ed = local_query_Ed * self.layer_norm.weight
-        if self._takes_cpp(direction_Ed):
-            local_ME = self._local_cpp(mentions, entities, direction_Ed, wanted_ME)
+        if self._takes_kernel(mentions, direction_Ed):
+            local_ME = self._local_compiled(mentions, entities, direction_Ed, wanted_ME)
         elif wanted_ME is None:
             local_ME = self._local_torch(mentions, entities, direction_Ed)
         else:
@@ -104,14 +107,23 @@ class TextUnit(nn.Module):
         globals_ = mentions.dense("global"), entities.dense("global")
         return matching.with_global(local_ME, *globals_, local_query_Ed, self.layer_norm.bias)
 
-    def _takes_cpp(self, direction_Ed: Tensor) -> bool:
-        on_cpu = direction_Ed.device.type == "cpu" and direction_Ed.dtype == torch.float32
-        return self.backend == "cpp" and on_cpu and not torch.is_grad_enabled()
+    def _takes_kernel(self, mentions: Table, direction_Ed: Tensor) -> bool:
+        if torch.is_grad_enabled() or direction_Ed.dtype != torch.float32:
+            return False
+        if self.backend == "triton":
+            return cuda.can_score(mentions.ragged("key").lengths)
+        return self.backend == "cpp" and direction_Ed.device.type == "cpu"
 
-    def _local_cpp(self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor | None) -> Tensor:
-        columns = mentions.ragged("key"), mentions.ragged("value"), entities.ragged("query")
-        rows = (cpu.TokenRows(column.values, column.starts, column.lengths) for column in columns)
-        return cpu.local_scores(*rows, direction_Ed, self.layer_norm.eps, wanted_ME)
+    def _local_compiled(
+        self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor | None
+    ) -> Tensor:
+        columns = [mentions.ragged("key"), mentions.ragged("value"), entities.ragged("query")]
+        if self.backend == "cpp":
+            return cpu.local_scores(*map(_token_rows, columns), direction_Ed, self.layer_norm.eps, wanted_ME)
+        columns = [_rows_in_use(column) for column in columns]
+        if self.precision == "fp16":
+            columns = [column.cast(torch.float16) for column in columns]
+        return cuda.local_scores(*map(_token_rows, columns), direction_Ed, self.layer_norm.eps, wanted_ME)
 
     def _local_torch(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
         key_MTd, mask_MT = mentions.ragged("key").padded()
@@ -139,26 +151,48 @@ class TextUnit(nn.Module):
 def use_backend(matcher: nn.Module, name: BackendName, device: torch.device) -> Backend:
     """Sets what computes the token-level scores of all text units in `matcher`; returns it.
 
-    auto: `cpp` on a CPU where it can be compiled, else `torch`, with a warning that says why when it cannot.
+    auto: `cpp` on a CPU and `triton` on a GPU where it can be compiled, else `torch`, with a warning that says why.
 
     Raises:
-        UserError: `cpp` was asked for and is not to be had.
+        UserError: `cpp` or `triton` was asked for and is not to be had.
     """
     backend: Backend = "torch"
-    if name == "cpp" and device.type != "cpu":
-        raise UserError(f"backend cpp runs on a CPU, not on {device}: use torch or auto")
-    if name != "torch" and device.type == "cpu":
-        reason = cpu.why_unavailable()
+    compiled: Backend = "cpp" if device.type == "cpu" else "triton"
+    if name not in ("auto", "torch", compiled):
+        place = "CPU" if name == "cpp" else "GPU"
+        raise UserError(f"backend {name} runs on a {place}, not on {device}: use torch or auto")
+    if name != "torch":
+        reason = cpu.why_unavailable() if compiled == "cpp" else cuda.why_unavailable()
         if reason is None:
-            backend = "cpp"
-        elif name == "cpp":
-            raise UserError(f"backend cpp cannot be built: {reason}; mend it, or use torch")
+            backend = compiled
+        elif name == compiled:
+            raise UserError(f"backend {name} cannot be built: {reason}; mend it, or use torch")
         else:
             warnings.warn(f"no compiled kernel, scoring with PyTorch: {reason}", stacklevel=2)
-    for module in matcher.modules():
-        if isinstance(module, TextUnit):
-            module.backend = backend
+    for unit in _text_units(matcher):
+        unit.backend = backend
     return backend
+
+
+def use_precision(matcher: nn.Module, name: PrecisionName, backend: Backend) -> Precision:
+    """Sets how the text units' token rows are held while `backend` (of `use_backend`) scores them; returns it.
+
+    fp16: in half precision, with float32 sums; prepared tables and all else stay as they are. auto: `fp16` with
+    `triton`, else `fp32`.
+
+    Raises:
+        UserError: `fp16` was asked for with another backend than `triton`.
+    """
+    if name == "fp16" and backend != "triton":
+        raise UserError(f"precision fp16 needs a GPU and backend triton, and this is {backend}: use fp32 or auto")
+    precision: Precision = "fp16" if backend == "triton" and name != "fp32" else "fp32"
+    for unit in _text_units(matcher):
+        unit.precision = precision
+    return precision
+
+
+def _text_units(matcher: nn.Module) -> list[TextUnit]:
+    return [module for module in matcher.modules() if isinstance(module, TextUnit)]
 
 
 class DualUnit(nn.Module):
@@ -287,6 +321,10 @@ class CrossUnit(nn.Module):
 def _rows_in_use(tokens: Ragged) -> Ragged:
     """The same items without the token rows that none of them uses (a slice of a large table shares all its rows)."""
     return tokens.compact() if len(tokens.values) > int(tokens.lengths.sum()) else tokens
+
+
+def _token_rows(tokens: Ragged) -> TokenRows:
+    return TokenRows(tokens.values, tokens.starts, tokens.lengths)
 
 
 def _each_row(tokens: Ragged, transform: Callable[[Tensor], Tensor]) -> Ragged:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dsmip.errors import UserError
-from dsmip.rank_options import BackendName, RankOptions
+from dsmip.rank_options import BackendName, PrecisionName, RankOptions
 from ray_jobs import environment  # noqa: F401  (before anything imports Ray)
 from ray_jobs.failures import JobFailed
 
@@ -121,11 +121,14 @@ def evaluate(
     backend: Annotated[
         BackendName, typer.Option("--backend", help="What computes token-level scores; auto: the fastest there is.")
     ] = "auto",
+    precision: Annotated[
+        PrecisionName, typer.Option("--precision", help="Of token rows while they are scored; auto: fp16 with triton.")
+    ] = "auto",
 ) -> None:
     """Ranks the whole knowledge base for every mention of a split."""
     from ray_jobs.evaluate import evaluate_run
 
-    evaluate_run(run, split, model, device, workers=workers, options=RankOptions(backend))
+    evaluate_run(run, split, model, device, workers=workers, options=RankOptions(backend, precision))
 
 
 @app.command()
