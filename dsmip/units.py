@@ -58,7 +58,7 @@ class TextUnit(nn.Module):
 
     mask_padding: True attends over each item's own tokens. False reproduces the published code, which attends over
     padding as well: the features must then hold all token places of every item, padding included.
-    backend: what computes token-level scores (`use_backend`). `cpp` (on a CPU) and `triton` (on a GPU, up to 128 tokens
+    backend: what computes token-level scores (`use_backend`). `cpp` (on a CPU) and `triton` (on a GPU, up to 96 tokens
     a mention) are taken for float32 without gradients, `torch` for all else. precision: see `use_precision`.
     """
 
@@ -118,12 +118,13 @@ class TextUnit(nn.Module):
         self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor | None
     ) -> Tensor:
         columns = [mentions.ragged("key"), mentions.ragged("value"), entities.ragged("query")]
-        if self.backend == "cpp":
-            return cpu.local_scores(*map(_token_rows, columns), direction_Ed, self.layer_norm.eps, wanted_ME)
-        columns = [_rows_in_use(column) for column in columns]
-        if self.precision == "fp16":
-            columns = [column.cast(torch.float16) for column in columns]
-        return cuda.local_scores(*map(_token_rows, columns), direction_Ed, self.layer_norm.eps, wanted_ME)
+        if self.backend == "triton":
+            dtype = torch.float16 if self.precision == "fp16" else torch.float32
+            columns = [_rows_in_use(column).cast(dtype) for column in columns]
+        key, value, query = (TokenRows(column.values, column.starts, column.lengths) for column in columns)
+        if self.backend == "triton":
+            return cuda.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
+        return cpu.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
 
     def _local_torch(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
         key_MTd, mask_MT = mentions.ragged("key").padded()
@@ -321,10 +322,6 @@ class CrossUnit(nn.Module):
 def _rows_in_use(tokens: Ragged) -> Ragged:
     """The same items without the token rows that none of them uses (a slice of a large table shares all its rows)."""
     return tokens.compact() if len(tokens.values) > int(tokens.lengths.sum()) else tokens
-
-
-def _token_rows(tokens: Ragged) -> TokenRows:
-    return TokenRows(tokens.values, tokens.starts, tokens.lengths)
 
 
 def _each_row(tokens: Ragged, transform: Callable[[Tensor], Tensor]) -> Ragged:

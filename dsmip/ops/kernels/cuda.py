@@ -14,13 +14,15 @@ from torch.nn import functional as F
 
 from dsmip.ops.kernels.rows import Pairs, TokenRows, checked
 
-MAX_TOKENS = 128
-"""Of a mention: all its logits with a tile of query rows are held at once."""
-_PIECES = ((16, 16), (32, 16), (32, 32), (64, 16), (64, 32), (64, 64))
+MAX_TOKENS = 96
+"""Of a mention: all its logits with a tile of query rows are in registers, and those of more float32 ones spill."""
+_PIECES = ((16, 16), (32, 16), (32, 32), (64, 16), (64, 32))
 _SAFE_LOGIT = 60.0  # exp of it, times MAX_TOKENS, is far from the largest float32
 _GROUP = 16  # entities of one program: the least rows of a tensor core's product
 _ROWS = 64  # query rows, and
 _CHUNK = 32  # channels that are multiplied at a time
+# compiled for sm_90, half precision takes 170 registers a thread, and float32, without tensor cores, nearly all
+_LAUNCH = {torch.float16: {"num_warps": 4, "num_stages": 2}, torch.float32: {"num_warps": 8, "num_stages": 1}}
 
 
 @cache
@@ -99,6 +101,7 @@ def _scores(pairs: Pairs, eps: float) -> Tensor:
     first_M = F.pad(end_M, (1, 0))[:-1]
     mentions_M5 = torch.stack([key.start_N, value.start_N, key.length_N, first_M, end_M], dim=1)
     tensors = (direction_Ed, mentions_M5, query.start_N.int(), num_rows_E, entity_of_pair)
+    launch = _LAUNCH[key.values_Rd.dtype]
     with torch.cuda.device_of(scores_ME):  # Triton launches on the current device
         for (first, second), programs_P2 in _programs(key.length_N, end_M - first_M, pairs.num_entities):
             _kernel().text_unit[(len(programs_P2),)](
@@ -117,6 +120,7 @@ def _scores(pairs: Pairs, eps: float) -> Tensor:
                 GROUP=_GROUP,
                 ROWS=_ROWS,
                 CHUNK=_CHUNK,
+                **launch,
             )
     return scores_ME
 
@@ -148,4 +152,5 @@ def _finite_rows(query: TokenRows) -> tuple[Tensor, Tensor | float]:
 
 
 def _norms(values_Rd: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values_Rd, dim=1, dtype=torch.float32)
+    norm_R: Tensor = torch.linalg.vector_norm(values_Rd, dim=1, dtype=torch.float32)
+    return norm_R

@@ -58,12 +58,12 @@ def text_unit(
     offset_G = tl.load(query_start + e_G, mask=is_pair_G, other=0) - begin_G
     num_packed = tl.sum(length_G, axis=0)
 
-    attention_GT = tl.zeros([GROUP, FIRST], tl.float32)
-    attention_GU = tl.zeros([GROUP, SECOND], tl.float32)
+    attention_TG = tl.zeros([FIRST, GROUP], tl.float32)
+    attention_UG = tl.zeros([SECOND, GROUP], tl.float32)
     for first in range(0, num_packed, ROWS):
         packed_R = first + tl.arange(0, ROWS)
-        is_own_GR = (packed_R[None, :] >= begin_G[:, None]) & (packed_R[None, :] < (begin_G + length_G)[:, None])
-        row_R = packed_R + tl.sum(tl.where(is_own_GR, offset_G[:, None], 0), axis=0)
+        is_own_RG = (packed_R[:, None] >= begin_G[None, :]) & (packed_R[:, None] < (begin_G + length_G)[None, :])
+        row_R = packed_R + tl.sum(tl.where(is_own_RG, offset_G[None, :], 0), axis=1)
         is_row_R = packed_R < num_packed
         logits_RT = _logits(query, row_R, is_row_R, key, 0, tokens, WIDTH, ROWS, FIRST, CHUNK)
         logits_RU = _logits(query, row_R, is_row_R, key, FIRST, tokens, WIDTH, ROWS, SECOND, CHUNK)
@@ -74,17 +74,17 @@ def text_unit(
         weight_RT = tl.exp(logits_RT)
         weight_RU = tl.exp(logits_RU)
         share_R = 1.0 / (tl.sum(weight_RT, axis=1) + tl.sum(weight_RU, axis=1))
-        own_GR = is_own_GR.to(query.dtype.element_ty)
-        attention_GT = _add_product(attention_GT, own_GR, weight_RT * share_R[:, None])
-        attention_GU = _add_product(attention_GU, own_GR, weight_RU * share_R[:, None])
+        own_RG = is_own_RG.to(query.dtype.element_ty)
+        attention_TG = _add_weights(attention_TG, weight_RT * share_R[:, None], own_RG)
+        attention_UG = _add_weights(attention_UG, weight_RU * share_R[:, None], own_RG)
 
-    attention_GT *= (1.0 / length_G.to(tl.float32))[:, None]
-    attention_GU *= (1.0 / length_G.to(tl.float32))[:, None]
+    attention_TG *= (1.0 / length_G.to(tl.float32))[None, :]
+    attention_UG *= (1.0 / length_G.to(tl.float32))[None, :]
     squares_G = tl.zeros([GROUP], tl.float32)
     projection_G = tl.zeros([GROUP], tl.float32)
     for channel in tl.static_range(0, WIDTH, CHUNK):
-        context_GC = _add_context(tl.zeros([GROUP, CHUNK], tl.float32), attention_GT, value, 0, tokens, channel, WIDTH)
-        context_GC = _add_context(context_GC, attention_GU, value, FIRST, tokens, channel, WIDTH)
+        context_GC = _add_context(tl.zeros([GROUP, CHUNK], tl.float32), attention_TG, value, 0, tokens, channel, WIDTH)
+        context_GC = _add_context(context_GC, attention_UG, value, FIRST, tokens, channel, WIDTH)
         direction_GC = _rows(direction, e_G, is_pair_G, channel, WIDTH, CHUNK)
         squares_G += tl.sum(context_GC * context_GC, axis=1)
         projection_G += tl.sum(context_GC * direction_GC, axis=1)
@@ -119,19 +119,19 @@ def _logits(
     for channel in tl.static_range(0, WIDTH, CHUNK):
         query_RC = _rows(query, row_R, is_row_R, channel, WIDTH, CHUNK)
         key_TC = _rows(key, token_T, token_T < tokens, channel, WIDTH, CHUNK)
-        logits_RT = _add_product(logits_RT, query_RC, tl.trans(key_TC))
+        logits_RT = tl.dot(query_RC, tl.trans(key_TC), logits_RT, input_precision="ieee")
     return tl.where((token_T < tokens)[None, :], logits_RT, float("-inf"))
 
 
 @triton.jit
-def _add_context(context_GC, attention_GT, value, first_token, tokens, channel, WIDTH: tl.constexpr):
-    """Adds some channels of a piece of the values, weighted by the attention."""
-    token_T = first_token + tl.arange(0, attention_GT.shape[1])
-    value_TC = _rows(value, token_T, token_T < tokens, channel, WIDTH, context_GC.shape[1])
-    return _add_product(context_GC, attention_GT.to(value_TC.dtype), value_TC)
+def _add_weights(attention_TG, weight_RT, own_RG):
+    """Adds the weights of each entity's own rows. (Tokens come first: one piece of them is a tensor core's height.)"""
+    return tl.dot(tl.trans(weight_RT.to(own_RG.dtype)), own_RG, attention_TG, input_precision="ieee")
 
 
 @triton.jit
-def _add_product(sums, left, right):
-    """sums + left @ right in float32, the right operand rounded to the left one's dtype."""
-    return tl.dot(left, right.to(left.dtype), sums, input_precision="ieee")
+def _add_context(context_GC, attention_TG, value, first_token, tokens, channel, WIDTH: tl.constexpr):
+    """Adds some channels of a piece of the values, weighted by the attention."""
+    token_T = first_token + tl.arange(0, attention_TG.shape[0])
+    value_TC = _rows(value, token_T, token_T < tokens, channel, WIDTH, context_GC.shape[1])
+    return tl.dot(tl.trans(attention_TG.to(value_TC.dtype)), value_TC, context_GC, input_precision="ieee")
