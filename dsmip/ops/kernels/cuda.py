@@ -22,7 +22,10 @@ _GROUP = 16  # entities of one program: the least rows of a tensor core's produc
 _ROWS = 64  # query rows, and
 _CHUNK = 32  # channels that are multiplied at a time
 # compiled for sm_90, half precision takes 170 registers a thread, and float32, without tensor cores, nearly all
-_LAUNCH = {torch.float16: {"num_warps": 4, "num_stages": 2}, torch.float32: {"num_warps": 8, "num_stages": 1}}
+_LAUNCH = {
+    torch.float16: {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True},
+    torch.float32: {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True},
+}
 
 
 @cache
