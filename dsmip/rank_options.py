@@ -3,11 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-BackendName = Literal["auto", "torch", "cpp"]
+BackendName = Literal["auto", "torch", "cpp", "triton"]
+PrecisionName = Literal["auto", "fp32", "fp16"]
 
 
 @dataclass(frozen=True)
 class RankOptions:
-    """backend: what computes token-level scores (see `dsmip.units.use_backend`)."""
+    """backend: what computes token-level scores (see `dsmip.units.use_backend`).
+
+    precision: of the token rows that they are computed from (see `dsmip.units.use_precision`).
+    """
 
     backend: BackendName = "auto"
+    precision: PrecisionName = "auto"

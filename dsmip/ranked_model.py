@@ -27,7 +27,7 @@ from dsmip.refinement import PairScorer
 from dsmip.runs import Run
 from dsmip.stages import gold_rows, part_feature_file, whole_feature_files
 from dsmip.table import Table
-from dsmip.units import use_backend
+from dsmip.units import use_backend, use_precision
 
 TOP_K = 20
 Progress = Callable[[int], None]
@@ -63,7 +63,8 @@ class RankedModel:
     ) -> Ranking:
         """The ranking against a slice of the index, given all golds' exact scores."""
         matcher = self.matcher.to(device)
-        notice(f"scoring on {device} with {use_backend(matcher, options.backend, device)}")
+        backend = use_backend(matcher, options.backend, device)
+        notice(f"scoring on {device} with {backend}, {use_precision(matcher, options.precision, backend)}")
         return rank(
             matcher,
             self.mentions,

@@ -17,11 +17,13 @@ from torch.nn import functional as F
 from dsmip.errors import UserError
 from dsmip.models.base import Side
 from dsmip.ops import dual, matching
-from dsmip.ops.kernels import cpu
-from dsmip.rank_options import BackendName
+from dsmip.ops.kernels import cpu, cuda
+from dsmip.ops.kernels.rows import TokenRows
+from dsmip.rank_options import BackendName, PrecisionName
 from dsmip.table import Ragged, Table
 
-Backend = Literal["torch", "cpp"]
+Backend = Literal["torch", "cpp", "triton"]
+Precision = Literal["fp32", "fp16"]
 
 
 class TextNorm(nn.Module):
@@ -58,8 +60,8 @@ class TextUnit(nn.Module):
 
     mask_padding: True attends over each item's own tokens. False reproduces the published code, which attends over
     padding as well: the features must then hold all token places of every item, padding included.
-    backend: what computes token-level scores (`use_backend`). `cpp` is taken for float32 on a CPU without gradients,
-    `torch` for all else.
+    backend: what computes token-level scores (`use_backend`). `cpp` (on a CPU) and `triton` (on a GPU, up to 96 tokens
+    a mention) are taken for float32 without gradients, `torch` for all else. precision: see `use_precision`.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class TextUnit(nn.Module):
         super().__init__()
         self.mask_padding = mask_padding
         self.backend: Backend = "torch"
+        self.precision: Precision = "fp32"
         self.fc_query = nn.Linear(token_width, width)
         self.fc_key = nn.Linear(token_width, width)
         self.fc_value = nn.Linear(token_width, width)
@@ -97,8 +100,8 @@ class TextUnit(nn.Module):
         """S_T, float [M, E]. The token-level half, which costs the most, is left out of pairs not wanted (bool)."""
         local_query_Ed = entities.dense("local")
         direction_Ed = local_query_Ed * self.layer_norm.weight
-        if self._takes_cpp(direction_Ed):
-            local_ME = self._local_cpp(mentions, entities, direction_Ed, wanted_ME)
+        if self._takes_kernel(mentions, direction_Ed):
+            local_ME = self._local_compiled(mentions, entities, direction_Ed, wanted_ME)
         elif wanted_ME is None:
             local_ME = self._local_torch(mentions, entities, direction_Ed)
         else:
@@ -117,13 +120,23 @@ class TextUnit(nn.Module):
         bias_N = prepared.dense("local") @ self.layer_norm.bias
         return torch.cat([global_Nz, bias_N[:, None]], dim=-1)
 
-    def _takes_cpp(self, direction_Ed: Tensor) -> bool:
-        on_cpu = direction_Ed.device.type == "cpu" and direction_Ed.dtype == torch.float32
-        return self.backend == "cpp" and on_cpu and not torch.is_grad_enabled()
+    def _takes_kernel(self, mentions: Table, direction_Ed: Tensor) -> bool:
+        if torch.is_grad_enabled() or direction_Ed.dtype != torch.float32:
+            return False
+        if self.backend == "triton":
+            return cuda.can_score(mentions.ragged("key").lengths)
+        return self.backend == "cpp" and direction_Ed.device.type == "cpu"
 
-    def _local_cpp(self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor | None) -> Tensor:
-        columns = mentions.ragged("key"), mentions.ragged("value"), entities.ragged("query")
-        key, value, query = (cpu.TokenRows(column.values, column.starts, column.lengths) for column in columns)
+    def _local_compiled(
+        self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor | None
+    ) -> Tensor:
+        columns = [mentions.ragged("key"), mentions.ragged("value"), entities.ragged("query")]
+        if self.backend == "triton":
+            dtype = torch.float16 if self.precision == "fp16" else torch.float32
+            columns = [_rows_in_use(column).cast(dtype) for column in columns]
+        key, value, query = (TokenRows(column.values, column.starts, column.lengths) for column in columns)
+        if self.backend == "triton":
+            return cuda.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
         return cpu.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
 
     def _local_torch(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
@@ -152,26 +165,48 @@ class TextUnit(nn.Module):
 def use_backend(matcher: nn.Module, name: BackendName, device: torch.device) -> Backend:
     """Sets what computes the token-level scores of all text units in `matcher`; returns it.
 
-    auto: `cpp` on a CPU where it can be compiled, else `torch`, with a warning that says why when it cannot.
+    auto: `cpp` on a CPU and `triton` on a GPU where it can be compiled, else `torch`, with a warning that says why.
 
     Raises:
-        UserError: `cpp` was asked for and is not to be had.
+        UserError: `cpp` or `triton` was asked for and is not to be had.
     """
     backend: Backend = "torch"
-    if name == "cpp" and device.type != "cpu":
-        raise UserError(f"backend cpp runs on a CPU, not on {device}: use torch or auto")
-    if name != "torch" and device.type == "cpu":
-        reason = cpu.why_unavailable()
+    compiled: Backend = "cpp" if device.type == "cpu" else "triton"
+    if name not in ("auto", "torch", compiled):
+        place = "CPU" if name == "cpp" else "GPU"
+        raise UserError(f"backend {name} runs on a {place}, not on {device}: use torch or auto")
+    if name != "torch":
+        reason = cpu.why_unavailable() if compiled == "cpp" else cuda.why_unavailable()
         if reason is None:
-            backend = "cpp"
-        elif name == "cpp":
-            raise UserError(f"backend cpp cannot be built: {reason}; mend it, or use torch")
+            backend = compiled
+        elif name == compiled:
+            raise UserError(f"backend {name} cannot be built: {reason}; mend it, or use torch")
         else:
             warnings.warn(f"no compiled kernel, scoring with PyTorch: {reason}", stacklevel=2)
-    for module in matcher.modules():
-        if isinstance(module, TextUnit):
-            module.backend = backend
+    for unit in _text_units(matcher):
+        unit.backend = backend
     return backend
+
+
+def use_precision(matcher: nn.Module, name: PrecisionName, backend: Backend) -> Precision:
+    """Sets how the text units' token rows are held while `backend` (of `use_backend`) scores them; returns it.
+
+    fp16: in half precision, with float32 sums; prepared tables and all else stay as they are. auto: `fp16` with
+    `triton`, else `fp32`.
+
+    Raises:
+        UserError: `fp16` was asked for with another backend than `triton`.
+    """
+    if name == "fp16" and backend != "triton":
+        raise UserError(f"precision fp16 needs a GPU and backend triton, and this is {backend}: use fp32 or auto")
+    precision: Precision = "fp16" if backend == "triton" and name != "fp32" else "fp32"
+    for unit in _text_units(matcher):
+        unit.precision = precision
+    return precision
+
+
+def _text_units(matcher: nn.Module) -> list[TextUnit]:
+    return [module for module in matcher.modules() if isinstance(module, TextUnit)]
 
 
 class DualUnit(nn.Module):

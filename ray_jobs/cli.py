@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dsmip.errors import UserError
-from dsmip.rank_options import BackendName, RankOptions
+from dsmip.rank_options import BackendName, PrecisionName, RankOptions
 from ray_jobs import environment  # noqa: F401  (before anything imports Ray)
 from ray_jobs.failures import JobFailed
 
@@ -127,11 +127,15 @@ def evaluate(
             "--candidates", min=1, help="Also rank among so many candidates, as a section beside the metrics."
         ),
     ] = None,
+    precision: Annotated[
+        PrecisionName, typer.Option("--precision", help="Of token rows while they are scored; auto: fp16 with triton.")
+    ] = "auto",
 ) -> None:
     """Ranks the whole knowledge base for every mention of a split."""
     from ray_jobs.evaluate import evaluate_run
 
-    evaluate_run(run, split, model, device, workers=workers, options=RankOptions(backend), candidates=candidates)
+    options = RankOptions(backend, precision)
+    evaluate_run(run, split, model, device, workers=workers, options=options, candidates=candidates)
 
 
 @app.command()

@@ -14,23 +14,16 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dsmip.ops.kernels.rows import Pairs, TokenRows, checked
 
 _SOURCE = Path(__file__).with_name("text_unit.cpp")
 # tuned for a certain processor, GCC reads the keys of a register tile from memory for every row: a third slower
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-mtune=generic", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 _SECONDS = 300  # for the compiler
-
-
-class TokenRows(NamedTuple):
-    """N items' token rows in one float32 tensor [R, d]: item n owns rows starts[n] to starts[n] + lengths[n]."""
-
-    values_Rd: Tensor
-    start_N: Tensor
-    length_N: Tensor
 
 
 def why_unavailable() -> str | None:
@@ -60,47 +53,25 @@ def local_scores(
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(f"the C++ kernel is not available: {library}")
-    key, value, query = (_checked(rows) for rows in (key, value, query))
-    if not torch.equal(key.length_N, value.length_N):
-        raise ValueError("keys and values differ in their numbers of tokens")
-    num_mentions, num_entities, width = len(key.length_N), len(query.length_N), key.values_Rd.shape[1]
-    direction_Ed = direction_Ed.detach().contiguous()
-    shapes = (value.values_Rd.shape[1], query.values_Rd.shape[1], *direction_Ed.shape)
-    if shapes != (width, width, num_entities, width) or direction_Ed.dtype != torch.float32:
-        raise ValueError("directions must be float32 [E, d], and keys, values and queries of the same width d")
-    if wanted_ME is not None:
-        if wanted_ME.shape != (num_mentions, num_entities) or wanted_ME.dtype != torch.bool:
-            raise ValueError("wanted pairs must be bool [M, E]")
-        wanted_ME = wanted_ME.contiguous()
-    scores_ME = torch.empty(num_mentions, num_entities)
+    pairs = checked(Pairs(key, value, query, direction_Ed, wanted_ME), "cpu", (torch.float32,))
+    key, value, query, direction_Ed, wanted_ME = pairs
+    scores_ME = torch.empty(pairs.num_mentions, pairs.num_entities)
     mentions = (key.values_Rd, value.values_Rd, key.start_N, value.start_N, key.length_N)
     failed = library.dsmip_text_unit(
         *map(_address, mentions),
-        num_mentions,
+        pairs.num_mentions,
         *map(_address, query),
         _address(direction_Ed),
-        num_entities,
-        width,
+        pairs.num_entities,
+        pairs.width,
         eps,
         None if wanted_ME is None else _address(wanted_ME),
         num_threads or torch.get_num_threads(),
         _address(scores_ME),
     )
     if failed:
-        raise RuntimeError(f"no memory left to score {num_mentions} x {num_entities} pairs")
+        raise RuntimeError(f"no memory left to score {pairs.num_mentions} x {pairs.num_entities} pairs")
     return scores_ME
-
-
-def _checked(rows: TokenRows) -> TokenRows:
-    """Contiguous and safe to read: the kernel does not look again."""
-    values_Rd = rows.values_Rd.detach().contiguous()
-    if values_Rd.dtype != torch.float32 or values_Rd.device.type != "cpu" or values_Rd.dim() != 2:
-        raise ValueError("token rows must be float32 [R, d] on the CPU")
-    start_N, length_N = (x.to(torch.int64).contiguous() for x in (rows.start_N, rows.length_N))
-    inside_N = (start_N >= 0) & (length_N >= 0) & (start_N + length_N <= len(values_Rd))
-    if len(start_N) != len(length_N) or not bool(inside_N.all()):
-        raise ValueError(f"items own token rows outside of the {len(values_Rd)} that there are")
-    return TokenRows(values_Rd, start_N, length_N)
 
 
 def _address(tensor: Tensor) -> int:
