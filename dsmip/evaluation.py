@@ -2,7 +2,8 @@
 
 rank = 1 + number of better entities + half the number of tied ones, the gold column excluded. The gold's score is
 read from the same scoring call as its column's, never from a second one: scores of two calls differ in the last bits.
-With `refine` close pairs are decided in float64 instead (see `dsmip.refinement`).
+With `refine` close pairs are decided in float64 instead (see `dsmip.refinement`), and with `prune` pairs that cannot
+matter are not scored whole.
 Memory grows with one mention tile times the number of entities, not with all pairs. Shapes: M mentions, E entities of
 this worker's slice, B experts, k kept candidates.
 """
@@ -18,7 +19,7 @@ from dsmip.index import EntityIndex
 from dsmip.metrics import summarise
 from dsmip.models.base import Matcher, Scores
 from dsmip.ops import ranking as ops
-from dsmip.refinement import PairScorer, Refinement, Refiner
+from dsmip.refinement import Floor, PairScorer, Refinement, Refiner
 from dsmip.table import Table, concatenate
 
 
@@ -29,8 +30,9 @@ class Ranking:
     counts: better and tied entities, int64 [M] each. top_row_Mk, top_score_Mk: best k entities. chosen_*: index of the
     expert that scored the gold pair, the top-k pairs, and the number of pairs per expert; None for a matcher that
     makes no choice (-1: the gold is of another slice). tied_choices_M: number of pairs for which another expert was as
-    good a choice. token_pairs_M2: as in `Scores`, of all tiles. refinement: what scoring close pairs again took; None
-    when they were not.
+    good a choice. token_pairs_M2: as in `Scores`, of all tiles. pruned_pairs_M: number of pairs whose token-level
+    scores pruning spared; None without pruning. refinement: what scoring close pairs again took; None when they were
+    not.
     """
 
     counts: ops.Counts
@@ -41,6 +43,7 @@ class Ranking:
     chosen_pairs_MB: Tensor | None = None
     tied_choices_M: Tensor | None = None
     token_pairs_M2: Tensor | None = None
+    pruned_pairs_M: Tensor | None = None
     refinement: Refinement | None = None
 
     @property
@@ -84,6 +87,7 @@ def rank(
     top_k: int = 0,
     num_choices: int = 0,
     refine: bool = False,
+    prune: bool = False,
     gold_score_M: Tensor | None = None,
     tile_size: TileSize = TileSize(),
     notice: Callable[[str], None] = lambda text: None,
@@ -92,15 +96,20 @@ def rank(
 
     gold_row_M: kb rows int64 [M]. top_k: number of best entities to keep (at most all). num_choices: B when experts are
     chosen. refine: close pairs are scored again in float64, so that neither tiles nor slices of the kb change a rank.
+    prune: token-level scores are left out of pairs whose upper bound says that they cannot matter (`dsmip.ops.bounds`);
+    it changes nothing else, and needs `refine`, which knows the golds' scores before any tile is scored.
 
     Slices of the kb: with a process group every worker passes all mentions and the index of its own slice, counts are
     added up, `top_k` must be 0 and `refine` off. Elsewhere each slice is ranked on its own, with `refine` and
     `gold_score_M` (all golds' scores, from `PairScorer`), and `merge_rankings` puts them together.
 
-    Raises NotRankable when a score is NaN; ValueError when a gold is in no slice that is known of.
+    Raises NotRankable when a score is NaN; ValueError when a gold is in no slice that is known of, or for `prune`
+    without `refine`.
     """
+    if prune and not refine:
+        raise ValueError("prune needs refine")
     matcher.eval()
-    tiles = _Tiles(matcher, mentions, index, gold_row_M - index.first_row, device, tile_size, notice)
+    tiles = _Tiles(matcher, mentions, index, gold_row_M - index.first_row, device, tile_size, prune, notice)
     if not refine:
         columns = tiles.rank(top_k, num_choices, None)
         return _ranking(columns, index.first_row, None)
@@ -128,6 +137,7 @@ class _Tiles:
     gold_column_M: Tensor
     device: torch.device
     size: TileSize
+    prune: bool
     notice: Callable[[str], None]
 
     def rank(self, top_k: int, num_choices: int, refiner: Refiner | None) -> dict[str, Tensor]:
@@ -137,8 +147,11 @@ class _Tiles:
         return {name: torch.cat([tile[name] for tile in tiles]).cpu() for name in tiles[0]}
 
     def _rank_tile(self, start: int, top_k: int, num_choices: int, refiner: Refiner | None) -> dict[str, Tensor]:
-        scores_ME, chosen_ME, counted = self._score_all(start)
-        num_entities = scores_ME.shape[1]
+        num_mentions, num_entities = min(self.size.mentions, len(self.mentions) - start), len(self.index)
+        floor = None
+        if self.prune and refiner is not None:
+            floor = refiner.floor(self.matcher, start, num_mentions, min(top_k, num_entities))
+        scores_ME, chosen_ME, counted = self._score_all(start, floor)
         gold_column_M = self.gold_column_M[start : start + len(scores_ME)].to(self.device)
         here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
         column_M = gold_column_M.clamp(0, num_entities - 1)
@@ -163,28 +176,37 @@ class _Tiles:
             tile["chosen_pairs"] = torch.stack([(chosen_ME == b).sum(dim=1) for b in range(num_choices)], dim=1)
         return tile
 
-    def _score_all(self, start: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Scores [M, E], choices [M, E] or None, and columns of counts (`_counted`) of one tile of mentions."""
+    def _score_all(self, start: int, floor: Floor | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Scores [M, E], choices [M, E] or None, and columns of counts (`_counted`) of one tile of mentions.
+
+        Pairs that are certainly below the `floor` may have -inf for a score.
+        """
         mentions = self.mentions.rows(slice(start, start + self.size.mentions)).to(self.device)
+        if floor is not None:
+            mentions = self.matcher.with_bounds(mentions)
         totals, choices, counts, first = [], [], [], 0
         for entities in self.index.tiles(self.size.entities):
-            for scores in self._score_fitting(mentions, entities):
+            for scores in self._score_fitting(mentions, entities, floor):
                 _refuse_nan(scores.total_ME, start, self.index.first_row + first)
                 first += scores.total_ME.shape[1]
                 totals.append(scores.total_ME)
                 if scores.chosen_ME is not None:
                     choices.append(scores.chosen_ME.to(torch.int8))
                 counts.append(_counted(scores))
+                if floor is not None:
+                    floor.rise(scores.total_ME)
+                    counts[-1]["pruned_pairs"] = (scores.total_ME == -torch.inf).sum(dim=1)
         counted = {name: torch.stack([each[name] for each in counts]).sum(dim=0) for name in counts[0]}
         return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, counted
 
-    def _score_fitting(self, mentions: Table, entities: Table) -> Iterator[Scores]:
+    def _score_fitting(self, mentions: Table, entities: Table, floor: Floor | None) -> Iterator[Scores]:
         """Scores of a tile of entities, in parts of it where the device has no memory for all of it."""
         start = 0
         while start < len(entities):
             part = entities.rows(slice(start, start + self.size.entities))
+            at_least_M = None if floor is None else floor.at_least_M
             try:
-                scores = self.matcher.score(mentions, part.to(self.device))
+                scores = self.matcher.score(mentions, part.to(self.device), at_least_M=at_least_M)
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
@@ -229,6 +251,7 @@ def _ranking(columns: Mapping[str, Tensor], first_row: int, refinement: Refineme
         columns.get("chosen_pairs"),
         columns.get("tied_choices"),
         columns.get("token_pairs"),
+        columns.get("pruned_pairs"),
         refinement,
     )
 
@@ -242,9 +265,9 @@ def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
     scores_MC = torch.cat([part.top_score_Mk for part in parts], dim=1)
     top = ops.merge_top_k(scores_MC, rows_MC, top_k)
     place_MK = (rows_MC[:, None, :] == top.rows_MK[:, :, None]).int().argmax(dim=2)
-    gold, top_choice, pairs, tied, token_pairs = (
+    gold, top_choice = (
         [value for part in parts if (value := getattr(part, name)) is not None]
-        for name in ("chosen_gold_M", "chosen_top_Mk", "chosen_pairs_MB", "tied_choices_M", "token_pairs_M2")
+        for name in ("chosen_gold_M", "chosen_top_Mk")
     )
     refinements = [part.refinement for part in parts if part.refinement is not None]
     return Ranking(
@@ -253,9 +276,7 @@ def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
         top.scores_MK,
         torch.stack(gold).amax(dim=0) if gold else None,
         torch.cat(top_choice, dim=1).gather(1, place_MK) if top_choice else None,
-        torch.stack(pairs).sum(dim=0) if pairs else None,
-        torch.stack(tied).sum(dim=0) if tied else None,
-        torch.stack(token_pairs).sum(dim=0) if token_pairs else None,
+        *(_summed(parts, name) for name in ("chosen_pairs_MB", "tied_choices_M", "token_pairs_M2", "pruned_pairs_M")),
         Refinement(
             sum(each.num_pairs for each in refinements),
             max(each.band for each in refinements),
@@ -264,6 +285,11 @@ def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
         if refinements
         else None,
     )
+
+
+def _summed(parts: Sequence[Ranking], name: str) -> Tensor | None:
+    values = [value for part in parts if (value := getattr(part, name)) is not None]
+    return torch.stack(values).sum(dim=0) if values else None
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from typing import Literal
 
 BackendName = Literal["auto", "torch", "cpp", "triton"]
 PrecisionName = Literal["auto", "fp32", "fp16"]
+PruneName = Literal["none", "hull"]
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,10 @@ class RankOptions:
     """backend: what computes token-level scores (see `dsmip.units.use_backend`).
 
     precision: of the token rows that they are computed from (see `dsmip.units.use_precision`).
+
+    prune: `hull` leaves them out of pairs that cannot matter (see `dsmip.ops.bounds`).
     """
 
     backend: BackendName = "auto"
     precision: PrecisionName = "auto"
+    prune: PruneName = "none"

@@ -74,6 +74,7 @@ class RankedModel:
             top_k=TOP_K,
             num_choices=len(self.choices),
             refine=True,
+            prune=options.prune == "hull",
             gold_score_M=gold_score_M,
             notice=notice,
         )

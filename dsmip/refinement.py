@@ -100,7 +100,10 @@ class Refiner:
         gold_M = self._gold_score_M[first_mention : first_mention + len(scores_ME)].to(scores_ME.device)
         self._note_errors((own_M.double() - gold_M)[~own_M.isnan()])
         if self._band == 0.0:
-            self._band = max(_SAFETY * self._sample_error(scores_ME, first_mention), 2 * _rounding(scores_ME))
+            row_m = first_mention + torch.arange(min(_SAMPLE_MENTIONS, len(scores_ME)))
+            column_e = _spread(scores_ME.shape[1], _SAMPLE_ENTITIES)
+            self._measure(scores_ME[: len(row_m), column_e], row_m, column_e)
+            self._band = max(self._band, 2 * _rounding(scores_ME))
         refined_ME = scores_ME.double()
         close_ME = (refined_ME - gold_M[:, None]).abs() <= self._band
         if k:
@@ -115,13 +118,23 @@ class Refiner:
             self._num_pairs += int(close_me.sum())
         return refined_ME, gold_M
 
-    def _sample_error(self, scores_ME: Tensor, first_mention: int) -> float:
-        """Largest error among the golds and some pairs that are spread over the tile."""
-        num_mentions, num_entities = scores_ME.shape
-        column_e = torch.linspace(0, num_entities - 1, min(_SAMPLE_ENTITIES, num_entities)).long()
-        row_m = first_mention + torch.arange(min(_SAMPLE_MENTIONS, num_mentions))
-        self._note_errors(self._pairs.score(row_m, column_e) - scores_ME[: len(row_m), column_e].cpu())
-        return self._largest_error
+    def floor(self, matcher: Matcher, first_mention: int, num_mentions: int, k: int) -> "Floor":
+        """Below what scores of a tile of mentions need not be computed: neither `refine` nor a count would see them.
+
+        The first tile is pruned as well, so the band is measured beforehand, on scores that `matcher` gives.
+        """
+        device = self._pairs.device
+        if self._band == 0.0:
+            row_m = _spread(len(self._pairs.mentions), _SAMPLE_MENTIONS)
+            column_e = _spread(len(self._pairs.index), _SAMPLE_ENTITIES)
+            sides = self._pairs.mentions.take(row_m), self._pairs.index.take(column_e)
+            self._measure(matcher.score(*(side.to(device) for side in sides)).total_ME, row_m, column_e)
+        return Floor(self._gold_score_M[first_mention : first_mention + num_mentions].to(device), self._band, k)
+
+    def _measure(self, sample_me: Tensor, row_m: Tensor, column_e: Tensor) -> None:
+        """Sets the band by the errors of a sample of pairs, and of the golds that were seen."""
+        self._note_errors(self._pairs.score(row_m, column_e) - sample_me.cpu())
+        self._band = max(_SAFETY * self._largest_error, 2 * _rounding(sample_me))
 
     def _note_errors(self, errors: Tensor) -> None:
         if len(errors):
@@ -131,3 +144,32 @@ class Refiner:
 def _rounding(scores_ME: Tensor) -> float:
     """The spacing of single-precision numbers of the scores' size: no band is narrower."""
     return float(scores_ME.abs().max()) * torch.finfo(torch.float32).eps + GRID
+
+
+class Floor:
+    """The scores below which pairs of a tile of mentions matter neither to the golds' ranks nor to this slice's top-k.
+
+    That is two bands below the gold's score and the k-th best so far: one is refined, and the other one is for errors
+    of single precision in what bounds a score. gold_M: float64 [M].
+    """
+
+    def __init__(self, gold_M: Tensor, band: float, k: int) -> None:
+        self._gold_M, self._margin = gold_M, 2 * band
+        self._best_Mk = gold_M.new_full((len(gold_M), k), -torch.inf)
+
+    @property
+    def at_least_M(self) -> Tensor:
+        """float32 [M], rounded down by more than a matcher can lose when it divides it among its parts."""
+        lowest_M = torch.cat([self._gold_M[:, None], self._best_Mk], dim=1).amin(dim=1) - self._margin
+        return (lowest_M - 2.0**-20 * lowest_M.abs()).float()
+
+    def rise(self, scores_ME: Tensor) -> None:
+        """Takes the scores of further entities into account."""
+        k = self._best_Mk.shape[1]
+        best_Mk = scores_ME.topk(min(k, scores_ME.shape[1]), dim=1).values.double()
+        self._best_Mk = torch.cat([self._best_Mk, best_Mk], dim=1).topk(k, dim=1).values
+
+
+def _spread(num_items: int, num_chosen: int) -> Tensor:
+    """Places of at most `num_chosen` items, ascending."""
+    return torch.linspace(0, num_items - 1, min(num_chosen, num_items)).long()

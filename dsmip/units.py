@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dsmip.errors import UserError
 from dsmip.models.base import Side
-from dsmip.ops import dual, matching
+from dsmip.ops import bounds, dual, matching
 from dsmip.ops.kernels import cpu, cuda
 from dsmip.ops.kernels.rows import TokenRows
 from dsmip.rank_options import BackendName, PrecisionName
@@ -96,18 +96,51 @@ class TextUnit(nn.Module):
         query = _each_row(tokens, lambda x: self.fc_query(x) * scale)
         return Table({"global": global_Nz, "local": self.fc_cls(global_Nz), "query": query})
 
-    def score(self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None) -> Tensor:
-        """S_T, float [M, E]. The token-level half, which costs the most, is left out of pairs not wanted (bool)."""
+    def with_bounds(self, mentions: Table) -> Table:
+        """The prepared mentions with the column `least_norm` [M], which `score` needs to honour `at_least_ME`.
+
+        No part of `prepare_mentions`, which trainings call at every step and which evaluations seldom prune after.
+        """
+        value_MTd, mask_MT = mentions.ragged("value").padded()
+        value_MTd = value_MTd.double()
+        centred_MTd = value_MTd - value_MTd.mean(dim=-1, keepdim=True)
+        return mentions.merged(Table({"least_norm": bounds.least_norm(centred_MTd, mask_MT)}))
+
+    def score(
+        self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None, at_least_ME: Tensor | None = None
+    ) -> Tensor:
+        """S_T, float [M, E]. The token-level half, which costs the most, is left out of pairs not wanted (bool).
+
+        at_least_ME: float; pairs that certainly score less are not computed and get -inf (mentions `with_bounds`).
+        """
         local_query_Ed = entities.dense("local")
         direction_Ed = local_query_Ed * self.layer_norm.weight
+
+        def with_global(local_ME: Tensor) -> Tensor:
+            globals_ = mentions.dense("global"), entities.dense("global")
+            return matching.with_global(local_ME, *globals_, local_query_Ed, self.layer_norm.bias)
+
+        spared_ME = None
+        if at_least_ME is not None:
+            spared_ME = with_global(self._local_bound(mentions, entities, direction_Ed)) < at_least_ME
+            if bool(spared_ME.any()):  # all pairs at once cost less than lists of all pairs
+                wanted_ME = ~spared_ME if wanted_ME is None else wanted_ME & ~spared_ME
         if self._takes_kernel(mentions, direction_Ed):
             local_ME = self._local_compiled(mentions, entities, direction_Ed, wanted_ME)
         elif wanted_ME is None:
             local_ME = self._local_torch(mentions, entities, direction_Ed)
         else:
             local_ME = self._local_of_lists(mentions, entities, direction_Ed, wanted_ME)
-        globals_ = mentions.dense("global"), entities.dense("global")
-        return matching.with_global(local_ME, *globals_, local_query_Ed, self.layer_norm.bias)
+        scores_ME = with_global(local_ME)
+        return scores_ME if spared_ME is None else scores_ME.masked_fill(spared_ME, -torch.inf)
+
+    def _local_bound(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
+        """At least the token-level half [M, E]; NaN for entities whose tokens score NaN, so that they are computed."""
+        value_MTd, mask_MT = mentions.ragged("value").padded()
+        bound_ME = bounds.local_bound(
+            value_MTd, mask_MT, mentions.dense("least_norm"), direction_Ed, self.layer_norm.eps
+        )
+        return bound_ME.masked_fill(_not_finite(entities.ragged("query")), torch.nan)
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         """[N, z + 1]; products are S_T without its token-level half (the score of pairs not wanted).
@@ -364,6 +397,12 @@ def _each_row(tokens: Ragged, transform: Callable[[Tensor], Tensor]) -> Ragged:
     """`transform` applied once to every token row in use."""
     tokens = _rows_in_use(tokens)
     return Ragged(transform(tokens.values), tokens.starts, tokens.lengths)
+
+
+def _not_finite(tokens: Ragged) -> Tensor:
+    """bool [N]: items with a token row that is not finite."""
+    num_before = F.pad((~tokens.values.sum(dim=1).isfinite()).cumsum(0), (1, 0))
+    return num_before[tokens.starts + tokens.lengths] > num_before[tokens.starts]
 
 
 def _mean_token(tokens: Ragged) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dsmip.errors import UserError
-from dsmip.rank_options import BackendName, PrecisionName, RankOptions
+from dsmip.rank_options import BackendName, PrecisionName, PruneName, RankOptions
 from ray_jobs import environment  # noqa: F401  (before anything imports Ray)
 from ray_jobs.failures import JobFailed
 
@@ -130,11 +130,14 @@ def evaluate(
     precision: Annotated[
         PrecisionName, typer.Option("--precision", help="Of token rows while they are scored; auto: fp16 with triton.")
     ] = "auto",
+    prune: Annotated[
+        PruneName, typer.Option("--prune", help="hull: no token-level scores of pairs that cannot matter; same ranks.")
+    ] = "none",
 ) -> None:
     """Ranks the whole knowledge base for every mention of a split."""
     from ray_jobs.evaluate import evaluate_run
 
-    options = RankOptions(backend, precision)
+    options = RankOptions(backend, precision, prune)
     evaluate_run(run, split, model, device, workers=workers, options=options, candidates=candidates)
 
 

@@ -50,6 +50,9 @@ def evaluate_run(
     )
     if "token_pairs_skipped" in metrics:
         print(f"  {metrics['token_pairs_skipped']:.0%} of the experts' token-level scores were not needed")
+    if "prune" in metrics:
+        method, rate = metrics["prune"]["method"], metrics["prune"]["survivor_rate"]
+        print(f"  pruned by {method}: token-level scores were computed for {rate:.1%} of the pairs that have them")
     if "candidates" in metrics:
         _print_candidates(metrics["candidates"])
     print(f"  {evaluated.folder / 'metrics.json'}")

@@ -41,7 +41,9 @@ class TableMatcher(Matcher):
     def prepare_entities(self, features: Table) -> Table:
         return features
 
-    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+    def score(
+        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
+    ) -> Scores:
         rows, columns = mentions.dense("row")[:, None], entities.dense("row")[None]
         return Scores(self.scores_ME[rows, columns], None if self.chosen_ME is None else self.chosen_ME[rows, columns])
 

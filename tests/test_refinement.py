@@ -23,7 +23,9 @@ class NoisyMatcher(TableMatcher):
         super().__init__(scores_ME)
         self.errors_ME = errors_ME
 
-    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+    def score(
+        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
+    ) -> Scores:
         exact = super().score(mentions, entities)
         if mentions.dense("weight").dtype == torch.float64:
             return exact
@@ -126,7 +128,9 @@ def test_nan_is_named(refine: bool, gold: int) -> None:
 class SmallDevice(TableMatcher):
     """Has memory for a few entities at a time."""
 
-    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+    def score(
+        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
+    ) -> Scores:
         if len(entities) > 3:
             raise torch.OutOfMemoryError("no memory left")
         return super().score(mentions, entities)
@@ -144,7 +148,9 @@ def test_tiles_are_halved_when_memory_runs_out() -> None:
 
 def test_a_single_entity_that_does_not_fit_is_an_error() -> None:
     class NoMemory(TableMatcher):
-        def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        def score(
+            self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
+        ) -> Scores:
             raise torch.OutOfMemoryError("no memory left")
 
     with pytest.raises(torch.OutOfMemoryError):

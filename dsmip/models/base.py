@@ -7,7 +7,7 @@ side by side; every part is itself a `Matcher`. Shapes: M mentions, E entities, 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -27,7 +27,8 @@ Side = Literal["mentions", "entities"]
 class Scores:
     """Scores of M x E pairs, higher is better.
 
-    total_ME: float [M, E]. chosen_ME: int64 [M, E], index of the expert that scored the pair (None: no choice is made).
+    total_ME: float [M, E]; -inf for pairs that were left out as too low to matter (`at_least_M` of `Matcher.score`).
+    chosen_ME: int64 [M, E], index of the expert that scored the pair (None: no choice is made).
     parts: named [M, E] scores that the total is made of (units or experts), for losses and reports. Where a choice is
     made and no gradient asked for, only the chosen part of a pair is computed, and the others hold 0.
     tied_choice_ME: bool [M, E], True where another expert was as good a choice; None: not asked, or no choice is made.
@@ -40,6 +41,13 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     tied_choice_ME: Tensor | None = None
     token_pairs_M2: Tensor | None = None
+
+
+def token_pairs(computed: Sequence[Tensor]) -> Tensor:
+    """`Scores.token_pairs_M2` from which pairs were computed, bool [M, E] for each part that scores tokens."""
+    computed_PME = torch.stack(list(computed))
+    computed_M = computed_PME.sum(dim=(0, 2))
+    return torch.stack([computed_M, torch.full_like(computed_M, len(computed) * computed_PME.shape[2])], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +101,19 @@ class Matcher(nn.Module, ABC):
     def prepare_entities(self, features: Table) -> Table:
         """All that a pair needs of an entity, computed once; row n depends on features of row n alone."""
 
+    def with_bounds(self, mentions: Table) -> Table:
+        """Prepared mentions with what `score` needs to honour `at_least_M`: none, where it computes every pair."""
+        return mentions
+
     @abstractmethod
-    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+    def score(
+        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
+    ) -> Scores:
         """Scores of prepared mentions [M] against prepared entities [E].
 
         noise: Gumbel noise [M, E, B] while a gate is trained; None chooses without noise.
+        at_least_M: float [M]; pairs that certainly score less may get -inf and not be computed, and then mentions must
+            be `with_bounds`. None computes every pair. Not while training.
         """
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:

@@ -8,6 +8,7 @@ of ours: pairs with the same gold are no negatives, as in all systems here.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
 from dsmip.experts import feature_sizes
-from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System
+from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System, token_pairs
 from dsmip.ops.contrastive import contrastive_loss
 from dsmip.scorer import UnitScorer
 from dsmip.table import Ragged, Table
@@ -110,10 +111,17 @@ class MimicMatcher(Matcher):
     def prepare_entities(self, features: Table) -> Table:
         return self.scorer.prepare_entities(features)
 
-    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+    def with_bounds(self, mentions: Table) -> Table:
+        return self.scorer.with_bounds(mentions)
+
+    def score(
+        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
+    ) -> Scores:
         """(S_T + S_V + S_C) / 3, with `parts` text, image and cross."""
-        units = self.scorer.score(mentions, entities)
-        return Scores((units["text"] + units["image"] + units["cross"]) / 3, parts=units)
+        units = self.scorer.score(mentions, entities, at_least_M=at_least_M)
+        total_ME = (units["text"] + units["image"] + units["cross"]) / 3
+        pairs_M2 = None if at_least_M is None else token_pairs([total_ME != -torch.inf])
+        return Scores(total_ME, parts=units, token_pairs_M2=pairs_M2)
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         return self.scorer.global_vectors(prepared, side)

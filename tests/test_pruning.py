@@ -1,0 +1,323 @@
+"""Pruned rankings are those that compute every pair: with systems of random weights, and with a double that prunes all
+that it may."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_dsmip import features, whole
+from test_evaluation import CPU, ranks_by_sorting
+from test_refinement import NoisyMatcher, weighted
+from torch import Tensor
+
+from dsmip.config import ExperimentConfig
+from dsmip.evaluation import NotRankable, Ranking, TileSize, merge_rankings, rank
+from dsmip.experts import feature_sizes
+from dsmip.index import EntityIndex
+from dsmip.models.base import Matcher, Scores
+from dsmip.models.dsmip import Dsmip
+from dsmip.models.mimic import MimicMatcher
+from dsmip.rank_options import RankOptions
+from dsmip.refinement import Floor, PairScorer
+from dsmip.reports import evaluate_model
+from dsmip.runs import Run
+from dsmip.scorer import UnitScorer
+from dsmip.shards import Dataset
+from dsmip.table import Ragged, Table
+from ray_jobs.evaluate import evaluate_run
+
+NUM_MENTIONS, NUM_ENTITIES = 9, 90
+
+
+def build_mimic(config: ExperimentConfig) -> Matcher:
+    return MimicMatcher(UnitScorer(("text", "image"), feature_sizes(config.backbone.architecture), 8))
+
+
+FORMS: dict[str, Callable[[ExperimentConfig], Matcher]] = {
+    "pair": lambda config: whole(config, final_activation="relu"),
+    "mention": lambda config: whole(config, choice="mention", calibration="scale"),
+    "text": lambda config: Dsmip.build_part("text", config, with_encoder=False),
+    "multimodal": lambda config: Dsmip.build_part("multimodal", config, with_encoder=False),
+    "mimic": build_mimic,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A matcher with prepared items. num_choices: experts of a gate."""
+
+    matcher: Matcher
+    mentions: Table
+    entities: Table
+    num_choices: int
+
+    @torch.no_grad()
+    def score(self, at_least_M: Tensor | None = None) -> Scores:
+        return self.matcher.score(self.matcher.with_bounds(self.mentions), self.entities, at_least_M=at_least_M)
+
+    def rank(self, gold_row_M: Tensor, tiles: TileSize, top_k: int, *, prune: bool) -> Ranking:
+        # several tables, as in an index on disk
+        index = EntityIndex([self.entities.rows(slice(0, 40)), self.entities.rows(slice(40, None))])
+        return rank(
+            self.matcher,
+            self.mentions,
+            index,
+            gold_row_M,
+            device=CPU,
+            top_k=top_k,
+            num_choices=self.num_choices,
+            refine=True,
+            prune=prune,
+            tile_size=tiles,
+        )
+
+    def golds(self) -> Tensor:
+        """Best entities, and for every third mention any."""
+        best_M = self.score().total_ME.argmax(dim=1)
+        any_M = torch.arange(NUM_MENTIONS) * 7 % NUM_ENTITIES
+        return torch.where(torch.arange(NUM_MENTIONS) % 3 == 2, any_M, best_M)
+
+
+@torch.no_grad()
+def make_case(form: str, config: ExperimentConfig, seed: int = 0) -> Case:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        matcher = FORMS[form](config).eval()
+        for parameter in matcher.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    sides = features(config, NUM_MENTIONS, 2 * seed), features(config, NUM_ENTITIES, 2 * seed + 1)
+    gated = form in ("pair", "mention")
+    if not gated:
+        sides = tuple(side.under("multimodal" if form == "mimic" else form) for side in sides)  # type: ignore[assignment]
+    return Case(matcher, matcher.prepare_mentions(sides[0]), matcher.prepare_entities(sides[1]), 3 * gated)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def case(request: pytest.FixtureRequest, small_config: ExperimentConfig) -> Case:
+    return make_case(request.param, small_config)
+
+
+def assert_equal(found: Ranking, expected: Ranking) -> None:
+    assert torch.equal(found.counts.better_M, expected.counts.better_M)
+    assert torch.equal(found.counts.tied_M, expected.counts.tied_M)
+    for name in ("top_row_Mk", "top_score_Mk", "chosen_gold_M", "chosen_top_Mk", "chosen_pairs_MB", "tied_choices_M"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert a is b or torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("tiles", "top_k"), [((100, 100), 5), ((4, 16), 0), ((4, 16), 5), ((1, 7), 5), ((9, 40), NUM_ENTITIES + 1)]
+)
+def test_pruning_changes_no_ranking(case: Case, tiles: tuple[int, int], top_k: int) -> None:
+    expected = case.rank(case.golds(), TileSize(100, 100), top_k, prune=False)
+    found = case.rank(case.golds(), TileSize(*tiles), top_k, prune=True)
+    assert_equal(found, expected)
+    assert expected.pruned_pairs_M is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_other_weights_and_items(small_config: ExperimentConfig, form: str, seed: int) -> None:
+    case = make_case(form, small_config, seed)
+    expected = case.rank(case.golds(), TileSize(9, 16), 2, prune=False)
+    assert_equal(case.rank(case.golds(), TileSize(9, 16), 2, prune=True), expected)
+
+
+def test_pairs_are_pruned_and_counted(case: Case) -> None:
+    ranking = case.rank(case.golds(), TileSize(9, 10), 2, prune=True)
+    assert ranking.pruned_pairs_M is not None
+    assert ranking.token_pairs_M2 is not None
+    pruned_M, (computed_M, all_M) = ranking.pruned_pairs_M, ranking.token_pairs_M2.T
+    assert pruned_M.sum() > 0.1 * (pruned_M + computed_M).sum()
+    chosen = case.score().chosen_ME
+    if chosen is None:
+        assert torch.equal(pruned_M + computed_M, torch.full_like(pruned_M, NUM_ENTITIES))
+        assert torch.equal(all_M, torch.full_like(pruned_M, NUM_ENTITIES))
+    else:
+        assert torch.equal(pruned_M + computed_M, (chosen != 1).sum(dim=1))  # all but the visual expert's
+        assert torch.equal(all_M, torch.full_like(pruned_M, 2 * NUM_ENTITIES))
+
+
+@torch.no_grad()
+def test_only_pairs_below_the_floor_are_left_out(case: Case) -> None:
+    """The floor just below each entity's score in turn: that entity stays, and whatever is above it."""
+    scores_ME = case.score().total_ME
+    for column in range(0, NUM_ENTITIES, 9):
+        floor_M = scores_ME[:, column] - 1e-4
+        found_ME = case.score(floor_M).total_ME
+        above_ME = scores_ME >= floor_M[:, None]
+        assert bool(found_ME[above_ME].isfinite().all())
+        kept_ME = found_ME != -torch.inf
+        torch.testing.assert_close(found_ME[kept_ME], scores_ME[kept_ME], atol=1e-4, rtol=1e-5)
+
+
+def test_slices_of_the_kb_are_pruned_on_their_own(case: Case) -> None:
+    gold_row_M, index = case.golds(), EntityIndex([case.entities])
+    slices = [index.slice(part, 3) for part in range(3)]
+    golds = [PairScorer(case.matcher, case.mentions, each, CPU).gold_scores(gold_row_M) for each in slices]
+    gold_score_M = torch.stack(golds).nan_to_num(-torch.inf).amax(dim=0)
+    parts = [
+        rank(
+            case.matcher,
+            case.mentions,
+            each,
+            gold_row_M,
+            device=CPU,
+            top_k=4,
+            num_choices=case.num_choices,
+            refine=True,
+            prune=True,
+            gold_score_M=gold_score_M,
+            tile_size=TileSize(4, 8),
+        )
+        for each in slices
+    ]
+    merged = merge_rankings(parts, 4)
+    assert_equal(merged, case.rank(gold_row_M, TileSize(), 4, prune=False))
+    assert merged.pruned_pairs_M is not None
+    assert merged.pruned_pairs_M.sum() > 0
+
+
+def test_an_entity_whose_tokens_score_nan_is_named_although_it_matters_to_no_rank(
+    small_config: ExperimentConfig,
+) -> None:
+    case = make_case("mimic", small_config)
+    worst = int(case.score().total_ME.amax(dim=0).argmin())
+    query = case.entities.ragged("text.query")
+    values = query.values.clone()
+    values[query.starts[worst]] = torch.nan
+    broken = Table({**case.entities.columns, "text.query": Ragged(values, query.starts, query.lengths)})
+    gold_row_M = case.golds()
+    assert worst not in gold_row_M.tolist()
+    with pytest.raises(NotRankable, match=f"entity row {worst} is NaN"):
+        Case(case.matcher, case.mentions, broken, 0).rank(gold_row_M, TileSize(9, 10), 2, prune=True)
+
+
+def test_nothing_is_pruned_without_token_level_scores(small_config: ExperimentConfig) -> None:
+    matcher = Dsmip.build_part("visual", small_config, with_encoder=False).eval()
+    sides = [features(small_config, count, count).under("visual") for count in (NUM_MENTIONS, NUM_ENTITIES)]
+    with torch.no_grad():
+        case = Case(matcher, matcher.prepare_mentions(sides[0]), matcher.prepare_entities(sides[1]), 0)
+    found = case.rank(case.golds(), TileSize(4, 8), 3, prune=True)
+    assert_equal(found, case.rank(case.golds(), TileSize(4, 8), 3, prune=False))
+    assert found.pruned_pairs_M is not None
+    assert found.pruned_pairs_M.sum() == 0
+    assert found.token_pairs_M2 is None
+
+
+class EagerMatcher(NoisyMatcher):
+    """Leaves out every pair that scores below the floor, as it errs: no bound can be tighter."""
+
+    def score(
+        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
+    ) -> Scores:
+        total_ME = super().score(mentions, entities).total_ME
+        if at_least_M is None:
+            return Scores(total_ME)
+        return Scores(total_ME.masked_fill(total_ME < at_least_M[:, None], -torch.inf))
+
+
+def ranked_eagerly(matcher: NoisyMatcher, gold_M: Tensor, top_k: int, tiles: TileSize) -> Ranking:
+    num_mentions, num_entities = matcher.scores_ME.shape
+    return rank(
+        matcher,
+        weighted(num_mentions),
+        EntityIndex([weighted(num_entities)]),
+        gold_M,
+        device=CPU,
+        top_k=top_k,
+        refine=True,
+        prune=True,
+        tile_size=tiles,
+    )
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    tiles=st.integers(1, 9),
+    top_k=st.integers(0, 5),
+    error=st.sampled_from([0.0, 1e-4, 0.05]),
+)
+@settings(max_examples=80, deadline=None)
+def test_the_floor_leaves_ranks_and_top_k_exact(seed: int, tiles: int, top_k: int, error: float) -> None:
+    shape, generator = (5, 40), torch.Generator().manual_seed(seed)
+    scores_ME = torch.randint(-200, 200, shape, generator=generator).double() / 16  # a coarse grid: ties
+    errors_ME = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * error
+    gold_M = torch.randint(shape[1], shape[:1], generator=generator)
+    ranking = ranked_eagerly(EagerMatcher(scores_ME, errors_ME), gold_M, top_k, TileSize(tiles, 3 * tiles))
+    assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
+    best_ME = scores_ME.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(ranking.top_row_Mk, best_ME.indices[:, :top_k])
+    assert torch.equal(ranking.top_score_Mk, best_ME.values[:, :top_k])
+
+
+def test_a_wider_band_lowers_the_floor() -> None:
+    """A close pair errs more than the sample said: all is ranked again with other floors, twice."""
+    scores_ME = torch.linspace(0, 1, 2001, dtype=torch.float64)[None]
+    errors_ME = 1e-4 * (-1.0) ** torch.arange(2001, dtype=torch.float64)[None]  # the band is 8e-4
+    errors_ME[0, 1000] = -6e-4  # the gold: it is refined, and tells that the band is too narrow
+    errors_ME[0, 1001] = -4e-3  # below the first floor, and better than the gold
+    ranking = ranked_eagerly(EagerMatcher(scores_ME, errors_ME), torch.tensor([1000]), 0, TileSize(1, 64))
+    assert ranking.rank_M.tolist() == [1001.0]
+    assert ranking.refinement is not None
+    assert ranking.refinement.band == pytest.approx(3.2e-2, rel=1e-3)
+    assert ranking.pruned_pairs_M is not None
+    assert ranking.pruned_pairs_M.tolist() == [872]
+
+
+def test_the_floor_is_two_bands_below_the_gold_and_the_kth_best() -> None:
+    floor = Floor(torch.tensor([1.0, 5.0], dtype=torch.float64), band=0.25, k=2)
+    assert floor.at_least_M.tolist() == [-torch.inf, -torch.inf]  # any entity may be among the best
+    floor.rise(torch.tensor([[0.0], [4.0]]))
+    assert floor.at_least_M.tolist() == [-torch.inf, -torch.inf]
+    floor.rise(torch.tensor([[2.0, -1.0, 3.0], [-torch.inf, 3.0, -torch.inf]]))
+    assert floor.at_least_M.tolist() == pytest.approx([0.5, 2.5], abs=1e-5)
+    assert bool((floor.at_least_M < torch.tensor([0.5, 2.5])).all())
+    assert Floor(torch.tensor([1.0], dtype=torch.float64), 0.25, 0).at_least_M.tolist() == pytest.approx([0.5])
+
+
+def test_golds_must_be_known_beforehand() -> None:
+    with pytest.raises(ValueError, match="prune needs refine"):
+        rank(
+            NoisyMatcher(torch.zeros(1, 2), torch.zeros(1, 2)),
+            weighted(1),
+            EntityIndex([weighted(2)]),
+            torch.tensor([0]),
+            device=CPU,
+            prune=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def run(small_data: Dataset, small_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose parts are finished and know nothing."""
+    made = Run.create(tmp_path_factory.mktemp("pruning") / "run", small_config, small_data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for name in made.part_names:
+            made.save_part(name, made.system.build_part(name, small_config, with_encoder=True), {})
+        made.save_part("dsmip", made.system.build_whole(small_config), {})
+    return made
+
+
+@pytest.mark.parametrize("model", ["dsmip", "visual"])
+def test_reports_are_the_same_and_say_how_many_pairs_survived(
+    run: Run, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole_report = evaluate_model(run, "test", model, CPU)
+    whole_ranks = pq.read_table(whole_report.folder / "ranks.parquet")
+    pruned = evaluate_run(run.folder, "test", model, "cpu", options=RankOptions(prune="hull"))
+    assert pruned["overall"] == whole_report.metrics["overall"]
+    assert pruned.get("experts") == whole_report.metrics.get("experts")
+    assert pq.read_table(whole_report.folder / "ranks.parquet").equals(whole_ranks)
+    said = capsys.readouterr().out
+    if model == "visual":
+        assert "prune" not in pruned
+        return
+    assert pruned["prune"]["method"] == "hull"
+    assert 0 < pruned["prune"]["survivor_rate"] <= 1
+    assert f"pruned by hull: token-level scores were computed for {pruned['prune']['survivor_rate']:.1%}" in said
