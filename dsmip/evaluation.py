@@ -276,7 +276,10 @@ def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
         top.scores_MK,
         torch.stack(gold).amax(dim=0) if gold else None,
         torch.cat(top_choice, dim=1).gather(1, place_MK) if top_choice else None,
-        *(_summed(parts, name) for name in ("chosen_pairs_MB", "tied_choices_M", "token_pairs_M2", "pruned_pairs_M")),
+        _summed(parts, "chosen_pairs_MB"),
+        _summed(parts, "tied_choices_M"),
+        _summed(parts, "token_pairs_M2"),
+        _summed(parts, "pruned_pairs_M"),
         Refinement(
             sum(each.num_pairs for each in refinements),
             max(each.band for each in refinements),
