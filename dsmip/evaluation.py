@@ -117,6 +117,8 @@ def rank(
     gold_score_M = pairs.gold_scores(gold_row_M) if gold_score_M is None else gold_score_M
     _check_golds(gold_score_M, gold_row_M, index)
     refiner = Refiner(pairs, gold_score_M)
+    if prune:
+        refiner.measure(matcher, tiles.gold_column_M)
     columns = tiles.rank(top_k, num_choices, refiner)
     while not refiner.band_held:
         refiner.widen()
@@ -150,7 +152,7 @@ class _Tiles:
         num_mentions, num_entities = min(self.size.mentions, len(self.mentions) - start), len(self.index)
         floor = None
         if self.prune and refiner is not None:
-            floor = refiner.floor(self.matcher, start, num_mentions, min(top_k, num_entities))
+            floor = refiner.floor(start, num_mentions, min(top_k, num_entities))
         scores_ME, chosen_ME, counted = self._score_all(start, floor)
         gold_column_M = self.gold_column_M[start : start + len(scores_ME)].to(self.device)
         here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)

@@ -118,18 +118,24 @@ class Refiner:
             self._num_pairs += int(close_me.sum())
         return refined_ME, gold_M
 
-    def floor(self, matcher: Matcher, first_mention: int, num_mentions: int, k: int) -> "Floor":
-        """Below what scores of a tile of mentions need not be computed: neither `refine` nor a count would see them.
+    def measure(self, matcher: Matcher, gold_column_M: Tensor) -> None:
+        """Sets the band before any tile is scored, as `floor` needs it, on scores that `matcher` gives.
 
-        The first tile is pruned as well, so the band is measured beforehand, on scores that `matcher` gives.
+        gold_column_M: int64, places in the index; a gold that is not in it has a place outside. The sample has golds:
+        they score high, and errors grow with scores.
         """
-        device = self._pairs.device
-        if self._band == 0.0:
-            row_m = _spread(len(self._pairs.mentions), _SAMPLE_MENTIONS)
-            column_e = _spread(len(self._pairs.index), _SAMPLE_ENTITIES)
-            sides = self._pairs.mentions.take(row_m), self._pairs.index.take(column_e)
-            self._measure(matcher.score(*(side.to(device) for side in sides)).total_ME, row_m, column_e)
-        return Floor(self._gold_score_M[first_mention : first_mention + num_mentions].to(device), self._band, k)
+        pairs, device = self._pairs, self._pairs.device
+        row_m = _spread(len(pairs.mentions), _SAMPLE_MENTIONS)
+        gold_m = gold_column_M[row_m]
+        here_m = (gold_m >= 0) & (gold_m < len(pairs.index))
+        column_e = torch.cat([_spread(len(pairs.index), _SAMPLE_ENTITIES), gold_m[here_m]]).unique()
+        mentions, entities = pairs.mentions.take(row_m).to(device), pairs.index.take(column_e).to(device)
+        self._measure(matcher.score(mentions, entities).total_ME, row_m, column_e)
+
+    def floor(self, first_mention: int, num_mentions: int, k: int) -> "Floor":
+        """Below what scores of a tile of mentions need not be computed: neither `refine` nor a count would see them."""
+        gold_M = self._gold_score_M[first_mention : first_mention + num_mentions].to(self._pairs.device)
+        return Floor(gold_M, self._band, k)
 
     def _measure(self, sample_me: Tensor, row_m: Tensor, column_e: Tensor) -> None:
         """Sets the band by the errors of a sample of pairs, and of the golds that were seen."""

@@ -401,8 +401,12 @@ def _each_row(tokens: Ragged, transform: Callable[[Tensor], Tensor]) -> Ragged:
 
 def _not_finite(tokens: Ragged) -> Tensor:
     """bool [N]: items with a token row that is not finite."""
-    num_before = F.pad((~tokens.values.sum(dim=1).isfinite()).cumsum(0), (1, 0))
-    return num_before[tokens.starts + tokens.lengths] > num_before[tokens.starts]
+    if len(tokens.lengths) == 0:
+        return torch.zeros_like(tokens.lengths, dtype=torch.bool)
+    ends = tokens.starts + tokens.lengths
+    first, last = int(tokens.starts.min()), int(ends.max())  # the other rows are of other tiles
+    num_before = F.pad((~tokens.values[first:last].sum(dim=1).isfinite()).cumsum(0), (1, 0))
+    return num_before[ends - first] > num_before[tokens.starts - first]
 
 
 def _mean_token(tokens: Ragged) -> Tensor:
