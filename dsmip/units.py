@@ -97,13 +97,9 @@ class TextUnit(nn.Module):
         return Table({"global": global_Nz, "local": self.fc_cls(global_Nz), "query": query})
 
     def with_bounds(self, mentions: Table) -> Table:
-        """The prepared mentions with the column `least_norm` [M], which `score` needs to honour `at_least_ME`.
-
-        No part of `prepare_mentions`, which trainings call at every step and which evaluations seldom prune after.
-        """
+        """Prepared mentions with the column `least_norm` [M], which `at_least_ME` needs and trainings do without."""
         value_MTd, mask_MT = mentions.ragged("value").padded()
-        value_MTd = value_MTd.double()
-        centred_MTd = value_MTd - value_MTd.mean(dim=-1, keepdim=True)
+        centred_MTd = value_MTd.double() - value_MTd.double().mean(dim=-1, keepdim=True)
         return mentions.merged(Table({"least_norm": bounds.least_norm(centred_MTd, mask_MT)}))
 
     def score(
@@ -137,10 +133,9 @@ class TextUnit(nn.Module):
     def _local_bound(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
         """At least the token-level half [M, E]; NaN for entities whose tokens score NaN, so that they are computed."""
         value_MTd, mask_MT = mentions.ragged("value").padded()
-        bound_ME = bounds.local_bound(
-            value_MTd, mask_MT, mentions.dense("least_norm"), direction_Ed, self.layer_norm.eps
-        )
-        return bound_ME.masked_fill(_not_finite(entities.ragged("query")), torch.nan)
+        least_norm_M, eps = mentions.dense("least_norm"), self.layer_norm.eps
+        bound_ME = bounds.local_bound(value_MTd, mask_MT, least_norm_M, direction_Ed, eps)
+        return bound_ME.masked_fill(entities.ragged("query").not_finite(), torch.nan)
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         """[N, z + 1]; products are S_T without its token-level half (the score of pairs not wanted).
@@ -397,16 +392,6 @@ def _each_row(tokens: Ragged, transform: Callable[[Tensor], Tensor]) -> Ragged:
     """`transform` applied once to every token row in use."""
     tokens = _rows_in_use(tokens)
     return Ragged(transform(tokens.values), tokens.starts, tokens.lengths)
-
-
-def _not_finite(tokens: Ragged) -> Tensor:
-    """bool [N]: items with a token row that is not finite."""
-    if len(tokens.lengths) == 0:
-        return torch.zeros_like(tokens.lengths, dtype=torch.bool)
-    ends = tokens.starts + tokens.lengths
-    first, last = int(tokens.starts.min()), int(ends.max())  # the other rows are of other tiles
-    num_before = F.pad((~tokens.values[first:last].sum(dim=1).isfinite()).cumsum(0), (1, 0))
-    return num_before[ends - first] > num_before[tokens.starts - first]
 
 
 def _mean_token(tokens: Ragged) -> Tensor:
