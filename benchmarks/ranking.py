@@ -34,7 +34,7 @@ from dsmip.files import write_json
 from dsmip.ops.kernels import cpu
 from dsmip.units import Backend
 
-BACKENDS: Mapping[str, Sequence[Backend]] = {"cpu": ("torch", "cpp"), "cuda": ("torch",)}
+BACKENDS: Mapping[str, Sequence[Backend]] = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton")}
 PLAIN_WIDTH = 150
 
 
