@@ -22,7 +22,7 @@ from dsmip.index import EntityIndex
 from dsmip.models.base import Matcher, Scores
 from dsmip.ranked_model import TOP_K
 from dsmip.table import Table, concatenate
-from dsmip.units import Backend, use_backend
+from dsmip.text_unit import Backend, use_backend
 
 TOLERANCE = 5e-4
 """Largest difference allowed between scores that should be equal (float32 on both sides; they spread by tens)."""

@@ -24,7 +24,8 @@ from dsmip.models.dsmip import GATE, DsmipMatcher
 from dsmip.models.mimic import MimicMatcher
 from dsmip.scorer import UnitScorer
 from dsmip.table import Table
-from dsmip.units import CrossUnit, DualUnit, TextUnit, VisualUnit
+from dsmip.text_unit import TextUnit
+from dsmip.units import CrossUnit, DualUnit, VisualUnit
 
 MENTION_BATCH, ENTITY_CHUNK = 20, 6000
 

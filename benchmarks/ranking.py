@@ -32,7 +32,7 @@ from benchmarks.published import ENTITY_CHUNK, MENTION_BATCH
 from benchmarks.roofline import device_rates
 from dsmip.files import write_json
 from dsmip.ops.kernels import cpu
-from dsmip.units import Backend
+from dsmip.text_unit import Backend
 
 BACKENDS: Mapping[str, Sequence[Backend]] = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton")}
 PLAIN_WIDTH = 150

@@ -10,9 +10,9 @@ PruneName = Literal["none", "hull"]
 
 @dataclass(frozen=True)
 class RankOptions:
-    """backend: what computes token-level scores (see `dsmip.units.use_backend`).
+    """backend: what computes token-level scores (see `dsmip.text_unit.use_backend`).
 
-    precision: of the token rows that they are computed from (see `dsmip.units.use_precision`).
+    precision: of the token rows that they are computed from (see `dsmip.text_unit.use_precision`).
 
     prune: `hull` leaves them out of pairs that cannot matter (see `dsmip.ops.bounds`).
     """

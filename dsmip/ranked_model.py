@@ -27,7 +27,7 @@ from dsmip.refinement import PairScorer
 from dsmip.runs import Run
 from dsmip.stages import gold_rows, part_feature_file, whole_feature_files
 from dsmip.table import Table
-from dsmip.units import use_backend, use_precision
+from dsmip.text_unit import use_backend, use_precision
 
 TOP_K = 20
 Progress = Callable[[int], None]

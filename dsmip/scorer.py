@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dsmip.collate import Modality
 from dsmip.models.base import FeatureSizes, Side
 from dsmip.table import Ragged, Table
-from dsmip.units import CrossUnit, PictureNorm, TextNorm, TextUnit, VisualUnit
+from dsmip.text_unit import TextUnit
+from dsmip.units import CrossUnit, PictureNorm, TextNorm, VisualUnit
 
 
 class UnitScorer(nn.Module):

@@ -19,8 +19,8 @@ from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.sources import CachedSource, StreamSource, is_held_out
 from dsmip.table import Table
+from dsmip.text_unit import use_backend
 from dsmip.training import Context, StepSource, TrainResult, train
-from dsmip.units import use_backend
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ batch is padded, and items that share token rows (all items without a picture) s
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,10 @@ class Ragged:
 
     def to(self, device: torch.device) -> "Ragged":
         return Ragged(self.values.to(device), self.starts.to(device), self.lengths.to(device))
+
+    def map_rows(self, transform: Callable[[Tensor], Tensor]) -> "Ragged":
+        """`transform` [R, d] -> [R, e] of every token row; rows that items share are transformed once."""
+        return Ragged(transform(self.values), self.starts, self.lengths)
 
     def cast(self, dtype: torch.dtype) -> "Ragged":
         return Ragged(self.values.to(dtype), self.starts, self.lengths)

@@ -1,29 +1,18 @@
-"""The three matching units and the norms of their inputs (MIMIC: Luo et al., KDD 2023; DSMIP eq. 14).
+"""The picture units and the norms of all units' inputs (MIMIC: Luo et al., KDD 2023; DSMIP eq. 14).
 
     features --prepare_mentions / prepare_entities--> Table (all that depends on one item) --score--> [M, E]
 
-Parameter names are those of the published MIMIC state dict below `matcher.tglu`, `matcher.vdlu`, `matcher.cmfu`.
+Parameter names are those of the published MIMIC state dict below `matcher.vdlu`, `matcher.cmfu`; the text
+unit has a file of its own.
 N items, M mentions, E entities, z global text width, d unit width. Everything is float32: call it outside autocast.
 """
 
-import warnings
-from collections.abc import Callable
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dsmip.errors import UserError
 from dsmip.models.base import Side
-from dsmip.ops import bounds, dual, matching
-from dsmip.ops.kernels import cpu, cuda
-from dsmip.ops.kernels.rows import TokenRows
-from dsmip.rank_options import BackendName, PrecisionName
+from dsmip.ops import dual, matching
 from dsmip.table import Ragged, Table
-
-Backend = Literal["torch", "cpp", "triton"]
-Precision = Literal["fp32", "fp16"]
 
 
 class TextNorm(nn.Module):
@@ -36,7 +25,7 @@ class TextNorm(nn.Module):
 
     def forward(self, global_Nz: Tensor, tokens: Ragged) -> tuple[Tensor, Ragged]:
         """Same shapes and widths as given; padding is not touched."""
-        return self.text_cls_layernorm(global_Nz), _each_row(tokens, self.text_tokens_layernorm)
+        return self.text_cls_layernorm(global_Nz), tokens.map_rows(self.text_tokens_layernorm)
 
 
 class PictureNorm(nn.Module):
@@ -52,189 +41,7 @@ class PictureNorm(nn.Module):
     def forward(self, global_Nz: Tensor, tokens: Ragged) -> tuple[Tensor, Ragged]:
         """([N, d], ragged rows of d)."""
         global_Nd = self.image_cls_layernorm(self.image_cls_fc(global_Nz))
-        return global_Nd, _each_row(tokens, lambda x: self.image_tokens_layernorm(self.image_tokens_fc(x)))
-
-
-class TextUnit(nn.Module):
-    """U_T, text against text. See `dsmip.ops.matching.text_unit`.
-
-    mask_padding: True attends over each item's own tokens. False reproduces the published code, which attends over
-    padding as well: the features must then hold all token places of every item, padding included.
-    backend: what computes token-level scores (`use_backend`). `cpp` (on a CPU) and `triton` (on a GPU, up to 96 tokens
-    a mention) are taken for float32 without gradients, `torch` for all else. precision: see `use_precision`.
-    """
-
-    def __init__(
-        self,
-        global_width: int,
-        token_width: int,
-        width: int,
-        *,
-        mask_padding: bool = True,
-    ) -> None:
-        super().__init__()
-        self.mask_padding = mask_padding
-        self.backend: Backend = "torch"
-        self.precision: Precision = "fp32"
-        self.fc_query = nn.Linear(token_width, width)
-        self.fc_key = nn.Linear(token_width, width)
-        self.fc_value = nn.Linear(token_width, width)
-        self.fc_cls = nn.Linear(global_width, width)
-        self.layer_norm = nn.LayerNorm(width)
-
-    def prepare_mentions(self, global_Nz: Tensor, tokens: Ragged) -> Table:
-        """Columns `global` [N, z], ragged `key` and `value` (rows of d)."""
-        self._check_lengths(tokens)
-        tokens = _rows_in_use(tokens)
-        key, value = _each_row(tokens, self.fc_key), _each_row(tokens, self.fc_value)
-        return Table({"global": global_Nz, "key": key, "value": value})
-
-    def prepare_entities(self, global_Nz: Tensor, tokens: Ragged) -> Table:
-        """Columns `global` [N, z], `local` [N, d] (W_c t_e), ragged `query` (rows of d, divided by sqrt(d))."""
-        self._check_lengths(tokens)
-        scale = self.fc_query.out_features**-0.5
-        query = _each_row(tokens, lambda x: self.fc_query(x) * scale)
-        return Table({"global": global_Nz, "local": self.fc_cls(global_Nz), "query": query})
-
-    def with_bounds(self, mentions: Table) -> Table:
-        """Prepared mentions with the column `least_norm` [M], which `at_least_ME` needs and trainings do without."""
-        value_MTd, mask_MT = mentions.ragged("value").padded()
-        centred_MTd = value_MTd.double() - value_MTd.double().mean(dim=-1, keepdim=True)
-        return mentions.merged(Table({"least_norm": bounds.least_norm(centred_MTd, mask_MT)}))
-
-    def score(
-        self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None, at_least_ME: Tensor | None = None
-    ) -> Tensor:
-        """S_T, float [M, E]. The token-level half, which costs the most, is left out of pairs not wanted (bool).
-
-        at_least_ME: float; pairs that certainly score less are not computed and get -inf (mentions `with_bounds`).
-        """
-        local_query_Ed = entities.dense("local")
-        direction_Ed = local_query_Ed * self.layer_norm.weight
-
-        def with_global(local_ME: Tensor) -> Tensor:
-            globals_ = mentions.dense("global"), entities.dense("global")
-            return matching.with_global(local_ME, *globals_, local_query_Ed, self.layer_norm.bias)
-
-        spared_ME = None
-        if at_least_ME is not None:
-            spared_ME = with_global(self._local_bound(mentions, entities, direction_Ed)) < at_least_ME
-            if bool(spared_ME.any()):  # all pairs at once cost less than lists of all pairs
-                wanted_ME = ~spared_ME if wanted_ME is None else wanted_ME & ~spared_ME
-        if self._takes_kernel(mentions, direction_Ed):
-            local_ME = self._local_compiled(mentions, entities, direction_Ed, wanted_ME)
-        elif wanted_ME is None:
-            local_ME = self._local_torch(mentions, entities, direction_Ed)
-        else:
-            local_ME = self._local_of_lists(mentions, entities, direction_Ed, wanted_ME)
-        scores_ME = with_global(local_ME)
-        return scores_ME if spared_ME is None else scores_ME.masked_fill(spared_ME, -torch.inf)
-
-    def _local_bound(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
-        """At least the token-level half [M, E]; NaN for entities whose tokens score NaN, so that they are computed."""
-        value_MTd, mask_MT = mentions.ragged("value").padded()
-        least_norm_M, eps = mentions.dense("least_norm"), self.layer_norm.eps
-        bound_ME = bounds.local_bound(value_MTd, mask_MT, least_norm_M, direction_Ed, eps)
-        return bound_ME.masked_fill(entities.ragged("query").not_finite(), torch.nan)
-
-    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
-        """[N, z + 1]; products are S_T without its token-level half (the score of pairs not wanted).
-
-        The last place carries <W_c t_e, bias of LN>, which depends on the entity alone.
-        """
-        global_Nz = prepared.dense("global")
-        if side == "mentions":
-            return F.pad(global_Nz, (0, 1), value=1.0) / 2
-        bias_N = prepared.dense("local") @ self.layer_norm.bias
-        return torch.cat([global_Nz, bias_N[:, None]], dim=-1)
-
-    def _takes_kernel(self, mentions: Table, direction_Ed: Tensor) -> bool:
-        if torch.is_grad_enabled() or direction_Ed.dtype != torch.float32:
-            return False
-        if self.backend == "triton":
-            return cuda.can_score(mentions.ragged("key").lengths)
-        return self.backend == "cpp" and direction_Ed.device.type == "cpu"
-
-    def _local_compiled(
-        self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor | None
-    ) -> Tensor:
-        columns = [mentions.ragged("key"), mentions.ragged("value"), entities.ragged("query")]
-        if self.backend == "triton":
-            dtype = torch.float16 if self.precision == "fp16" else torch.float32
-            columns = [_rows_in_use(column).cast(dtype) for column in columns]
-        key, value, query = (TokenRows(column.values, column.starts, column.lengths) for column in columns)
-        if self.backend == "triton":
-            return cuda.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
-        return cpu.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
-
-    def _local_torch(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
-        key_MTd, mask_MT = mentions.ragged("key").padded()
-        value_MTd, _ = mentions.ragged("value").padded()
-        query_ESd, mask_ES = entities.ragged("query").padded()
-        masks = (mask_MT, mask_ES) if self.mask_padding else (None, None)
-        return matching.local_scores(
-            key_MTd, value_MTd, masks[0], query_ESd, masks[1], direction_Ed, self.layer_norm.eps
-        )
-
-    def _local_of_lists(self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor) -> Tensor:
-        """`_local_torch` of each mention with its own list of entities; 0 elsewhere."""
-        local_ME = direction_Ed.new_zeros(wanted_ME.shape)
-        for m, wanted_E in enumerate(wanted_ME):
-            row_e = wanted_E.nonzero()[:, 0]
-            one = mentions.rows(slice(m, m + 1))
-            local_ME[m, row_e] = self._local_torch(one, entities.rows(row_e), direction_Ed[row_e])[0]
-        return local_ME
-
-    def _check_lengths(self, tokens: Ragged) -> None:
-        if not self.mask_padding and len(tokens.lengths) and bool((tokens.lengths != tokens.lengths[0]).any()):
-            raise ValueError("mask_padding=False needs features that hold every token place, but lengths differ")
-
-
-def use_backend(matcher: nn.Module, name: BackendName, device: torch.device) -> Backend:
-    """Sets what computes the token-level scores of all text units in `matcher`; returns it.
-
-    auto: `cpp` on a CPU and `triton` on a GPU where it can be compiled, else `torch`, with a warning that says why.
-
-    Raises:
-        UserError: `cpp` or `triton` was asked for and is not to be had.
-    """
-    backend: Backend = "torch"
-    compiled: Backend = "cpp" if device.type == "cpu" else "triton"
-    if name not in ("auto", "torch", compiled):
-        place = "CPU" if name == "cpp" else "GPU"
-        raise UserError(f"backend {name} runs on a {place}, not on {device}: use torch or auto")
-    if name != "torch":
-        reason = cpu.why_unavailable() if compiled == "cpp" else cuda.why_unavailable()
-        if reason is None:
-            backend = compiled
-        elif name == compiled:
-            raise UserError(f"backend {name} cannot be built: {reason}; mend it, or use torch")
-        else:
-            warnings.warn(f"no compiled kernel, scoring with PyTorch: {reason}", stacklevel=2)
-    for unit in _text_units(matcher):
-        unit.backend = backend
-    return backend
-
-
-def use_precision(matcher: nn.Module, name: PrecisionName, backend: Backend) -> Precision:
-    """Sets how the text units' token rows are held while `backend` (of `use_backend`) scores them; returns it.
-
-    fp16: in half precision, with float32 sums; prepared tables and all else stay as they are. auto: `fp16` with
-    `triton`, else `fp32`.
-
-    Raises:
-        UserError: `fp16` was asked for with another backend than `triton`.
-    """
-    if name == "fp16" and backend != "triton":
-        raise UserError(f"precision fp16 needs a GPU and backend triton, and this is {backend}: use fp32 or auto")
-    precision: Precision = "fp16" if backend == "triton" and name != "fp32" else "fp32"
-    for unit in _text_units(matcher):
-        unit.precision = precision
-    return precision
-
-
-def _text_units(matcher: nn.Module) -> list[TextUnit]:
-    return [module for module in matcher.modules() if isinstance(module, TextUnit)]
+        return global_Nd, tokens.map_rows(lambda x: self.image_tokens_layernorm(self.image_tokens_fc(x)))
 
 
 class DualUnit(nn.Module):
@@ -368,7 +175,7 @@ class CrossUnit(nn.Module):
         return prepared.dense("fused")
 
     def _prepare(self, global_Nz: Tensor, tokens: Ragged) -> Table:
-        tokens_NPd, mask_NP = _each_row(tokens, self.image_fc).padded()
+        tokens_NPd, mask_NP = tokens.map_rows(self.image_fc).padded()
         norm = self.gate_layer_norm
         gate = (self.gate_fc.weight, self.gate_fc.bias)
         fused_Nd = matching.cross_vector(
@@ -381,17 +188,6 @@ class CrossUnit(nn.Module):
             norm.eps,
         )
         return Table({"fused": fused_Nd})
-
-
-def _rows_in_use(tokens: Ragged) -> Ragged:
-    """The same items without the token rows that none of them uses (a slice of a large table shares all its rows)."""
-    return tokens.compact() if len(tokens.values) > int(tokens.lengths.sum()) else tokens
-
-
-def _each_row(tokens: Ragged, transform: Callable[[Tensor], Tensor]) -> Ragged:
-    """`transform` applied once to every token row in use."""
-    tokens = _rows_in_use(tokens)
-    return Ragged(transform(tokens.values), tokens.starts, tokens.lengths)
 
 
 def _mean_token(tokens: Ragged) -> Tensor:

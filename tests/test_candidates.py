@@ -35,7 +35,8 @@ from dsmip.runs import Run
 from dsmip.scorer import UnitScorer
 from dsmip.shards import Dataset
 from dsmip.table import Table
-from dsmip.units import CrossUnit, DualUnit, TextUnit, VisualUnit
+from dsmip.text_unit import TextUnit
+from dsmip.units import CrossUnit, DualUnit, VisualUnit
 from ray_jobs.cli import app
 
 NUM_MENTIONS, NUM_ENTITIES = 6, 13

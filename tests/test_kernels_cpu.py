@@ -14,7 +14,7 @@ from dsmip.ops import matching
 from dsmip.ops.kernels import cpu
 from dsmip.ops.kernels.cpu import TokenRows
 from dsmip.table import Ragged
-from dsmip.units import TextUnit, use_backend
+from dsmip.text_unit import TextUnit, use_backend
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=5)

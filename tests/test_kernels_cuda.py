@@ -26,7 +26,7 @@ from dsmip.ops import kernels, matching
 from dsmip.ops.kernels import cuda
 from dsmip.ops.kernels.rows import TokenRows
 from dsmip.table import Ragged, Table
-from dsmip.units import TextUnit, use_backend, use_precision
+from dsmip.text_unit import TextUnit, use_backend, use_precision
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")

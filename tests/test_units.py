@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.table import Ragged, Table
-from dsmip.units import CrossUnit, PictureNorm, TextNorm, TextUnit, VisualUnit
+from dsmip.text_unit import TextUnit
+from dsmip.units import CrossUnit, PictureNorm, TextNorm, VisualUnit
 
 GOLDEN = Path(__file__).parent / "data" / "mimic_units.npz"
 
