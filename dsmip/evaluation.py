@@ -61,8 +61,11 @@ class Ranking:
 class TileSize:
     """How many mentions and entities are scored at a time."""
 
-    mentions: int = 128
-    entities: int = 2048
+    mentions: int
+    entities: int
+
+
+CPU_TILES, GPU_TILES = TileSize(128, 2048), TileSize(512, 8192)
 
 
 class NotRankable(ValueError):
@@ -89,8 +92,9 @@ def rank(
     refine: bool = False,
     prune: bool = False,
     gold_score_M: Tensor | None = None,
-    tile_size: TileSize = TileSize(),
+    tile_size: TileSize | None = None,
     notice: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] = lambda num_mentions: None,
 ) -> Ranking:
     """Ranks prepared `mentions` against the entities of `index`.
 
@@ -103,13 +107,18 @@ def rank(
     added up, `top_k` must be 0 and `refine` off. Elsewhere each slice is ranked on its own, with `refine` and
     `gold_score_M` (all golds' scores, from `PairScorer`), and `merge_rankings` puts them together.
 
+    tile_size: default: what suits the device. notice: takes lines about memory. progress: called with the number of
+    mentions that are ranked.
+
     Raises NotRankable when a score is NaN; ValueError when a gold is in no slice that is known of, or for `prune`
     without `refine`.
     """
     if prune and not refine:
         raise ValueError("prune needs refine")
     matcher.eval()
-    tiles = _Tiles(matcher, mentions, index, gold_row_M - index.first_row, device, tile_size, prune, notice)
+    index = _placed(index, device, notice)
+    size = tile_size or (CPU_TILES if device.type == "cpu" else GPU_TILES)
+    tiles = _Tiles(matcher, mentions, index, gold_row_M - index.first_row, device, size, prune, notice, progress)
     if not refine:
         columns = tiles.rank(top_k, num_choices, None)
         return _ranking(columns, index.first_row, None)
@@ -124,6 +133,15 @@ def rank(
         refiner.widen()
         columns = tiles.rank(top_k, num_choices, refiner)
     return _ranking(columns, index.first_row, refiner.report())
+
+
+def _placed(index: EntityIndex, device: torch.device, notice: Callable[[str], None]) -> EntityIndex:
+    """The index on the device; where it does not fit, its tiles go there anew for every tile of mentions."""
+    try:
+        return EntityIndex([table.to(device) for table in index.tables], index.first_row)
+    except torch.OutOfMemoryError:
+        notice(f"{device} has no memory for the whole index ({index.num_bytes / 2**30:.1f} GiB): slower, tile by tile")
+        return index
 
 
 @dataclass
@@ -141,11 +159,14 @@ class _Tiles:
     size: TileSize
     prune: bool
     notice: Callable[[str], None]
+    progress: Callable[[int], None]
 
     def rank(self, top_k: int, num_choices: int, refiner: Refiner | None) -> dict[str, Tensor]:
         """Columns of a `Ranking` for all mentions, on the CPU; rows are places in the index."""
-        starts = range(0, len(self.mentions), self.size.mentions)
-        tiles = [self._rank_tile(start, top_k, num_choices, refiner) for start in starts]
+        tiles = []
+        for start in range(0, len(self.mentions), self.size.mentions):
+            tiles.append(self._rank_tile(start, top_k, num_choices, refiner))
+            self.progress(min(start + self.size.mentions, len(self.mentions)))
         return {name: torch.cat([tile[name] for tile in tiles]).cpu() for name in tiles[0]}
 
     def _rank_tile(self, start: int, top_k: int, num_choices: int, refiner: Refiner | None) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from dsmip.index import EntityIndex, build_index
 from dsmip.manifest import KB
 from dsmip.models import find_system
 from dsmip.models.base import Matcher
+from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.refinement import PairScorer
 from dsmip.runs import Run
@@ -30,7 +31,6 @@ from dsmip.table import Table
 from dsmip.text_unit import use_backend, use_precision
 
 TOP_K = 20
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,15 @@ class RankedModel:
     choices: tuple[str, ...]
 
     def rank(
-        self, device: torch.device, options: RankOptions = RankOptions(), notice: Callable[[str], None] = print
+        self,
+        device: torch.device,
+        options: RankOptions = RankOptions(),
+        notice: Callable[[str], None] = print,
+        progress: Progress = no_progress,
     ) -> Ranking:
         """Exact ranks and the best `TOP_K` entities of all mentions. Raises UserError when an option cannot be had."""
-        return self.rank_slice(self.index, self.gold_scores(self.index, device), device, options, notice)
+        gold_score_M = self.gold_scores(self.index, device)
+        return self.rank_slice(self.index, gold_score_M, device, options, notice, progress)
 
     def gold_scores(self, index: EntityIndex, device: torch.device) -> Tensor:
         """float64 [M]: exact scores of the golds that are in a slice of the index, NaN elsewhere."""
@@ -60,6 +65,7 @@ class RankedModel:
         device: torch.device,
         options: RankOptions = RankOptions(),
         notice: Callable[[str], None] = print,
+        progress: Progress = no_progress,
     ) -> Ranking:
         """The ranking against a slice of the index, given all golds' exact scores."""
         matcher = self.matcher.to(device)
@@ -77,6 +83,7 @@ class RankedModel:
             prune=options.prune == "hull",
             gold_score_M=gold_score_M,
             notice=notice,
+            progress=lambda done: progress("ranked mentions", done, len(self.mentions)),
         )
 
     def link(
@@ -134,15 +141,12 @@ def load_model(run: Run, model: str) -> tuple[Matcher, ExperimentConfig, tuple[s
 
 
 def store_ranked(
-    run: Run, split: str, model: str, device: torch.device, progress: Progress = lambda num_entities: None
+    run: Run, split: str, model: str, device: torch.device, progress: Progress = no_progress
 ) -> RankedFiles:
-    """Encodes and prepares what is not there yet: features, index and mentions.
-
-    progress: called with the number of entities that are in the index. Raises UserError as `load_model` does.
-    """
+    """Encodes and prepares what is missing: features, index, mentions. Raises UserError as `load_model` does."""
     matcher, config, _ = load_model(run, model)
     matcher.to(device)
-    files = {each: _feature_files(run, config, model, each, device) for each in (split, KB)}
+    files = {each: _feature_files(run, config, model, each, device, progress) for each in (split, KB)}
     made_from = {
         "model": model,
         "data": run.dataset.manifest_hash,
@@ -157,17 +161,21 @@ def store_ranked(
     def prepare(rows: range) -> Table:
         return prepare_in_tiles(matcher, kb.rows(slice(rows.start, rows.stop)), "entities", device)
 
-    build_index(folder, made_from, len(kb), prepare, progress=progress)
+    build_index(
+        folder, made_from, len(kb), prepare, progress=lambda done: progress("entities in the index", done, len(kb))
+    )
     ranked = RankedFiles(run.folder.resolve(), split, model, folder.resolve(), made_from)
     if not ranked.mentions.is_file():
         prepare_in_tiles(matcher, mentions, "mentions", device).to(torch.device("cpu")).save(ranked.mentions)
     return ranked
 
 
-def _feature_files(run: Run, config: ExperimentConfig, model: str, split: str, device: torch.device) -> dict[str, Path]:
+def _feature_files(
+    run: Run, config: ExperimentConfig, model: str, split: str, device: torch.device, progress: Progress
+) -> dict[str, Path]:
     if model == run.system.name and run.system.gated:
-        return whole_feature_files(run, config, split, device)
-    return {model: part_feature_file(run, model, split, device)}
+        return whole_feature_files(run, config, split, device, progress)
+    return {model: part_feature_file(run, model, split, device, progress)}
 
 
 def _features(files: Mapping[str, Path]) -> Table:

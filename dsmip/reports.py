@@ -18,6 +18,7 @@ from dsmip.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.manifest import SPLITS
 from dsmip.metrics import HITS_AT, confidence
 from dsmip.ops import ranking as ops
+from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import TOP_K, RankedFiles, RankedModel, store_ranked
 from dsmip.records import Mention
@@ -48,16 +49,15 @@ def evaluate_model(
     *,
     options: RankOptions = RankOptions(),
     rank_stored: Callable[[RankedFiles], Ranking] | None = None,
-    progress: Callable[[int], None] = lambda num_entities: None,
+    progress: Progress = no_progress,
     notice: Callable[[str], None] = print,
     candidates: int | None = None,
 ) -> Evaluated:
     """Ranks the whole kb for every mention of a split and writes metrics.json and ranks.parquet.
 
     model: a finished part, or the system's name for the gated whole. rank_stored: makes the ranking (default: in this
-    process, on `device`, with `options`). progress: called with the number of entities that are in the index. notice:
-    takes lines about how it is done. candidates: also rank among so many candidates, in this process; their figures are
-    a section of their own.
+    process, on `device`, with `options`). notice: takes lines about how it is done. candidates: also rank
+    among so many candidates, in this process; their figures are a section of their own.
     Raises UserError for an unknown model or split, one that is not trained yet, one that scores NaN, or no candidates.
     """
     if split not in SPLITS:
@@ -71,7 +71,7 @@ def evaluate_model(
     entity_ids = run.dataset.entity_texts().column("entity_id").to_pylist()
     try:
         opened = stored.open()
-        ranking = rank_stored(stored) if rank_stored else opened.rank(device, options, notice)
+        ranking = rank_stored(stored) if rank_stored else opened.rank(device, options, notice, progress)
     except NotRankable as error:
         raise UserError(
             f"{model} of {run.folder} scores mention {mentions[error.mention].mention_id} and entity "

@@ -15,6 +15,7 @@ from dsmip.features import prepare_split, whole_features
 from dsmip.index import EntityIndex
 from dsmip.manifest import KB
 from dsmip.models.base import FeatureEncoder, Matcher
+from dsmip.progress import Progress, counting, no_progress
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.sources import CachedSource, StreamSource, is_held_out
@@ -140,19 +141,23 @@ def load_whole_features(run: Run, config: ExperimentConfig, split: str, device: 
     return whole_features({name: Table.load(path) for name, path in files.items()}, list(files))
 
 
-def whole_feature_files(run: Run, config: ExperimentConfig, split: str, device: torch.device) -> dict[str, Path]:
+def whole_feature_files(
+    run: Run, config: ExperimentConfig, split: str, device: torch.device, progress: Progress = no_progress
+) -> dict[str, Path]:
     """The cached features of each part that the whole system of `config` needs, computed where they are missing."""
     names = run.system.feature_parts(config.system)
-    return {name: part_feature_file(run.home(name, config), name, split, device) for name in names}
+    return {name: part_feature_file(run.home(name, config), name, split, device, progress) for name in names}
 
 
-def part_feature_file(run: Run, part: str, split: str, device: torch.device) -> Path:
+def part_feature_file(run: Run, part: str, split: str, device: torch.device, progress: Progress = no_progress) -> Path:
     """The cached features of a finished part, or of a gate's inputs, computed where they are missing."""
     if part in run.part_names:
         encoder: FeatureEncoder = run.load_part(part, with_encoder=True).to(device)
     else:
         encoder = run.system.build_encoder(part, run.config).to(device)
-    return run.cache.ensure(part, split, encoder, run.dataset, run.collator(part), device)
+    total = run.dataset.num_entities if split == KB else run.dataset.num_mentions(split)
+    encoded = counting(progress, f"{split} encoded by {part}", total)
+    return run.cache.ensure(part, split, encoder, run.dataset, run.collator(part), device, encoded)
 
 
 def _validate_on(

@@ -1,5 +1,6 @@
 """The job `dsmip evaluate`: exact ranking of one model on one split, in this process without Ray, or on Ray workers."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dsmip.ranked_model import TOP_K, RankedFiles, model_names
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
 
+_SECONDS_A_LINE = 10
 SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
 _SHOWN_OF_CANDIDATES = ("hits@1", "hits@5", "hits@20", "mrr")
 
@@ -34,10 +36,18 @@ def evaluate_run(
     yet; JobFailed when a worker fails.
     """
     run, place = Run.open(folder), checked_device(device)
+    workers = min(workers, run.dataset.num_entities)
     rank_stored = None if workers == 1 else _ranker_on_ray(workers, place, options)
     model = model or model_names(run.config)[0]
     evaluated = evaluate_model(
-        run, split, model, place, options=options, rank_stored=rank_stored, candidates=candidates
+        run,
+        split,
+        model,
+        place,
+        options=options,
+        rank_stored=rank_stored,
+        progress=_Lines(),
+        candidates=candidates,
     )
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
@@ -57,6 +67,18 @@ def evaluate_run(
         _print_candidates(metrics["candidates"])
     print(f"  {evaluated.folder / 'metrics.json'}")
     return metrics
+
+
+class _Lines:
+    """A line of progress at most every ten seconds."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if time.monotonic() - self._last >= _SECONDS_A_LINE:
+            print(f"  {what}: {done} of {total}", flush=True)
+            self._last = time.monotonic()
 
 
 def _print_candidates(found: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ def test_nan_is_refused(column: int) -> None:
 def test_choices_of_pairs_are_counted() -> None:
     scores_ME = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0]])
     chosen_ME = torch.tensor([[0, 2, 2], [1, 0, 2]])
-    ranking = ranked(scores_ME, torch.tensor([1, 0]), chosen_ME, top_k=2, num_choices=3, tile_size=TileSize(entities=2))
+    ranking = ranked(scores_ME, torch.tensor([1, 0]), chosen_ME, top_k=2, num_choices=3, tile_size=TileSize(128, 2))
     assert ranking.chosen_pairs_MB is not None
     assert ranking.chosen_gold_M is not None
     assert ranking.chosen_top_Mk is not None

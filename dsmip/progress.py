@@ -1,0 +1,22 @@
+"""How long work tells where it is."""
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many are done, and of how many."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Shows nothing."""
+
+
+def counting(progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    """Takes how many more are done."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(what, done, total)
+
+    return add
