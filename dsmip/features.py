@@ -18,7 +18,8 @@ from dsmip.collate import Collator
 from dsmip.manifest import KB
 from dsmip.models.base import FeatureEncoder, Matcher
 from dsmip.shards import Dataset
-from dsmip.table import Column, Ragged, Table, concatenate
+from dsmip.table import Table, concatenate
+from dsmip.table_writer import TableWriter
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
@@ -65,7 +66,7 @@ class FeatureCache:
         key = fingerprint(encoder.encoder_state(), dataset.manifest_hash, collator.item_format, split, self.dtype)
         path = self.folder / f"{part}-{split}-{key[:16]}.safetensors"
         if not path.is_file():
-            encode_split(split, encoder, dataset, collator, device, self.dtype, progress).save(path)
+            encode_split(path, split, encoder, dataset, collator, device, self.dtype, progress)
         return path
 
 
@@ -80,6 +81,7 @@ def fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:
 
 @torch.no_grad()
 def encode_split(
+    path: Path,
     split: str,
     encoder: FeatureEncoder,
     dataset: Dataset,
@@ -87,17 +89,18 @@ def encode_split(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     progress: Progress = lambda count: None,
-) -> Table:
-    """Encodes a whole split (or the kb) in batches; a missing picture's tokens are kept once."""
+) -> None:
+    """Encodes a whole split (or the kb) batch by batch into a table file; a missing picture's tokens are kept once.
+
+    Picture tokens are ragged columns whose last name part is `image_tokens`: they depend on the picture alone.
+    """
     encode = encoder.encode_entities if split == KB else encoder.encode_mentions
-    tables: list[Table] = []
-    has_image: list[Tensor] = []
-    for batch in _batches(split, dataset, collator):
-        table = encode(batch.to(device)).to(torch.device("cpu"))
-        tables.append(table.cast(dtype))
-        has_image.append(batch.has_image)
-        progress(len(batch))
-    return share_missing_pictures(concatenate(tables), torch.cat(has_image))
+    with TableWriter(path) as writer:
+        for batch in _batches(split, dataset, collator):
+            table = encode(batch.to(device)).to(torch.device("cpu")).cast(dtype)
+            pictures = [name for name in table.columns if name.split(".")[-1] == "image_tokens"]
+            writer.append(table, dict.fromkeys(pictures, ~batch.has_image))
+            progress(len(batch))
 
 
 @torch.no_grad()
@@ -122,26 +125,6 @@ def _batches(split: str, dataset: Dataset, collator: Collator, rows: range | Non
     if split == KB:
         return (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), _BATCH_SIZE))
     return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), _BATCH_SIZE))
-
-
-def share_missing_pictures(table: Table, has_image_N: Tensor) -> Table:
-    """Lets all items without a picture point at the picture tokens of the first of them.
-
-    Ragged columns whose last name part is `image_tokens` depend on the picture alone.
-    """
-    missing_K = (~has_image_N).nonzero()[:, 0]
-    if len(missing_K) == 0:
-        return table
-    columns: dict[str, Column] = {}
-    for name, column in table.columns.items():
-        if isinstance(column, Ragged) and name.split(".")[-1] == "image_tokens":
-            starts, lengths = column.starts.clone(), column.lengths.clone()
-            first = int(missing_K[0])
-            starts[missing_K], lengths[missing_K] = int(starts[first]), int(lengths[first])
-            columns[name] = Ragged(column.values, starts, lengths).compact()
-        else:
-            columns[name] = column
-    return Table(columns)
 
 
 def whole_features(tables: Mapping[str, Table], parts: Sequence[str]) -> Table:

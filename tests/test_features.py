@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsmip import features
 from dsmip.batches import ItemBatch
+from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig
 from dsmip.features import (
     KB,
@@ -18,10 +19,9 @@ from dsmip.features import (
     encode_split,
     fingerprint,
     prepare_split,
-    share_missing_pictures,
     whole_features,
 )
-from dsmip.models.base import Matcher
+from dsmip.models.base import FeatureEncoder, Matcher
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.table import Ragged, Table
@@ -103,14 +103,20 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "_BATCH_SIZE", 4)
 
 
+def encoded(run: Run, split: str, encoder: FeatureEncoder, collator: Collator) -> Table:
+    path = run.folder / f"{split}.safetensors"
+    encode_split(path, split, encoder, run.dataset, collator, CPU)
+    return Table.load(path)
+
+
 @pytest.mark.usefixtures("small_batches")
 def test_rows_are_those_of_the_items(run: Run) -> None:
     """In shard order for mentions, in row order for the kb, over several batches."""
     collator, encoder = run.collator("multimodal"), CountingEncoder()
-    table = encode_split("validation", encoder, run.dataset, collator, CPU)
+    table = encoded(run, "validation", encoder, collator)
     mentions = collator.mentions(list(run.dataset.mentions("validation")))
     assert torch.equal(table.dense("text_global"), mentions.token_ids[:, :2].float())
-    kb = encode_split(KB, encoder, run.dataset, collator, CPU)
+    kb = encoded(run, KB, encoder, collator)
     entities = collator.entities(list(run.dataset.entities()))
     assert torch.equal(kb.ragged("image_tokens").padded()[0], patches(entities, encoder.weight))
     assert encoder.calls == 2 + 3
@@ -127,7 +133,7 @@ def test_preparing_in_one_go_equals_preparing_features(run: Run) -> None:
     for split, rows, prepare, part in pairs:
         found = prepare_split(split, expert, run.dataset, collator, CPU, rows)
         with torch.no_grad():
-            expected = prepare(encode_split(split, expert, run.dataset, collator, CPU).rows(part))
+            expected = prepare(encoded(run, split, expert, collator).rows(part))
         assert found.columns.keys() == expected.columns.keys()
         for name, column in expected.columns.items():
             other = found.columns[name]
@@ -143,19 +149,10 @@ def test_missing_pictures_are_stored_once(run: Run) -> None:
     entities = list(run.dataset.entities())
     missing = [row for row, entity in enumerate(entities) if not entity.images]
     assert len(missing) == 3
-    kb = encode_split(KB, CountingEncoder(), run.dataset, run.collator("multimodal"), CPU)
+    kb = encoded(run, KB, CountingEncoder(), run.collator("multimodal"))
     column = kb.ragged("image_tokens")
     assert len(column.values) == (len(entities) - len(missing) + 1) * 4
     assert len({int(column.starts[row]) for row in missing}) == 1
-
-
-def test_only_picture_tokens_are_shared() -> None:
-    column = Ragged(torch.arange(4.0)[:, None], torch.arange(4), torch.ones(4, dtype=torch.int64))
-    table = Table({"a.image_tokens": column, "a.text_tokens": column, "a.image_global": torch.arange(4.0)})
-    shared = share_missing_pictures(table, torch.tensor([True, False, True, False]))
-    assert shared.ragged("a.image_tokens").padded()[0].flatten().tolist() == [0.0, 1.0, 2.0, 1.0]
-    assert shared.ragged("a.text_tokens").padded()[0].flatten().tolist() == [0.0, 1.0, 2.0, 3.0]
-    assert shared.dense("a.image_global").tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_half_precision_halves_the_file_and_scores_as_well(run: Run) -> None:
