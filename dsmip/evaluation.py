@@ -69,14 +69,14 @@ CPU_TILES, GPU_TILES = TileSize(128, 2048), TileSize(512, 8192)
 
 
 class NotRankable(ValueError):
-    """A score is NaN, which compares false with everything and would rank first."""
+    """A score is NaN, which compares false with everything and would rank first, or infinite."""
 
     def __init__(self, mention: int, entity_row: int) -> None:
         super().__init__(mention, entity_row)  # what a process hands to another
         self.mention, self.entity_row = mention, entity_row
 
     def __str__(self) -> str:
-        return f"the score of mention {self.mention} and entity row {self.entity_row} is NaN: nothing can be ranked"
+        return f"the score of mention {self.mention} and entity row {self.entity_row} is NaN or infinite: no ranking"
 
 
 @torch.no_grad()
@@ -110,21 +110,23 @@ def rank(
     tile_size: default: what suits the device. notice: takes lines about memory. progress: called with the number of
     mentions that are ranked.
 
-    Raises NotRankable when a score is NaN; ValueError when a gold is in no slice that is known of, or for `prune`
-    without `refine`.
+    Raises NotRankable when a score is NaN or infinite; ValueError when a gold is in no slice that is known of, for
+    `prune` without `refine`, and for no mentions or no entities.
     """
+    if not (len(mentions) and len(index)):
+        raise ValueError(f"{len(mentions)} mentions against {len(index)} entities: nothing to rank")
     if prune and not refine:
         raise ValueError("prune needs refine")
     matcher.eval()
     index = _placed(index, device, notice)
-    size = tile_size or (CPU_TILES if device.type == "cpu" else GPU_TILES)
+    size = tile_size or _default_tiles(device, len(index) if refine else 0)
     tiles = _Tiles(matcher, mentions, index, gold_row_M - index.first_row, device, size, prune, notice, progress)
     if not refine:
         columns = tiles.rank(top_k, num_choices, None)
         return _ranking(columns, index.first_row, None)
     pairs = PairScorer(matcher, mentions, index, device)
     gold_score_M = pairs.gold_scores(gold_row_M) if gold_score_M is None else gold_score_M
-    _check_golds(gold_score_M, gold_row_M, index)
+    check_golds(gold_score_M, gold_row_M, index)
     refiner = Refiner(pairs, gold_score_M)
     if prune:
         refiner.measure(matcher, tiles.gold_column_M)
@@ -133,6 +135,15 @@ def rank(
         refiner.widen()
         columns = tiles.rank(top_k, num_choices, refiner)
     return _ranking(columns, index.first_row, refiner.report())
+
+
+def _default_tiles(device: torch.device, num_entities: int) -> TileSize:
+    """Fewer mentions of a large slice, so that scores of a tile of mentions take the same memory for any slice.
+
+    num_entities: 0 where workers must all have the same tiles, though their slices differ by an entity.
+    """
+    size, num_pairs = (CPU_TILES, 2**22) if device.type == "cpu" else (GPU_TILES, 2**26)
+    return TileSize(max(min(size.mentions, num_pairs // max(num_entities, 1)), 1), size.entities)
 
 
 def _placed(index: EntityIndex, device: torch.device, notice: Callable[[str], None]) -> EntityIndex:
@@ -182,6 +193,7 @@ class _Tiles:
         if refiner is not None:
             scores_ME, gold_M = refiner.refine(scores_ME, start, own_M.where(here_M, torch.nan), top_k)
         else:
+            self._check_slices(start, sum_over_workers(here_M.long()))
             gold_M = sum_over_workers(own_M.where(here_M, torch.zeros_like(own_M)))
         better_M, tied_M = ops.count_against(scores_ME, gold_M, column_M.where(here_M, -1))
         top_score_Mk, top_row_Mk = ops.top_k(scores_ME, min(top_k, num_entities))
@@ -199,6 +211,12 @@ class _Tiles:
             tile["chosen_pairs"] = torch.stack([(chosen_ME == b).sum(dim=1) for b in range(num_choices)], dim=1)
         return tile
 
+    def _check_slices(self, start: int, times_M: Tensor) -> None:
+        """times_M: in how many workers' slices each gold is."""
+        for mention in (times_M == 0).nonzero()[:, 0].tolist():
+            row = int(self.gold_column_M[start + mention]) + self.index.first_row
+            raise ValueError(f"mention {start + mention}: its gold, kb row {row}, is in no worker's index")
+
     def _score_all(self, start: int, floor: Floor | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Scores [M, E], choices [M, E] or None, and columns of counts (`_counted`) of one tile of mentions.
 
@@ -210,7 +228,7 @@ class _Tiles:
         totals, choices, counts, first = [], [], [], 0
         for entities in self.index.tiles(self.size.entities):
             for scores in self._score_fitting(mentions, entities, floor):
-                _refuse_nan(scores.total_ME, start, self.index.first_row + first)
+                _refuse_broken(scores.total_ME, start, self.index.first_row + first)
                 first += scores.total_ME.shape[1]
                 totals.append(scores.total_ME)
                 if scores.chosen_ME is not None:
@@ -250,7 +268,15 @@ def _counted(scores: Scores) -> dict[str, Tensor]:
     return counted
 
 
-def _check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) -> None:
+def merge_gold_scores(parts: Sequence[Tensor]) -> Tensor:
+    """Golds' exact scores float64 [M] from those of disjoint slices, each NaN where the gold is in another slice."""
+    scores_SM = torch.stack(list(parts))
+    best_M = scores_SM.where(~scores_SM.isnan(), -torch.inf).amax(dim=0)
+    return best_M.where(~scores_SM.isnan().all(dim=0), torch.nan)
+
+
+def check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) -> None:
+    """Raises NotRankable when a gold of the index scores NaN, ValueError when a gold elsewhere has no score."""
     for mention in gold_score_M.isnan().nonzero()[:, 0].tolist():
         row = int(gold_row_M[mention])
         if index.first_row <= row < index.first_row + len(index):
@@ -258,9 +284,10 @@ def _check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) -
         raise ValueError(f"mention {mention}: its gold, kb row {row}, is not in the index, and its score is not given")
 
 
-def _refuse_nan(scores_ME: Tensor, first_mention: int, first_row: int) -> None:
-    if bool(scores_ME.isnan().any()):
-        mention, entity = scores_ME.isnan().nonzero()[0].tolist()
+def _refuse_broken(scores_ME: Tensor, first_mention: int, first_row: int) -> None:
+    broken_ME = scores_ME.isnan() | (scores_ME == torch.inf)  # -inf: pruned
+    if bool(broken_ME.any()):
+        mention, entity = broken_ME.nonzero()[0].tolist()
         raise NotRankable(first_mention + mention, first_row + entity)
 
 

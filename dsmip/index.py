@@ -21,6 +21,7 @@ from dsmip.table import Table, concatenate
 
 MANIFEST = "index.json"
 SLICE_ROWS = 4096
+LAYOUT = 1  # of slices: part of what an index is made from, to be raised when prepared tables change
 
 
 class EntityIndex:
@@ -78,18 +79,23 @@ class EntityIndex:
             raise UserError(f"no index at {folder} (no {MANIFEST})")
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            found, slices = stored["made_from"], [(entry["file"], entry["bytes"]) for entry in stored["slices"]]
+            found = stored["made_from"]
+            slices = [(entry["file"], entry["bytes"], entry["rows"]) for entry in stored["slices"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error!r}); delete the folder to build the index again") from error
         for key, value in made_from.items():
             if found.get(key) != value:
                 raise UserError(f"{path}: the index was made from {key} {found.get(key)}, not {value}")
-        for name, num_bytes in slices:
+        for name, num_bytes, _ in slices:
             size = (folder / name).stat().st_size if (folder / name).is_file() else None
             if size != num_bytes:
                 state = "is missing" if size is None else f"has {size} bytes instead of {num_bytes}"
                 raise UserError(f"{folder / name} {state}; delete {folder} to build the index again")
-        return EntityIndex([Table.load(folder / name) for name, _ in slices])
+        tables = [Table.load(folder / name) for name, _, _ in slices]
+        for table, (name, _, num_rows) in zip(tables, slices, strict=True):
+            if len(table) != num_rows:
+                raise UserError(f"{folder / name} has {len(table)} entities instead of {num_rows}; delete {folder}")
+        return EntityIndex(tables)
 
 
 def build_index(

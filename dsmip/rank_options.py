@@ -1,4 +1,4 @@
-"""How a ranking is computed. Exact ranks do not depend on it. (No torch: the command line reads this for its help.)"""
+"""How a ranking is computed. Ranks do not depend on it. (No torch: the command line reads this for its help.)"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,13 +10,16 @@ PruneName = Literal["none", "hull"]
 
 @dataclass(frozen=True)
 class RankOptions:
-    """backend: what computes token-level scores (see `dsmip.text_unit.use_backend`).
+    """top_k: how many of the best entities of each mention are kept.
+
+    backend: what computes token-level scores (see `dsmip.text_unit.use_backend`).
 
     precision: of the token rows that they are computed from (see `dsmip.text_unit.use_precision`).
 
     prune: `hull` leaves them out of pairs that cannot matter (see `dsmip.ops.bounds`).
     """
 
+    top_k: int = 20
     backend: BackendName = "auto"
     precision: PrecisionName = "auto"
     prune: PruneName = "none"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dsmip.candidates import CandidateSearch, Links, link
@@ -18,7 +19,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.evaluation import Ranking, prepare_in_tiles, rank
 from dsmip.features import fingerprint, whole_features
-from dsmip.index import EntityIndex, build_index
+from dsmip.index import LAYOUT, SLICE_ROWS, EntityIndex, build_index
 from dsmip.manifest import KB
 from dsmip.models import find_system
 from dsmip.models.base import Matcher
@@ -29,8 +30,6 @@ from dsmip.runs import Run
 from dsmip.stages import gold_rows, part_feature_file, whole_feature_files
 from dsmip.table import Table
 from dsmip.text_unit import use_backend, use_precision
-
-TOP_K = 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class RankedModel:
         notice: Callable[[str], None] = print,
         progress: Progress = no_progress,
     ) -> Ranking:
-        """Exact ranks and the best `TOP_K` entities of all mentions. Raises UserError when an option cannot be had."""
+        """Exact ranks and the best entities of all mentions. Raises UserError when an option cannot be had."""
         gold_score_M = self.gold_scores(self.index, device)
         return self.rank_slice(self.index, gold_score_M, device, options, notice, progress)
 
@@ -77,7 +76,7 @@ class RankedModel:
             index,
             self.gold_row_M,
             device=device,
-            top_k=TOP_K,
+            top_k=options.top_k,
             num_choices=len(self.choices),
             refine=True,
             prune=options.prune == "hull",
@@ -118,7 +117,12 @@ class RankedFiles:
         run = Run.open(self.run)
         matcher, _, choices = load_model(run, self.model)
         index = EntityIndex.open(self.index, dict(self.made_from))
-        return RankedModel(matcher, Table.load(self.mentions), index, gold_rows(run.dataset, self.split), choices)
+        gold_row_M = gold_rows(run.dataset, self.split)
+        try:
+            mentions = Table.load(self.mentions)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.mentions} is missing or damaged ({error}); delete it and evaluate again") from error
+        return RankedModel(matcher, mentions, index, gold_row_M, choices)
 
 
 def model_names(config: ExperimentConfig) -> tuple[str, ...]:
@@ -149,6 +153,7 @@ def store_ranked(
     files = {each: _feature_files(run, config, model, each, device, progress) for each in (split, KB)}
     made_from = {
         "model": model,
+        "layout": [LAYOUT, SLICE_ROWS],
         "data": run.dataset.manifest_hash,
         "weights": fingerprint(matcher.state_dict()),
         "features": sorted(path.name for path in files[KB].values()),

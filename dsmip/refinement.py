@@ -20,6 +20,8 @@ GRID = 2.0**-30
 _SAFETY = 8.0
 _SAMPLE_MENTIONS, _SAMPLE_ENTITIES = 16, 64
 _GOLDS = 16
+_PROBE_STRIDE = 7919  # a prime: probes fall on all entities in turn
+_ENTITIES = 4096  # of one call
 _MENTIONS_ON_GPU = 32  # at a time, each against the close entities of all: calls cost more there than pairs
 
 
@@ -49,6 +51,10 @@ class PairScorer:
         """As `score`, with the index of the expert that scored each pair, int64 [m, e] (None: no choice is made)."""
         if len(row_m) == 0 or len(column_e) == 0:
             return torch.zeros(len(row_m), len(column_e), dtype=torch.float64), None
+        if len(column_e) > _ENTITIES:
+            parts = [self.score_and_choose(row_m, part_e) for part_e in column_e.split(_ENTITIES)]
+            choices = [chosen_me for _, chosen_me in parts if chosen_me is not None]
+            return torch.cat([score_me for score_me, _ in parts], dim=1), torch.cat(choices, dim=1) if choices else None
         mentions = self.mentions.take(row_m).to(self.device).cast(torch.float64)
         entities = self.index.take(column_e).to(self.device).cast(torch.float64)
         scores = self.matcher.score(mentions, entities)
@@ -109,6 +115,7 @@ class Refiner:
         if k:
             last_M1 = scores_ME.topk(min(k, scores_ME.shape[1]), dim=1).values[:, -1:]
             close_ME |= scores_ME >= last_M1 - self._band
+        close_ME |= self._probes(scores_ME, first_mention)
         for place_m in torch.arange(len(scores_ME)).split(1 if scores_ME.device.type == "cpu" else _MENTIONS_ON_GPU):
             column_e = close_ME[place_m].any(dim=0).nonzero()[:, 0]
             close_me = close_ME[place_m][:, column_e]
@@ -117,6 +124,15 @@ class Refiner:
             refined_ME[place_m[:, None], column_e] = exact_me.where(close_me, refined_ME[place_m][:, column_e])
             self._num_pairs += int(close_me.sum())
         return refined_ME, gold_M
+
+    @staticmethod
+    def _probes(scores_ME: Tensor, first_mention: int) -> Tensor:
+        """One pair of every mention, close or not, to see errors that carry a pair out of the band."""
+        row_M = torch.arange(len(scores_ME), device=scores_ME.device)
+        column_M = (first_mention + row_M) * _PROBE_STRIDE % scores_ME.shape[1]
+        probed_ME = torch.zeros_like(scores_ME, dtype=torch.bool)
+        probed_ME[row_M, column_M] = scores_ME[row_M, column_M] > -torch.inf
+        return probed_ME
 
     def measure(self, matcher: Matcher, gold_column_M: Tensor) -> None:
         """Sets the band before any tile is scored, as `floor` needs it, on scores that `matcher` gives.

@@ -20,7 +20,7 @@ from dsmip.metrics import HITS_AT, confidence
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
-from dsmip.ranked_model import TOP_K, RankedFiles, RankedModel, store_ranked
+from dsmip.ranked_model import RankedFiles, RankedModel, store_ranked
 from dsmip.records import Mention
 from dsmip.runs import Run
 
@@ -75,7 +75,7 @@ def evaluate_model(
     except NotRankable as error:
         raise UserError(
             f"{model} of {run.folder} scores mention {mentions[error.mention].mention_id} and entity "
-            f"{entity_ids[error.entity_row]} as NaN; its training has diverged, or their features are broken"
+            f"{entity_ids[error.entity_row]} as NaN or infinite; its training diverged, or their features are broken"
         ) from None
     groups = report_groups(run.dataset, mentions)
     metrics = {"model": model, "split": split, **_metrics(ranking, groups, opened.choices, len(opened.index))}
@@ -91,20 +91,24 @@ def evaluate_model(
 def _metrics(
     ranking: Ranking, groups: Sequence[Mapping[str, str]], choices: Sequence[str], num_entities: int
 ) -> dict[str, Any]:
-    """What metrics.json holds; `confidence`: 95 % bootstrap interval of each overall figure, the same at every run.
+    """What metrics.json holds; `confidence`: 95 % bootstrap interval of each figure, the same at every run.
 
     `survivor_rate`: of the pairs whose score has a token-level part, those for which pruning had to compute it.
     """
     report: dict[str, Any] = {
         "overall": ranking.metrics(),
-        "confidence": confidence(ranking.counts, torch.Generator().manual_seed(0)),
+        "confidence": _confidence(ranking, [True] * len(groups)),
         "mentions": len(groups),
         "entities": num_entities,
         "groups": {},
     }
     for name in sorted({name for each in groups for name in each}):
         report["groups"][name] = {
-            value: {"mentions": sum(rows), **ranking.metrics(torch.tensor(rows))}
+            value: {
+                "mentions": sum(rows),
+                **ranking.metrics(torch.tensor(rows)),
+                "confidence": _confidence(ranking, rows),
+            }
             for value, rows in rows_by_value(groups, name).items()
         }
     if ranking.refinement is not None:
@@ -122,6 +126,12 @@ def _metrics(
     return report
 
 
+def _confidence(ranking: Ranking, rows: Sequence[bool]) -> dict[str, tuple[float, float]]:
+    rows_M = torch.tensor(rows)
+    counts = ops.Counts(ranking.counts.better_M[rows_M], ranking.counts.tied_M[rows_M])
+    return confidence(counts, torch.Generator().manual_seed(0))
+
+
 def _candidate_metrics(
     model: RankedModel, k: int, ranking: Ranking, device: torch.device, notice: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -131,7 +141,7 @@ def _candidate_metrics(
     return {
         "k": links.candidate_row_MK.shape[1],
         "search": search.method,
-        f"recall@{TOP_K}": ops.recall_at(ranking.top_row_Mk, links.candidate_row_MK),
+        f"recall@{ranking.top_row_Mk.shape[1]}": ops.recall_at(ranking.top_row_Mk, links.candidate_row_MK),
         "gold_recall": float(ranks_M.isfinite().double().mean()),
         **{f"hits@{hits}": float(ops.hits_at(ranks_M, hits)) for hits in HITS_AT},
         "mrr": float(ops.mean_reciprocal_rank(ranks_M)),

@@ -29,9 +29,16 @@ CPU = torch.device("cpu")
 def gold_rows(dataset: Dataset, split: str) -> Tensor:
     """kb row of each mention's gold, int64 [M], in shard order (the order of cached features).
 
-    Raises UserError for a split without mentions.
+    Raises UserError for a split without mentions, or a gold that is no row of the kb.
     """
-    rows = [mention.entity_row for mention in dataset.mentions(split)]
+    rows = []
+    for mention in dataset.mentions(split):
+        if not 0 <= mention.entity_row < dataset.num_entities:
+            raise UserError(
+                f"{dataset.folder}: the gold of mention {mention.mention_id} in '{split}' is row {mention.entity_row} "
+                f"of the kb, which has {dataset.num_entities} entities; prepare the data set again"
+            )
+        rows.append(mention.entity_row)
     if not rows:
         raise UserError(f"split '{split}' of {dataset.folder} has no mentions")
     return torch.tensor(rows, dtype=torch.int64)

@@ -118,6 +118,7 @@ def evaluate(
     workers: Annotated[
         int, typer.Option("--workers", min=1, help="Ray workers that rank slices of the kb; 1: this process, no Ray.")
     ] = 1,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Best entities of each mention to write.")] = 20,
     backend: Annotated[
         BackendName, typer.Option("--backend", help="What computes token-level scores; auto: the fastest there is.")
     ] = "auto",
@@ -137,7 +138,7 @@ def evaluate(
     """Ranks the whole knowledge base for every mention of a split."""
     from ray_jobs.evaluate import evaluate_run
 
-    options = RankOptions(backend, precision, prune)
+    options = RankOptions(top_k=top_k, backend=backend, precision=precision, prune=prune)
     evaluate_run(run, split, model, device, workers=workers, options=options, candidates=candidates)
 
 

@@ -10,7 +10,7 @@ import torch
 from dsmip.errors import UserError
 from dsmip.evaluation import Ranking
 from dsmip.rank_options import RankOptions
-from dsmip.ranked_model import TOP_K, RankedFiles, model_names
+from dsmip.ranked_model import RankedFiles, model_names
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
 
@@ -37,6 +37,8 @@ def evaluate_run(
     """
     run, place = Run.open(folder), checked_device(device)
     workers = min(workers, run.dataset.num_entities)
+    if workers > 1 and place.index is not None:
+        raise UserError(f"--device {device} with {workers} workers: Ray gives each worker its device; say {place.type}")
     rank_stored = None if workers == 1 else _ranker_on_ray(workers, place, options)
     model = model or model_names(run.config)[0]
     evaluated = evaluate_model(
@@ -63,6 +65,8 @@ def evaluate_run(
     if "prune" in metrics:
         method, rate = metrics["prune"]["method"], metrics["prune"]["survivor_rate"]
         print(f"  pruned by {method}: token-level scores were computed for {rate:.1%} of the pairs that have them")
+    elif options.prune != "none":
+        print(f"  nothing to prune: {model} has no token-level scores")
     if "candidates" in metrics:
         _print_candidates(metrics["candidates"])
     print(f"  {evaluated.folder / 'metrics.json'}")
@@ -82,10 +86,11 @@ class _Lines:
 
 
 def _print_candidates(found: dict[str, Any]) -> None:
+    recall = next(name for name in found if name.startswith("recall@"))
     figures = "  ".join(f"{name} {found[name]:.3f}" for name in _SHOWN_OF_CANDIDATES)
     print(
         f"  candidates, not the full ranking: {found['k']} by global vectors ({found['search']}) hold"
-        f" {found[f'recall@{TOP_K}']:.1%} of the exact top {TOP_K} and {found['gold_recall']:.1%} of the golds"
+        f" {found[recall]:.1%} of the exact top {recall.split('@')[1]} and {found['gold_recall']:.1%} of the golds"
     )
     print(f"  among candidates only, never to be reported as metrics: {figures}")
 

@@ -12,12 +12,11 @@ from ray_jobs.environment import connected
 
 # isort: split
 import ray
-import torch
 from torch import Tensor
 
-from dsmip.evaluation import NotRankable, Ranking, merge_rankings
+from dsmip.evaluation import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
 from dsmip.rank_options import RankOptions
-from dsmip.ranked_model import TOP_K, RankedFiles
+from dsmip.ranked_model import RankedFiles
 from ray_jobs.context import StepEvents, set_threads, worker_device
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
@@ -38,9 +37,12 @@ def rank_on_ray(
         check_feasible([Request("evaluate", workers, 1, int(gpu))])
         on_slices = partial(_on_slices, workers=workers, gpu=gpu, display=display)
         golds: list[Tensor] = on_slices(_gold_scores, stored, workers)
-        gold_score_M = torch.stack(golds).nan_to_num(-torch.inf).amax(dim=0)
-        rankings: list[Ranking] = on_slices(_rank_slice, stored, workers, gold_score_M, options)
-        return merge_rankings(rankings, TOP_K)
+        gold_score_M, model = merge_gold_scores(golds), stored.open()
+        check_golds(gold_score_M, model.gold_row_M, model.index)
+        ranked: list[tuple[Ranking, list[str]]] = on_slices(_rank_slice, stored, workers, gold_score_M, options)
+        for line in dict.fromkeys(line for _, notices in ranked for line in notices):
+            display.say(line)
+        return merge_rankings([ranking for ranking, _ in ranked], options.top_k)
 
 
 def _gold_scores(stored: RankedFiles, num_slices: int, number: int, events: Any) -> Tensor:
@@ -51,10 +53,12 @@ def _gold_scores(stored: RankedFiles, num_slices: int, number: int, events: Any)
 
 def _rank_slice(
     stored: RankedFiles, num_slices: int, gold_score_M: Tensor, options: RankOptions, number: int, events: Any
-) -> Ranking:
+) -> tuple[Ranking, list[str]]:
+    """The slice's ranking and the notices of it."""
     _say_started(number, events)
-    model = stored.open()
-    return model.rank_slice(model.index.slice(number, num_slices), gold_score_M, worker_device(), options)
+    model, notices = stored.open(), list[str]()
+    index = model.index.slice(number, num_slices)
+    return model.rank_slice(index, gold_score_M, worker_device(), options, notices.append), notices
 
 
 def _say_started(number: int, events: Any) -> None:

@@ -338,7 +338,7 @@ def test_an_evaluation_has_them_in_a_section_of_their_own(run: Run, exact: Evalu
     assert metrics == json.loads(json.dumps(exact.metrics))
     assert section["note"].endswith("not metrics of the full ranking")
     assert (section["k"], section["search"]) == (4, "gemm")
-    assert section["recall@20"] == pytest.approx(4 / 11)  # the kb has 11 entities: all are in the exact top 20
+    assert section["recall@11"] == pytest.approx(4 / 11)  # the kb has 11 entities: all are in the exact top 20
     assert section["hits@5"] == section["hits@20"] == section["gold_recall"] < 1
     assert section["hits@1"] <= section["mrr"] <= section["gold_recall"]
     assert not any("mean_rank" in name for name in section)
@@ -357,7 +357,7 @@ def test_more_candidates_than_entities_are_all_of_them(
 ) -> None:
     section = evaluate_model(run, "test", "dsmip", CPU, candidates=50).metrics["candidates"]
     assert "50 candidates of 11 entities: all entities are candidates" in capsys.readouterr().out
-    assert (section["k"], section["recall@20"], section["gold_recall"]) == (11, 1.0, 1.0)
+    assert (section["k"], section["recall@11"], section["gold_recall"]) == (11, 1.0, 1.0)
     for name in ("mrr", *(f"hits@{k}" for k in HITS_AT)):
         assert section[name] == exact.metrics["overall"][name]
 

@@ -102,6 +102,17 @@ def test_one_expert_per_mention(small_config: ExperimentConfig) -> None:
     assert torch.equal(scores.total_ME, parts_MEB.gather(-1, scores.chosen_ME[..., None])[..., 0])
 
 
+@torch.no_grad()
+def test_a_gate_that_says_nan_chooses_nobody(small_config: ExperimentConfig) -> None:
+    """The largest of NaN logits would be some expert's, whose finite scores would be ranked."""
+    matcher = whole(small_config)
+    mentions, entities = prepared(matcher, small_config)
+    entities.dense("gate.logits")[4] = torch.nan
+    broken_ME = matcher.score(mentions, entities).total_ME.isnan()
+    assert broken_ME[:, 4].all()
+    assert int(broken_ME.sum()) == NUM_MENTIONS
+
+
 @pytest.mark.parametrize("choice", ["pair", "mention"])
 def test_training_scores_choose_with_noise_and_carry_the_relaxed_gradient(
     small_config: ExperimentConfig, choice: str

@@ -95,6 +95,14 @@ def lose(folder: Path) -> None:
     (folder / "slice-000002.safetensors").unlink()
 
 
+def exchange(folder: Path) -> None:
+    """As if a slice were left of a build with other slices."""
+    prepared(range(2)).save(folder / "slice-000001.safetensors")
+    manifest = json.loads((folder / "index.json").read_text())
+    manifest["slices"][1]["bytes"] = (folder / "slice-000001.safetensors").stat().st_size
+    (folder / "index.json").write_text(json.dumps(manifest))
+
+
 def scribble(folder: Path) -> None:
     (folder / "index.json").write_text("{")
 
@@ -104,6 +112,7 @@ def scribble(folder: Path) -> None:
     [
         (cut_off, r"slice-000001\.safetensors has \d+ bytes instead of \d+; delete"),
         (lose, r"slice-000002\.safetensors is missing; delete"),
+        (exchange, r"slice-000001\.safetensors has 2 entities instead of 4; delete"),
         (scribble, r"index\.json is damaged .* delete the folder"),
     ],
 )

@@ -177,7 +177,7 @@ def test_slices_of_the_kb_are_pruned_on_their_own(case: Case) -> None:
         for each in slices
     ]
     merged = merge_rankings(parts, 4)
-    assert_equal(merged, case.rank(gold_row_M, TileSize(), 4, prune=False))
+    assert_equal(merged, case.rank(gold_row_M, TileSize(100, 100), 4, prune=False))
     assert merged.pruned_pairs_M is not None
     assert merged.pruned_pairs_M.sum() > 0
 
@@ -317,6 +317,7 @@ def test_reports_are_the_same_and_say_how_many_pairs_survived(
     said = capsys.readouterr().out
     if model == "visual":
         assert "prune" not in pruned
+        assert "nothing to prune: visual has no token-level scores" in said
         return
     assert pruned["prune"]["method"] == "hull"
     assert 0 < pruned["prune"]["survivor_rate"] <= 1

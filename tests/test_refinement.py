@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_evaluation import CPU, TableMatcher, numbered, ranks_by_sorting
 from torch import Tensor
 
-from dsmip.evaluation import NotRankable, Ranking, TileSize, merge_rankings, rank
+from dsmip.evaluation import NotRankable, Ranking, TileSize, check_golds, merge_gold_scores, merge_rankings, rank
 from dsmip.index import EntityIndex
 from dsmip.models.base import Scores
 from dsmip.refinement import GRID, PairScorer
@@ -111,6 +111,50 @@ def test_a_gold_outside_the_index_is_refused() -> None:
     matcher, _ = example(0, (2, 5), 0.0)
     with pytest.raises(ValueError, match="mention 1: its gold, kb row 5, is not in the index"):
         refined(matcher, (2, 5), torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("row", [-1, 5])
+def test_a_gold_in_no_slice_is_refused_without_refinement_too(row: int) -> None:
+    matcher, _ = example(0, (2, 5), 0.0)
+    with pytest.raises(ValueError, match=f"mention 1: its gold, kb row {row}, is in no worker's index"):
+        rank(matcher, weighted(2), EntityIndex([weighted(5)]), torch.tensor([0, row]), device=CPU)
+
+
+def test_gold_scores_of_slices_are_merged_and_checked() -> None:
+    nan = torch.nan
+    parts = [torch.tensor([1.0, nan, nan, -torch.inf]).double(), torch.tensor([nan, 2.0, nan, nan]).double()]
+    merged = merge_gold_scores(parts)
+    assert merged[[0, 1, 3]].tolist() == [1.0, 2.0, -torch.inf]
+    assert bool(merged[2].isnan())
+    index = EntityIndex([weighted(5)])
+    with pytest.raises(NotRankable, match="mention 2 and entity row 4"):
+        check_golds(merged, torch.tensor([0, 1, 4, 2]), index)
+    with pytest.raises(ValueError, match="mention 2: its gold, kb row 9"):
+        check_golds(merged, torch.tensor([0, 1, 9, 2]), index)
+
+
+@pytest.mark.parametrize(("num_mentions", "num_entities"), [(0, 3), (2, 0)])
+def test_nothing_to_rank_is_refused(num_mentions: int, num_entities: int) -> None:
+    index = EntityIndex([weighted(num_entities)])
+    with pytest.raises(ValueError, match="nothing to rank"):
+        rank(example(0, (2, 3), 0.0)[0], weighted(num_mentions), index, torch.zeros(num_mentions).long(), device=CPU)
+
+
+def test_errors_that_carry_pairs_far_out_of_the_band_are_found_by_probes() -> None:
+    """Each mention has one pair scored again wherever it lies; a matcher that errs so on every fifth pair is caught."""
+    scores_ME = torch.rand(40, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    errors_ME = torch.zeros(40, 500, dtype=torch.float64)
+    errors_ME[16:, ::5] = -0.3  # not in the first mentions, which the band is measured on
+    gold_M = torch.arange(40) * 5 + 1
+    ranking = refined(NoisyMatcher(scores_ME, errors_ME), (40, 500), gold_M)
+    assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
+
+
+def test_infinite_scores_are_refused() -> None:
+    matcher, gold_M = example(0, (3, 9), 0.0)
+    matcher.scores_ME[1, 4] = torch.inf
+    with pytest.raises(NotRankable, match="mention 1 and entity row 4 is NaN or infinite"):
+        refined(matcher, (3, 9), gold_M)
 
 
 @pytest.mark.parametrize("refine", [False, True])

@@ -12,7 +12,7 @@ import torch
 from dsmip.comparison import compare, read_evaluation
 from dsmip.config import ExperimentConfig, parse_config
 from dsmip.errors import UserError
-from dsmip.ranked_model import TOP_K, model_names
+from dsmip.ranked_model import model_names
 from dsmip.reports import Evaluated, evaluate_model, oracle
 from dsmip.runs import Run
 from dsmip.shards import Dataset
@@ -94,7 +94,7 @@ def test_ranks_name_mentions_golds_and_best_entities(run: Run, whole: Evaluated)
         assert (record["mention_id"], record["gold"]) == (mention.mention_id, mention.entity_id)
         assert record["kind"] == mention.groups["kind"]
         assert record["rank"] == 1 + record["better"] + record["tied"] / 2
-        assert len(record["top"]) == len(set(record["top"])) == min(TOP_K, 11)
+        assert len(record["top"]) == len(set(record["top"])) == 11
         assert record["top_scores"] == sorted(record["top_scores"], reverse=True)
         place = record["top"].index(mention.entity_id)
         assert record["better"] <= place <= record["better"] + record["tied"]

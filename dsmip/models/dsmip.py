@@ -108,6 +108,8 @@ class DsmipMatcher(Matcher):
         texts = [name for name, expert in self._experts().items() if expert.scores_tokens]
         pairs_M2 = token_pairs([wanted[name] & (parts[name] != -torch.inf) for name in texts])
         total_ME = torch.stack(list(parts.values()), dim=-1).gather(-1, chosen_ME[..., None])[..., 0]
+        broken_ME = log_pi_MEB.isnan().any(dim=-1).expand(shape)  # argmax would choose all the same
+        total_ME = total_ME.masked_fill(broken_ME, torch.nan)
         return Scores(total_ME, chosen_ME, parts, tied_ME, pairs_M2)
 
     def _mentions_of(
