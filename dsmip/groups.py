@@ -9,6 +9,7 @@ A group that the data set itself has under one of these names stands as it is.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from dsmip.manifest import SPLITS
 from dsmip.records import Mention
@@ -36,8 +37,6 @@ def report_groups(dataset: Dataset, mentions: Sequence[Mention]) -> list[dict[st
     kb = dataset.entity_texts()
     num_images_E = kb.column("num_images").to_pylist()
     train_golds, entities_of = _golds_and_words(dataset)
-    for row, name in enumerate(kb.column("name").to_pylist()):
-        entities_of[_key(name)].add(row)
     groups = []
     for mention in mentions:
         derived = {
@@ -55,8 +54,9 @@ def rows_by_value(groups: Sequence[Mapping[str, str]], name: str) -> dict[str, l
     return {value: [each == value for each in values] for value in sorted(set(values))}
 
 
+@lru_cache(maxsize=1)  # several models are often evaluated one after the other
 def _golds_and_words(dataset: Dataset) -> tuple[set[int], defaultdict[str, set[int]]]:
-    """kb rows that are golds of training mentions, and kb rows that each word is linked to."""
+    """kb rows that are golds of training mentions, and kb rows that each word stands for."""
     train_golds: set[int] = set()
     entities_of: defaultdict[str, set[int]] = defaultdict(set)
     for split in SPLITS:
@@ -64,6 +64,8 @@ def _golds_and_words(dataset: Dataset) -> tuple[set[int], defaultdict[str, set[i
             entities_of[_key(mention.word)].add(mention.entity_row)
             if split == "train":
                 train_golds.add(mention.entity_row)
+    for row, name in enumerate(dataset.entity_texts().column("name").to_pylist()):
+        entities_of[_key(name)].add(row)
     return train_golds, entities_of
 
 

@@ -22,7 +22,8 @@ _SAMPLE_MENTIONS, _SAMPLE_ENTITIES = 16, 64
 _GOLDS = 16
 _PROBE_STRIDE = 7919  # a prime: probes fall on all entities in turn
 _ENTITIES = 4096  # of one call
-_MENTIONS_ON_GPU = 32  # at a time, each against the close entities of all: calls cost more there than pairs
+# at a time, each against the close entities of all: what a call costs is shared, what pairs cost is more
+_MENTIONS_ON_CPU, _MENTIONS_ON_GPU = 4, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,8 @@ class Refiner:
             last_M1 = scores_ME.topk(min(k, scores_ME.shape[1]), dim=1).values[:, -1:]
             close_ME |= scores_ME >= last_M1 - self._band
         close_ME |= self._probes(scores_ME, first_mention)
-        for place_m in torch.arange(len(scores_ME)).split(1 if scores_ME.device.type == "cpu" else _MENTIONS_ON_GPU):
+        at_once = _MENTIONS_ON_CPU if scores_ME.device.type == "cpu" else _MENTIONS_ON_GPU
+        for place_m in torch.arange(len(scores_ME)).split(at_once):
             column_e = close_ME[place_m].any(dim=0).nonzero()[:, 0]
             close_me = close_ME[place_m][:, column_e]
             exact_me = self._pairs.score(first_mention + place_m, column_e.cpu()).to(scores_ME.device)

@@ -117,6 +117,8 @@ class DsmipMatcher(Matcher):
     ) -> Tensor:
         """An expert's scores [M, E] in the rows of mentions that chose it, 0 in the others."""
         row_m = wanted_ME.any(dim=1).nonzero()[:, 0]
+        if not len(row_m):
+            return torch.zeros_like(wanted_ME, dtype=entities.dense(f"{GATE}.logits").dtype)
         own = mentions.under(name).rows(row_m)
         at_least_m = None if at_least_M is None else at_least_M[row_m]
         scores_mE = self._experts()[name].score(own, entities.under(name), at_least_M=at_least_m).total_ME
