@@ -79,7 +79,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--precision", choices=get_args(PrecisionName), default="auto", help="as dsmip evaluate's")
     parser.add_argument("--mentions", type=_positive, default=20, help="default: 20")
-    parser.add_argument("--entities", type=_positive, default=16384, help="default: 16384")
+    parser.add_argument("--entities", type=_positive, default=12288, help="default: 12288")
     parser.add_argument(
         "--published-entities",
         type=_positive,

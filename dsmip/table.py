@@ -74,8 +74,13 @@ class Ragged:
         return Ragged(self.values.to(device), self.starts.to(device), self.lengths.to(device))
 
     def map_rows(self, transform: Callable[[Tensor], Tensor]) -> "Ragged":
-        """`transform` [R, d] -> [R, e] of every token row; rows that items share are transformed once."""
-        return Ragged(transform(self.values), self.starts, self.lengths)
+        """`transform` [R, d] -> [R, e] of every token row in use; rows that items share are transformed once."""
+        used = self.in_use()
+        return Ragged(transform(used.values), used.starts, used.lengths)
+
+    def in_use(self) -> "Ragged":
+        """The same items without token rows that none of them uses (a slice of a table shares all of its rows)."""
+        return self.compact() if len(self.values) > int(self.lengths.sum()) else self
 
     def cast(self, dtype: torch.dtype) -> "Ragged":
         return Ragged(self.values.to(dtype), self.starts, self.lengths)

@@ -53,7 +53,7 @@ class TextUnit(nn.Module):
     def prepare_mentions(self, global_Nz: Tensor, tokens: Ragged) -> Table:
         """Columns `global` [N, z], ragged `key` and `value` (rows of d)."""
         self._check_lengths(tokens)
-        tokens = _rows_in_use(tokens)
+        tokens = tokens.in_use()
         key, value = tokens.map_rows(self.fc_key), tokens.map_rows(self.fc_value)
         return Table({"global": global_Nz, "key": key, "value": value})
 
@@ -129,7 +129,7 @@ class TextUnit(nn.Module):
         columns = [mentions.ragged("key"), mentions.ragged("value"), entities.ragged("query")]
         if self.backend == "triton":
             dtype = torch.float16 if self.precision == "fp16" else torch.float32
-            columns = [_rows_in_use(column).cast(dtype) for column in columns]
+            columns = [column.in_use().cast(dtype) for column in columns]
         key, value, query = (TokenRows(column.values, column.starts, column.lengths) for column in columns)
         if self.backend == "triton":
             return cuda.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
@@ -203,8 +203,3 @@ def use_precision(matcher: nn.Module, name: PrecisionName, backend: Backend) -> 
 
 def _text_units(matcher: nn.Module) -> list[TextUnit]:
     return [module for module in matcher.modules() if isinstance(module, TextUnit)]
-
-
-def _rows_in_use(tokens: Ragged) -> Ragged:
-    """The same items without the token rows that none of them uses (a slice of a large table shares all its rows)."""
-    return tokens.compact() if len(tokens.values) > int(tokens.lengths.sum()) else tokens

@@ -186,3 +186,17 @@ def test_items_with_a_broken_row_are_found() -> None:
     assert ragged.not_finite().tolist() == [False, True, False, True, True, False]
     assert ragged.rows(slice(2, 4)).not_finite().tolist() == [False, True]
     assert ragged.rows(slice(0, 0)).not_finite().tolist() == []
+
+
+def test_a_transform_sees_only_token_rows_in_use() -> None:
+    table = Ragged(torch.arange(10.0)[:, None], torch.tensor([0, 4, 7]), torch.tensor([4, 3, 3]))
+    part = table.rows(slice(1, 2))
+    seen: list[int] = []
+
+    def doubled(values: Tensor) -> Tensor:
+        seen.append(len(values))
+        return 2 * values
+
+    assert part.map_rows(doubled).padded()[0].flatten().tolist() == [8.0, 10.0, 12.0]
+    assert table.map_rows(doubled).values is not table.values
+    assert seen == [3, 10]
