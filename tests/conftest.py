@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_release import picture, write_release
 
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from dsmip.config import ExperimentConfig, parse_config
+from dsmip.runs import Run
 from dsmip.shards import Dataset
 
 NARROW_BACKBONE = {
@@ -78,6 +80,18 @@ def small_config(narrow_backbone: Path) -> ExperimentConfig:
             "train": {"epochs": 2, "batch_size": 8},
         }
     )
+
+
+@pytest.fixture(scope="module")
+def run(small_data: Dataset, small_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose parts are finished and know nothing."""
+    made = Run.create(tmp_path_factory.mktemp("finished") / "run", small_config, small_data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for name in made.part_names:
+            made.save_part(name, made.system.build_part(name, small_config, with_encoder=True), {})
+        made.save_part("dsmip", made.system.build_whole(small_config), {})
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,6 @@ from dsmip.ranked_model import RankedFiles
 from dsmip.reports import Evaluated, evaluate_model
 from dsmip.runs import Run
 from dsmip.scorer import UnitScorer
-from dsmip.shards import Dataset
 from dsmip.table import Table
 from dsmip.text_unit import TextUnit
 from dsmip.units import CrossUnit, DualUnit, VisualUnit
@@ -306,20 +305,6 @@ def test_faiss_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (plain.method, search.method, len(search)) == ("gemm", "faiss", 30)
     for k in (1, 7, 99):
         assert torch.equal(search.search(m_Mg, k), plain.search(m_Mg, k))
-
-
-@pytest.fixture(scope="module")
-def run(small_data: Dataset, small_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose parts are finished and know nothing."""
-    made = Run.create(tmp_path_factory.mktemp("shortlist") / "run", small_config, small_data)
-
-    def finish() -> None:
-        for name in made.part_names:
-            made.save_part(name, made.system.build_part(name, small_config, with_encoder=True), {})
-        made.save_part("dsmip", made.system.build_whole(small_config), {})
-
-    seeded(2, finish)
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,11 @@ import torch
 from ray import cloudpickle
 from typer.testing import CliRunner
 
-from dsmip.config import ExperimentConfig
 from dsmip.evaluation import Ranking
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles, RankedModel, store_ranked
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from ray_jobs.cli import app
 from ray_jobs.progress import Display
 from ray_jobs.rank_slices import rank_on_ray
@@ -23,18 +21,6 @@ from ray_jobs.rank_slices import rank_on_ray
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def run(small_data: Dataset, small_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose parts are finished and know nothing."""
-    made = Run.create(tmp_path_factory.mktemp("evaluate") / "run", small_config, small_data)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        for name in made.part_names:
-            made.save_part(name, made.system.build_part(name, small_config, with_encoder=True), {})
-        made.save_part("dsmip", made.system.build_whole(small_config), {})
-    return made
 
 
 @pytest.fixture

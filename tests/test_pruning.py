@@ -26,7 +26,6 @@ from dsmip.refinement import Floor, PairScorer
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
 from dsmip.scorer import UnitScorer
-from dsmip.shards import Dataset
 from dsmip.table import Ragged, Table
 from ray_jobs.evaluate import evaluate_run
 
@@ -290,18 +289,6 @@ def test_golds_must_be_known_beforehand() -> None:
             device=CPU,
             prune=True,
         )
-
-
-@pytest.fixture(scope="module")
-def run(small_data: Dataset, small_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose parts are finished and know nothing."""
-    made = Run.create(tmp_path_factory.mktemp("pruning") / "run", small_config, small_data)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        for name in made.part_names:
-            made.save_part(name, made.system.build_part(name, small_config, with_encoder=True), {})
-        made.save_part("dsmip", made.system.build_whole(small_config), {})
-    return made
 
 
 @pytest.mark.parametrize("model", ["dsmip", "visual"])

@@ -21,18 +21,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def run(small_data: Dataset, small_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose parts are finished and know nothing."""
-    made = Run.create(tmp_path_factory.mktemp("reports") / "run", small_config, small_data)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        for name in made.part_names:
-            made.save_part(name, made.system.build_part(name, small_config, with_encoder=True), {})
-        made.save_part("dsmip", made.system.build_whole(small_config), {})
-    return made
-
-
-@pytest.fixture(scope="module")
 def whole(run: Run) -> Evaluated:
     return evaluate_model(run, "test", "dsmip", CPU)
 
