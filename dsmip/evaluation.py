@@ -4,7 +4,7 @@ rank = 1 + number of better entities + half the number of tied ones, the gold co
 read from the same scoring call as its column's, never from a second one: scores of two calls differ in the last bits.
 With `refine` close pairs are decided in float64 instead (see `dsmip.refinement`), and with `prune` pairs that cannot
 matter are not scored whole.
-Memory grows with one mention tile times the number of entities, not with all pairs. Shapes: M mentions, E entities of
+Scores of one tile of mentions against the whole slice are held, not of all pairs. Shapes: M mentions, E entities of
 this worker's slice, B experts, k kept candidates.
 """
 

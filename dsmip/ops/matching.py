@@ -71,7 +71,7 @@ def local_scores(
 ) -> Tensor:
     """<direction_e, c / sd(c)> with c = mean over s of softmax(q_s K^T) V, V centred over channels; float [M, E].
 
-    Arguments as in `text_unit`; `dsmip.ops.kernels.cpu.local_scores` is the same in C++.
+    Arguments as in `text_unit`; `dsmip.ops.kernels.cpu` and `.cuda` have the same in C++ and Triton.
 
     The mean over s is taken of the attention before it meets the values, so nothing of size [M, E, S, d] exists. Pairs
     are handled in blocks of items of like length whose [e, s, m, t] attention has at most `max_elements` elements (or
