@@ -7,19 +7,15 @@
 `mentions` is the word, `answer` the gold qid. Scalar fields that the layout does not know become groups.
 """
 
-import hashlib
-import os
-import unicodedata
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
-from data_prep.release import Finding, RawEntity, RawMention, RawPicture
+from data_prep.json_records import array_records
+from data_prep.picture_files import PictureFiles, base_name
+from data_prep.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions
 from dsmip.errors import UserError
-from dsmip.files import sha256_file
-from dsmip.manifest import parse_json
 
 _KB_FILE = "kb_entity.json"
 _KB_PICTURES, _MENTION_PICTURES = "kb_image", ("mention_image", "mention_images")
@@ -34,46 +30,45 @@ class MimicRelease:
         UserError: the folder or one of its JSON files is missing, or it has two folders of mention pictures.
     """
 
-    def __init__(self, folder: Path) -> None:
+    layout: str = "mimic"
+
+    def __init__(self, folder: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
         self.folder = folder
+        self.choices: Mapping[str, str] = {}
         self._mention_folder = _mention_folder(folder)
         self._files = {split: _mention_file(folder, suffix) for split, suffix in _SUFFIX.items()}
         if not (folder / _KB_FILE).is_file():
             raise UserError(f"{folder}: looked for {_KB_FILE}, found {_listing(folder)}")
 
-    def sha256(self) -> str:
-        """Digest of the names and contents of the JSON files and of all pictures."""
-        digest = hashlib.sha256()
-        paths = [self.folder / _KB_FILE, *self._files.values()]
-        paths += [self.folder / _KB_PICTURES / name for name in sorted(set(self._kb_pictures.values()))]
-        paths += [self._mention_folder / name for name in sorted(set(self._mention_pictures.values()))]
-        for path in paths:
-            name = path.relative_to(self.folder).as_posix().encode("utf-8", "surrogateescape")
-            digest.update(len(name).to_bytes(8, "little") + name + bytes.fromhex(sha256_file(path)))
-        return digest.hexdigest()
+    @classmethod
+    def fits(cls, folder: Path) -> bool:
+        """Whether the folder has this layout's knowledge base."""
+        return (folder / _KB_FILE).is_file()
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The JSON files and all pictures."""
+        paths = [self.folder / _KB_FILE, *self._files.values(), *self._kb_pictures.files()]
+        paths += self._mention_pictures.files()
+        return [(path.relative_to(self.folder).as_posix(), path) for path in paths]
 
     def entities(self) -> Iterator[RawEntity | Finding]:
         """Entities in the order of kb_entity.json."""
         path = self.folder / _KB_FILE
-        for position, record in enumerate(_records(path)):
+        for position, record in enumerate(array_records(path)):
             problem = _type_problem(record, {"qid": str, "entity_name": str, "attr": str, "image_list": list})
             if problem:
                 yield Finding(path.name, position, "wrong type", "rejected", problem)
                 continue
-            pictures = tuple(
-                _find(name, [name], self.folder / _KB_PICTURES, self._kb_pictures)
-                for name in record.get("image_list") or []
-                if name
-            )
+            pictures = tuple(self._kb_pictures.find(name, [name]) for name in record.get("image_list") or [] if name)
             text = {name: (record.get(name) or "").strip() for name in ("qid", "entity_name", "attr")}
             yield RawEntity(path.name, position, text["qid"], text["entity_name"], text["attr"], pictures)
 
     def mentions(self, split: str) -> Iterator[RawMention | Finding]:
         """Mentions in the order of the split's file."""
         path = self._files[split]
-        for position, record in enumerate(_records(path)):
+        for position, record in enumerate(array_records(path)):
             types: dict[str, type | tuple[type, ...]] = dict.fromkeys(_MENTION_FIELDS - {"id", "entities"}, str)
             problem = _type_problem(record, types | {"id": (str, int)})
             if problem:
@@ -93,18 +88,18 @@ class MimicRelease:
 
     def _mention_picture(self, name: str) -> RawPicture | None:
         """The release names the original upload; its file is a JPEG named by what comes before the first dot."""
-        base = _base_name(name)
+        base = base_name(name)
         if not base:
             return None
-        return _find(name, [base.split(".")[0] + ".jpg", base], self._mention_folder, self._mention_pictures)
+        return self._mention_pictures.find(name, [base.split(".")[0] + ".jpg", base])
 
     @cached_property
-    def _kb_pictures(self) -> dict[str, str]:
-        return _picture_files(self.folder / _KB_PICTURES)
+    def _kb_pictures(self) -> PictureFiles:
+        return PictureFiles([self.folder / _KB_PICTURES])
 
     @cached_property
-    def _mention_pictures(self) -> dict[str, str]:
-        return _picture_files(self._mention_folder)
+    def _mention_pictures(self) -> PictureFiles:
+        return PictureFiles([self._mention_folder])
 
 
 def _mention_folder(folder: Path) -> Path:
@@ -129,13 +124,6 @@ def _listing(folder: Path) -> str:
     return shown or "an empty folder"
 
 
-def _records(path: Path) -> list[Any]:
-    value = parse_json(path.read_bytes(), path)
-    if not isinstance(value, list):
-        raise UserError(f"{path}: expected a JSON array of records, found {type(value).__name__}")
-    return value
-
-
 def _type_problem(record: Any, types: Mapping[str, type | tuple[type, ...]]) -> str:
     """What is wrong with a record's types, or an empty text. Absent and null are left to the rules of all releases."""
     if not isinstance(record, dict):
@@ -153,26 +141,3 @@ def _groups(record: Mapping[str, Any]) -> dict[str, str]:
     scalars = (str, int, float, bool)
     unknown = {name: value for name, value in record.items() if name not in _MENTION_FIELDS}
     return {name: str(value) for name, value in sorted(unknown.items()) if isinstance(value, scalars)}
-
-
-def _base_name(name: str) -> str:
-    return name.replace("\\", "/").rsplit("/", 1)[-1]
-
-
-def _picture_files(folder: Path) -> dict[str, str]:
-    """File names of a folder by their composed Unicode form (archives from some systems hold decomposed names)."""
-    if not folder.is_dir():
-        return {}
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_file())
-    return {unicodedata.normalize("NFC", name): name for name in names} | {name: name for name in names}
-
-
-def _find(name: str, candidates: list[str], folder: Path, files: Mapping[str, str]) -> RawPicture:
-    """The first candidate, as it is or percent-decoded, that is a file of the folder."""
-    for candidate in [*candidates, *map(unquote, candidates)]:
-        base = _base_name(candidate)
-        found = files.get(base) or files.get(unicodedata.normalize("NFC", base))
-        if found:
-            return RawPicture(name, folder / found)
-    return RawPicture(name, None)

@@ -1,0 +1,40 @@
+"""The layouts that `dsmip prepare` takes: which parser reads which, and which one a folder holds."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.mimic_release import MimicRelease
+from data_prep.release import Release, ReleaseOptions
+from dsmip.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A parser, and whether a folder looks like what it reads."""
+
+    open: Callable[[Path, ReleaseOptions], Release]
+    fits: Callable[[Path], bool]
+
+
+LAYOUTS: Mapping[str, Layout] = {
+    "mimic": Layout(MimicRelease, MimicRelease.fits),
+}
+
+
+def open_release(folder: Path, layout: str | None, options: ReleaseOptions) -> Release:
+    """The release in `folder`, in the layout of that name or (None) in the first one that fits.
+
+    Raises:
+        UserError: no such folder, no such layout, or nothing fits.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if layout is None:
+        fitting = [name for name, candidate in LAYOUTS.items() if candidate.fits(folder)]
+        if not fitting:
+            raise UserError(f"{folder}: no layout that is known ({', '.join(LAYOUTS)}); choose one by --format")
+        layout = fitting[0]
+    if layout not in LAYOUTS:
+        raise UserError(f"--format {layout} is unknown; known: {', '.join(LAYOUTS)}, demo")
+    return LAYOUTS[layout].open(folder, options)

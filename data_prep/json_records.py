@@ -1,0 +1,181 @@
+"""Records of large JSON files, one at a time: memory holds a record, not the file.
+
+The standard library's decoder reads each record, so that texts come as they are (faster streaming parsers replace
+lone surrogates, which must be seen to be refused).
+"""
+
+import json
+from collections.abc import Iterator
+from json.decoder import scanstring
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dsmip.errors import UserError
+
+_CHUNK = 1 << 20
+_MAX_RECORD = 1 << 26  # characters
+_SPACE = " \t\n\r"
+
+
+def array_records(path: Path) -> Iterator[Any]:
+    """The elements of a file that is one JSON array.
+
+    Raises:
+        UserError: the file is missing, no UTF-8, no array or wrong JSON; names line and column.
+    """
+    with _Text(path) as text:
+        text.expect_opening("[", "array")
+        while not text.closes("]"):
+            yield text.value()
+
+
+def object_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a file that is one JSON object. Raises UserError like `array_records`."""
+    with _Text(path) as text:
+        text.expect_opening("{", "object")
+        while not text.closes("}"):
+            key = text.key()
+            yield key, text.value()
+
+
+def line_records(path: Path) -> Iterator[Any]:
+    """The records of a file of one JSON value a line; empty lines do not count. Raises UserError."""
+    number = 0  # of the line
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for line in lines:
+                number += 1
+                if line.strip(_SPACE):
+                    yield json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {number} column {error.colno}: wrong JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: line {number}: nested too deeply") from error
+    except UnicodeDecodeError:
+        _refuse_bytes(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def opening(path: Path) -> str:
+    """The first character of a JSON file that is no space: says what its value is, without reading on; "" if none."""
+    with _Text(path) as text:
+        return text.peek()
+
+
+class _Text:
+    """A window of a JSON file that moves on from value to value."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._buffer, self._at, self._complete = path, "", 0, False
+        self._line, self._column = 1, 0  # of the buffer's first character: lines and characters before it
+        self._first = True
+        self._decoder = json.JSONDecoder()
+
+    def __enter__(self) -> "_Text":
+        try:
+            self._stream = self._path.open(encoding="utf-8-sig", newline="")
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be read: {error.strerror}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def peek(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            while self._at < len(self._buffer):
+                if self._buffer[self._at] not in _SPACE:
+                    return self._buffer[self._at]
+                self._at += 1
+            if not self._read_on(_CHUNK):
+                return ""
+
+    def expect_opening(self, bracket: str, kind: str) -> None:
+        """Steps over the opening bracket."""
+        found = self.peek()
+        if found != bracket:
+            names = {"[": "an array", "{": "an object", "": "nothing"}
+            raise UserError(
+                f"{self._path}: expected a JSON {kind} of records, found {names.get(found, 'something else')}"
+            )
+        self._at += 1
+
+    def closes(self, bracket: str) -> bool:
+        """Steps over the comma before the next value, or over the closing bracket: True."""
+        found = self.peek()
+        if found == bracket:
+            self._at += 1
+            if self.peek():
+                self._refuse("extra data", self._at)
+            return True
+        if not self._first:
+            if found != ",":
+                self._refuse(f"expected ',' or '{bracket}'", self._at)
+            self._at += 1
+        self._first = False
+        return False
+
+    def key(self) -> str:
+        """An object's key and its colon."""
+        if self.peek() != '"':
+            self._refuse("expected a key in double quotes", self._at)
+        key: str = self._parsed(lambda: scanstring(self._buffer, self._at + 1, True))
+        if self.peek() != ":":
+            self._refuse("expected ':'", self._at)
+        self._at += 1
+        return key
+
+    def value(self) -> Any:
+        """The next value, whatever it is."""
+        self.peek()
+        return self._parsed(lambda: self._decoder.raw_decode(self._buffer, self._at))
+
+    def _parsed(self, parse: Any) -> Any:
+        """What `parse` makes of the buffer from here; the buffer grows while it may be cut short."""
+        while True:
+            try:
+                value, end = parse()
+            except json.JSONDecodeError as error:
+                ahead = error.pos - self._at
+                if len(self._buffer) - self._at > _MAX_RECORD or not self._read_on(len(self._buffer)):
+                    self._refuse(error.msg, self._at + ahead)
+                continue
+            except RecursionError as error:
+                raise UserError(f"{self._path}: line {self._line}: nested too deeply") from error
+            # A number at the buffer's end may go on.
+            length, at_end = end - self._at, end == len(self._buffer)
+            if at_end and self._read_on(_CHUNK):
+                continue
+            self._at += length
+            return value
+
+    def _read_on(self, count: int) -> bool:
+        """Drops what is done and reads more; False at the file's end."""
+        if self._complete:
+            return False
+        done, lines = self._buffer[: self._at], self._buffer.count("\n", 0, self._at)
+        self._column = len(done) - done.rfind("\n") - 1 if lines else self._column + len(done)
+        self._line += lines
+        try:
+            more = self._stream.read(max(count, _CHUNK))
+        except UnicodeDecodeError:
+            _refuse_bytes(self._path)
+        self._buffer, self._at, self._complete = self._buffer[self._at :] + more, 0, not more
+        return bool(more)
+
+    def _refuse(self, problem: str, position: int) -> NoReturn:
+        lines = self._buffer.count("\n", 0, position)
+        column = position - self._buffer.rfind("\n", 0, position) if lines else self._column + position + 1
+        raise UserError(f"{self._path}: line {self._line + lines} column {column}: wrong JSON: {problem}")
+
+
+def _refuse_bytes(path: Path) -> NoReturn:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: line {number} column {error.start + 1}: not UTF-8 text") from error
+    raise UserError(f"{path}: not UTF-8 text")
