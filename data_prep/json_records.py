@@ -6,7 +6,6 @@ lone surrogates, which must be seen to be refused).
 
 import json
 from collections.abc import Iterator
-from json.decoder import scanstring
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -121,22 +120,18 @@ class _Text:
         """An object's key and its colon."""
         if self.peek() != '"':
             self._refuse("expected a key in double quotes", self._at)
-        key: str = self._parsed(lambda: scanstring(self._buffer, self._at + 1, True))
+        key: str = self.value()
         if self.peek() != ":":
             self._refuse("expected ':'", self._at)
         self._at += 1
         return key
 
     def value(self) -> Any:
-        """The next value, whatever it is."""
+        """The next value, whatever it is; the buffer grows while it may be cut short."""
         self.peek()
-        return self._parsed(lambda: self._decoder.raw_decode(self._buffer, self._at))
-
-    def _parsed(self, parse: Any) -> Any:
-        """What `parse` makes of the buffer from here; the buffer grows while it may be cut short."""
         while True:
             try:
-                value, end = parse()
+                value, end = self._decoder.raw_decode(self._buffer, self._at)
             except json.JSONDecodeError as error:
                 ahead = error.pos - self._at
                 if len(self._buffer) - self._at > _MAX_RECORD or not self._read_on(len(self._buffer)):
