@@ -28,6 +28,8 @@ def open_release(folder: Path, layout: str | None, options: ReleaseOptions) -> R
     Raises:
         UserError: no such folder, no such layout, or nothing fits.
     """
+    if layout is not None and layout not in LAYOUTS:
+        raise UserError(f"--format {layout} is unknown; known: {', '.join(LAYOUTS)}, demo")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if layout is None:
@@ -35,6 +37,4 @@ def open_release(folder: Path, layout: str | None, options: ReleaseOptions) -> R
         if not fitting:
             raise UserError(f"{folder}: no layout that is known ({', '.join(LAYOUTS)}); choose one by --format")
         layout = fitting[0]
-    if layout not in LAYOUTS:
-        raise UserError(f"--format {layout} is unknown; known: {', '.join(LAYOUTS)}, demo")
     return LAYOUTS[layout].open(folder, options)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ _CHUNK_BYTES = 1 << 20
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yields a temporary path beside `target`; on success it is renamed to `target`, on failure removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Not the process number: nodes that share the folder have equal ones.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         os.replace(temporary, target)

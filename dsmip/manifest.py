@@ -64,16 +64,20 @@ class ShardInfo(_Part):
 class Manifest(_Part):
     """`manifest.json`.
 
-    Findings by reason: `rejects` counts records left out (inputs = in shards + rejected), `repaired` and `degraded`
-    what was changed or lost in records that are kept.
+    layout, choices: the release's layout and what was chosen of it (which text, which split). shard_bytes: about the
+    size of the kb's shards. Findings by reason: `rejects` counts records left out (inputs = in shards + rejected),
+    `repaired` and `degraded` what was changed or lost in records that are kept.
     """
 
     format: int = FORMAT
     name: str
     licence: str
     source: Source
+    layout: str
+    choices: dict[str, str]
     tool_version: str
     seed: int
+    shard_bytes: Count
     image: PictureSettings
     entities: Count
     entities_with_image: Count
