@@ -34,7 +34,7 @@ VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="Release folder; for demo: a seed, or a YAML of the generator.")],
+    source: Annotated[str, typer.Argument(help="Release folder; dataset directory; for demo: a seed or a YAML.")],
     out: Annotated[Path, typer.Argument(help="Dataset directory to make.")],
     format: Annotated[str | None, typer.Option("--format", help="Layout: {mimic,...} (default: as found).")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the data set (default: the folder's).")] = None,
@@ -46,7 +46,10 @@ def prepare(
     image_size: Annotated[int, typer.Option(min=16, help="Longest shorter side of stored pictures.")] = 224,
     keep_original: Annotated[bool, typer.Option("--keep-original", help="Store JPEGs as they are.")] = False,
     shard_size: Annotated[str, typer.Option(help="About the size of the kb's shards.")] = "256MB",
-    seed: Annotated[int, typer.Option(min=0, help="Orders the training mentions, draws --split.")] = 0,
+    train_fraction: Annotated[
+        float | None, typer.Option(help="Of a dataset directory: a view that keeps this share of training mentions.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Orders training mentions; draws --split, --train-fraction.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes, or Ray tasks at a time.")] = 1,
     ray: Annotated[
         bool, typer.Option("--ray", help="Work on the Ray cluster of RAY_ADDRESS, or on a local one.")
@@ -57,6 +60,10 @@ def prepare(
     from ray_jobs import prepare as job
     from ray_jobs.build_display import BuildDisplay
 
+    if train_fraction is not None:
+        view = job.prepare_view(Path(source), out, train_fraction, seed)
+        print(f"{out}: a view of {source} with {view.num_mentions('train')} training mentions; its shards stay there")
+        return
     options = job.BuildOptions(
         name=name,
         licence=licence,

@@ -15,8 +15,10 @@ from data_prep.demo_release import DemoConfig, write_demo_release
 from data_prep.mimic_release import MimicRelease
 from data_prep.release import Release, ReleaseOptions
 from data_prep.runners import Runner, run_in_processes, run_serially
+from data_prep.view import make_view
 from dsmip.errors import UserError
 from dsmip.manifest import Manifest, PictureSettings
+from dsmip.shards import Dataset
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,13 @@ def prepare_demo(config: DemoConfig, out: Path, options: BuildOptions, progress:
         pictures = options.pictures.model_copy(update={"size": config.picture_size})
         options = replace(options, name=options.name or release.name, pictures=pictures, seed=config.seed)
         return prepare_release(MimicRelease(release), out, options, progress)
+
+
+def prepare_view(base: Path, out: Path, fraction: float, seed: int) -> Dataset:
+    """Makes a view of a dataset directory. Raises UserError for a wrong fraction or folder."""
+    if not 0 < fraction <= 1:
+        raise UserError(f"--train-fraction {fraction:g}: must be above 0 and at most 1")
+    return make_view(base, out, fraction, seed)
 
 
 def _runner(options: BuildOptions) -> Runner:
