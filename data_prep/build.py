@@ -9,11 +9,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from data_prep.finding_log import merged_counts
 from data_prep.kb_table import join_pieces
 from data_prep.pictures import JPEG_QUALITY
 from data_prep.release import Release
@@ -23,16 +25,17 @@ from data_prep.staging import (
     STAGE,
     FinishedShard,
     Plan,
+    PlannedShard,
     make_plan,
-    merged_counts,
     read_finished,
+    read_finished_part,
     read_plan,
     staged,
 )
-from data_prep.tasks import HashTask, KbTask, SplitTask
+from data_prep.tasks import HashTask, JoinTask, KbTask, SplitTask
 from dsmip import __version__
 from dsmip.errors import UserError
-from dsmip.files import atomic_path, sha256_file, write_json
+from dsmip.files import join_files, sha256_file, write_json
 from dsmip.manifest import (
     ENTITIES_FILE,
     KB,
@@ -51,7 +54,7 @@ Progress = Callable[[str, int, int], None]
 
 SHARD_BYTES = 256_000_000
 PICTURES = PictureSettings(size=224, quality=JPEG_QUALITY)
-_FILES_PER_TASK = 20_000
+_FILES_PER_TASK = 10_000
 
 
 def prepare(
@@ -154,19 +157,39 @@ def _build(
 ) -> dict[str, FinishedShard]:
     """Makes the shards that are not finished, then the kb's table; all shards by path."""
     finished = {shard.path: done for shard in plan.shards if (done := read_finished(out, shard))}
-
-    def make(tasks: Sequence[KbTask | SplitTask], part: str) -> None:
-        total = sum(task.shard.count for task in tasks)
-        to_do = [task for task in tasks if task.shard.path not in finished]
-        done = total - sum(task.shard.count for task in to_do)
-        for shard in _ticking(run, to_do, part, total, progress, done):
-            finished[shard.info.path] = shard
-
+    _build_kb(out, plan.of(KB), finished, pictures, run, progress)
     kb = tuple(plan.of(KB))
-    make([KbTask(out, shard, pictures) for shard in kb], "entities")
     join_pieces((staged(out, shard.path, "rows") for shard in kb), out / ENTITIES_FILE)
-    make([SplitTask(out, shard, pictures, kb) for shard in plan.of(*SPLITS)], "mentions")
+    shards = plan.of(*SPLITS)
+    total = sum(shard.count for shard in shards)
+    tasks = [SplitTask(out, shard, pictures, kb) for shard in shards if shard.path not in finished]
+    before = total - sum(task.shard.count for task in tasks)
+    finished |= {made.info.path: made for made in _ticking(run, tasks, "mentions", total, progress, before)}
     return finished
+
+
+def _build_kb(
+    out: Path,
+    shards: Sequence[PlannedShard],
+    finished: dict[str, FinishedShard],
+    pictures: PictureSettings,
+    run: Runner,
+    progress: Progress,
+) -> None:
+    """Makes the parts that are not finished, then the shards of them; adds to `finished`."""
+    parts = [part for shard in shards if shard.path not in finished for part in shard.parts]
+    ready = [made for part in parts if (made := read_finished_part(out, part))]
+    there = {(part.path, part.number) for part in ready}
+    tasks = [KbTask(out, part, pictures) for part in parts if (part.path, part.number) not in there]
+    total = sum(shard.count for shard in shards)
+    done = total - sum(task.part.count for task in tasks)
+    ready += _ticking(run, tasks, "entities", total, progress, done)
+    of_shard = {
+        path: tuple(sorted(parts, key=lambda part: part.number))
+        for path, parts in groupby(sorted(ready, key=lambda part: part.path), lambda part: part.path)
+    }
+    joins = [JoinTask(out, shard, of_shard[shard.path]) for shard in shards if shard.path not in finished]
+    finished |= {made.info.path: made for made in run(joins, lambda count: None)}
 
 
 def _ticking(
@@ -186,10 +209,8 @@ def _ticking(
 
 def _describe(out: Path, settings: dict[str, Any], plan: Plan, built: dict[str, FinishedShard]) -> Manifest:
     """Writes the findings, then the manifest."""
-    with atomic_path(out / REJECTS_FILE) as temporary, temporary.open("wb") as target:
-        for path in [out / STAGE / SCAN_FINDINGS, *(staged(out, shard.path, "findings") for shard in plan.shards)]:
-            with path.open("rb") as stream:
-                shutil.copyfileobj(stream, target)
+    findings = [staged(out, shard.path, "findings") for shard in plan.shards]
+    join_files([out / STAGE / SCAN_FINDINGS, *findings], out / REJECTS_FILE)
     counts = merged_counts([plan.findings, *(shard.findings for shard in built.values())])
     samples = {part: sum(shard.count for shard in plan.of(part)) for part in (KB, *SPLITS)}
     with_image = {part: sum(built[shard.path].num_with_image for shard in plan.of(part)) for part in (KB, *SPLITS)}

@@ -1,4 +1,4 @@
-"""The table of the knowledge base while it is made: a piece per kb shard, looked up by row, joined at the end.
+"""The table of the knowledge base while it is made: a piece for some rows each, looked up by row, joined at the end.
 
 Pieces are Arrow files that are memory-mapped: looking up golds takes no memory that grows with the kb.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from dsmip.files import atomic_path
@@ -38,11 +39,23 @@ def entity_key(row: int) -> str:
 
 
 def write_piece(path: Path, entities: Iterable[StoredEntity]) -> None:
-    """Writes the rows of one kb shard."""
+    """Writes some rows."""
     rows = iter(entities)
     with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), ENTITY_SCHEMA) as writer:
         while chunk := list(islice(rows, _ROWS_AT_ONCE)):
             writer.write_batch(pa.RecordBatch.from_pylist([_row(entity) for entity in chunk], ENTITY_SCHEMA))
+
+
+def join_moved(pieces: Iterable[tuple[Path, int]], target: Path) -> None:
+    """Writes the rows of pieces (file, how many bytes further on its pictures lie now), in order, into one piece."""
+    with atomic_path(target) as temporary, pa.ipc.new_file(str(temporary), ENTITY_SCHEMA) as writer:
+        for piece, moved in pieces:
+            table = _open(piece).combine_chunks()
+            column = table.column("image_offsets").combine_chunks()
+            offsets = pa.ListArray.from_arrays(column.offsets, pc.add(column.values, moved))
+            writer.write_table(
+                table.set_column(table.schema.get_field_index("image_offsets"), "image_offsets", offsets)
+            )
 
 
 def join_pieces(pieces: Iterable[Path], target: Path) -> None:

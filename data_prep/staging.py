@@ -1,25 +1,26 @@
 """The plan of a build, on disk: which shard holds which records, checked, and which shards are finished.
 
-<data>/.unfinished/<shard>.records   the records of one shard to make, a JSON line each
+<data>/.unfinished/<part>.records    the records of a part of a shard to make, a JSON line each
 <data>/.unfinished/plan.json         the shards and what was found while reading; written last
-<data>/.unfinished/<shard>.done      what a finished shard became; written after the shard itself
-<data>/.unfinished/<shard>.findings  what was found while making it
-<data>/.unfinished/<shard>.rows      its rows of the kb's table (kb shards)
+<data>/.unfinished/<part>.tar        a part of a kb shard, with <part>.rows of the kb's table, <part>.findings and,
+                                     written last, <part>.done
+<data>/.unfinished/<shard>.done      what a finished shard became, written after the shard itself; with <shard>.findings
+                                     and, of a kb shard, <shard>.rows
 
-The folder is there until the manifest is: a build that stopped anywhere goes on from the shards that are finished.
+A part of a kb shard has at most 1,000 records; splits have small shards, which are made whole. The folder is there
+until the manifest is: a build that stopped anywhere goes on from the parts and shards that are finished.
 """
 
 import json
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TextIO
 
-from data_prep.release import Finding, RawEntity, RawMention, RawPicture, Release, checked_entities, checked_mentions
+from data_prep.finding_log import Counts, finding_log
+from data_prep.release import RawEntity, RawMention, Release, checked_entities, checked_mentions
+from data_prep.staged_records import write_entity, write_mention
 from dsmip.errors import UserError
 from dsmip.files import atomic_path, sha256_file, write_json
 from dsmip.manifest import KB, SPLITS, PictureSettings, ShardInfo, shard_path
@@ -29,26 +30,60 @@ STAGE = ".unfinished"
 PLAN_FILE = "plan.json"
 SCAN_FINDINGS = "scan.findings"
 
+MAX_RECORDS_PER_PART = 1000
 MAX_MENTIONS_PER_SHARD = 1000
 MIN_TRAIN_SHARDS = 16
 _BLOCK = 512  # of a tar: each member takes a header and is rounded up
 
-Counts = dict[str, dict[str, int]]  # action: {reason: count}
 Scanned = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """One shard to make: path below the dataset's folder, the position of its first record in its part, how many."""
+    """One shard to make: path below the dataset's folder, the position of its first record, how many."""
 
     path: str
     start: int
     count: int
 
     @property
-    def part(self) -> str:
+    def split(self) -> str:
         """`kb` or the split."""
         return self.path.split("/")[0]
+
+    @property
+    def parts(self) -> "list[PlannedPart]":
+        """Its parts, in order."""
+        starts = range(0, self.count, MAX_RECORDS_PER_PART)
+        return [
+            PlannedPart(self.path, number, self.start + start, min(MAX_RECORDS_PER_PART, self.count - start))
+            for number, start in enumerate(starts)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPart:
+    """Some records of the shard `path`: the how manieth part, the position of its first record, how many."""
+
+    path: str
+    number: int
+    start: int
+    count: int
+
+    def staged(self, out: Path, suffix: str) -> Path:
+        """The part's file of that kind."""
+        return staged(out, self.path, f"{self.number:04d}.{suffix}")
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedPart:
+    """What a planned part of the shard `path` became. end: where its samples end in its tar."""
+
+    path: str
+    number: int
+    end: int
+    num_with_image: int
+    findings: Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,43 +102,9 @@ class Plan:
     shards: tuple[PlannedShard, ...]
     findings: Counts
 
-    def of(self, *parts: str) -> list[PlannedShard]:
-        """The shards of some parts."""
-        return [shard for shard in self.shards if shard.part in parts]
-
-
-class FindingLog:
-    """Findings as lines of a file, and how many there are of each kind."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._counts: Counter[tuple[str, str]] = Counter()
-
-    def note(self, finding: Finding) -> None:
-        """Adds one."""
-        self._stream.write(json.dumps(asdict(finding), sort_keys=True, ensure_ascii=False) + "\n")
-        self._counts[finding.action, finding.reason] += 1
-
-    @property
-    def counts(self) -> Counts:
-        """By action and reason."""
-        return merged_counts([{action: {reason: count}} for (action, reason), count in self._counts.items()])
-
-
-@contextmanager
-def finding_log(path: Path) -> Iterator[FindingLog]:
-    """A log that appears, whole, when the block ends without an error."""
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        yield FindingLog(stream)
-
-
-def merged_counts(counts: Iterable[Counts]) -> Counts:
-    """Sums by action and reason, sorted."""
-    sums: dict[str, Counter[str]] = {}
-    for one in counts:
-        for action, reasons in one.items():
-            sums.setdefault(action, Counter()).update(reasons)
-    return {action: dict(sorted(reasons.items())) for action, reasons in sorted(sums.items())}
+    def of(self, *splits: str) -> list[PlannedShard]:
+        """The shards of the kb or of some splits."""
+        return [shard for shard in self.shards if shard.split in splits]
 
 
 def staged(out: Path, shard: str, suffix: str) -> Path:
@@ -165,19 +166,17 @@ def read_plan(out: Path, key: str) -> Plan | None:
     return Plan(tuple(PlannedShard(**shard) for shard in content["shards"]), content["findings"])
 
 
-def staged_entities(out: Path, shard: PlannedShard) -> Iterator[RawEntity]:
-    """The entities of a kb shard."""
-    for source, record, entity_id, name, attributes, pictures in _lines(staged(out, shard.path, "records")):
-        yield RawEntity(source, record, entity_id, name, attributes, tuple(map(_picture, pictures)))
+def write_finished_part(out: Path, finished: FinishedPart) -> None:
+    """Marks a part as finished."""
+    write_json(staged(out, finished.path, f"{finished.number:04d}.done"), asdict(finished))
 
 
-def staged_mentions(out: Path, shard: PlannedShard) -> Iterator[tuple[RawMention, int]]:
-    """The mentions of a split's shard, each with its gold's kb row."""
-    for source, record, mention_id, word, sentence, gold, groups, picture, row in _lines(
-        staged(out, shard.path, "records")
-    ):
-        raw = RawMention(source, record, mention_id, word, sentence, gold, groups, picture and _picture(picture))
-        yield raw, row
+def read_finished_part(out: Path, part: PlannedPart) -> FinishedPart | None:
+    """What a part became, if it is finished and its tar is still there."""
+    path, tar = part.staged(out, "done"), part.staged(out, "tar")
+    if not (path.is_file() and tar.is_file()):
+        return None
+    return FinishedPart(**json.loads(path.read_bytes()))
 
 
 def write_finished(out: Path, finished: FinishedShard) -> None:
@@ -209,13 +208,18 @@ def _stage_kb(
     """Shards of about `shard_bytes`, by what the pictures will take at most, more or less."""
     shards: list[PlannedShard] = []
     remaining = iter(entities)
-    start, entity = 0, next(remaining, None)
+    entity = next(remaining, None)
+    start = 0
     while entity is not None:
         path, count, size = shard_path(KB, len(shards)), 0, 0
-        with _writing(staged(out, path, "records")) as stream:
-            while entity is not None and (count == 0 or size < shard_bytes):
-                _write_line(stream, _entity_line(entity))
-                count, size, entity = count + 1, size + _stored_size(entity, pictures), next(remaining, None)
+        while entity is not None and (count == 0 or size < shard_bytes):
+            part = PlannedPart(path, count // MAX_RECORDS_PER_PART, start + count, MAX_RECORDS_PER_PART)
+            with atomic_path(part.staged(out, "records")) as path_now, path_now.open("w", encoding="ascii") as stream:
+                for _ in range(MAX_RECORDS_PER_PART):
+                    write_entity(stream, entity)
+                    count, size, entity = count + 1, size + _stored_size(entity, pictures), next(remaining, None)
+                    if entity is None or size >= shard_bytes:
+                        break
         shards.append(PlannedShard(path, start, count))
         start += count
     return shards
@@ -238,7 +242,7 @@ def _stage_split(
         for mention, row in mentions:
             scanned(split, len(offsets))
             offsets.append(offset)
-            offset += _write_line(stream, [*_mention_line(mention), row])
+            offset += write_mention(stream, mention, row)
     is_train = split == "train"
     order: Sequence[int] = permutation(len(offsets), "build", seed).tolist() if is_train else range(len(offsets))
     shards = []
@@ -261,37 +265,3 @@ def _cut(count: int, max_size: int, min_parts: int) -> list[range]:
     num_parts = max(-(-count // max_size), min(min_parts, count))
     bounds = [count * part // num_parts for part in range(num_parts + 1)] if num_parts else []
     return [range(start, stop) for start, stop in pairwise(bounds)]
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[TextIO]:
-    with atomic_path(path) as temporary, temporary.open("w", encoding="ascii") as stream:
-        yield stream
-
-
-def _write_line(stream: TextIO, value: list[Any]) -> int:
-    return stream.write(json.dumps(value) + "\n")
-
-
-def _lines(path: Path) -> Iterator[list[Any]]:
-    with path.open(encoding="ascii") as stream:
-        yield from map(json.loads, stream)
-
-
-def _entity_line(raw: RawEntity) -> list[Any]:
-    return [raw.source, raw.record, raw.entity_id, raw.name, raw.attributes, [*map(_picture_line, raw.pictures)]]
-
-
-def _mention_line(raw: RawMention) -> list[Any]:
-    picture = _picture_line(raw.picture) if raw.picture else None
-    return [raw.source, raw.record, raw.mention_id, raw.word, raw.sentence, raw.gold, dict(raw.groups), picture]
-
-
-def _picture_line(raw: RawPicture) -> list[Any]:
-    # Absolute: who builds the shard may work in another folder.
-    return [raw.name, str(raw.path.absolute()) if raw.path else None, raw.member, raw.size]
-
-
-def _picture(line: list[Any]) -> RawPicture:
-    name, path, member, size = line
-    return RawPicture(name, Path(path) if path else None, member, size)

@@ -5,28 +5,31 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.kb_table import KbPieces, StoredEntity, entity_key, write_piece
+from data_prep.finding_log import finding_log, merged_counts
+from data_prep.kb_table import KbPieces, StoredEntity, entity_key, join_moved, write_piece
 from data_prep.picture_files import read_picture
 from data_prep.pictures import MAX_FILE_BYTES, UnusablePicture, prepare_picture
 from data_prep.release import Finding, RawEntity, RawMention, RawPicture
 from data_prep.runners import Tick
+from data_prep.staged_records import read_entities, read_mentions
 from data_prep.staging import (
+    FinishedPart,
     FinishedShard,
+    PlannedPart,
     PlannedShard,
-    finding_log,
     staged,
-    staged_entities,
-    staged_mentions,
     write_finished,
+    write_finished_part,
 )
-from dsmip.files import sha256_file
+from dsmip.files import join_files, sha256_file
 from dsmip.manifest import PictureSettings, ShardInfo
 from dsmip.records import Entity, Mention
 from dsmip.samples import entity_fields, mention_fields
-from dsmip.tars import Fields, WrittenShard, read_place, write_shard
+from dsmip.tars import Fields, WrittenShard, join_shards, read_place, write_shard
 
 Note = Callable[[Finding], None]
 
@@ -48,35 +51,64 @@ class HashTask:
 
 @dataclass(frozen=True, slots=True)
 class KbTask:
-    """Makes a shard of the kb."""
+    """Makes a part of a kb shard."""
 
     out: Path
-    shard: PlannedShard
+    part: PlannedPart
     pictures: PictureSettings
 
-    def run(self, tick: Tick) -> FinishedShard:
-        """Writes the shard, its rows of the kb's table, its findings, and that it is finished."""
-        with finding_log(staged(self.out, self.shard.path, "findings")) as log:
-            written = write_shard(self.out / self.shard.path, self._samples(log.note, tick))
+    def run(self, tick: Tick) -> FinishedPart:
+        """Writes the part, its rows of the kb's table, its findings, and that it is finished."""
+        with finding_log(self.part.staged(self.out, "findings")) as log:
+            written = write_shard(self.part.staged(self.out, "tar"), self._samples(log.note, tick))
             counts = log.counts
-        write_piece(staged(self.out, self.shard.path, "rows"), self._stored(written))
+        write_piece(self.part.staged(self.out, "rows"), self._stored(written))
         num_with_image = sum(len(places) > 1 for places in written.places)
-        finished = FinishedShard(_info(self.shard.path, written), num_with_image, counts)
-        write_finished(self.out, finished)
+        finished = FinishedPart(self.part.path, self.part.number, written.end, num_with_image, counts)
+        write_finished_part(self.out, finished)
         return finished
 
     def _samples(self, note: Note, tick: Tick) -> Iterator[tuple[str, Fields]]:
-        for row, raw in enumerate(staged_entities(self.out, self.shard), start=self.shard.start):
+        for row, raw in enumerate(read_entities(self.part.staged(self.out, "records")), start=self.part.start):
             prepared = (_prepared(picture, raw, self.pictures, note) for picture in raw.pictures)
             images = tuple(image for image in prepared if image is not None)
             yield entity_key(row), entity_fields(Entity(row, raw.entity_id, raw.name, raw.attributes, images))
             tick(1)
 
     def _stored(self, written: WrittenShard) -> Iterator[StoredEntity]:
-        raws = staged_entities(self.out, self.shard)
-        for row, (raw, places) in enumerate(zip(raws, written.places, strict=True), start=self.shard.start):
+        raws = read_entities(self.part.staged(self.out, "records"))
+        for row, (raw, places) in enumerate(zip(raws, written.places, strict=True), start=self.part.start):
             pictures = tuple(places[f"{number}.jpg"] for number in range(len(places) - 1))
-            yield StoredEntity(row, raw.entity_id, raw.name, raw.attributes, self.shard.path, pictures)
+            yield StoredEntity(row, raw.entity_id, raw.name, raw.attributes, self.part.path, pictures)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinTask:
+    """Makes a kb shard of its finished parts, and removes them."""
+
+    out: Path
+    shard: PlannedShard
+    parts: tuple[FinishedPart, ...]
+
+    def run(self, tick: Tick) -> FinishedShard:
+        """Writes the shard, its rows of the kb's table, its findings, and that it is finished."""
+        planned = self.shard.parts
+        ends = [part.end for part in self.parts]
+        tars = [part.staged(self.out, "tar") for part in planned]
+        num_bytes, digest = join_shards(self.out / self.shard.path, zip(tars, ends, strict=True))
+        rows = [part.staged(self.out, "rows") for part in planned]
+        join_moved(zip(rows, accumulate(ends, initial=0), strict=False), staged(self.out, self.shard.path, "rows"))
+        join_files(
+            [part.staged(self.out, "findings") for part in planned], staged(self.out, self.shard.path, "findings")
+        )
+        info = ShardInfo(path=self.shard.path, samples=self.shard.count, bytes=num_bytes, sha256=digest)
+        finished = FinishedShard(
+            info, sum(part.num_with_image for part in self.parts), merged_counts(part.findings for part in self.parts)
+        )
+        write_finished(self.out, finished)
+        for path in tars:
+            path.unlink()
+        return finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +126,20 @@ class SplitTask:
             written = write_shard(self.out / self.shard.path, self._samples(log.note, tick))
             counts = log.counts
         num_with_image = sum("jpg" in places for places in written.places)
-        finished = FinishedShard(_info(self.shard.path, written), num_with_image, counts)
+        info = ShardInfo(path=self.shard.path, samples=written.samples, bytes=written.bytes, sha256=written.sha256)
+        finished = FinishedShard(info, num_with_image, counts)
         write_finished(self.out, finished)
         return finished
+
+    @property
+    def _records(self) -> Path:
+        return staged(self.out, self.shard.path, "records")
 
     def _samples(self, note: Note, tick: Tick) -> Iterator[tuple[str, Fields]]:
         golds = self._golds()
         with ExitStack() as open_files:
             kb: dict[str, BinaryIO] = {}
-            for position, (raw, row) in enumerate(staged_mentions(self.out, self.shard), start=self.shard.start):
+            for position, (raw, row) in enumerate(read_mentions(self._records), start=self.shard.start):
                 gold = golds[row]
                 if gold.places and gold.shard not in kb:
                     kb[gold.shard] = open_files.enter_context((self.out / gold.shard).open("rb"))
@@ -110,17 +147,13 @@ class SplitTask:
                 entity = Entity(row, gold.entity_id, gold.name, gold.attributes, images)
                 image = _prepared(raw.picture, raw, self.pictures, note) if raw.picture else None
                 mention = Mention(raw.mention_id, raw.word, raw.sentence, gold.entity_id, row, raw.groups, image)
-                yield f"{self.shard.part}-{position:08d}", mention_fields(mention, entity)
+                yield f"{self.shard.split}-{position:08d}", mention_fields(mention, entity)
                 tick(1)
 
     def _golds(self) -> dict[int, StoredEntity]:
         paths = tuple(staged(self.out, shard.path, "rows") for shard in self.kb)
         pieces = KbPieces(paths, tuple(shard.start for shard in self.kb))
-        return pieces.entities(row for _, row in staged_mentions(self.out, self.shard))
-
-
-def _info(path: str, written: WrittenShard) -> ShardInfo:
-    return ShardInfo(path=path, samples=written.samples, bytes=written.bytes, sha256=written.sha256)
+        return pieces.entities(row for _, row in read_mentions(self._records))
 
 
 def _prepared(

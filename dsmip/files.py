@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def write_text(target: Path, text: str) -> None:
 def write_json(target: Path, value: Any) -> None:
     """Writes `value` as indented JSON with sorted keys, atomically."""
     write_text(target, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def join_files(parts: Iterable[Path], target: Path) -> None:
+    """Writes the contents of files one after the other, atomically."""
+    with atomic_path(target) as temporary, temporary.open("wb") as joined:
+        for part in parts:
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, joined, _CHUNK_BYTES)
 
 
 def sha256_file(path: Path) -> str:

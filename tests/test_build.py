@@ -13,7 +13,7 @@ from data_prep import staging
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from data_prep.runners import Result, Task, Tick, run_in_processes, run_serially
-from data_prep.tasks import SplitTask
+from data_prep.tasks import KbTask, SplitTask
 from dsmip.errors import UserError
 from dsmip.manifest import PictureSettings
 from dsmip.shards import Dataset
@@ -155,6 +155,27 @@ def test_an_interrupted_build_is_not_a_dataset_and_goes_on(
     assert sorted(finished + made) == sorted(shard.path for shard in manifest.shards)
     prepare(release, tmp_path / "fresh", name="small")
     assert _contents(out) == _contents(tmp_path / "fresh")
+
+
+def test_parts_of_a_shard_are_kept_and_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = MimicRelease(plain_release(tmp_path / "release", 7, 9))
+    prepare(release, tmp_path / "whole", name="plain")
+    monkeypatch.setattr(staging, "MAX_RECORDS_PER_PART", 2)
+    parts: list[int] = []
+
+    def counted(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        for task in tasks:
+            yield task.run(tick)
+            if isinstance(task, KbTask):
+                parts.append(task.part.number)
+                if len(parts) == 3:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(release, tmp_path / "parts", name="plain", run=counted)
+    prepare(release, tmp_path / "parts", name="plain", run=counted)
+    assert parts == [0, 1, 2, 3]
+    assert _contents(tmp_path / "parts") == _contents(tmp_path / "whole")
 
 
 def test_a_finished_shard_that_was_altered_is_made_again(release: MimicRelease, tmp_path: Path) -> None:
