@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.melbench_release import MelbenchRelease
 from data_prep.mimic_release import MimicRelease
 from data_prep.release import Release, ReleaseOptions
+from data_prep.wikidiverse_release import WikidiverseRelease
 from dsmip.errors import UserError
 
 
@@ -17,7 +19,10 @@ class Layout:
     fits: Callable[[Path], bool]
 
 
+# In the order of detection: melbench and wikidiverse may lie beside a knowledge base of another layout.
 LAYOUTS: Mapping[str, Layout] = {
+    "melbench": Layout(MelbenchRelease, MelbenchRelease.fits),
+    "wikidiverse": Layout(WikidiverseRelease, WikidiverseRelease.fits),
     "mimic": Layout(MimicRelease, MimicRelease.fits),
 }
 

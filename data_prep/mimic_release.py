@@ -23,6 +23,40 @@ _SUFFIX = {"train": "_train.json", "validation": "_dev.json", "test": "_test.jso
 _MENTION_FIELDS = frozenset({"id", "sentence", "mentions", "entities", "imgPath", "answer"})
 
 
+class MimicKb:
+    """The knowledge base of the MIMIC layout: kb_entity.json, and the pictures beside it."""
+
+    def __init__(self, file: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
+        self._file = file
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The JSON file and the pictures, by their names below its folder."""
+        paths = [self._file, *self._pictures.files()]
+        return [(path.relative_to(self._file.parent).as_posix(), path) for path in paths]
+
+    def entities(self) -> Iterator[RawEntity | Finding]:
+        """Entities in the order of kb_entity.json."""
+        path = self._file
+        for position, record in enumerate(array_records(path)):
+            problem = _type_problem(record, {"qid": str, "entity_name": str, "attr": str, "image_list": list})
+            if problem:
+                yield Finding(path.name, position, "wrong type", "rejected", problem)
+                continue
+            pictures = tuple(self._pictures.find(name, [name]) for name in record.get("image_list") or [] if name)
+            text = {name: (record.get(name) or "").strip() for name in ("qid", "entity_name", "attr")}
+            yield RawEntity(path.name, position, text["qid"], text["entity_name"], text["attr"], pictures)
+
+    def records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Qids and records, of all records that have a qid."""
+        for record in array_records(self._file):
+            if isinstance(record, dict) and isinstance(record.get("qid"), str):
+                yield record["qid"].strip(), record
+
+    @cached_property
+    def _pictures(self) -> PictureFiles:
+        return PictureFiles([self._file.parent / _KB_PICTURES])
+
+
 class MimicRelease:
     """A folder in the MIMIC layout.
 
@@ -37,6 +71,7 @@ class MimicRelease:
             raise UserError(f"{folder}: no such folder")
         self.folder = folder
         self.choices: Mapping[str, str] = {}
+        self._kb = MimicKb(folder / _KB_FILE, options)
         self._mention_folder = _mention_folder(folder)
         self._files = {split: _mention_file(folder, suffix) for split, suffix in _SUFFIX.items()}
         if not (folder / _KB_FILE).is_file():
@@ -49,21 +84,12 @@ class MimicRelease:
 
     def files(self) -> list[tuple[str, Path]]:
         """The JSON files and all pictures."""
-        paths = [self.folder / _KB_FILE, *self._files.values(), *self._kb_pictures.files()]
-        paths += self._mention_pictures.files()
-        return [(path.relative_to(self.folder).as_posix(), path) for path in paths]
+        paths = [*self._files.values(), *self._mention_pictures.files()]
+        return [*self._kb.files(), *((path.relative_to(self.folder).as_posix(), path) for path in paths)]
 
     def entities(self) -> Iterator[RawEntity | Finding]:
         """Entities in the order of kb_entity.json."""
-        path = self.folder / _KB_FILE
-        for position, record in enumerate(array_records(path)):
-            problem = _type_problem(record, {"qid": str, "entity_name": str, "attr": str, "image_list": list})
-            if problem:
-                yield Finding(path.name, position, "wrong type", "rejected", problem)
-                continue
-            pictures = tuple(self._kb_pictures.find(name, [name]) for name in record.get("image_list") or [] if name)
-            text = {name: (record.get(name) or "").strip() for name in ("qid", "entity_name", "attr")}
-            yield RawEntity(path.name, position, text["qid"], text["entity_name"], text["attr"], pictures)
+        return self._kb.entities()
 
     def mentions(self, split: str) -> Iterator[RawMention | Finding]:
         """Mentions in the order of the split's file."""
@@ -92,10 +118,6 @@ class MimicRelease:
         if not base:
             return None
         return self._mention_pictures.find(name, [base.split(".")[0] + ".jpg", base])
-
-    @cached_property
-    def _kb_pictures(self) -> PictureFiles:
-        return PictureFiles([self.folder / _KB_PICTURES])
 
     @cached_property
     def _mention_pictures(self) -> PictureFiles:
