@@ -14,12 +14,12 @@ _PAGE_FIELDS = ("wiki_url", "url", "title")
 def wiki_title(reference: str) -> str:
     """The title that an address or a title means; "" if none.
 
-    Of an address it is what follows /wiki/, up to ? or #, percent-decoded: neither the damaged schemes of WikiDiverse's
-    addresses ("nhttps://", "]https://") nor the language of a Wikipedia count. Underscores are spaces, and the first
-    letter has no case: so Wikipedia has it.
+    Of an address it is what follows /wiki/, up to ? or #: neither the damaged schemes of WikiDiverse's addresses
+    ("nhttps://", "]https://") nor the language of a Wikipedia count. Both are percent-decoded; underscores are spaces,
+    and the first letter has no case: so Wikipedia has it.
     """
     _, is_address, page = reference.partition("/wiki/")
-    text = unquote(re.split("[?#]", page, maxsplit=1)[0]) if is_address else reference
+    text = unquote(re.split("[?#]", page, maxsplit=1)[0] if is_address else reference)
     text = " ".join(unicodedata.normalize("NFC", text).replace("_", " ").split())
     return text[:1].upper() + text[1:]
 
