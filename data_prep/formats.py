@@ -19,11 +19,10 @@ class Layout:
     fits: Callable[[Path], bool]
 
 
-# In the order of detection: melbench and wikidiverse may lie beside a knowledge base of another layout.
 LAYOUTS: Mapping[str, Layout] = {
+    "mimic": Layout(MimicRelease, MimicRelease.fits),
     "melbench": Layout(MelbenchRelease, MelbenchRelease.fits),
     "wikidiverse": Layout(WikidiverseRelease, WikidiverseRelease.fits),
-    "mimic": Layout(MimicRelease, MimicRelease.fits),
 }
 
 

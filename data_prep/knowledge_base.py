@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_prep.mimic_release import MimicKb
+from data_prep.mimic_kb import KB_FILE, MimicKb
 from data_prep.release import Finding, RawEntity, ReleaseOptions
 from dsmip.errors import UserError
 
@@ -23,7 +23,7 @@ class KnowledgeBase(Protocol):
 
 
 _READERS: Mapping[str, Callable[[Path, ReleaseOptions], KnowledgeBase]] = {
-    "kb_entity.json": MimicKb,
+    KB_FILE: MimicKb,
 }
 
 

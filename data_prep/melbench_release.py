@@ -24,7 +24,7 @@ from data_prep.grouped_split import SplitItem, check_percentages, grouped_split
 from data_prep.json_records import object_records, opening
 from data_prep.knowledge_base import knowledge_base_file, open_knowledge_base
 from data_prep.picture_files import PictureFiles, base_name
-from data_prep.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions
+from data_prep.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
 from data_prep.split_files import SplitFiles
 from dsmip.errors import UserError
 from dsmip.manifest import SPLITS
@@ -49,8 +49,7 @@ class MelbenchRelease:
     layout: str = "melbench"
 
     def __init__(self, folder: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
-        if options.mention_text != "sentence":
-            raise UserError(f"{folder}: mentions of layout {self.layout} have no description; leave the option out")
+        refuse_unknown_options(options, self.layout, ("entity_text", "kb", "split"))
         self.folder = folder
         self._file = _mention_file(folder)
         kb_file = knowledge_base_file(folder, options)
@@ -58,7 +57,7 @@ class MelbenchRelease:
         kb_name = options.kb.absolute().name if options.kb else kb_file.name
         self._options = options
         self._ids = SplitFiles(folder) if options.split is None else None
-        self.choices: Mapping[str, str] = {"kb": kb_name} | self._split_choices()
+        self.choices: Mapping[str, str] = {"kb": kb_name, "entity_text": options.entity_text, **self._split_choices()}
 
     def _split_choices(self) -> dict[str, str]:
         if self._options.split is not None:
@@ -91,6 +90,8 @@ class MelbenchRelease:
 
     def mentions(self, split: str) -> Iterator[RawMention | Finding]:
         """Mentions in the file's order. What belongs to no split comes with training's, as findings."""
+        if split == SPLITS[0]:
+            yield from self._pictures.refused
         for position, (key, record) in enumerate(object_records(self._file)):
             for item in self._read(position, key, record):
                 place = None if isinstance(item, Finding) else self._split_of(item, key, record)

@@ -26,7 +26,7 @@ from typing import Any
 from data_prep.json_records import array_records, opening
 from data_prep.knowledge_base import knowledge_base_file, open_knowledge_base
 from data_prep.picture_files import PictureFiles
-from data_prep.release import Action, Finding, RawEntity, RawMention, RawPicture, ReleaseOptions
+from data_prep.release import Action, Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
 from data_prep.wiki_titles import entities_by_title, wiki_title
 from dsmip.errors import UserError
 
@@ -65,10 +65,7 @@ class WikidiverseRelease:
     layout: str = "wikidiverse"
 
     def __init__(self, folder: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
-        if options.mention_text != "sentence":
-            raise UserError(f"{folder}: mentions of layout {self.layout} have no description; leave the option out")
-        if options.split is not None:
-            raise UserError(f"{folder}: layout {self.layout} has its own splits; leave --split out")
+        refuse_unknown_options(options, self.layout, ("entity_text", "kb"))
         self.folder = folder
         form, self._files = _split_files(folder)
         kb_file = knowledge_base_file(folder, options)
@@ -76,6 +73,7 @@ class WikidiverseRelease:
         self._read = _READERS[form]
         self.choices: Mapping[str, str] = {
             "kb": options.kb.absolute().name if options.kb else kb_file.name,
+            "entity_text": options.entity_text,
             "form": form,
         }
 
@@ -99,6 +97,8 @@ class WikidiverseRelease:
 
     def mentions(self, split: str) -> Iterator[RawMention | Finding]:
         """Mentions in the order of the split's file, a passage's in the passage's order; groups: topic, type."""
+        if split == "train":
+            yield from self._pictures.refused
         source = self._files[split].name
         for item in self._annotations(split):
             if isinstance(item, Finding):

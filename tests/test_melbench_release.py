@@ -62,7 +62,7 @@ def test_records_of_one_mention(tmp_path: Path) -> None:
     (folder / "splits.json").write_text(json.dumps(IDS))
     release = open_release(folder, None, ReleaseOptions())
     assert isinstance(release, MelbenchRelease)
-    assert release.choices == {"kb": "kb_entity.json", "split": "splits.json"}
+    assert release.choices == {"kb": "kb_entity.json", "entity_text": "attr", "split": "splits.json"}
     mentions, findings = _read(release)
     found = {
         split: [(m.mention_id, m.word, m.sentence, m.gold, dict(m.groups)) for m in items]
