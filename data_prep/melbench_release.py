@@ -74,7 +74,7 @@ class MelbenchRelease:
     @classmethod
     def fits(cls, folder: Path) -> bool:
         """Whether the folder has a file of that name that holds a JSON object."""
-        return any(opening(path) == "{" for path in folder.glob(_FILES))
+        return any(opening(path) == "{" for path in folder.glob(_FILES) if path.is_file())
 
     def files(self) -> list[tuple[str, Path]]:
         """The mentions, the files of ids if they are used, the pictures, and below kb/ the knowledge base."""
@@ -108,9 +108,11 @@ class MelbenchRelease:
 
     @cached_property
     def _grouped(self) -> Mapping[int, str]:
-        """The split of every record that has mentions."""
+        """The split of every record that has mentions, where it is cut by groups."""
+        if self._options.split is None:
+            return {}
         positions: list[int] = []
-        splits = grouped_split(self._split_items(positions), self._options.split or (100, 0, 0), self._options.seed)
+        splits = grouped_split(self._split_items(positions), self._options.split, self._options.seed)
         return dict(zip(positions, splits, strict=True))
 
     def _split_items(self, positions: list[int]) -> Iterator[SplitItem]:
