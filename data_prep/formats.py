@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.jsonl_release import JsonlRelease
 from data_prep.mimic_release import MimicRelease
 from data_prep.release import Release, ReleaseOptions
 from dsmip.errors import UserError
@@ -19,6 +20,7 @@ class Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     "mimic": Layout(MimicRelease, MimicRelease.fits),
+    "jsonl": Layout(JsonlRelease, JsonlRelease.fits),
 }
 
 
