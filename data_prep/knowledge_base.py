@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_prep.jsonl_release import ENTITY_FILES, JsonlKb
 from data_prep.mimic_kb import KB_FILE, MimicKb
 from data_prep.release import Finding, RawEntity, ReleaseOptions
 from dsmip.errors import UserError
@@ -24,6 +25,7 @@ class KnowledgeBase(Protocol):
 
 _READERS: Mapping[str, Callable[[Path, ReleaseOptions], KnowledgeBase]] = {
     KB_FILE: MimicKb,
+    **dict.fromkeys(ENTITY_FILES, JsonlKb),
 }
 
 
@@ -50,5 +52,11 @@ def knowledge_base_file(folder: Path, options: ReleaseOptions) -> Path:
 
 
 def open_knowledge_base(file: Path, options: ReleaseOptions) -> KnowledgeBase:
-    """The reader of a file that `knowledge_base_file` has found; the file's name says its layout."""
+    """The reader of a file that `knowledge_base_file` has found; the file's name says its layout.
+
+    Raises:
+        UserError: a text is chosen that only the MIMIC layout has, or a part of the knowledge base is damaged.
+    """
+    if file.name != KB_FILE and options.entity_text != ReleaseOptions().entity_text:
+        raise UserError(f"{file}: has one text of each entity; leave --entity-text out, or bring a {KB_FILE}")
     return _READERS[file.name](file, options)

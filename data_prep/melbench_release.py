@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_prep.fields import Types, groups_of, text_of, type_problem
 from data_prep.grouped_split import SplitItem, check_percentages, grouped_split
 from data_prep.json_records import object_records, opening
 from data_prep.knowledge_base import knowledge_base_file, open_knowledge_base
@@ -33,7 +34,9 @@ _FILES = "*-MEL.json"
 _PICTURES = ("images", "image", "mention_image", "mention_images")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".gif", ".webp")
 _TEXTS = ("mentions", "entities", "answer")
-_FIELDS = frozenset({*_TEXTS, "id", "sentence", "imgPath", "candidates", "brief"})
+_TYPES: Types = {"id": (str, int), "sentence": str, "imgPath": str}
+# What circulated copies add says nothing to report by.
+_NO_GROUPS = frozenset({*_TEXTS, *_TYPES, "candidates", "brief"})
 
 
 class MelbenchRelease:
@@ -103,7 +106,7 @@ class MelbenchRelease:
     def _split_of(self, mention: RawMention, key: str, record: Mapping[str, Any]) -> str | None:
         if self._ids is None:
             return self._grouped[mention.record]
-        ids = (mention.mention_id, _text(record.get("id")), key)
+        ids = (mention.mention_id, text_of(record, "id"), key)
         return next((self._ids.split_of[one] for one in ids if one in self._ids.split_of), None)
 
     @cached_property
@@ -137,16 +140,23 @@ class MelbenchRelease:
         if not length:
             yield Finding(source, position, "no mentions", "rejected", key)
             return
-        groups = _groups(record)
-        picture = self._picture(_text(record.get("imgPath")), _text(record.get("id")) or key)
+        groups = groups_of(record, _NO_GROUPS)
+        picture = self._picture(text_of(record, "imgPath"), text_of(record, "id") or key)
         words, golds = columns["mentions"], columns["answer"] or [None] * length
         for number, (word, gold) in enumerate(zip(words, golds, strict=True)):
             if not isinstance(word, str | None) or not isinstance(gold, str | None):
                 yield Finding(source, position, "wrong type", "rejected", f"mention {number} of {key}")
                 continue
-            mention_id = f"{key}-{number}" if lists else key
-            sentence = _text(record.get("sentence"))
-            yield RawMention(source, position, mention_id, _text(word), sentence, _text(gold) or None, groups, picture)
+            yield RawMention(
+                source,
+                position,
+                f"{key}-{number}" if lists else key,
+                (word or "").strip(),
+                text_of(record, "sentence"),
+                (gold or "").strip() or None,
+                groups,
+                picture,
+            )
 
     def _picture(self, path: str, record_id: str) -> RawPicture | None:
         """By its path's base name, also as a JPEG, else by the id; None where nothing names a picture."""
@@ -185,29 +195,12 @@ def _file_of(picture: RawPicture | None) -> str | None:
 
 def _problem(record: Any) -> str:
     """What is wrong with the types of a whole record, or an empty text. Absent and null are left to other rules."""
-    if not isinstance(record, dict):
-        return f"record is {type(record).__name__}"
-    lists = isinstance(record.get("mentions"), list)
-    expected: dict[str, tuple[type, ...]] = {"id": (str, int), "sentence": (str,), "imgPath": (str,)}
-    expected |= dict.fromkeys(_TEXTS, (list,) if lists else (str,))
-    for name, types in expected.items():
-        value = record.get(name)
-        if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
-            return f"{name} is {type(value).__name__}"
-    return ""
+    if problem := type_problem(record, _TYPES):
+        return problem
+    expected = (list if isinstance(record.get("mentions"), list) else str, type(None))
+    wrong = [name for name in _TEXTS if not isinstance(record.get(name), expected)]
+    return f"{wrong[0]} is {type(record[wrong[0]]).__name__}" if wrong else ""
 
 
 def _column(value: Any, lists: bool) -> list[Any]:
-    if lists:
-        return value or []
-    return [value]
-
-
-def _text(value: str | int | None) -> str:
-    return "" if value is None else str(value).strip()
-
-
-def _groups(record: Mapping[str, Any]) -> dict[str, str]:
-    """Scalar fields that the layout does not know."""
-    unknown = {name: value for name, value in record.items() if name not in _FIELDS}
-    return {name: str(value) for name, value in sorted(unknown.items()) if isinstance(value, str | int | float)}
+    return (value or []) if lists else [value]

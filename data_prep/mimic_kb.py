@@ -3,12 +3,12 @@
 Rows of a dataset are the order of the list. `id` and qid2id.json say the same in a sound release and are only compared.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_prep.fields import ChosenField, percent_decoded, text_of, type_problem
 from data_prep.json_records import array_records, object_records
 from data_prep.picture_files import PictureFiles
 from data_prep.release import Finding, RawEntity, ReleaseOptions
@@ -16,9 +16,6 @@ from dsmip.errors import UserError
 
 KB_FILE = "kb_entity.json"
 _ROWS_FILE = "qid2id.json"
-_ESCAPES = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
-
-Types = Mapping[str, type | tuple[type, ...]]
 
 
 class MimicKb:
@@ -49,10 +46,10 @@ class MimicKb:
                 continue
             if text:
                 yield from text.findings(position, record)
-            qid, name, attributes = ((record.get(field) or "").strip() for field in ("qid", "entity_name", self._text))
+            qid, name, attributes = (text_of(record, field) for field in ("qid", "entity_name", self._text))
             yield from rows.findings(position, qid, record.get("id"))
-            pictures = tuple(self._pictures.find(name, [name]) for name in record.get("image_list") or [] if name)
-            yield RawEntity(self._file.name, position, qid, percent_decoded(name), attributes, pictures)
+            pictures = tuple(self._pictures.find(file, [file]) for file in record.get("image_list") or [] if file)
+            yield RawEntity(self._file.name, position, qid, percent_decoded(name).strip(), attributes, pictures)
         if text:
             text.finish()
         yield from rows.finish()
@@ -102,53 +99,3 @@ class _Rows:
         for position, qid in enumerate(self._row_of):
             if qid in self._left:
                 yield Finding(self._path.name, position, f"not in {self._kb.name}", "repaired", qid)
-
-
-class ChosenField:
-    """A text that a user asked for: records without it are degraded; if all are, asking was a mistake."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name = path, name
-        self._records = self._present = 0
-
-    def findings(self, position: int, record: Mapping[str, Any]) -> Iterator[Finding]:
-        """A finding if this record does not have it."""
-        present = record.get(self._name) is not None
-        self._records += 1
-        self._present += present
-        if not present:
-            yield Finding(self._path.name, position, f"no {self._name}", "degraded")
-
-    def finish(self) -> None:
-        """Raises UserError if no record has it."""
-        if self._records and not self._present:
-            raise UserError(f'{self._path}: no record has the key "{self._name}"; choose another text of the release')
-
-
-def percent_decoded(text: str) -> str:
-    """`text` without percent escapes. A run of escapes that is no UTF-8 stays, and so does a bare "%".
-
-    >>> percent_decoded("Z%C3%BCrich%20(100%)"), percent_decoded("100%de")
-    ('Zürich (100%)', '100%de')
-    """
-
-    def decoded(run: re.Match[str]) -> str:
-        try:
-            return bytes.fromhex(run[0].replace("%", "")).decode()
-        except UnicodeDecodeError:
-            return run[0]
-
-    return _ESCAPES.sub(decoded, text)
-
-
-def type_problem(record: Any, types: Types) -> str:
-    """What is wrong with a record's types, or an empty text. Absent and null are left to the rules of all releases."""
-    if not isinstance(record, dict):
-        return f"record is {type(record).__name__}"
-    for name, expected in sorted(types.items()):
-        value = record.get(name)
-        if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
-            return f"{name} is {type(value).__name__}"
-        if isinstance(value, list) and any(not isinstance(item, str) for item in value):
-            return f"{name} holds something else than names"
-    return ""

@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_prep.fields import ChosenField, Types, groups_of, percent_decoded, text_of, type_problem
 from data_prep.json_records import array_records
-from data_prep.mimic_kb import KB_FILE, ChosenField, MimicKb, Types, percent_decoded, type_problem
+from data_prep.mimic_kb import KB_FILE, MimicKb
 from data_prep.picture_files import PictureFiles, base_name
 from data_prep.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
 from dsmip.errors import UserError
@@ -86,18 +87,18 @@ class MimicRelease:
             desc.finish()
 
     def _mention(self, source: str, position: int, record: Mapping[str, Any]) -> RawMention:
-        text = {name: (record.get(name) or "").strip() for name in ("mentions", "sentence", "answer", "imgPath")}
+        sentence = text_of(record, "sentence")
         if self._with_desc:
-            text["sentence"] = f"{text['sentence']} {(record.get('desc') or '').strip()}".strip()
+            sentence = f"{sentence} {text_of(record, 'desc')}".strip()
         return RawMention(
             source,
             position,
-            "" if record.get("id") is None else str(record["id"]).strip(),
-            percent_decoded(text["mentions"]).strip(),
-            text["sentence"],
-            text["answer"] or None,
-            _groups(record),
-            self._mention_picture(text["imgPath"]),
+            text_of(record, "id"),
+            percent_decoded(text_of(record, "mentions")).strip(),
+            sentence,
+            text_of(record, "answer") or None,
+            groups_of(record, _NO_GROUPS | _MENTION_TYPES.keys()),
+            self._mention_picture(text_of(record, "imgPath")),
         )
 
     def _mention_picture(self, name: str) -> RawPicture | None:
@@ -133,9 +134,3 @@ def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     return shown or "an empty folder"
-
-
-def _groups(record: Mapping[str, Any]) -> dict[str, str]:
-    scalars = (str, int, float, bool)
-    unknown = {name: value for name, value in record.items() if name not in _MENTION_TYPES and name not in _NO_GROUPS}
-    return {name: str(value) for name, value in sorted(unknown.items()) if isinstance(value, scalars)}

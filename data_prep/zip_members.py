@@ -58,13 +58,18 @@ def read_member(path: Path, member: str, max_bytes: int) -> bytes:
         raise OSError(f"{path}: {member}: {error}") from error
 
 
-def _fault(info: zipfile.ZipInfo) -> str | None:
-    name = info.filename.replace("\\", "/")
-    mode = info.external_attr >> 16
-    if name.startswith("/") or re.match("[A-Za-z]:", name):
+def path_fault(name: str) -> str | None:
+    """Why a path with slashes of either kind leads out of the folder that it is meant for, or None."""
+    name = name.replace("\\", "/")
+    if name.startswith("/") or re.match("[A-Za-z]:/", name):
         return "absolute path"
-    if ".." in name.split("/"):
-        return "path with .."
+    return "path with .." if ".." in name.split("/") else None
+
+
+def _fault(info: zipfile.ZipInfo) -> str | None:
+    mode = info.external_attr >> 16
+    if fault := path_fault(info.filename):
+        return fault
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
         return "link" if stat.S_ISLNK(mode) else "no plain file"
     if info.flag_bits & _ENCRYPTED:

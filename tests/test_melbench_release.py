@@ -52,7 +52,7 @@ def _write(folder: Path, records: dict[str, Any], name: str = "Wikidata-MEL.json
 
 def _read(release: MelbenchRelease) -> tuple[dict[str, list[RawMention]], list[Finding]]:
     findings: list[Finding] = []
-    rows = {entity["qid"]: row for row, entity in enumerate(KB)}
+    rows = {str(entity["qid"]): row for row, entity in enumerate(KB)}
     mentions = {split: list(checked_mentions(release.mentions(split), rows, findings.append)) for split in SPLITS}
     return mentions, findings
 

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -194,6 +196,28 @@ def test_spans_as_letter_by_letter(sentence: str, word: str, start: int, end: in
         letters = [letter for place, letter in enumerate(sentence) if 0 <= start <= place < stop]
         fits |= start <= end and "".join(letters).strip() == word
     assert span_fault(sentence, word, start, end) == (None if fits else "repaired" if len(places) == 1 else "degraded")
+
+
+def test_addresses_are_found_in_every_kind_of_knowledge_base(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "release", TRAIN[:1], TRAIN[:1])
+    expected = [mention.gold for mention in _read(WikidiverseRelease(folder), "train")[0]]
+    (folder / "kb_entity.json").unlink()
+    lines = [
+        {"entity_id": "Q1", "name": "a team", "attributes": "", "title": "Detroit Lions"},
+        {"entity_id": "Q2", "name": "a team", "attributes": "", "url": f"{WIKI}Green_Bay_Packers"},
+        {"entity_id": "Zürich", "name": "Detroit Lions", "attributes": "the name comes after the field title"},
+    ]
+    for kb in ("entities.jsonl", "entities.parquet"):
+        if kb.endswith("jsonl"):
+            (tmp_path / kb).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        else:
+            pq.write_table(pa.Table.from_pylist([{"url": None, "title": None} | line for line in lines]), tmp_path / kb)
+        release = WikidiverseRelease(folder, ReleaseOptions(kb=tmp_path / kb))
+        mentions, findings = _read(release, "train")
+        assert [mention.gold for mention in mentions] == expected
+        assert {finding.reason for finding in findings} == {"wrong span"}
+        with pytest.raises(UserError, match="leave --entity-text out"):
+            WikidiverseRelease(folder, ReleaseOptions(kb=tmp_path / kb, entity_text="desc"))
 
 
 def test_what_the_layout_does_not_have_is_refused(tmp_path: Path) -> None:
