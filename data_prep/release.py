@@ -246,12 +246,15 @@ def _mention_id(item: RawMention, ids: UniqueIds, note: Note) -> str:
 
 def _bounded_groups(item: RawMention, note: Note) -> dict[str, str]:
     kept: dict[str, str] = {}
+    unusable = []
     for name, value in sorted(item.groups.items()):
         too_long = len(name) > MAX_GROUP_NAME or len(value) > MAX_GROUP_VALUE
         if too_long or len(kept) == MAX_GROUPS or _CONTROL.search(name + value):
-            note(Finding(item.source, item.record, "unusable group", "degraded", name))
+            unusable.append(name)
         else:
             kept[name] = value
+    if unusable:
+        note(Finding(item.source, item.record, "unusable groups", "degraded", ", ".join(unusable)))
     return kept
 
 
