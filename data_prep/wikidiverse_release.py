@@ -104,7 +104,8 @@ class WikidiverseRelease:
             if isinstance(item, Finding):
                 yield item
                 continue
-            gold = self._entity_of.get(wiki_title(item.gold))
+            # "nil" is no title, even where a page is called Nil.
+            gold = None if item.gold.lower() == "nil" else self._entity_of.get(wiki_title(item.gold))
             # What is rejected anyway needs no second finding.
             action = span_fault(item.sentence, item.word, item.start, item.end) if gold and item.word.strip() else None
             if action:
@@ -132,7 +133,7 @@ class WikidiverseRelease:
             wiki_title(item.gold)
             for split in self._files
             for item in self._annotations(split)
-            if isinstance(item, _Annotation) and item.gold.lower() != "nil"
+            if isinstance(item, _Annotation)
         }
         return entities_by_title(golds - {""}, self._kb)
 

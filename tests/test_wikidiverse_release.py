@@ -25,6 +25,7 @@ KB = [
     {"qid": "Zürich", "entity_name": "a city", "attr": "id is a title"},
     {"qid": "Q4", "entity_name": "Mercury", "attr": "a planet"},
     {"qid": "Q5", "entity_name": "Mercury", "attr": "an element"},
+    {"qid": "Q6", "entity_name": "Nil", "attr": "a page that no nil means"},
 ]
 LIONS = "The Lions versus the Packers (2007)."
 TRAIN: list[Any] = [
