@@ -4,8 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.jsonl_release import JsonlRelease
+from data_prep.melbench_release import MelbenchRelease
 from data_prep.mimic_release import MimicRelease
 from data_prep.release import Release, ReleaseOptions
+from data_prep.wikidiverse_release import WikidiverseRelease
 from dsmip.errors import UserError
 
 
@@ -19,6 +22,9 @@ class Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     "mimic": Layout(MimicRelease, MimicRelease.fits),
+    "melbench": Layout(MelbenchRelease, MelbenchRelease.fits),
+    "wikidiverse": Layout(WikidiverseRelease, WikidiverseRelease.fits),
+    "jsonl": Layout(JsonlRelease, JsonlRelease.fits),
 }
 
 

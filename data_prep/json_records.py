@@ -6,13 +6,14 @@ lone surrogates, which must be seen to be refused).
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from dsmip.errors import UserError
 
 _CHUNK = 1 << 20
-_MAX_RECORD = 1 << 26  # characters
+_MAX_RECORD = 1 << 26  # characters; of a file of lines, bytes
 _SPACE = " \t\n\r"
 
 
@@ -37,23 +38,52 @@ def object_records(path: Path) -> Iterator[tuple[str, Any]]:
             yield key, text.value()
 
 
+@dataclass(frozen=True, slots=True)
+class BrokenLine:
+    """A line that is no JSON value; `problem` names line and column."""
+
+    problem: str
+
+
 def line_records(path: Path) -> Iterator[Any]:
-    """The records of a file of one JSON value a line; empty lines do not count. Raises UserError."""
-    number = 0  # of the line
+    """The records of a file of one JSON value a line; a line that cannot be read comes as a `BrokenLine`.
+
+    Empty lines do not count.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for line in lines:
-                number += 1
-                if line.strip(_SPACE):
-                    yield json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {number} column {error.colno}: wrong JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: line {number}: nested too deeply") from error
-    except UnicodeDecodeError:
-        _refuse_bytes(path)
+        with path.open("rb") as stream:
+            for number, line in enumerate(_lines(stream), start=1):
+                if line.strip(_SPACE.encode()):
+                    yield _line_value(line, number)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Lines, each at most a byte longer than the longest record; of a longer one, its beginning."""
+    while line := stream.readline(_MAX_RECORD + 1):
+        rest = line
+        while len(rest) > _MAX_RECORD and not rest.endswith(b"\n"):
+            rest = stream.readline(_MAX_RECORD + 1)
+        yield line
+
+
+def _line_value(line: bytes, number: int) -> Any:
+    if len(line) > _MAX_RECORD:
+        return BrokenLine(f"line {number}: longer than {_MAX_RECORD} bytes")
+    try:
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return BrokenLine(f"line {number} column {error.start + 1}: not UTF-8 text")
+    except json.JSONDecodeError as error:
+        return BrokenLine(f"line {number} column {error.colno}: {error.msg}")
+    except ValueError:
+        return BrokenLine(f"line {number}: a number of too many digits")
+    except RecursionError:
+        return BrokenLine(f"line {number}: nested too deeply")
 
 
 def opening(path: Path) -> str:
@@ -139,9 +169,11 @@ class _Text:
                 continue
             except RecursionError as error:
                 raise UserError(f"{self._path}: line {self._line}: nested too deeply") from error
-            # A number at the buffer's end may go on.
-            length, at_end = end - self._at, end == len(self._buffer)
-            if at_end and self._read_on(_CHUNK):
+            except ValueError as error:
+                raise UserError(f"{self._path}: line {self._line}: a number of too many digits") from error
+            # A number at the buffer's end may go on, with "." or "e+" in between.
+            length, left = end - self._at, len(self._buffer) - end
+            if isinstance(value, int | float) and left < 3 and self._read_on(_CHUNK):
                 continue
             self._at += length
             return value

@@ -1,10 +1,12 @@
 """Parser of the layout in which MIMIC's authors released WikiMEL, RichpediaMEL and WikiDiverse.
 
-    kb_entity.json       [{qid, entity_name, attr, image_list: [file, ...]}, ...]
-    <NAME>_train.json    [{id, sentence, mentions, answer, imgPath, ...}, ...]; likewise _dev and _test
-    kb_image/  mention_image/ (or mention_images/: releases of both forms circulate)
+    kb_entity.json       [{id, qid, entity_name, attr, image_list: [file, ...], desc?, ...}, ...]
+    qid2id.json          {qid: id}; may be absent
+    <NAME>_train.json    [{id, sentence, mentions, answer, imgPath, desc?, ...}, ...]; likewise _dev and _test
+    kb_image/  mention_image/ (or mention_images/: releases of both forms circulate), each also as a zip
 
-`mentions` is the word, `answer` the gold qid. Scalar fields that the layout does not know become groups.
+`mentions` is the word, `answer` the gold qid or "nil"; names and words may be percent-encoded. Scalar fields that the
+layout does not know become groups.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,22 +14,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_prep.fields import ChosenField, Types, groups_of, percent_decoded, text_of, type_problem
 from data_prep.json_records import array_records
+from data_prep.mimic_kb import KB_FILE, MimicKb
 from data_prep.picture_files import PictureFiles, base_name
-from data_prep.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions
+from data_prep.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
 from dsmip.errors import UserError
 
-_KB_FILE = "kb_entity.json"
-_KB_PICTURES, _MENTION_PICTURES = "kb_image", ("mention_image", "mention_images")
+_MENTION_PICTURES = ("mention_image", "mention_images")
 _SUFFIX = {"train": "_train.json", "validation": "_dev.json", "test": "_test.json"}
-_MENTION_FIELDS = frozenset({"id", "sentence", "mentions", "entities", "imgPath", "answer"})
+_MENTION_TYPES: Types = {"id": (str, int), **dict.fromkeys(("sentence", "mentions", "imgPath", "answer"), str)}
+# The gold's name, texts, and what releases with negatives add: nothing to report by.
+_NO_GROUPS = frozenset({"entities", "desc", "instance", "type", "negative"})
 
 
 class MimicRelease:
     """A folder in the MIMIC layout.
 
     Raises:
-        UserError: the folder or one of its JSON files is missing, or it has two folders of mention pictures.
+        UserError: the folder or one of its JSON files is missing, it has two folders of mention pictures, or an option
+            is set that this layout does not have.
     """
 
     layout: str = "mimic"
@@ -35,56 +41,65 @@ class MimicRelease:
     def __init__(self, folder: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
+        refuse_unknown_options(options, self.layout, ("entity_text", "mention_text"))
         self.folder = folder
-        self.choices: Mapping[str, str] = {}
-        self._mention_folder = _mention_folder(folder)
+        self.choices: Mapping[str, str] = {"entity_text": options.entity_text, "mention_text": options.mention_text}
+        self._with_desc = options.mention_text == "sentence+desc"
+        self._mention_places = _mention_places(folder)
         self._files = {split: _mention_file(folder, suffix) for split, suffix in _SUFFIX.items()}
-        if not (folder / _KB_FILE).is_file():
-            raise UserError(f"{folder}: looked for {_KB_FILE}, found {_listing(folder)}")
+        if not (folder / KB_FILE).is_file():
+            raise UserError(f"{folder}: looked for {KB_FILE}, found {_listing(folder)}")
+        self._kb = MimicKb(folder / KB_FILE, options)
 
     @classmethod
     def fits(cls, folder: Path) -> bool:
-        """Whether the folder has this layout's knowledge base."""
-        return (folder / _KB_FILE).is_file()
+        """Whether the folder has this layout's knowledge base and mentions."""
+        return (folder / KB_FILE).is_file() and any(folder.glob(f"*{_SUFFIX['train']}"))
 
     def files(self) -> list[tuple[str, Path]]:
-        """The JSON files and all pictures."""
-        paths = [self.folder / _KB_FILE, *self._files.values(), *self._kb_pictures.files()]
-        paths += self._mention_pictures.files()
-        return [(path.relative_to(self.folder).as_posix(), path) for path in paths]
+        """The JSON files and what the pictures are in: a zip, or all files of a folder."""
+        paths = [*self._files.values(), *self._mention_pictures.files()]
+        return [*self._kb.files(), *((path.relative_to(self.folder).as_posix(), path) for path in paths)]
 
     def entities(self) -> Iterator[RawEntity | Finding]:
-        """Entities in the order of kb_entity.json."""
-        path = self.folder / _KB_FILE
-        for position, record in enumerate(array_records(path)):
-            problem = _type_problem(record, {"qid": str, "entity_name": str, "attr": str, "image_list": list})
-            if problem:
-                yield Finding(path.name, position, "wrong type", "rejected", problem)
-                continue
-            pictures = tuple(self._kb_pictures.find(name, [name]) for name in record.get("image_list") or [] if name)
-            text = {name: (record.get(name) or "").strip() for name in ("qid", "entity_name", "attr")}
-            yield RawEntity(path.name, position, text["qid"], text["entity_name"], text["attr"], pictures)
+        """Entities in the order of kb_entity.json. Raises UserError like `MimicKb.entities`."""
+        return self._kb.entities()
 
     def mentions(self, split: str) -> Iterator[RawMention | Finding]:
-        """Mentions in the order of the split's file."""
+        """Mentions in the order of the split's file; those of train come with the findings of the pictures' zip.
+
+        Raises:
+            UserError: wrong JSON, or no record has the text that was chosen.
+        """
+        if split == "train":
+            yield from self._mention_pictures.refused
         path = self._files[split]
+        desc = ChosenField(path, "desc") if self._with_desc else None
+        types = {**_MENTION_TYPES, "desc": str} if desc else _MENTION_TYPES
         for position, record in enumerate(array_records(path)):
-            types: dict[str, type | tuple[type, ...]] = dict.fromkeys(_MENTION_FIELDS - {"id", "entities"}, str)
-            problem = _type_problem(record, types | {"id": (str, int)})
-            if problem:
+            if problem := type_problem(record, types):
                 yield Finding(path.name, position, "wrong type", "rejected", problem)
                 continue
-            text = {name: (record.get(name) or "").strip() for name in types}
-            yield RawMention(
-                path.name,
-                position,
-                "" if record.get("id") is None else str(record["id"]).strip(),
-                text["mentions"],
-                text["sentence"],
-                text["answer"] or None,
-                _groups(record),
-                self._mention_picture(text["imgPath"]),
-            )
+            if desc:
+                yield from desc.findings(position, record)
+            yield self._mention(path.name, position, record)
+        if desc:
+            desc.finish()
+
+    def _mention(self, source: str, position: int, record: Mapping[str, Any]) -> RawMention:
+        sentence = text_of(record, "sentence")
+        if self._with_desc:
+            sentence = f"{sentence} {text_of(record, 'desc')}".strip()
+        return RawMention(
+            source,
+            position,
+            text_of(record, "id"),
+            percent_decoded(text_of(record, "mentions")).strip(),
+            sentence,
+            text_of(record, "answer") or None,
+            groups_of(record, _NO_GROUPS | _MENTION_TYPES.keys()),
+            self._mention_picture(text_of(record, "imgPath")),
+        )
 
     def _mention_picture(self, name: str) -> RawPicture | None:
         """The release names the original upload; its file is a JPEG named by what comes before the first dot."""
@@ -94,20 +109,17 @@ class MimicRelease:
         return self._mention_pictures.find(name, [base.split(".")[0] + ".jpg", base])
 
     @cached_property
-    def _kb_pictures(self) -> PictureFiles:
-        return PictureFiles([self.folder / _KB_PICTURES])
-
-    @cached_property
     def _mention_pictures(self) -> PictureFiles:
-        return PictureFiles([self._mention_folder])
+        return PictureFiles(self._mention_places)
 
 
-def _mention_folder(folder: Path) -> Path:
+def _mention_places(folder: Path) -> list[Path]:
+    """The folder, then the zips: what was unpacked goes before what was not."""
     found = [folder / name for name in _MENTION_PICTURES if (folder / name).is_dir()]
     if len(found) > 1:
         names = " and ".join(f"{path.name}/" for path in found)
         raise UserError(f"{folder}: has both {names}; keep the one that holds the mentions' pictures")
-    return found[0] if found else folder / _MENTION_PICTURES[0]
+    return [*found, *(folder / f"{name}.zip" for name in _MENTION_PICTURES)]
 
 
 def _mention_file(folder: Path, suffix: str) -> Path:
@@ -122,22 +134,3 @@ def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     return shown or "an empty folder"
-
-
-def _type_problem(record: Any, types: Mapping[str, type | tuple[type, ...]]) -> str:
-    """What is wrong with a record's types, or an empty text. Absent and null are left to the rules of all releases."""
-    if not isinstance(record, dict):
-        return f"record is {type(record).__name__}"
-    for name, expected in sorted(types.items()):
-        value = record.get(name)
-        if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
-            return f"{name} is {type(value).__name__}"
-    if any(not isinstance(name, str) for name in record.get("image_list") or []):
-        return "image_list holds something else than names"
-    return ""
-
-
-def _groups(record: Mapping[str, Any]) -> dict[str, str]:
-    scalars = (str, int, float, bool)
-    unknown = {name: value for name, value in record.items() if name not in _MENTION_FIELDS}
-    return {name: str(value) for name, value in sorted(unknown.items()) if isinstance(value, scalars)}

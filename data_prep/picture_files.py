@@ -2,20 +2,19 @@
 
 import os
 import unicodedata
-import zipfile
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
-from data_prep.release import RawPicture
-from dsmip.errors import UserError
-
-_OPEN_ZIPS = 4
+from data_prep.release import Finding, RawPicture
+from data_prep.zip_members import read_member, zip_members
 
 
 class PictureFiles:
     """All files of some folders and zips, by base name; the first place that has a name wins.
+
+    refused: a finding for each member of a zip that is not read. A parser delivers them once.
 
     Raises:
         UserError: a zip is damaged.
@@ -24,11 +23,19 @@ class PictureFiles:
     def __init__(self, places: Sequence[Path]) -> None:
         self.places = tuple(place for place in places if place.exists())
         self._found: dict[str, RawPicture] = {}
+        refused: list[Finding] = []
         for place in self.places:
-            for picture in _folder(place) if place.is_dir() else _zip(place):
+            if place.is_dir():
+                pictures = _folder(place)
+            else:
+                members, faults = zip_members(place)
+                pictures = [replace(member, name=base_name(member.name)) for member in members]
+                refused += faults
+            for picture in pictures:
                 # Archives from some systems hold decomposed names.
                 for name in (picture.name, unicodedata.normalize("NFC", picture.name)):
                     self._found.setdefault(name, picture)
+        self.refused = tuple(refused)
 
     def find(self, name: str, candidates: Iterable[str]) -> RawPicture:
         """The first candidate, as it is or percent-decoded, that is a file here; folders in a name do not count.
@@ -45,7 +52,8 @@ class PictureFiles:
 
     def files(self) -> list[Path]:
         """The files that the pictures are in: a zip, or every file of a folder; in a fixed order."""
-        return sorted({picture.path for picture in self._found.values() if picture.path})
+        zips = {place for place in self.places if not place.is_dir()}
+        return sorted(zips | {picture.path for picture in self._found.values() if picture.path})
 
 
 def base_name(name: str) -> str:
@@ -57,33 +65,17 @@ def read_picture(picture: RawPicture, max_bytes: int) -> bytes:
     """At most `max_bytes` + 1 bytes of a picture that was found.
 
     Raises:
-        OSError, zipfile.BadZipFile: it cannot be read.
+        OSError: it cannot be read.
     """
     if picture.path is None:
         raise FileNotFoundError(picture.name)
     if picture.member is None:
         with picture.path.open("rb") as stream:
             return stream.read(max_bytes + 1)
-    with _opened(picture.path).open(picture.member) as member:
-        return member.read(max_bytes + 1)
+    return read_member(picture.path, picture.member, max_bytes)
 
 
 def _folder(folder: Path) -> list[RawPicture]:
     with os.scandir(folder) as entries:
         found = [(entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
     return [RawPicture(name, folder / name, None, size) for name, size in sorted(found)]
-
-
-def _zip(path: Path) -> list[RawPicture]:
-    try:
-        infos = _opened(path).infolist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path}: the zip cannot be read: {error}") from error
-    return [
-        RawPicture(base_name(info.filename), path, info.filename, info.file_size) for info in infos if not info.is_dir()
-    ]
-
-
-@lru_cache(_OPEN_ZIPS)
-def _opened(path: Path) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)

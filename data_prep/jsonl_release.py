@@ -1,0 +1,212 @@
+"""Parser of the layout for one's own data (docs/data.md has an example).
+
+    entities.jsonl   {entity_id, name, attributes: text or {key: value}, images: [path, ...]}
+    mentions.jsonl   {mention_id, word, sentence, entity_id or null, image: path, split, ...}
+    images/  or images.zip
+
+Either file may be a parquet file of the same columns. Paths are relative to the folder and stay in it. Further columns
+of a mention become groups.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from data_prep.fields import Types, groups_of, text_of, type_problem
+from data_prep.json_records import BrokenLine, line_records
+from data_prep.picture_paths import PicturePaths
+from data_prep.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
+from dsmip.errors import UserError
+
+ENTITY_FILES = ("entities.jsonl", "entities.parquet")
+_MENTION_FILES = ("mentions.jsonl", "mentions.parquet")
+_ENTITY_TYPES: Types = {"entity_id": (str, int), "name": str, "attributes": (str, dict), "images": list}
+_MENTION_TYPES: Types = {
+    "mention_id": (str, int),
+    "word": str,
+    "sentence": str,
+    "entity_id": (str, int),
+    "image": str,
+    "split": str,
+}
+_SPLIT_OF = {
+    "train": "train",
+    "test": "test",
+    **dict.fromkeys(("validation", "dev", "val", "valid"), "validation"),
+}
+_BATCH_ROWS = 256
+
+
+class JsonlKb:
+    """Entities of `file`, whose pictures lie in its folder.
+
+    Raises:
+        UserError: images.zip is damaged.
+    """
+
+    def __init__(self, file: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
+        self._file = file
+        self.pictures = PicturePaths(file.parent)
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The file, the zip, and every picture that an entity names, by their names below the folder."""
+        found = _picture_files(picture for item in self.entities() for picture in _pictures(item))
+        return _named(self._file.parent, [self._file, *self.pictures.zips, *found])
+
+    def entities(self) -> Iterator[RawEntity | Finding]:
+        """Entities in the order of the file, and findings, also those of the zip. Raises UserError: wrong parquet."""
+        yield from self.pictures.refused
+        source = self._file.name
+        for position, record in enumerate(_records(self._file)):
+            if isinstance(record, BrokenLine):
+                yield Finding(source, position, "wrong JSON", "rejected", record.problem)
+            elif problem := type_problem(record, _ENTITY_TYPES) or _nested(record.get("attributes")):
+                yield Finding(source, position, "wrong type", "rejected", problem)
+            else:
+                pictures = []
+                for name in filter(None, record.get("images") or []):
+                    if picture := self.pictures.find(name):
+                        pictures.append(picture)
+                    else:
+                        yield _outside(source, position, name)
+                entity_id, name, text = text_of(record, "entity_id"), text_of(record, "name"), attribute_text(record)
+                yield RawEntity(source, position, entity_id, name, text, tuple(pictures))
+
+    def records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Entity ids and records as they are, of all records that have an id."""
+        for record in _records(self._file):
+            if not isinstance(record, BrokenLine) and not type_problem(record, _ENTITY_TYPES):
+                yield text_of(record, "entity_id"), record
+
+
+class JsonlRelease:
+    """A folder in the layout for one's own data.
+
+    Raises:
+        UserError: a file is missing or there twice, images.zip is damaged, or an option is set that this layout does
+            not have.
+    """
+
+    layout: str = "jsonl"
+
+    def __init__(self, folder: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
+        refuse_unknown_options(options, self.layout, ())
+        self.folder = folder
+        self.choices: Mapping[str, str] = {}
+        self._kb = JsonlKb(_one_of(folder, ENTITY_FILES), options)
+        self._mentions = _one_of(folder, _MENTION_FILES)
+
+    @classmethod
+    def fits(cls, folder: Path) -> bool:
+        """Whether the folder has this layout's entities."""
+        return any((folder / name).is_file() for name in ENTITY_FILES)
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The two files, the zip, and every picture that a record names."""
+        images = (text_of(record, "image") for _, record in self._typed_records() if not isinstance(record, Finding))
+        found = _picture_files(self._kb.pictures.find(name) for name in images if name)
+        # A picture may be an entity's and a mention's.
+        return sorted({*self._kb.files(), *_named(self.folder, [self._mentions, *found])})
+
+    def entities(self) -> Iterator[RawEntity | Finding]:
+        """Entities in the order of the file. Raises UserError: wrong parquet."""
+        return self._kb.entities()
+
+    def mentions(self, split: str) -> Iterator[RawMention | Finding]:
+        """Mentions of a split in the order of the file; findings of records without a split come with train.
+
+        Raises:
+            UserError: wrong parquet.
+        """
+        source = self._mentions.name
+        for position, record in self._typed_records():
+            if isinstance(record, Finding):
+                if split == "train":
+                    yield record
+            elif _SPLIT_OF[text_of(record, "split").lower()] == split:
+                picture, image = None, text_of(record, "image")
+                if image and (picture := self._kb.pictures.find(image)) is None:
+                    yield _outside(source, position, image)
+                yield RawMention(
+                    source,
+                    position,
+                    text_of(record, "mention_id"),
+                    text_of(record, "word"),
+                    text_of(record, "sentence"),
+                    text_of(record, "entity_id") or None,
+                    groups_of(record, _MENTION_TYPES.keys()),
+                    picture,
+                )
+
+    def _typed_records(self) -> Iterator[tuple[int, Any]]:
+        """Positions and mentions; a finding for each record that is none."""
+        source = self._mentions.name
+        for position, record in enumerate(_records(self._mentions)):
+            if isinstance(record, BrokenLine):
+                record = Finding(source, position, "wrong JSON", "rejected", record.problem)
+            elif problem := type_problem(record, _MENTION_TYPES):
+                record = Finding(source, position, "wrong type", "rejected", problem)
+            elif (split := text_of(record, "split")).lower() not in _SPLIT_OF:
+                record = Finding(source, position, "unknown split", "rejected", split)
+            yield position, record
+
+
+def attribute_text(record: Mapping[str, Any]) -> str:
+    """The field `attributes`, an object as "key: value. key: value, value."; empty values do not count."""
+    attributes = record.get("attributes")
+    if not isinstance(attributes, dict):
+        return text_of(record, "attributes")
+    facts = []
+    for key, value in attributes.items():
+        values = [str(item).strip() for item in (value if isinstance(value, list) else [value]) if item is not None]
+        if text := ", ".join(filter(None, values)):
+            facts.append(f"{key}: {text.removesuffix('.')}.")
+    return " ".join(facts)
+
+
+def _nested(attributes: Any) -> str:
+    values = attributes.values() if isinstance(attributes, dict) else ()
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return (
+        "attributes holds more than texts and numbers" if any(isinstance(item, dict | list) for item in items) else ""
+    )
+
+
+def _outside(source: str, position: int, name: str) -> Finding:
+    return Finding(source, position, "picture outside the folder", "degraded", name)
+
+
+def _pictures(item: RawEntity | Finding) -> Sequence[RawPicture]:
+    return item.pictures if isinstance(item, RawEntity) else ()
+
+
+def _picture_files(pictures: Iterable[RawPicture | None]) -> set[Path]:
+    return {picture.path for picture in pictures if picture and picture.path}
+
+
+def _named(folder: Path, paths: Iterable[Path]) -> list[tuple[str, Path]]:
+    return sorted((path.relative_to(folder).as_posix(), path) for path in set(paths))
+
+
+def _one_of(folder: Path, names: Sequence[str]) -> Path:
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) != 1:
+        problem = "both are there; keep one" if found else "neither is there"
+        raise UserError(f"{folder}: looked for {' or '.join(names)}: {problem}")
+    return found[0]
+
+
+def _records(path: Path) -> Iterator[Any]:
+    """Records of either kind of file; memory holds a record, or a few hundred rows."""
+    if path.suffix == ".jsonl":
+        yield from line_records(path)
+        return
+    try:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(_BATCH_ROWS):
+                yield from batch.to_pylist()
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read as parquet: {error}") from error
