@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from data_prep.finding_log import Counts, finding_log
-from data_prep.release import RawEntity, RawMention, Release, checked_entities, checked_mentions
+from data_prep.release import RawEntity, RawMention, Release, UniqueIds, checked_entities, checked_mentions
 from data_prep.staged_records import write_entity, write_mention
 from dsmip.errors import UserError
 from dsmip.files import atomic_path, sha256_file, write_json
@@ -124,7 +124,7 @@ def make_plan(
 ) -> Plan:
     """Reads the release once and writes the records of every shard, then the plan. `key` names what it is a plan of.
 
-    Memory: the entity ids, and eight bytes per mention.
+    Memory: the ids of entities and mentions, and what the release holds itself.
 
     Raises:
         UserError: the release is wrong or has no usable entity.
@@ -145,8 +145,9 @@ def make_plan(
             raise UserError(
                 f"{source.folder}: no usable entity; " + (f"rejected: {reasons}" if reasons else "it is empty")
             )
+        ids = UniqueIds()
         for split in SPLITS:
-            mentions = checked_mentions(source.mentions(split), row_of, log.note)
+            mentions = checked_mentions(source.mentions(split), row_of, log.note, ids)
             rows = ((mention, row_of[mention.gold or ""]) for mention in mentions)
             shards += _stage_split(out, split, rows, seed, scanned)
         counts = log.counts

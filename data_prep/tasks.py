@@ -1,7 +1,5 @@
 """The pieces of work of a build: make one shard, hash some files. All that a task needs is in it or in the stage."""
 
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -166,7 +164,7 @@ def _prepared(
             return prepare_picture(read_picture(picture, MAX_FILE_BYTES), settings.size)
         except UnusablePicture as error:
             reason = str(error)
-        except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        except OSError:
             reason = "picture unreadable"
     detail = picture.name.encode("utf-8", "replace").decode()
     note(Finding(owner.source, owner.record, reason, "degraded", detail))
