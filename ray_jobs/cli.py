@@ -36,14 +36,14 @@ VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's
 def prepare(
     source: Annotated[str, typer.Argument(help="Release folder; dataset directory; for demo: a seed or a YAML.")],
     out: Annotated[Path, typer.Argument(help="Dataset directory to make.")],
-    format: Annotated[str | None, typer.Option("--format", help="Layout: {mimic,...} (default: as found).")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="mimic, melbench, wikidiverse, jsonl or demo (default: as found).")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the data set (default: the folder's).")] = None,
     licence: Annotated[str, typer.Option(help="Its licence, for the manifest.")] = "unknown",
     entity_text: Annotated[EntityText, typer.Option(help="Field that entities' attributes are read from.")] = "attr",
     mention_text: Annotated[MentionText, typer.Option(help="What mentions' sentences are made of.")] = "sentence",
     kb: Annotated[Path | None, typer.Option(help="Knowledge base, for layouts that come without one.")] = None,
     split: Annotated[str | None, typer.Option(help="Percentages, as 70/10/20, for layouts without splits.")] = None,
-    image_size: Annotated[int, typer.Option(min=16, help="Longest shorter side of stored pictures.")] = 224,
+    image_size: Annotated[int, typer.Option(min=16, help="Shorter side that pictures are shrunk to.")] = 224,
     keep_original: Annotated[bool, typer.Option("--keep-original", help="Store JPEGs as they are.")] = False,
     shard_size: Annotated[str, typer.Option(help="About the size of the kb's shards.")] = "256MB",
     train_fraction: Annotated[
