@@ -64,6 +64,7 @@ def hashes(files: RankedFiles) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in files.index.iterdir()}
 
 
+@pytest.mark.slow
 def test_builders_make_what_one_process_makes(run: Run) -> None:
     pieces = plan_pieces(run, "test", "multimodal", slice_rows=3)
     pieces.make(list(pieces.missing), CPU)
