@@ -20,6 +20,7 @@ from dsmip.models.base import FeatureEncoder, Matcher
 from dsmip.shards import Dataset
 from dsmip.table import Table, concatenate
 from dsmip.table_writer import TableWriter
+from dsmip.threads import map_alone
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
@@ -63,11 +64,15 @@ class FeatureCache:
         progress: Progress = lambda count: None,
     ) -> Path:
         """The file of those features, computed unless it is there."""
-        key = fingerprint(encoder.encoder_state(), dataset.manifest_hash, collator.item_format, split, self.dtype)
-        path = self.folder / f"{part}-{split}-{key[:16]}.safetensors"
+        path = self.path(part, split, encoder, dataset, collator)
         if not path.is_file():
             encode_split(path, split, encoder, dataset, collator, device, self.dtype, progress)
         return path
+
+    def path(self, part: str, split: str, encoder: FeatureEncoder, dataset: Dataset, collator: Collator) -> Path:
+        """Where those features are, or would be."""
+        key = fingerprint(encoder.encoder_state(), dataset.manifest_hash, collator.item_format, split, self.dtype)
+        return self.folder / f"{part}-{split}-{key[:16]}.safetensors"
 
 
 def fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:
@@ -94,13 +99,48 @@ def encode_split(
 
     Picture tokens are ragged columns whose last name part is `image_tokens`: they depend on the picture alone.
     """
-    encode = encoder.encode_entities if split == KB else encoder.encode_mentions
     with TableWriter(path) as writer:
-        for batch in _batches(split, dataset, collator):
-            table = encode(batch.to(device)).to(torch.device("cpu")).cast(dtype)
-            pictures = [name for name in table.columns if name.split(".")[-1] == "image_tokens"]
-            writer.append(table, dict.fromkeys(pictures, ~batch.has_image))
-            progress(len(batch))
+        for table, has_image in _encoded(split, encoder, dataset, collator, device):
+            writer.append(table.to(torch.device("cpu")).cast(dtype), dict.fromkeys(_picture_columns(table), ~has_image))
+            progress(len(has_image))
+
+
+@torch.no_grad()
+def encode_rows(
+    rows: range,
+    encoder: FeatureEncoder,
+    dataset: Dataset,
+    collator: Collator,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Table:
+    """Features of some rows of the kb, on the device: what `encode_split` writes of them.
+
+    They are the same to the last bit where `rows` starts at a multiple of the batch size (256).
+    """
+    batches = list(_encoded(KB, encoder, dataset, collator, device, rows))
+    table = concatenate([table for table, _ in batches]).cast(dtype)
+    missing_N = ~torch.cat([has_image for _, has_image in batches]).to(device)
+    shared = {name: table.ragged(name).sharing(missing_N) for name in _picture_columns(table)}
+    return table.merged(Table(shared))
+
+
+def _encoded(
+    split: str,
+    encoder: FeatureEncoder,
+    dataset: Dataset,
+    collator: Collator,
+    device: torch.device,
+    rows: range | None = None,
+) -> Iterator[tuple[Table, Tensor]]:
+    """Features batch by batch, and which items of the batch have a picture (bool [N], CPU)."""
+    encode = encoder.encode_entities if split == KB else encoder.encode_mentions
+    batches = _batches(split, dataset, collator, rows)
+    return map_alone(lambda batch: (encode(batch.to(device)), batch.has_image), batches, device)
+
+
+def _picture_columns(table: Table) -> list[str]:
+    return [name for name in table.columns if name.split(".")[-1] == "image_tokens"]
 
 
 @torch.no_grad()

@@ -3,16 +3,17 @@
 <folder>/slice-000000.safetensors   prepared entities (a `Table`), a fixed number of kb rows each, memory-mapped
 <folder>/index.json                 written last: what it was made from, and rows and bytes of each slice
 
-An interrupted build goes on from its finished slices.
+Slices do not depend on each other: whoever builds them (`dsmip.pieces`) may do so in any order, and goes on from those
+that are there.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dsmip.errors import UserError
@@ -98,29 +99,33 @@ class EntityIndex:
         return EntityIndex(tables)
 
 
-def build_index(
-    folder: Path,
-    made_from: dict[str, Any],
-    num_entities: int,
-    prepare: Callable[[range], Table],
-    *,
-    slice_rows: int = SLICE_ROWS,
-    progress: Callable[[int], None] = lambda num_entities: None,
-) -> EntityIndex:
-    """Opens the index at `folder`, or builds what is missing of it, slice by slice.
+def index_slices(folder: Path, num_entities: int, slice_rows: int = SLICE_ROWS) -> dict[Path, range]:
+    """The files of an index and the kb rows of each."""
+    starts = range(0, num_entities, slice_rows)
+    return {
+        folder / f"slice-{number:06d}.safetensors": range(start, min(start + slice_rows, num_entities))
+        for number, start in enumerate(starts)
+    }
 
-    The folder must belong to `made_from` alone (carry a hash of it in its name). prepare: prepared entities of a range
-    of kb rows. progress: called with the number of entities that are done.
+
+def finish_index(folder: Path, made_from: dict[str, Any], slices: Mapping[Path, range]) -> EntityIndex:
+    """Opens the index at `folder`; where all of its slices have just been built, checks them and writes the manifest.
+
+    The folder must belong to `made_from` alone (carry a hash of it in its name).
+    Raises UserError when a slice is missing or damaged.
     """
-    if (folder / MANIFEST).is_file():
-        return EntityIndex.open(folder, made_from)
-    slices = []
-    for number, first in enumerate(range(0, num_entities, slice_rows)):
-        rows = range(first, min(first + slice_rows, num_entities))
-        path = folder / f"slice-{number:06d}.safetensors"
-        if not path.is_file():
-            prepare(rows).to(torch.device("cpu")).save(path)
-        slices.append({"file": path.name, "rows": len(rows), "bytes": path.stat().st_size})
-        progress(rows.stop)
-    write_json(folder / MANIFEST, {"made_from": made_from, "slices": slices})
+    if not (folder / MANIFEST).is_file():
+        for path, rows in slices.items():
+            try:
+                num_rows = len(Table.load(path))
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{path} is missing or damaged ({error}); delete it and build the index again"
+                ) from error
+            if num_rows != len(rows):
+                raise UserError(f"{path} has {num_rows} entities instead of {len(rows)}; delete it and build it again")
+        entries = [
+            {"file": path.name, "rows": len(rows), "bytes": path.stat().st_size} for path, rows in slices.items()
+        ]
+        write_json(folder / MANIFEST, {"made_from": made_from, "slices": entries})
     return EntityIndex.open(folder, made_from)

@@ -4,7 +4,6 @@
 <run>/index/<model>-<hash>/<split>.safetensors  prepared mentions, so that all workers score the very same numbers
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,15 @@ from torch import Tensor
 from dsmip.candidates import CandidateSearch, Links, link
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.evaluation import Ranking, prepare_in_tiles, rank
-from dsmip.features import fingerprint, whole_features
-from dsmip.index import LAYOUT, SLICE_ROWS, EntityIndex, build_index
-from dsmip.manifest import KB
+from dsmip.evaluation import Ranking, rank
+from dsmip.index import EntityIndex
 from dsmip.models import find_system
 from dsmip.models.base import Matcher
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.refinement import PairScorer
 from dsmip.runs import Run
-from dsmip.stages import gold_rows, part_feature_file, whole_feature_files
+from dsmip.stages import gold_rows
 from dsmip.table import Table
 from dsmip.text_unit import use_backend, use_precision
 
@@ -142,47 +139,3 @@ def load_model(run: Run, model: str) -> tuple[Matcher, ExperimentConfig, tuple[s
     if model in run.part_names:
         return run.load_part(model, with_encoder=False), run.config, ()
     raise UserError(f"unknown model '{model}'; this run has {', '.join(model_names(run.config))}")
-
-
-def store_ranked(
-    run: Run, split: str, model: str, device: torch.device, progress: Progress = no_progress
-) -> RankedFiles:
-    """Encodes and prepares what is missing: features, index, mentions. Raises UserError as `load_model` does."""
-    matcher, config, _ = load_model(run, model)
-    matcher.to(device)
-    files = {each: _feature_files(run, config, model, each, device, progress) for each in (split, KB)}
-    made_from = {
-        "model": model,
-        "layout": [LAYOUT, SLICE_ROWS],
-        "data": run.dataset.manifest_hash,
-        "weights": fingerprint(matcher.state_dict()),
-        "features": sorted(path.name for path in files[KB].values()),
-    }
-    folder = run.folder / "index" / f"{model}-{fingerprint({}, made_from)[:16]}"
-    for outdated in {*folder.parent.glob(f"{model}-{'[0-9a-f]' * 16}")} - {folder}:
-        shutil.rmtree(outdated)  # of weights or features that are no more
-    kb, mentions = _features(files[KB]), _features(files[split])
-
-    def prepare(rows: range) -> Table:
-        return prepare_in_tiles(matcher, kb.rows(slice(rows.start, rows.stop)), "entities", device)
-
-    build_index(
-        folder, made_from, len(kb), prepare, progress=lambda done: progress("entities in the index", done, len(kb))
-    )
-    ranked = RankedFiles(run.folder.resolve(), split, model, folder.resolve(), made_from)
-    if not ranked.mentions.is_file():
-        prepare_in_tiles(matcher, mentions, "mentions", device).to(torch.device("cpu")).save(ranked.mentions)
-    return ranked
-
-
-def _feature_files(
-    run: Run, config: ExperimentConfig, model: str, split: str, device: torch.device, progress: Progress
-) -> dict[str, Path]:
-    if model == run.system.name and run.system.gated:
-        return whole_feature_files(run, config, split, device, progress)
-    return {model: part_feature_file(run, model, split, device, progress)}
-
-
-def _features(files: Mapping[str, Path]) -> Table:
-    tables = {name: Table.load(path) for name, path in files.items()}
-    return whole_features(tables, list(tables)) if len(tables) > 1 else next(iter(tables.values()))

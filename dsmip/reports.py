@@ -18,9 +18,10 @@ from dsmip.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.manifest import SPLITS
 from dsmip.metrics import HITS_AT, confidence
 from dsmip.ops import ranking as ops
+from dsmip.pieces import Pieces, plan_pieces
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
-from dsmip.ranked_model import RankedFiles, RankedModel, store_ranked
+from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.records import Mention
 from dsmip.runs import Run
 
@@ -48,6 +49,7 @@ def evaluate_model(
     device: torch.device,
     *,
     options: RankOptions = RankOptions(),
+    make_pieces: Callable[[Pieces], None] | None = None,
     rank_stored: Callable[[RankedFiles], Ranking] | None = None,
     progress: Progress = no_progress,
     notice: Callable[[str], None] = print,
@@ -55,9 +57,10 @@ def evaluate_model(
 ) -> Evaluated:
     """Ranks the whole kb for every mention of a split and writes metrics.json and ranks.parquet.
 
-    model: a finished part, or the system's name for the gated whole. rank_stored: makes the ranking (default: in this
-    process, on `device`, with `options`). notice: takes lines about how it is done. candidates: also rank
-    among so many candidates, in this process; their figures are a section of their own.
+    model: a finished part, or the system's name for the gated whole. make_pieces, rank_stored: make what the ranking
+    reads where it is missing, and the ranking (default: in this process, on `device`, with `options`). notice: takes
+    lines about how it is done. candidates: also rank among so many candidates, in this process on `device`; their
+    figures are a section of their own.
     Raises UserError for an unknown model or split, one that is not trained yet, one that scores NaN, or no candidates.
     """
     if split not in SPLITS:
@@ -67,7 +70,12 @@ def evaluate_model(
     mentions = list(run.dataset.mentions(split))
     if not mentions:
         raise UserError(f"split '{split}' of {run.dataset.folder} has no mentions")
-    stored = store_ranked(run, split, model, device, progress)
+    pieces = plan_pieces(run, split, model)
+    if make_pieces:
+        make_pieces(pieces)
+    else:
+        pieces.make(list(pieces.missing), device, progress)
+    stored = pieces.finish()
     entity_ids = run.dataset.entity_texts().column("entity_id").to_pylist()
     try:
         opened = stored.open()

@@ -30,7 +30,7 @@ from dsmip.errors import UserError
 from dsmip.features import FeatureCache
 from dsmip.files import write_json, write_text
 from dsmip.models import find_system
-from dsmip.models.base import Matcher, System
+from dsmip.models.base import FeatureEncoder, Matcher, System
 from dsmip.shards import Dataset
 from dsmip.text import Tokenizer
 
@@ -154,6 +154,12 @@ class Run:
         matcher = self.system.build_part(part, self.config, with_encoder=with_encoder)
         load_own_weights(matcher, self.folder / part / "weights.safetensors")
         return matcher
+
+    def load_encoder(self, part: str, config: ExperimentConfig) -> FeatureEncoder:
+        """What makes a feature part's features, on the CPU: a finished part, or else what `config` says of it."""
+        if part in self.part_names:
+            return self.load_part(part, with_encoder=True)
+        return self.system.build_encoder(part, config)
 
     def load_whole(self, config: ExperimentConfig | None = None) -> Matcher:
         """The finished gated system, for cached features."""

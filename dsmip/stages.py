@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,11 +10,10 @@ from dsmip import distributed
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.errors import UserError
 from dsmip.evaluation import prepare_in_tiles, rank
-from dsmip.features import prepare_split, whole_features
+from dsmip.features import prepare_split
 from dsmip.index import EntityIndex
 from dsmip.manifest import KB
-from dsmip.models.base import FeatureEncoder, Matcher
-from dsmip.progress import Progress, counting, no_progress
+from dsmip.models.base import Matcher
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.sources import CachedSource, StreamSource, is_held_out
@@ -140,31 +138,6 @@ def run_features(run: Run, part: str, split: str, matcher: Matcher, device: torc
         run.cache.table(part, split, matcher, run.dataset, run.collator(part), device)
     distributed.barrier()
     return run.cache.table(part, split, matcher, run.dataset, run.collator(part), device)
-
-
-def load_whole_features(run: Run, config: ExperimentConfig, split: str, device: torch.device) -> Table:
-    """Features of all parts that the whole system of `config` needs, computed where they are not cached yet."""
-    files = whole_feature_files(run, config, split, device)
-    return whole_features({name: Table.load(path) for name, path in files.items()}, list(files))
-
-
-def whole_feature_files(
-    run: Run, config: ExperimentConfig, split: str, device: torch.device, progress: Progress = no_progress
-) -> dict[str, Path]:
-    """The cached features of each part that the whole system of `config` needs, computed where they are missing."""
-    names = run.system.feature_parts(config.system)
-    return {name: part_feature_file(run.home(name, config), name, split, device, progress) for name in names}
-
-
-def part_feature_file(run: Run, part: str, split: str, device: torch.device, progress: Progress = no_progress) -> Path:
-    """The cached features of a finished part, or of a gate's inputs, computed where they are missing."""
-    if part in run.part_names:
-        encoder: FeatureEncoder = run.load_part(part, with_encoder=True).to(device)
-    else:
-        encoder = run.system.build_encoder(part, run.config).to(device)
-    total = run.dataset.num_entities if split == KB else run.dataset.num_mentions(split)
-    encoded = counting(progress, f"{split} encoded by {part}", total)
-    return run.cache.ensure(part, split, encoder, run.dataset, run.collator(part), device, encoded)
 
 
 def _validate_on(

@@ -60,6 +60,15 @@ class Ragged:
         index = torch.arange(int(length_of_unique.sum()), device=self.values.device) + offset
         return Ragged(self.values[index], new_starts[inverse], self.lengths)
 
+    def sharing(self, alike_N: Tensor) -> "Ragged":
+        """The same items, but those that are alike (bool [N]) have the token rows of the first of them, kept once."""
+        if not bool(alike_N.any()):
+            return self
+        own, shared = self.rows(~alike_N).compact(), self.rows(alike_N.nonzero()[:1, 0]).compact()
+        starts_N = torch.full_like(self.starts, len(own.values))
+        starts_N[~alike_N] = own.starts
+        return Ragged(torch.cat([own.values, shared.values]), starts_N, self.lengths)
+
     def not_finite(self) -> Tensor:
         """bool [N]: items with a NaN or an infinity among their token rows."""
         if len(self.lengths) == 0:

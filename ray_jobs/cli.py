@@ -149,7 +149,10 @@ def evaluate(
     model: Annotated[str | None, typer.Option("--model", help="A part, or the system's name (default).")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = "cpu",
     workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Ray workers that rank slices of the kb; 1: this process, no Ray.")
+        int,
+        typer.Option(
+            "--workers", min=1, help="Ray workers that build the index and rank slices of it; 1: this process, no Ray."
+        ),
     ] = 1,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Best entities of each mention to write.")] = 20,
     backend: Annotated[

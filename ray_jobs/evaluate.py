@@ -1,17 +1,16 @@
 """The job `dsmip evaluate`: exact ranking of one model on one split, in this process without Ray, or on Ray workers."""
 
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsmip.errors import UserError
-from dsmip.evaluation import Ranking
 from dsmip.rank_options import RankOptions
-from dsmip.ranked_model import RankedFiles, model_names
-from dsmip.reports import evaluate_model
+from dsmip.ranked_model import model_names
+from dsmip.reports import Evaluated, evaluate_model
 from dsmip.runs import Run
 
 _SECONDS_A_LINE = 10
@@ -31,26 +30,18 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a finished part or the whole system of a run, prints the main figures and returns the metrics.
 
-    workers: more than one rank slices of the kb on Ray. candidates: how many to rank among as well, apart from the
-    metrics and in this process. Raises UserError for an unknown model, split or device, or a model that is not trained
-    yet; JobFailed when a worker fails.
+    workers: more than one build the index and rank slices of it on Ray, each on its own device; this process then needs
+    no GPU. candidates: how many to rank among as well, apart from the metrics and in this process.
+    Raises UserError for an unknown model, split or device, a model that is not trained yet, or workers that the cluster
+    can never give; JobFailed when a worker fails.
     """
-    run, place = Run.open(folder), checked_device(device)
-    workers = min(workers, run.dataset.num_entities)
-    if workers > 1 and place.index is not None:
-        raise UserError(f"--device {device} with {workers} workers: Ray gives each worker its device; say {place.type}")
-    rank_stored = None if workers == 1 else _ranker_on_ray(workers, place, options)
-    model = model or model_names(run.config)[0]
-    evaluated = evaluate_model(
-        run,
-        split,
-        model,
-        place,
-        options=options,
-        rank_stored=rank_stored,
-        progress=_Lines(),
-        candidates=candidates,
-    )
+    run, place = Run.open(folder), named_device(device)
+    model, workers = model or model_names(run.config)[0], min(workers, run.dataset.num_entities)
+    if workers > 1:
+        evaluated = _evaluate_on_ray(run, split, model, place, workers, options, candidates)
+    else:
+        check_here(place)
+        evaluated = evaluate_model(run, split, model, place, options=options, progress=_Lines(), candidates=candidates)
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
     refined = metrics["refinement"]
@@ -95,27 +86,49 @@ def _print_candidates(found: dict[str, Any]) -> None:
     print(f"  among candidates only, never to be reported as metrics: {figures}")
 
 
-def _ranker_on_ray(workers: int, device: torch.device, options: RankOptions) -> Callable[[RankedFiles], Ranking]:
-    def rank_stored(stored: RankedFiles) -> Ranking:
-        from ray_jobs.progress import Display
-        from ray_jobs.rank_slices import rank_on_ray  # imports Ray, which one worker does without
+def _evaluate_on_ray(
+    run: Run, split: str, model: str, device: torch.device, workers: int, options: RankOptions, candidates: int | None
+) -> Evaluated:
+    if device.index is not None:
+        raise UserError(
+            f"--device {device} with {workers} workers: Ray gives each worker its device; say {device.type}"
+        )
+    from ray_jobs.build_pieces import build_on_ray  # these import Ray, which one worker does without
+    from ray_jobs.environment import connected
+    from ray_jobs.progress import Display
+    from ray_jobs.rank_slices import rank_on_ray
+    from ray_jobs.resources import Request, check_feasible
 
-        return rank_on_ray(stored, workers, gpu=device.type == "cuda", options=options, display=Display())
+    gpu, display = device.type == "cuda", Display()
+    with connected():
+        check_feasible([Request("evaluate", workers, 1, int(gpu))])
+        return evaluate_model(
+            run,
+            split,
+            model,
+            torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"),
+            options=options,
+            make_pieces=partial(build_on_ray, workers=workers, gpu=gpu, display=display),
+            rank_stored=partial(rank_on_ray, workers=workers, gpu=gpu, options=options, display=display),
+            candidates=candidates,
+        )
 
-    return rank_stored
 
-
-def checked_device(name: str) -> torch.device:
-    """The device of that name; UserError when there is none."""
+def named_device(name: str) -> torch.device:
+    """The device of that name, wherever it is; UserError when there is no such name."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is no device; use cpu, cuda or cuda:<number>") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; use cpu, cuda or cuda:<number>")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def check_here(device: torch.device) -> None:
+    """Raises UserError when this machine does not have the device."""
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How a driver learns what its workers do, and shows it: an actor collects events, a display prints them.
 
-On a terminal there is one live bar per training; without one there is a plain line per epoch.
+On a terminal there is one live bar per training; without one there is a plain line per epoch, and every 30 s between.
 """
 
 import sys
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 _SHOWN = ("loss", "mrr", "hits@1", "accuracy")
 _LOOK_SECONDS = 0.3
+_PLAIN_LINE_SECONDS = 30.0
 _PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
 Result = TypeVar("Result")
 
@@ -84,6 +85,7 @@ class Display:
         columns = (TextColumn("  {task.description:<12}"), BarColumn(30), TextColumn("{task.fields[text]}"))
         self._progress = Progress(*columns, TimeElapsedColumn(), console=self.console)
         self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}
         self._started = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -109,14 +111,17 @@ class Display:
         (self._progress.console if self._live else self.console).print(line, markup=False)
 
     def show(self, event: Event) -> None:
-        """Moves a bar, or prints a line at the end of an epoch."""
+        """Moves a bar, or prints a line at the end of an epoch and where none was printed for 30 s."""
         if event.name not in self._tasks:
+            self._said[event.name] = time.monotonic()
             self._tasks[event.name] = self._progress.add_task(event.name, total=event.total, text="")
         figures = "  ".join(f"{key} {event.metrics[key]:.3f}" for key in _SHOWN if key in event.metrics)
         changes: dict[str, Any] = {"completed": event.done, "total": event.total}
         if figures:
             changes["text"] = f"epoch {event.epoch + 1}  {figures}"
         self._progress.update(self._tasks[event.name], **changes)
-        if figures and not self._live:
-            seconds = time.monotonic() - self._started
-            self.say(f"  {event.name:<12} epoch {event.epoch + 1:>3}  {figures}  [{seconds:.0f} s]")
+        now = time.monotonic()
+        if not self._live and (figures or now - self._said[event.name] >= _PLAIN_LINE_SECONDS):
+            self._said[event.name] = now
+            where = f"epoch {event.epoch + 1:>3}  {figures}" if figures else f"{event.done} of {event.total}"
+            self.say(f"  {event.name:<12} {where}  [{now - self._started:.0f} s]")

@@ -16,7 +16,6 @@ from dsmip.features import whole_features
 from dsmip.files import write_json, write_text
 from dsmip.local import LocalContext
 from dsmip.manifest import KB
-from dsmip.models.base import FeatureEncoder
 from dsmip.runs import Run, own_weights
 from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole
 from dsmip.table import Table
@@ -59,11 +58,7 @@ def cache_features(root: str, config: str, part: str, name: str, events: Any) ->
     settings = read_config(config)
     home = run.home(part, settings)
     device = worker_device()
-    if part in run.part_names:
-        encoder: FeatureEncoder = home.load_part(part, with_encoder=True).to(device)
-    else:
-        encoder = home.system.build_encoder(part, settings).to(device)
-    collator = home.collator(part)
+    encoder, collator = home.load_encoder(part, settings).to(device), home.collator(part)
     ensure = home.cache.ensure
     return {
         split: str(ensure(part, split, encoder, run.dataset, collator, device, count).resolve()) for split in SPLITS

@@ -16,6 +16,7 @@ from dsmip.features import (
     KB,
     FeatureCache,
     chunked,
+    encode_rows,
     encode_split,
     fingerprint,
     prepare_split,
@@ -150,9 +151,13 @@ def test_missing_pictures_are_stored_once(run: Run) -> None:
     missing = [row for row, entity in enumerate(entities) if not entity.images]
     assert len(missing) == 3
     kb = encoded(run, KB, CountingEncoder(), run.collator("multimodal"))
-    column = kb.ragged("image_tokens")
-    assert len(column.values) == (len(entities) - len(missing) + 1) * 4
-    assert len({int(column.starts[row]) for row in missing}) == 1
+    some = encode_rows(range(3, 11), CountingEncoder(), run.dataset, run.collator("multimodal"), CPU)
+    for table, first, num_missing in ((kb, 0, 3), (some, 3, 2)):
+        column = table.ragged("image_tokens")
+        assert len(column.values) == (len(table) - num_missing + 1) * 4
+        assert len({int(column.starts[row - first]) for row in missing if row >= first}) == 1
+    assert torch.equal(some.dense("text_global"), kb.dense("text_global")[3:])
+    assert torch.equal(some.ragged("image_tokens").padded()[0], kb.ragged("image_tokens").padded()[0][3:])
 
 
 def test_half_precision_halves_the_file_and_scores_as_well(run: Run) -> None:

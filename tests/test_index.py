@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsmip.errors import UserError
-from dsmip.index import EntityIndex, build_index
+from dsmip.index import EntityIndex, finish_index, index_slices
 from dsmip.table import Ragged, Table, concatenate
 
 MADE_FROM: dict[str, Any] = {"model": "text", "data": "abc"}
@@ -26,8 +26,13 @@ def prepared(rows: range) -> Table:
     return Table({"row": numbers.float()[:, None], "token": Ragged(tokens, lengths.cumsum(0) - lengths, lengths)})
 
 
-def build(folder: Path, **options: Any) -> EntityIndex:
-    return build_index(folder, MADE_FROM, NUM_ENTITIES, prepared, slice_rows=4, **options)
+def build(folder: Path, missing: int | None = None) -> EntityIndex:
+    """All slices, whose order does not matter, or all but one."""
+    slices = index_slices(folder, NUM_ENTITIES, slice_rows=4)
+    for number, (path, rows) in reversed(list(enumerate(slices.items()))):
+        if number != missing and not path.is_file():
+            prepared(rows).save(path)
+    return finish_index(folder, MADE_FROM, slices)
 
 
 def assert_rows(table: Table, rows: list[int]) -> None:
@@ -38,10 +43,8 @@ def assert_rows(table: Table, rows: list[int]) -> None:
 
 
 def test_a_built_index_holds_every_entity_in_order(tmp_path: Path) -> None:
-    seen: list[int] = []
-    index = build(tmp_path / "index", progress=seen.append)
+    index = build(tmp_path / "index")
     assert len(index) == NUM_ENTITIES
-    assert seen == [4, 8, 10]
     assert [len(table) for table in index.tables] == [4, 4, 2]
     for size in (1, 3, 100):
         tiles = list(index.tiles(size))
@@ -65,25 +68,25 @@ def test_entities_by_place_and_by_slice(places: list[int], num_parts: int) -> No
         first += len(part)
 
 
-def test_an_interrupted_build_goes_on_from_finished_slices(tmp_path: Path) -> None:
-    asked: list[int] = []
-
-    def interrupted(rows: range) -> Table:
-        if rows.start == 8 and len(asked) < 3:
-            asked.append(rows.start)
-            raise KeyboardInterrupt
-        asked.append(rows.start)
-        return prepared(rows)
-
-    with pytest.raises(KeyboardInterrupt):
-        build_index(tmp_path, MADE_FROM, NUM_ENTITIES, interrupted, slice_rows=4)
+@pytest.mark.parametrize("missing", range(3))
+def test_no_manifest_before_the_last_slice(tmp_path: Path, missing: int) -> None:
+    with pytest.raises(UserError, match=rf"slice-00000{missing}\.safetensors is missing or damaged"):
+        build(tmp_path, missing)
     with pytest.raises(UserError, match="no index"):
         EntityIndex.open(tmp_path, MADE_FROM)
-    index = build_index(tmp_path, MADE_FROM, NUM_ENTITIES, interrupted, slice_rows=4)
-    assert asked == [0, 4, 8, 8]
-    assert_rows(concatenate(index.tables), list(range(NUM_ENTITIES)))
-    build_index(tmp_path, MADE_FROM, NUM_ENTITIES, interrupted, slice_rows=4)
-    assert len(asked) == 4
+    assert len(build(tmp_path)) == NUM_ENTITIES
+
+
+def test_slices_are_checked_before_the_manifest(tmp_path: Path) -> None:
+    path = next(iter(index_slices(tmp_path, NUM_ENTITIES, slice_rows=4)))
+    for damage, message in ((b"", "is missing or damaged"), (None, "has 2 entities instead of 4; delete it")):
+        if damage is None:
+            prepared(range(2)).save(path)
+        else:
+            path.write_bytes(damage)
+        with pytest.raises(UserError, match=rf"slice-000000\.safetensors {message}"):
+            build(tmp_path)
+        assert not (tmp_path / "index.json").exists()
 
 
 def cut_off(folder: Path) -> None:
@@ -122,7 +125,7 @@ def test_damaged_files_are_named(tmp_path: Path, damage: Any, message: str) -> N
     with pytest.raises(UserError, match=message):
         EntityIndex.open(tmp_path, MADE_FROM)
     with pytest.raises(UserError, match=message):
-        build(tmp_path)
+        finish_index(tmp_path, MADE_FROM, index_slices(tmp_path, NUM_ENTITIES, slice_rows=4))
 
 
 def test_an_index_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -137,6 +140,9 @@ def test_shared_token_rows_are_stored_once(tmp_path: Path) -> None:
         starts: Tensor = torch.zeros(len(rows), dtype=torch.int64)
         return Table({"token": Ragged(torch.ones(5, 8), starts, starts + 5)})
 
-    index = build_index(tmp_path, MADE_FROM, 100, alike, slice_rows=50)
+    slices = index_slices(tmp_path, 100, slice_rows=50)
+    for path, rows in slices.items():
+        alike(rows).save(path)
+    index = finish_index(tmp_path, MADE_FROM, slices)
     values = [table.ragged("token").values for table in index.tables]
     assert [len(rows) for rows in values] == [5, 5]

@@ -1,19 +1,27 @@
 """Evaluation on a real Ray: slices of the kb on workers give what one process gives, also when a worker is lost."""
 
 import os
+import shutil
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from ray import cloudpickle
 from typer.testing import CliRunner
 
+from dsmip.errors import UserError
 from dsmip.evaluation import Ranking
+from dsmip.files import sha256_file
+from dsmip.pieces import Pieces, plan_pieces, store_ranked
+from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
-from dsmip.ranked_model import RankedFiles, RankedModel, store_ranked
-from dsmip.reports import evaluate_model
+from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.runs import Run
+from ray_jobs.build_pieces import build_on_ray
 from ray_jobs.cli import app
 from ray_jobs.progress import Display
 from ray_jobs.rank_slices import rank_on_ray
@@ -34,6 +42,64 @@ def assert_equal(found: Ranking, expected: Ranking) -> None:
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
     assert torch.equal(found.counts.better_M, expected.counts.better_M)
     assert torch.equal(found.counts.tied_M, expected.counts.tied_M)
+
+
+@dataclass(frozen=True)
+class LosesABuilder(Pieces):
+    """The process that makes the first of its pieces before any other does is killed then, with more to make."""
+
+    def make(self, paths: Sequence[Path], device: torch.device, progress: Progress = no_progress) -> None:
+        super().make(paths[:1], device, progress)
+        killed = self.files.run / "killed-builder"
+        try:
+            with killed.open("x") as note:
+                note.write(f"{paths[0]}\n{paths[0].stat().st_mtime_ns}")
+        except FileExistsError:
+            super().make(paths, device, progress)
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hashes(files: RankedFiles) -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in files.index.iterdir()}
+
+
+@pytest.mark.slow
+def test_builders_make_what_one_process_makes(run: Run) -> None:
+    pieces = plan_pieces(run, "test", "multimodal", slice_rows=3)
+    pieces.make(list(pieces.missing), CPU)
+    expected = hashes(pieces.finish())
+    assert len(expected) == 4 + 2
+    shutil.rmtree(pieces.files.index)
+    lossy = LosesABuilder(pieces.files, pieces.kb_features, pieces.slices, pieces.num_mentions)
+    build_on_ray(lossy, 2, gpu=False, display=Display())
+    assert not lossy.missing
+    assert hashes(lossy.finish()) == expected
+    path, made = (run.folder / "killed-builder").read_text().splitlines()
+    assert Path(path).stat().st_mtime_ns == int(made)  # what the lost worker had finished was kept
+    build_on_ray(lossy, 2, gpu=True, display=Display())  # nothing is missing: no worker, no GPU is asked for
+
+
+class Damaged(Pieces):
+    def make(self, paths: Sequence[Path], device: torch.device, progress: Progress = no_progress) -> None:
+        raise UserError(f"no room for {paths[0].name}")
+
+
+def test_a_users_mistake_comes_from_a_builder_as_it_is(run: Run) -> None:
+    pieces = plan_pieces(run, "test", "multimodal", slice_rows=6)
+    damaged = Damaged(pieces.files, pieces.kb_features, pieces.slices, pieces.num_mentions)
+    with pytest.raises(UserError, match=r"^no room for (test|slice-00000[01])\.safetensors$"):
+        build_on_ray(damaged, 2, gpu=False, display=Display())
+
+
+def test_this_process_needs_no_gpu_of_its_own(run: Run) -> None:
+    """It is the cluster that is asked for GPUs; a numbered one cannot be had there."""
+    command = ["evaluate", "--run", str(run.folder), "--model", "text", "--workers", "2", "--device"]
+    for device, message in (
+        ("cuda", "2 workers with 1 CPU and 1 GPU each, which this cluster can never give"),
+        ("cuda:0", "Ray gives each worker its device; say cuda"),
+    ):
+        assert message in str(CliRunner().invoke(app, [*command, device]).exception)
 
 
 class LosesAWorker(RankedFiles):
@@ -58,12 +124,21 @@ def test_workers_rank_as_one_process(stored: RankedFiles) -> None:
 
 
 def test_the_command_writes_the_same_with_workers(run: Run) -> None:
-    alone = evaluate_model(run, "test", "text", CPU)
-    before = (alone.folder / "ranks.parquet").read_bytes()
-    result = CliRunner().invoke(app, ["evaluate", "--run", str(run.folder), "--model", "text", "--workers", "2"])
-    assert result.exit_code == 0, result.output
-    assert "scored again in float64" in result.output
-    assert (alone.folder / "ranks.parquet").read_bytes() == before
+    """From nothing: neither index nor features are there before either of them."""
+    written = []
+    for workers in ("1", "2"):
+        for folder in ("index", "features"):
+            shutil.rmtree(run.folder / folder, ignore_errors=True)
+        result = CliRunner().invoke(
+            app, ["evaluate", "--run", str(run.folder), "--model", "multimodal", "--workers", workers]
+        )
+        assert result.exit_code == 0, result.output
+        assert "scored again in float64" in result.output
+        assert ("missing pieces of the index on 2 workers" in result.output) == (workers == "2")
+        (index,) = (run.folder / "index").iterdir()
+        ranks = run.folder / "evaluate" / "test" / "multimodal" / "ranks.parquet"
+        written.append([sha256_file(path) for path in (*sorted(index.iterdir()), ranks)])
+    assert written[0] == written[1]
 
 
 def test_nan_of_a_worker_is_told_with_names(run: Run) -> None:

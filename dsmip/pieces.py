@@ -1,0 +1,168 @@
+"""The files that a ranking reads, made piece by piece: the slices of the entity index, and the mentions' table.
+
+A piece is the same whoever makes it, and does not depend on other pieces: processes that share the run's folder can
+make them side by side, and one that is there is never made again. Features of the kb come from the run's cache where
+it has them. Else they are computed on the way and not kept: of a full-size kb they are larger than the index by far.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsmip.config import ExperimentConfig
+from dsmip.evaluation import prepare_in_tiles
+from dsmip.features import encode_rows, fingerprint, whole_features
+from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
+from dsmip.manifest import KB
+from dsmip.progress import Progress, counting, no_progress
+from dsmip.ranked_model import RankedFiles, load_model
+from dsmip.runs import Run
+from dsmip.stages import gold_rows
+from dsmip.table import Table, concatenate
+from dsmip.threads import map_alone
+
+CPU = torch.device("cpu")
+_TILE = 512  # rows; two batches of the encoders
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What the files of a ranking are made of, for processes that share the run's folder.
+
+    kb_features: by part, the cache file of its features of the kb, which may be there or not.
+    """
+
+    files: RankedFiles
+    kb_features: Mapping[str, Path]
+    slices: Mapping[Path, range]
+    num_mentions: int
+
+    @property
+    def missing(self) -> dict[Path, int]:
+        """Files that are not there yet, with the number of their items; none of a finished index."""
+        missing = {} if self.files.mentions.is_file() else {self.files.mentions: self.num_mentions}
+        if not (self.files.index / MANIFEST).is_file():
+            missing |= {path: len(rows) for path, rows in self.slices.items() if not path.is_file()}
+        return missing
+
+    def make(self, paths: Sequence[Path], device: torch.device, progress: Progress = no_progress) -> None:
+        """Makes some of the pieces; those that are there are kept. Nobody else may make the same ones meanwhile.
+
+        Raises UserError when the data set is damaged.
+        """
+        todo = {path: number for path, number in self.missing.items() if path in set(paths)}
+        if not todo:
+            return
+        maker = _Maker(self, device, progress)
+        made = counting(progress, "entities and mentions prepared", sum(todo.values()))
+        for path in todo:
+            table = maker.entities(self.slices[path], made) if path in self.slices else maker.mentions(made)
+            table.to(CPU).save(path)
+
+    def finish(self) -> RankedFiles:
+        """The files, once all pieces are there. Raises UserError when one is missing or damaged."""
+        finish_index(self.files.index, dict(self.files.made_from), self.slices)
+        return self.files
+
+
+def plan_pieces(run: Run, split: str, model: str, slice_rows: int = SLICE_ROWS) -> Pieces:
+    """The pieces of a model's ranking on a split; an index of earlier weights is deleted.
+
+    Raises UserError as `load_model` does.
+    """
+    matcher, config, _ = load_model(run, model)
+    kb_features = {}
+    for part, home in _homes(run, config, model).items():
+        encoder = home.load_encoder(part, config)
+        kb_features[part] = home.cache.path(part, KB, encoder, run.dataset, home.collator(part)).resolve()
+    made_from = {
+        "model": model,
+        "layout": [LAYOUT, slice_rows],
+        "data": run.dataset.manifest_hash,
+        "weights": fingerprint(matcher.state_dict()),
+        "features": sorted(path.name for path in kb_features.values()),
+    }
+    folder = run.folder.resolve() / "index" / f"{model}-{fingerprint({}, made_from)[:16]}"
+    for outdated in {*folder.parent.glob(f"{model}-{'[0-9a-f]' * 16}")} - {folder}:
+        shutil.rmtree(outdated)  # of weights or features that are no more
+    files = RankedFiles(run.folder.resolve(), split, model, folder, made_from)
+    slices = index_slices(folder, run.dataset.num_entities, slice_rows)
+    return Pieces(files, kb_features, slices, len(gold_rows(run.dataset, split)))
+
+
+def store_ranked(
+    run: Run, split: str, model: str, device: torch.device, progress: Progress = no_progress
+) -> RankedFiles:
+    """Makes all missing pieces in this process. Raises UserError as `load_model` does."""
+    pieces = plan_pieces(run, split, model)
+    pieces.make(list(pieces.missing), device, progress)
+    return pieces.finish()
+
+
+def _homes(run: Run, config: ExperimentConfig, model: str) -> dict[str, Run]:
+    """Where each part lives whose features the model reads."""
+    if model == run.system.name and run.system.gated:
+        return {part: run.home(part, config) for part in run.system.feature_parts(config.system)}
+    return {model: run}
+
+
+class _Maker:
+    """Prepares items on one device; an encoder is loaded when it is first needed."""
+
+    def __init__(self, pieces: Pieces, device: torch.device, progress: Progress) -> None:
+        self._pieces, self._device, self._progress = pieces, device, progress
+        self._run = Run.open(pieces.files.run)
+        matcher, self._config, _ = load_model(self._run, pieces.files.model)
+        self._matcher = matcher.to(device)
+        self._homes = _homes(self._run, self._config, pieces.files.model)
+        self._sources: dict[str, Callable[[range], Table]] = {}
+
+    def entities(self, rows: range, progress: Callable[[int], None]) -> Table:
+        """Prepared entities of these kb rows."""
+        if not self._sources:
+            self._sources = {part: self._source(part) for part in self._homes}
+        return self._prepared(rows, "entities", self._sources, progress)
+
+    def _prepared(
+        self, rows: range, side: str, sources: Mapping[str, Callable[[range], Table]], progress: Callable[[int], None]
+    ) -> Table:
+        """Prepared items of these rows, tile by tile. sources: what gives each part's features of some rows."""
+
+        def prepare(tile: range) -> Table:
+            tables = {part: source(tile) for part, source in sources.items()}
+            features = whole_features(tables, list(tables)) if len(tables) > 1 else next(iter(tables.values()))
+            return prepare_in_tiles(self._matcher, features, side, self._device)
+
+        tiles = []
+        for table in map_alone(
+            prepare, [rows[start : start + _TILE] for start in range(0, len(rows), _TILE)], self._device
+        ):
+            tiles.append(table)
+            progress(len(table))
+        return concatenate(tiles)
+
+    def _source(self, part: str) -> Callable[[range], Table]:
+        """What gives a part's features of kb rows: its cache file, or its encoder."""
+        file, home, device = self._pieces.kb_features[part], self._homes[part], self._device
+        if file.is_file():
+            return _rows_of(Table.load(file))
+        encoder, collator = home.load_encoder(part, self._config).to(device), home.collator(part)
+        return lambda rows: encode_rows(rows, encoder, self._run.dataset, collator, device, home.cache.dtype)
+
+    def mentions(self, progress: Callable[[int], None]) -> Table:
+        """Prepared mentions. Their features go to the run's cache: several models read them."""
+        split, dataset = self._pieces.files.split, self._run.dataset
+        tables = {}
+        for part, home in self._homes.items():
+            encoder = home.load_encoder(part, self._config).to(self._device)
+            encoded = counting(self._progress, f"{split} encoded by {part}", dataset.num_mentions(split))
+            tables[part] = home.cache.table(part, split, encoder, dataset, home.collator(part), self._device, encoded)
+        sources = {part: _rows_of(table) for part, table in tables.items()}
+        return self._prepared(range(dataset.num_mentions(split)), "mentions", sources, progress)
+
+
+def _rows_of(table: Table) -> Callable[[range], Table]:
+    return lambda rows: table.take(slice(rows.start, rows.stop))

@@ -1,0 +1,35 @@
+"""Building on several Ray workers what a ranking reads: slices of the entity index and the mentions' table.
+
+Each worker has its own pieces and writes them into the run's folder, which all nodes must share. A lost worker's pieces
+are made again, but for those that it had finished.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ray_jobs.shares import run_shares, start_share
+
+# isort: split
+from dsmip.pieces import Pieces
+from ray_jobs.context import worker_device
+from ray_jobs.progress import Display
+
+
+def build_on_ray(pieces: Pieces, workers: int, *, gpu: bool, display: Display) -> None:
+    """Makes the missing pieces. A worker asks for one CPU and, with `gpu`, for one GPU.
+
+    Raises UserError when the data set is damaged, JobFailed when a worker fails, or is lost again and again.
+    """
+    missing = list(pieces.missing)
+    shares = {f"builder {number + 1}": (pieces, missing[number::workers]) for number in range(workers)}
+    begun = {name: share for name, share in shares.items() if share[1]}
+    if begun:
+        display.say(f"  building {len(missing)} missing pieces of the index on {len(begun)} workers")
+        run_shares(_build, begun, gpu=gpu, display=display)
+
+
+def _build(pieces: Pieces, paths: Sequence[Path], name: str, events: Any) -> None:
+    told = start_share(name, events)
+    pieces.make(paths, worker_device(), lambda what, done, total: told.step_done(0, done - 1, total, 0.0))
+    told.epoch_done({"epoch": 0})
