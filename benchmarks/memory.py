@@ -3,9 +3,8 @@
     uv run python -m benchmarks.memory [--entities 10000 40000 160000] [--mentions 128]
 
 Narrow systems with random weights rank as `dsmip evaluate` does: exact scores, the top 20, the index memory-mapped from
-its files. Each ranking has a process of its own. What is printed is how far its resident memory grew while it ranked;
-pages of the index that were read belong to it, so the index's bytes are taken off (the system may drop them at any
-time, what is left it may not).
+its files. Each ranking has a process of its own. What is printed is how far its resident memory grew while it ranked,
+and what is left of that without the pages of files, which are the index's: the system may drop those at any time.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from rich.console import Console
 from rich.table import Table as Printed
 
 from benchmarks.cases import BLOCK, Case, build_matcher, feature_blocks
-from benchmarks.measure import measured
+from benchmarks.measure import measured, status_bytes
 from dsmip.evaluation import prepare_in_tiles
 from dsmip.index import SLICE_ROWS, EntityIndex, build_index
 from dsmip.ranked_model import RankedModel
@@ -41,15 +40,12 @@ NARROW_TOWERS = {
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one ranking. peak_bytes: growth of resident memory, the index's pages among it; None where none can tell."""
+    """Of one ranking. peak_bytes: growth of resident memory; own_bytes: without pages of files. None: nobody tells."""
 
     index_bytes: int
     peak_bytes: int | None
+    own_bytes: int | None
     wall_s: float
-
-    @property
-    def beside_index_mib(self) -> float | None:
-        return None if self.peak_bytes is None else (self.peak_bytes - self.index_bytes) / MIB
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,11 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for heading in ("case", "entities", "index MiB", "peak MiB", "beside the index", "s"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     for case, num_entities, found in measure_all(options.entities, options.mentions):
-        peak = "?" if found.peak_bytes is None else f"{found.peak_bytes / MIB:,.0f}"
-        beside = "?" if found.beside_index_mib is None else f"{found.beside_index_mib:,.0f}"
-        table.add_row(
-            case.name, f"{num_entities:,}", f"{found.index_bytes / MIB:,.0f}", peak, beside, f"{found.wall_s:.1f}"
-        )
+        sizes = (found.index_bytes, found.peak_bytes, found.own_bytes)
+        cells = ("?" if size is None else f"{size / MIB:,.0f}" for size in sizes)
+        table.add_row(case.name, f"{num_entities:,}", *cells, f"{found.wall_s:.1f}")
     Console().print(table)
 
 
@@ -111,8 +105,18 @@ def rank_stored(case: Case, folder: Path, num_mentions: int) -> Figures:
     mentions = prepare_in_tiles(matcher, features, "mentions", CPU)
     gold_row_M = torch.arange(num_mentions) * 7919 % len(index)
     ranked = RankedModel(matcher, mentions, index, gold_row_M, case.choices)
+    before = _file_bytes()
     _, cost = measured(lambda: ranked.rank(CPU, notice=lambda text: None), CPU)
-    return Figures(index.num_bytes, cost.peak_bytes, cost.wall_s)
+    own_bytes = None if cost.peak_bytes is None else cost.peak_bytes - (_file_bytes() - before)
+    return Figures(index.num_bytes, cost.peak_bytes, own_bytes, cost.wall_s)
+
+
+def _file_bytes() -> int:
+    """Resident pages of files; 0 where the system does not tell (nor does it tell the peak)."""
+    try:
+        return status_bytes("RssFile")
+    except OSError:
+        return 0
 
 
 if __name__ == "__main__":
