@@ -14,11 +14,10 @@ from dsmip.collate import Modality
 from dsmip.config import ExperimentConfig, parse_config
 from dsmip.experts import MODALITIES, feature_sizes
 from dsmip.models import find_system
-from dsmip.models.base import Matcher
+from dsmip.models.base import FeatureSizes, Matcher
 from dsmip.models.dsmip import GATE, DsmipMatcher
 from dsmip.table import Column, Ragged, Table
 
-ARCHITECTURE = "ViT-B-32"
 PICTURE_TOKENS = 50  # 7 x 7 patches and the class token
 FEWEST_TOKENS, MEAN_TOKENS = 4, 22
 VGG_WIDTH = 4096
@@ -29,19 +28,28 @@ Side = Literal["mentions", "entities"]
 @dataclass(frozen=True)
 class Case:
     """masked: texts are of different lengths (mean 22) and padding is masked. The published logic attends over padding,
-    so that is another function than the one it computes."""
+    so that is another function than the one it computes.
+
+    architecture: a name or a JSON file. width: of the units.
+    """
 
     name: str
     model: Literal["mimic", "dsmip"]
     num_tokens: int
     masked: bool = False
+    architecture: str = "ViT-B-32"
+    width: int = 96
 
     @property
     def config(self) -> ExperimentConfig:
-        system: dict[str, Any] = {"mask_padding": self.masked}
+        system: dict[str, Any] = {"mask_padding": self.masked, "width": self.width}
         if self.model == "mimic":
             system["num_tokens"] = self.num_tokens
-        return parse_config({"model": self.model, "backbone": {"architecture": ARCHITECTURE}, "system": system})
+        return parse_config({"model": self.model, "backbone": {"architecture": self.architecture}, "system": system})
+
+    @property
+    def sizes(self) -> FeatureSizes:
+        return feature_sizes(self.architecture)
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -90,26 +98,28 @@ def feature_blocks(case: Case, side: Side, count: int, device: torch.device) -> 
 
 def _features(case: Case, count: int, generator: torch.Generator) -> Table:
     if case.model == "mimic":
-        return _expert_features(("text", "image"), case.num_tokens, count, generator)
+        return _expert_features(case, ("text", "image"), count, generator)
     features = _gate_features(case, count, generator).prefixed(GATE)
     for name in case.choices:
-        expert = _expert_features(MODALITIES[name], case.num_tokens, count, generator)
+        expert = _expert_features(case, MODALITIES[name], count, generator)
         features = features.merged(expert.prefixed(name))
     return features
 
 
-def _expert_features(modalities: Sequence[Modality], num_tokens: int, count: int, generator: torch.Generator) -> Table:
-    sizes = feature_sizes(ARCHITECTURE)
+def _expert_features(case: Case, modalities: Sequence[Modality], count: int, generator: torch.Generator) -> Table:
+    sizes = case.sizes
     columns: dict[str, Column] = {}
     for modality in modalities:
-        tokens, width = (num_tokens, sizes.text_width) if modality == "text" else (PICTURE_TOKENS, sizes.vision_width)
+        tokens, width = (
+            (case.num_tokens, sizes.text_width) if modality == "text" else (PICTURE_TOKENS, sizes.vision_width)
+        )
         columns[f"{modality}_global"] = _normal(generator, count, sizes.embed_width)
         columns[f"{modality}_tokens"] = Ragged.from_padded(_normal(generator, count, tokens, width))
     return Table(columns)
 
 
 def _gate_features(case: Case, count: int, generator: torch.Generator) -> Table:
-    sizes = feature_sizes(ARCHITECTURE)
+    sizes = case.sizes
     picture_width = VGG_WIDTH if case.config.system.gate.picture == "vgg16" else sizes.embed_width
     return Table(
         {"text": _normal(generator, count, sizes.text_width), "picture": _normal(generator, count, picture_width)}

@@ -57,16 +57,17 @@ def _start_peak(device: torch.device) -> int | None:
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
         _CLEAR.write_text(_RESET_PEAK)
-        return _status_bytes("VmRSS")
+        return status_bytes("VmRSS")
     except OSError:
         return None
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status_bytes("VmHWM")
 
 
-def _status_bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """A figure of /proc/self/status, such as VmRSS. Raises OSError where there is no such file."""
     found = re.search(rf"{name}:\s+(\d+) kB", _STATUS.read_text())
     assert found is not None
     return int(found[1]) * 1024

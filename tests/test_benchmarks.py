@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import published, roofline
+from benchmarks import memory, published, roofline
 from benchmarks.cases import CASES, build_matcher, feature_blocks
 from benchmarks.contest import TOLERANCE as TOLERANCES
 from benchmarks.contest import checked_difference
@@ -123,6 +123,12 @@ def test_memory_is_that_of_the_work_alone() -> None:
             pytest.skip("this system does not tell the peak")
         assert float(kept) == 2**23
         assert 30 <= cost.peak_bytes / 2**20 < 60  # 32; the kernel counts pages roughly
+
+
+def test_memory_is_measured_for_every_case_and_size(capsys: pytest.CaptureFixture[str]) -> None:
+    memory.main(["--entities", "50", "700", "--mentions", "3"])
+    said = capsys.readouterr().out
+    assert [said.count(name) for name in ("mimic", "dsmip", "50", "700")] == [2, 2, 2, 2]
 
 
 def test_a_small_run_writes_a_row_for_every_case_and_backend(

@@ -1,7 +1,7 @@
-"""The Triton text unit against its plain twin in float64: in Triton's interpreter, and on a GPU where there is one.
+"""What the Triton text unit has of its own, and its scores (test_text_unit_backends.py) in Triton's interpreter.
 
 Triton reads TRITON_INTERPRET when it is imported, and any library may have imported it into this process: so the
-interpreter runs this very file in a process of its own, which that variable marks.
+interpreter runs both files in a process of its own, which that variable marks.
 """
 
 import os
@@ -12,36 +12,32 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import test_text_unit_backends as backends
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_evaluation import TableMatcher, ranks_by_sorting
+from test_text_unit_backends import CPU, INTERPRETED, Way, pairs
 from torch import Tensor
 
 from dsmip.errors import UserError
 from dsmip.evaluation import rank
 from dsmip.index import EntityIndex
 from dsmip.models.base import Scores
-from dsmip.ops import kernels, matching
+from dsmip.ops import kernels
 from dsmip.ops.kernels import cuda
 from dsmip.ops.kernels.rows import TokenRows
 from dsmip.table import Ragged, Table
 from dsmip.text_unit import TextUnit, use_backend, use_precision
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-CPU = torch.device("cpu")
-DEVICE = CPU if INTERPRETED else torch.device("cuda")
-ATOL = {torch.float32: 3e-5, torch.float16: 2e-2}  # scores spread by the square root of the width, 10 at most
-LENGTHS = [1, 16, 17, 40, 77]
+TRITON = Way("triton")
+DEVICE = TRITON.device
 
 on_device = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU at hand")
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="the interpreter's own process, or no Triton")
 def test_all_holds_in_the_interpreter() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-rs", __file__],
+        [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-rs", __file__, backends.__file__],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -50,123 +46,6 @@ def test_all_holds_in_the_interpreter() -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "no GPU at hand" not in run.stdout, run.stdout
-
-
-def rows(lengths: list[int], width: int, dtype: torch.dtype, generator: torch.Generator) -> TokenRows:
-    """Token rows in any order, with rows in between that belong to no item."""
-    length_N = torch.tensor(lengths)
-    order_N = torch.randperm(len(lengths), generator=generator)
-    start_N = torch.empty_like(length_N)
-    start_N[order_N] = 3 + (length_N[order_N] + 2).cumsum(0) - (length_N[order_N] + 2)
-    values_Rd = torch.randn(int((length_N + 2).sum()) + 3, width, generator=generator)
-    return TokenRows(values_Rd.to(dtype), start_N, length_N)
-
-
-def items(
-    mention_lengths: list[int],
-    entity_lengths: list[int],
-    width: int,
-    dtype: torch.dtype = torch.float32,
-    scale: float | None = None,
-) -> tuple[TokenRows, TokenRows, TokenRows, Tensor]:
-    """scale: of queries and keys; by default logits spread by 1."""
-    generator = torch.Generator().manual_seed(sum(mention_lengths) + 7 * width)
-    key = rows(mention_lengths, width, dtype, generator)
-    value = rows(mention_lengths, width, dtype, generator)
-    query = rows(entity_lengths, width, dtype, generator)
-    scale = width**-0.25 if scale is None else scale
-    key, query = (each._replace(values_Rd=each.values_Rd * scale) for each in (key, query))
-    return key, value, query, torch.randn(len(entity_lengths), width, generator=generator)
-
-
-def twin(key: TokenRows, value: TokenRows, query: TokenRows, direction_Ed: Tensor, eps: float = 1e-5) -> Tensor:
-    (k, mask_MT), (v, _), (q, mask_ES) = (Ragged(*each).cast(torch.float64).padded() for each in (key, value, query))
-    return matching.local_scores(k, v, mask_MT, q, mask_ES, direction_Ed.double(), eps).float()
-
-
-def scored(
-    key: TokenRows,
-    value: TokenRows,
-    query: TokenRows,
-    direction_Ed: Tensor,
-    wanted_ME: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """The kernel's scores, on the CPU."""
-    on_device = (TokenRows(*(x.to(DEVICE) for x in each)) for each in (key, value, query))
-    wanted_ME = None if wanted_ME is None else wanted_ME.to(DEVICE)
-    scores_ME = cuda.local_scores(*on_device, direction_Ed.to(DEVICE), eps, wanted_ME)
-    assert scores_ME.dtype == torch.float32
-    assert scores_ME.device.type == DEVICE.type
-    return scores_ME.cpu()
-
-
-@on_device
-@dtypes
-@pytest.mark.parametrize("width", [40, 96])
-def test_scores_are_those_of_the_plain_twin(width: int, dtype: torch.dtype) -> None:
-    """All ways to cut keys, several groups of entities and tiles of rows, channels that leave room in a piece."""
-    inputs = items([*LENGTHS, 64, 96], LENGTHS + 12 * [2], width, dtype)
-    torch.testing.assert_close(scored(*inputs), twin(*inputs), atol=ATOL[dtype], rtol=0)
-
-
-@on_device
-@settings(max_examples=15, deadline=None)
-@given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=4),
-    st.lists(st.integers(1, 50), min_size=1, max_size=20),
-    st.sampled_from([1, 5, 24]),
-    st.integers(0, 100),
-)
-def test_wanted_pairs_are_scored_and_the_others_are_zero(
-    mentions: list[int], entities: list[int], width: int, seed: int
-) -> None:
-    inputs = items(mentions, entities, width)
-    generator = torch.Generator().manual_seed(seed)
-    wanted_ME = torch.rand(len(mentions), len(entities), generator=generator) < torch.rand((), generator=generator)
-    expected_ME = twin(*inputs, eps=1e-3).where(wanted_ME, 0.0)
-    scores_ME = scored(*inputs, wanted_ME, eps=1e-3)
-    torch.testing.assert_close(scores_ME, expected_ME, atol=ATOL[torch.float32], rtol=0)
-    assert bool((scores_ME[~wanted_ME] == 0).all())
-
-
-@on_device
-@dtypes
-@pytest.mark.parametrize("largest", [59.0, 61.0, 1000.0])
-def test_large_logits(largest: float, dtype: torch.dtype) -> None:
-    """The second mention has one token, with the largest logits and the least: from 60 on exp must not see them."""
-    key, value, query, direction_Ed = items([77, 1], [40, 17, 5], 16, dtype)
-    key_Rd, query_Rd = key.values_Rd.double(), query.values_Rd.double()
-    key_Rd = 8 * key_Rd / key_Rd.norm(dim=1, keepdim=True)
-    query_Rd = query_Rd[:, :1].sign() * key_Rd[key.start_N[1]] * (largest / 64)
-    inputs = key._replace(values_Rd=key_Rd.to(dtype)), value, query._replace(values_Rd=query_Rd.to(dtype)), direction_Ed
-    torch.testing.assert_close(scored(*inputs), twin(*inputs), atol=5 * ATOL[dtype], rtol=0)
-
-
-@on_device
-@dtypes
-@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-@pytest.mark.parametrize("which", ["key", "value", "query", "direction"])
-def test_nan_reaches_the_scores_of_its_item_only(which: str, broken: float, dtype: torch.dtype) -> None:
-    key, value, query, direction_Ed = items([3, 5], [4, 6, 70], 16, dtype)
-    expected_ME = twin(key, value, query, direction_Ed)
-    if which == "direction":
-        direction_Ed[1, 2] = torch.nan
-    else:
-        values_Rd, start_N, _ = {"key": key, "value": value, "query": query}[which]
-        values_Rd[start_N[1], 0] = broken
-    (expected_ME if which in ("key", "value") else expected_ME.T)[1] = torch.nan
-    scores_ME = scored(key, value, query, direction_Ed)
-    torch.testing.assert_close(scores_ME, expected_ME, atol=ATOL[dtype], rtol=0, equal_nan=True)
-
-
-@on_device
-def test_a_pair_that_is_not_wanted_is_zero_even_if_its_item_is_broken() -> None:
-    key, value, query, direction_Ed = items([3, 5], [4, 6], 16)
-    query.values_Rd[query.start_N[1]] = torch.nan
-    scores_ME = scored(key, value, query, direction_Ed, torch.tensor([[True, False], [True, False]]))
-    assert scores_ME[:, 1].tolist() == [0.0, 0.0]
-    assert bool((scores_ME[:, 0] != 0).all())
 
 
 def test_programs_are_groups_of_wanted_pairs_alone() -> None:
@@ -178,25 +57,15 @@ def test_programs_are_groups_of_wanted_pairs_alone() -> None:
     }
 
 
-@on_device
-def test_an_item_without_tokens_scores_nan() -> None:
-    assert scored(*items([0, 2], [1], 16)).isnan().flatten().tolist() == [True, False]
-    assert scored(*items([2], [1, 0], 16)).isnan().flatten().tolist() == [False, True]
-
-
-@on_device
-def test_no_mention_or_no_entity() -> None:
-    key, value, query, direction_Ed = items([3, 5], [4, 6], 16)
-    none = torch.zeros(0, dtype=torch.int64)
-    nobody = [TokenRows(torch.zeros(0, 16), none, none) for _ in (key, value)]
-    assert scored(*nobody, query, direction_Ed).shape == (0, 2)
-    nothing = TokenRows(torch.zeros(0, 16), none, none)
-    assert scored(key, value, nothing, direction_Ed[:0]).shape == (2, 0)
+def on_card(mention_lengths: list[int], entity_lengths: list[int]) -> tuple[TokenRows, TokenRows, TokenRows, Tensor]:
+    *rows, direction_Ed = pairs(TRITON, mention_lengths, entity_lengths).of_kernel()
+    key, value, query = (TokenRows(*(x.to(DEVICE) for x in each)) for each in rows)
+    return key, value, query, direction_Ed.to(DEVICE)
 
 
 @on_device
 def test_what_the_kernel_cannot_score_is_refused() -> None:
-    key, value, query, direction_Ed = items([3, 5], [4, 6], 16)
+    key, value, query, direction_Ed = on_card([3, 5], [4, 6])
     half = query._replace(values_Rd=query.values_Rd.half())
     for wrong, message in (
         ((key, value, query._replace(start_N=query.start_N + 100), direction_Ed), "outside of the"),
@@ -204,12 +73,12 @@ def test_what_the_kernel_cannot_score_is_refused() -> None:
         ((key, value, half, direction_Ed), "one dtype"),
         ((key, value._replace(length_N=value.length_N - 1), query, direction_Ed), "differ in their numbers"),
         ((key, value, query, direction_Ed.half()), r"float32 \[E, d\]"),
-        (items([97], [4], 16), "more than 96 tokens"),
+        (on_card([97], [4]), "more than 96 tokens"),
     ):
         with pytest.raises(ValueError, match=message):
-            scored(*wrong)
+            cuda.local_scores(*wrong, 1e-5)
     with pytest.raises(ValueError, match="wanted pairs"):
-        scored(key, value, query, direction_Ed, torch.ones(2, 3, dtype=torch.bool))
+        cuda.local_scores(key, value, query, direction_Ed, 1e-5, torch.ones(2, 3, dtype=torch.bool))
 
 
 def text_unit() -> TextUnit:
@@ -235,20 +104,17 @@ def prepared(unit: TextUnit, longest_mention: int = 9) -> tuple[Table, Table]:
 
 
 @on_device
-def test_the_text_unit_scores_the_same_with_either_backend() -> None:
+def test_half_precision_rounds_rows_that_are_scored_and_not_the_tables() -> None:
     unit = text_unit()
     tables = prepared(unit)
-    wanted_ME = (torch.rand(6, 11, generator=torch.Generator().manual_seed(1)) < 0.4).to(DEVICE)
     with torch.no_grad():
-        plain, plain_wanted = unit.score(*tables), unit.score(*tables, wanted_ME)
+        plain = unit.score(*tables)
         unit.backend = "triton"
-        torch.testing.assert_close(unit.score(*tables), plain, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(unit.score(*tables, wanted_ME), plain_wanted, atol=1e-5, rtol=1e-5)
         assert use_precision(unit, "fp16", "triton") == "fp16"
         half = unit.score(*tables)
     torch.testing.assert_close(half, plain, atol=1e-2, rtol=0)
-    assert not torch.allclose(half, plain, atol=1e-6)  # rounded it was
-    assert tables[1].ragged("query").values.dtype == torch.float32  # but not where exact scores are taken from
+    assert not torch.allclose(half, plain, atol=1e-6)
+    assert tables[1].ragged("query").values.dtype == torch.float32  # exact scores are taken from them
 
 
 @on_device
@@ -314,9 +180,8 @@ def test_a_platform_without_triton_is_told_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delitem(sys.modules, "dsmip.ops.kernels.text_unit_triton", raising=False)
     monkeypatch.delattr(kernels, "text_unit_triton", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    key, value, query, direction_Ed = items([3], [4], 16)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
-        cuda.local_scores(key, value, query, direction_Ed, 1e-5)
+        cuda.local_scores(*pairs(TRITON, [3], [4]).of_kernel(), 1e-5)
 
 
 @pytest.mark.usefixtures("forgetful")

@@ -5,13 +5,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dsmip.metrics import HITS_AT, Difference, compare_counts, confidence, measure, summarise
 from dsmip.ops.ranking import Counts, count_against
+from dsmip.ops.significance import resamples
 
 
 class Draws(TypedDict):
@@ -137,6 +140,16 @@ def test_its_interval_holds_the_figure_and_narrows_with_more_mentions(name: str)
         assert low <= summarise(counts)[name] <= high
         widths.append(high - low)
     assert 0 <= widths[1] < widths[0]
+
+
+@every_metric
+def test_its_interval_equals_that_of_its_twin_over_every_resample(name: str) -> None:
+    counts = drawn(2, 23)
+    places = [(1 + better, 1 + better + tied) for better, tied in zip(*map(Tensor.tolist, counts), strict=True)]
+    (rows_RM,) = resamples(23, 200, seeded())  # what the same seed draws
+    figures = [METRICS[name].twin([places[row] for row in rows]) for rows in rows_RM.tolist()]
+    expected = np.quantile(figures, [0.025, 0.975])
+    assert confidence(counts, seeded(), num_resamples=200)[name] == pytest.approx(tuple(expected))
 
 
 @every_metric
