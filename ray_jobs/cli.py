@@ -36,7 +36,9 @@ VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's
 def prepare(
     source: Annotated[str, typer.Argument(help="Release folder; dataset directory; for demo: a seed or a YAML.")],
     out: Annotated[Path, typer.Argument(help="Dataset directory to make.")],
-    format: Annotated[str | None, typer.Option("--format", help="mimic, melbench, wikidiverse, jsonl or demo (default: as found).")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="mimic, melbench, wikidiverse, jsonl or demo (default: as found).")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the data set (default: the folder's).")] = None,
     licence: Annotated[str, typer.Option(help="Its licence, for the manifest.")] = "unknown",
     entity_text: Annotated[EntityText, typer.Option(help="Field that entities' attributes are read from.")] = "attr",

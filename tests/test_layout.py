@@ -23,6 +23,7 @@ KNOWN_TO_DATA_PREP = {
     "streams",
     "tars",
     "text",
+    "views",
 }
 
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
