@@ -1,29 +1,41 @@
-"""From a raw release to a dataset directory: list tasks, run them, describe the result.
+"""From a raw release to a dataset directory: read it once, make its shards, describe the result.
 
 The kb's shards come first, because the shards of mentions copy their gold entities' pictures from there. Any runner
-that maps `build_shard` over the tasks will do; the result does not depend on it.
+of tasks will do; the result does not depend on it. What is finished stays finished (see `data_prep.staging`).
 """
 
+import hashlib
 import json
-import multiprocessing
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from filelock import FileLock, Timeout
 
+from data_prep.finding_log import merged_counts
+from data_prep.kb_table import join_pieces
 from data_prep.pictures import JPEG_QUALITY
-from data_prep.release import Action, Finding, RawMention, Release, checked_entities, checked_mentions
-from data_prep.tasks import BuiltShard, KbTask, ShardTask, SplitTask, StoredEntity, build_shard, entity_key
+from data_prep.release import Release
+from data_prep.runners import Result, Runner, Task, run_serially
+from data_prep.staging import (
+    SCAN_FINDINGS,
+    STAGE,
+    FinishedShard,
+    Plan,
+    PlannedShard,
+    make_plan,
+    read_finished,
+    read_finished_part,
+    read_plan,
+    staged,
+)
+from data_prep.tasks import HashTask, JoinTask, KbTask, SplitTask
 from dsmip import __version__
 from dsmip.errors import UserError
-from dsmip.files import atomic_path, sha256_file, write_json, write_text
+from dsmip.files import join_files, sha256_file, write_json
 from dsmip.manifest import (
     ENTITIES_FILE,
     KB,
@@ -35,36 +47,14 @@ from dsmip.manifest import (
     Source,
     SplitCounts,
     read_manifest,
-    shard_path,
 )
-from dsmip.shards import ENTITY_SCHEMA, Dataset
-from dsmip.streams import permutation
+from dsmip.shards import Dataset
 
-Runner = Callable[[Callable[[ShardTask], BuiltShard], Sequence[ShardTask]], Iterable[BuiltShard]]
 Progress = Callable[[str, int, int], None]
 
-MAX_MENTIONS_PER_SHARD = 1000
-MIN_TRAIN_SHARDS = 16
-MAX_ENTITIES_PER_SHARD = 5000
-_UNFINISHED = ".unfinished"
-
-
-def run_serially(build: Callable[[ShardTask], BuiltShard], tasks: Sequence[ShardTask]) -> Iterator[BuiltShard]:
-    """One task after the other, in this process."""
-    return map(build, tasks)
-
-
-def run_in_processes(num_workers: int) -> Runner:
-    """A runner with a pool of `num_workers` processes of its own."""
-
-    def run(build: Callable[[ShardTask], BuiltShard], tasks: Sequence[ShardTask]) -> Iterator[BuiltShard]:
-        # Forking a process that has loaded torch or Ray may hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(num_workers, max(len(tasks), 1)), mp_context=context) as pool:
-            for future in as_completed([pool.submit(build, task) for task in tasks]):
-                yield future.result()
-
-    return run
+SHARD_BYTES = 256_000_000
+PICTURES = PictureSettings(size=224, quality=JPEG_QUALITY)
+_FILES_PER_TASK = 10_000
 
 
 def prepare(
@@ -73,95 +63,172 @@ def prepare(
     *,
     name: str,
     licence: str = "unknown",
-    image_size: int = 224,
+    pictures: PictureSettings = PICTURES,
+    shard_bytes: int = SHARD_BYTES,
     seed: int = 0,
     run: Runner = run_serially,
     progress: Progress = lambda part, done, total: None,
 ) -> Manifest:
     """Builds the dataset directory `out` and returns its manifest; a complete one of equal source and settings is kept.
 
-    `progress(part, done, total)` is called with samples done after each shard. `seed` orders the training mentions.
-    Equal inputs give equal bytes. The manifest is written last; a build that was interrupted starts again from nothing.
+    `shard_bytes` is about the size of the kb's shards. `progress(part, done, total)` is called while files of the
+    source are hashed, records are read (total 0: not known) and samples are made. `seed` orders the training mentions.
+    Equal inputs give equal bytes, however often the build was interrupted and run again: it goes on from the shards
+    that are finished. The manifest is written last.
 
     Raises:
-        UserError: the release is wrong, `out` holds something else, or it cannot be written.
+        UserError: the release is wrong, `out` holds something else or is being built, or it cannot be written.
     """
     # Absolute: a runner's workers may live in another folder.
     out = out.absolute()
     settings: dict[str, Any] = {
         "name": name,
         "licence": licence,
-        "source": Source(name=source.folder.absolute().name, sha256=source.sha256()),
+        "source": Source(name=source.folder.absolute().name, sha256=_source_digest(source, run, progress)),
+        "layout": source.layout,
+        "choices": dict(source.choices),
         "tool_version": __version__,
         "seed": seed,
-        "image": PictureSettings(size=image_size, quality=JPEG_QUALITY),
+        "shard_bytes": shard_bytes,
+        "image": pictures,
     }
-    if (finished := _finished(out, settings)) is not None:
-        return finished
-    findings: list[Finding] = []
-    entities = checked_entities(source.entities(), findings)
-    if not entities:
-        raise UserError(f"{source.folder}: no usable entity; {_reasons(findings)}")
-    row_of = {entity.entity_id: row for row, entity in enumerate(entities)}
-    mentions = {split: checked_mentions(source.mentions(split), row_of, findings) for split in SPLITS}
     try:
-        _start_clean(out)
-        tasks: list[ShardTask] = [
-            KbTask(out, shard_path(KB, index), rows.start, tuple(entities[rows.start : rows.stop]), image_size)
-            for index, rows in enumerate(_cut(len(entities), MAX_ENTITIES_PER_SHARD, 1))
-        ]
-        built = _run(run, tasks, [KB], progress)
-        stored = [entity for shard in built[KB] for entity in shard.entities]
-        _write_entities(out / ENTITIES_FILE, stored)
-        tasks = []
-        for split in SPLITS:
-            golds = [(mention, stored[row_of[mention.gold or ""]]) for mention in mentions[split]]
-            tasks += _split_tasks(out, split, golds, seed, image_size)
-        built |= _run(run, tasks, SPLITS, progress)
-        findings += [finding for shards in built.values() for shard in shards for finding in shard.findings]
-        return _finish(out, settings, built, findings)
+        if (finished := _finished(out, settings)) is not None:
+            shutil.rmtree(out / STAGE, ignore_errors=True)
+            return finished
+        _refuse_foreign(out)
+        with _locked(out):
+            plan = _plan(source, out, settings, progress)
+            built = _build(out, plan, pictures, run, progress)
+            manifest = _describe(out, settings, plan, built)
+        shutil.rmtree(out / STAGE)
+        return manifest
     except OSError as error:
-        raise UserError(f"{error.filename or out}: cannot be written: {error.strerror or error}") from error
+        raise UserError(
+            f"{error.filename or out}: cannot be written: {error.strerror or error}; mend that and run the command "
+            f"again: it goes on from what is finished in {out}"
+        ) from error
 
 
-def _split_tasks(
-    out: Path, split: str, golds: Sequence[tuple[RawMention, StoredEntity]], seed: int, image_size: int
-) -> list[ShardTask]:
-    """Training mentions are shuffled once, so that a window of shards is a fair sample; the others keep their order."""
-    is_train = split == "train"
-    if is_train:
-        golds = [golds[index] for index in permutation(len(golds), "build", seed).tolist()]
-    parts = _cut(len(golds), MAX_MENTIONS_PER_SHARD, MIN_TRAIN_SHARDS if is_train else 1)
-    return [
-        SplitTask(out, shard_path(split, index), rows.start, tuple(golds[rows.start : rows.stop]), image_size)
-        for index, rows in enumerate(parts)
-    ]
+def _source_digest(source: Release, run: Runner, progress: Progress) -> str:
+    """Digest of the names and contents of everything that the dataset depends on."""
+    files = dict(source.files())
+    paths = tuple(files.values())
+    tasks = [HashTask(paths[start : start + _FILES_PER_TASK]) for start in range(0, len(paths), _FILES_PER_TASK)]
+    digests: dict[Path, str] = {}
+    try:
+        for part in _ticking(run, tasks, "source files", len(paths), progress):
+            digests |= part
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        encoded = name.encode("utf-8", "surrogateescape")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded + bytes.fromhex(digests[files[name]]))
+    return digest.hexdigest()
 
 
-def _cut(count: int, max_size: int, min_parts: int) -> list[range]:
-    """`count` items in parts of nearly equal size: none above `max_size`, at least `min_parts` where counts allow."""
-    num_parts = max(-(-count // max_size), min(min_parts, count))
-    bounds = [count * part // num_parts for part in range(num_parts + 1)] if num_parts else []
-    return [range(start, stop) for start, stop in pairwise(bounds)]
+def _plan(source: Release, out: Path, settings: dict[str, Any], progress: Progress) -> Plan:
+    """The plan that an interrupted build left, or a new one in an empty folder."""
+    place = str(source.folder.absolute())  # of the files that the plan names
+    values = {name: value.model_dump() if hasattr(value, "model_dump") else value for name, value in settings.items()}
+    key = hashlib.sha256(json.dumps([values, place], sort_keys=True).encode()).hexdigest()
+    plan = read_plan(out, key)
+    if plan is None:
+        _empty(out)
+        plan = make_plan(
+            source,
+            out,
+            key=key,
+            pictures=settings["image"],
+            shard_bytes=settings["shard_bytes"],
+            seed=settings["seed"],
+            scanned=lambda part, count: progress(f"reading {part}", count, 0),
+        )
+    for part in (KB, *SPLITS):
+        (out / part).mkdir(exist_ok=True)
+        for leftover in (out / part).glob(".*.tmp"):
+            leftover.unlink()
+    return plan
 
 
-def _run(
-    run: Runner, tasks: Sequence[ShardTask], parts: Sequence[str], progress: Progress
-) -> dict[str, list[BuiltShard]]:
-    """The shards of each part, in order."""
-    built: dict[str, list[BuiltShard]] = {part: [] for part in parts}
-    total: Counter[str] = Counter()
-    for task in tasks:
-        total[_part_of(task.path)] += len(task.entities if isinstance(task, KbTask) else task.mentions)
-    for shard in run(build_shard, tasks):
-        part = _part_of(shard.info.path)
-        built[part].append(shard)
-        progress(part, sum(done.info.samples for done in built[part]), total[part])
-    return {part: sorted(shards, key=lambda shard: shard.info.path) for part, shards in built.items()}
+def _build(
+    out: Path, plan: Plan, pictures: PictureSettings, run: Runner, progress: Progress
+) -> dict[str, FinishedShard]:
+    """Makes the shards that are not finished, then the kb's table; all shards by path."""
+    finished = {shard.path: done for shard in plan.shards if (done := read_finished(out, shard))}
+    _build_kb(out, plan.of(KB), finished, pictures, run, progress)
+    kb = tuple(plan.of(KB))
+    join_pieces((staged(out, shard.path, "rows") for shard in kb), out / ENTITIES_FILE)
+    shards = plan.of(*SPLITS)
+    total = sum(shard.count for shard in shards)
+    tasks = [SplitTask(out, shard, pictures, kb) for shard in shards if shard.path not in finished]
+    before = total - sum(task.shard.count for task in tasks)
+    finished |= {made.info.path: made for made in _ticking(run, tasks, "mentions", total, progress, before)}
+    return finished
 
 
-def _part_of(path: str) -> str:
-    return path.split("/")[0]
+def _build_kb(
+    out: Path,
+    shards: Sequence[PlannedShard],
+    finished: dict[str, FinishedShard],
+    pictures: PictureSettings,
+    run: Runner,
+    progress: Progress,
+) -> None:
+    """Makes the parts that are not finished, then the shards of them; adds to `finished`."""
+    parts = [part for shard in shards if shard.path not in finished for part in shard.parts]
+    ready = [made for part in parts if (made := read_finished_part(out, part))]
+    there = {(part.path, part.number) for part in ready}
+    tasks = [KbTask(out, part, pictures) for part in parts if (part.path, part.number) not in there]
+    total = sum(shard.count for shard in shards)
+    done = total - sum(task.part.count for task in tasks)
+    ready += _ticking(run, tasks, "entities", total, progress, done)
+    of_shard = {
+        path: tuple(sorted(parts, key=lambda part: part.number))
+        for path, parts in groupby(sorted(ready, key=lambda part: part.path), lambda part: part.path)
+    }
+    joins = [JoinTask(out, shard, of_shard[shard.path]) for shard in shards if shard.path not in finished]
+    finished |= {made.info.path: made for made in run(joins, lambda count: None)}
+
+
+def _ticking(
+    run: Runner, tasks: Sequence[Task[Result]], part: str, total: int, progress: Progress, done: int = 0
+) -> Iterator[Result]:
+    """What the tasks make, while `progress` is told how far they are."""
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(part, done, total)
+
+    if total:
+        progress(part, done, total)
+    return run(tasks, tick)
+
+
+def _describe(out: Path, settings: dict[str, Any], plan: Plan, built: dict[str, FinishedShard]) -> Manifest:
+    """Writes the findings, then the manifest."""
+    findings = [staged(out, shard.path, "findings") for shard in plan.shards]
+    join_files([out / STAGE / SCAN_FINDINGS, *findings], out / REJECTS_FILE)
+    counts = merged_counts([plan.findings, *(shard.findings for shard in built.values())])
+    samples = {part: sum(shard.count for shard in plan.of(part)) for part in (KB, *SPLITS)}
+    with_image = {part: sum(built[shard.path].num_with_image for shard in plan.of(part)) for part in (KB, *SPLITS)}
+    manifest = Manifest.model_validate(
+        settings
+        | {
+            "entities": samples[KB],
+            "entities_with_image": with_image[KB],
+            "splits": {split: SplitCounts(mentions=samples[split], with_image=with_image[split]) for split in SPLITS},
+            "entities_sha256": sha256_file(out / ENTITIES_FILE),
+            "shards": tuple(built[shard.path].info for shard in plan.shards),
+            "rejects": counts.get("rejected", {}),
+            "repaired": counts.get("repaired", {}),
+            "degraded": counts.get("degraded", {}),
+        }
+    )
+    write_json(out / MANIFEST_FILE, manifest.model_dump(mode="json"))
+    return manifest
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> Manifest | None:
@@ -185,75 +252,31 @@ def _finished(out: Path, settings: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
-def _start_clean(out: Path) -> None:
-    """An empty folder marked as unfinished. Only what this tool has made is ever removed."""
-    marker = out / _UNFINISHED
-    ours = marker.exists() or (out / MANIFEST_FILE).exists()
+def _refuse_foreign(out: Path) -> None:
+    """Only what this tool has made is ever removed."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose another folder")
+    ours = (out / STAGE).is_dir() or (out / MANIFEST_FILE).exists()
     if out.is_dir() and any(out.iterdir()) and not ours:
         raise UserError(f"{out}: is not empty and no dataset; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    marker.touch()
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    (out / STAGE).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / STAGE / "lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise UserError(f"{out}: is being prepared by another process; wait for it or choose another folder") from error
+
+
+def _empty(out: Path) -> None:
+    """Removes what an earlier build made, but for the lock that this one holds."""
     for file in (MANIFEST_FILE, REJECTS_FILE):
         (out / file).unlink(missing_ok=True)
     for part in (KB, *SPLITS):
         shutil.rmtree(out / part, ignore_errors=True)
-        (out / part).mkdir()
-
-
-def _write_entities(path: Path, entities: Sequence[StoredEntity]) -> None:
-    rows = [
-        {
-            "entity_row": entity.entity_row,
-            "entity_id": entity.entity_id,
-            "name": entity.name,
-            "attributes": entity.attributes,
-            "num_images": len(entity.places),
-            "shard": entity.shard,
-            "key": entity_key(entity.entity_row),
-            "image_offsets": [offset for offset, _ in entity.places],
-            "image_sizes": [size for _, size in entity.places],
-        }
-        for entity in entities
-    ]
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, ENTITY_SCHEMA), temporary, compression="zstd")
-
-
-def _finish(
-    out: Path, settings: dict[str, Any], built: dict[str, list[BuiltShard]], findings: list[Finding]
-) -> Manifest:
-    """Writes the findings, then the manifest."""
-    findings = sorted(findings, key=lambda finding: (finding.source, finding.record, finding.reason, finding.detail))
-    lines = [json.dumps(asdict(finding), sort_keys=True, ensure_ascii=False) + "\n" for finding in findings]
-    write_text(out / REJECTS_FILE, "".join(lines))
-    counts = {part: sum(shard.info.samples for shard in shards) for part, shards in built.items()}
-    with_image = {part: sum(shard.num_with_image for shard in shards) for part, shards in built.items()}
-    manifest = Manifest.model_validate(
-        settings
-        | {
-            "entities": counts[KB],
-            "entities_with_image": with_image[KB],
-            "splits": {split: SplitCounts(mentions=counts[split], with_image=with_image[split]) for split in SPLITS},
-            "entities_sha256": sha256_file(out / ENTITIES_FILE),
-            "shards": tuple(shard.info for shards in built.values() for shard in shards),
-            "rejects": _by_reason(findings, "rejected"),
-            "repaired": _by_reason(findings, "repaired"),
-            "degraded": _by_reason(findings, "degraded"),
-        }
-    )
-    write_json(out / MANIFEST_FILE, manifest.model_dump(mode="json"))
-    (out / _UNFINISHED).unlink()
-    return manifest
-
-
-def _by_reason(findings: Iterable[Finding], action: Action) -> dict[str, int]:
-    return dict(sorted(Counter(finding.reason for finding in findings if finding.action == action).items()))
-
-
-def _reasons(findings: Iterable[Finding]) -> str:
-    counts = _by_reason(findings, "rejected")
-    return (
-        "rejected: " + ", ".join(f"{reason} {count}" for reason, count in counts.items()) if counts else "it is empty"
-    )
+    for path in (out / STAGE).iterdir():
+        if path.name != "lock":
+            path.unlink()

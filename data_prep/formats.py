@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.jsonl_release import JsonlRelease
+from data_prep.melbench_release import MelbenchRelease
 from data_prep.mimic_release import MimicRelease
 from data_prep.release import Release, ReleaseOptions
+from data_prep.wikidiverse_release import WikidiverseRelease
 from dsmip.errors import UserError
 
 
@@ -20,6 +22,8 @@ class Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     "mimic": Layout(MimicRelease, MimicRelease.fits),
+    "melbench": Layout(MelbenchRelease, MelbenchRelease.fits),
+    "wikidiverse": Layout(WikidiverseRelease, WikidiverseRelease.fits),
     "jsonl": Layout(JsonlRelease, JsonlRelease.fits),
 }
 
@@ -30,6 +34,8 @@ def open_release(folder: Path, layout: str | None, options: ReleaseOptions) -> R
     Raises:
         UserError: no such folder, no such layout, or nothing fits.
     """
+    if layout is not None and layout not in LAYOUTS:
+        raise UserError(f"--format {layout} is unknown; known: {', '.join(LAYOUTS)}, demo")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if layout is None:
@@ -37,6 +43,4 @@ def open_release(folder: Path, layout: str | None, options: ReleaseOptions) -> R
         if not fitting:
             raise UserError(f"{folder}: no layout that is known ({', '.join(LAYOUTS)}); choose one by --format")
         layout = fitting[0]
-    if layout not in LAYOUTS:
-        raise UserError(f"--format {layout} is unknown; known: {', '.join(LAYOUTS)}, demo")
     return LAYOUTS[layout].open(folder, options)

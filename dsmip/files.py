@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ _CHUNK_BYTES = 1 << 20
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yields a temporary path beside `target`; on success it is renamed to `target`, on failure removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Not the process number: nodes that share the folder have equal ones.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
         os.replace(temporary, target)
@@ -32,6 +35,14 @@ def write_text(target: Path, text: str) -> None:
 def write_json(target: Path, value: Any) -> None:
     """Writes `value` as indented JSON with sorted keys, atomically."""
     write_text(target, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def join_files(parts: Iterable[Path], target: Path) -> None:
+    """Writes the contents of files one after the other, atomically."""
+    with atomic_path(target) as temporary, temporary.open("wb") as joined:
+        for part in parts:
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, joined, _CHUNK_BYTES)
 
 
 def sha256_file(path: Path) -> str:

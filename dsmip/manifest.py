@@ -27,32 +27,34 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """What a manifest is made of: frozen, no unknown key."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(_Part):
+class Source(Part):
     """The release a dataset was made from: its folder name and the SHA-256 of its content."""
 
     name: str
     sha256: Digest
 
 
-class PictureSettings(_Part):
+class PictureSettings(Part):
     """How pictures were prepared: shorter side at most `size` pixels, JPEG `quality` where they were encoded again."""
 
     size: Annotated[int, Field(ge=1)]
     quality: Annotated[int, Field(ge=1, le=100)]
 
 
-class SplitCounts(_Part):
+class SplitCounts(Part):
     """Mentions of a split, and how many of them have a picture."""
 
     mentions: Count
     with_image: Count
 
 
-class ShardInfo(_Part):
+class ShardInfo(Part):
     """One tar: path below the dataset's folder, number of samples, size in bytes, SHA-256."""
 
     path: Annotated[str, StringConstraints(pattern=f"^{_SHARD_PATH}$")]
@@ -61,19 +63,23 @@ class ShardInfo(_Part):
     sha256: Digest
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """`manifest.json`.
 
-    Findings by reason: `rejects` counts records left out (inputs = in shards + rejected), `repaired` and `degraded`
-    what was changed or lost in records that are kept.
+    layout, choices: the release's layout and what was chosen of it (which text, which split). shard_bytes: about the
+    size of the kb's shards. Findings by reason: `rejects` counts records left out (inputs = in shards + rejected),
+    `repaired` and `degraded` what was changed or lost in records that are kept.
     """
 
     format: int = FORMAT
     name: str
     licence: str
     source: Source
+    layout: str
+    choices: dict[str, str]
     tool_version: str
     seed: int
+    shard_bytes: Count
     image: PictureSettings
     entities: Count
     entities_with_image: Count
@@ -100,10 +106,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise UserError(f"{folder}: no {MANIFEST_FILE}, so this is no complete dataset; prepare it (again)")
-    content = path.read_bytes()
-    value = parse_json(content, path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    value, content = read_json_object(path)
     if value.get("format") != FORMAT:
         raise UserError(
             f"{path}: dataset format {value.get('format')!r}, this version reads {FORMAT}; prepare it again"
@@ -117,6 +120,15 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         raise UserError(f"{path}: {where}: {first['msg']}; prepare the dataset again") from error
     _check_sums(manifest, path)
     return manifest, hashlib.sha256(content).hexdigest()
+
+
+def read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
+    """A file's JSON object, and its bytes. Raises UserError when it is none."""
+    content = path.read_bytes()
+    value = parse_json(content, path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value, content
 
 
 def parse_json(content: bytes, path: Path) -> Any:

@@ -7,8 +7,10 @@
 <data>/rejects.jsonl               what was left out, repaired or degraded
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +24,7 @@ from dsmip.records import Entity, Mention
 from dsmip.samples import make_entity, read_mention, read_pair
 from dsmip.streams import TrainingBatch, Window, count_steps, step_bounds, windows
 from dsmip.tars import Sample, read_place, read_shard
+from dsmip.views import TRAIN, View, read_view
 
 ENTITY_SCHEMA = pa.schema(
     [
@@ -43,11 +46,14 @@ _ROWS_AT_ONCE = 1024
 class Dataset:
     """A prepared release. Open it with `Dataset.open`; reading is lazy and every record comes from the files.
 
-    Attributes: folder; manifest; manifest_hash (SHA-256 of manifest.json: equal hashes mean equal data).
+    Attributes: folder; manifest; manifest_hash (SHA-256 of manifest.json: equal hashes mean equal data); files (the
+    folder of the shards: another one for a view, see `dsmip.views`).
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, manifest_hash: str) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, manifest_hash: str, view: View | None = None) -> None:
         self.folder, self.manifest, self.manifest_hash = folder, manifest, manifest_hash
+        self.files = view.base(folder) if view else folder
+        self._kept = {TRAIN: view.rows()} if view else {}
 
     @classmethod
     def open(cls, folder: Path) -> "Dataset":
@@ -56,15 +62,22 @@ class Dataset:
         Raises:
             UserError: there is no such folder, or it is no complete dataset.
         """
-        manifest, manifest_hash = read_manifest(folder)
+        found_view = read_view(folder)
+        view, view_hash = found_view or (None, "")
+        files = view.base(folder) if view else folder
+        manifest, manifest_hash = read_manifest(files)
+        if view and manifest_hash != view.base_sha256:
+            raise UserError(f"{folder}: is a view of {files}, which has changed; make the view again")
         for shard in manifest.shards:
-            path = folder / shard.path
+            path = files / shard.path
             found = path.stat().st_size if path.is_file() else None
             if found != shard.bytes:
                 state = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
                 raise UserError(f"{path}: the shard {state}; prepare the dataset again")
-        if not (folder / ENTITIES_FILE).is_file():
-            raise UserError(f"{folder / ENTITIES_FILE}: the file is missing; prepare the dataset again")
+        if not (files / ENTITIES_FILE).is_file():
+            raise UserError(f"{files / ENTITIES_FILE}: the file is missing; prepare the dataset again")
+        if view:
+            return cls(folder, view.applied(manifest), view_hash, view)
         return cls(folder, manifest, manifest_hash)
 
     @property
@@ -126,12 +139,12 @@ class Dataset:
         start = 0
         num_mentions = self.num_mentions(split)
         rows = range(num_mentions) if rows is None else rows
-        for shard in self.manifest.shards_of(split):
-            inside = [row - start for row in range(start, start + shard.samples) if row in rows]
+        for shard, samples in self._samples_of(split):
+            inside = [samples[row - start] for row in range(start, start + len(samples)) if row in rows]
             if inside:
                 for sample in self._samples(shard, inside):
                     yield read_mention(sample.fields, shard.path)
-            start += shard.samples
+            start += len(samples)
 
     def training_batches(
         self,
@@ -167,16 +180,16 @@ class Dataset:
         Raises:
             UserError: a file differs.
         """
-        if sha256_file(self.folder / ENTITIES_FILE) != self.manifest.entities_sha256:
-            raise UserError(f"{self.folder / ENTITIES_FILE}: its SHA-256 is not the manifest's; prepare it again")
+        if sha256_file(self.files / ENTITIES_FILE) != self.manifest.entities_sha256:
+            raise UserError(f"{self.files / ENTITIES_FILE}: its SHA-256 is not the manifest's; prepare it again")
         for shard in self.manifest.shards:
-            if sha256_file(self.folder / shard.path) != shard.sha256:
-                raise UserError(f"{self.folder / shard.path}: its SHA-256 is not the manifest's; prepare it again")
+            if sha256_file(self.files / shard.path) != shard.sha256:
+                raise UserError(f"{self.files / shard.path}: its SHA-256 is not the manifest's; prepare it again")
             yield shard
 
     @cached_property
     def _kb(self) -> pa.Table:
-        path = self.folder / ENTITIES_FILE
+        path = self.files / ENTITIES_FILE
         try:
             table = pq.read_table(path, memory_map=True)
         except (pa.ArrowException, OSError) as error:
@@ -191,51 +204,65 @@ class Dataset:
 
     def _open_kb_shard(self, path: str) -> BinaryIO:
         if path not in {shard.path for shard in self.manifest.shards_of(KB)}:
-            raise UserError(f"{self.folder / ENTITIES_FILE}: unknown shard {path!r}; prepare the dataset again")
+            raise UserError(f"{self.files / ENTITIES_FILE}: unknown shard {path!r}; prepare the dataset again")
         try:
-            return (self.folder / path).open("rb")
+            return (self.files / path).open("rb")
         except OSError as error:
-            raise UserError(f"{self.folder / path}: cannot be read ({error.strerror})") from error
+            raise UserError(f"{self.files / path}: cannot be read ({error.strerror})") from error
 
     def _samples(self, shard: ShardInfo, indices: Sequence[int]) -> Iterator[Sample]:
         """The samples of a shard at `indices`, in shard order."""
         wanted = set(indices)
         found = 0
-        for sample in read_shard(self.folder / shard.path, wanted.__contains__):
+        for sample in read_shard(self.files / shard.path, wanted.__contains__):
             found += 1
             yield sample
         if found != len(wanted):
-            raise UserError(f"{self.folder / shard.path}: fewer samples than the manifest says; prepare it again")
+            raise UserError(f"{self.files / shard.path}: fewer samples than the manifest says; prepare it again")
 
     def _batches(self, split: str, shares: Mapping[int, range], seed: int, epoch: int) -> Iterator[TrainingBatch]:
-        shards = self.manifest.shards_of(split)
         wanted = {position for share in shares.values() for position in share}
         loaded: dict[int, tuple[Mention, Entity]] = {}
         steps = iter(shares.items())
         step, share = next(steps, (None, range(0)))
-        for window in windows([shard.samples for shard in shards], seed, epoch):
+        for window in windows([len(samples) for _, samples in self._samples_of(split)], seed, epoch):
             if step is None:
                 return
-            loaded |= self._load(window, shards, wanted, seed, epoch)
+            loaded |= self._load(window, split, wanted, seed, epoch)
             end = window.start + len(window.order)
             while step is not None and share.stop <= end:
                 pairs = [loaded.pop(position) for position in share]
                 yield TrainingBatch(step, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
                 step, share = next(steps, (None, range(0)))
 
+    def _samples_of(self, split: str) -> list[tuple[ShardInfo, Sequence[int]]]:
+        """A split's shards, each with the indices of its samples: of a view the kept ones."""
+        shards = self.manifest.shards_of(split)
+        starts = [0, *accumulate(shard.samples for shard in shards)]
+        if split not in self._kept:
+            return [(shard, range(shard.samples)) for shard in shards]
+        kept = self._kept[split]
+        cuts = [bisect_left(kept, start) for start in starts]
+        return [
+            (shard, [row - start for row in kept[first:last]])
+            for shard, start, (first, last) in zip(shards, starts, pairwise(cuts), strict=False)
+        ]
+
     def _load(
-        self, window: Window, shards: Sequence[ShardInfo], wanted: set[int], seed: int, epoch: int
+        self, window: Window, split: str, wanted: set[int], seed: int, epoch: int
     ) -> dict[int, tuple[Mention, Entity]]:
         """The wanted samples of a window by position in the epoch, each entity with its one drawn picture."""
-        positions: dict[int, dict[int, int]] = {shard: {} for shard in window.shards}
-        for position, (shard, index) in enumerate(window.order, start=window.start):
+        shards = self._samples_of(split)
+        positions: dict[int, dict[int, int]] = {number: {} for number in window.shards}
+        for position, (number, place) in enumerate(window.order, start=window.start):
             if position in wanted:
-                positions[shard][index] = position
+                positions[number][shards[number][1][place]] = position
         loaded = {}
-        for shard, position_of in positions.items():
+        for number, position_of in positions.items():
+            shard = shards[number][0]
             if position_of:
-                for sample in self._samples(shards[shard], list(position_of)):
-                    loaded[position_of[sample.index]] = read_pair(sample.fields, shards[shard].path, seed, epoch)
+                for sample in self._samples(shard, list(position_of)):
+                    loaded[position_of[sample.index]] = read_pair(sample.fields, shard.path, seed, epoch)
         return loaded
 
 

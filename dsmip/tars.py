@@ -19,6 +19,7 @@ from dsmip.files import atomic_path
 Fields = Mapping[str, bytes]
 
 MAX_FIELD_BYTES = 1 << 26
+_COPY_BYTES = 1 << 24
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _NAME = re.compile(rf"({_KEY.pattern})\.([a-z0-9]+(?:\.[a-z0-9]+)*)")
 
@@ -34,11 +35,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class WrittenShard:
-    """What a shard became: sizes, digest, and for each sample where its fields' bytes lie: field -> (offset, size)."""
+    """What a shard became: sizes, digest, and for each sample where its fields' bytes lie: field -> (offset, size).
+
+    end: where the samples end and what closes the tar begins.
+    """
 
     samples: int
     bytes: int
     sha256: str
+    end: int
     places: tuple[Mapping[str, tuple[int, int]], ...]
 
 
@@ -49,9 +54,21 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Fields]]) -> WrittenSha
         writer = _HashingWriter(stream)
         for key, fields in samples:
             places.append(_write_sample(writer, key, fields))
-        writer.write(bytes(2 * tarfile.BLOCKSIZE))
-        writer.write(bytes(-writer.offset % tarfile.RECORDSIZE))
-    return WrittenShard(len(places), writer.offset, writer.digest.hexdigest(), tuple(places))
+        end = writer.offset
+        writer.close()
+    return WrittenShard(len(places), writer.offset, writer.digest.hexdigest(), end, tuple(places))
+
+
+def join_shards(path: Path, parts: Iterable[tuple[Path, int]]) -> tuple[int, str]:
+    """Writes the samples of several tars (file, `WrittenShard.end`) one after the other; its bytes and SHA-256."""
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        writer = _HashingWriter(stream)
+        for part, end in parts:
+            with part.open("rb") as source:
+                for start in range(0, end, _COPY_BYTES):
+                    writer.write(source.read(min(_COPY_BYTES, end - start)))
+        writer.close()
+    return writer.offset, writer.digest.hexdigest()
 
 
 def read_shard(path: Path, wanted: Callable[[int], bool] = lambda index: True) -> Iterator[Sample]:
@@ -101,6 +118,11 @@ class _HashingWriter:
         self.stream.write(content)
         self.digest.update(content)
         self.offset += len(content)
+
+    def close(self) -> None:
+        """What ends a tar: two empty blocks, and zeros up to a whole record."""
+        self.write(bytes(2 * tarfile.BLOCKSIZE))
+        self.write(bytes(-self.offset % tarfile.RECORDSIZE))
 
 
 def _write_sample(writer: _HashingWriter, key: str, fields: Fields) -> dict[str, tuple[int, int]]:

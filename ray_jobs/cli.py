@@ -4,11 +4,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from dsmip.errors import UserError
+from dsmip.manifest import SPLITS
 from dsmip.rank_options import BackendName, PrecisionName, PruneName, RankOptions
 from ray_jobs import environment  # noqa: F401  (before anything imports Ray)
 from ray_jobs.failures import JobFailed
@@ -26,31 +27,63 @@ ConfigOption = Annotated[str, typer.Option("--config", help="A shipped configura
 DataOption = Annotated[Path, typer.Option("--data", help="Dataset directory made by 'dsmip prepare'.")]
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value of the configuration; may be repeated.")]
+EntityText = Literal["attr", "desc"]
+MentionText = Literal["sentence", "sentence+desc"]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own log.")]
 
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="Release folder; for demo: a seed, or a YAML of the generator.")],
+    source: Annotated[str, typer.Argument(help="Release folder; dataset directory; for demo: a seed or a YAML.")],
     out: Annotated[Path, typer.Argument(help="Dataset directory to make.")],
-    format: Annotated[str, typer.Option("--format", help="Layout of the source: mimic or demo.")] = "mimic",
+    format: Annotated[str | None, typer.Option("--format", help="mimic, melbench, wikidiverse, jsonl or demo (default: as found).")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the data set (default: the folder's).")] = None,
-    image_size: Annotated[int, typer.Option(min=16, help="Longest shorter side of stored pictures (mimic).")] = 224,
-    seed: Annotated[int, typer.Option(min=0, help="Orders the training mentions (mimic).")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that build shards.")] = 1,
+    licence: Annotated[str, typer.Option(help="Its licence, for the manifest.")] = "unknown",
+    entity_text: Annotated[EntityText, typer.Option(help="Field that entities' attributes are read from.")] = "attr",
+    mention_text: Annotated[MentionText, typer.Option(help="What mentions' sentences are made of.")] = "sentence",
+    kb: Annotated[Path | None, typer.Option(help="Knowledge base, for layouts that come without one.")] = None,
+    split: Annotated[str | None, typer.Option(help="Percentages, as 70/10/20, for layouts without splits.")] = None,
+    image_size: Annotated[int, typer.Option(min=16, help="Shorter side that pictures are shrunk to.")] = 224,
+    keep_original: Annotated[bool, typer.Option("--keep-original", help="Store JPEGs as they are.")] = False,
+    shard_size: Annotated[str, typer.Option(help="About the size of the kb's shards.")] = "256MB",
+    train_fraction: Annotated[
+        float | None, typer.Option(help="Of a dataset directory: a view that keeps this share of training mentions.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Orders training mentions; draws --split, --train-fraction.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, or Ray tasks at a time.")] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Work on the Ray cluster of RAY_ADDRESS, or on a local one.")
+    ] = False,
 ) -> None:
-    """Makes a dataset directory from a raw release."""
+    """Makes a dataset directory from a raw release. Run again after an interruption it goes on where it was."""
+    from data_prep.formats import open_release
     from ray_jobs import prepare as job
+    from ray_jobs.build_display import BuildDisplay
 
-    if format not in ("mimic", "demo"):
-        raise UserError(f"--format {format} is unknown; known: mimic, demo")
+    if train_fraction is not None:
+        view = job.prepare_view(Path(source), out, train_fraction, seed)
+        print(f"{out}: a view of {source} with {view.num_mentions('train')} training mentions; its shards stay there")
+        return
+    options = job.BuildOptions(
+        name=name,
+        licence=licence,
+        pictures=job.picture_settings(image_size, keep_original=keep_original),
+        shard_bytes=job.parse_size(shard_size),
+        seed=seed,
+        workers=workers,
+        on_ray=ray,
+    )
     if format == "demo":
-        manifest = job.prepare_demo(job.demo_config(source), out, name=name, workers=workers, progress=_print_progress)
+        world = job.demo_config(source)
+        with BuildDisplay() as display:
+            manifest = job.prepare_demo(world, out, options, display.show)
     else:
-        manifest = job.prepare_mimic(
-            Path(source), out, name=name, image_size=image_size, seed=seed, workers=workers, progress=_print_progress
-        )
-    mentions = ", ".join(f"{split} {counts.mentions}" for split, counts in manifest.splits.items())
+        chosen = job.release_options(entity_text, mention_text, kb, split, seed)
+        release = open_release(Path(source), format, chosen)
+        print(f"{source}: layout {release.layout}")
+        with BuildDisplay() as display:
+            manifest = job.prepare_release(release, out, options, display.show)
+    mentions = ", ".join(f"{split} {manifest.splits[split].mentions}" for split in SPLITS)
     touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
     counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())
     print(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {out / 'rejects.jsonl'})")
@@ -171,11 +204,6 @@ def demo(
     from ray_jobs.demo import run_demo
 
     run_demo(out, DemoConfig(seed=seed), verbose=verbose)
-
-
-def _print_progress(part: str, done: int, total: int) -> None:
-    if done == total:
-        print(f"  {part}: {total}", flush=True)
 
 
 def main() -> None:

@@ -17,14 +17,17 @@ import torch
 from rich.table import Table
 
 from data_prep.demo_release import DemoConfig
+from data_prep.mimic_release import MimicRelease
+from data_prep.pictures import JPEG_QUALITY
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.files import write_json
+from dsmip.manifest import PictureSettings
 from dsmip.reports import evaluate_model, oracle
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from ray_jobs.evaluate import SHOWN
-from ray_jobs.prepare import prepare_mimic, write_release_once
+from ray_jobs.prepare import BuildOptions, prepare_release, write_release_once
 from ray_jobs.pretrain import pretrain_backbone
 from ray_jobs.progress import Display
 from ray_jobs.resources import cluster_kinds
@@ -131,15 +134,9 @@ def show_results(results: Mapping[str, Any], out: Path, display: Display) -> Non
 
 
 def _prepare(out: Path, world: DemoConfig) -> Dataset:
-    prepare_mimic(
-        out / "release",
-        out / "data",
-        name=f"demo-{world.seed}",
-        image_size=world.picture_size,
-        seed=world.seed,
-        workers=1,
-        progress=lambda part, done, total: None,
-    )
+    pictures = PictureSettings(size=world.picture_size, quality=JPEG_QUALITY)
+    options = BuildOptions(name=f"demo-{world.seed}", pictures=pictures, seed=world.seed)
+    prepare_release(MimicRelease(out / "release"), out / "data", options, lambda part, done, total: None)
     return Dataset.open(out / "data")
 
 

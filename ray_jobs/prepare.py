@@ -1,47 +1,113 @@
-"""The job `dsmip prepare`: a raw release becomes a dataset directory, in processes of this machine, without Ray."""
+"""The job `dsmip prepare`: a raw release becomes a dataset directory, in processes of this machine or on Ray."""
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from data_prep.build import Progress, prepare, run_in_processes, run_serially
+from data_prep.build import PICTURES, SHARD_BYTES, Progress, prepare
 from data_prep.demo_release import DemoConfig, write_demo_release
 from data_prep.mimic_release import MimicRelease
+from data_prep.release import Release, ReleaseOptions
+from data_prep.runners import Runner, run_in_processes, run_serially
+from data_prep.view import make_view
 from dsmip.errors import UserError
-from dsmip.manifest import Manifest
+from dsmip.manifest import Manifest, PictureSettings
+from dsmip.shards import Dataset
 
 
-def prepare_mimic(
-    source: Path, out: Path, *, name: str | None, image_size: int, seed: int, workers: int, progress: Progress
-) -> Manifest:
-    """Builds `out` from a release in the MIMIC layout. Raises UserError for a wrong release or folder."""
-    run = run_in_processes(workers) if workers > 1 else run_serially
-    release = MimicRelease(source)
-    name = name or source.absolute().name
-    return prepare(release, out, name=name, image_size=image_size, seed=seed, run=run, progress=progress)
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a dataset directory is made. workers: processes, or with `on_ray` tasks of a cluster at a time."""
+
+    name: str | None = None
+    licence: str = "unknown"
+    pictures: PictureSettings = PICTURES
+    shard_bytes: int = SHARD_BYTES
+    seed: int = 0
+    workers: int = 1
+    on_ray: bool = False
 
 
-def prepare_demo(
-    config: DemoConfig, out: Path, *, name: str | None = None, workers: int = 1, progress: Progress
-) -> Manifest:
+def prepare_release(release: Release, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
+    """Builds `out` from a release. Raises UserError for a wrong release or folder."""
+    return prepare(
+        release,
+        out,
+        name=options.name or release.folder.absolute().name,
+        licence=options.licence,
+        pictures=options.pictures,
+        shard_bytes=options.shard_bytes,
+        seed=options.seed,
+        run=_runner(options),
+        progress=progress,
+    )
+
+
+def prepare_demo(config: DemoConfig, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
     """Draws the demo release beside `out`, builds `out` from it and removes the release."""
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.absolute().parent, prefix=".release-") as folder:
         release = Path(folder) / f"demo-{config.seed}"
         write_demo_release(config, release, lambda done, total: progress("pictures", done, total))
-        return prepare_mimic(
-            release,
-            out,
-            name=name or release.name,
-            image_size=config.picture_size,
-            seed=config.seed,
-            workers=workers,
-            progress=progress,
-        )
+        pictures = options.pictures.model_copy(update={"size": config.picture_size})
+        options = replace(options, name=options.name or release.name, pictures=pictures, seed=config.seed)
+        return prepare_release(MimicRelease(release), out, options, progress)
+
+
+def prepare_view(base: Path, out: Path, fraction: float, seed: int) -> Dataset:
+    """Makes a view of a dataset directory. Raises UserError for a wrong fraction or folder."""
+    if not 0 < fraction <= 1:
+        raise UserError(f"--train-fraction {fraction:g}: must be above 0 and at most 1")
+    return make_view(base, out, fraction, seed)
+
+
+def _runner(options: BuildOptions) -> Runner:
+    if options.on_ray:
+        from ray_jobs.build_on_ray import run_on_ray
+
+        return run_on_ray(options.workers)
+    return run_in_processes(options.workers) if options.workers > 1 else run_serially
+
+
+def picture_settings(size: int, *, keep_original: bool) -> PictureSettings:
+    """How pictures are stored."""
+    return PictureSettings(size=size, quality=PICTURES.quality)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like 256MB or 64MiB. Raises UserError when it is none or below 1 MB."""
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise UserError(f"--shard-size {text}: expected a size like 256MB") from error
+    if size < 1_000_000:
+        raise UserError(f"--shard-size {text}: at least 1MB")
+    return size
+
+
+def release_options(
+    entity_text: Literal["attr", "desc"],
+    mention_text: Literal["sentence", "sentence+desc"],
+    kb: Path | None,
+    split: str | None,
+    seed: int,
+) -> ReleaseOptions:
+    """The choices of the command line. Raises UserError for a split that is no three percentages."""
+    if split is None:
+        return ReleaseOptions(entity_text, mention_text, kb, None, seed)
+    try:
+        train, validation, test = map(int, split.split("/"))
+    except ValueError as error:
+        raise UserError(f"--split {split}: expected percentages of train, validation and test, as 70/10/20") from error
+    if min(train, validation, test) < 0 or train + validation + test != 100:
+        raise UserError(f"--split {split}: the three must add up to 100")
+    return ReleaseOptions(entity_text, mention_text, kb, (train, validation, test), seed)
 
 
 def write_release_once(config: DemoConfig, folder: Path, progress: Callable[[int, int], None]) -> None:

@@ -1,7 +1,7 @@
 """Preparation: accounting, byte-identical results, and what an interrupted or repeated build does."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 from small_release import NUM_INPUTS, faulty_release, plain_release
 
-from data_prep import build
-from data_prep.build import prepare, run_in_processes
+from data_prep import staging
+from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
-from data_prep.tasks import BuiltShard, ShardTask
+from data_prep.runners import Result, Task, Tick, run_in_processes, run_serially
+from data_prep.tasks import KbTask, SplitTask
 from dsmip.errors import UserError
+from dsmip.manifest import PictureSettings
 from dsmip.shards import Dataset
 
 
@@ -55,7 +57,7 @@ def test_every_input_is_in_a_shard_or_rejected(release: MimicRelease, tmp_path: 
 
 
 def test_records_come_back(release: MimicRelease, tmp_path: Path) -> None:
-    prepare(release, tmp_path / "data", name="small", image_size=100)
+    prepare(release, tmp_path / "data", name="small", pictures=PictureSettings(size=100, quality=92))
     dataset = Dataset.open(tmp_path / "data")
     entities = list(dataset.entities())
     assert [entity.entity_id for entity in entities] == ["Q1", "Q2", "Q3", "Q6"]
@@ -79,8 +81,8 @@ def test_the_result_does_not_depend_on_runner_or_folder(
 ) -> None:
     prepare(release, tmp_path / "first", name="small")
 
-    def backwards(make: Callable[[ShardTask], BuiltShard], tasks: Sequence[ShardTask]) -> Iterator[BuiltShard]:
-        return map(make, reversed(tasks))
+    def backwards(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        return (task.run(tick) for task in reversed(tasks))
 
     monkeypatch.chdir(tmp_path)
     prepare(release, Path("second"), name="small", run=backwards)
@@ -104,11 +106,10 @@ def test_the_seed_orders_the_training_mentions(tmp_path: Path) -> None:
 
 
 def test_shards_of_training_are_many_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "MAX_MENTIONS_PER_SHARD", 2)
-    monkeypatch.setattr(build, "MAX_ENTITIES_PER_SHARD", 3)
+    monkeypatch.setattr(staging, "MAX_MENTIONS_PER_SHARD", 2)
     release = MimicRelease(plain_release(tmp_path / "release", 7, 35))
-    manifest = prepare(release, tmp_path / "data", name="plain")
-    assert [shard.samples for shard in manifest.shards_of("kb")] == [2, 2, 3]
+    manifest = prepare(release, tmp_path / "data", name="plain", shard_bytes=4000)
+    assert [shard.samples for shard in manifest.shards_of("kb")] == [1, 3, 3]
     assert sum(shard.samples for shard in manifest.shards_of("train")) == 35
     assert len(manifest.shards_of("train")) == 18
     assert max(shard.samples for shard in manifest.shards_of("train")) == 2
@@ -119,24 +120,105 @@ def test_shards_of_training_are_many_and_small(tmp_path: Path, monkeypatch: pyte
     assert len(few.shards_of("train")) == 16
 
 
-def test_an_interrupted_build_is_not_a_dataset_and_starts_again(release: MimicRelease, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop_at", ["kb", "train", "test", "a record"])
+def test_an_interrupted_build_is_not_a_dataset_and_goes_on(
+    release: MimicRelease, tmp_path: Path, stop_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "data"
+    made: list[str] = []
 
-    def interrupted(make: Callable[[ShardTask], BuiltShard], tasks: Sequence[ShardTask]) -> Iterator[BuiltShard]:
+    def counted(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
         for task in tasks:
-            yield make(task)
-            if task.path.startswith("train"):
+            result = task.run(tick)
+            if hasattr(task, "shard"):
+                made.append(task.shard.path)
+            yield result
+
+    def interrupted(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        for result in counted(tasks, tick):
+            yield result
+            if made and made[-1].startswith(stop_at):
                 raise KeyboardInterrupt
 
+    def stop(part: str, done: int, total: int) -> None:
+        if stop_at == "a record" and part == "reading train" and done == 3:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        prepare(release, out, name="small", run=interrupted)
-    assert list(out.glob("kb/*.tar"))
+        prepare(release, out, name="small", run=interrupted, progress=stop)
     with pytest.raises(UserError, match="no complete dataset"):
         Dataset.open(out)
-    (out / "train/train-000099.tar").write_bytes(b"left over")
+    (out / "train").mkdir(exist_ok=True)
+    (out / "train/.train-000003.tar.1.tmp").write_bytes(b"left over")
+    finished, made[:] = list(made), []
+    manifest = prepare(release, out, name="small", run=counted)
+    assert sorted(finished + made) == sorted(shard.path for shard in manifest.shards)
+    prepare(release, tmp_path / "fresh", name="small")
+    assert _contents(out) == _contents(tmp_path / "fresh")
+
+
+def test_parts_of_a_shard_are_kept_and_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = MimicRelease(plain_release(tmp_path / "release", 7, 9))
+    prepare(release, tmp_path / "whole", name="plain")
+    monkeypatch.setattr(staging, "MAX_RECORDS_PER_PART", 2)
+    parts: list[int] = []
+
+    def counted(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        for task in tasks:
+            yield task.run(tick)
+            if isinstance(task, KbTask):
+                parts.append(task.part.number)
+                if len(parts) == 3:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(release, tmp_path / "parts", name="plain", run=counted)
+    prepare(release, tmp_path / "parts", name="plain", run=counted)
+    assert parts == [0, 1, 2, 3]
+    assert _contents(tmp_path / "parts") == _contents(tmp_path / "whole")
+
+
+def test_a_finished_shard_that_was_altered_is_made_again(release: MimicRelease, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+
+    def altered(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        if any(isinstance(task, SplitTask) for task in tasks):
+            shard = out / "kb/kb-000000.tar"
+            shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+            raise KeyboardInterrupt
+        return run_serially(tasks, tick)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(release, out, name="small", run=altered)
     prepare(release, out, name="small")
     prepare(release, tmp_path / "fresh", name="small")
     assert _contents(out) == _contents(tmp_path / "fresh")
+
+
+def test_an_interrupted_build_of_something_else_starts_again(release: MimicRelease, tmp_path: Path) -> None:
+    def never(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        if any(isinstance(task, SplitTask) for task in tasks):
+            raise KeyboardInterrupt
+        return run_serially(tasks, tick)
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(release, tmp_path / "data", name="small", run=never)
+    (release.folder / "kb_image/Q1.jpg").unlink()
+    manifest = prepare(MimicRelease(release.folder), tmp_path / "data", name="small")
+    prepare(MimicRelease(release.folder), tmp_path / "fresh", name="small")
+    assert manifest.degraded["picture missing"] == 3
+    assert _contents(tmp_path / "data") == _contents(tmp_path / "fresh")
+
+
+def test_two_builds_of_one_folder_do_not_mix(release: MimicRelease, tmp_path: Path) -> None:
+    def again(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        if any(isinstance(task, SplitTask) for task in tasks):
+            with pytest.raises(UserError, match="is being prepared by another process"):
+                prepare(release, tmp_path / "data", name="small")
+        return run_serially(tasks, tick)
+
+    prepare(release, tmp_path / "data", name="small", run=again)
+    assert not list((tmp_path / "data").glob(".*"))
 
 
 def test_a_complete_dataset_is_kept_repaired_or_refused(release: MimicRelease, tmp_path: Path) -> None:
@@ -144,12 +226,13 @@ def test_a_complete_dataset_is_kept_repaired_or_refused(release: MimicRelease, t
     manifest = prepare(release, out, name="small")
     before = _contents(out)
 
-    def never(make: Callable[[ShardTask], BuiltShard], tasks: Sequence[ShardTask]) -> Iterator[BuiltShard]:
-        raise AssertionError("nothing is to be built")
+    def never(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        assert not any(hasattr(task, "shard") for task in tasks)
+        return run_serially(tasks, tick)
 
     assert prepare(release, out, name="small", run=never) == manifest
     with pytest.raises(UserError, match=r"another dataset \(image differ"):
-        prepare(release, out, name="small", image_size=64)
+        prepare(release, out, name="small", pictures=PictureSettings(size=64, quality=92))
     (out / manifest.shards[0].path).unlink()
     prepare(release, out, name="small")
     assert _contents(out) == before
@@ -178,5 +261,6 @@ def test_a_release_without_entities_is_an_error(tmp_path: Path) -> None:
 def test_progress_counts_samples(release: MimicRelease, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     prepare(release, tmp_path / "data", name="small", progress=lambda *step: seen.append(step))
-    last = {part: (done, total) for part, done, total in seen}
-    assert last == {"kb": (4, 4), "train": (6, 6), "validation": (1, 1), "test": (1, 1)}
+    last = {part: (done, total) for part, done, total in seen if total}
+    assert last == {"source files": (12, 12), "entities": (4, 4), "mentions": (8, 8)}
+    assert ("reading kb", 3, 0) in seen

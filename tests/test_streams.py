@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_release import plain_release
 
-from data_prep import build
+from data_prep import staging
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from dsmip import streams
@@ -24,7 +24,7 @@ DRAWS = [1, 2, 0, 0, 0, 0, 2, 0]
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("streams")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "MIN_TRAIN_SHARDS", 9)
+        patch.setattr(staging, "MIN_TRAIN_SHARDS", 9)
         prepare(MimicRelease(plain_release(folder / "release", 5, NUM_TRAIN)), folder / "data", name="plain")
     return Dataset.open(folder / "data")
 

@@ -1,0 +1,206 @@
+"""Parser of the layout of MELBench's Richpedia-MEL and Wikidata-MEL: one file of all records, by key.
+
+    Richpedia-MEL.json   {key: {id, sentence, mentions, entities, answer}, ...}
+    Wikidata-MEL.json    the same with lists in mentions, entities and answer: one record, several mentions
+    images/              (or image/, mention_image/, mention_images/, or a zip of that name) pictures, by record id
+    splits.json          or train_ids.txt, dev_ids.txt, test_ids.txt: see data_prep.split_files
+
+`mentions` is the word, `answer` the gold entity id, `entities` the gold's name (not used). From public material: the
+fields and both forms are in the preparation code of the same group's GHMFC (there `id` is the picture's number in
+KVQA, for Richpedia the qid, and keys of single mentions are id-0, id-1, ...); its samples have pictures named
+<id>.jpg; MELBench's partition is 70/10/20 by its README, but its archives hold neither lists of it nor a knowledge
+base; its authors have lost which pictures belong to the first Richpedia-MEL. Rules of our own: `imgPath`, where a
+record has it, comes before the id; the file is any *-MEL.json, so that Weibo-MEL is read, too.
+
+An input is a mention: a record of lists counts once for each; a record that cannot be read counts once.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_prep.fields import Types, groups_of, text_of, type_problem
+from data_prep.grouped_split import SplitItem, check_percentages, grouped_split
+from data_prep.json_records import object_records, opening
+from data_prep.knowledge_base import knowledge_base_file, open_knowledge_base
+from data_prep.picture_files import PictureFiles, base_name
+from data_prep.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
+from data_prep.split_files import SplitFiles
+from dsmip.errors import UserError
+from dsmip.manifest import SPLITS
+
+_FILES = "*-MEL.json"
+_PICTURES = ("images", "image", "mention_image", "mention_images")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".gif", ".webp")
+_TEXTS = ("mentions", "entities", "answer")
+_TYPES: Types = {"id": (str, int), "sentence": str, "imgPath": str}
+# What circulated copies add says nothing to report by.
+_NO_GROUPS = frozenset({*_TEXTS, *_TYPES, "candidates", "brief"})
+
+
+class MelbenchRelease:
+    """A folder with a *-MEL.json, with a split by files of ids or by `options.split`, which comes first.
+
+    `options.split` cuts by groups of equal sentences and pictures (see `grouped_split`); by ids, a mention goes where
+    its own id is listed or else its record's `id` or key. What is in no list is rejected.
+
+    Raises:
+        UserError: a part is missing, comes twice or is wrong, or an option is chosen that the layout does not have.
+    """
+
+    layout: str = "melbench"
+
+    def __init__(self, folder: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
+        refuse_unknown_options(options, self.layout, ("entity_text", "kb", "split"))
+        self.folder = folder
+        self._file = _mention_file(folder)
+        kb_file = knowledge_base_file(folder, options)
+        self._kb = open_knowledge_base(kb_file, options)
+        kb_name = options.kb.absolute().name if options.kb else kb_file.name
+        self._options = options
+        self._ids = SplitFiles(folder) if options.split is None else None
+        self.choices: Mapping[str, str] = {"kb": kb_name, "entity_text": options.entity_text, **self._split_choices()}
+
+    def _split_choices(self) -> dict[str, str]:
+        if self._options.split is not None:
+            check_percentages(self._options.split)
+            shares = "/".join(map(str, self._options.split))
+            return {"split": shares, "split_seed": str(self._options.seed), "split_groups": "sentence and picture"}
+        if self._ids is None or not self._ids.paths:
+            raise UserError(
+                f"{self.folder}: has no splits; pass --split 70/10/20, or put there splits.json or the lists "
+                "train_ids.txt, dev_ids.txt and test_ids.txt"
+            )
+        return {"split": ", ".join(path.name for path in self._ids.paths)}
+
+    @classmethod
+    def fits(cls, folder: Path) -> bool:
+        """Whether the folder has a file of that name that holds a JSON object."""
+        return any(opening(path) == "{" for path in folder.glob(_FILES) if path.is_file())
+
+    def files(self) -> list[tuple[str, Path]]:
+        """The mentions, the files of ids if they are used, the pictures, and below kb/ the knowledge base."""
+        paths = [self._file, *(self._ids.paths if self._ids else ()), *self._pictures.files()]
+        return [
+            *((path.relative_to(self.folder).as_posix(), path) for path in paths),
+            *((f"kb/{name}", path) for name, path in self._kb.files()),
+        ]
+
+    def entities(self) -> Iterator[RawEntity | Finding]:
+        """Entities of the knowledge base, in its order."""
+        return self._kb.entities()
+
+    def mentions(self, split: str) -> Iterator[RawMention | Finding]:
+        """Mentions in the file's order. What belongs to no split comes with training's, as findings."""
+        if split == SPLITS[0]:
+            yield from self._pictures.refused
+        for position, (key, record) in enumerate(object_records(self._file)):
+            for item in self._read(position, key, record):
+                place = None if isinstance(item, Finding) else self._split_of(item, key, record)
+                if place == split:
+                    yield item
+                elif place is None and split == SPLITS[0]:
+                    yield item if isinstance(item, Finding) else _unplaced(item)
+
+    def _split_of(self, mention: RawMention, key: str, record: Mapping[str, Any]) -> str | None:
+        if self._ids is None:
+            return self._grouped[mention.record]
+        ids = (mention.mention_id, text_of(record, "id"), key)
+        return next((self._ids.split_of[one] for one in ids if one in self._ids.split_of), None)
+
+    @cached_property
+    def _grouped(self) -> Mapping[int, str]:
+        """The split of every record that has mentions, where it is cut by groups."""
+        if self._options.split is None:
+            return {}
+        positions: list[int] = []
+        splits = grouped_split(self._split_items(positions), self._options.split, self._options.seed)
+        return dict(zip(positions, splits, strict=True))
+
+    def _split_items(self, positions: list[int]) -> Iterator[SplitItem]:
+        for position, (key, record) in enumerate(object_records(self._file)):
+            mentions = [item for item in self._read(position, key, record) if isinstance(item, RawMention)]
+            if mentions:
+                positions.append(position)
+                yield SplitItem(mentions[0].sentence, _file_of(mentions[0].picture), len(mentions))
+
+    def _read(self, position: int, key: str, record: Any) -> Iterator[RawMention | Finding]:
+        source = self._file.name
+        if problem := _problem(record):
+            yield Finding(source, position, "wrong type", "rejected", problem)
+            return
+        lists = isinstance(record.get("mentions"), list)
+        columns = {name: _column(record.get(name), lists) for name in _TEXTS}
+        length = len(columns["mentions"])
+        if any(len(column) != length for name, column in columns.items() if record.get(name) is not None):
+            lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+            yield Finding(source, position, "lists of different lengths", "rejected", lengths)
+            return
+        if not length:
+            yield Finding(source, position, "no mentions", "rejected", key)
+            return
+        groups = groups_of(record, _NO_GROUPS)
+        picture = self._picture(text_of(record, "imgPath"), text_of(record, "id") or key)
+        words, golds = columns["mentions"], columns["answer"] or [None] * length
+        for number, (word, gold) in enumerate(zip(words, golds, strict=True)):
+            if not isinstance(word, str | None) or not isinstance(gold, str | None):
+                yield Finding(source, position, "wrong type", "rejected", f"mention {number} of {key}")
+                continue
+            yield RawMention(
+                source,
+                position,
+                f"{key}-{number}" if lists else key,
+                (word or "").strip(),
+                text_of(record, "sentence"),
+                (gold or "").strip() or None,
+                groups,
+                picture,
+            )
+
+    def _picture(self, path: str, record_id: str) -> RawPicture | None:
+        """By its path's base name, also as a JPEG, else by the id; None where nothing names a picture."""
+        base = base_name(path)
+        stem = base.split(".")[0]
+        by_path = [base, f"{stem}.jpg"] if stem else []
+        if not by_path and not self._pictures.places:
+            return None
+        return self._pictures.find(path or record_id, [*by_path, *(record_id + suffix for suffix in _SUFFIXES)])
+
+    @cached_property
+    def _pictures(self) -> PictureFiles:
+        return PictureFiles([self.folder / (name + form) for name in _PICTURES for form in ("", ".zip")])
+
+
+def _mention_file(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = sorted(path for path in folder.glob(_FILES) if path.is_file())
+    if len(found) != 1:
+        shown = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"{folder}: looked for one file {_FILES}, found {shown}")
+    return found[0]
+
+
+def _unplaced(mention: RawMention) -> Finding:
+    return Finding(mention.source, mention.record, "in no split", "rejected", mention.mention_id)
+
+
+def _file_of(picture: RawPicture | None) -> str | None:
+    """The file of a picture that was found, else its name."""
+    if picture is None:
+        return None
+    return f"{picture.path}:{picture.member or ''}" if picture.path else base_name(picture.name)
+
+
+def _problem(record: Any) -> str:
+    """What is wrong with the types of a whole record, or an empty text. Absent and null are left to other rules."""
+    if problem := type_problem(record, _TYPES):
+        return problem
+    expected = (list if isinstance(record.get("mentions"), list) else str, type(None))
+    wrong = [name for name in _TEXTS if not isinstance(record.get(name), expected)]
+    return f"{wrong[0]} is {type(record[wrong[0]]).__name__}" if wrong else ""
+
+
+def _column(value: Any, lists: bool) -> list[Any]:
+    return (value or []) if lists else [value]

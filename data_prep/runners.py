@@ -1,0 +1,85 @@
+"""Ways to do many tasks: one after the other, or in processes of this machine. `ray_jobs.prepare` adds a cluster."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from dsmip.errors import UserError
+
+Result_co = TypeVar("Result_co", covariant=True)
+Result = TypeVar("Result")
+Tick = Callable[[int], None]
+
+_POLL_SECONDS = 0.2
+
+
+class Task(Protocol[Result_co]):
+    """Everything that a piece of work needs, so that it can be done anywhere that sees the files."""
+
+    def run(self, tick: Tick) -> Result_co:
+        """Does it; `tick(n)` is called after every n items."""
+
+
+class Runner(Protocol):
+    """Does tasks in any order and yields what each made; `tick` takes the number of items done since its last call."""
+
+    def __call__(self, tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]: ...
+
+
+def run_serially(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+    """One task after the other, in this process."""
+    return (task.run(tick) for task in tasks)
+
+
+def run_in_processes(num_workers: int) -> Runner:
+    """A runner with a pool of `num_workers` processes of its own."""
+    # Forking a process that has loaded torch or Ray may hang.
+    context = multiprocessing.get_context("spawn")
+
+    def run(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        if len(tasks) < 2:  # a process takes seconds to start
+            yield from run_serially(tasks, tick)
+            return
+        counter = context.Value("q", 0)
+        workers = min(num_workers, len(tasks))
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(counter,)) as pool:
+            pending: set[Future[Any]] = {pool.submit(_run, task) for task in tasks}
+            ticked = 0
+            try:
+                while pending:
+                    done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
+                    ticked, before = counter.value, ticked
+                    tick(ticked - before)
+                    yield from (future.result() for future in done)
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "a worker process was killed (out of memory?); run the command again to go on"
+                ) from error
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    return run
+
+
+_counter: "Synchronized[int] | None" = None
+
+
+def _start(counter: "Synchronized[int]") -> None:
+    global _counter
+    _counter = counter
+    torch.set_num_threads(1)  # there is a process per core
+
+
+def _run(task: Task[Result]) -> Result:
+    def tick(count: int) -> None:
+        if _counter is not None:
+            with _counter.get_lock():
+                _counter.value += count
+
+    return task.run(tick)

@@ -1,0 +1,268 @@
+"""The plan of a build, on disk: which shard holds which records, checked, and which shards are finished.
+
+<data>/.unfinished/<part>.records    the records of a part of a shard to make, a JSON line each
+<data>/.unfinished/plan.json         the shards and what was found while reading; written last
+<data>/.unfinished/<part>.tar        a part of a kb shard, with <part>.rows of the kb's table, <part>.findings and,
+                                     written last, <part>.done
+<data>/.unfinished/<shard>.done      what a finished shard became, written after the shard itself; with <shard>.findings
+                                     and, of a kb shard, <shard>.rows
+
+A part of a kb shard has at most 1,000 records; splits have small shards, which are made whole. The folder is there
+until the manifest is: a build that stopped anywhere goes on from the parts and shards that are finished.
+"""
+
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from data_prep.finding_log import Counts, finding_log
+from data_prep.release import RawEntity, RawMention, Release, UniqueIds, checked_entities, checked_mentions
+from data_prep.staged_records import write_entity, write_mention
+from dsmip.errors import UserError
+from dsmip.files import atomic_path, sha256_file, write_json
+from dsmip.manifest import KB, SPLITS, PictureSettings, ShardInfo, shard_path
+from dsmip.streams import permutation
+
+STAGE = ".unfinished"
+PLAN_FILE = "plan.json"
+SCAN_FINDINGS = "scan.findings"
+
+MAX_RECORDS_PER_PART = 1000
+MAX_MENTIONS_PER_SHARD = 1000
+MIN_TRAIN_SHARDS = 16
+_BLOCK = 512  # of a tar: each member takes a header and is rounded up
+
+Scanned = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """One shard to make: path below the dataset's folder, the position of its first record, how many."""
+
+    path: str
+    start: int
+    count: int
+
+    @property
+    def split(self) -> str:
+        """`kb` or the split."""
+        return self.path.split("/")[0]
+
+    @property
+    def parts(self) -> "list[PlannedPart]":
+        """Its parts, in order."""
+        starts = range(0, self.count, MAX_RECORDS_PER_PART)
+        return [
+            PlannedPart(self.path, number, self.start + start, min(MAX_RECORDS_PER_PART, self.count - start))
+            for number, start in enumerate(starts)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPart:
+    """Some records of the shard `path`: the how manieth part, the position of its first record, how many."""
+
+    path: str
+    number: int
+    start: int
+    count: int
+
+    def staged(self, out: Path, suffix: str) -> Path:
+        """The part's file of that kind."""
+        return staged(out, self.path, f"{self.number:04d}.{suffix}")
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedPart:
+    """What a planned part of the shard `path` became. end: where its samples end in its tar."""
+
+    path: str
+    number: int
+    end: int
+    num_with_image: int
+    findings: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """What a planned shard became."""
+
+    info: ShardInfo
+    num_with_image: int
+    findings: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All shards, in order, and what reading the release found."""
+
+    shards: tuple[PlannedShard, ...]
+    findings: Counts
+
+    def of(self, *splits: str) -> list[PlannedShard]:
+        """The shards of the kb or of some splits."""
+        return [shard for shard in self.shards if shard.split in splits]
+
+
+def staged(out: Path, shard: str, suffix: str) -> Path:
+    """The file of that kind for a shard."""
+    return out / STAGE / f"{Path(shard).stem}.{suffix}"
+
+
+def make_plan(
+    source: Release,
+    out: Path,
+    *,
+    key: str,
+    pictures: PictureSettings,
+    shard_bytes: int,
+    seed: int,
+    scanned: Scanned = lambda part, count: None,
+) -> Plan:
+    """Reads the release once and writes the records of every shard, then the plan. `key` names what it is a plan of.
+
+    Memory: the ids of entities and mentions, and what the release holds itself.
+
+    Raises:
+        UserError: the release is wrong or has no usable entity.
+    """
+    (out / STAGE).mkdir(parents=True, exist_ok=True)
+    with finding_log(out / STAGE / SCAN_FINDINGS) as log:
+        row_of: dict[str, int] = {}
+
+        def noted(entities: Iterable[RawEntity]) -> Iterator[RawEntity]:
+            for entity in entities:
+                scanned(KB, len(row_of))
+                row_of[entity.entity_id] = len(row_of)
+                yield entity
+
+        shards = _stage_kb(out, noted(checked_entities(source.entities(), log.note)), pictures, shard_bytes)
+        if not row_of:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in log.counts.get("rejected", {}).items())
+            raise UserError(
+                f"{source.folder}: no usable entity; " + (f"rejected: {reasons}" if reasons else "it is empty")
+            )
+        ids = UniqueIds()
+        for split in SPLITS:
+            mentions = checked_mentions(source.mentions(split), row_of, log.note, ids)
+            rows = ((mention, row_of[mention.gold or ""]) for mention in mentions)
+            shards += _stage_split(out, split, rows, seed, scanned)
+        counts = log.counts
+    plan = Plan(tuple(shards), counts)
+    write_json(out / STAGE / PLAN_FILE, {"key": key, "shards": [asdict(shard) for shard in shards], "findings": counts})
+    return plan
+
+
+def read_plan(out: Path, key: str) -> Plan | None:
+    """The plan in the folder, if there is one of that key."""
+    path = out / STAGE / PLAN_FILE
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_bytes())
+    if content["key"] != key:
+        return None
+    return Plan(tuple(PlannedShard(**shard) for shard in content["shards"]), content["findings"])
+
+
+def write_finished_part(out: Path, finished: FinishedPart) -> None:
+    """Marks a part as finished."""
+    write_json(staged(out, finished.path, f"{finished.number:04d}.done"), asdict(finished))
+
+
+def read_finished_part(out: Path, part: PlannedPart) -> FinishedPart | None:
+    """What a part became, if it is finished and its tar is still there."""
+    path, tar = part.staged(out, "done"), part.staged(out, "tar")
+    if not (path.is_file() and tar.is_file()):
+        return None
+    return FinishedPart(**json.loads(path.read_bytes()))
+
+
+def write_finished(out: Path, finished: FinishedShard) -> None:
+    """Marks a shard as finished."""
+    content = {
+        "info": finished.info.model_dump(),
+        "num_with_image": finished.num_with_image,
+        "findings": finished.findings,
+    }
+    write_json(staged(out, finished.info.path, "done"), content)
+
+
+def read_finished(out: Path, shard: PlannedShard) -> FinishedShard | None:
+    """What a shard became, if it is finished and its file is still what it was."""
+    path = staged(out, shard.path, "done")
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_bytes())
+    info = ShardInfo.model_validate(content["info"])
+    tar = out / shard.path
+    if not tar.is_file() or tar.stat().st_size != info.bytes or sha256_file(tar) != info.sha256:
+        return None
+    return FinishedShard(info, content["num_with_image"], content["findings"])
+
+
+def _stage_kb(
+    out: Path, entities: Iterable[RawEntity], pictures: PictureSettings, shard_bytes: int
+) -> list[PlannedShard]:
+    """Shards of about `shard_bytes`, by what the pictures will take at most, more or less."""
+    shards: list[PlannedShard] = []
+    remaining = iter(entities)
+    entity = next(remaining, None)
+    start = 0
+    while entity is not None:
+        path, count, size = shard_path(KB, len(shards)), 0, 0
+        while entity is not None and (count == 0 or size < shard_bytes):
+            part = PlannedPart(path, count // MAX_RECORDS_PER_PART, start + count, MAX_RECORDS_PER_PART)
+            with atomic_path(part.staged(out, "records")) as path_now, path_now.open("w", encoding="ascii") as stream:
+                for _ in range(MAX_RECORDS_PER_PART):
+                    write_entity(stream, entity)
+                    count, size, entity = count + 1, size + _stored_size(entity, pictures), next(remaining, None)
+                    if entity is None or size >= shard_bytes:
+                        break
+        shards.append(PlannedShard(path, start, count))
+        start += count
+    return shards
+
+
+def _stored_size(entity: RawEntity, pictures: PictureSettings) -> int:
+    """Bytes in a shard, roughly: a picture of s x s pixels takes about s * s / 3."""
+    limit = pictures.size**2 // 3
+    sizes = [min(picture.size, limit) for picture in entity.pictures if picture.path]
+    return len(entity.name) + len(entity.attributes) + sum(sizes) + 2 * _BLOCK * (1 + len(sizes))
+
+
+def _stage_split(
+    out: Path, split: str, mentions: Iterable[tuple[RawMention, int]], seed: int, scanned: Scanned
+) -> list[PlannedShard]:
+    """Training mentions are shuffled once, so that a window of shards is a fair sample; the others keep their order."""
+    spool, offsets = out / STAGE / f"{split}.spool", array("q")
+    with spool.open("w", encoding="ascii") as stream:
+        offset = 0
+        for mention, row in mentions:
+            scanned(split, len(offsets))
+            offsets.append(offset)
+            offset += write_mention(stream, mention, row)
+    is_train = split == "train"
+    order: Sequence[int] = permutation(len(offsets), "build", seed).tolist() if is_train else range(len(offsets))
+    shards = []
+    with spool.open("rb") as lines:
+        for index, positions in enumerate(
+            _cut(len(offsets), MAX_MENTIONS_PER_SHARD, MIN_TRAIN_SHARDS if is_train else 1)
+        ):
+            path = shard_path(split, index)
+            with atomic_path(staged(out, path, "records")) as temporary, temporary.open("wb") as stream_of_shard:
+                for position in positions:
+                    lines.seek(offsets[order[position]])
+                    stream_of_shard.write(lines.readline())
+            shards.append(PlannedShard(path, positions.start, len(positions)))
+    spool.unlink()
+    return shards
+
+
+def _cut(count: int, max_size: int, min_parts: int) -> list[range]:
+    """`count` items in parts of nearly equal size: none above `max_size`, at least `min_parts` where counts allow."""
+    num_parts = max(-(-count // max_size), min(min_parts, count))
+    bounds = [count * part // num_parts for part in range(num_parts + 1)] if num_parts else []
+    return [range(start, stop) for start, stop in pairwise(bounds)]

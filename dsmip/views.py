@@ -1,0 +1,81 @@
+"""A view of a dataset directory: the same shards, of the training mentions only some. For low-resource settings.
+
+<view>/manifest.json names the dataset it is a view of, relative to its own folder, and the keys that are kept.
+"""
+
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from dsmip.errors import UserError
+from dsmip.files import write_json
+from dsmip.manifest import FORMAT, MANIFEST_FILE, Digest, Manifest, Part, SplitCounts, read_json_object
+from dsmip.streams import permutation
+
+TRAIN = "train"
+_BASE = "view_of"
+
+
+class View(Part):
+    """`manifest.json` of a view. view_of: the dataset's folder, relative. base_sha256: of the dataset's manifest."""
+
+    format: int = FORMAT
+    view_of: str
+    base_sha256: Digest
+    train_fraction: Annotated[float, Field(gt=0, le=1)]
+    seed: int
+    train: SplitCounts
+    train_keys: tuple[str, ...]
+
+    def base(self, folder: Path) -> Path:
+        """The folder of the dataset that the view in `folder` is of."""
+        return folder / PurePosixPath(self.view_of)
+
+    def rows(self) -> list[int]:
+        """Positions of the kept mentions in the dataset's training split, ascending."""
+        return sorted(int(key.rpartition("-")[2]) for key in self.train_keys)
+
+    def applied(self, manifest: Manifest) -> Manifest:
+        """The dataset's manifest with the view's counts."""
+        return manifest.model_copy(update={"splits": manifest.splits | {TRAIN: self.train}})
+
+
+def is_view(value: Any) -> bool:
+    """Whether a parsed manifest is a view's."""
+    return isinstance(value, dict) and _BASE in value
+
+
+def read_view(folder: Path) -> tuple[View, str] | None:
+    """The view in a folder and the SHA-256 of its manifest; None when the folder holds none.
+
+    Raises:
+        UserError: it is a view, but a wrong one.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    value, content = read_json_object(path)
+    if not is_view(value):
+        return None
+    try:
+        view = View.model_validate_json(content, strict=True)
+        view.rows()
+    except (ValidationError, ValueError) as error:
+        raise UserError(f"{path}: no view of a dataset ({error}); make it again") from error
+    return view, hashlib.sha256(content).hexdigest()
+
+
+def draw_rows(num_mentions: int, fraction: float, seed: int) -> list[int]:
+    """Positions to keep, ascending: round(fraction * num_mentions), at least one.
+
+    Those of a smaller fraction are among those of a larger one with the same seed.
+    """
+    count = max(round(fraction * num_mentions), min(num_mentions, 1))
+    return sorted(permutation(num_mentions, "view", seed)[:count].tolist())
+
+
+def write_view(folder: Path, view: View) -> None:
+    """Writes a view's manifest into a folder."""
+    write_json(folder / MANIFEST_FILE, view.model_dump(mode="json"))

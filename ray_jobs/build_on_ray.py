@@ -1,0 +1,60 @@
+"""Makes shards on a Ray cluster, whose nodes all see the release and the dataset's folder under the same paths."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from data_prep.runners import Result, Runner, Task, Tick
+from ray_jobs.environment import connected
+
+# isort: split
+import ray
+
+from ray_jobs.failures import JobFailed
+from ray_jobs.resources import Request, check_feasible
+
+_LOST_WORKERS = 3  # how many times a task is done again after its process was lost
+
+
+def run_on_ray(num_workers: int, *, verbose: bool = False) -> Runner:
+    """A runner with `num_workers` tasks of one CPU at a time on the cluster of RAY_ADDRESS, or on a local one."""
+
+    def run(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        if not tasks:
+            return
+        with connected(verbose=verbose):
+            check_feasible([Request("prepare", 1, 1, 0)])
+            remote: Any = ray.remote(num_cpus=1, max_retries=_LOST_WORKERS)(_run)
+            waiting = iter(tasks)
+            running = [remote.remote(task) for task in islice(waiting, num_workers)]
+            while running:
+                done, running = ray.wait(running)
+                running += [remote.remote(task) for task in islice(waiting, len(done))]
+                for reference in done:
+                    result, count = _result(reference)
+                    tick(count)
+                    yield result
+
+    return run
+
+
+def _run(task: Task[Result]) -> tuple[Result, int]:
+    """What the task made, and of how many items."""
+    count = 0
+
+    def tick(items: int) -> None:
+        nonlocal count
+        count += items
+
+    return task.run(tick), count
+
+
+def _result(reference: "ray.ObjectRef[tuple[Result, int]]") -> tuple[Result, int]:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OSError):
+            raise error.cause from None
+        raise JobFailed(f"a shard could not be made: {error.cause!r}", 1) from error
+    except ray.exceptions.RayError as error:
+        raise JobFailed(f"a shard could not be made: {error}; run the command again to go on", 1) from error

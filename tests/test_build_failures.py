@@ -1,0 +1,90 @@
+"""Preparation that is killed, runs out of room, or works on Ray: what is finished stays, the result is the same."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_release import plain_release
+
+from data_prep.build import prepare
+from data_prep.mimic_release import MimicRelease
+
+ROOT = Path(__file__).parents[1]
+WAIT_SECONDS = 60.0
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _start(release: Path, out: Path, *options: str, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "ray_jobs.prepare", str(release), str(out), "--name", "plain", *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=limit,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain_release(tmp_path_factory.mktemp("plain") / "release", 300, 4000)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "data"
+    prepare(MimicRelease(release), out, name="plain")
+    return _contents(out)
+
+
+def test_a_killed_build_goes_on_from_its_finished_shards(
+    release: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    build = _start(release, out)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not list(out.glob(".unfinished/train-*.done")):
+        assert build.poll() is None, build.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(build.pid, signal.SIGKILL)
+    build.communicate()
+    assert not (out / "manifest.json").exists()
+    finished = {path.stem: path for path in out.glob(".unfinished/*.done")}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar") if path.stem in finished}
+    assert 1 < len(before) < 18
+    again = _start(release, out)
+    _, said = again.communicate(timeout=WAIT_SECONDS)
+    assert again.returncode == 0, said
+    assert _contents(out) == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_no_room_left_is_said_and_nothing_is_lost(release: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    full = _start(release, out, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
+    _, said = full.communicate(timeout=WAIT_SECONDS)
+    assert full.returncode == 2
+    assert "cannot be written: File too large" in said
+    assert "run the command again: it goes on" in said
+    assert "Traceback" not in said
+    assert not list(out.rglob("*.tmp"))
+    prepare(MimicRelease(release), out, name="plain")
+    assert _contents(out) == undisturbed
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cluster_makes_the_same(release: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    from ray_jobs.build_on_ray import run_on_ray
+
+    seen: list[tuple[str, int, int]] = []
+    progress = lambda *step: seen.append(step)  # noqa: E731
+    prepare(MimicRelease(release), tmp_path / "data", name="plain", run=run_on_ray(2), progress=progress)
+    assert _contents(tmp_path / "data") == undisturbed
+    assert seen[-1] == ("mentions", 4004, 4004)

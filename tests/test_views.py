@@ -1,0 +1,84 @@
+"""Views: some of the training mentions of a dataset directory, and everything else as it is there."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from small_release import plain_release
+
+from data_prep.build import prepare
+from data_prep.mimic_release import MimicRelease
+from data_prep.view import make_view
+from dsmip.errors import UserError
+from dsmip.shards import Dataset
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Dataset:
+    prepare(MimicRelease(plain_release(tmp_path / "release", 7, 60)), tmp_path / "data", name="plain")
+    return Dataset.open(tmp_path / "data")
+
+
+def _ids(dataset: Dataset, split: str = "train") -> list[str]:
+    return [mention.mention_id for mention in dataset.mentions(split)]
+
+
+def test_a_view_keeps_a_share_of_training_and_all_else(base: Dataset, tmp_path: Path) -> None:
+    view = make_view(base.folder, tmp_path / "tenth", 0.1, 0)
+    kept = _ids(view)
+    assert len(kept) == view.num_mentions("train") == 6
+    assert [name for name in _ids(base) if name in kept] == kept
+    assert _ids(view, "test") == _ids(base, "test")
+    assert list(view.entities()) == list(base.entities())
+    assert list(view.mentions("train", range(2, 4))) == list(view.mentions("train"))[2:4]
+    assert view.manifest_hash != base.manifest_hash
+    assert [path.name for path in view.folder.iterdir()] == ["manifest.json"]
+
+
+def test_an_epoch_over_a_view_has_its_mentions_once(base: Dataset, tmp_path: Path) -> None:
+    view = make_view(base.folder, tmp_path / "third", 0.35, 3)
+    for world_size in (1, 2):
+        seen = []
+        for rank in range(world_size):
+            for batch in view.training_batches("train", 4, seed=1, epoch=2, rank=rank, world_size=world_size):
+                seen += [mention.mention_id for mention in batch.mentions]
+                assert [mention.entity_id for mention in batch.mentions] == [e.entity_id for e in batch.entities]
+        assert sorted(seen) == sorted(_ids(view))
+
+
+def test_smaller_views_lie_in_larger_ones_and_seeds_differ(base: Dataset, tmp_path: Path) -> None:
+    half, tenth = (set(_ids(make_view(base.folder, tmp_path / str(share), share, 0))) for share in (0.5, 0.1))
+    assert tenth < half
+    assert set(_ids(make_view(base.folder, tmp_path / "other", 0.5, 1))) != half
+    assert _ids(make_view(base.folder, tmp_path / "all", 1.0, 0)) == _ids(base)
+
+
+def test_folders_may_move_together_but_the_data_may_not_change(base: Dataset, tmp_path: Path) -> None:
+    make_view(base.folder, tmp_path / "views/half", 0.5, 0)
+    (tmp_path / "moved").mkdir()
+    shutil.move(base.folder, tmp_path / "moved/data")
+    shutil.move(tmp_path / "views", tmp_path / "moved/views")
+    moved = Dataset.open(tmp_path / "moved/views/half")
+    assert len(_ids(moved)) == 30
+    manifest = tmp_path / "moved/data/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"plain"', '"other"'))
+    with pytest.raises(UserError, match="which has changed; make the view again"):
+        Dataset.open(moved.folder)
+    shutil.rmtree(tmp_path / "moved/data")
+    with pytest.raises(UserError, match="no such dataset directory"):
+        Dataset.open(moved.folder)
+
+
+def test_what_cannot_be_a_view_is_refused(base: Dataset, tmp_path: Path) -> None:
+    view = make_view(base.folder, tmp_path / "half", 0.5, 0)
+    assert make_view(base.folder, tmp_path / "half", 0.5, 0).manifest_hash == view.manifest_hash
+    with pytest.raises(UserError, match="is not empty and no such view"):
+        make_view(base.folder, tmp_path / "half", 0.4, 0)
+    with pytest.raises(UserError, match="is not empty and no such view"):
+        make_view(base.folder, tmp_path / "release", 0.5, 0)
+    with pytest.raises(UserError, match="is a view itself"):
+        make_view(view.folder, tmp_path / "again", 0.5, 0)
+    manifest = view.folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"train-', '"train_'))
+    with pytest.raises(UserError, match="no view of a dataset"):
+        Dataset.open(view.folder)
