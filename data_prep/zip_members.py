@@ -3,6 +3,7 @@
 import lzma
 import re
 import stat
+import struct
 import zipfile
 import zlib
 from functools import lru_cache
@@ -16,6 +17,17 @@ MAX_RATIO = 200  # pictures hardly shrink; white ones do, so small members may
 _SMALL_BYTES = 1 << 20
 _OPEN_ZIPS = 4
 _ENCRYPTED = 0x1
+# What zipfile raises for wrong bytes; RuntimeError: encrypted, NotImplementedError (one of them): an unknown method.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
 
 
 def zip_members(path: Path) -> tuple[list[RawPicture], list[Finding]]:
@@ -28,7 +40,7 @@ def zip_members(path: Path) -> tuple[list[RawPicture], list[Finding]]:
     """
     try:
         archive = _opened_zip(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except (OSError, *_DAMAGED) as error:
         raise UserError(f"{path}: the zip cannot be read: {error}") from error
     members, refused = [], []
     for position, info in enumerate(archive.infolist()):
@@ -54,7 +66,7 @@ def read_member(path: Path, member: str, max_bytes: int) -> bytes:
     try:
         with _opened_zip(path).open(member) as stream:
             return stream.read(max_bytes + 1)
-    except (KeyError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+    except (KeyError, *_DAMAGED) as error:
         raise OSError(f"{path}: {member}: {error}") from error
 
 

@@ -1,10 +1,13 @@
 """Pictures in folders and zips: what is found, what of a zip is refused by name, and what a damaged one leads to."""
 
+import contextlib
 import stat
 import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_prep import zip_members
 from data_prep.picture_files import PictureFiles, base_name, read_picture
@@ -112,6 +115,30 @@ def test_what_cannot_be_read_is_an_os_error(damage: str, tmp_path: Path) -> None
         read_picture(member, LIMIT)
     if damage != "gone":
         assert read_picture(sound, LIMIT) == b"sound"
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4))
+def test_whatever_is_damaged_has_a_name(flips: list[tuple[float, int]], tmp_path: Path) -> None:
+    """Bytes set at random places: an error for the zip, an OSError for a member, or it is read as it was."""
+    path = tmp_path / "kb.zip"
+    content = bytes(range(256)) * 2
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("\u00e4.jpg", content)
+        archive.writestr("b.jpg", content, zipfile.ZIP_BZIP2)
+        archive.writestr("c.jpg", content, zipfile.ZIP_LZMA)
+    damaged = bytearray(path.read_bytes())
+    for place, value in flips:
+        damaged[int(place * len(damaged))] = value
+    path = path.with_name(f"{hash(bytes(damaged))}.zip")
+    path.write_bytes(damaged)
+    try:
+        pictures = PictureFiles([path])
+    except UserError:
+        return
+    for name in ("\u00e4.jpg", "b.jpg", "c.jpg"):
+        with contextlib.suppress(OSError):
+            assert content.startswith(read_picture(pictures.find(name, [name]), LIMIT))
 
 
 def test_a_zip_that_is_none_is_an_error(tmp_path: Path) -> None:
