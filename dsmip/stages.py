@@ -200,8 +200,10 @@ def _validate_by_encoding(
 def _figures(
     matcher: Matcher, mentions: Table, index: EntityIndex, gold_row_M: Tensor, device: torch.device
 ) -> Mapping[str, float]:
+    """Metrics, and how many pairs are too close for single precision to order them (for the records alone)."""
     use_backend(matcher, "auto", device)
-    return rank(matcher, mentions, index, gold_row_M, device=device).metrics()
+    ranking = rank(matcher, mentions, index, gold_row_M, device=device)
+    return ranking.metrics() | (ranking.unrefined.metrics() if ranking.unrefined else {})
 
 
 def _slice_of(num_entities: int) -> tuple[int, int]:
