@@ -113,7 +113,7 @@ def gather_table(table: Table) -> Table:
     columns: dict[str, Column] = {}
     for name, column in table.columns.items():
         if not isinstance(column, Ragged):
-            columns[name] = gather_rows(column)
+            columns[name] = gather_rows(table.dense(name))
             continue
         base = sum(gather_ints(len(column.values), column.values.device)[: rank()])
         columns[name] = Ragged(

@@ -21,6 +21,7 @@ from dsmip.evaluation import Ranking, prepare_in_tiles, rank
 from dsmip.features import fingerprint, whole_features
 from dsmip.index import LAYOUT, SLICE_ROWS, EntityIndex, build_index
 from dsmip.manifest import KB
+from dsmip.missing_pictures import prepare_entities
 from dsmip.models import find_system
 from dsmip.models.base import Matcher
 from dsmip.progress import Progress, no_progress
@@ -164,7 +165,7 @@ def store_ranked(
     kb, mentions = _features(files[KB]), _features(files[split])
 
     def prepare(rows: range) -> Table:
-        return prepare_in_tiles(matcher, kb.rows(slice(rows.start, rows.stop)), "entities", device)
+        return prepare_entities(matcher, kb, rows, device)
 
     build_index(
         folder, made_from, len(kb), prepare, progress=lambda done: progress("entities in the index", done, len(kb))

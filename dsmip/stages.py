@@ -14,6 +14,7 @@ from dsmip.evaluation import prepare_in_tiles, rank
 from dsmip.features import prepare_split, whole_features
 from dsmip.index import EntityIndex
 from dsmip.manifest import KB
+from dsmip.missing_pictures import prepare_entities
 from dsmip.models.base import FeatureEncoder, Matcher
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.runs import Run
@@ -175,7 +176,7 @@ def _validate_on(
 
     def validate(matcher: Matcher) -> Mapping[str, float]:
         mentions = prepare_in_tiles(matcher, validation.mentions, "mentions", device)
-        entities = prepare_in_tiles(matcher, kb.rows(slice(first, stop)), "entities", device)
+        entities = prepare_entities(matcher, kb, range(first, stop), device)
         return _figures(matcher, mentions, EntityIndex([entities], first), validation.gold_row_M, device)
 
     return validate

@@ -99,7 +99,10 @@ class Matcher(nn.Module, ABC):
 
     @abstractmethod
     def prepare_entities(self, features: Table) -> Table:
-        """All that a pair needs of an entity, computed once; row n depends on features of row n alone."""
+        """All that a pair needs of an entity, computed once; row n depends on features of row n alone.
+
+        Dense columns with the name part `image` (as in `visual.image.query`) depend on the entity's picture alone.
+        """
 
     def with_bounds(self, mentions: Table) -> Table:
         """Prepared mentions with what `score` needs to honour `at_least_M`: none, where it computes every pair."""
