@@ -367,6 +367,7 @@ def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
         _summed(parts, "pruned_pairs_M"),
         Refinement(
             sum(each.num_pairs for each in refinements),
+            sum(each.num_scored for each in refinements),
             max(each.band for each in refinements),
             max(each.largest_error for each in refinements),
         )

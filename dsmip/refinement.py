@@ -6,7 +6,7 @@ precision, from the same prepared mentions and entities. M mentions, E entities 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,15 +24,21 @@ _SAMPLE_MENTIONS = 16
 _GOLDS = 16
 _PROBE_STRIDE = 7919  # a prime: probes fall on all entities in turn
 _ENTITIES = 4096  # of one call
-# at a time, each against the close entities of all: what a call costs is shared, what pairs cost is more
-_MENTIONS_ON_CPU, _MENTIONS_ON_GPU = 4, 32
+_MENTIONS = 32  # at most at a time, each against the close entities of all
+# so many pairs cost as much as a call: fewer needless ones are scored along
+_CALL_ON_CPU, _CALL_ON_GPU = 256, 2**15
 
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """Number of pairs that were scored again, the band, and the largest error of single precision among those pairs."""
+    """What scoring close pairs again took.
+
+    num_pairs: of close pairs. num_scored: of pairs that were scored in float64 for it, since several mentions are
+    scored against the close entities of all at a time. largest_error: of the first scores of close pairs.
+    """
 
     num_pairs: int
+    num_scored: int
     band: float
     largest_error: float
 
@@ -150,7 +156,7 @@ class Refiner:
         self._pairs, self._gold_score_M = pairs, gold_score_M
         self._band = 0.0
         self._largest_error = 0.0
-        self._num_pairs = 0
+        self._num_pairs = self._num_scored = 0
 
     @property
     def band_held(self) -> bool:
@@ -159,10 +165,10 @@ class Refiner:
 
     def widen(self) -> None:
         """Forgets all tiles and takes a band that fits the largest error seen."""
-        self._band, self._num_pairs = _SAFETY * self._largest_error, 0
+        self._band, self._num_pairs = _SAFETY * self._largest_error, 0  # what was scored in vain counts as scored
 
     def report(self) -> Refinement:
-        return Refinement(self._num_pairs, self._band, self._largest_error)
+        return Refinement(self._num_pairs, self._num_scored, self._band, self._largest_error)
 
     def refine(self, scores_ME: Tensor, first_mention: int, own_M: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The scores of the tile of mentions from `first_mention`, exact where they are close, and its golds' scores.
@@ -183,14 +189,15 @@ class Refiner:
             last_M1 = scores_ME.topk(min(k, scores_ME.shape[1]), dim=1).values[:, -1:]
             close_ME |= scores_ME >= last_M1 - self._band
         close_ME |= self._probes(scores_ME, first_mention)
-        at_once = _MENTIONS_ON_CPU if scores_ME.device.type == "cpu" else _MENTIONS_ON_GPU
-        for place_m in torch.arange(len(scores_ME)).split(at_once):
+        call = _CALL_ON_CPU if scores_ME.device.type == "cpu" else _CALL_ON_GPU
+        for place_m in _scored_together(close_ME, call):
             column_e = close_ME[place_m].any(dim=0).nonzero()[:, 0]
             close_me = close_ME[place_m][:, column_e]
             exact_me = self._pairs.score(first_mention + place_m, column_e.cpu()).to(scores_ME.device)
             self._note_errors((exact_me - scores_ME[place_m][:, column_e])[close_me])
             refined_ME[place_m[:, None], column_e] = exact_me.where(close_me, refined_ME[place_m][:, column_e])
             self._num_pairs += int(close_me.sum())
+            self._num_scored += exact_me.numel()
         return refined_ME, gold_M
 
     @staticmethod
@@ -218,6 +225,23 @@ class Refiner:
 
     def _note_errors(self, errors: Tensor) -> None:
         self._largest_error = max(self._largest_error, _largest(errors))
+
+
+def _scored_together(close_ME: Tensor, call: int) -> Iterator[Tensor]:
+    """Places of mentions to score at a time against the close entities of all of them, bool [M, E].
+
+    A group is halved until its needless pairs are fewer than what one `call` more would cost: mentions whose close
+    entities are the same stay together.
+    """
+    groups = list(torch.arange(len(close_ME)).split(_MENTIONS))[::-1]
+    while groups:
+        place_m = groups.pop()
+        close_me = close_ME[place_m]
+        num_needless = len(place_m) * int(close_me.any(dim=0).sum()) - int(close_me.sum())
+        if num_needless <= call:
+            yield place_m
+        else:
+            groups += [place_m[len(place_m) // 2 :], place_m[: len(place_m) // 2]]
 
 
 def _errors(sample_me: Tensor, exact_me: Tensor) -> SampleErrors:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dsmip.evaluation import NotRankable, Ranking, TileSize, check_golds, merge_gold_scores, merge_rankings, rank
 from dsmip.index import EntityIndex
 from dsmip.models.base import Scores
-from dsmip.refinement import GRID, PairScorer
+from dsmip.refinement import GRID, PairScorer, _scored_together
 from dsmip.table import Table
 
 
@@ -115,6 +115,40 @@ def test_towers_are_not_copied() -> None:
     """A validation during training ranks with the matcher that is trained, towers and all."""
     scores_ME, gold_M = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([1])
     assert PairScorer(WithTowers(scores_ME), weighted(1), EntityIndex([weighted(3)]), CPU).gold_scores(gold_M) == 2
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_half_precision_scores_close_pairs_and_few_beside_them(alike: bool) -> None:
+    """Scores rounded to half precision have a wide band. Mentions with the same close entities are scored together."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (48, 3000)
+    scores_ME = 14 * torch.randn(1 if alike else 48, 3000, generator=generator, dtype=torch.float64).expand(shape)
+    matcher = NoisyMatcher(scores_ME, scores_ME.half().double() - scores_ME)
+    gold_M = scores_ME.abs().argmin(dim=1)  # in the thick of all
+    ranking = refined(matcher, shape, gold_M)
+    assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
+    assert ranking.refinement is not None
+    num_pairs, num_scored = ranking.refinement.num_pairs, ranking.refinement.num_scored
+    assert num_pairs > 48 * 10
+    assert num_scored <= num_pairs + 48 * 256
+    if alike:
+        assert num_scored < 1.5 * num_pairs + 2 * 32 * 48  # with each mention's probe for all
+
+
+@given(data=st.data(), num_mentions=st.integers(1, 70), call=st.integers(0, 40))
+@settings(max_examples=40, deadline=None)
+def test_mentions_are_scored_together_while_little_is_needless(
+    data: st.DataObject, num_mentions: int, call: int
+) -> None:
+    seed, share = data.draw(st.integers(0, 10**6)), data.draw(st.sampled_from([0.0, 0.05, 0.9]))
+    close_ME = torch.rand(num_mentions, 20, generator=torch.Generator().manual_seed(seed)) < share
+    groups = list(_scored_together(close_ME, call))
+    assert torch.cat(groups).tolist() == list(range(num_mentions))
+    for place_m in groups:
+        needless = len(place_m) * int(close_ME[place_m].any(dim=0).sum()) - int(close_ME[place_m].sum())
+        assert needless <= call
+        assert len(place_m) <= 32
+    assert len(list(_scored_together(close_ME[:1].expand(32, 20), 0))) == 1
 
 
 def test_an_error_that_the_sample_missed_widens_the_band() -> None:
