@@ -21,6 +21,7 @@ from dsmip.models.base import Matcher, Scores
 from dsmip.ops import ranking as ops
 from dsmip.refinement import Floor, PairScorer, Refinement, Refiner, sample_errors
 from dsmip.table import Table, concatenate
+from dsmip.text_unit import HalfOverflow, use_precision
 
 _SAMPLE_MENTIONS = 4  # whose errors are measured where nothing is refined: training waits for it after every epoch
 
@@ -91,14 +92,19 @@ CPU_TILES, GPU_TILES = TileSize(128, 2048), TileSize(512, 8192)
 
 
 class NotRankable(ValueError):
-    """A score is NaN, which compares false with everything and would rank first, or infinite."""
+    """A score is NaN, which compares false with everything and would rank first, or infinite.
 
-    def __init__(self, mention: int, entity_row: int) -> None:
-        super().__init__(mention, entity_row)  # what a process hands to another
-        self.mention, self.entity_row = mention, entity_row
+    part: the expert or unit that it comes from (`Scores.broken_part`), where that is known.
+    """
+
+    def __init__(self, mention: int, entity_row: int, part: str | None = None) -> None:
+        super().__init__(mention, entity_row, part)  # what a process hands to another
+        self.mention, self.entity_row, self.part = mention, entity_row, part
 
     def __str__(self) -> str:
-        return f"the score of mention {self.mention} and entity row {self.entity_row} is NaN or infinite: no ranking"
+        of_part = f" ({self.part})" if self.part else ""
+        pair = f"mention {self.mention} and entity row {self.entity_row}"
+        return f"the score of {pair} is NaN or infinite{of_part}: no ranking"
 
 
 @torch.no_grad()
@@ -261,7 +267,7 @@ class _Tiles:
         totals, choices, counts, first = [], [], [], 0
         for entities in self.index.tiles(self.size.entities):
             for scores in self._score_fitting(mentions, entities, floor):
-                _refuse_broken(scores.total_ME, start, self.index.first_row + first)
+                _refuse_broken(scores, start, self.index.first_row + first)
                 first += scores.total_ME.shape[1]
                 totals.append(scores.total_ME)
                 if scores.chosen_ME is not None:
@@ -274,7 +280,10 @@ class _Tiles:
         return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, counted
 
     def _score_fitting(self, mentions: Table, entities: Table, floor: Floor | None) -> Iterator[Scores]:
-        """Scores of a tile of entities, in parts of it where the device has no memory for all of it."""
+        """Scores of a tile of entities, in parts of it where the device has no memory for all of it.
+
+        Where half precision cannot hold token rows, this tile and all that follow are scored in single precision.
+        """
         start = 0
         while start < len(entities):
             part = entities.rows(slice(start, start + self.size.entities))
@@ -286,6 +295,10 @@ class _Tiles:
                     raise
                 self.size = TileSize(self.size.mentions, (len(part) + 1) // 2)
                 self.notice(f"{self.device} is out of memory: going on with tiles of {self.size.entities} entities")
+                continue
+            except HalfOverflow as overflow:
+                use_precision(self.matcher, "fp32", "triton")
+                self.notice(f"{overflow}: going on with fp32")
                 continue
             yield scores
             start += len(part)
@@ -317,11 +330,11 @@ def check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) ->
         raise ValueError(f"mention {mention}: its gold, kb row {row}, is not in the index, and its score is not given")
 
 
-def _refuse_broken(scores_ME: Tensor, first_mention: int, first_row: int) -> None:
-    broken_ME = scores_ME.isnan() | (scores_ME == torch.inf)  # -inf: pruned
+def _refuse_broken(scores: Scores, first_mention: int, first_row: int) -> None:
+    broken_ME = scores.total_ME.isnan() | (scores.total_ME == torch.inf)  # -inf: pruned
     if bool(broken_ME.any()):
         mention, entity = broken_ME.nonzero()[0].tolist()
-        raise NotRankable(first_mention + mention, first_row + entity)
+        raise NotRankable(first_mention + mention, first_row + entity, scores.broken_part(mention, entity))
 
 
 def _ranking(columns: Mapping[str, Tensor], first_row: int, close: Refinement | float) -> Ranking:
