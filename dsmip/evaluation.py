@@ -19,30 +19,11 @@ from dsmip.index import EntityIndex
 from dsmip.metrics import summarise
 from dsmip.models.base import Matcher, Scores
 from dsmip.ops import ranking as ops
-from dsmip.refinement import Floor, PairScorer, Refinement, Refiner, sample_errors
+from dsmip.refinement import Floor, PairScorer, Refinement, Refiner, Unrefined, sample_errors
 from dsmip.table import Table, concatenate
 from dsmip.text_unit import HalfOverflow, use_precision
 
 _SAMPLE_MENTIONS = 4  # whose errors are measured where nothing is refined: training waits for it after every epoch
-
-
-@dataclass(frozen=True)
-class Unrefined:
-    """What the scores' own precision leaves open: entities within `band` of the gold may be on its other side.
-
-    close_M: number of such entities int64 [M], true ties among them; no rank is off by more than that.
-    """
-
-    band: float
-    close_M: Tensor
-
-    def metrics(self) -> dict[str, float]:
-        """The band, the number of close pairs, and of mentions that have any."""
-        return {
-            "band": self.band,
-            "close_pairs": float(self.close_M.sum()),
-            "close_mentions": float((self.close_M > 0).sum()),
-        }
 
 
 @dataclass(frozen=True)

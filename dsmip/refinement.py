@@ -43,6 +43,25 @@ class Refinement:
     largest_error: float
 
 
+@dataclass(frozen=True)
+class Unrefined:
+    """What the scores' own precision leaves open: entities within `band` of the gold may be on its other side.
+
+    close_M: number of such entities int64 [M], true ties among them; no rank is off by more than that.
+    """
+
+    band: float
+    close_M: Tensor
+
+    def metrics(self) -> dict[str, float]:
+        """The band, the number of close pairs, and of mentions that have any."""
+        return {
+            "band": self.band,
+            "close_pairs": float(self.close_M.sum()),
+            "close_mentions": float((self.close_M > 0).sum()),
+        }
+
+
 class PairScorer:
     """Scores of single pairs in float64, on the grid. notice: takes lines about memory."""
 
