@@ -25,7 +25,7 @@ from rich.table import Table as Printed
 from benchmarks.cases import BLOCK, Case, build_matcher, feature_blocks
 from benchmarks.measure import measured, status_bytes
 from dsmip.evaluation import prepare_in_tiles
-from dsmip.index import SLICE_ROWS, EntityIndex, build_index
+from dsmip.index import SLICE_ROWS, EntityIndex, finish_index, index_slices
 from dsmip.ranked_model import RankedModel
 from dsmip.table import Table, concatenate
 
@@ -95,7 +95,10 @@ def build(case: Case, folder: Path, num_entities: int) -> None:
         return prepare_in_tiles(matcher, features, "entities", CPU)
 
     assert SLICE_ROWS % BLOCK == 0
-    build_index(folder, {}, num_entities, prepare)
+    slices = index_slices(folder, num_entities)
+    for path, rows in slices.items():
+        prepare(rows).save(path)
+    finish_index(folder, {}, slices)
 
 
 def rank_stored(case: Case, folder: Path, num_mentions: int) -> Figures:

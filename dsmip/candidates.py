@@ -20,7 +20,7 @@ from dsmip.index import EntityIndex
 from dsmip.models.base import Matcher
 from dsmip.ops import ranking as ops
 from dsmip.refinement import PairScorer
-from dsmip.table import Table
+from dsmip.table import Ragged, Table
 
 SearchMethod = Literal["gemm", "faiss"]
 _TILE = 4096
@@ -126,7 +126,7 @@ def _scored(pairs: PairScorer, row_MK: Tensor, first_row: int) -> tuple[Tensor, 
 
 def _dense(table: Table) -> Table:
     """Without token rows, which have no part in global vectors and would be the most to move to a device."""
-    return Table({name: column for name, column in table.columns.items() if isinstance(column, Tensor)})
+    return Table({name: column for name, column in table.columns.items() if not isinstance(column, Ragged)})
 
 
 def _faiss() -> ModuleType | None:

@@ -37,6 +37,15 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def max_over_workers(value: float, device: torch.device) -> float:
+    """The largest of the workers' numbers."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Adds up the gradients of all workers in one flat buffer; a missing gradient counts as zero."""
     if world_size() == 1:
@@ -104,7 +113,7 @@ def gather_table(table: Table) -> Table:
     columns: dict[str, Column] = {}
     for name, column in table.columns.items():
         if not isinstance(column, Ragged):
-            columns[name] = gather_rows(column)
+            columns[name] = gather_rows(table.dense(name))
             continue
         base = sum(gather_ints(len(column.values), column.values.device)[: rank()])
         columns[name] = Ragged(

@@ -2,8 +2,8 @@
 
 rank = 1 + number of better entities + half the number of tied ones, the gold column excluded. The gold's score is
 read from the same scoring call as its column's, never from a second one: scores of two calls differ in the last bits.
-With `refine` close pairs are decided in float64 instead (see `dsmip.refinement`), and with `prune` pairs that cannot
-matter are not scored whole.
+With `refine` close pairs are decided in float64 instead (see `dsmip.refinement`); without it they are counted, within a
+band that is measured on a sample. With `prune` pairs that cannot matter are not scored whole.
 Scores of one tile of mentions against the whole slice are held, not of all pairs. Shapes: M mentions, E entities of
 this worker's slice, B experts, k kept candidates.
 """
@@ -14,13 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmip.distributed import sum_over_workers
+from dsmip.distributed import max_over_workers, sum_over_workers
 from dsmip.index import EntityIndex
 from dsmip.metrics import summarise
 from dsmip.models.base import Matcher, Scores
 from dsmip.ops import ranking as ops
-from dsmip.refinement import Floor, PairScorer, Refinement, Refiner
+from dsmip.refinement import Floor, PairScorer, Refinement, Refiner, Unrefined, sample_errors
 from dsmip.table import Table, concatenate
+from dsmip.text_unit import HalfOverflow, use_precision
+
+_SAMPLE_MENTIONS = 4  # whose errors are measured where nothing is refined: training waits for it after every epoch
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Ranking:
     makes no choice (-1: the gold is of another slice). tied_choices_M: number of pairs for which another expert was as
     good a choice. token_pairs_M2: as in `Scores`, of all tiles. pruned_pairs_M: number of pairs whose token-level
     scores pruning spared; None without pruning. refinement: what scoring close pairs again took; None when they were
-    not.
+    not, and then unrefined: how many there are.
     """
 
     counts: ops.Counts
@@ -45,6 +48,7 @@ class Ranking:
     token_pairs_M2: Tensor | None = None
     pruned_pairs_M: Tensor | None = None
     refinement: Refinement | None = None
+    unrefined: Unrefined | None = None
 
     @property
     def rank_M(self) -> Tensor:
@@ -65,18 +69,24 @@ class TileSize:
     entities: int
 
 
+_FIRST_PRUNED = 64  # entities
 CPU_TILES, GPU_TILES = TileSize(128, 2048), TileSize(512, 8192)
 
 
 class NotRankable(ValueError):
-    """A score is NaN, which compares false with everything and would rank first, or infinite."""
+    """A score is NaN, which compares false with everything and would rank first, or infinite.
 
-    def __init__(self, mention: int, entity_row: int) -> None:
-        super().__init__(mention, entity_row)  # what a process hands to another
-        self.mention, self.entity_row = mention, entity_row
+    part: the expert or unit that it comes from (`Scores.broken_part`), where that is known.
+    """
+
+    def __init__(self, mention: int, entity_row: int, part: str | None = None) -> None:
+        super().__init__(mention, entity_row, part)  # what a process hands to another
+        self.mention, self.entity_row, self.part = mention, entity_row, part
 
     def __str__(self) -> str:
-        return f"the score of mention {self.mention} and entity row {self.entity_row} is NaN or infinite: no ranking"
+        of_part = f" ({self.part})" if self.part else ""
+        pair = f"mention {self.mention} and entity row {self.entity_row}"
+        return f"the score of {pair} is NaN or infinite{of_part}: no ranking"
 
 
 @torch.no_grad()
@@ -101,7 +111,8 @@ def rank(
     gold_row_M: kb rows int64 [M]. top_k: number of best entities to keep (at most all). num_choices: B when experts are
     chosen. refine: close pairs are scored again in float64, so that neither tiles nor slices of the kb change a rank.
     prune: token-level scores are left out of pairs whose upper bound says that they cannot matter (`dsmip.ops.bounds`);
-    it changes nothing else, and needs `refine`, which knows the golds' scores before any tile is scored.
+    it changes nothing else, and needs `refine`, which knows the golds' scores before any tile is scored. Without
+    `refine` a rank may be off by the number of pairs within a band of the gold, which are counted (`Unrefined`).
 
     Slices of the kb: with a process group every worker passes all mentions and the index of its own slice, counts are
     added up, `top_k` must be 0 and `refine` off. Elsewhere each slice is ranked on its own, with `refine` and
@@ -121,15 +132,16 @@ def rank(
     index = _placed(index, device, notice)
     size = tile_size or _default_tiles(device, len(index) if refine else 0)
     tiles = _Tiles(matcher, mentions, index, gold_row_M - index.first_row, device, size, prune, notice, progress)
+    pairs = PairScorer(matcher, mentions, index, device, notice)
     if not refine:
-        columns = tiles.rank(top_k, num_choices, None)
-        return _ranking(columns, index.first_row, None)
-    pairs = PairScorer(matcher, mentions, index, device)
+        sample = sample_errors(pairs, tiles.score, tiles.gold_column_M, _SAMPLE_MENTIONS)
+        band = max_over_workers(sample.band, device)
+        return _ranking(tiles.rank(top_k, num_choices, band), index.first_row, band)
     gold_score_M = pairs.gold_scores(gold_row_M) if gold_score_M is None else gold_score_M
     check_golds(gold_score_M, gold_row_M, index)
     refiner = Refiner(pairs, gold_score_M)
     if prune:
-        refiner.measure(matcher, tiles.gold_column_M)
+        refiner.measure(tiles.score, tiles.gold_column_M)
     columns = tiles.rank(top_k, num_choices, refiner)
     while not refiner.band_held:
         refiner.widen()
@@ -172,29 +184,38 @@ class _Tiles:
     notice: Callable[[str], None]
     progress: Callable[[int], None]
 
-    def rank(self, top_k: int, num_choices: int, refiner: Refiner | None) -> dict[str, Tensor]:
-        """Columns of a `Ranking` for all mentions, on the CPU; rows are places in the index."""
+    def score(self, mentions: Table, entities: Table) -> Tensor:
+        """[m, e] of a few mentions and entities, as `rank` scores them."""
+        return torch.cat([scores.total_ME for scores in self._score_fitting(mentions, entities, None)], dim=1)
+
+    def rank(self, top_k: int, num_choices: int, close: Refiner | float) -> dict[str, Tensor]:
+        """Columns of a `Ranking` for all mentions, on the CPU; rows are places in the index.
+
+        close: what refines close pairs, or the band within which they are counted.
+        """
         tiles = []
         for start in range(0, len(self.mentions), self.size.mentions):
-            tiles.append(self._rank_tile(start, top_k, num_choices, refiner))
+            tiles.append(self._rank_tile(start, top_k, num_choices, close))
             self.progress(min(start + self.size.mentions, len(self.mentions)))
         return {name: torch.cat([tile[name] for tile in tiles]).cpu() for name in tiles[0]}
 
-    def _rank_tile(self, start: int, top_k: int, num_choices: int, refiner: Refiner | None) -> dict[str, Tensor]:
+    def _rank_tile(self, start: int, top_k: int, num_choices: int, close: Refiner | float) -> dict[str, Tensor]:
         num_mentions, num_entities = min(self.size.mentions, len(self.mentions) - start), len(self.index)
         floor = None
-        if self.prune and refiner is not None:
-            floor = refiner.floor(start, num_mentions, min(top_k, num_entities))
+        if self.prune and isinstance(close, Refiner):
+            floor = close.floor(start, num_mentions, min(top_k, num_entities))
         scores_ME, chosen_ME, counted = self._score_all(start, floor)
         gold_column_M = self.gold_column_M[start : start + len(scores_ME)].to(self.device)
         here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
         column_M = gold_column_M.clamp(0, num_entities - 1)
         own_M = scores_ME.gather(1, column_M[:, None])[:, 0]
-        if refiner is not None:
-            scores_ME, gold_M = refiner.refine(scores_ME, start, own_M.where(here_M, torch.nan), top_k)
+        if isinstance(close, Refiner):
+            scores_ME, gold_M = close.refine(scores_ME, start, own_M.where(here_M, torch.nan), top_k)
         else:
             self._check_slices(start, sum_over_workers(here_M.long()))
             gold_M = sum_over_workers(own_M.where(here_M, torch.zeros_like(own_M)))
+            close_M = ((scores_ME - gold_M[:, None]).abs() <= close).sum(dim=1) - here_M.long()
+            counted["close"] = sum_over_workers(close_M)
         better_M, tied_M = ops.count_against(scores_ME, gold_M, column_M.where(here_M, -1))
         top_score_Mk, top_row_Mk = ops.top_k(scores_ME, min(top_k, num_entities))
         tile = {
@@ -226,9 +247,9 @@ class _Tiles:
         if floor is not None:
             mentions = self.matcher.with_bounds(mentions)
         totals, choices, counts, first = [], [], [], 0
-        for entities in self.index.tiles(self.size.entities):
+        for entities in self._entity_tiles(floor):
             for scores in self._score_fitting(mentions, entities, floor):
-                _refuse_broken(scores.total_ME, start, self.index.first_row + first)
+                _refuse_broken(scores, start, self.index.first_row + first)
                 first += scores.total_ME.shape[1]
                 totals.append(scores.total_ME)
                 if scores.chosen_ME is not None:
@@ -240,8 +261,22 @@ class _Tiles:
         counted = {name: torch.stack([each[name] for each in counts]).sum(dim=0) for name in counts[0]}
         return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, counted
 
+    def _entity_tiles(self, floor: Floor | None) -> Iterator[Table]:
+        """The index in tiles. Until k entities are scored nothing is below the floor, so it begins with a few."""
+        few = max(_FIRST_PRUNED, 4 * floor.k) if floor is not None and floor.k else 0
+        for tile in self.index.tiles(self.size.entities):
+            if 0 < few < len(tile):
+                yield tile.rows(slice(0, few))
+                yield tile.rows(slice(few, len(tile)))
+            else:
+                yield tile
+            few = 0
+
     def _score_fitting(self, mentions: Table, entities: Table, floor: Floor | None) -> Iterator[Scores]:
-        """Scores of a tile of entities, in parts of it where the device has no memory for all of it."""
+        """Scores of a tile of entities, in parts of it where the device has no memory for all of it.
+
+        Where half precision cannot hold token rows, this tile and all that follow are scored in single precision.
+        """
         start = 0
         while start < len(entities):
             part = entities.rows(slice(start, start + self.size.entities))
@@ -253,6 +288,10 @@ class _Tiles:
                     raise
                 self.size = TileSize(self.size.mentions, (len(part) + 1) // 2)
                 self.notice(f"{self.device} is out of memory: going on with tiles of {self.size.entities} entities")
+                continue
+            except HalfOverflow as overflow:
+                use_precision(self.matcher, "fp32", "triton")
+                self.notice(f"{overflow}: going on with fp32")
                 continue
             yield scores
             start += len(part)
@@ -284,14 +323,15 @@ def check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) ->
         raise ValueError(f"mention {mention}: its gold, kb row {row}, is not in the index, and its score is not given")
 
 
-def _refuse_broken(scores_ME: Tensor, first_mention: int, first_row: int) -> None:
-    broken_ME = scores_ME.isnan() | (scores_ME == torch.inf)  # -inf: pruned
+def _refuse_broken(scores: Scores, first_mention: int, first_row: int) -> None:
+    broken_ME = scores.total_ME.isnan() | (scores.total_ME == torch.inf)  # -inf: pruned
     if bool(broken_ME.any()):
         mention, entity = broken_ME.nonzero()[0].tolist()
-        raise NotRankable(first_mention + mention, first_row + entity)
+        raise NotRankable(first_mention + mention, first_row + entity, scores.broken_part(mention, entity))
 
 
-def _ranking(columns: Mapping[str, Tensor], first_row: int, refinement: Refinement | None) -> Ranking:
+def _ranking(columns: Mapping[str, Tensor], first_row: int, close: Refinement | float) -> Ranking:
+    """close: what refining took, or the band within which close pairs were counted."""
     return Ranking(
         ops.Counts(columns["better"], columns["tied"]),
         columns["top_row"] + first_row,
@@ -302,7 +342,8 @@ def _ranking(columns: Mapping[str, Tensor], first_row: int, refinement: Refineme
         columns.get("tied_choices"),
         columns.get("token_pairs"),
         columns.get("pruned_pairs"),
-        refinement,
+        close if isinstance(close, Refinement) else None,
+        Unrefined(close, columns["close"]) if isinstance(close, float) else None,
     )
 
 
@@ -332,6 +373,7 @@ def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
         _summed(parts, "pruned_pairs_M"),
         Refinement(
             sum(each.num_pairs for each in refinements),
+            sum(each.num_scored for each in refinements),
             max(each.band for each in refinements),
             max(each.largest_error for each in refinements),
         )

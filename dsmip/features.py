@@ -24,7 +24,7 @@ from dsmip.threads import map_alone
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
-_BATCH_SIZE = 256
+BATCH_SIZE = 256
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -163,8 +163,8 @@ def prepare_split(
 
 def _batches(split: str, dataset: Dataset, collator: Collator, rows: range | None = None) -> Iterator[ItemBatch]:
     if split == KB:
-        return (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), _BATCH_SIZE))
-    return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), _BATCH_SIZE))
+        return (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), BATCH_SIZE))
+    return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), BATCH_SIZE))
 
 
 def whole_features(tables: Mapping[str, Table], parts: Sequence[str]) -> Table:

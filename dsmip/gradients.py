@@ -127,13 +127,14 @@ def _as_leaves(features: Table) -> Table:
     for name, column in features.columns.items():
         if isinstance(column, Ragged):
             columns[name] = Ragged(column.values.detach().requires_grad_(), column.starts, column.lengths)
-        else:
-            columns[name] = column.detach().requires_grad_() if column.is_floating_point() else column
+            continue
+        dense = features.dense(name)
+        columns[name] = dense.detach().requires_grad_() if dense.is_floating_point() else dense
     return Table(columns)
 
 
 def _floats(features: Table) -> list[Tensor]:
-    tensors = [c.values if isinstance(c, Ragged) else c for c in features.columns.values()]
+    tensors = [c if isinstance(c, Tensor) else c.values for c in features.columns.values()]
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 

@@ -22,7 +22,7 @@ from dsmip.table import Table, concatenate
 
 MANIFEST = "index.json"
 SLICE_ROWS = 4096
-LAYOUT = 1  # of slices: part of what an index is made from, to be raised when prepared tables change
+LAYOUT = 2  # of slices: part of what an index is made from, to be raised when prepared tables change
 
 
 class EntityIndex:
@@ -39,7 +39,7 @@ class EntityIndex:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tables; token rows that entities share are counted once per table."""
+        """Bytes of all tables; rows that entities share are counted once per table."""
         return sum(table.num_bytes for table in self.tables)
 
     def tiles(self, size: int) -> Iterator[Table]:
@@ -49,7 +49,7 @@ class EntityIndex:
                 yield table.rows(slice(start, start + size))
 
     def take(self, columns: Tensor) -> Table:
-        """The entities at places `columns` (int64 [n], ascending) of this index, with the token rows they use.
+        """The entities at places `columns` (int64 [n], ascending) of this index, with the stored rows they use.
 
         Raises ValueError for no place at all.
         """

@@ -8,15 +8,18 @@ it has them. Else they are computed on the way and not kept: of a full-size kb t
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation import prepare_in_tiles
-from dsmip.features import encode_rows, fingerprint, whole_features
+from dsmip.features import BATCH_SIZE, encode_rows, fingerprint, whole_features
 from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
 from dsmip.manifest import KB
+from dsmip.missing_pictures import share_picture
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.ranked_model import RankedFiles, load_model
 from dsmip.runs import Run
@@ -124,7 +127,27 @@ class _Maker:
         """Prepared entities of these kb rows."""
         if not self._sources:
             self._sources = {part: self._source(part) for part in self._homes}
-        return self._prepared(rows, "entities", self._sources, progress)
+        prepared = self._prepared(rows, "entities", self._sources, progress)
+        lacking_N = self._lacking_E[rows.start : rows.stop].to(self._device)
+        return share_picture(prepared, self._alike, lacking_N) if bool(lacking_N.any()) else prepared
+
+    @cached_property
+    def _lacking_E(self) -> Tensor:
+        """bool [E]: entities without a picture."""
+        num_images = self._run.dataset.entity_texts().column("num_images")
+        return torch.tensor(num_images.to_numpy()) == 0
+
+    @cached_property
+    def _alike(self) -> Table:
+        """The kb's first entity without a picture, encoded in its batch, prepared alone: the same for all slices."""
+        row = int(self._lacking_E.nonzero()[0])
+        start = row - row % BATCH_SIZE
+        batch = range(start, min(start + BATCH_SIZE, len(self._lacking_E)))
+        sources = {
+            part: lambda rows, source=source: source(batch).take(slice(row - start, row - start + 1))
+            for part, source in self._sources.items()
+        }
+        return self._prepared(range(row, row + 1), "entities", sources, lambda count: None)
 
     def _prepared(
         self, rows: range, side: str, sources: Mapping[str, Callable[[range], Table]], progress: Callable[[int], None]

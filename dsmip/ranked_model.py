@@ -54,6 +54,14 @@ class RankedModel:
         """float64 [M]: exact scores of the golds that are in a slice of the index, NaN elsewhere."""
         return PairScorer(self.matcher, self.mentions, index, device).gold_scores(self.gold_row_M)
 
+    @torch.no_grad()
+    def broken_part(self, mention: int, row: int) -> str | None:
+        """Which expert or unit scores a mention and a kb row as NaN or infinite; None if that pair alone is sound."""
+        device = next(self.matcher.parameters()).device
+        entity = self.index.take(torch.tensor([row - self.index.first_row])).to(device)
+        scores = self.matcher.eval().score(self.mentions.take(torch.tensor([mention])).to(device), entity)
+        return None if bool(scores.total_ME.isfinite().all()) else scores.broken_part(0, 0)
+
     def rank_slice(
         self,
         index: EntityIndex,

@@ -6,10 +6,12 @@ precision, from the same prepared mentions and entities. M mentions, E entities 
 """
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsmip.index import EntityIndex
 from dsmip.models.base import Matcher
@@ -18,29 +20,63 @@ from dsmip.table import Table
 GRID = 2.0**-30
 """Scores in double precision are compared on this grid: pairs of equal features tie whatever call they were in."""
 _SAFETY = 8.0
-_SAMPLE_MENTIONS, _SAMPLE_ENTITIES = 16, 64
+_SAMPLE_MENTIONS = 16
 _GOLDS = 16
 _PROBE_STRIDE = 7919  # a prime: probes fall on all entities in turn
 _ENTITIES = 4096  # of one call
-# at a time, each against the close entities of all: what a call costs is shared, what pairs cost is more
-_MENTIONS_ON_CPU, _MENTIONS_ON_GPU = 4, 32
+_MENTIONS = 32  # at most at a time, each against the close entities of all
+# so many pairs cost as much as a call: fewer needless ones are scored along
+_CALL_ON_CPU, _CALL_ON_GPU = 256, 2**15
 
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """Number of pairs that were scored again, the band, and the largest error of single precision among those pairs."""
+    """What scoring close pairs again took.
+
+    num_pairs: of close pairs. num_scored: of pairs that were scored in float64 for it, since several mentions are
+    scored against the close entities of all at a time. largest_error: of the first scores of close pairs.
+    """
 
     num_pairs: int
+    num_scored: int
     band: float
     largest_error: float
 
 
-class PairScorer:
-    """Scores of single pairs in float64, on the grid."""
+@dataclass(frozen=True)
+class Unrefined:
+    """What the scores' own precision leaves open: entities within `band` of the gold may be on its other side.
 
-    def __init__(self, matcher: Matcher, mentions: Table, index: EntityIndex, device: torch.device) -> None:
-        self.matcher = copy.deepcopy(matcher).to(device).double().eval()
+    close_M: number of such entities int64 [M], true ties among them; no rank is off by more than that.
+    """
+
+    band: float
+    close_M: Tensor
+
+    def metrics(self) -> dict[str, float]:
+        """The band, the number of close pairs, and of mentions that have any."""
+        return {
+            "band": self.band,
+            "close_pairs": float(self.close_M.sum()),
+            "close_mentions": float((self.close_M > 0).sum()),
+        }
+
+
+class PairScorer:
+    """Scores of single pairs in float64, on the grid. notice: takes lines about memory."""
+
+    def __init__(
+        self,
+        matcher: Matcher,
+        mentions: Table,
+        index: EntityIndex,
+        device: torch.device,
+        notice: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.matcher = _without_towers(matcher).to(device).double().eval()
         self.mentions, self.index, self.device = mentions, index, device
+        self._notice = notice
+        self._most_mentions, self._most_entities = max(len(mentions), 1), _ENTITIES  # of one call
 
     @torch.no_grad()
     def score(self, row_m: Tensor, column_e: Tensor) -> Tensor:
@@ -52,16 +88,38 @@ class PairScorer:
         """As `score`, with the index of the expert that scored each pair, int64 [m, e] (None: no choice is made)."""
         if len(row_m) == 0 or len(column_e) == 0:
             return torch.zeros(len(row_m), len(column_e), dtype=torch.float64), None
-        if len(column_e) > _ENTITIES:
-            parts = [self.score_and_choose(row_m, part_e) for part_e in column_e.split(_ENTITIES)]
-            choices = [chosen_me for _, chosen_me in parts if chosen_me is not None]
-            return torch.cat([score_me for score_me, _ in parts], dim=1), torch.cat(choices, dim=1) if choices else None
+        if len(column_e) > self._most_entities:
+            parts = [self.score_and_choose(row_m, part_e) for part_e in column_e.split(self._most_entities)]
+            return _joined(parts, dim=1)
+        if len(row_m) > self._most_mentions:
+            parts = [self.score_and_choose(part_m, column_e) for part_m in row_m.split(self._most_mentions)]
+            return _joined(parts, dim=0)
+        try:
+            return self._score_and_choose(row_m, column_e)
+        except torch.OutOfMemoryError:
+            if len(row_m) == len(column_e) == 1:
+                raise
+        self._halve(len(row_m), len(column_e))  # here, where tensors of the failed call are no more
+        return self.score_and_choose(row_m, column_e)
+
+    def _score_and_choose(self, row_m: Tensor, column_e: Tensor) -> tuple[Tensor, Tensor | None]:
         mentions = self.mentions.take(row_m).to(self.device).cast(torch.float64)
         entities = self.index.take(column_e).to(self.device).cast(torch.float64)
         scores = self.matcher.score(mentions, entities)
         total_me = scores.total_ME.double().cpu()
         chosen_me = None if scores.chosen_ME is None else scores.chosen_ME.cpu()
         return (total_me / GRID).round() * GRID, chosen_me
+
+    def _halve(self, num_mentions: int, num_entities: int) -> None:
+        """What a call takes at most, after one with so many ran out of memory."""
+        if num_mentions > 1:
+            self._most_mentions = (num_mentions + 1) // 2
+        else:
+            self._most_entities = (num_entities + 1) // 2
+        self._notice(
+            f"{self.device} is out of memory in double precision: going on with {self._most_mentions} mentions"
+            f" against {self._most_entities} entities at a time"
+        )
 
     def gold_scores(self, gold_row_M: Tensor) -> Tensor:
         """float64 [M]: the golds' scores, NaN for golds (kb rows) that are not in the index."""
@@ -74,6 +132,39 @@ class PairScorer:
         return scores_M
 
 
+def _joined(parts: Sequence[tuple[Tensor, Tensor | None]], dim: int) -> tuple[Tensor, Tensor | None]:
+    choices = [chosen_me for _, chosen_me in parts if chosen_me is not None]
+    return torch.cat([score_me for score_me, _ in parts], dim), torch.cat(choices, dim) if choices else None
+
+
+class SampleErrors(NamedTuple):
+    """largest: by how much scores of a sample of pairs differ from exact ones. spacing: of numbers of their size."""
+
+    largest: float
+    spacing: float
+
+    @property
+    def band(self) -> float:
+        """Pairs whose scores are farther apart than this keep their order, as far as the sample tells."""
+        return max(_SAFETY * self.largest, 2 * self.spacing)
+
+
+def sample_errors(
+    pairs: PairScorer, score: Callable[[Table, Table], Tensor], gold_column_M: Tensor, num_mentions: int
+) -> SampleErrors:
+    """Errors of `score` (prepared mentions and entities to [m, e]) on some mentions, some entities and their golds.
+
+    gold_column_M: int64, places in the index; a gold that is not in it has a place outside. The sample has golds: they
+    score high, and errors grow with scores. Four times as many entities as mentions are taken.
+    """
+    row_m = _spread(len(pairs.mentions), num_mentions)
+    gold_m = gold_column_M[row_m]
+    here_m = (gold_m >= 0) & (gold_m < len(pairs.index))
+    column_e = torch.cat([_spread(len(pairs.index), 4 * num_mentions), gold_m[here_m]]).unique()
+    mentions, entities = pairs.mentions.take(row_m).to(pairs.device), pairs.index.take(column_e)
+    return _errors(score(mentions, entities), pairs.score(row_m, column_e))
+
+
 class Refiner:
     """Replaces close scores of a tile by exact ones. The band is measured on the first tile, and checked at the end.
 
@@ -84,7 +175,7 @@ class Refiner:
         self._pairs, self._gold_score_M = pairs, gold_score_M
         self._band = 0.0
         self._largest_error = 0.0
-        self._num_pairs = 0
+        self._num_pairs = self._num_scored = 0
 
     @property
     def band_held(self) -> bool:
@@ -93,10 +184,10 @@ class Refiner:
 
     def widen(self) -> None:
         """Forgets all tiles and takes a band that fits the largest error seen."""
-        self._band, self._num_pairs = _SAFETY * self._largest_error, 0
+        self._band, self._num_pairs = _SAFETY * self._largest_error, 0  # what was scored in vain counts as scored
 
     def report(self) -> Refinement:
-        return Refinement(self._num_pairs, self._band, self._largest_error)
+        return Refinement(self._num_pairs, self._num_scored, self._band, self._largest_error)
 
     def refine(self, scores_ME: Tensor, first_mention: int, own_M: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The scores of the tile of mentions from `first_mention`, exact where they are close, and its golds' scores.
@@ -108,23 +199,24 @@ class Refiner:
         self._note_errors((own_M.double() - gold_M)[~own_M.isnan()])
         if self._band == 0.0:
             row_m = first_mention + torch.arange(min(_SAMPLE_MENTIONS, len(scores_ME)))
-            column_e = _spread(scores_ME.shape[1], _SAMPLE_ENTITIES)
-            self._measure(scores_ME[: len(row_m), column_e], row_m, column_e)
-            self._band = max(self._band, 2 * _rounding(scores_ME))
+            column_e = _spread(scores_ME.shape[1], 4 * _SAMPLE_MENTIONS)
+            self._set_band(_errors(scores_ME[: len(row_m), column_e], self._pairs.score(row_m, column_e)))
+            self._band = max(self._band, 2 * _spacing(scores_ME))
         refined_ME = scores_ME.double()
         close_ME = (refined_ME - gold_M[:, None]).abs() <= self._band
         if k:
             last_M1 = scores_ME.topk(min(k, scores_ME.shape[1]), dim=1).values[:, -1:]
             close_ME |= scores_ME >= last_M1 - self._band
         close_ME |= self._probes(scores_ME, first_mention)
-        at_once = _MENTIONS_ON_CPU if scores_ME.device.type == "cpu" else _MENTIONS_ON_GPU
-        for place_m in torch.arange(len(scores_ME)).split(at_once):
+        call = _CALL_ON_CPU if scores_ME.device.type == "cpu" else _CALL_ON_GPU
+        for place_m in _scored_together(close_ME, call):
             column_e = close_ME[place_m].any(dim=0).nonzero()[:, 0]
             close_me = close_ME[place_m][:, column_e]
             exact_me = self._pairs.score(first_mention + place_m, column_e.cpu()).to(scores_ME.device)
             self._note_errors((exact_me - scores_ME[place_m][:, column_e])[close_me])
             refined_ME[place_m[:, None], column_e] = exact_me.where(close_me, refined_ME[place_m][:, column_e])
             self._num_pairs += int(close_me.sum())
+            self._num_scored += exact_me.numel()
         return refined_ME, gold_M
 
     @staticmethod
@@ -136,48 +228,69 @@ class Refiner:
         probed_ME[row_M, column_M] = scores_ME[row_M, column_M] > -torch.inf
         return probed_ME
 
-    def measure(self, matcher: Matcher, gold_column_M: Tensor) -> None:
-        """Sets the band before any tile is scored, as `floor` needs it, on scores that `matcher` gives.
-
-        gold_column_M: int64, places in the index; a gold that is not in it has a place outside. The sample has golds:
-        they score high, and errors grow with scores.
-        """
-        pairs, device = self._pairs, self._pairs.device
-        row_m = _spread(len(pairs.mentions), _SAMPLE_MENTIONS)
-        gold_m = gold_column_M[row_m]
-        here_m = (gold_m >= 0) & (gold_m < len(pairs.index))
-        column_e = torch.cat([_spread(len(pairs.index), _SAMPLE_ENTITIES), gold_m[here_m]]).unique()
-        mentions, entities = pairs.mentions.take(row_m).to(device), pairs.index.take(column_e).to(device)
-        self._measure(matcher.score(mentions, entities).total_ME, row_m, column_e)
+    def measure(self, score: Callable[[Table, Table], Tensor], gold_column_M: Tensor) -> None:
+        """Sets the band before any tile is scored, as `floor` needs it; arguments as of `sample_errors`."""
+        self._set_band(sample_errors(self._pairs, score, gold_column_M, _SAMPLE_MENTIONS))
 
     def floor(self, first_mention: int, num_mentions: int, k: int) -> "Floor":
         """Below what scores of a tile of mentions need not be computed: neither `refine` nor a count would see them."""
         gold_M = self._gold_score_M[first_mention : first_mention + num_mentions].to(self._pairs.device)
         return Floor(gold_M, self._band, k)
 
-    def _measure(self, sample_me: Tensor, row_m: Tensor, column_e: Tensor) -> None:
-        """Sets the band by the errors of a sample of pairs, and of the golds that were seen."""
-        self._note_errors(self._pairs.score(row_m, column_e) - sample_me.cpu())
-        self._band = max(_SAFETY * self._largest_error, 2 * _rounding(sample_me))
+    def _set_band(self, sample: SampleErrors) -> None:
+        """By the errors of a sample of pairs, and of the golds that were seen."""
+        self._largest_error = max(self._largest_error, sample.largest)
+        self._band = SampleErrors(self._largest_error, sample.spacing).band
 
     def _note_errors(self, errors: Tensor) -> None:
-        if len(errors):
-            self._largest_error = max(self._largest_error, float(errors.abs().max()))
+        self._largest_error = max(self._largest_error, _largest(errors))
 
 
-def _rounding(scores_ME: Tensor) -> float:
-    """The spacing of single-precision numbers of the scores' size: no band is narrower."""
-    return float(scores_ME.abs().max()) * torch.finfo(torch.float32).eps + GRID
+def _scored_together(close_ME: Tensor, call: int) -> Iterator[Tensor]:
+    """Places of mentions to score at a time against the close entities of all of them, bool [M, E].
+
+    A group is halved until its needless pairs are fewer than what one `call` more would cost: mentions whose close
+    entities are the same stay together.
+    """
+    groups = list(torch.arange(len(close_ME)).split(_MENTIONS))[::-1]
+    while groups:
+        place_m = groups.pop()
+        close_me = close_ME[place_m]
+        num_needless = len(place_m) * int(close_me.any(dim=0).sum()) - int(close_me.sum())
+        if num_needless <= call:
+            yield place_m
+        else:
+            groups += [place_m[len(place_m) // 2 :], place_m[: len(place_m) // 2]]
+
+
+def _errors(sample_me: Tensor, exact_me: Tensor) -> SampleErrors:
+    return SampleErrors(_largest(exact_me - sample_me.cpu()), _spacing(sample_me))
+
+
+def _largest(errors: Tensor) -> float:
+    return float(errors.abs().nan_to_num(0.0, posinf=torch.inf).max()) if len(errors) else 0.0
+
+
+def _spacing(scores_ME: Tensor) -> float:
+    """The spacing of numbers of the scores' size and precision: no band is narrower."""
+    return float(scores_ME.abs().max()) * torch.finfo(scores_ME.dtype).eps + GRID
+
+
+def _without_towers(matcher: Matcher) -> Matcher:
+    """A copy for scoring alone: towers (submodules named `backbone`) would be most of what is copied."""
+    towers = [module for name, module in matcher.named_modules() if name.split(".")[-1] == "backbone"]
+    return copy.deepcopy(matcher, {id(tower): nn.Identity() for tower in towers})
 
 
 class Floor:
     """The scores below which pairs of a tile of mentions matter neither to the golds' ranks nor to this slice's top-k.
 
     That is two bands below the gold's score and the k-th best so far: one is refined, and the other one is for errors
-    of single precision in what bounds a score. gold_M: float64 [M].
+    of single precision in what bounds a score. gold_M: float64 [M]. Attribute k.
     """
 
     def __init__(self, gold_M: Tensor, band: float, k: int) -> None:
+        self.k = k
         self._gold_M, self._margin = gold_M, 2 * band
         self._best_Mk = gold_M.new_full((len(gold_M), k), -torch.inf)
 

@@ -81,9 +81,12 @@ def evaluate_model(
         opened = stored.open()
         ranking = rank_stored(stored) if rank_stored else opened.rank(device, options, notice, progress)
     except NotRankable as error:
+        part = error.part or opened.broken_part(error.mention, error.entity_row)
+        of_part = f" ({part})" if part else ""
         raise UserError(
             f"{model} of {run.folder} scores mention {mentions[error.mention].mention_id} and entity "
-            f"{entity_ids[error.entity_row]} as NaN or infinite; its training diverged, or their features are broken"
+            f"{entity_ids[error.entity_row]} as NaN or infinite{of_part}; its training diverged, or their features "
+            "are broken"
         ) from None
     groups = report_groups(run.dataset, mentions)
     metrics = {"model": model, "split": split, **_metrics(ranking, groups, opened.choices, len(opened.index))}

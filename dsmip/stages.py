@@ -13,6 +13,7 @@ from dsmip.evaluation import prepare_in_tiles, rank
 from dsmip.features import prepare_split
 from dsmip.index import EntityIndex
 from dsmip.manifest import KB
+from dsmip.missing_pictures import prepare_entities
 from dsmip.models.base import Matcher
 from dsmip.runs import Run
 from dsmip.shards import Dataset
@@ -148,7 +149,7 @@ def _validate_on(
 
     def validate(matcher: Matcher) -> Mapping[str, float]:
         mentions = prepare_in_tiles(matcher, validation.mentions, "mentions", device)
-        entities = prepare_in_tiles(matcher, kb.rows(slice(first, stop)), "entities", device)
+        entities = prepare_entities(matcher, kb, range(first, stop), device)
         return _figures(matcher, mentions, EntityIndex([entities], first), validation.gold_row_M, device)
 
     return validate
@@ -173,8 +174,10 @@ def _validate_by_encoding(
 def _figures(
     matcher: Matcher, mentions: Table, index: EntityIndex, gold_row_M: Tensor, device: torch.device
 ) -> Mapping[str, float]:
+    """Metrics, and how many pairs are too close for single precision to order them (for the records alone)."""
     use_backend(matcher, "auto", device)
-    return rank(matcher, mentions, index, gold_row_M, device=device).metrics()
+    ranking = rank(matcher, mentions, index, gold_row_M, device=device)
+    return ranking.metrics() | (ranking.unrefined.metrics() if ranking.unrefined else {})
 
 
 def _slice_of(num_entities: int) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """A row-sliceable table of named tensors: what encoders and `prepare` return, what the feature cache holds.
 
-A column is either a dense tensor [N, ...] or a `Ragged`: a variable number of token rows per item. Slicing rows of a
-ragged column touches only its starts and lengths, so a table that is memory-mapped from a file stays on disk until a
-batch is padded, and items that share token rows (all items without a picture) store them once.
+A column is a dense tensor [N, ...], a `Repeated` one (equal rows are stored once), or a `Ragged`: a variable number of
+token rows per item. Slicing rows of a ragged column touches only its starts and lengths, so a table that is
+memory-mapped from a file stays on disk until a batch is padded, and items that share token rows (all items without a
+picture) store them once.
 """
 
 import json
@@ -95,7 +96,43 @@ class Ragged:
         return Ragged(self.values.to(dtype), self.starts, self.lengths)
 
 
-Column = Tensor | Ragged
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """N dense rows, equal ones stored once: item n has row index[n] (int32) of values [U, ...]."""
+
+    values: Tensor
+    index: Tensor
+
+    def rows(self, index: Rows) -> "Repeated":
+        """The chosen items; values are shared, not copied."""
+        return Repeated(self.values, self.index[index])
+
+    def dense(self) -> Tensor:
+        """A copy of every item's row [N, ...]."""
+        return self.values[self.index]
+
+    def compact(self) -> "Repeated":
+        """Copies only the rows that are used, each once."""
+        used, inverse = self.index.unique(return_inverse=True)
+        return Repeated(self.values[used], inverse.int())
+
+    def to(self, device: torch.device) -> "Repeated":
+        return Repeated(self.values.to(device), self.index.to(device))
+
+    def cast(self, dtype: torch.dtype) -> "Repeated":
+        return Repeated(self.values.to(dtype), self.index)
+
+
+Column = Tensor | Ragged | Repeated
+
+
+_FIELDS: Mapping[type, tuple[str, ...]] = {Ragged: ("values", "starts", "lengths"), Repeated: ("values", "index")}
+
+
+def _num_items(column: Column) -> int:
+    return len(
+        column.lengths if isinstance(column, Ragged) else column.index if isinstance(column, Repeated) else column
+    )
 
 
 @dataclass(frozen=True)
@@ -105,21 +142,21 @@ class Table:
     columns: Mapping[str, Column]
 
     def __post_init__(self) -> None:
-        sizes = {name: len(c.lengths) if isinstance(c, Ragged) else len(c) for name, c in self.columns.items()}
+        sizes = {name: _num_items(column) for name, column in self.columns.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"columns differ in their number of rows: {sizes}")
 
     def __len__(self) -> int:
         for column in self.columns.values():
-            return len(column.lengths) if isinstance(column, Ragged) else len(column)
+            return _num_items(column)
         return 0
 
     def dense(self, name: str) -> Tensor:
-        """A dense column; TypeError when it is ragged."""
+        """A dense column, a copy where equal rows are stored once; TypeError when it is ragged."""
         column = self.columns[name]
         if isinstance(column, Ragged):
             raise TypeError(f"column {name} is ragged")
-        return column
+        return column.dense() if isinstance(column, Repeated) else column
 
     def ragged(self, name: str) -> Ragged:
         """A ragged column; TypeError when it is dense."""
@@ -130,12 +167,31 @@ class Table:
 
     def rows(self, index: Rows) -> "Table":
         """The chosen rows of every column."""
-        return Table({n: c.rows(index) if isinstance(c, Ragged) else c[index] for n, c in self.columns.items()})
+        return Table({n: c[index] if isinstance(c, Tensor) else c.rows(index) for n, c in self.columns.items()})
 
     def take(self, index: Rows) -> "Table":
-        """The chosen rows with only the token rows they use: what to compute on or to send to a device."""
+        """The chosen rows with only the stored rows they use: what to compute on or to send to a device."""
         chosen = self.rows(index)
-        return Table({n: c.compact() if isinstance(c, Ragged) else c for n, c in chosen.columns.items()})
+        return Table({n: c if isinstance(c, Tensor) else c.compact() for n, c in chosen.columns.items()})
+
+    def distinct(self) -> tuple["Table", Tensor | None]:
+        """Rows that differ, and the place of each row among them (int64 [N]): what is scored once is copied.
+
+        (self, None) where no two rows are known to be equal: a column that is not `Repeated` tells nothing.
+        """
+        columns = [column for column in self.columns.values() if isinstance(column, Repeated)]
+        if not columns or len(columns) < len(self.columns):
+            return self, None
+        index_CN = torch.stack([column.index for column in columns])
+        if bool((index_CN == index_CN[0]).all()):
+            index_CN = index_CN[:1]
+        place_N = torch.unique(index_CN, dim=1, return_inverse=True)[1]
+        num_distinct = int(place_N.max()) + 1 if len(place_N) else 0
+        if num_distinct == len(self):
+            return self, None
+        row_N = torch.arange(len(self), device=place_N.device)
+        first_U = row_N.new_zeros(num_distinct).scatter_reduce(0, place_N, row_N, "amin", include_self=False)
+        return self.rows(first_U), place_N
 
     def to(self, device: torch.device) -> "Table":
         return Table({n: c.to(device) for n, c in self.columns.items()})
@@ -144,10 +200,10 @@ class Table:
         """Floating-point columns in another precision."""
         columns: dict[str, Column] = {}
         for name, column in self.columns.items():
-            if isinstance(column, Ragged):
-                columns[name] = column.cast(dtype)
-            else:
+            if isinstance(column, Tensor):
                 columns[name] = column.to(dtype) if column.is_floating_point() else column
+            else:
+                columns[name] = column.cast(dtype)
         return Table(columns)
 
     def under(self, prefix: str) -> "Table":
@@ -165,21 +221,21 @@ class Table:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors, shared token rows counted once."""
+        """Bytes of all tensors, shared rows counted once."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, column in self.columns.items():
-            if isinstance(column, Ragged):
-                for field in ("values", "starts", "lengths"):
-                    tensors[f"{name}/{field}"] = getattr(column, field)
-            else:
+            if isinstance(column, Tensor):
                 tensors[name] = column
+                continue
+            for field in _FIELDS[type(column)]:
+                tensors[f"{name}/{field}"] = getattr(column, field)
         return tensors
 
     def save(self, path: Path, metadata: Mapping[str, object] | None = None) -> None:
-        """Writes a safetensors file atomically; only used token rows are written."""
+        """Writes a safetensors file atomically; only rows in use are written."""
         # cloned: columns may share starts and lengths, which safetensors refuses
         tensors = {
             n: t.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -198,8 +254,9 @@ class Table:
         for name in sorted(names):
             if name in tensors:
                 columns[name] = tensors[name]
-            else:
-                columns[name] = Ragged(*(tensors[f"{name}/{field}"] for field in ("values", "starts", "lengths")))
+                continue
+            kind: type[Ragged] | type[Repeated] = Repeated if f"{name}/index" in tensors else Ragged
+            columns[name] = kind(*(tensors[f"{name}/{field}"] for field in _FIELDS[kind]))
         return Table(columns)
 
 
@@ -210,7 +267,7 @@ def concatenate(tables: Sequence[Table]) -> Table:
     columns: dict[str, Column] = {}
     for name, first in tables[0].columns.items():
         if not isinstance(first, Ragged):
-            columns[name] = torch.cat([t.dense(name) for t in tables])
+            columns[name] = _joined([t.columns[name] for t in tables])
             continue
         parts = [t.ragged(name) for t in tables]
         base, starts = 0, []
@@ -221,3 +278,22 @@ def concatenate(tables: Sequence[Table]) -> Table:
             torch.cat([p.values for p in parts]), torch.cat(starts), torch.cat([p.lengths for p in parts])
         )
     return Table(columns)
+
+
+def _joined(parts: Sequence[Column]) -> Tensor | Repeated:
+    """Dense columns and those of repeated rows; one of repeated rows if any part is."""
+    plain = [part for part in parts if isinstance(part, Tensor)]
+    if len(plain) == len(parts):
+        return torch.cat(plain)
+    base, places, values = 0, list[Tensor](), list[Tensor]()
+    for part in (_repeated(part) for part in parts if not isinstance(part, Ragged)):
+        places.append(part.index + base)
+        values.append(part.values)
+        base += len(part.values)
+    return Repeated(torch.cat(values), torch.cat(places))
+
+
+def _repeated(part: Tensor | Repeated) -> Repeated:
+    if isinstance(part, Repeated):
+        return part
+    return Repeated(part, torch.arange(len(part), dtype=torch.int32, device=part.device))

@@ -59,7 +59,7 @@ class TableWriter:
         """
         for name, column in table.columns.items():
             if not isinstance(column, Ragged):
-                self._stream(name).write(column)
+                self._stream(name).write(table.dense(name))
                 continue
             alike_N = alike.get(name, torch.zeros(len(column.lengths), dtype=torch.bool))
             self._write_tokens(name, column, alike_N)

@@ -23,6 +23,17 @@ Backend = Literal["torch", "cpp", "triton"]
 Precision = Literal["fp32", "fp16"]
 
 
+# less than the largest number: centring may double a value
+_LARGEST_IN_HALF = torch.finfo(torch.float16).max / 2
+
+
+class HalfOverflow(ValueError):
+    """Token rows hold numbers that half precision does not: score them with precision fp32."""
+
+    def __init__(self, largest: float) -> None:
+        super().__init__(f"token rows hold numbers up to {largest:.3g}, too large for half precision")
+
+
 class TextUnit(nn.Module):
     """U_T, text against text. See `dsmip.ops.matching.text_unit`.
 
@@ -76,6 +87,7 @@ class TextUnit(nn.Module):
         """S_T, float [M, E]. The token-level half, which costs the most, is left out of pairs not wanted (bool).
 
         at_least_ME: float; pairs that certainly score less are not computed and get -inf (mentions `with_bounds`).
+        Raises HalfOverflow for token rows too large for precision fp16.
         """
         local_query_Ed = entities.dense("local")
         direction_Ed = local_query_Ed * self.layer_norm.weight
@@ -128,8 +140,9 @@ class TextUnit(nn.Module):
     ) -> Tensor:
         columns = [mentions.ragged("key"), mentions.ragged("value"), entities.ragged("query")]
         if self.backend == "triton":
-            dtype = torch.float16 if self.precision == "fp16" else torch.float32
-            columns = [column.in_use().cast(dtype) for column in columns]
+            columns = [column.in_use() for column in columns]
+            if self.precision == "fp16":
+                columns = [_in_half(column) for column in columns]
         key, value, query = (TokenRows(column.values, column.starts, column.lengths) for column in columns)
         if self.backend == "triton":
             return cuda.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
@@ -156,6 +169,14 @@ class TextUnit(nn.Module):
     def _check_lengths(self, tokens: Ragged) -> None:
         if not self.mask_padding and len(tokens.lengths) and bool((tokens.lengths != tokens.lengths[0]).any()):
             raise ValueError("mask_padding=False needs features that hold every token place, but lengths differ")
+
+
+def _in_half(column: Ragged) -> Ragged:
+    """The rows in float16; what is not finite stays so, and makes scores of its item alone NaN."""
+    magnitude = column.values.abs()
+    if magnitude.numel() and (largest := float(magnitude.where(magnitude.isfinite(), 0.0).max())) > _LARGEST_IN_HALF:
+        raise HalfOverflow(largest)
+    return column.cast(torch.float16)
 
 
 def use_backend(matcher: nn.Module, name: BackendName, device: torch.device) -> Backend:

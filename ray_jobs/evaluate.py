@@ -48,7 +48,8 @@ def evaluate_run(
     print(f"{metrics['model']} on {split}: {metrics['mentions']} mentions, {metrics['entities']} entities")
     print(f"  {figures}")
     print(
-        f"  exact: {refined['num_pairs']} pairs within {refined['band']:.1e} of a decision scored again in float64;"
+        f"  exact: {refined['num_pairs']} pairs within {refined['band']:.1e} of a decision scored again in float64"
+        f" ({refined['num_scored']} with those beside them);"
         f" index: {metrics['index_bytes_per_entity']:.0f} bytes an entity"
     )
     if "token_pairs_skipped" in metrics:

@@ -298,6 +298,16 @@ def test_missing_pictures_may_be_stored_once(
 
 
 @torch.no_grad()
+def test_columns_of_a_picture_do_not_depend_on_the_text(subject: Subject, features: tuple[Table, Table]) -> None:
+    """What entities without a picture share (`dsmip.missing_pictures`)."""
+    other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.pictures, ENTITIES.has_image)
+    prepared, again = map(subject.matcher.prepare_entities, (features[1], subject.encode_entities(other)))
+    for name in prepared.columns:
+        if "image" in name.split(".") and isinstance(prepared.columns[name], Tensor):
+            torch.testing.assert_close(again.dense(name), prepared.dense(name), **TOLERANCE)
+
+
+@torch.no_grad()
 def test_saved_weights_give_the_same_scores(
     subject: Subject, features: tuple[Table, Table], scores: Scores, tmp_path: Path
 ) -> None:

@@ -108,7 +108,9 @@ def test_a_gate_that_says_nan_chooses_nobody(small_config: ExperimentConfig) -> 
     matcher = whole(small_config)
     mentions, entities = prepared(matcher, small_config)
     entities.dense("gate.logits")[4] = torch.nan
-    broken_ME = matcher.score(mentions, entities).total_ME.isnan()
+    scores = matcher.score(mentions, entities)
+    assert scores.broken_part(0, 4) == "gate"
+    broken_ME = scores.total_ME.isnan()
     assert broken_ME[:, 4].all()
     assert int(broken_ME.sum()) == NUM_MENTIONS
 

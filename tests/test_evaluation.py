@@ -163,13 +163,18 @@ def rank_slice() -> dict[str, Tensor]:
         device=CPU,
         tile_size=TileSize(2, 3),
     )
-    return {"better": ranking.counts.better_M, "tied": ranking.counts.tied_M}
+    assert ranking.unrefined is not None
+    band, close_M = torch.tensor(ranking.unrefined.band), ranking.unrefined.close_M
+    return {"better": ranking.counts.better_M, "tied": ranking.counts.tied_M, "band": band, "close": close_M}
 
 
 def test_slices_of_the_kb_add_up(tmp_path: Path) -> None:
     scores_ME, gold_M = example()
     expected = ranked(scores_ME, gold_M)
     assert expected.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
-    for worker in run_workers(rank_slice, 2, tmp_path):
+    workers = run_workers(rank_slice, 2, tmp_path)
+    for worker in workers:
+        assert torch.equal(worker["band"], workers[0]["band"])
+        assert torch.equal(worker["close"], expected.counts.tied_M)  # scores are whole numbers
         assert torch.equal(worker["better"], expected.counts.better_M)
         assert torch.equal(worker["tied"], expected.counts.tied_M)

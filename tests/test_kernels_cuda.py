@@ -26,7 +26,7 @@ from dsmip.ops import kernels
 from dsmip.ops.kernels import cuda
 from dsmip.ops.kernels.rows import TokenRows
 from dsmip.table import Ragged, Table
-from dsmip.text_unit import TextUnit, use_backend, use_precision
+from dsmip.text_unit import HalfOverflow, TextUnit, use_backend, use_precision
 
 TRITON = Way("triton")
 DEVICE = TRITON.device
@@ -165,6 +165,34 @@ def test_refined_ranks_are_exact_in_half_precision() -> None:
     expected = ranks_by_sorting(exact_ME, gold_M)
     assert rank(matcher, mentions, index, gold_M, device=DEVICE).rank_M.tolist() != expected
     assert rank(matcher, mentions, index, gold_M, device=DEVICE, refine=True).rank_M.tolist() == expected
+
+
+@on_device
+@pytest.mark.parametrize("side", ["value", "query"])
+@pytest.mark.parametrize("refine", [False, True])
+def test_rows_too_large_for_half_precision_are_scored_in_single(side: str, refine: bool) -> None:
+    """A trained model whose rows exceed 65504 is no broken one."""
+    unit = text_unit()
+    with torch.no_grad():
+        layer = unit.fc_value if side == "value" else unit.fc_query
+        layer.weight.mul_(1e6)
+        layer.bias.mul_(1e6)
+        if side == "query":
+            unit.fc_key.weight.mul_(1e-6)
+            unit.fc_key.bias.mul_(1e-6)
+        mentions, entities = prepared(unit)
+        matcher = TextMatcher(unit).double()
+        exact_ME = matcher.score(mentions.cast(torch.float64), entities.cast(torch.float64)).total_ME.cpu()
+    matcher.float()
+    unit.backend, unit.precision = "triton", "fp16"
+    with torch.no_grad(), pytest.raises(HalfOverflow, match="too large for half precision"):
+        unit.score(mentions, entities)
+    gold_M, notices = torch.arange(len(mentions)) % len(entities), list[str]()
+    index = EntityIndex([entities])
+    ranking = rank(matcher, mentions, index, gold_M, device=DEVICE, refine=refine, notice=notices.append)
+    assert ranking.rank_M.tolist() == ranks_by_sorting(exact_ME, gold_M)
+    assert [line.split(": ")[1] for line in notices] == ["going on with fp32"]
+    assert unit.precision == "fp32"
 
 
 @pytest.fixture

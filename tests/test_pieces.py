@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsmip import features
+from dsmip import pieces as pieces_of_rankings
 from dsmip.errors import UserError
 from dsmip.files import sha256_file
 from dsmip.manifest import KB
@@ -19,7 +20,8 @@ ROWS = 4
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices start where batches do, as in use."""
-    monkeypatch.setattr(features, "_BATCH_SIZE", ROWS)
+    monkeypatch.setattr(features, "BATCH_SIZE", ROWS)
+    monkeypatch.setattr(pieces_of_rankings, "BATCH_SIZE", ROWS)
 
 
 def nothing_made(run: Run, model: str = "multimodal") -> Pieces:
@@ -37,7 +39,8 @@ def hashes(pieces: Pieces) -> dict[str, str]:
 def expected(run: Run) -> dict[str, str]:
     """What one call makes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "_BATCH_SIZE", ROWS)
+        patch.setattr(features, "BATCH_SIZE", ROWS)
+        patch.setattr(pieces_of_rankings, "BATCH_SIZE", ROWS)
         pieces = nothing_made(run)
         pieces.make(list(pieces.missing), CPU)
     return hashes(pieces)

@@ -23,6 +23,7 @@ from dsmip.models.base import Matcher, Scores
 from dsmip.models.dsmip import Dsmip
 from dsmip.models.mimic import MimicMatcher
 from dsmip.rank_options import RankOptions
+from dsmip.ranked_model import RankedModel
 from dsmip.refinement import Floor, PairScorer
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
@@ -211,6 +212,32 @@ def test_an_entity_whose_tokens_score_nan_is_named_although_it_matters_to_no_ran
         Case(case.matcher, case.mentions, broken, 0).rank(gold_row_M, TileSize(9, 10), 2, prune=True)
 
 
+@pytest.mark.parametrize("form", ["pair", "mention", "multimodal"])
+def test_the_part_whose_score_is_nan_is_named(small_config: ExperimentConfig, form: str) -> None:
+    """The expert of a gated system, the unit of an expert: from a tile's scores, and for golds by asking once again."""
+    case = make_case(form, small_config, 2)
+    chosen = case.score().chosen_ME
+    name = "image" if chosen is None else list(case.score().parts)[int(chosen[3, 5])]
+    columns = dict(case.entities.columns)
+    for column in columns:
+        values = columns[column]
+        if column.startswith(name) and isinstance(values, Tensor):
+            columns[column] = values.index_fill(0, torch.tensor(5), torch.nan)
+    broken = Case(case.matcher, case.mentions, Table(columns), case.num_choices)
+    with torch.no_grad():
+        scores = broken.score()
+    assert scores.broken_part(3, 5) == name
+    first = int(scores.total_ME[:, 5].isnan().nonzero()[0, 0])
+    elsewhere_M = torch.zeros(NUM_MENTIONS, dtype=torch.int64)
+    with pytest.raises(NotRankable, match=rf"mention {first} and entity row 5 is NaN or infinite \({name}\)"):
+        rank(case.matcher, case.mentions, EntityIndex([broken.entities]), elsewhere_M, device=CPU)
+    model = RankedModel(case.matcher, case.mentions, EntityIndex([broken.entities]), elsewhere_M + 5, ())
+    with pytest.raises(NotRankable) as raised:
+        model.rank(CPU, notice=lambda line: None)
+    assert model.broken_part(raised.value.mention, raised.value.entity_row) == name
+    assert model.broken_part(0, 0) is None
+
+
 def test_nothing_is_pruned_without_token_level_scores(small_config: ExperimentConfig) -> None:
     matcher = Dsmip.build_part("visual", small_config, with_encoder=False).eval()
     sides = [features(small_config, count, count).under("visual") for count in (NUM_MENTIONS, NUM_ENTITIES)]
@@ -281,6 +308,15 @@ def test_a_wider_band_lowers_the_floor() -> None:
     assert ranking.refinement.band == pytest.approx(3.2e-2, rel=1e-3)
     assert ranking.pruned_pairs_M is not None
     assert ranking.pruned_pairs_M.tolist() == [872]
+
+
+def test_a_kb_of_one_tile_is_pruned_too() -> None:
+    scores_ME = torch.linspace(1, 0, 500, dtype=torch.float64)[None]
+    errors_ME = 1e-6 * (-1.0) ** torch.arange(500, dtype=torch.float64)[None]
+    ranking = ranked_eagerly(EagerMatcher(scores_ME, errors_ME), torch.tensor([3]), 20, TileSize(1, 500))
+    assert ranking.top_row_Mk.tolist() == [list(range(20))]
+    assert ranking.pruned_pairs_M is not None
+    assert ranking.pruned_pairs_M.tolist() == [500 - 80]  # the first four times k are scored whole
 
 
 def test_the_floor_is_two_bands_below_the_gold_and_the_kth_best() -> None:

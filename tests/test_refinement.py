@@ -1,5 +1,6 @@
 """Close pairs in double precision, with a matcher whose single-precision errors are known."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -7,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation import CPU, TableMatcher, numbered, ranks_by_sorting
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsmip.evaluation import NotRankable, Ranking, TileSize, check_golds, merge_gold_scores, merge_rankings, rank
 from dsmip.index import EntityIndex
 from dsmip.models.base import Scores
-from dsmip.refinement import GRID, PairScorer
+from dsmip.refinement import GRID, PairScorer, _scored_together
 from dsmip.table import Table
 
 
@@ -75,6 +76,79 @@ def test_only_close_pairs_are_scored_again() -> None:
     assert ranking.refinement is not None
     assert ranking.refinement.largest_error <= 1.1e-6
     assert 3 <= ranking.refinement.num_pairs < 30  # the golds, and what is within some millionths of them
+
+
+@given(seed=st.integers(0, 10**6), tiles=st.integers(1, 9), error=st.sampled_from([0.0, 1e-4, 0.05]))
+@settings(max_examples=40, deadline=None)
+def test_ranks_without_refinement_differ_by_the_pairs_that_are_counted(seed: int, tiles: int, error: float) -> None:
+    shape = (5, 40)
+    matcher, gold_M = example(seed, shape, error)
+    index, size = EntityIndex([weighted(shape[1])]), TileSize(tiles, 3 * tiles)
+    ranking = rank(matcher, weighted(shape[0]), index, gold_M, device=CPU, tile_size=size)
+    assert ranking.refinement is None
+    assert ranking.unrefined is not None
+    band, close_M = ranking.unrefined.band, ranking.unrefined.close_M
+    assert 4 * error <= band <= max(8 * error, 1e-4) + 1e-5
+    exact_M = torch.tensor(ranks_by_sorting(matcher.scores_ME, gold_M))
+    assert bool(((ranking.rank_M - exact_M).abs() <= close_M).all())
+    single_ME = (matcher.scores_ME + matcher.errors_ME).float()
+    near_ME = (single_ME - single_ME.gather(1, gold_M[:, None])).abs() <= band
+    assert torch.equal(close_M, near_ME.sum(dim=1) - 1)
+    metrics = ranking.unrefined.metrics()
+    assert metrics == {"band": band, "close_pairs": close_M.sum(), "close_mentions": (close_M > 0).sum()}
+
+
+class WithTowers(NoisyMatcher):
+    """Its towers cannot be copied, as little as they fit into memory a second time."""
+
+    def __init__(self, scores_ME: Tensor) -> None:
+        super().__init__(scores_ME, torch.zeros_like(scores_ME))
+        self.encoder = nn.ModuleDict({"backbone": Uncopied()})
+
+
+class Uncopied(nn.Module):
+    def __deepcopy__(self, memo: object) -> None:
+        raise AssertionError("towers take no part in scoring")
+
+
+def test_towers_are_not_copied() -> None:
+    """A validation during training ranks with the matcher that is trained, towers and all."""
+    scores_ME, gold_M = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([1])
+    assert PairScorer(WithTowers(scores_ME), weighted(1), EntityIndex([weighted(3)]), CPU).gold_scores(gold_M) == 2
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_half_precision_scores_close_pairs_and_few_beside_them(alike: bool) -> None:
+    """Scores rounded to half precision have a wide band. Mentions with the same close entities are scored together."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (48, 3000)
+    scores_ME = 14 * torch.randn(1 if alike else 48, 3000, generator=generator, dtype=torch.float64).expand(shape)
+    matcher = NoisyMatcher(scores_ME, scores_ME.half().double() - scores_ME)
+    gold_M = scores_ME.abs().argmin(dim=1)  # in the thick of all
+    ranking = refined(matcher, shape, gold_M)
+    assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
+    assert ranking.refinement is not None
+    num_pairs, num_scored = ranking.refinement.num_pairs, ranking.refinement.num_scored
+    assert num_pairs > 48 * 10
+    assert num_scored <= num_pairs + 48 * 256
+    if alike:
+        assert num_scored < 1.5 * num_pairs + 2 * 32 * 48  # with each mention's probe for all
+
+
+@given(data=st.data(), num_mentions=st.integers(1, 70), call=st.integers(0, 40))
+@settings(max_examples=40, deadline=None)
+def test_mentions_are_scored_together_while_little_is_needless(
+    data: st.DataObject, num_mentions: int, call: int
+) -> None:
+    seed, share = data.draw(st.integers(0, 10**6)), data.draw(st.sampled_from([0.0, 0.05, 0.9]))
+    close_ME = torch.rand(num_mentions, 20, generator=torch.Generator().manual_seed(seed)) < share
+    groups = list(_scored_together(close_ME, call))
+    assert torch.cat(groups).tolist() == list(range(num_mentions))
+    for place_m in groups:
+        needless = len(place_m) * int(close_ME[place_m].any(dim=0).sum()) - int(close_ME[place_m].sum())
+        assert needless <= call
+        assert len(place_m) <= 32
+    assert len(list(_scored_together(close_ME[:1].expand(32, 20), 0))) == 1
 
 
 def test_an_error_that_the_sample_missed_widens_the_band() -> None:
@@ -187,15 +261,30 @@ def test_tiles_are_halved_when_memory_runs_out() -> None:
     ranking = rank(SmallDevice(scores_ME), numbered(4), index, gold_M, device=CPU, top_k=5, notice=notices.append)
     assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
     assert torch.equal(ranking.top_row_Mk, scores_ME.sort(dim=1, descending=True, stable=True).indices[:, :5])
-    assert [notice.split()[-2] for notice in notices] == ["10", "5", "3"]
+    tiles = [int(notice.split()[-2]) for notice in notices if "tiles" in notice]
+    assert tiles[-1] in (2, 3)
+    assert all((larger + 1) // 2 == smaller for larger, smaller in pairwise(tiles))
+
+
+def test_exact_scores_are_made_in_parts_when_memory_runs_out() -> None:
+    scores_ME = torch.randint(0, 5, (9, 20), generator=torch.Generator().manual_seed(0)).double()
+    gold_M, notices = torch.arange(9) * 2, list[str]()
+    ranking = refined(SmallDevice(scores_ME), (9, 20), gold_M, top_k=5, notice=notices.append)
+    assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
+    exact = [notice for notice in notices if "double precision" in notice]
+    assert "going on with 5 mentions against 4096 entities at a time" in exact[0]
+    assert exact[-1].endswith("1 mentions against 3 entities at a time")
+    with pytest.raises(torch.OutOfMemoryError):
+        PairScorer(NoMemory(scores_ME), weighted(9), EntityIndex([weighted(20)]), CPU).gold_scores(gold_M)
+
+
+class NoMemory(TableMatcher):
+    def score(
+        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
+    ) -> Scores:
+        raise torch.OutOfMemoryError("no memory left")
 
 
 def test_a_single_entity_that_does_not_fit_is_an_error() -> None:
-    class NoMemory(TableMatcher):
-        def score(
-            self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-        ) -> Scores:
-            raise torch.OutOfMemoryError("no memory left")
-
     with pytest.raises(torch.OutOfMemoryError):
         rank(NoMemory(torch.zeros(1, 4)), numbered(1), EntityIndex([numbered(4)]), torch.tensor([0]), device=CPU)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmip.table import Ragged, Table, concatenate
+from dsmip.table import Ragged, Repeated, Table, concatenate
 
 Rows = list[list[float]]
 WIDTH = 2
@@ -200,3 +200,56 @@ def test_a_transform_sees_only_token_rows_in_use() -> None:
     assert part.map_rows(doubled).padded()[0].flatten().tolist() == [8.0, 10.0, 12.0]
     assert table.map_rows(doubled).values is not table.values
     assert seen == [3, 10]
+
+
+INDEX = st.lists(st.integers(0, 3), min_size=1, max_size=7)
+
+
+@given(index=INDEX, data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_repeated_rows_are_stored_once(index: list[int], data: st.DataObject) -> None:
+    values = torch.arange(8.0).reshape(4, 2)
+    whole = Table({"x": Repeated(values, torch.tensor(index, dtype=torch.int32)), "tokens": ragged([1] * len(index))})
+    rows = torch.tensor(data.draw(st.lists(st.integers(0, len(index) - 1), max_size=9)), dtype=torch.int64)
+    expected = values[torch.tensor(index)][rows]
+    for chosen in (whole.rows(rows), whole.take(rows)):
+        assert len(chosen) == len(rows)
+        assert torch.equal(chosen.dense("x"), expected)
+    column = whole.take(rows).columns["x"]
+    assert isinstance(column, Repeated)
+    assert len(column.values) == len(expected.unique(dim=0)) if len(rows) else len(column.values) == 0
+    assert whole.cast(torch.float64).dense("x").dtype == torch.float64
+    both = concatenate([whole.rows(rows), Table({"x": values, "tokens": ragged([2] * 4)}), whole])
+    assert torch.equal(both.dense("x"), torch.cat([expected, values, whole.dense("x")]))
+    with pytest.raises(TypeError, match="x is dense"):
+        whole.ragged("x")
+
+
+@given(index=INDEX, other=INDEX)
+@settings(max_examples=40, deadline=None)
+def test_distinct_rows_and_their_places(index: list[int], other: list[int]) -> None:
+    """Rows are equal where all columns say so."""
+    num_rows = min(len(index), len(other))
+    pairs = list(zip(index, other, strict=False))
+    columns = [torch.tensor(each[:num_rows], dtype=torch.int32) for each in (index, other)]
+    numbered = Table({name: Repeated(torch.arange(4), each) for name, each in zip("ab", columns, strict=True)})
+    once, place_N = numbered.distinct()
+    if place_N is None:
+        assert len(set(pairs)) == num_rows
+        assert once is numbered
+        return
+    assert len(once) == len(set(pairs)) < num_rows
+    for name in "ab":
+        assert torch.equal(once.dense(name)[place_N], numbered.dense(name))
+    plain = numbered.merged(Table({"c": torch.zeros(num_rows)}))
+    assert plain.distinct() == (plain, None)
+
+
+def test_repeated_rows_are_saved_once_and_read_back(tmp_path: Path) -> None:
+    column = Repeated(torch.arange(8.0).reshape(4, 2), torch.tensor([2, 0, 2], dtype=torch.int32))
+    Table({"x": column, "tokens": ragged([1, 2, 1])}).save(tmp_path / "table.safetensors")
+    stored = Table.load(tmp_path / "table.safetensors").columns["x"]
+    assert isinstance(stored, Repeated)
+    assert stored.values.tolist() == [[0.0, 1.0], [4.0, 5.0]]
+    assert stored.index.tolist() == [1, 0, 1]
+    assert stored.index.dtype == torch.int32

@@ -336,6 +336,8 @@ def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConf
     for part in parts:
         assert alone[part]["history"][1]["loss"] != alone[part]["history"][0]["loss"]
         for expected, found in zip(alone[part]["history"], workers[0][part]["history"], strict=True):
+            assert 0 < found.pop("band") < 1e-2  # each worker measures it on its own slice
+            assert 0 < expected.pop("band") < 1e-2
             assert found == pytest.approx(expected, rel=2e-3)
 
 

@@ -6,6 +6,7 @@ Training and evaluation use the same `score`. A system is made of `parts` that a
 side by side; every part is itself a `Matcher`. Shapes: M mentions, E entities, B experts, N items.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,14 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     tied_choice_ME: Tensor | None = None
     token_pairs_M2: Tensor | None = None
+
+    def broken_part(self, mention: int, entity: int) -> str | None:
+        """The first part whose score of a pair is NaN or infinite; where all are sound, the gate if there is one."""
+        for name, part_ME in self.parts.items():
+            score = float(part_ME[mention, entity])
+            if math.isnan(score) or score == math.inf:  # -inf: left out
+                return name
+        return "gate" if self.parts and self.chosen_ME is not None else None
 
 
 def token_pairs(computed: Sequence[Tensor]) -> Tensor:
@@ -99,7 +108,10 @@ class Matcher(nn.Module, ABC):
 
     @abstractmethod
     def prepare_entities(self, features: Table) -> Table:
-        """All that a pair needs of an entity, computed once; row n depends on features of row n alone."""
+        """All that a pair needs of an entity, computed once; row n depends on features of row n alone.
+
+        Dense columns with the name part `image` (as in `visual.image.query`) depend on the entity's picture alone.
+        """
 
     def with_bounds(self, mentions: Table) -> Table:
         """Prepared mentions with what `score` needs to honour `at_least_M`: none, where it computes every pair."""

@@ -1,0 +1,113 @@
+"""Entities without a picture: stored once, scored once, tied to the last bit in any slice of the index."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_dsmip import features, whole
+from test_evaluation import CPU, ranks_by_sorting
+from torch import Tensor
+
+from dsmip.config import ExperimentConfig
+from dsmip.evaluation import merge_rankings, prepare_in_tiles, rank
+from dsmip.index import EntityIndex, build_index
+from dsmip.missing_pictures import prepare_entities, without_picture
+from dsmip.models.base import Matcher
+from dsmip.models.dsmip import Dsmip
+from dsmip.refinement import GRID, PairScorer
+from dsmip.table import Column, Ragged, Repeated, Table
+from dsmip.units import DualUnit
+
+NUM_MENTIONS, NUM_ENTITIES = 6, 700  # more than one tile of preparing
+LACKING = torch.arange(NUM_ENTITIES) % 3 == 1
+
+
+def kb_features(config: ExperimentConfig) -> Table:
+    """Every third entity has the picture of the second one, token rows and all, as the feature cache stores it."""
+    columns: dict[str, Column] = dict(features(config, NUM_ENTITIES, 3).columns)
+    of_picture = torch.where(LACKING, 1, torch.arange(NUM_ENTITIES))
+    for name, column in columns.items():
+        if "image" in name:
+            columns[name] = column.rows(of_picture) if isinstance(column, Ragged) else column[of_picture]  # type: ignore[index]
+    return Table(columns)
+
+
+def index_of(matcher: Matcher, kb: Table, folder: Path) -> EntityIndex:
+    return build_index(folder, {}, len(kb), lambda rows: prepare_entities(matcher, kb, rows, CPU), slice_rows=293)
+
+
+def test_who_has_no_picture(small_config: ExperimentConfig) -> None:
+    kb = kb_features(small_config)
+    assert torch.equal(without_picture(kb), LACKING)
+    assert torch.equal(without_picture(kb.under("visual")), LACKING)
+    assert not without_picture(kb.under("text")).any()
+    assert not without_picture(features(small_config, 5, 3)).any()
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_they_tie_and_are_scored_once(
+    small_config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slices: int
+) -> None:
+    matcher = Dsmip.build_part("visual", small_config, with_encoder=False).eval()
+    kb = kb_features(small_config).under("visual")
+    index = index_of(matcher, kb, tmp_path)
+    mentions = prepare_in_tiles(matcher, features(small_config, NUM_MENTIONS, 2).under("visual"), "mentions", CPU)
+    with torch.no_grad():
+        twin = copy.deepcopy(matcher).double()
+        entities = index.take(torch.arange(NUM_ENTITIES))
+        dense = Table({name: entities.dense(name) for name in entities.columns}).cast(torch.float64)
+        exact_ME = (twin.score(mentions.cast(torch.float64), dense).total_ME / GRID).round() * GRID
+    gold_M = torch.tensor([1, 0, 4, 298, 9, 697])
+    num_scored = list[int]()
+    score = DualUnit.score
+
+    def counting(unit: DualUnit, queries: Table, values: Table) -> Tensor:
+        num_scored.append(len(queries) * len(values) * (unit.fc.weight.dtype == torch.float64))
+        return score(unit, queries, values)
+
+    monkeypatch.setattr(DualUnit, "score", counting)
+    parts = [index.slice(part, slices) for part in range(slices)]
+    golds = torch.stack([PairScorer(matcher, mentions, each, CPU).gold_scores(gold_M) for each in parts])
+    gold_score_M = golds.nan_to_num(-torch.inf).amax(dim=0)
+    options: dict[str, Any] = {"device": CPU, "top_k": 1, "refine": True, "gold_score_M": gold_score_M}
+    ranking = merge_rankings([rank(matcher, mentions, each, gold_M, **options) for each in parts], 1)
+    assert ranking.rank_M.tolist() == ranks_by_sorting(exact_ME, gold_M)
+    num_alike = int(LACKING.sum())
+    assert ranking.counts.tied_M.tolist() == [num_alike - 1, 0, num_alike - 1, num_alike - 1, 0, num_alike - 1]
+    assert ranking.refinement is not None
+    assert ranking.refinement.num_pairs > 4 * num_alike
+    assert sum(num_scored) / 2 < 0.5 * num_alike * len(gold_M) + 16 * 64 * slices  # the sample of each slice
+
+
+def test_they_are_stored_once(small_config: ExperimentConfig, tmp_path: Path) -> None:
+    matcher = whole(small_config)
+    kb = kb_features(small_config)
+    index = index_of(matcher, kb, tmp_path)
+    plain = prepare_in_tiles(matcher, kb, "entities", CPU)
+    for table in index.tables:
+        alike = [name for name, column in table.columns.items() if isinstance(column, Repeated)]
+        assert {name.split(".")[0] for name in alike} == {"visual", "multimodal"}
+        assert {name.split(".")[1] for name in alike} == {"image"}
+    entities = index.take(torch.arange(NUM_ENTITIES))
+    for name in plain.columns:
+        if isinstance(plain.columns[name], Tensor):
+            torch.testing.assert_close(entities.dense(name), plain.dense(name), atol=1e-5, rtol=1e-5)
+            if "image" in name.split("."):
+                assert len(entities.dense(name)[LACKING].unique(dim=0)) == 1
+    picture = sum(plain.dense(name)[0].nbytes for name in plain.columns if "image" in name.split("."))
+    num_columns = sum("image" in name.split(".") for name in plain.columns)
+    saved = plain.num_bytes - index.num_bytes
+    shared = int(LACKING.sum()) - len(index.tables)
+    assert saved == pytest.approx(shared * picture - NUM_ENTITIES * num_columns * 4, rel=0.01)
+
+
+@torch.no_grad()
+def test_validation_without_refinement_ties_them_too(small_config: ExperimentConfig) -> None:
+    matcher = Dsmip.build_part("visual", small_config, with_encoder=False).eval()
+    kb = kb_features(small_config).under("visual")
+    mentions = prepare_in_tiles(matcher, features(small_config, 2, 2).under("visual"), "mentions", CPU)
+    index = EntityIndex([prepare_entities(matcher, kb, range(NUM_ENTITIES), CPU)])
+    ranking = rank(matcher, mentions, index, torch.tensor([1, 0]), device=CPU)
+    assert ranking.counts.tied_M.tolist() == [int(LACKING.sum()) - 1, 0]
