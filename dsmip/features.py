@@ -23,7 +23,7 @@ from dsmip.table_writer import TableWriter
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
-_BATCH_SIZE = 256
+BATCH_SIZE = 256  # rows that an encoder takes at once
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -123,8 +123,16 @@ def prepare_split(
 
 def _batches(split: str, dataset: Dataset, collator: Collator, rows: range | None = None) -> Iterator[ItemBatch]:
     if split == KB:
-        return (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), _BATCH_SIZE))
-    return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), _BATCH_SIZE))
+        return (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), BATCH_SIZE))
+    return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), BATCH_SIZE))
+
+
+def load_features(files: Iterable[Path]) -> Table:
+    """A part's features, memory-mapped: the columns of all its files side by side."""
+    merged = Table({})
+    for path in files:
+        merged = merged.merged(Table.load(path))
+    return merged
 
 
 def whole_features(tables: Mapping[str, Table], parts: Sequence[str]) -> Table:

@@ -5,7 +5,7 @@
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dsmip.candidates import CandidateSearch, Links, link
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.evaluation import Ranking, prepare_in_tiles, rank
-from dsmip.features import fingerprint, whole_features
+from dsmip.features import fingerprint, load_features, whole_features
 from dsmip.index import LAYOUT, SLICE_ROWS, EntityIndex, build_index
 from dsmip.manifest import KB
 from dsmip.models import find_system
@@ -27,7 +27,7 @@ from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.refinement import PairScorer
 from dsmip.runs import Run
-from dsmip.stages import gold_rows, part_feature_file, whole_feature_files
+from dsmip.stages import FeatureFiles, gold_rows, part_feature_files, whole_feature_files
 from dsmip.table import Table
 from dsmip.text_unit import use_backend, use_precision
 
@@ -145,18 +145,23 @@ def load_model(run: Run, model: str) -> tuple[Matcher, ExperimentConfig, tuple[s
 
 
 def store_ranked(
-    run: Run, split: str, model: str, device: torch.device, progress: Progress = no_progress
+    run: Run,
+    split: str,
+    model: str,
+    device: torch.device,
+    progress: Progress = no_progress,
+    notice: Callable[[str], None] = print,
 ) -> RankedFiles:
     """Encodes and prepares what is missing: features, index, mentions. Raises UserError as `load_model` does."""
     matcher, config, _ = load_model(run, model)
     matcher.to(device)
-    files = {each: _feature_files(run, config, model, each, device, progress) for each in (split, KB)}
+    files = _feature_files(run, config, model, (split, KB), device, progress, notice)
     made_from = {
         "model": model,
         "layout": [LAYOUT, SLICE_ROWS],
         "data": run.dataset.manifest_hash,
         "weights": fingerprint(matcher.state_dict()),
-        "features": sorted(path.name for path in files[KB].values()),
+        "features": sorted(f"{path.parent.name}/{path.name}" for paths in files[KB].values() for path in paths),
     }
     folder = run.folder / "index" / f"{model}-{fingerprint({}, made_from)[:16]}"
     for outdated in {*folder.parent.glob(f"{model}-{'[0-9a-f]' * 16}")} - {folder}:
@@ -176,13 +181,21 @@ def store_ranked(
 
 
 def _feature_files(
-    run: Run, config: ExperimentConfig, model: str, split: str, device: torch.device, progress: Progress
-) -> dict[str, Path]:
+    run: Run,
+    config: ExperimentConfig,
+    model: str,
+    splits: Sequence[str],
+    device: torch.device,
+    progress: Progress,
+    notice: Callable[[str], None],
+) -> dict[str, dict[str, FeatureFiles]]:
+    """Files by split (or kb) and part."""
     if model == run.system.name and run.system.gated:
-        return whole_feature_files(run, config, split, device, progress)
-    return {model: part_feature_file(run, model, split, device, progress)}
+        return whole_feature_files(run, config, splits, device, progress, notice)
+    files = part_feature_files(run, model, splits, device, progress, notice)
+    return {split: {model: files[split]} for split in splits}
 
 
-def _features(files: Mapping[str, Path]) -> Table:
-    tables = {name: Table.load(path) for name, path in files.items()}
+def _features(files: Mapping[str, FeatureFiles]) -> Table:
+    tables = {name: load_features(paths) for name, paths in files.items()}
     return whole_features(tables, list(tables)) if len(tables) > 1 else next(iter(tables.values()))

@@ -67,7 +67,7 @@ def evaluate_model(
     mentions = list(run.dataset.mentions(split))
     if not mentions:
         raise UserError(f"split '{split}' of {run.dataset.folder} has no mentions")
-    stored = store_ranked(run, split, model, device, progress)
+    stored = store_ranked(run, split, model, device, progress, notice)
     entity_ids = run.dataset.entity_texts().column("entity_id").to_pylist()
     try:
         opened = stored.open()

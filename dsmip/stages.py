@@ -1,6 +1,6 @@
 """The two training stages and the evaluation of a run, each as one function that knows nothing of where it runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from dsmip import distributed
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.errors import UserError
 from dsmip.evaluation import prepare_in_tiles, rank
-from dsmip.features import prepare_split, whole_features
+from dsmip.features import load_features, prepare_split, whole_features
 from dsmip.index import EntityIndex
 from dsmip.manifest import KB
 from dsmip.models.base import FeatureEncoder, Matcher
@@ -24,6 +24,8 @@ from dsmip.text_unit import use_backend
 from dsmip.training import Context, StepSource, TrainResult, train
 
 CPU = torch.device("cpu")
+FeatureFiles = tuple[Path, ...]
+"""Tables of one part whose columns stand side by side."""
 
 
 def gold_rows(dataset: Dataset, split: str) -> Tensor:
@@ -144,27 +146,58 @@ def run_features(run: Run, part: str, split: str, matcher: Matcher, device: torc
 
 def load_whole_features(run: Run, config: ExperimentConfig, split: str, device: torch.device) -> Table:
     """Features of all parts that the whole system of `config` needs, computed where they are not cached yet."""
-    files = whole_feature_files(run, config, split, device)
-    return whole_features({name: Table.load(path) for name, path in files.items()}, list(files))
+    files = whole_feature_files(run, config, (split,), device)[split]
+    return whole_features({name: load_features(paths) for name, paths in files.items()}, list(files))
 
 
 def whole_feature_files(
-    run: Run, config: ExperimentConfig, split: str, device: torch.device, progress: Progress = no_progress
-) -> dict[str, Path]:
-    """The cached features of each part that the whole system of `config` needs, computed where they are missing."""
-    names = run.system.feature_parts(config.system)
-    return {name: part_feature_file(run.home(name, config), name, split, device, progress) for name in names}
+    run: Run,
+    config: ExperimentConfig,
+    splits: Sequence[str],
+    device: torch.device,
+    progress: Progress = no_progress,
+    notice: Callable[[str], None] = print,
+) -> dict[str, dict[str, FeatureFiles]]:
+    """By split (or kb), the features of each part that the whole system of `config` needs; see `part_feature_files`."""
+    files = {
+        name: part_feature_files(run.home(name, config), name, splits, device, progress, notice)
+        for name in run.system.feature_parts(config.system)
+    }
+    return {split: {name: by_split[split] for name, by_split in files.items()} for split in splits}
 
 
-def part_feature_file(run: Run, part: str, split: str, device: torch.device, progress: Progress = no_progress) -> Path:
-    """The cached features of a finished part, or of a gate's inputs, computed where they are missing."""
-    if part in run.part_names:
-        encoder: FeatureEncoder = run.load_part(part, with_encoder=True).to(device)
+def part_feature_files(
+    run: Run,
+    part: str,
+    splits: Sequence[str],
+    device: torch.device,
+    progress: Progress = no_progress,
+    notice: Callable[[str], None] = print,
+) -> dict[str, FeatureFiles]:
+    """The features of a finished part, or of a gate's inputs, by split (or kb), computed where they are missing.
+
+    What lies beside the shards is read from there; `notice` takes a line that says so.
+    """
+    stored = run.system.stored_features(part, run.config, run.dataset)
+    if stored:
+        notice(f"{part}: reads {stored.folder}")
+        encoder, collator = stored.rest, run.collator_of(stored.rest_format)
     else:
-        encoder = run.system.build_encoder(part, run.config).to(device)
-    total = run.dataset.num_entities if split == KB else run.dataset.num_mentions(split)
-    encoded = counting(progress, f"{split} encoded by {part}", total)
-    return run.cache.ensure(part, split, encoder, run.dataset, run.collator(part), device, encoded)
+        encoder, collator = _encoder(run, part), run.collator(part)
+    encoder = encoder.to(device)
+    files: dict[str, FeatureFiles] = {}
+    for split in splits:
+        beside = (stored.file_of(split),) if stored else ()
+        total = run.dataset.num_entities if split == KB else run.dataset.num_mentions(split)
+        encoded = counting(progress, f"{split} encoded by {part}", total)
+        files[split] = (run.cache.ensure(part, split, encoder, run.dataset, collator, device, encoded), *beside)
+    return files
+
+
+def _encoder(run: Run, part: str) -> FeatureEncoder:
+    if part in run.part_names:
+        return run.load_part(part, with_encoder=True)
+    return run.system.build_encoder(part, run.config)
 
 
 def _validate_on(

@@ -100,7 +100,7 @@ def test_fingerprint_depends_on_names_and_bits() -> None:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "_BATCH_SIZE", 4)
+    monkeypatch.setattr(features, "BATCH_SIZE", 4)
 
 
 def encoded(run: Run, split: str, encoder: FeatureEncoder, collator: Collator) -> Table:
