@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -170,11 +170,13 @@ def _run_pipeline(plan: Plan, pieces: Sequence[Piece], workers: int, gpus: int, 
     done, total, lines = 0, sum(piece.stop - piece.start for piece in pieces), ProgressLines()
     try:
         for row in pipeline.iter_rows():
+            if row["failure"]:
+                raise UserError(row["failure"]) if row["is_mistake"] else JobFailed(f"{NAME}: {row['failure']}", 1)
             done += row["items"]
             lines(NAME, done, total)
             events.push.remote(Event(NAME, done, total, 0))
     except ray.exceptions.RayError as error:
-        raise _explained(error) from error
+        raise JobFailed(f"{NAME}: {error}", 1) from error
 
 
 class _Encoder:
@@ -188,18 +190,25 @@ class _Encoder:
         self._pictures = PictureCollator(plan.request.size)
         self._network: PictureNetwork = plan.request.choice.build(self._device)
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[int]]:
-        """Encodes pieces, given as columns of their fields, and tells how many items they have."""
-        pieces = [Piece(*map(_plain, fields)) for fields in zip(*(batch[name] for name in _FIELDS), strict=True)]
-        for piece in pieces:
-            rows = range(piece.start, piece.stop)
-            dtype = self._request.dtype
-            table = encode_rows(self._network, self._dataset, piece.part, rows, self._pictures, dtype, self._device)
-            table.save(Path(piece.file))
-        return {"items": [piece.stop - piece.start for piece in pieces]}
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Encodes one piece, given as columns of its fields; tells how many items it has, or what went wrong.
 
+        An error is a result: raised, Ray Data would try again what fails again, and log it at length.
+        """
+        piece = Piece(*(_plain(batch[field.name][0]) for field in fields(Piece)))
+        failure, is_mistake = "", False
+        try:
+            self._encode(piece)
+        except UserError as error:
+            failure, is_mistake = str(error), True
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        return {"items": [piece.stop - piece.start], "failure": [failure], "is_mistake": [is_mistake]}
 
-_FIELDS = ("part", "start", "stop", "file")
+    def _encode(self, piece: Piece) -> None:
+        rows, dtype = range(piece.start, piece.stop), self._request.dtype
+        table = encode_rows(self._network, self._dataset, piece.part, rows, self._pictures, dtype, self._device)
+        table.save(Path(piece.file))
 
 
 def _plain(value: Any) -> Any:
@@ -223,17 +232,6 @@ def _quieten(verbose: bool) -> None:
     context.enable_progress_bars = False
     if not verbose:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def _explained(error: BaseException) -> Exception:
-    """The user's mistake behind an actor's error, else JobFailed with its last line."""
-    causes: list[BaseException] = [error]
-    while (cause := getattr(causes[-1], "cause", None) or causes[-1].__cause__) is not None and cause not in causes:
-        causes.append(cause)
-    mistake = next((cause for cause in causes if isinstance(cause, UserError)), None)
-    if mistake is not None:
-        return UserError(str(mistake))
-    return JobFailed(f"{NAME}: {str(causes[-1]).strip().splitlines()[-1]}", 1)
 
 
 if __name__ == "__main__":
