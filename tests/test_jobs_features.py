@@ -1,5 +1,6 @@
 """The job `dsmip features` on a real Ray: what the gate would compute, again after a kill, the user's mistakes."""
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import NARROW_BACKBONE
 from test_jobs_submit import processes_of
 from typer.testing import CliRunner, Result
 
@@ -26,7 +28,6 @@ from dsmip.shards import Dataset
 from dsmip.stages import CPU, part_feature_files
 from dsmip.table import Table
 from ray_jobs.cli import app
-
 
 OF_CLIP = ("--kind", "clip", "--random-weights", "0", "--config")
 
@@ -95,10 +96,13 @@ def test_finished_pieces_are_kept_and_a_damaged_shard_is_named(dataset: Dataset,
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_job_goes_on_and_ends_the_same(dataset: Dataset, tmp_path: Path) -> None:
-    """The real VGG-16: a piece takes seconds, so that the kill comes in the middle."""
+def test_a_killed_job_goes_on_and_ends_the_same(dataset: Dataset, config: Path, tmp_path: Path) -> None:
+    """With a network of real size, so that a piece takes a second and the kill comes in the middle."""
+    large = tmp_path / "large.json"
+    vision = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32}
+    large.write_text(json.dumps({**NARROW_BACKBONE, "vision_cfg": vision}))
     shutil.copytree(dataset.folder, tmp_path / "killed")
-    options = ("--kind", "vgg16", "--random-weights", "0")
+    options = (*OF_CLIP, str(config), "--set", f"backbone.architecture={large}")
     assert features(dataset.folder, *options).exit_code == 0
     temporary = Path(tempfile.mkdtemp(prefix="df"))
     variables = {**os.environ, "RAY_TMPDIR": str(temporary)}
