@@ -36,22 +36,22 @@ class Collator:
     """Makes batches for one part: tokenizes, decodes and fits pictures. An unreadable picture counts as missing."""
 
     def __init__(self, tokenizer: Tokenizer, item_format: ItemFormat, image_size: int) -> None:
-        self.tokenizer, self.item_format, self.image_size = tokenizer, item_format, image_size
-        kept = _KEPT_BYTES // (3 * image_size**2)
-        self._picture = lru_cache(maxsize=kept)(lambda image: _fitted(image, image_size))
+        self.tokenizer, self.item_format = tokenizer, item_format
+        self._pictures = PictureCollator(image_size)
 
     def mentions(self, mentions: Sequence[Mention]) -> ItemBatch:
         """A batch of mentions, in order."""
         texts = [mention_text(mention, self.item_format.template) for mention in mentions]
-        return self._batch(texts, [mention.image for mention in mentions])
+        return self._batch(texts, mentions)
 
     def entities(self, entities: Sequence[Entity]) -> ItemBatch:
         """A batch of entities with their first picture, in order."""
         texts = [entity_text(entity, self.item_format.template) for entity in entities]
-        return self._batch(texts, [entity.images[0] if entity.images else None for entity in entities])
+        return self._batch(texts, entities)
 
-    def _batch(self, texts: list[str], images: list[bytes | None]) -> ItemBatch:
-        pictures, has_image = self._pictures(images)
+    def _batch(self, texts: list[str], items: Sequence[Mention | Entity]) -> ItemBatch:
+        shown = items if "image" in self.item_format.modalities else [None] * len(items)
+        pictures, has_image = self._pictures(shown)
         return ItemBatch(self._token_ids(texts), pictures, has_image)
 
     def _token_ids(self, texts: list[str]) -> Tensor:
@@ -63,15 +63,31 @@ class Collator:
         token_ids = self.tokenizer(texts, self.tokenizer.context_length - length)
         return torch.nn.functional.pad(token_ids, (0, length - token_ids.shape[1]))
 
-    def _pictures(self, images: list[bytes | None]) -> tuple[Tensor, Tensor]:
-        pictures = torch.zeros(len(images), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        has_image = torch.zeros(len(images), dtype=torch.bool)
-        if "image" in self.item_format.modalities:
-            for row, image in enumerate(images):
-                picture = None if image is None else self._picture(image)
-                if picture is not None:
-                    pictures[row], has_image[row] = picture, True
+
+class PictureCollator:
+    """Makes batches of the pictures alone: a mention's, an entity's first."""
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+        kept = _KEPT_BYTES // (3 * image_size**2)
+        self._picture = lru_cache(maxsize=kept)(lambda image: _fitted(image, image_size))
+
+    def __call__(self, items: Sequence[Mention | Entity | None]) -> tuple[Tensor, Tensor]:
+        """(uint8 [N, 3, S, S], bool [N]); zeros and False for None, and where there is no readable picture."""
+        pictures = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        has_image = torch.zeros(len(items), dtype=torch.bool)
+        for row, item in enumerate(items):
+            image = _image(item)
+            picture = None if image is None else self._picture(image)
+            if picture is not None:
+                pictures[row], has_image[row] = picture, True
         return pictures, has_image
+
+
+def _image(item: Mention | Entity | None) -> bytes | None:
+    if isinstance(item, Entity):
+        return item.images[0] if item.images else None
+    return None if item is None else item.image
 
 
 def _fitted(image: bytes, size: int) -> Tensor | None:

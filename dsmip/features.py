@@ -24,7 +24,7 @@ from dsmip.threads import map_alone
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
-BATCH_SIZE = 256
+BATCH_SIZE = 256  # rows that an encoder takes at once
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -165,6 +165,14 @@ def _batches(split: str, dataset: Dataset, collator: Collator, rows: range | Non
     if split == KB:
         return (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), BATCH_SIZE))
     return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), BATCH_SIZE))
+
+
+def load_features(files: Iterable[Path]) -> Table:
+    """A part's features, memory-mapped: the columns of all its files side by side."""
+    merged = Table({})
+    for path in files:
+        merged = merged.merged(Table.load(path))
+    return merged
 
 
 def whole_features(tables: Mapping[str, Table], parts: Sequence[str]) -> Table:

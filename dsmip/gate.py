@@ -4,7 +4,8 @@ Each side's input is [mean of the frozen input token embeddings ; picture featur
 [h_m ; h_e] is split into one part per side, so that a pair costs B additions: M mentions, E entities, B experts.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 from dsmip.batches import ItemBatch
 from dsmip.config import BackboneConfig, Frozen
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.vgg import Vgg16Features
+from dsmip.encoders.picture_networks import TORCHVISION_WEIGHTS, NetworkChoice, identity, picture_vectors
+from dsmip.encoders.vgg import BY_HASH, TORCHVISION, Vgg16Features
+from dsmip.picture_features import DTypeName, PictureFeatures, Weights, find_features, network_hash
+from dsmip.shards import Dataset
 from dsmip.table import Table
 
+_HASH = re.compile(rf"{BY_HASH}[0-9a-f]{{16,64}}")
 _SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the usual 1e-5 would swallow them
 
 
@@ -24,7 +29,7 @@ class GateConfig(Frozen):
     """The gate's form. The paper's: vgg16, raw, pair, sampled, none, tuned, relu.
 
     picture: `vgg16` (fc7) or `clip` (the frozen backbone's pooled picture).
-    vgg_weights: a local file, or `torchvision`.
+    vgg_weights: a local file, `torchvision`, or `sha256:<16 or more digits>`: features that `dsmip features` has made.
     inputs: `raw`, or `normalised` to mean 0 and variance 1 per number (means of token embeddings are tiny and nearly
     the same for all texts: raw, the gate does not see them).
     choice: every `pair` chooses its expert, or every `mention`, so that all entities of a ranking are scored on one
@@ -49,12 +54,72 @@ class GateConfig(Frozen):
     temperature: float = Field(0.1, gt=0)
 
     @model_validator(mode="after")
+    def _hash_is_one(self) -> "GateConfig":
+        if self.vgg_weights.startswith(BY_HASH) and not _HASH.fullmatch(self.vgg_weights):
+            raise ValueError(f"vgg_weights: {BY_HASH} takes the first 16 or more digits that 'dsmip features' printed")
+        return self
+
+    @model_validator(mode="after")
     def _mixture_needs_one_scale(self) -> "GateConfig":
         if self.training == "mixture" and self.choice == "pair":
             raise ValueError(
                 "training: mixture needs choice: mention (experts are mixed as distributions over entities)"
             )
         return self
+
+
+def picture_network(config: GateConfig, backbone: BackboneConfig) -> NetworkChoice:
+    """What the gate looks at pictures with."""
+    if config.picture == "clip":
+        return NetworkChoice("clip", backbone.pretrained, backbone.architecture)
+    return NetworkChoice("vgg16", config.vgg_weights)
+
+
+def stored_pictures(
+    config: GateConfig, backbone: BackboneConfig, dataset: Dataset, dtype: DTypeName
+) -> PictureFeatures | None:
+    """The gate's picture features where they lie beside the shards, the same that it would compute; else None.
+
+    Weights are loaded only to compare them, and only when there is something to compare with. Raises UserError then,
+    and for damaged features.
+    """
+    size = Backbone.build(backbone.architecture, None, device="meta").image_size
+    found = list(find_features(dataset, config.picture, size, dtype))
+    if not found:
+        return None
+    is_wanted = _same_weights(config, backbone)
+    return next((features for features in found if is_wanted(features.manifest.origin.weights)), None)
+
+
+def _same_weights(config: GateConfig, backbone: BackboneConfig) -> Callable[[Weights], bool]:
+    if config.picture == "vgg16" and config.vgg_weights == TORCHVISION:
+        return lambda weights: weights.name == TORCHVISION_WEIGHTS
+    if config.picture == "vgg16" and config.vgg_weights.startswith(BY_HASH):
+        return lambda weights: weights.sha256.startswith(config.vgg_weights.removeprefix(BY_HASH))
+    choice = picture_network(config, backbone)
+    sha256 = network_hash(identity(choice, choice.build()))
+    return lambda weights: weights.sha256 == sha256
+
+
+class GateTextEncoder(nn.Module):
+    """The gate's input from an item's text alone: column `text` [N, d_t]. Frozen."""
+
+    def __init__(self, backbone: BackboneConfig) -> None:
+        super().__init__()
+        self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
+
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        return self._encode(batch)
+
+    def encode_entities(self, batch: ItemBatch) -> Table:
+        return self._encode(batch)
+
+    def encoder_state(self) -> Mapping[str, Tensor]:
+        return {name: tensor for name, tensor in self.state_dict().items() if "token_embedding" in name}
+
+    @torch.no_grad()
+    def _encode(self, batch: ItemBatch) -> Table:
+        return Table({"text": self.backbone.token_embedding_mean(batch.token_ids)})
 
 
 class GateEncoder(nn.Module):
@@ -77,10 +142,8 @@ class GateEncoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, batch: ItemBatch) -> Table:
-        if self.vgg is not None:
-            picture = self.vgg(batch.pictures, batch.has_image)
-        else:
-            picture = self.backbone.encode_image(self.backbone.normalise(batch.pictures, batch.has_image)).pooled
+        network = self.backbone if self.vgg is None else self.vgg
+        picture = picture_vectors(network, batch.pictures, batch.has_image)
         return Table({"text": self.backbone.token_embedding_mean(batch.token_ids), "picture": picture})
 
 

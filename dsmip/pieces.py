@@ -16,10 +16,11 @@ from torch import Tensor
 
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation import prepare_in_tiles
-from dsmip.features import BATCH_SIZE, encode_rows, fingerprint, whole_features
+from dsmip.features import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
 from dsmip.manifest import KB
 from dsmip.missing_pictures import share_picture
+from dsmip.part_features import PartFeatures, rows_of
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.ranked_model import RankedFiles, load_model
 from dsmip.runs import Run
@@ -33,13 +34,9 @@ _TILE = 512  # rows; two batches of the encoders
 
 @dataclass(frozen=True)
 class Pieces:
-    """What the files of a ranking are made of, for processes that share the run's folder.
-
-    kb_features: by part, the cache file of its features of the kb, which may be there or not.
-    """
+    """What the files of a ranking are made of, for processes that share the run's folder."""
 
     files: RankedFiles
-    kb_features: Mapping[str, Path]
     slices: Mapping[Path, range]
     num_mentions: int
 
@@ -71,29 +68,39 @@ class Pieces:
         return self.files
 
 
-def plan_pieces(run: Run, split: str, model: str, slice_rows: int = SLICE_ROWS) -> Pieces:
+def plan_pieces(
+    run: Run,
+    split: str,
+    model: str,
+    slice_rows: int = SLICE_ROWS,
+    notice: Callable[[str], None] = lambda line: None,
+) -> Pieces:
     """The pieces of a model's ranking on a split; an index of earlier weights is deleted.
+
+    notice: takes a line about features that are read beside the shards.
 
     Raises UserError as `load_model` does.
     """
     matcher, config, _ = load_model(run, model)
-    kb_features = {}
-    for part, home in _homes(run, config, model).items():
-        encoder = home.load_encoder(part, config)
-        kb_features[part] = home.cache.path(part, KB, encoder, run.dataset, home.collator(part)).resolve()
+    features = _features(run, config, model)
+    sources = [of_part.cached(KB).name for of_part in features.values()]
+    for part, of_part in features.items():
+        if of_part.beside:
+            sources.append(of_part.beside.name)
+            notice(f"{part}: reads {of_part.beside}")
     made_from = {
         "model": model,
         "layout": [LAYOUT, slice_rows],
         "data": run.dataset.manifest_hash,
         "weights": fingerprint(matcher.state_dict()),
-        "features": sorted(path.name for path in kb_features.values()),
+        "features": sorted(sources),
     }
     folder = run.folder.resolve() / "index" / f"{model}-{fingerprint({}, made_from)[:16]}"
     for outdated in {*folder.parent.glob(f"{model}-{'[0-9a-f]' * 16}")} - {folder}:
         shutil.rmtree(outdated)  # of weights or features that are no more
     files = RankedFiles(run.folder.resolve(), split, model, folder, made_from)
     slices = index_slices(folder, run.dataset.num_entities, slice_rows)
-    return Pieces(files, kb_features, slices, len(gold_rows(run.dataset, split)))
+    return Pieces(files, slices, len(gold_rows(run.dataset, split)))
 
 
 def store_ranked(
@@ -105,11 +112,12 @@ def store_ranked(
     return pieces.finish()
 
 
-def _homes(run: Run, config: ExperimentConfig, model: str) -> dict[str, Run]:
-    """Where each part lives whose features the model reads."""
+def _features(run: Run, config: ExperimentConfig, model: str) -> dict[str, PartFeatures]:
+    """The features that a model reads, by part; those of a whole are of its variant's parts."""
     if model == run.system.name and run.system.gated:
-        return {part: run.home(part, config) for part in run.system.feature_parts(config.system)}
-    return {model: run}
+        parts = run.system.feature_parts(config.system)
+        return {part: PartFeatures(run.home(part, config), part, config) for part in parts}
+    return {model: PartFeatures(run, model, config)}
 
 
 class _Maker:
@@ -118,15 +126,15 @@ class _Maker:
     def __init__(self, pieces: Pieces, device: torch.device, progress: Progress) -> None:
         self._pieces, self._device, self._progress = pieces, device, progress
         self._run = Run.open(pieces.files.run)
-        matcher, self._config, _ = load_model(self._run, pieces.files.model)
+        matcher, config, _ = load_model(self._run, pieces.files.model)
         self._matcher = matcher.to(device)
-        self._homes = _homes(self._run, self._config, pieces.files.model)
+        self._features = _features(self._run, config, pieces.files.model)
         self._sources: dict[str, Callable[[range], Table]] = {}
 
     def entities(self, rows: range, progress: Callable[[int], None]) -> Table:
         """Prepared entities of these kb rows."""
         if not self._sources:
-            self._sources = {part: self._source(part) for part in self._homes}
+            self._sources = {part: features.kb_rows(self._device) for part, features in self._features.items()}
         prepared = self._prepared(rows, "entities", self._sources, progress)
         lacking_N = self._lacking_E[rows.start : rows.stop].to(self._device)
         return share_picture(prepared, self._alike, lacking_N) if bool(lacking_N.any()) else prepared
@@ -167,25 +175,11 @@ class _Maker:
             progress(len(table))
         return concatenate(tiles)
 
-    def _source(self, part: str) -> Callable[[range], Table]:
-        """What gives a part's features of kb rows: its cache file, or its encoder."""
-        file, home, device = self._pieces.kb_features[part], self._homes[part], self._device
-        if file.is_file():
-            return _rows_of(Table.load(file))
-        encoder, collator = home.load_encoder(part, self._config).to(device), home.collator(part)
-        return lambda rows: encode_rows(rows, encoder, self._run.dataset, collator, device, home.cache.dtype)
-
     def mentions(self, progress: Callable[[int], None]) -> Table:
         """Prepared mentions. Their features go to the run's cache: several models read them."""
-        split, dataset = self._pieces.files.split, self._run.dataset
-        tables = {}
-        for part, home in self._homes.items():
-            encoder = home.load_encoder(part, self._config).to(self._device)
-            encoded = counting(self._progress, f"{split} encoded by {part}", dataset.num_mentions(split))
-            tables[part] = home.cache.table(part, split, encoder, dataset, home.collator(part), self._device, encoded)
-        sources = {part: _rows_of(table) for part, table in tables.items()}
-        return self._prepared(range(dataset.num_mentions(split)), "mentions", sources, progress)
-
-
-def _rows_of(table: Table) -> Callable[[range], Table]:
-    return lambda rows: table.take(slice(rows.start, rows.stop))
+        split = self._pieces.files.split
+        sources = {
+            part: rows_of(load_features(features.files(split, self._device, self._progress)))
+            for part, features in self._features.items()
+        }
+        return self._prepared(range(self._run.dataset.num_mentions(split)), "mentions", sources, progress)

@@ -70,7 +70,7 @@ def evaluate_model(
     mentions = list(run.dataset.mentions(split))
     if not mentions:
         raise UserError(f"split '{split}' of {run.dataset.folder} has no mentions")
-    pieces = plan_pieces(run, split, model)
+    pieces = plan_pieces(run, split, model, notice=notice)
     if make_pieces:
         make_pieces(pieces)
     else:

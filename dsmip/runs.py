@@ -23,7 +23,7 @@ from torch import nn
 
 from dsmip import __version__
 from dsmip.checkpoints import save_weights
-from dsmip.collate import Collator
+from dsmip.collate import Collator, ItemFormat
 from dsmip.config import ExperimentConfig, load_config
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
@@ -121,9 +121,13 @@ class Run:
 
     def collator(self, part: str) -> Collator:
         """Makes batches in the form that a feature part reads."""
+        return self.collator_of(self.system.item_format(self.config.system, part))
+
+    def collator_of(self, item_format: ItemFormat) -> Collator:
+        """Makes batches of that form."""
         architecture = self.config.backbone.architecture
         size = Backbone.build(architecture, None, device="meta").image_size
-        return Collator(Tokenizer(architecture), self.system.item_format(self.config.system, part), size)
+        return Collator(Tokenizer(architecture), item_format, size)
 
     def home(self, part: str, config: ExperimentConfig) -> "Run":
         """Where a part of that form lives: this run, or its variant with another stage one (a tuned prompt length)."""

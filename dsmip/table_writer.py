@@ -24,6 +24,7 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.bool: "BOOL",
 }
 _ALIGNED = 8  # bytes of the largest number
 _NONE: Mapping[str, Tensor] = MappingProxyType({})

@@ -23,6 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+KindName = Literal["vgg16", "clip"]
+DeviceName = Literal["auto", "cpu", "cuda"]
 ConfigOption = Annotated[str, typer.Option("--config", help="A shipped configuration's name or a YAML file.")]
 DataOption = Annotated[Path, typer.Option("--data", help="Dataset directory made by 'dsmip prepare'.")]
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory.")]
@@ -142,6 +144,38 @@ def tune(
 
     opened = Run.open(run.resolve())
     tune_gate(opened, job_config(str(opened.folder / "config.yaml"), set or []), Display(), seed=seed, verbose=verbose)
+
+
+@app.command()
+def features(
+    data: Annotated[Path, typer.Argument(help="Dataset directory made by 'dsmip prepare'.")],
+    kind: Annotated[KindName, typer.Option("--kind", help="vgg16: fc7; clip: the backbone's pooled picture.")],
+    config: Annotated[
+        str | None, typer.Option("--config", help="The runs' configuration: its backbone, gate and cache_dtype.")
+    ] = None,
+    set: SetOption = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Of VGG-16: a file, or torchvision (default: what the gate names).")
+    ] = None,
+    random_weights: Annotated[
+        int | None, typer.Option("--random-weights", min=0, metavar="SEED", help="For trials: weights drawn from SEED.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Ray workers, each with the network and a CPU.")] = 1,
+    device: Annotated[DeviceName, typer.Option("--device", help="auto: GPUs where the cluster has some.")] = "auto",
+    verbose: VerboseOption = False,
+) -> None:
+    """Computes the gate's picture features of all pictures beside the shards. Run again, it resumes."""
+    from ray_jobs.feature_request import feature_request
+
+    asked = feature_request(kind, config, set or [], weights, random_weights)
+    from dsmip.shards import Dataset
+    from ray_jobs.features import compute_features
+    from ray_jobs.progress import Display
+
+    dataset, display = Dataset.open(data), Display()
+    if random_weights is not None:
+        display.say(f"warning: random weights of seed {random_weights}: these features are for trials only")
+    compute_features(dataset, asked, workers=workers, device=device, display=display, verbose=verbose)
 
 
 @app.command()

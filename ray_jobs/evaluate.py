@@ -1,6 +1,5 @@
 """The job `dsmip evaluate`: exact ranking of one model on one split, in this process without Ray, or on Ray workers."""
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import model_names
 from dsmip.reports import Evaluated, evaluate_model
 from dsmip.runs import Run
+from ray_jobs.lines import ProgressLines
 
-_SECONDS_A_LINE = 10
 SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
 _SHOWN_OF_CANDIDATES = ("hits@1", "hits@5", "hits@20", "mrr")
 
@@ -41,7 +40,9 @@ def evaluate_run(
         evaluated = _evaluate_on_ray(run, split, model, place, workers, options, candidates)
     else:
         check_here(place)
-        evaluated = evaluate_model(run, split, model, place, options=options, progress=_Lines(), candidates=candidates)
+        evaluated = evaluate_model(
+            run, split, model, place, options=options, progress=ProgressLines(), candidates=candidates
+        )
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
     refined = metrics["refinement"]
@@ -63,18 +64,6 @@ def evaluate_run(
         _print_candidates(metrics["candidates"])
     print(f"  {evaluated.folder / 'metrics.json'}")
     return metrics
-
-
-class _Lines:
-    """A line of progress at most every ten seconds."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if time.monotonic() - self._last >= _SECONDS_A_LINE:
-            print(f"  {what}: {done} of {total}", flush=True)
-            self._last = time.monotonic()
 
 
 def _print_candidates(found: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,10 +12,11 @@ import torch
 
 from dsmip.checkpoints import save_weights
 from dsmip.errors import UserError
-from dsmip.features import whole_features
+from dsmip.features import load_features, whole_features
 from dsmip.files import write_json, write_text
 from dsmip.local import LocalContext
 from dsmip.manifest import KB
+from dsmip.part_features import PartFeatures
 from dsmip.runs import Run, own_weights
 from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole
 from dsmip.table import Table
@@ -23,7 +24,7 @@ from ray_jobs.context import StepEvents, set_threads, worker_device
 from ray_jobs.settings import read_config
 
 SPLITS = ("train", "validation", KB)
-FeaturePaths = Mapping[str, Mapping[str, str]]
+FeaturePaths = Mapping[str, Mapping[str, Sequence[str]]]
 _GPU_SHARE = 0.5  # of the free memory: tables up to this size are moved there whole
 
 
@@ -39,7 +40,7 @@ class TrialTask:
     features: FeaturePaths
 
 
-def cache_features(root: str, config: str, part: str, name: str, events: Any) -> dict[str, str]:
+def cache_features(root: str, config: str, part: str, name: str, events: Any) -> dict[str, list[str]]:
     """Computes what a part's encoder says of the splits that trials need; returns the tables' files by split.
 
     Progress goes to `events` under `name`.
@@ -47,22 +48,16 @@ def cache_features(root: str, config: str, part: str, name: str, events: Any) ->
     set_threads()
     run = Run.open(Path(root))
     told = StepEvents(name, 1, events)
-    sizes = {split: run.dataset.num_entities if split == KB else run.dataset.num_mentions(split) for split in SPLITS}
-    done = 0
+    total = run.dataset.num_entities + sum(run.dataset.num_mentions(split) for split in SPLITS if split != KB)
+    done_of: dict[str, int] = {}
 
-    def count(items: int) -> None:
-        nonlocal done
-        done += items
-        told.step_done(0, done - 1, sum(sizes.values()), 0.0)
+    def count(what: str, done: int, _: int) -> None:
+        done_of[what] = done
+        told.step_done(0, sum(done_of.values()) - 1, total, 0.0)
 
-    settings = read_config(config)
-    home = run.home(part, settings)
-    device = worker_device()
-    encoder, collator = home.load_encoder(part, settings).to(device), home.collator(part)
-    ensure = home.cache.ensure
-    return {
-        split: str(ensure(part, split, encoder, run.dataset, collator, device, count).resolve()) for split in SPLITS
-    }
+    settings, device = read_config(config), worker_device()
+    features = PartFeatures(run.home(part, settings), part, settings)
+    return {split: [str(path.resolve()) for path in features.files(split, device, count)] for split in SPLITS}
 
 
 def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
@@ -106,7 +101,8 @@ def _load_tables(features: str, parts: tuple[str, ...], device: str) -> dict[str
     """The whole system's tables by split, memory-mapped; on a GPU they are moved there when they fit."""
     paths: FeaturePaths = json.loads(features)
     tables = {
-        split: whole_features({part: Table.load(Path(paths[part][split])) for part in parts}, parts) for split in SPLITS
+        split: whole_features({part: load_features(map(Path, paths[part][split])) for part in parts}, parts)
+        for split in SPLITS
     }
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info()

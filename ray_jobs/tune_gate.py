@@ -30,6 +30,8 @@ from ray_jobs.search import Trial, draw_trials, survivors
 from ray_jobs.train_experts import train_parts
 from ray_jobs.trial import FeaturePaths, TrialTask, cache_features, guarded_trial
 
+TableFiles = dict[str, list[str]]
+"""Files of one part's features by split."""
 _LOST_TRIALS = 2  # how many times a trial restarts from its checkpoint after its process was lost
 
 
@@ -120,7 +122,7 @@ def _train_variants(run: Run, trials: Sequence[Trial], display: Display, *, verb
         train_parts(run, variants, display, verbose=verbose)
 
 
-def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> dict[tuple[str, str], dict[str, str]]:
+def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> dict[tuple[str, str], TableFiles]:
     """Computes all feature tables before the trials start; returns their files by (home, part) and split."""
     resources = trials[0].config.tune.resources
     remote = ray.remote(max_retries=0, num_cpus=resources.cpu, num_gpus=resources.gpu)(cache_features)
@@ -130,9 +132,9 @@ def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> 
     }
     events = start_event_queue()
 
-    def compute(name: str) -> dict[str, str]:
+    def compute(name: str) -> TableFiles:
         home, part = used[name]
-        files: dict[str, str] = ray.get(remote.remote(str(run.folder), home.config.to_yaml(), part, name, events))
+        files: TableFiles = ray.get(remote.remote(str(run.folder), home.config.to_yaml(), part, name, events))
         return files
 
     features = {}
@@ -142,12 +144,16 @@ def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> 
         for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
             home, part = used[name]
             features[str(home.folder), part] = _outcome(name, call)
-    num_bytes = sum(Path(path).stat().st_size for paths in features.values() for path in set(paths.values()))
+    paths = {Path(path) for files in features.values() for of_split in files.values() for path in of_split}
+    num_bytes = sum(path.stat().st_size for path in paths)
+    beside_the_shards = run.dataset.folder.resolve() / "features"
+    for folder in sorted({path.parent for path in paths if path.parent.parent == beside_the_shards}):
+        display.say(f"  the gate reads {folder}")
     display.say(f"  feature tables of {len(used)} encoders: {num_bytes / 2**20:.0f} MiB, shared by all trials")
     return features
 
 
-def _outcome(name: str, call: "Future[dict[str, str]]") -> dict[str, str]:
+def _outcome(name: str, call: "Future[TableFiles]") -> TableFiles:
     """What a task returned; its UserError, or JobFailed for any other end."""
     try:
         return call.result()
@@ -160,7 +166,7 @@ def _outcome(name: str, call: "Future[dict[str, str]]") -> dict[str, str]:
 
 
 def _halve(
-    run: Run, trials: Sequence[Trial], features: Mapping[tuple[str, str], dict[str, str]], display: Display
+    run: Run, trials: Sequence[Trial], features: Mapping[tuple[str, str], TableFiles], display: Display
 ) -> dict[int, float]:
     """Runs rung after rung; returns the last rung's validation MRR by trial number."""
     plan = trials[0].config.tune
@@ -182,7 +188,7 @@ def _halve(
     return results
 
 
-def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str], dict[str, str]]) -> TrialTask:
+def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str], TableFiles]) -> TrialTask:
     parts = run.system.feature_parts(trial.config.system)
     tables: FeaturePaths = {part: features[str(run.home(part, trial.config).folder), part] for part in parts}
     folder = run.folder / "tune" / "trials" / str(trial.number)

@@ -108,7 +108,9 @@ def test_help_needs_neither_ray_nor_torch() -> None:
     assert said.rstrip().endswith("[]")
 
 
-@pytest.mark.parametrize("job", ["prepare", "pretrain", "train_experts", "tune_gate", "evaluate", "compare", "demo"])
+@pytest.mark.parametrize(
+    "job", ["prepare", "features", "pretrain", "train_experts", "tune_gate", "evaluate", "compare", "demo"]
+)
 def test_every_job_file_is_a_script(job: str) -> None:
     source = (Path(cli.__file__).parent / f"{job}.py").read_text(encoding="utf-8")
     assert source.rstrip().splitlines()[-1].startswith('    run_script("')

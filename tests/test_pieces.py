@@ -10,6 +10,7 @@ from dsmip import pieces as pieces_of_rankings
 from dsmip.errors import UserError
 from dsmip.files import sha256_file
 from dsmip.manifest import KB
+from dsmip.part_features import PartFeatures
 from dsmip.pieces import Pieces, plan_pieces
 from dsmip.runs import Run
 
@@ -104,7 +105,7 @@ def test_cached_features_of_the_kb_give_the_same_bytes(run: Run) -> None:
         for part in parts:
             encoder = run.load_encoder(part, run.config)
             run.cache.table(part, KB, encoder, run.dataset, run.collator(part), CPU)
-            assert pieces.kb_features[part].is_file()
+            assert PartFeatures(run, part, run.config).cached(KB).is_file()
         pieces.make(list(pieces.missing), CPU)
         found.append(hashes(pieces))
     assert found[0] == found[1]

@@ -8,8 +8,9 @@ side by side; every part is itself a `Matcher`. Shapes: M mentions, E entities, 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
@@ -19,6 +20,7 @@ from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.errors import UserError
+from dsmip.shards import Dataset
 from dsmip.table import Table
 
 Side = Literal["mentions", "entities"]
@@ -162,6 +164,20 @@ class FeatureEncoder(Protocol):
     def encoder_state(self) -> Mapping[str, Tensor]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class StoredFeatures:
+    """Features of a part that lie beside the shards, and what is left to encode.
+
+    file_of: the table of a split or of the kb. rest, rest_format: the encoder of the columns that it has not, and what
+    that reads of an item.
+    """
+
+    folder: Path
+    file_of: Callable[[str], Path]
+    rest: FeatureEncoder
+    rest_format: ItemFormat
+
+
 class System(ABC):
     """What the registry holds: how a published system is built from a configuration.
 
@@ -207,6 +223,11 @@ class System(ABC):
     @abstractmethod
     def build_encoder(cls, part: str, config: ExperimentConfig) -> FeatureEncoder:
         """The encoder of one of `feature_parts`, weights not yet loaded."""
+
+    @classmethod
+    def stored_features(cls, part: str, config: ExperimentConfig, dataset: Dataset) -> StoredFeatures | None:
+        """What of a feature part was computed beside the shards; None: nothing, all is to be encoded."""
+        return None
 
     @classmethod
     @abstractmethod

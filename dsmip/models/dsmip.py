@@ -12,10 +12,11 @@ from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.experts import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
-from dsmip.gate import Gate, GateConfig, GateEncoder
-from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System, token_pairs
+from dsmip.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_pictures
+from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, StoredFeatures, System, token_pairs
 from dsmip.ops.contrastive import contrastive_loss, contrastive_losses
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
+from dsmip.shards import Dataset
 from dsmip.table import Table
 from dsmip.text import Template
 
@@ -256,6 +257,17 @@ class Dsmip(System):
         if part == GATE:
             return GateEncoder(config.system.gate, config.backbone)
         return cls.build_part(part, config, with_encoder=True)
+
+    @classmethod
+    def stored_features(cls, part: str, config: ExperimentConfig, dataset: Dataset) -> StoredFeatures | None:
+        if part != GATE:
+            return None
+        section: DsmipConfig = config.system
+        pictures = stored_pictures(section.gate, config.backbone, dataset, config.cache_dtype)
+        if pictures is None:
+            return None
+        text = ItemFormat(section.template, modalities=("text",))
+        return StoredFeatures(pictures.folder, pictures.file, GateTextEncoder(config.backbone), text)
 
     @classmethod
     def build_whole(cls, config: ExperimentConfig) -> Matcher:

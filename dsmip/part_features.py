@@ -1,0 +1,77 @@
+"""The features of one part of a run, split by split: read beside the shards, from the run's cache, or encoded."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from dsmip.collate import Collator
+from dsmip.config import ExperimentConfig
+from dsmip.features import encode_rows, load_features
+from dsmip.manifest import KB
+from dsmip.models.base import FeatureEncoder
+from dsmip.progress import Progress, counting, no_progress
+from dsmip.runs import Run
+from dsmip.table import Table
+
+
+class PartFeatures:
+    """Of a finished part, or of a gate's inputs. Raises UserError when stored features are damaged."""
+
+    def __init__(self, home: Run, part: str, config: ExperimentConfig) -> None:
+        self.home, self.part, self._config = home, part, config
+        self._stored = home.system.stored_features(part, config, home.dataset)
+
+    @property
+    def beside(self) -> Path | None:
+        """The folder beside the shards that some columns are read from."""
+        return self._stored.folder if self._stored else None
+
+    @cached_property
+    def encoder(self) -> FeatureEncoder:
+        """Of what is not stored."""
+        return self._stored.rest if self._stored else self.home.load_encoder(self.part, self._config)
+
+    @cached_property
+    def collator(self) -> Collator:
+        """In the form that the encoder reads."""
+        if self._stored:
+            return self.home.collator_of(self._stored.rest_format)
+        return self.home.collator(self.part)
+
+    def cached(self, split: str) -> Path:
+        """The cache file of what the encoder says of a split or the kb; it may be there or not."""
+        return self.home.cache.path(self.part, split, self.encoder, self.home.dataset, self.collator).resolve()
+
+    def files(self, split: str, device: torch.device, progress: Progress = no_progress) -> list[Path]:
+        """The tables of a split or the kb, whose columns belong side by side; made where they are missing."""
+        data = self.home.dataset
+        total = data.num_entities if split == KB else data.num_mentions(split)
+        encoded = counting(progress, f"{split} encoded by {self.part}", total)
+        encoder = self.encoder.to(device)
+        ensured = self.home.cache.ensure(self.part, split, encoder, data, self.collator, device, encoded)
+        return [ensured, *self._beside(split)]
+
+    def kb_rows(self, device: torch.device) -> Callable[[range], Table]:
+        """What gives the features of kb rows: the cache file, or the encoder without keeping them."""
+        if self.cached(KB).is_file():
+            return rows_of(load_features([self.cached(KB), *self._beside(KB)]))
+        encoder, collator, data, dtype = (
+            self.encoder.to(device),
+            self.collator,
+            self.home.dataset,
+            self.home.cache.dtype,
+        )
+        beside = rows_of(load_features(self._beside(KB)))
+        return lambda rows: encode_rows(rows, encoder, data, collator, device, dtype).merged(beside(rows))
+
+    def _beside(self, split: str) -> list[Path]:
+        return [self._stored.file_of(split)] if self._stored else []
+
+
+def rows_of(table: Table) -> Callable[[range], Table]:
+    """What gives some rows of a table, with nothing else."""
+    if not table.columns:
+        return lambda rows: table
+    return lambda rows: table.take(slice(rows.start, rows.stop))

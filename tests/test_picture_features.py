@@ -1,0 +1,227 @@
+"""The gate's picture features beside the shards: read like computed ones, never stale, damaged ones refused by name."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models.vgg import VGG, make_layers
+
+from dsmip.collate import PictureCollator
+from dsmip.config import ExperimentConfig, parse_config
+from dsmip.encoders.clip import Backbone
+from dsmip.encoders.picture_networks import NetworkChoice, PictureNetwork, identity
+from dsmip.encoders.vgg import Vgg16Features
+from dsmip.errors import UserError
+from dsmip.features import load_features
+from dsmip.gate import GateConfig, stored_pictures
+from dsmip.manifest import KB
+from dsmip.models.dsmip import GATE
+from dsmip.part_features import PartFeatures
+from dsmip.picture_features import (
+    PARTS,
+    Data,
+    DTypeName,
+    Origin,
+    PictureFeatures,
+    Pixels,
+    Weights,
+    features_file,
+    features_folder,
+    network_hash,
+    picture_rows,
+    write_manifest,
+)
+from dsmip.pieces import store_ranked
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+from dsmip.stages import CPU
+from dsmip.threads import map_alone
+
+
+@pytest.fixture
+def dataset(small_data: Dataset, tmp_path: Path) -> Dataset:
+    """A copy: features go into its folder."""
+    shutil.copytree(small_data.folder, tmp_path / "data")
+    return Dataset.open(tmp_path / "data")
+
+
+def store(dataset: Dataset, choice: NetworkChoice, size: int = 16, dtype: DTypeName = "float32") -> PictureFeatures:
+    """Features in one go, without the job."""
+    network = choice.build()
+    described = identity(choice, network)
+    origin = Origin(
+        kind=choice.kind,
+        weights=Weights(name=choice.weights_name, sha256=network_hash(described)),
+        pixels=Pixels(size=size, side=described.side, mean=described.mean, std=described.std),
+        dtype=dtype,
+        data=Data(name=dataset.manifest.name, sha256=dataset.manifest_hash),
+    )
+    folder = features_folder(dataset, origin)
+    for part in PARTS:
+        rows = range(dataset.num_entities if part == KB else dataset.num_mentions(part))
+        encode = partial(picture_rows, network, dataset, part, pictures=PictureCollator(size), dtype=dtype, device=CPU)
+        for table in map_alone(encode, [rows], CPU):
+            table.save(features_file(folder, part))
+    return write_manifest(folder, origin)
+
+
+def gate_features(run: Run) -> dict[str, torch.Tensor]:
+    """The gate's inputs of the kb and of a split."""
+    features = PartFeatures(run, GATE, run.config)
+    found = {split: load_features(features.files(split, CPU)) for split in (KB, "test")}
+    return {f"{split}.{name}": table.dense(name) for split, table in found.items() for name in ("text", "picture")}
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16"])
+def test_the_gate_reads_what_it_would_compute(
+    small_config: ExperimentConfig,
+    dataset: Dataset,
+    tmp_path: Path,
+    cache_dtype: DTypeName,
+) -> None:
+    """To the last bit."""
+    config = small_config.model_copy(update={"cache_dtype": cache_dtype})
+    expected = gate_features(Run.create(tmp_path / "computing", config, dataset))
+    choice = NetworkChoice("clip", None, config.backbone.architecture)
+    store(dataset, replace(choice, seed=1), dtype=cache_dtype)
+    stored = store(dataset, choice, dtype=cache_dtype)
+    assert [file.items - file.with_image for file in stored.manifest.files.values()] == [3, 8, 2, 3]
+    found = gate_features(Run.create(tmp_path / "reading", config, dataset))
+    assert PartFeatures(Run.open(tmp_path / "reading"), GATE, config).beside == stored.folder
+    for name, column in expected.items():
+        assert column.dtype == getattr(torch, cache_dtype)
+        assert torch.equal(found[name], column), name
+
+
+def test_a_model_ranks_the_same_with_stored_features(
+    small_config: ExperimentConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    tables = []
+    for _ in range(2):
+        run = Run.create(tmp_path / f"run-{len(tables)}", small_config, dataset)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            for name in run.part_names:
+                run.save_part(name, run.system.build_part(name, small_config, with_encoder=True), {})
+            run.save_part("dsmip", run.system.build_whole(small_config), {})
+        opened = store_ranked(run, "test", "dsmip", CPU).open()
+        tables.append((opened.mentions, opened.index.take(torch.arange(len(opened.index)))))
+        store(dataset, NetworkChoice("clip", None, small_config.backbone.architecture))
+    for computed, read in zip(*tables, strict=True):
+        assert torch.equal(computed.dense("gate.logits"), read.dense("gate.logits"))
+
+
+@pytest.fixture
+def thin_vgg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VGG of sixteen layers and few channels under torchvision's names."""
+
+    def thin(**_: object) -> nn.Module:
+        layers = [2, 2, "M", 2, 2, "M", 4, 4, 4, "M", 4, 4, 4, "M", 4, 4, 4, "M"]
+        network = VGG(make_layers(layers), init_weights=False)
+        network.classifier[0], network.classifier[3] = nn.Linear(4 * 49, 8), nn.Linear(8, 8)
+        return network
+
+    monkeypatch.setattr("torchvision.models.vgg16", thin)
+
+
+@pytest.mark.usefixtures("thin_vgg")
+def test_vgg_features_take_the_place_of_the_weights(
+    small_config: ExperimentConfig, dataset: Dataset, tmp_path: Path
+) -> None:
+    """By file while it is there, by the hash without it, by torchvision's name; else the missing weights are told."""
+    weights = tmp_path / "vgg.safetensors"
+    save_file(Vgg16Features.random(0).state_dict(), weights)
+
+    def run(vgg_weights: str) -> Run:
+        tree = small_config.model_dump(mode="json")
+        tree["system"]["gate"] |= {"picture": "vgg16", "vgg_weights": vgg_weights}
+        folder = tmp_path / f"run-{len(list(tmp_path.glob('run-*')))}"
+        return Run.create(folder, parse_config(tree), dataset)
+
+    expected = gate_features(run(str(weights)))
+    stored = store(dataset, NetworkChoice("vgg16", str(weights)))
+    sha256 = stored.manifest.origin.weights.sha256
+    assert stored.manifest.origin.weights.name == "vgg.safetensors"
+    by_file = gate_features(run(str(weights)))
+    weights.unlink()
+    by_hash = gate_features(run(f"sha256:{sha256[:16]}"))
+    for name, column in expected.items():
+        assert torch.equal(by_file[name], column)
+        assert torch.equal(by_hash[name], column)
+    with pytest.raises(UserError, match=r"no VGG-16 features by the weights sha256:0{16}"):
+        gate_features(run(f"sha256:{'0' * 16}"))
+    with pytest.raises(UserError, match="safetensors do not exist"):
+        gate_features(run(str(weights)))
+    tagged = stored.manifest.model_dump(mode="json")
+    tagged["origin"]["weights"]["name"] = "torchvision IMAGENET1K_V1"
+    (stored.folder / "manifest.json").write_text(json.dumps(tagged))
+    assert torch.equal(gate_features(run("torchvision"))["kb.picture"], expected["kb.picture"])
+
+
+def test_what_features_depend_on_is_in_their_key(
+    small_config: ExperimentConfig, narrow_backbone: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Weights, form and pixel statistics of the network, precision and data: each makes other features."""
+    gate, backbone = GateConfig(picture="clip"), small_config.backbone
+    choice = NetworkChoice("clip", None, backbone.architecture)
+    form = json.loads(narrow_backbone.read_text())
+    heads, means = tmp_path / "heads.json", tmp_path / "means.json"
+    heads.write_text(json.dumps({**form, "vision_cfg": {**form["vision_cfg"], "head_width": 8}}))
+    means.write_text(json.dumps({"model_cfg": form, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
+    choices = [choice, replace(choice, seed=1), *(replace(choice, architecture=str(path)) for path in (heads, means))]
+    assert len({hashed(each) for each in choices}) == 4
+    stored = store(dataset, choice)
+    assert stored_pictures(gate, backbone, dataset, "float32") == stored
+    assert stored_pictures(gate, backbone, dataset, "float16") is None
+    for path in (heads, means):
+        other = backbone.model_copy(update={"architecture": str(path)})
+        assert stored_pictures(gate, other, dataset, "float32") is None
+    changed = dataset.folder / "manifest.json"
+    changed.write_text(changed.read_text().replace('"name": "small"', '"name": "smaller"'))
+    assert stored_pictures(gate, backbone, Dataset.open(dataset.folder), "float32") is None
+
+
+def hashed(choice: NetworkChoice) -> str:
+    return network_hash(identity(choice, choice.build()))
+
+
+def test_a_text_tower_has_no_part_in_the_hash(small_config: ExperimentConfig) -> None:
+    choice = NetworkChoice("clip", None, small_config.backbone.architecture)
+    network: PictureNetwork = choice.build()
+    assert isinstance(network, Backbone)
+    before = network_hash(identity(choice, network))
+    with torch.no_grad():
+        network.clip.get_parameter("token_embedding.weight").add_(1.0)
+    assert network_hash(identity(choice, network)) == before
+    with torch.no_grad():
+        network.clip.get_parameter("visual.proj").add_(1.0)
+    assert network_hash(identity(choice, network)) != before
+
+
+def test_damaged_features_are_refused_by_name(small_config: ExperimentConfig, dataset: Dataset, tmp_path: Path) -> None:
+    stored = store(dataset, NetworkChoice("clip", None, small_config.backbone.architecture))
+    run = Run.create(tmp_path / "run", small_config, dataset)
+    arguments = (small_config.system.gate, small_config.backbone, run.dataset, "float32")  # type: ignore[attr-defined]
+    kb, manifest = stored.folder / "kb.safetensors", stored.folder / "manifest.json"
+    content, text = kb.read_bytes(), manifest.read_text()
+    for wrong in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        kb.write_bytes(wrong)
+        found = stored_pictures(*arguments)
+        assert found is not None
+        with pytest.raises(UserError, match=r"kb\.safetensors: the features are damaged.*dsmip features"):
+            found.file(KB)
+    kb.unlink()
+    with pytest.raises(UserError, match=r"kb\.safetensors: the features are missing"):
+        stored.file(KB)
+    for wrong, said in (('"width": 24', '"width": "x"'), ('"kb"', '"bk"')):
+        manifest.write_text(text.replace(wrong, said))
+        with pytest.raises(UserError, match=r"manifest\.json: .*delete the folder"):
+            stored_pictures(*arguments)
+    manifest.unlink()
+    assert stored_pictures(*arguments) is None  # not finished
