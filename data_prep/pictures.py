@@ -136,7 +136,8 @@ def _encoded(picture: Tensor, settings: PictureSettings) -> bytes:
         picture = _shrunk(picture, settings.size)
     if max(picture.shape) > _MAX_JPEG_SIDE:
         raise UnusablePicture("picture too large")
-    return encode_jpeg(picture, settings.quality).numpy().tobytes()
+    encoded: Tensor = encode_jpeg(picture, settings.quality)
+    return encoded.numpy().tobytes()
 
 
 def _shrunk(picture: Tensor, size: int) -> Tensor:

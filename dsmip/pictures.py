@@ -68,7 +68,9 @@ def decode_jpeg(data: bytes) -> Tensor:
         RuntimeError: the data ends early, or is not decodable at all.
     """
     # A copy, because PyTorch warns of memory that cannot be written to.
-    return decode_with_torchvision(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    picture: Tensor = decode_with_torchvision(encoded, mode=ImageReadMode.RGB)
+    return picture
 
 
 def decode(data: bytes) -> Tensor:
