@@ -130,11 +130,15 @@ def _build(release: Path, out: Path, workers: int) -> Prepared:
     source = MimicRelease(release)
     manifest = prepare(source, out, name="big", run=run_in_processes(workers), progress=note)
     wall = time.perf_counter() - start
+    pictured = manifest.entities_with_image + sum(counts.with_image for counts in manifest.splits.values())
+    count = manifest.entities + sum(counts.mentions for counts in manifest.splits.values())
+    if pictured != count:
+        raise RuntimeError(f"{release}: {count - pictured} of {count} records have no picture; nothing to compare")
     made = [[(when, done) for when, done in times.get(part, []) if done] for part in _PICTURE_PARTS]
     spans = [(steady[-1][0] - steady[0][0], steady[-1][1] - steady[0][1]) for steady in made if len(steady) > 1]
     seconds, items = (sum(values) for values in zip(*spans, strict=True)) if spans else (0.0, 0)
     return Prepared(
-        pictures=manifest.entities + sum(counts.mentions for counts in manifest.splits.values()),
+        pictures=count,
         wall_s=wall,
         cpu_s=_children_cpu() - before,
         made_rate=items / seconds if seconds else float("nan"),

@@ -94,6 +94,8 @@ def decoding(
     pictures += [image for batch in batches for record in batch.entities for image in record.images]
     encoded = [picture for picture in pictures if picture is not None]
     num_samples = sum(len(batch.mentions) for batch in batches)
+    if not encoded:
+        raise UserError(f"{folder}: its training samples have no pictures; nothing to compare")
 
     def work() -> int:
         for content in encoded:
