@@ -1,15 +1,30 @@
-"""One raw picture to one prepared JPEG: bounded, upright, RGB, never enlarged; or the reason why not."""
+"""One raw picture to one prepared JPEG: bounded, upright, RGB, never enlarged; or the reason why not.
+
+torchvision decodes and encodes, torch resizes: twice as fast as Pillow here, which does what only it can do (other
+formats and colour spaces, EXIF rotation, decoding at a fraction of the size). torch resizes with all threads it is
+allowed: a pool of processes sets `torch.set_num_threads(1)` in each.
+"""
 
 import warnings
 from io import BytesIO
 
+import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+from torchvision.io import encode_jpeg
+
+from dsmip import pictures
+from dsmip.manifest import PictureSettings
+from dsmip.pictures import decode_jpeg, jpeg_header
 
 JPEG_QUALITY = 92
-MAX_PIXELS = 1 << 26
+MAX_PIXELS = pictures.MAX_PIXELS  # what is prepared must be readable in training
 MAX_FILE_BYTES = 1 << 28
 # A model sees the centre square, so what lies beyond this ratio of the sides is never looked at.
 MAX_ASPECT = 4
+_MAX_JPEG_SIDE = 65500
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION = 0x0112
 
@@ -18,10 +33,12 @@ class UnusablePicture(Exception):
     """`args[0]` is the reason: "picture unreadable" or "picture too large"."""
 
 
-def prepare_picture(content: bytes, size: int) -> bytes:
-    """JPEG bytes whose shorter side is at most `size` pixels; a small RGB JPEG is kept as it is.
+def prepare_picture(content: bytes, settings: PictureSettings) -> bytes:
+    """JPEG bytes whose shorter side is at most `settings.size` pixels; a small upright RGB JPEG is kept as it is.
 
-    Transparent parts become white, the first frame of a moving picture counts.
+    With `keep_original` nothing is resized, and every upright RGB or grey JPEG is kept as it is. What is kept decodes.
+    Transparent parts become white, the first frame of a moving picture counts. Damaged pixels inside a whole JPEG are
+    no fault: decoders replace them, and most such pictures still show what they show.
 
     Raises:
         UnusablePicture: the bytes are no picture, it is cut short, or it has more than MAX_PIXELS pixels.
@@ -29,41 +46,82 @@ def prepare_picture(content: bytes, size: int) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise UnusablePicture("picture too large")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # size is checked here; doubtful metadata does not matter
-            return _prepare(content, size)
+        return _prepare(content, settings)
     except (UnusablePicture, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise UnusablePicture("picture too large") from error
     except Exception as error:  # decoders raise whatever broken bytes lead them to
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+            raise MemoryError(str(error)) from error  # torch has no error of its own for it
         raise UnusablePicture("picture unreadable") from error
 
 
-def _prepare(content: bytes, size: int) -> bytes:
-    with Image.open(BytesIO(content), formats=_FORMATS) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise UnusablePicture("picture too large")
-        plain = picture.format == "JPEG" and picture.mode == "RGB" and picture.getexif().get(_ORIENTATION, 1) == 1
-        if plain and _fits(picture, size) and len(content) <= 8 * picture.width * picture.height + 65536:
-            picture.load()
-            return content
-        if picture.format == "JPEG":
-            # Decodes at 1/2, 1/4 or 1/8 where that still leaves twice the wanted size.
-            scale = 2 * size / min(picture.size)
-            picture.draft("RGB", (max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
-        upright = ImageOps.exif_transpose(picture)
-        return _encode(_shrink(_on_white(upright), size))
+def _prepare(content: bytes, settings: PictureSettings) -> bytes:
+    header = jpeg_header(content)
+    if header is None or (header.metadata and _is_turned(content)):
+        return _prepare_with_pillow(content, settings)
+    width, height = header.width, header.height
+    _check_size(width, height)
+    kept = _is_kept(len(content), width, height, header.channels, settings)
+    if not kept and min(width, height) >= 4 * settings.size and not settings.keep_original:
+        return _prepare_with_pillow(content, settings)  # which decodes it at a fraction of its size
+    picture = decode_jpeg(content)
+    return content if kept else _encoded(picture, settings)
 
 
-def _fits(picture: Image.Image, size: int) -> bool:
-    short, long = sorted(picture.size)
-    return short <= size and long <= MAX_ASPECT * short
+def _prepare_with_pillow(content: bytes, settings: PictureSettings) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # size is checked here; doubtful metadata does not matter
+        with Image.open(BytesIO(content), formats=_FORMATS) as picture:
+            _check_size(*picture.size)
+            is_jpeg, turned = picture.format in ("JPEG", "MPO"), _orientation(picture) != 1
+            channels = {"RGB": 3, "L": 1}.get(picture.mode, 0)
+            if is_jpeg and not turned and _is_kept(len(content), *picture.size, channels, settings):
+                picture.load()
+                return content
+            if is_jpeg and not settings.keep_original:
+                # Decodes at 1/2, 1/4 or 1/8 where that still leaves twice the wanted size.
+                scale = 2 * settings.size / min(picture.size)
+                picture.draft("RGB", (max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
+            upright = ImageOps.exif_transpose(picture) if turned else picture
+            pixels_HWC = np.array(_on_white(upright))
+    return _encoded(torch.from_numpy(pixels_HWC).permute(2, 0, 1), settings)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UnusablePicture("picture too large")
+
+
+def _is_kept(num_bytes: int, width: int, height: int, channels: int, settings: PictureSettings) -> bool:
+    """Whether an upright JPEG stays as it is."""
+    if settings.keep_original:
+        return channels in (1, 3)
+    short, long = sorted((width, height))
+    sparse = num_bytes <= 8 * width * height + 65536  # else most of it is something else than the picture
+    return channels == 3 and short <= settings.size and long <= MAX_ASPECT * short and sparse
+
+
+def _is_turned(content: bytes) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(BytesIO(content), formats=_FORMATS) as picture:
+            return _orientation(picture) != 1
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation; 1 (upright) where there is none or it is not one of 2 .. 8."""
+    try:
+        value = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken metadata costs no picture
+        return 1
+    return value if value in range(2, 9) else 1
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I;16"):
-        # PIL clips 16-bit grey to white otherwise.
+    # Older Pillows have 16-bit PNGs in mode I. Of both modes PIL makes white by clipping.
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         return picture.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
     if picture.has_transparency_data:
         with_alpha = picture.convert("RGBA")
@@ -72,21 +130,24 @@ def _on_white(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _shrink(picture: Image.Image, size: int) -> Image.Image:
-    width, height = picture.size
+def _encoded(picture: Tensor, settings: PictureSettings) -> bytes:
+    """JPEG bytes of a uint8 [3, H, W], resized unless the original size is wanted."""
+    if not settings.keep_original:
+        picture = _shrunk(picture, settings.size)
+    if max(picture.shape) > _MAX_JPEG_SIDE:
+        raise UnusablePicture("picture too large")
+    encoded: Tensor = encode_jpeg(picture, settings.quality)
+    return encoded.numpy().tobytes()
+
+
+def _shrunk(picture: Tensor, size: int) -> Tensor:
+    height, width = picture.shape[1:]
     limit = MAX_ASPECT * min(width, height)
-    if max(width, height) > limit:
-        left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
-        picture = picture.crop((left, top, left + min(width, limit), top + min(height, limit)))
-        width, height = picture.size
+    left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
+    picture = picture[:, top : top + limit, left : left + limit]
+    height, width = picture.shape[1:]
     short = min(width, height)
     if short <= size:
         return picture
-    new_size = (max(1, round(width * size / short)), max(1, round(height * size / short)))
-    return picture.resize(new_size, Image.Resampling.BICUBIC)
-
-
-def _encode(picture: Image.Image) -> bytes:
-    buffer = BytesIO()
-    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
+    new_size = (max(1, round(height * size / short)), max(1, round(width * size / short)))
+    return functional.interpolate(picture[None], size=new_size, mode="bicubic", antialias=True)[0]

@@ -161,7 +161,7 @@ def _prepared(
     reason = "picture missing"
     if picture.path is not None:
         try:
-            return prepare_picture(read_picture(picture, MAX_FILE_BYTES), settings.size)
+            return prepare_picture(read_picture(picture, MAX_FILE_BYTES), settings)
         except UnusablePicture as error:
             reason = str(error)
         except OSError:

@@ -41,10 +41,14 @@ class Source(Part):
 
 
 class PictureSettings(Part):
-    """How pictures were prepared: shorter side at most `size` pixels, JPEG `quality` where they were encoded again."""
+    """How pictures were prepared: shorter side at most `size` pixels, JPEG `quality` where they were encoded again.
+
+    keep_original: nothing was resized, and upright JPEGs are the release's own files byte for byte.
+    """
 
     size: Annotated[int, Field(ge=1)]
     quality: Annotated[int, Field(ge=1, le=100)]
+    keep_original: bool = False
 
 
 class SplitCounts(Part):

@@ -1,18 +1,76 @@
 """Encoded pictures to uint8 tensors of the backbone's size."""
 
 import io
+import struct
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_jpeg as decode_with_torchvision
 
 MAX_PIXELS = 64_000_000
+_START, _END = b"\xff\xd8", b"\xff\xd9"
+_APP1, _START_OF_SCAN = 0xE1, 0xDA
+_HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
+_WITHOUT_LENGTH = (0x01, *range(0xD0, 0xDA))
 
 
 class UnreadablePicture(ValueError):
     """Bytes that are no picture, a broken one, or one too large to decode."""
+
+
+@dataclass(frozen=True, slots=True)
+class JpegHeader:
+    """What a plain JPEG says before its pixels. channels: 1 (grey) or 3. metadata: it has EXIF or XMP."""
+
+    width: int
+    height: int
+    channels: int
+    metadata: bool
+
+
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """The header of a plain JPEG: 8 bits, grey or three colours, Huffman-coded, up to its end-of-image marker.
+
+    None is every other file, JPEGs of other kinds and truncated ones too: these are left to Pillow.
+    """
+    # Strict where decoders are lenient (bytes between segments), so that a decoder reads the same frame size.
+    if not (data.startswith(_START) and data.endswith(_END)):
+        return None
+    place, metadata = len(_START), False
+    frame: tuple[int, int, int, int] | None = None
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker, length = data[place + 1], struct.unpack_from(">H", data, place + 2)[0]
+        if marker == _START_OF_SCAN:
+            return None if frame is None else JpegHeader(frame[2], frame[1], frame[3], metadata)
+        if marker == 0xFF or marker in _WITHOUT_LENGTH:
+            return None
+        if marker in _HUFFMAN_FRAMES and place + 10 <= len(data):
+            frame = struct.unpack_from(">BHHB", data, place + 4)
+            bits, height, width, channels = frame
+            if bits != 8 or channels not in (1, 3) or not width * height:
+                return None
+        metadata |= marker == _APP1
+        place += 2 + length
+    return None
+
+
+def decode_jpeg(data: bytes) -> Tensor:
+    """uint8 [3, H, W] RGB (a view of rows of pixels) of a JPEG that has a `jpeg_header`, twice as fast as Pillow.
+
+    The caller bounds the size first. Damaged pixels are no error, as in Pillow: libjpeg replaces them.
+
+    Raises:
+        RuntimeError: the data ends early, or is not decodable at all.
+    """
+    # A copy, because PyTorch warns of memory that cannot be written to.
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    picture: Tensor = decode_with_torchvision(encoded, mode=ImageReadMode.RGB)
+    return picture
 
 
 def decode(data: bytes) -> Tensor:
@@ -23,20 +81,26 @@ def decode(data: bytes) -> Tensor:
     """
     try:
         # The header is read first: a small file that claims a huge picture is refused before it is decoded.
+        if (header := jpeg_header(data)) is not None:
+            _check_size(header.width, header.height)
+            return decode_jpeg(data)
         with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UnreadablePicture(f"{width} x {height} pixels are above the limit of {MAX_PIXELS}")
+            _check_size(*image.size)
             pixels_HWC = np.array(_opaque(image))
     except UnreadablePicture:
         raise
     except UnidentifiedImageError:
-        # Pillow's own message holds a memory address; rejects.jsonl must be the same in every build.
+        # Pillow's own message holds a memory address; the same file must give the same message everywhere.
         raise UnreadablePicture("not a picture of a known format") from None
     except Exception as error:
-        # Pillow's readers raise many kinds of errors on broken files; all of them mean the same here.
+        # Readers raise many kinds of errors on broken files; all of them mean the same here.
         raise UnreadablePicture(f"not a readable picture: {error}") from error
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UnreadablePicture(f"{width} x {height} pixels are above the limit of {MAX_PIXELS}")
 
 
 def _opaque(image: Image.Image) -> Image.Image:

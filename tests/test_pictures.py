@@ -1,6 +1,7 @@
 """Decoding, fitting against open_clip's own preprocessing, and batches with missing pictures."""
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from dsmip import pictures
-from dsmip.pictures import UnreadablePicture, decode, fit
+from dsmip.pictures import JpegHeader, UnreadablePicture, decode, fit, jpeg_header
 
 
 def smooth_picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -24,7 +25,10 @@ def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")])
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("RGB", "JPEG"), ("L", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")],
+)
 def test_every_mode_becomes_rgb(mode: str, kind: str) -> None:
     data = encoded(smooth_picture(30, 20, mode), kind)
     picture = decode(data)
@@ -43,9 +47,46 @@ def test_transparent_becomes_white() -> None:
 
 def test_unreadable_pictures() -> None:
     data = encoded(smooth_picture(80, 60))
-    for broken in (b"", b"not a picture", data[: len(data) // 2], data[:20]):
+    whole = data[:-2] + b"\xff\xd9"
+    assert decode(whole).shape == (3, 60, 80)
+    no_tables = data[:2] + data[data.index(b"\xff\xc0") :]
+    for broken in (b"", b"not a picture", data[: len(data) // 2], data[:20], data[:-1], no_tables):
         with pytest.raises(UnreadablePicture):
             decode(broken)
+
+
+def pillows(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}, {"quality": 30}]
+)
+@pytest.mark.parametrize("size", [(9, 5), (17, 9), (64, 64), (123, 80)])
+def test_jpegs_are_decoded_as_pillow_decodes_them(size: tuple[int, int], options: dict[str, Any]) -> None:
+    stream = io.BytesIO()
+    smooth_picture(*size).save(stream, "JPEG", **options)
+    data = stream.getvalue()
+    header = jpeg_header(data)
+    assert header is not None
+    assert (header.width, header.height, header.channels, header.metadata) == (*size, 3, False)
+    assert torch.equal(decode(data), pillows(data))
+    damaged = bytearray(data)
+    damaged[-4] ^= 0x55
+    assert torch.equal(decode(bytes(damaged)), pillows(bytes(damaged)))
+
+
+def test_only_whole_plain_jpegs_have_a_header() -> None:
+    data = encoded(smooth_picture(30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    smooth_picture(30, 20).save(stream, "JPEG", exif=exif)
+    assert jpeg_header(stream.getvalue()) == JpegHeader(30, 20, 3, metadata=True)
+    assert jpeg_header(encoded(smooth_picture(30, 20, "L"))) == JpegHeader(30, 20, 1, metadata=False)
+    strange = [data[:-1], data + b"\n", data[:2] + b"\0" + data[2:], encoded(smooth_picture(30, 20, "CMYK"))]
+    for other in (*strange, b"", b"\xff\xd8\xff\xd9", data[:2] + b"\xff\xc0\xff\xd9"):
+        assert jpeg_header(other) is None
 
 
 def test_huge_pictures_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +95,8 @@ def test_huge_pictures_are_refused_before_decoding(monkeypatch: pytest.MonkeyPat
     # Cut after the header: only a decoder would notice that the pixels are missing.
     with pytest.raises(UnreadablePicture, match="11 x 10 pixels are above the limit of 100"):
         decode(encoded(Image.new("RGB", (11, 10)), "PNG")[:44])
+    with pytest.raises(UnreadablePicture, match="11 x 10 pixels are above the limit of 100"):
+        decode(encoded(Image.new("RGB", (11, 10))))
 
 
 @pytest.mark.parametrize(
