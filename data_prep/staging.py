@@ -227,9 +227,13 @@ def _stage_kb(
 
 
 def _stored_size(entity: RawEntity, pictures: PictureSettings) -> int:
-    """Bytes in a shard, roughly: a picture of s x s pixels takes about s * s / 3."""
+    """Bytes in a shard, roughly: a picture of s x s pixels that is encoded again takes about s * s / 3."""
     limit = pictures.size**2 // 3
-    sizes = [min(picture.size, limit) for picture in entity.pictures if picture.path]
+    sizes = [
+        picture.size if pictures.keep_original else min(picture.size, limit)
+        for picture in entity.pictures
+        if picture.path
+    ]
     return len(entity.name) + len(entity.attributes) + sum(sizes) + 2 * _BLOCK * (1 + len(sizes))
 
 

@@ -77,7 +77,7 @@ def _runner(options: BuildOptions) -> Runner:
 
 def picture_settings(size: int, *, keep_original: bool) -> PictureSettings:
     """How pictures are stored."""
-    return PictureSettings(size=size, quality=PICTURES.quality)
+    return PictureSettings(size=size, quality=PICTURES.quality, keep_original=keep_original)
 
 
 def parse_size(text: str) -> int:
