@@ -16,7 +16,6 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from dsmip.errors import UserError
-from dsmip.files import sha256_file
 from dsmip.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, read_manifest
 from dsmip.records import Entity, Mention
 from dsmip.samples import make_entity, read_mention, read_pair
@@ -51,7 +50,7 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path) -> "Dataset":
-        """Opens a dataset directory and checks that its files are there with the right sizes (`verify` reads them).
+        """Opens a dataset directory and checks that its files are there with the right sizes; their bytes are not read.
 
         Raises:
             UserError: there is no such folder, or it is no complete dataset.
@@ -160,19 +159,6 @@ class Dataset:
             step: step_bounds(num_samples, num_steps, step, rank, world_size) for step in range(start_step, num_steps)
         }
         return self._batches(split, shares, seed, epoch)
-
-    def verify(self) -> Iterator[ShardInfo]:
-        """Reads every file and compares its SHA-256 with the manifest; yields each shard once it is found right.
-
-        Raises:
-            UserError: a file differs.
-        """
-        if sha256_file(self.folder / ENTITIES_FILE) != self.manifest.entities_sha256:
-            raise UserError(f"{self.folder / ENTITIES_FILE}: its SHA-256 is not the manifest's; prepare it again")
-        for shard in self.manifest.shards:
-            if sha256_file(self.folder / shard.path) != shard.sha256:
-                raise UserError(f"{self.folder / shard.path}: its SHA-256 is not the manifest's; prepare it again")
-            yield shard
 
     @cached_property
     def _kb(self) -> pa.Table:

@@ -8,7 +8,7 @@ side in order.
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,7 +53,7 @@ class PictureColumns:
 
 @dataclass(frozen=True, slots=True)
 class MentionColumns:
-    """split: position in SPLITS; gold: entity row; positions: of the mention's text, uncut; has_word: in its sentence."""
+    """split: position in SPLITS; gold: entity row; positions: of the text, uncut; has_word: in its sentence."""
 
     split: Ints
     gold: Ints
@@ -108,29 +108,26 @@ def read_columns(dataset: Dataset, *, pictures: bool, workers: int, progress: Pr
     Raises UserError when a shard is missing or damaged.
     """
     table = dataset.entity_texts()
-    slices = [_texts(table.slice(start, _ENTITIES_AT_ONCE)) for start in range(0, len(table), _ENTITIES_AT_ONCE)]
-    entities = _read_entities(slices, workers, counting(progress, "entities", dataset.num_entities))
-    shards = [
-        _Shard(dataset.folder, shard.path, part, pictures)
-        for part in (*SPLITS, *((KB,) if pictures else ()))
-        for shard in dataset.manifest.shards_of(part)
+    tasks: list[_Texts | _Shard] = [
+        _texts(table.slice(start, _ENTITIES_AT_ONCE)) for start in range(0, len(table), _ENTITIES_AT_ONCE)
     ]
-    mention_parts, picture_parts = [], {True: [_no_pictures()], False: [_no_pictures()]}
-    num_mentions, add = 0, counting(progress, "shards", len(shards))
-    for shard, (mentions, found) in zip(shards, map_tasks(_read_shard, shards, workers), strict=True):
-        if mentions is not None:
-            found.owner[:] += num_mentions
-            num_mentions += len(mentions.gold)
-            mention_parts.append(mentions)
-        picture_parts[shard.part == KB].append(found)
+    for part in (*SPLITS, *((KB,) if pictures else ())):
+        tasks += [_Shard(dataset.folder, shard.path, part, pictures) for shard in dataset.manifest.shards_of(part)]
+    entities, mentions = [_entity_columns(_Texts((), (), ()))], [_mention_columns([], 0)]
+    of_mentions, of_entities = [_picture_columns([])], [_picture_columns([])]
+    num_mentions, add = 0, counting(progress, "read", len(tasks))
+    for found in map_tasks(_read, tasks, workers):
+        if isinstance(found, EntityColumns):
+            entities.append(found)
+        elif found[0] is None:
+            of_entities.append(found[1])
+        else:
+            of_mentions.append(replace(found[1], owner=found[1].owner + num_mentions))
+            mentions.append(found[0])
+            num_mentions += len(found[0].gold)
         add(1)
-    empty = _mention_columns([], 0)
     return Columns(
-        joined([empty, *mention_parts]),
-        entities,
-        joined(picture_parts[False]),
-        joined(picture_parts[True]),
-        _tokenizer().context_length,
+        joined(mentions), joined(entities), joined(of_mentions), joined(of_entities), _tokenizer().context_length
     )
 
 
@@ -154,12 +151,8 @@ def _texts(table: Any) -> _Texts:
     return _Texts(tuple(columns["name"]), tuple(columns["attributes"]), tuple(columns["num_images"]))
 
 
-def _read_entities(slices: Sequence[_Texts], workers: int, add: Any) -> EntityColumns:
-    parts = []
-    for part in map_tasks(_entity_columns, slices, workers):
-        add(len(part.name))
-        parts.append(part)
-    return joined([_entity_columns(_Texts((), (), ())), *parts])
+def _read(task: "_Texts | _Shard") -> "EntityColumns | tuple[MentionColumns | None, PictureColumns]":
+    return _entity_columns(task) if isinstance(task, _Texts) else _read_shard(task)
 
 
 def _entity_columns(texts: _Texts) -> EntityColumns:
@@ -227,10 +220,6 @@ def _mention_columns(records: Sequence[tuple[Any, ...]], split: int) -> MentionC
         has_word=_flags(has_word),
         has_picture=_flags(has_picture),
     )
-
-
-def _no_pictures() -> PictureColumns:
-    return _picture_columns([])
 
 
 def _picture_columns(records: Sequence[tuple[Any, ...]]) -> PictureColumns:

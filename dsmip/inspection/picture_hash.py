@@ -25,8 +25,8 @@ GRID = 4
 _SIDE = 32
 _DRAFT_SIDE = 64
 _COLUMNS = np.linspace(0, _SIDE, 10).astype(np.int64)
-# Cut into 7 bands, hashes that differ in at most 4 bits agree in at least 3 bands. Three agreeing bands (27 bits) leave far
-# fewer candidates than one band of five (13 bits), for 35 sorts instead of 5.
+# Cut into 7 bands, hashes that differ in at most 4 bits agree in at least 3 bands. Three agreeing bands (27 bits) leave
+# far fewer candidates than one band of five (13 bits), for 35 sorts instead of 5.
 _NUM_BANDS = 7
 _NUM_EQUAL_BANDS = _NUM_BANDS - MAX_BITS
 _PAIRS_AT_ONCE = 1 << 18
@@ -93,7 +93,8 @@ def are_near(
 
 def _num_ones(bits_N: NDArray[np.uint64]) -> NDArray[np.uint32]:
     # four counts of 16 bits each, summed up in the top byte of a product
-    return (_ONES[bits_N.view(np.uint16)].view(np.uint32) * np.uint32(0x01010101)) >> np.uint32(24)
+    counts_N = _ONES[bits_N.view(np.uint16)].view(np.uint32)
+    return np.asarray((counts_N * np.uint32(0x01010101)) >> np.uint32(24))
 
 
 def _alike(colours_NC: NDArray[np.uint8], other_colours_NC: NDArray[np.uint8]) -> NDArray[np.bool_]:

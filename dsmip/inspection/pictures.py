@@ -34,7 +34,7 @@ def picture_checks(columns: Columns) -> tuple[list[Check], list[Check]]:
 
 @dataclass(frozen=True, slots=True)
 class _Alike:
-    """Which pictures are alike. group: by picture; left, right: pairs of groups that are alike, both ways and selves."""
+    """Which pictures are alike. group: by picture; left, right: pairs of alike groups, both ways and selves."""
 
     name: str
     words: str

@@ -52,9 +52,7 @@ def entity_checks(columns: Columns) -> list[Check]:
         ),
         Check("gold_of_a_mention", "is the gold of a mention", is_gold, everyone),
         Check("name_shared", "another entity has its name", named != NOBODY, everyone, False, named, "entity"),
-        Check(
-            "duplicate", "another has its name and attributes", told != NOBODY, everyone, True, told, "entity"
-        ),
+        Check("duplicate", "another has its name and attributes", told != NOBODY, everyone, True, told, "entity"),
     ]
 
 
@@ -69,7 +67,9 @@ def _ambiguity(columns: Columns, everyone: Flags) -> list[Check]:
     name_bearer = np.where(known & ~is_name, first_entity[place], NOBODY)
     return [
         Check("word_is_gold_name", "word is the gold's name", is_name, everyone),
-        Check("lookup_finds", "looking the word up among names finds the gold alone", is_name & (bearers == 1), everyone),
+        Check(
+            "lookup_finds", "looking the word up among names finds the gold alone", is_name & (bearers == 1), everyone
+        ),
         Check("word_names_none", "word is no entity's name", bearers == 0, everyone),
         Check("word_names_several", "word is the name of several entities", bearers > 1, everyone),
         Check(
@@ -118,7 +118,9 @@ def _shared_sentences(columns: Columns) -> list[Check]:
         of = mentions.split != number
         hits = of & mentions.has_sentence & (partner != NOBODY)
         checks.append(
-            Check(f"sentence_in_{split}", f"sentence is in {split} too", hits, of, True, np.where(hits, partner, NOBODY))
+            Check(
+                f"sentence_in_{split}", f"sentence is in {split} too", hits, of, True, np.where(hits, partner, NOBODY)
+            )
         )
     return checks
 
