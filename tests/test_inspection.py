@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import noise, planted_release
-from small_release import picture
+from small_release import picture, write_release
 
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
@@ -86,7 +86,7 @@ ENTITIES = {
 def test_every_planted_flaw_is_counted(found: Inspection) -> None:
     splits = ("train", "validation", "test")
     counted = {
-        row.name: tuple(row.counts[split].count if split in row.counts else None for split in splits)
+        row.name: tuple(row.counts[split].count if row.counts[split].of else None for split in splits)
         for row in found.mentions
     }
     assert counted == MENTIONS
@@ -112,6 +112,17 @@ def test_examples_show_both_records(found: Inspection) -> None:
 def test_pictures_may_be_left_out(data: Dataset, found: Inspection) -> None:
     texts = inspect_dataset(data, pictures=False)
     assert [row.name for row in texts.mentions] == [row.name for row in found.mentions if "picture_" not in row.name]
+
+
+def test_a_dataset_without_any_picture_is_inspected(tmp_path: Path) -> None:
+    kb = [{"qid": "Q1", "entity_name": "Ash", "attr": "tree", "image_list": []}]
+    mention = {"id": "a", "mentions": "ash", "sentence": "An ash.", "answer": "Q1", "imgPath": ""}
+    records = {"kb": kb, "train": [mention], "dev": [], "test": []}
+    prepare(MimicRelease(write_release(tmp_path / "release", records, {})), tmp_path / "data", name="texts")
+    found = inspect_dataset(Dataset.open(tmp_path / "data"))
+    assert found.to_json()["entities"]["picture_plain"] == {"count": 0, "of": 0, "share": None}
+    write_page(found, tmp_path / "page.html")
+    assert "no picture" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.slow

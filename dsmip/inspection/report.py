@@ -36,7 +36,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A check's counts by split, or by "kb"; a split of which it is not asked is left out."""
+    """A check's counts by split, or by "kb"; of nobody where it is not asked."""
 
     name: str
     label: str
@@ -154,7 +154,7 @@ def _row(check: Check, parts: Mapping[str, Flags]) -> Row:
         part: Count(int((check.hits & check.of & inside).sum()), int((check.of & inside).sum()))
         for part, inside in parts.items()
     }
-    return Row(check.name, check.label, check.flaw, {part: count for part, count in counts.items() if count.of})
+    return Row(check.name, check.label, check.flaw, counts)
 
 
 def _golds(columns: Columns, in_split: Mapping[str, Flags]) -> dict[str, Count]:

@@ -100,7 +100,7 @@ def _prepared(found: Inspection) -> TextTable:
 
 
 def _cells(row: Row, parts: Sequence[str]) -> tuple[str, ...]:
-    return (row.label, *(_text(row.counts[part]) if part in row.counts else "-" for part in parts))
+    return (row.label, *(_text(row.counts[part]) if row.counts[part].of else "-" for part in parts))
 
 
 def _figures(count: Count) -> Iterator[str]:
