@@ -18,7 +18,6 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from dsmip.errors import UserError
-from dsmip.files import sha256_file
 from dsmip.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, read_manifest
 from dsmip.records import Entity, Mention
 from dsmip.samples import make_entity, read_mention, read_pair
@@ -57,7 +56,7 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path) -> "Dataset":
-        """Opens a dataset directory and checks that its files are there with the right sizes (`verify` reads them).
+        """Opens a dataset directory and checks that its files are there with the right sizes; their bytes are not read.
 
         Raises:
             UserError: there is no such folder, or it is no complete dataset.
@@ -139,7 +138,7 @@ class Dataset:
         start = 0
         num_mentions = self.num_mentions(split)
         rows = range(num_mentions) if rows is None else rows
-        for shard, samples in self._samples_of(split):
+        for shard, samples in self.samples_of(split):
             inside = [samples[row - start] for row in range(start, start + len(samples)) if row in rows]
             if inside:
                 for sample in self._samples(shard, inside):
@@ -174,18 +173,18 @@ class Dataset:
         }
         return self._batches(split, shares, seed, epoch)
 
-    def verify(self) -> Iterator[ShardInfo]:
-        """Reads every file and compares its SHA-256 with the manifest; yields each shard once it is found right.
-
-        Raises:
-            UserError: a file differs.
-        """
-        if sha256_file(self.files / ENTITIES_FILE) != self.manifest.entities_sha256:
-            raise UserError(f"{self.files / ENTITIES_FILE}: its SHA-256 is not the manifest's; prepare it again")
-        for shard in self.manifest.shards:
-            if sha256_file(self.files / shard.path) != shard.sha256:
-                raise UserError(f"{self.files / shard.path}: its SHA-256 is not the manifest's; prepare it again")
-            yield shard
+    def samples_of(self, split: str) -> list[tuple[ShardInfo, Sequence[int]]]:
+        """A split's shards, each with the indices of its samples: of a view the kept ones."""
+        shards = self.manifest.shards_of(split)
+        starts = [0, *accumulate(shard.samples for shard in shards)]
+        if split not in self._kept:
+            return [(shard, range(shard.samples)) for shard in shards]
+        kept = self._kept[split]
+        cuts = [bisect_left(kept, start) for start in starts]
+        return [
+            (shard, [row - start for row in kept[first:last]])
+            for shard, start, (first, last) in zip(shards, starts, pairwise(cuts), strict=False)
+        ]
 
     @cached_property
     def _kb(self) -> pa.Table:
@@ -225,7 +224,7 @@ class Dataset:
         loaded: dict[int, tuple[Mention, Entity]] = {}
         steps = iter(shares.items())
         step, share = next(steps, (None, range(0)))
-        for window in windows([len(samples) for _, samples in self._samples_of(split)], seed, epoch):
+        for window in windows([len(samples) for _, samples in self.samples_of(split)], seed, epoch):
             if step is None:
                 return
             loaded |= self._load(window, split, wanted, seed, epoch)
@@ -235,24 +234,11 @@ class Dataset:
                 yield TrainingBatch(step, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
                 step, share = next(steps, (None, range(0)))
 
-    def _samples_of(self, split: str) -> list[tuple[ShardInfo, Sequence[int]]]:
-        """A split's shards, each with the indices of its samples: of a view the kept ones."""
-        shards = self.manifest.shards_of(split)
-        starts = [0, *accumulate(shard.samples for shard in shards)]
-        if split not in self._kept:
-            return [(shard, range(shard.samples)) for shard in shards]
-        kept = self._kept[split]
-        cuts = [bisect_left(kept, start) for start in starts]
-        return [
-            (shard, [row - start for row in kept[first:last]])
-            for shard, start, (first, last) in zip(shards, starts, pairwise(cuts), strict=False)
-        ]
-
     def _load(
         self, window: Window, split: str, wanted: set[int], seed: int, epoch: int
     ) -> dict[int, tuple[Mention, Entity]]:
         """The wanted samples of a window by position in the epoch, each entity with its one drawn picture."""
-        shards = self._samples_of(split)
+        shards = self.samples_of(split)
         positions: dict[int, dict[int, int]] = {number: {} for number in window.shards}
         for position, (number, place) in enumerate(window.order, start=window.start):
             if position in wanted:

@@ -104,6 +104,10 @@ class Tokenizer:
             token_ids[row, : len(ids)] = torch.tensor(ids)
         return token_ids
 
+    def num_positions(self, text: str) -> int:
+        """Positions that a text takes before it is cut, start and end of text included."""
+        return len(self._encode(text)) + 2
+
     def _encode_anew(self, text: str) -> list[int]:
         # The vocabulary's two special tokens may be written out in a text; there they mean nothing.
         return [token for token in self._bpe.encode(text) if token < self._start]

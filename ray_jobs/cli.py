@@ -27,6 +27,7 @@ KindName = Literal["vgg16", "clip"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 ConfigOption = Annotated[str, typer.Option("--config", help="A shipped configuration's name or a YAML file.")]
 DataOption = Annotated[Path, typer.Option("--data", help="Dataset directory made by 'dsmip prepare'.")]
+DataArgument = Annotated[Path, typer.Argument(help="Dataset directory made by 'dsmip prepare'.", metavar="DATA")]
 RunOption = Annotated[Path, typer.Option("--run", help="Run directory.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value of the configuration; may be repeated.")]
 EntityText = Literal["attr", "desc"]
@@ -91,6 +92,39 @@ def prepare(
     touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
     counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())
     print(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {out / 'rejects.jsonl'})")
+
+
+@app.command()
+def inspect(
+    data: DataArgument,
+    html: Annotated[
+        Path | None, typer.Option("--html", dir_okay=False, help="Also write a page with samples and examples.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Also write the figures to this file.")
+    ] = None,
+    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Compare pictures.")] = True,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
+) -> None:
+    """Shows what a dataset holds and its flaws: coverage, ambiguity, duplicates, and what its splits share."""
+    from ray_jobs.inspect_data import inspect_data
+
+    inspect_data(data, html=html, json_file=json_file, pictures=pictures, workers=workers)
+
+
+@app.command()
+def verify(
+    data: DataArgument,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Also write what was found to this file.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
+) -> None:
+    """Reads every file of a dataset and checks it against the manifest; exit code 1 when something is wrong."""
+    from ray_jobs.verify import verify_data
+
+    if not verify_data(data, json_file=json_file, workers=workers).ok:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -43,6 +43,8 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         ("compare R R", "no run at R"),
         ("compare R", "Missing argument 'RUN2'"),
         ("compare R R --json .", "is a directory"),
+        ("inspect D", "D: no such dataset directory"),
+        ("verify D", "D: no such dataset directory"),
         ("prepare S OUT --format tarball", "--format tarball is unknown; known: mimic, .*demo"),
         ("prepare S OUT --format demo", "takes a seed or a YAML file as SOURCE; 'S' is neither"),
         ("prepare S OUT", "S: no such folder"),
@@ -109,7 +111,19 @@ def test_help_needs_neither_ray_nor_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "job", ["prepare", "features", "pretrain", "train_experts", "tune_gate", "evaluate", "compare", "demo"]
+    "job",
+    [
+        "prepare",
+        "inspect_data",
+        "verify",
+        "features",
+        "pretrain",
+        "train_experts",
+        "tune_gate",
+        "evaluate",
+        "compare",
+        "demo",
+    ],
 )
 def test_every_job_file_is_a_script(job: str) -> None:
     source = (Path(cli.__file__).parent / f"{job}.py").read_text(encoding="utf-8")

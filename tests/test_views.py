@@ -10,7 +10,9 @@ from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from data_prep.view import make_view
 from dsmip.errors import UserError
+from dsmip.inspection.report import inspect_dataset
 from dsmip.shards import Dataset
+from dsmip.verification import verify_dataset
 
 
 @pytest.fixture
@@ -82,3 +84,13 @@ def test_what_cannot_be_a_view_is_refused(base: Dataset, tmp_path: Path) -> None
     manifest.write_text(manifest.read_text().replace('"train-', '"train_'))
     with pytest.raises(UserError, match="no view of a dataset"):
         Dataset.open(view.folder)
+
+
+def test_a_view_is_inspected_and_verified(base: Dataset, tmp_path: Path) -> None:
+    view = make_view(base.folder, tmp_path / "half", 0.5, 0)
+    report = inspect_dataset(view)
+    assert [report.sizes[split] for split in ("train", "validation", "test")] == [30, 2, 2]
+    assert verify_dataset(view.folder).ok
+    shard = base.folder / base.manifest.shards_of("train")[0].path
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    assert not verify_dataset(view.folder).ok

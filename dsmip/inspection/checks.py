@@ -1,0 +1,62 @@
+"""One question about every mention, or every entity, and which of them it is true of."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsmip.inspection.columns import Flags, Hashes, Ints
+
+NOBODY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A question and its answer.
+
+    name: the key in JSON. label: the words in tables. hits: of which rows it is true. of: which rows it is asked of
+    (the others count nowhere). partner: by row, the other record that shows the fault (a row, or NOBODY), of
+    partner_kind. flaw: whether a hit is a fault of the data rather than a figure to know.
+    """
+
+    name: str
+    label: str
+    hits: Flags
+    of: Flags
+    flaw: bool = False
+    partner: Ints | None = None
+    partner_kind: Literal["mention", "entity"] = "mention"
+
+
+def groups_of(keys: Hashes | Ints) -> Ints:
+    """Numbers 0 .. G - 1 that equal keys share."""
+    return np.unique(keys, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def first_of_group(groups: Ints, chosen: Flags, num_groups: int | None = None) -> Ints:
+    """By group its first row that is chosen, or NOBODY."""
+    count = num_groups if num_groups is not None else int(groups.max(initial=-1)) + 1
+    first = np.full(count, NOBODY, np.int64)
+    rows = np.flatnonzero(chosen)[::-1]
+    first[groups[rows]] = rows
+    return first
+
+
+def other_of_group(groups: Ints, chosen: Flags) -> Ints:
+    """By row another chosen row of its group, or NOBODY."""
+    rows = np.arange(len(groups))
+    first = first_of_group(groups, chosen)[groups] if len(groups) else rows
+    last = np.full(int(groups.max(initial=-1)) + 1, NOBODY, np.int64)
+    picked = np.flatnonzero(chosen)
+    last[groups[picked]] = picked
+    return np.where(first != rows, first, np.where(last[groups] != rows, last[groups], NOBODY)).astype(np.int64)
+
+
+def combine(*keys: NDArray[Any]) -> Ints:
+    """One key of several columns: equal where all are."""
+    groups = groups_of(keys[0])
+    for key in keys[1:]:
+        other = groups_of(key)
+        groups = groups_of(groups * (int(other.max(initial=0)) + 1) + other)
+    return groups

@@ -1,0 +1,260 @@
+"""What is kept of a dataset while it is inspected: numbers per mention, entity and picture, read shard by shard.
+
+Texts are 64-bit hashes of what is left when case, width of letters and spaces do not count. M: mentions of all splits
+one after the other, in shard order; N: entities by row; P: pictures of one side, a mention's or an entity's side by
+side in order.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsmip.inspection.picture_hash import GRID, read_signature
+from dsmip.manifest import KB, SPLITS
+from dsmip.processes import map_tasks
+from dsmip.progress import Progress, counting
+from dsmip.records import Entity
+from dsmip.samples import read_mention
+from dsmip.shards import Dataset
+from dsmip.tars import read_shard
+from dsmip.text import Template, Tokenizer, entity_text, mention_text
+
+ARCHITECTURE = "ViT-B-32"  # its tokenizer and context length of 77 are those of every CLIP
+_ENTITIES_AT_ONCE = 4096
+_NUM_COLOURS = GRID * GRID * 3
+
+Ints = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+Flags = NDArray[np.bool_]
+Part = TypeVar("Part", "PictureColumns", "MentionColumns", "EntityColumns")
+
+
+@dataclass(frozen=True, slots=True)
+class PictureColumns:
+    """owner: mention or entity row; content: hash of the file; bits, colours [P, 48], plain: see `picture_hash`.
+
+    A picture that cannot be decoded is not readable; its signature is zeros.
+    """
+
+    owner: Ints
+    content: Hashes
+    bits: Hashes
+    colours: NDArray[np.uint8]
+    plain: Flags
+    readable: Flags
+
+
+@dataclass(frozen=True, slots=True)
+class MentionColumns:
+    """split: position in SPLITS; gold: entity row; positions: of the text, uncut; has_word: in its sentence."""
+
+    split: Ints
+    gold: Ints
+    word: Hashes
+    sentence: Hashes
+    positions: Ints
+    has_sentence: Flags
+    has_word: Flags
+    has_picture: Flags
+
+
+@dataclass(frozen=True, slots=True)
+class EntityColumns:
+    """text: name and attributes together; positions: of the entity's text, uncut."""
+
+    name: Hashes
+    text: Hashes
+    positions: Ints
+    has_attributes: Flags
+    num_pictures: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """All that the checks look at. mention_pictures and entity_pictures are empty when pictures were left out."""
+
+    mentions: MentionColumns
+    entities: EntityColumns
+    mention_pictures: PictureColumns
+    entity_pictures: PictureColumns
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    folder: Path
+    path: str
+    part: str  # the kb or a split
+    pictures: bool
+    samples: frozenset[int]  # of a view not all
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    names: tuple[str, ...]
+    attributes: tuple[str, ...]
+    num_pictures: tuple[int, ...]
+
+
+def read_columns(dataset: Dataset, *, pictures: bool, workers: int, progress: Progress) -> Columns:
+    """Reads every record, and every picture when wanted, in `workers` processes.
+
+    Raises UserError when a shard is missing or damaged.
+    """
+    table = dataset.entity_texts()
+    tasks: list[_Texts | _Shard] = [
+        _texts(table.slice(start, _ENTITIES_AT_ONCE)) for start in range(0, len(table), _ENTITIES_AT_ONCE)
+    ]
+    for part in (*SPLITS, *((KB,) if pictures else ())):
+        tasks += [
+            _Shard(dataset.files, shard.path, part, pictures, frozenset(samples))
+            for shard, samples in dataset.samples_of(part)
+        ]
+    entities, mentions = [_entity_columns(_Texts((), (), ()))], [_mention_columns([], 0)]
+    of_mentions, of_entities = [_picture_columns([])], [_picture_columns([])]
+    num_mentions, add = 0, counting(progress, "read", len(tasks))
+    for found in map_tasks(_read, tasks, workers):
+        if isinstance(found, EntityColumns):
+            entities.append(found)
+        elif found[0] is None:
+            of_entities.append(found[1])
+        else:
+            of_mentions.append(replace(found[1], owner=found[1].owner + num_mentions))
+            mentions.append(found[0])
+            num_mentions += len(found[0].gold)
+        add(1)
+    return Columns(
+        joined(mentions), joined(entities), joined(of_mentions), joined(of_entities), _tokenizer().context_length
+    )
+
+
+def text_hash(*texts: str) -> int:
+    """64 bits that two texts share when they differ in case, width of letters and spaces only."""
+    plain = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
+    return _hash("\0".join(plain).encode("utf-8", "surrogatepass"))
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+@lru_cache(1)
+def _tokenizer() -> Tokenizer:
+    return Tokenizer(ARCHITECTURE)
+
+
+def _texts(table: Any) -> _Texts:
+    columns = table.select(["name", "attributes", "num_images"]).to_pydict()
+    return _Texts(tuple(columns["name"]), tuple(columns["attributes"]), tuple(columns["num_images"]))
+
+
+def _read(task: "_Texts | _Shard") -> "EntityColumns | tuple[MentionColumns | None, PictureColumns]":
+    return _entity_columns(task) if isinstance(task, _Texts) else _read_shard(task)
+
+
+def _entity_columns(texts: _Texts) -> EntityColumns:
+    template, tokenizer = Template(), _tokenizer()
+    pairs = list(zip(texts.names, texts.attributes, strict=True))
+    lines = [entity_text(Entity(0, "", name, attributes), template) for name, attributes in pairs]
+    return EntityColumns(
+        name=_hashes(text_hash(name) for name, _ in pairs),
+        text=_hashes(text_hash(name, attributes) for name, attributes in pairs),
+        positions=_ints(tokenizer.num_positions(line) for line in lines),
+        has_attributes=_flags(bool(attributes.strip()) for _, attributes in pairs),
+        num_pictures=_ints(texts.num_pictures),
+    )
+
+
+def _read_shard(shard: _Shard) -> tuple[MentionColumns | None, PictureColumns]:
+    """A shard's mentions (None: entities, whose texts are in the table) and its pictures.
+
+    owner is an entity's row, or a mention's place in the shard.
+    """
+    records: list[tuple[Any, ...]] = []
+    pictures: list[tuple[Any, ...]] = []
+    for sample in read_shard(shard.folder / shard.path, shard.samples.__contains__):
+        if shard.part == KB:
+            row, names = int(sample.key), [name for name in sample.fields if name.endswith(".jpg")]
+            names.sort(key=lambda name: int(name.split(".")[0]))
+        else:
+            records.append(_mention_record(sample.fields, shard.path))
+            row, names = len(records) - 1, ["jpg"] if shard.pictures and "jpg" in sample.fields else []
+        pictures += [(row, *_picture_record(sample.fields[name])) for name in names]
+    mentions = None if shard.part == KB else _mention_columns(records, SPLITS.index(shard.part))
+    return mentions, _picture_columns(pictures)
+
+
+def _mention_record(sample: Any, path: str) -> tuple[Any, ...]:
+    mention = read_mention(sample, path)
+    word, sentence = mention.word.casefold(), mention.sentence
+    return (
+        mention.entity_row,
+        text_hash(mention.word),
+        text_hash(sentence),
+        _tokenizer().num_positions(mention_text(mention, Template())),
+        bool(sentence.strip()),
+        word.strip() in sentence.casefold(),
+        mention.image is not None,
+    )
+
+
+def _picture_record(content: bytes) -> tuple[Any, ...]:
+    found = read_signature(content)
+    if found is None:
+        return _hash(content), 0, bytes(_NUM_COLOURS), False, False
+    return _hash(content), found.bits, found.colours, found.plain, True
+
+
+def _mention_columns(records: Sequence[tuple[Any, ...]], split: int) -> MentionColumns:
+    gold, word, sentence, positions, has_sentence, has_word, has_picture = _transposed(records, 7)
+    return MentionColumns(
+        split=np.full(len(records), split, np.int64),
+        gold=_ints(gold),
+        word=_hashes(word),
+        sentence=_hashes(sentence),
+        positions=_ints(positions),
+        has_sentence=_flags(has_sentence),
+        has_word=_flags(has_word),
+        has_picture=_flags(has_picture),
+    )
+
+
+def _picture_columns(records: Sequence[tuple[Any, ...]]) -> PictureColumns:
+    owner, content, bits, colours, plain, readable = _transposed(records, 6)
+    return PictureColumns(
+        owner=_ints(owner),
+        content=_hashes(content),
+        bits=_hashes(bits),
+        colours=np.frombuffer(b"".join(colours), np.uint8).reshape(-1, _NUM_COLOURS),
+        plain=_flags(plain),
+        readable=_flags(readable),
+    )
+
+
+def _transposed(records: Sequence[tuple[Any, ...]], width: int) -> Iterator[tuple[Any, ...]]:
+    return iter(zip(*records, strict=True)) if records else iter([()] * width)
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """Columns of several parts one after the other."""
+    kind = type(parts[0])
+    return kind(**{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(kind)})
+
+
+def _ints(values: Iterable[int]) -> Ints:
+    return np.fromiter(values, np.int64)
+
+
+def _hashes(values: Iterable[int]) -> Hashes:
+    return np.fromiter(values, np.uint64)
+
+
+def _flags(values: Iterable[bool]) -> Flags:
+    return np.fromiter(values, np.bool_)

@@ -1,0 +1,223 @@
+"""An inspection: every check's count per split, lengths of texts, batches, and a few records that show each fault."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dsmip.inspection.batches import SameGold, same_gold_pairs
+from dsmip.inspection.checks import NOBODY, Check
+from dsmip.inspection.columns import Columns, Flags, Ints, read_columns
+from dsmip.inspection.pictures import picture_checks
+from dsmip.inspection.texts import entity_checks, mention_checks
+from dsmip.manifest import SPLITS
+from dsmip.progress import Progress, no_progress
+from dsmip.records import Entity, Mention
+from dsmip.shards import Dataset
+
+_EXAMPLES_OF_A_CHECK = 3
+_SAMPLES_OF_A_SPLIT = 3
+# Of whom an example is shown, where there is a choice: the split that results are reported on first.
+_SHOWN_FIRST = tuple(reversed(SPLITS))
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many of how many; share is None where the question is asked of nobody."""
+
+    count: int
+    of: int
+
+    @property
+    def share(self) -> float | None:
+        return self.count / self.of if self.of else None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A check's counts by split, or by "kb"; of nobody where it is not asked."""
+
+    name: str
+    label: str
+    flaw: bool
+    counts: Mapping[str, Count]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Tokens of texts before they are cut, start and end included."""
+
+    texts: int
+    mean: float
+    median: int
+    p95: int
+    longest: int
+    cut: int
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Records that show what a check found: a mention with its gold, or an entity, and the other record if any.
+
+    title: the check's label, or "sample". pairs: (role, record), for the page to show side by side.
+    """
+
+    title: str
+    part: str
+    records: tuple[tuple[str, Mention | Entity], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """All that was found. num_golds: distinct golds by split, and those among them unseen in training."""
+
+    name: str
+    licence: str
+    manifest_sha256: str
+    with_pictures: bool
+    sizes: Mapping[str, int]
+    context_length: int
+    golds: Mapping[str, Count]
+    mentions: tuple[Row, ...]
+    entities: tuple[Row, ...]
+    lengths: Mapping[str, Lengths]
+    same_gold: SameGold
+    findings: Mapping[str, Mapping[str, int]]
+    samples: tuple[Example, ...]
+    examples: tuple[Example, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, and the ids of the examples' records."""
+        return {
+            "dataset": {"name": self.name, "licence": self.licence, "manifest_sha256": self.manifest_sha256},
+            "with_pictures": self.with_pictures,
+            "sizes": dict(self.sizes),
+            "mentions": {row.name: _json_counts(row) for row in self.mentions},
+            "entities": {row.name: _json_counts(row)["kb"] for row in self.entities},
+            "golds": {
+                split: {"distinct": count.of, "unseen": count.count, "share": count.share}
+                for split, count in self.golds.items()
+            },
+            "tokens": {"limit": self.context_length, **{part: asdict(each) for part, each in self.lengths.items()}},
+            "same_gold_pairs": asdict(self.same_gold),
+            "prepared": {action: dict(reasons) for action, reasons in self.findings.items()},
+            "examples": [
+                {
+                    "check": example.title,
+                    "part": example.part,
+                    "records": [{"role": role, "id": _record_id(record)} for role, record in example.records],
+                }
+                for example in self.examples
+            ],
+        }
+
+
+def inspect_dataset(
+    dataset: Dataset, *, pictures: bool = True, workers: int = 1, progress: Progress = no_progress
+) -> Inspection:
+    """Reads the whole dataset in `workers` processes; without `pictures` the checks of pictures are left out.
+
+    Raises UserError when a shard is missing or damaged.
+    """
+    columns = read_columns(dataset, pictures=pictures, workers=workers, progress=progress)
+    of_mentions, of_entities = mention_checks(columns), entity_checks(columns)
+    if pictures:
+        found = picture_checks(columns)
+        of_mentions, of_entities = of_mentions + found[0], of_entities + found[1]
+    manifest, mentions = dataset.manifest, columns.mentions
+    in_split = {split: mentions.split == number for number, split in enumerate(SPLITS)}
+    show = _Shower(dataset, columns)
+    return Inspection(
+        name=manifest.name,
+        licence=manifest.licence,
+        manifest_sha256=dataset.manifest_hash,
+        with_pictures=pictures,
+        sizes={split: dataset.num_mentions(split) for split in SPLITS} | {"kb": dataset.num_entities},
+        context_length=columns.context_length,
+        golds=_golds(columns, in_split),
+        mentions=tuple(_row(check, in_split) for check in of_mentions),
+        entities=tuple(_row(check, {"kb": np.ones_like(check.of)}) for check in of_entities),
+        lengths={split: _lengths(mentions.positions[inside], columns) for split, inside in in_split.items()}
+        | {"kb": _lengths(columns.entities.positions, columns)},
+        same_gold=same_gold_pairs(
+            mentions.gold[in_split["train"]], [len(samples) for _, samples in dataset.samples_of("train")]
+        ),
+        findings={"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded},
+        samples=tuple(show.samples(in_split)),
+        examples=tuple(show.examples(of_mentions, of_entities, in_split)),
+    )
+
+
+def _row(check: Check, parts: Mapping[str, Flags]) -> Row:
+    counts = {
+        part: Count(int((check.hits & check.of & inside).sum()), int((check.of & inside).sum()))
+        for part, inside in parts.items()
+    }
+    return Row(check.name, check.label, check.flaw, counts)
+
+
+def _golds(columns: Columns, in_split: Mapping[str, Flags]) -> dict[str, Count]:
+    golds = {split: np.unique(columns.mentions.gold[inside]) for split, inside in in_split.items()}
+    return {split: Count(int((~np.isin(rows, golds["train"])).sum()), len(rows)) for split, rows in golds.items()}
+
+
+def _lengths(positions: Ints, columns: Columns) -> Lengths:
+    if not len(positions):
+        return Lengths(0, 0.0, 0, 0, 0, 0)
+    median, p95 = np.percentile(positions, [50, 95], method="lower")
+    cut = int((positions > columns.context_length).sum())
+    return Lengths(len(positions), float(positions.mean()), int(median), int(p95), int(positions.max()), cut)
+
+
+def _json_counts(row: Row) -> dict[str, dict[str, float | int | None]]:
+    return {part: {"count": each.count, "of": each.of, "share": each.share} for part, each in row.counts.items()}
+
+
+def _record_id(record: Mention | Entity) -> str:
+    return record.mention_id if isinstance(record, Mention) else record.entity_id
+
+
+class _Shower:
+    """Reads the few records that are shown."""
+
+    def __init__(self, dataset: Dataset, columns: Columns) -> None:
+        self._dataset, self._gold, self._split = dataset, columns.mentions.gold, columns.mentions.split
+        self._start = {split: int((self._split < number).sum()) for number, split in enumerate(SPLITS)}
+
+    def samples(self, in_split: Mapping[str, Flags]) -> Iterator[Example]:
+        for split, inside in in_split.items():
+            rows = np.flatnonzero(inside)
+            picked = rows[np.linspace(0, len(rows) - 1, min(_SAMPLES_OF_A_SPLIT, len(rows))).astype(np.int64)]
+            for row in picked.tolist():
+                yield Example("sample", split, self._mention(row, "mention"))
+
+    def examples(
+        self, of_mentions: Sequence[Check], of_entities: Sequence[Check], in_split: Mapping[str, Flags]
+    ) -> Iterator[Example]:
+        for check in of_mentions:
+            if check.flaw or check.partner is not None:
+                hits = check.hits & check.of
+                rows = np.concatenate([np.flatnonzero(hits & in_split[split]) for split in _SHOWN_FIRST])
+                for row in rows[:_EXAMPLES_OF_A_CHECK].tolist():
+                    records = self._mention(row, "mention") + self._partner(check, row)
+                    yield Example(check.label, SPLITS[self._split[row]], records)
+        for check in of_entities:
+            if check.flaw or check.partner is not None:
+                for row in np.flatnonzero(check.hits & check.of)[:_EXAMPLES_OF_A_CHECK].tolist():
+                    records = (("entity", self._dataset.entity(row)), *self._partner(check, row))
+                    yield Example(check.label, "kb", records)
+
+    def _partner(self, check: Check, row: int) -> tuple[tuple[str, Mention | Entity], ...]:
+        other = NOBODY if check.partner is None else int(check.partner[row])
+        if other == NOBODY:
+            return ()
+        if check.partner_kind == "entity":
+            return (("the other entity", self._dataset.entity(other)),)
+        return self._mention(other, f"the other mention, of {SPLITS[self._split[other]]}")
+
+    def _mention(self, row: int, role: str) -> tuple[tuple[str, Mention | Entity], ...]:
+        split = SPLITS[self._split[row]]
+        place = row - self._start[split]
+        (mention,) = self._dataset.mentions(split, range(place, place + 1))
+        return ((role, mention), ("gold", self._dataset.entity(int(self._gold[row]))))

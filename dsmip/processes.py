@@ -1,0 +1,20 @@
+"""The same function over many tasks in several processes of this machine."""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def map_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
+    """Results in the order of `tasks`. One worker: this process. Function, tasks and results must pickle."""
+    if workers == 1:
+        yield from map(function, tasks)
+        return
+    # Forking a process that has loaded torch may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, max(len(tasks), 1)), mp_context=context) as pool:
+        yield from pool.map(function, tasks)

@@ -1,0 +1,252 @@
+"""What is wrong with one shard of a dataset: its digest, its samples, and what the table of entities says of them."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from PIL import Image
+
+from dsmip.errors import UserError
+from dsmip.files import sha256_file
+from dsmip.manifest import ENTITIES_FILE, KB, ShardInfo
+from dsmip.samples import read_mention
+from dsmip.shards import ENTITY_SCHEMA
+from dsmip.tars import Fields, Sample, json_field, read_place, read_shard
+
+_TEXT_COLUMNS = ("entity_row", "entity_id", "name", "attributes", "num_images")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong in which file (path below the dataset) and, where it can be told, in which sample of it."""
+
+    file: str
+    sample: str | None
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: " + (f"sample {self.sample}: " if self.sample else "") + self.what
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """A shard to check; has_table: whether entities.parquet can be read."""
+
+    folder: Path
+    shard: ShardInfo
+    part: str
+    has_table: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A gold entity as a mention's sample holds it, as digests: of its record and of its pictures."""
+
+    sample: str
+    row: int
+    record: bytes
+    pictures: tuple[bytes, ...]
+
+
+@dataclass(slots=True)
+class Findings:
+    """What one shard told. pictures: digests by entity row, of a shard of the kb; copies: of a shard of mentions."""
+
+    samples: int
+    with_image: int
+    num_pictures: int
+    problems: list[Problem]
+    records: dict[int, bytes]
+    pictures: dict[int, tuple[bytes, ...]]
+    copies: list[Copy]
+
+
+def check_shard(task: ShardTask) -> Findings:
+    """All that can be told of a shard by itself and by the table."""
+    path, shard = task.folder / task.shard.path, task.shard
+    found = Findings(0, 0, 0, [], {}, {}, [])
+    report = _Reporter(shard.path, found.problems)
+    if not path.is_file():
+        report("the shard is missing")
+        return found
+    size = path.stat().st_size
+    if size != shard.bytes:
+        report(f"{size} bytes, the manifest says {shard.bytes}")
+    if sha256_file(path) != shard.sha256:
+        report("its SHA-256 is not the manifest's")
+    rows = _rows_of_shard(task) if task.part == KB and task.has_table else None
+    last = "its start"
+    try:
+        with path.open("rb") as stream:
+            for sample in read_shard(path):
+                last = f"sample {sample.key}"
+                found.samples += 1
+                if task.part == KB:
+                    record = None if rows is None else next(rows, None)
+                    _check_entity(sample, record, rows is not None, stream, found, report)
+                else:
+                    _check_mention(sample, found, report)
+    except UserError as error:
+        report(f"cannot be read beyond {last} ({_reason(error)})")
+    if found.samples != shard.samples:
+        report(f"{found.samples} samples (up to {last}), the manifest says {shard.samples}")
+    return found
+
+
+class _Reporter:
+    def __init__(self, file: str, problems: list[Problem]) -> None:
+        self._file, self._problems = file, problems
+
+    def __call__(self, what: str, sample: str | None = None) -> None:
+        self._problems.append(Problem(self._file, sample, what))
+
+
+def _rows_of_shard(task: ShardTask) -> Iterator[dict[str, Any]]:
+    table = readable_table(task.folder)
+    for batch in table.filter(pc.equal(table.column("shard"), task.shard.path)).to_batches(max_chunksize=1024):
+        yield from batch.to_pylist()
+
+
+def _check_entity(
+    sample: Sample,
+    row: Mapping[str, Any] | None,
+    has_rows: bool,
+    stream: io.BufferedReader,
+    found: Findings,
+    report: Callable[[str, str | None], None],
+) -> None:
+    """A sample of the kb against its row of the table, and its pictures at the places that the row gives."""
+    record = _entity_record(sample, "", report)
+    if record is None:
+        return
+    images = _entity_images(sample.fields, "")
+    found.with_image += bool(images)
+    for number, image in enumerate(images):
+        _check_picture(image, f"{number}.jpg", sample.key, found, report)
+    found.records[record["entity_row"]] = _digest(json_field(record))
+    found.pictures[record["entity_row"]] = tuple(map(_digest, images))
+    if not has_rows:
+        return
+    if row is None:
+        report(f"{ENTITIES_FILE} has no row for it", sample.key)
+        return
+    if row["key"] != sample.key:
+        report(f"{ENTITIES_FILE} has the key {row['key']} (row {row['entity_row']}) in its place", sample.key)
+    for column in _TEXT_COLUMNS:
+        if record[column] != row[column]:
+            report(f"{column} is {_short(record[column])}, in {ENTITIES_FILE} {_short(row[column])}", sample.key)
+    places = list(zip(row["image_offsets"] or [], row["image_sizes"] or [], strict=False))
+    if len(places) != len(images):
+        report(f"{len(images)} pictures, {ENTITIES_FILE} has places for {len(places)}", sample.key)
+    for number, ((offset, size), image) in enumerate(zip(places, images, strict=False)):
+        try:
+            same = read_place(stream, offset, size) == image
+        except UserError:
+            same = False
+        if not same:
+            report(f"{number}.jpg does not lie where {ENTITIES_FILE} says ({offset} + {size})", sample.key)
+
+
+def _check_mention(sample: Sample, found: Findings, report: Callable[[str, str | None], None]) -> None:
+    """A sample of a split by itself; its copy of the gold entity is kept as digests."""
+    try:
+        mention = read_mention(sample.fields, "")
+    except UserError as error:
+        report(_reason(error), sample.key)
+        return
+    if mention.image is not None:
+        found.with_image += 1
+        _check_picture(mention.image, "jpg", sample.key, found, report)
+    record = _entity_record(sample, "entity.", report)
+    if record is None:
+        return
+    if (record["entity_row"], record["entity_id"]) != (mention.entity_row, mention.entity_id):
+        gold, copy = (
+            f"{mention.entity_id} (row {mention.entity_row})",
+            f"{record['entity_id']} (row {record['entity_row']})",
+        )
+        report(f"its gold is {gold}, but it carries entity {copy}", sample.key)
+    images = _entity_images(sample.fields, "entity.")
+    found.num_pictures += len(images)
+    digests = tuple(map(_digest, images))
+    found.copies.append(Copy(sample.key, record["entity_row"], _digest(json_field(record)), digests))
+
+
+def _entity_record(sample: Sample, prefix: str, report: Callable[[str, str | None], None]) -> dict[str, Any] | None:
+    """The record of an entity, whose pictures are all there and nothing else is; None when it cannot be used."""
+    try:
+        record = json.loads(sample.fields[f"{prefix}json"])
+        text = {key: record[key] for key in _TEXT_COLUMNS}
+        count = int(text["num_images"])
+        hash(text["entity_row"])
+    except (KeyError, TypeError, ValueError) as error:
+        report(f"{prefix}json is no entity ({type(error).__name__}: {error})", sample.key)
+        return None
+    others = {"json", "jpg"} if prefix else set()
+    expected = {f"{prefix}json", *(f"{prefix}{number}.jpg" for number in range(count))}
+    fields = set(sample.fields) - others
+    if fields != expected:
+        lost, extra = sorted(expected - fields), sorted(fields - expected)
+        report(
+            ", ".join([f"{name} is missing" for name in lost] + [f"{name} is unexpected" for name in extra]), sample.key
+        )
+    return text
+
+
+def _entity_images(fields: Fields, prefix: str) -> list[bytes]:
+    images: list[bytes] = []
+    while (image := fields.get(f"{prefix}{len(images)}.jpg")) is not None:
+        images.append(image)
+    return images
+
+
+def _check_picture(
+    content: bytes, field: str, key: str, found: Findings, report: Callable[[str, str | None], None]
+) -> None:
+    found.num_pictures += 1
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as picture:
+            picture.load()
+    except Exception as error:  # decoders raise whatever broken bytes lead them to
+        # Pillow's message of bytes that are no JPEG holds a memory address.
+        reason = "no JPEG" if "cannot identify" in str(error) else str(error)
+        report(f"{field} cannot be decoded ({reason})", key)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _reason(error: UserError) -> str:
+    """The part of a shard's error that tells more than its path."""
+    text = str(error)
+    return text[text.find("(") + 1 : text.rfind(")")] if "(" in text and ")" in text else text
+
+
+@lru_cache(2)
+def _table(path: Path, modified: int) -> Any:
+    """modified: so that another file at the same place is another table."""
+    table = pq.read_table(path, memory_map=True)
+    return table if table.schema.equals(ENTITY_SCHEMA) else None
+
+
+def readable_table(folder: Path) -> Any:
+    """entities.parquet, or None when it cannot be used."""
+    path = folder / ENTITIES_FILE
+    try:
+        return _table(path, path.stat().st_mtime_ns)
+    except (pa.ArrowException, OSError):
+        return None

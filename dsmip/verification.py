@@ -1,0 +1,164 @@
+"""Whether a dataset directory is what its manifest says: every digest, every count, every record and picture.
+
+Shards are read one by one, so memory holds one sample, and of the kb one digest per picture. All problems are
+collected: a damaged file does not hide the next one.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsmip.files import sha256_file
+from dsmip.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, read_manifest
+from dsmip.processes import map_tasks
+from dsmip.progress import Progress, counting, no_progress
+from dsmip.shard_verification import Copy, Problem, ShardTask, check_shard, readable_table
+from dsmip.shards import Dataset
+from dsmip.views import read_view
+
+MAX_PROBLEMS = 100
+_ACTIONS = {"rejected": "rejects", "repaired": "repaired", "degraded": "degraded"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was read, and what was found wrong: the first MAX_PROBLEMS of `num_problems`, in the files' order."""
+
+    shards: int
+    samples: int
+    pictures: int
+    num_problems: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return self.num_problems == 0
+
+
+def verify_dataset(folder: Path, *, workers: int = 1, progress: Progress = no_progress) -> Verification:
+    """Reads every byte of the dataset, in `workers` processes, and compares it with the manifest and with itself.
+
+    Of a view, the dataset that it is a view of.
+
+    Raises:
+        UserError: there is no manifest, or it cannot be read or contradicts itself: nothing to compare with. The same
+            for a view that is not one of its dataset any more.
+    """
+    if view := read_view(folder):
+        Dataset.open(folder)
+        folder = view[0].base(folder)
+    manifest, _ = read_manifest(folder)
+    problems = _Bounded()
+    problems.add(_check_rejects(folder, manifest))
+    table_problems = _check_table(folder, manifest)
+    problems.add(table_problems)
+    has_table = readable_table(folder) is not None
+    parts = (KB, *SPLITS)
+    tasks = [ShardTask(folder, shard, part, has_table) for part in parts for shard in manifest.shards_of(part)]
+    records: dict[int, bytes] = {}
+    pictures: dict[int, tuple[bytes, ...]] = {}
+    with_image: Counter[str] = Counter()
+    samples = num_pictures = 0
+    add = counting(progress, "shards", len(tasks))
+    for task, found in zip(tasks, map_tasks(check_shard, tasks, workers), strict=True):
+        records |= found.records
+        pictures |= found.pictures
+        problems.add(found.problems)
+        problems.add(_check_copies(task.shard.path, found.copies, records, pictures))
+        with_image[task.part] += found.with_image
+        samples, num_pictures = samples + found.samples, num_pictures + found.num_pictures
+        add(1)
+    problems.add(_check_with_image(manifest, with_image))
+    return Verification(len(tasks), samples, num_pictures, problems.count, tuple(problems.kept))
+
+
+class _Bounded:
+    def __init__(self) -> None:
+        self.count, self.kept = 0, list[Problem]()
+
+    def add(self, problems: Sequence[Problem]) -> None:
+        self.count += len(problems)
+        self.kept += problems[: MAX_PROBLEMS - len(self.kept)]
+
+
+def _check_rejects(folder: Path, manifest: Manifest) -> list[Problem]:
+    """The lines of rejects.jsonl by action and reason against the manifest's counts."""
+    found: dict[str, Counter[str]] = {action: Counter() for action in _ACTIONS}
+    problems = []
+    try:
+        with (folder / REJECTS_FILE).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    record = json.loads(line)
+                    found[record["action"]][record["reason"]] += 1
+                except (ValueError, KeyError, TypeError):
+                    problems.append(Problem(REJECTS_FILE, None, f"line {number} is no finding of a preparation"))
+    except FileNotFoundError:
+        return [Problem(REJECTS_FILE, None, "the file is missing")]
+    except UnicodeDecodeError:
+        return [Problem(REJECTS_FILE, None, "the file is not UTF-8 text")]
+    for action, section in _ACTIONS.items():
+        counts: Mapping[str, int] = getattr(manifest, section)
+        for reason in sorted({*counts, *found[action]}):
+            lines_, said = found[action][reason], counts.get(reason, 0)
+            if lines_ != said:
+                what = f"{lines_} records {action} for {reason!r}, the manifest says {said}"
+                problems.append(Problem(REJECTS_FILE, None, what))
+    return problems
+
+
+def _check_table(folder: Path, manifest: Manifest) -> list[Problem]:
+    path = folder / ENTITIES_FILE
+    if not path.is_file():
+        return [Problem(ENTITIES_FILE, None, "the file is missing")]
+    problems = []
+    if sha256_file(path) != manifest.entities_sha256:
+        problems.append(Problem(ENTITIES_FILE, None, "its SHA-256 is not the manifest's"))
+    table = readable_table(folder)
+    if table is None:
+        return [*problems, Problem(ENTITIES_FILE, None, "it cannot be read as a table of entities")]
+    if len(table) != manifest.entities:
+        what = f"{len(table)} rows, the manifest says {manifest.entities} entities"
+        problems.append(Problem(ENTITIES_FILE, None, what))
+    for row, said in enumerate(table.column("entity_row").to_pylist()):
+        if row != said:
+            problems.append(Problem(ENTITIES_FILE, f"row {row}", f"its entity_row is {said}"))
+    ids = Counter(table.column("entity_id").to_pylist())
+    problems += [
+        Problem(ENTITIES_FILE, f"entity {entity_id}", f"{count} rows have this entity_id")
+        for entity_id, count in ids.items()
+        if count > 1
+    ]
+    known = {shard.path for shard in manifest.shards_of(KB)}
+    problems += [
+        Problem(ENTITIES_FILE, None, f"names a shard that the manifest does not: {path!r}")
+        for path in table.column("shard").unique().to_pylist()
+        if path not in known
+    ]
+    return problems
+
+
+def _check_with_image(manifest: Manifest, found: Mapping[str, int]) -> list[Problem]:
+    said = {KB: manifest.entities_with_image} | {name: counts.with_image for name, counts in manifest.splits.items()}
+    return [
+        Problem("manifest.json", None, f"says that {count} of {part} have a picture; the shards hold {found[part]}")
+        for part, count in said.items()
+        if found[part] != count
+    ]
+
+
+def _check_copies(
+    path: str, copies: Sequence[Copy], records: Mapping[int, bytes], pictures: Mapping[int, tuple[bytes, ...]]
+) -> list[Problem]:
+    problems = []
+    for copy in copies:
+        if copy.row not in records:
+            problems.append(Problem(path, copy.sample, f"its gold is row {copy.row}, which the kb does not have"))
+            continue
+        if copy.record != records[copy.row]:
+            problems.append(Problem(path, copy.sample, f"entity.json is not the kb's record of row {copy.row}"))
+        if copy.pictures != pictures[copy.row]:
+            problems.append(Problem(path, copy.sample, f"its entity pictures are not the kb's of row {copy.row}"))
+    return problems

@@ -1,0 +1,46 @@
+"""The job `dsmip inspect`: what a dataset holds and its flaws, as tables, JSON and a page. Knows no Ray."""
+
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from dsmip.files import write_json
+from dsmip.inspection.page import write_page
+from dsmip.inspection.report import Inspection, inspect_dataset
+from dsmip.inspection.tables import tables
+from dsmip.shards import Dataset
+from ray_jobs.bars import plain_console, progress_bars
+
+
+def inspect_data(data: Path, *, html: Path | None, json_file: Path | None, pictures: bool, workers: int) -> Inspection:
+    """Prints the tables; also writes the page to `html` and the figures to `json_file` when they are given.
+
+    Raises UserError for what is no dataset, or a damaged one.
+    """
+    with progress_bars() as progress:
+        found = inspect_dataset(Dataset.open(data), pictures=pictures, workers=workers, progress=progress)
+    if json_file is not None:
+        write_json(json_file, found.to_json())
+    if html is not None:
+        write_page(found, html)
+    console = plain_console()
+    console.print(f"{found.name} ({data})", markup=False)
+    for table in tables(found):
+        shown = Table(table.header[0], title=table.title, title_justify="left")
+        for name in table.header[1:]:
+            shown.add_column(name, justify="right", no_wrap=True)
+        for row in table.rows:
+            shown.add_row(*map(Text, row))
+        if table.rows:
+            console.print(shown)
+        if table.note:
+            console.print(table.note if table.rows else f"{table.title}: {table.note}", markup=False)
+    console.print(f"page: {html}" if html else "give --html FILE for a page with samples and examples", markup=False)
+    return found
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import run_script
+
+    run_script("inspect")

@@ -1,0 +1,33 @@
+"""The job `dsmip verify`: every file of a dataset against its manifest. Knows no Ray."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from dsmip.files import write_json
+from dsmip.verification import Verification, verify_dataset
+from ray_jobs.bars import progress_bars
+
+
+def verify_data(data: Path, *, json_file: Path | None, workers: int) -> Verification:
+    """Prints what is wrong, or that nothing is; also writes it to `json_file` when one is given.
+
+    Raises UserError when there is no manifest to compare with.
+    """
+    with progress_bars() as progress:
+        found = verify_dataset(data, workers=workers, progress=progress)
+    if json_file is not None:
+        write_json(json_file, {"data": data.name, "ok": found.ok, **asdict(found)})
+    for problem in found.problems:
+        print(problem)
+    if found.num_problems > len(found.problems):
+        print(f"... and {found.num_problems - len(found.problems)} more")
+    read = f"{found.shards} shards, {found.samples} samples, {found.pictures} pictures read"
+    verdict = "all as the manifest says" if found.ok else f"{found.num_problems} problems; prepare the dataset again"
+    print(f"{data}: {read}: {verdict}")
+    return found
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import run_script
+
+    run_script("verify")
