@@ -128,7 +128,8 @@ def _build(release: Path, out: Path, workers: int) -> Prepared:
 
     before, start = _children_cpu(), time.perf_counter()
     source = MimicRelease(release)
-    manifest = prepare(source, out, name="big", run=run_in_processes(workers), progress=note)
+    with run_in_processes(workers) as run:
+        manifest = prepare(source, out, name="big", run=run, progress=note)
     wall = time.perf_counter() - start
     pictured = manifest.entities_with_image + sum(counts.with_image for counts in manifest.splits.values())
     count = manifest.entities + sum(counts.mentions for counts in manifest.splits.values())

@@ -139,7 +139,8 @@ def _made(options: argparse.Namespace, place: Path) -> Path:
     print("writing and preparing a release ...", file=sys.stderr, flush=True)
     workers = max(WORKERS)
     write_big_release(BigRelease(options.entities, options.mentions), place / "release", workers)
-    prepare(MimicRelease(place / "release"), place / "data", name="big", run=run_in_processes(workers))
+    with run_in_processes(workers) as run:
+        prepare(MimicRelease(place / "release"), place / "data", name="big", run=run)
     return place / "data"
 
 

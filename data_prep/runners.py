@@ -4,6 +4,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any, Protocol, TypeVar
 
@@ -36,20 +37,17 @@ def run_serially(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
     return (task.run(tick) for task in tasks)
 
 
-def run_in_processes(num_workers: int) -> Runner:
-    """A runner with a pool of `num_workers` processes of its own."""
+@contextmanager
+def run_in_processes(num_workers: int) -> Iterator[Runner]:
+    """A runner with a pool of `num_workers` processes of its own, until the block ends."""
     # Forking a process that has loaded torch or Ray may hang.
     context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start, initargs=(counter,)) as pool:
 
-    def run(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
-        if len(tasks) < 2:  # a process takes seconds to start
-            yield from run_serially(tasks, tick)
-            return
-        counter = context.Value("q", 0)
-        workers = min(num_workers, len(tasks))
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(counter,)) as pool:
+        def run(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
             pending: set[Future[Any]] = {pool.submit(_run, task) for task in tasks}
-            ticked = 0
+            ticked = counter.value
             try:
                 while pending:
                     done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
@@ -64,7 +62,7 @@ def run_in_processes(num_workers: int) -> Runner:
                 for future in pending:
                     future.cancel()
 
-    return run
+        yield run
 
 
 _counter: "Synchronized[int] | None" = None

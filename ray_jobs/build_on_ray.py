@@ -1,6 +1,7 @@
 """Makes shards on a Ray cluster, whose nodes all see the release and the dataset's folder under the same paths."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -16,15 +17,14 @@ from ray_jobs.resources import Request, check_feasible
 _LOST_WORKERS = 3  # how many times a task is done again after its process was lost
 
 
-def run_on_ray(num_workers: int, *, verbose: bool = False) -> Runner:
+@contextmanager
+def run_on_ray(num_workers: int, *, verbose: bool = False) -> Iterator[Runner]:
     """A runner with `num_workers` tasks of one CPU at a time on the cluster of RAY_ADDRESS, or on a local one."""
+    with connected(verbose=verbose):
+        check_feasible([Request("prepare", 1, 1, 0)])
+        remote: Any = ray.remote(num_cpus=1, max_retries=_LOST_WORKERS)(_run)
 
-    def run(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
-        if not tasks:
-            return
-        with connected(verbose=verbose):
-            check_feasible([Request("prepare", 1, 1, 0)])
-            remote: Any = ray.remote(num_cpus=1, max_retries=_LOST_WORKERS)(_run)
+        def run(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
             waiting = iter(tasks)
             running = [remote.remote(task) for task in islice(waiting, num_workers)]
             while running:
@@ -35,7 +35,7 @@ def run_on_ray(num_workers: int, *, verbose: bool = False) -> Runner:
                     tick(count)
                     yield result
 
-    return run
+        yield run
 
 
 def _run(task: Task[Result]) -> tuple[Result, int]:

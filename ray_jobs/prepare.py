@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,17 +37,18 @@ class BuildOptions:
 
 def prepare_release(release: Release, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
     """Builds `out` from a release. Raises UserError for a wrong release or folder."""
-    return prepare(
-        release,
-        out,
-        name=options.name or release.folder.absolute().name,
-        licence=options.licence,
-        pictures=options.pictures,
-        shard_bytes=options.shard_bytes,
-        seed=options.seed,
-        run=_runner(options),
-        progress=progress,
-    )
+    with _runner(options) as run:
+        return prepare(
+            release,
+            out,
+            name=options.name or release.folder.absolute().name,
+            licence=options.licence,
+            pictures=options.pictures,
+            shard_bytes=options.shard_bytes,
+            seed=options.seed,
+            run=run,
+            progress=progress,
+        )
 
 
 def prepare_demo(config: DemoConfig, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
@@ -67,12 +69,12 @@ def prepare_view(base: Path, out: Path, fraction: float, seed: int) -> Dataset:
     return make_view(base, out, fraction, seed)
 
 
-def _runner(options: BuildOptions) -> Runner:
+def _runner(options: BuildOptions) -> AbstractContextManager[Runner]:
     if options.on_ray:
         from ray_jobs.build_on_ray import run_on_ray
 
         return run_on_ray(options.workers)
-    return run_in_processes(options.workers) if options.workers > 1 else run_serially
+    return run_in_processes(options.workers) if options.workers > 1 else nullcontext(run_serially)
 
 
 def picture_settings(size: int, *, keep_original: bool) -> PictureSettings:

@@ -86,7 +86,8 @@ def test_the_result_does_not_depend_on_runner_or_folder(
 
     monkeypatch.chdir(tmp_path)
     prepare(release, Path("second"), name="small", run=backwards)
-    prepare(release, tmp_path / "third", name="small", run=run_in_processes(2))
+    with run_in_processes(2) as run:
+        prepare(release, tmp_path / "third", name="small", run=run)
     first = _contents(tmp_path / "first")
     assert first == _contents(tmp_path / "second") == _contents(tmp_path / "third")
     assert str(tmp_path).encode() not in first["manifest.json"]

@@ -85,6 +85,7 @@ def test_a_cluster_makes_the_same(release: Path, undisturbed: dict[str, bytes], 
 
     seen: list[tuple[str, int, int]] = []
     progress = lambda *step: seen.append(step)  # noqa: E731
-    prepare(MimicRelease(release), tmp_path / "data", name="plain", run=run_on_ray(2), progress=progress)
+    with run_on_ray(2) as run:
+        prepare(MimicRelease(release), tmp_path / "data", name="plain", run=run, progress=progress)
     assert _contents(tmp_path / "data") == undisturbed
     assert seen[-1] == ("mentions", 4004, 4004)
