@@ -18,7 +18,7 @@ from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from dsmip.errors import UserError
 from dsmip.shards import Dataset
-from dsmip.tars import read_shard, write_shard
+from dsmip.tars import read_shard, tar_header, write_shard
 
 
 @pytest.fixture
@@ -237,3 +237,16 @@ def test_keys_have_no_dots_or_folders(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="not a sample's field"):
         write_shard(tmp_path / "s.tar", [(key, {"json": b""})])
     assert list(tmp_path.iterdir()) == []
+
+
+@given(name=st.text("abcXYZ019_-.", min_size=1, max_size=100), size=st.integers(0, 8**11 - 1))
+def test_headers_are_those_of_the_standard_library(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    assert tar_header(name, size) == info.tobuf(tarfile.USTAR_FORMAT, "ascii")
+
+
+def test_names_and_sizes_that_no_header_holds_are_refused() -> None:
+    for name, size in (("x" * 101, 1), ("x", 8**11)):
+        with pytest.raises(ValueError, match="no header"):
+            tar_header(name, size)
