@@ -154,7 +154,7 @@ def _default_tiles(device: torch.device, num_entities: int) -> TileSize:
 
     num_entities: 0 where workers must all have the same tiles, though their slices differ by an entity.
     """
-    size, num_pairs = (CPU_TILES, 2**22) if device.type == "cpu" else (GPU_TILES, 2**26)
+    size, num_pairs = (CPU_TILES, 2**21) if device.type == "cpu" else (GPU_TILES, 2**26)
     return TileSize(max(min(size.mentions, num_pairs // max(num_entities, 1)), 1), size.entities)
 
 
