@@ -112,20 +112,19 @@ def prepare(
 
 def _source_digest(source: Release, run: Runner, progress: Progress) -> str:
     """Digest of the names and contents of everything that the dataset depends on."""
-    files = dict(source.files())
-    paths = tuple(files.values())
-    tasks = [HashTask(paths[start : start + _FILES_PER_TASK]) for start in range(0, len(paths), _FILES_PER_TASK)]
-    digests: dict[Path, str] = {}
+    files = sorted(source.files())
+    starts = range(0, len(files), _FILES_PER_TASK)
+    tasks = [HashTask(start, tuple(path for _, path in files[start : start + _FILES_PER_TASK])) for start in starts]
     try:
-        for part in _ticking(run, tasks, "source files", len(paths), progress):
-            digests |= part
+        parts = sorted(_ticking(run, tasks, "source files", len(files), progress))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
-    digest = hashlib.sha256()
-    for name in sorted(files):
+    digests = (digest for _, part in parts for digest in part)
+    whole = hashlib.sha256()
+    for (name, _), digest in zip(files, digests, strict=True):
         encoded = name.encode("utf-8", "surrogateescape")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded + bytes.fromhex(digests[files[name]]))
-    return digest.hexdigest()
+        whole.update(len(encoded).to_bytes(8, "little") + encoded + digest)
+    return whole.hexdigest()
 
 
 def _plan(source: Release, out: Path, settings: dict[str, Any], progress: Progress) -> Plan:

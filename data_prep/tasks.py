@@ -34,17 +34,18 @@ Note = Callable[[Finding], None]
 
 @dataclass(frozen=True, slots=True)
 class HashTask:
-    """Digests of some files."""
+    """Digests of some files, which stand at `start` in a longer list."""
 
+    start: int
     files: tuple[Path, ...]
 
-    def run(self, tick: Tick) -> dict[Path, str]:
-        """Hex digest by file."""
-        digests = {}
+    def run(self, tick: Tick) -> tuple[int, list[bytes]]:
+        """The start, and the files' SHA-256."""
+        digests = []
         for path in self.files:
-            digests[path] = sha256_file(path)
+            digests.append(bytes.fromhex(sha256_file(path)))
             tick(1)
-        return digests
+        return self.start, digests
 
 
 @dataclass(frozen=True, slots=True)
