@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from dsmip.checkpoints import newest_sound
 from ray_jobs.progress import Event
 
 _STEP_EVENT_SECONDS = 0.5
@@ -36,6 +37,11 @@ class StepEvents:
     def epoch_done(self, metrics: Mapping[str, float]) -> None:
         epoch = int(metrics["epoch"])
         self._send(epoch, (epoch + 1) * self._num_steps, dict(metrics))
+
+    def warn(self, line: str) -> None:
+        """Has the driver print a line about this training."""
+        if self._events is not None:
+            self._events.push.remote(Event(self._name, 0, self._num_epochs * self._num_steps, 0, note=line))
 
     def _send(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
         if self._events is not None:
@@ -75,8 +81,20 @@ class RayContext:
         )
 
     def restore(self) -> Path | None:
-        checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else Path(checkpoint.to_directory(str(self._restored)))
+        newest = ray.train.get_checkpoint()
+        if newest is None:
+            return None
+        return newest_sound(self._fetched(newest), self.device, self._told.warn, str(Path(newest.path).parent))
+
+    def _fetched(self, newest: ray.train.Checkpoint) -> Iterator[Path]:
+        """Local copies of the checkpoints that Ray keeps, newest first, each made when it is asked for."""
+        yield self._fetch(newest)
+        for reported in reversed(ray.train.get_all_reported_checkpoints()):
+            if reported.checkpoint.path != newest.path:
+                yield self._fetch(reported.checkpoint)
+
+    def _fetch(self, checkpoint: ray.train.Checkpoint) -> Path:
+        return Path(checkpoint.to_directory(str(self._restored / Path(checkpoint.path).name)))
 
     def checkpoint_folder(self, epoch: int) -> Path:
         return Path(tempfile.mkdtemp(prefix=f"dsmip-epoch-{epoch:04d}-"))  # Ray deletes it once it is stored

@@ -18,6 +18,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from dsmip.checkpoints import KEPT
 from dsmip.config import Resources
 from dsmip.errors import UserError
 from dsmip.files import write_text
@@ -123,7 +124,7 @@ def _fit(training: Training, events: Any) -> Failure | None:
             name=training.name,
             storage_path=str(training.storage),
             failure_config=FailureConfig(max_failures=_LOST_WORKERS),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
         ),
     )
     try:

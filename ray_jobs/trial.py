@@ -79,7 +79,7 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
         SplitFeatures(tables["validation"], gold_rows(run.dataset, "validation")),
         tables[KB],
         settings,
-        LocalContext(folder / "checkpoints", device, on_epoch=told.epoch_done, on_step=told.step_done),
+        LocalContext(folder / "checkpoints", device, on_epoch=told.epoch_done, on_step=told.step_done, warn=told.warn),
         seed=config.seed,
         stop_epoch=task.stop_epoch,
     )

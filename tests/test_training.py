@@ -305,6 +305,24 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert_equal_weights(resumed, expected.state_dict())
 
 
+def test_a_damaged_checkpoint_costs_an_epoch_and_changes_nothing(tmp_path: Path) -> None:
+    config = TrainConfig(**SETTINGS)
+    expected, whole = run(config, LocalContext(tmp_path / "whole"), RISING)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, RecordingContext(tmp_path / "parts", 2), RISING)
+    kept = sorted((tmp_path / "parts").iterdir())
+    assert [folder.name for folder in kept] == ["epoch-0001", "epoch-0002"]
+    content = bytearray((kept[1] / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (kept[1] / "optimizer.pt").write_bytes(content)
+    said: list[str] = []
+    resumed, result = run(config, LocalContext(tmp_path / "parts", warn=said.append), RISING[2:])
+    assert len(said) == 1
+    assert "epoch-0002/optimizer.pt is damaged" in said[0]
+    assert result == whole
+    assert_equal_weights(resumed, expected.state_dict())
+
+
 def train_in_worker(folder: Path, config_path: Path, data: Path, parts: list[str]) -> dict[str, Any]:
     run = Run(folder, load_config(str(config_path)), Dataset.open(data))
     results = {part: train_part(run, part, RankContext(folder / "checkpoints" / part)) for part in parts}
