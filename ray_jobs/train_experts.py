@@ -27,7 +27,8 @@ def train_experts(
     after all other parts have ended.
     """
     run = Run.create(folder.resolve(), config, dataset)
-    train_parts(run, [(run, part) for part in run.part_names], display, verbose=verbose)
+    with run.recorded("train"):
+        train_parts(run, [(run, part) for part in run.part_names], display, verbose=verbose)
     return run
 
 

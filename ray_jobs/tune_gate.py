@@ -50,13 +50,13 @@ def tune_gate(
         display.say(f"  sweep finished already: {_sentence(run.part_report(run.system.name))}")
         return run.part_report(run.system.name)
     started = time.monotonic()
-    with connected(verbose=verbose):
+    with run.recorded("tune", config, seed=seed), connected(verbose=verbose):
         check_feasible([_request("a trial", config.tune.resources)])
         _train_variants(run, trials, display, verbose=verbose)
         features = _cache_all_features(run, trials, display)
         _claim_folder(run, trials, seed, stamp)
         results = _halve(run, trials, features, display)
-    report = _save_winner(run, trials, results, stamp)
+        report = _save_winner(run, trials, results, stamp)
     display.say(f"  swept in {time.monotonic() - started:.0f} s; {_sentence(report)}")
     return report
 
