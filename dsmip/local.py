@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from dsmip.checkpoints import KEPT, MANIFEST, newest_sound
+from dsmip.watch import StepFigures
 
 Report = Callable[[Mapping[str, float]], None]
 
@@ -24,14 +25,13 @@ class LocalContext:
         folder: Path,
         device: torch.device | str = "cpu",
         on_epoch: Report = lambda metrics: None,
-        on_step: Callable[[int, int, int, float], None] = lambda epoch, step, num_steps, loss: None,
         warn: Callable[[str], None] = _on_stderr,
     ) -> None:
         self.device = torch.device(device)
-        self.folder, self.on_epoch, self.on_step, self.warn = folder, on_epoch, on_step, warn
+        self.folder, self.on_epoch, self.warn = folder, on_epoch, warn
 
-    def step_done(self, epoch: int, step: int, num_steps: int, loss: float) -> None:
-        self.on_step(epoch, step, num_steps, loss)
+    def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
+        """Tells nobody."""
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         for older in self._checkpoints()[:-KEPT]:

@@ -25,7 +25,7 @@ from torch import nn
 
 from dsmip.checkpoints import save_weights
 from dsmip.collate import Collator
-from dsmip.config import ExperimentConfig, load_config
+from dsmip.config import ExperimentConfig, flat, load_config
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.features import FeatureCache
@@ -217,7 +217,7 @@ def load_own_weights(matcher: nn.Module, path: Path) -> None:
 
 def first_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """The first dotted key whose value differs between two dumped configurations, in words; empty when none does."""
-    before, after = _flat(stored), _flat(given)
+    before, after = flat(stored), flat(given)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             return f"{key} was {before.get(key)!r}, is now {after.get(key)!r}"
@@ -228,12 +228,6 @@ def _stage_one(config: ExperimentConfig) -> dict[str, Any]:
     """What trained experts depend on."""
     parts = find_system(config.model).part_names(config.system)
     return {
-        **config.model_dump(mode="json", exclude={"tune", "pretrain", "parts"}),
+        **config.model_dump(mode="json", exclude={"tune", "pretrain", "parts", "watch"}),
         "parts": {name: config.part(name).model_dump(mode="json", exclude={"resources"}) for name in parts},
     }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}

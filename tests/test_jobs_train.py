@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray.train
+import torch
 from ray import cloudpickle
 
 from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
@@ -18,6 +19,7 @@ from dsmip.local import LocalContext
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import train_part
+from dsmip.watch import StepFigures
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display
@@ -58,7 +60,7 @@ def count_epochs(context: RayContext, settings: Mapping[str, Any]) -> None:
             stream.write(f"{epoch} ")
         folder = context.checkpoint_folder(epoch)
         save_checkpoint(folder, Checkpoint(epoch + 1, [], {}, {}, {}, {}, {}))
-        context.step_done(epoch, 0, 1, 0.0)
+        context.step_done(epoch, 0, 1, StepFigures(0.5, torch.tensor(2.0), 0.01, 8, 2.0, 0.5))
         context.epoch_done({"epoch": epoch, "loss": 0.0}, folder)
 
 

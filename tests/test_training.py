@@ -27,6 +27,7 @@ from dsmip.sources import CachedSource
 from dsmip.stages import train_part
 from dsmip.table import Table
 from dsmip.training import TrainResult, build_optimizer, learning_rate_factor, train, trained_state
+from dsmip.watch import StepFigures
 
 CPU = torch.device("cpu")
 WIDTH = 4
@@ -75,9 +76,10 @@ class RecordingContext(LocalContext):
         super().__init__(folder)
         self.last, self.steps, self.epochs = last, 0, 0
 
-    def step_done(self, epoch: int, step: int, num_steps: int, loss: float) -> None:
+    def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         assert 0 <= step < num_steps
-        assert math.isfinite(loss)
+        assert math.isfinite(figures.loss)
+        assert 0 <= figures.wait_seconds <= figures.seconds
         self.steps += 1
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
