@@ -115,8 +115,7 @@ class MLflow:
             uri = (watched.folder / "mlruns").as_uri()
         self._client = MlflowClient(uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-        known = self._client.get_experiment_by_name(name)
-        experiment = known.experiment_id if known else self._client.create_experiment(name)
+        experiment = _experiment(self._client, name)
         found = self._client.search_runs([experiment], f"tags.dsmip_key = '{watched.key}'", max_results=1)
         if found:
             self._run_id = found[0].info.run_id
@@ -127,6 +126,19 @@ class MLflow:
         parameters = [Param(key, str(value)[:_PARAMETER_LENGTH]) for key, value in flat(watched.config).items()]
         for start in range(0, len(parameters), _PARAMETERS_A_CALL):
             self._client.log_batch(self._run_id, params=parameters[start : start + _PARAMETERS_A_CALL])
+
+
+def _experiment(client: Any, name: str) -> str:
+    """Id of an experiment, which is made if need be; several trainings begin at once and may all try."""
+    from mlflow.exceptions import MlflowException
+
+    if (known := client.get_experiment_by_name(name)) is None:
+        try:
+            return str(client.create_experiment(name))
+        except MlflowException:
+            if (known := client.get_experiment_by_name(name)) is None:
+                raise
+    return str(known.experiment_id)
 
 
 class WeightsAndBiases:
