@@ -1,7 +1,11 @@
-"""A training's checkpoint folder: safetensors for weights, a weights-only file for the optimizer, the manifest last."""
+"""A training's checkpoint folder: safetensors for weights, a weights-only file for the optimizer, the manifest last.
 
+The manifest `checkpoint.json` holds the hash of each file and of itself. Nothing is read from a folder that differs.
+"""
+
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dsmip import distributed
 from dsmip.errors import UserError
-from dsmip.files import atomic_path, write_json
+from dsmip.files import atomic_path, sha256_file, write_json
+
+MANIFEST = "checkpoint.json"
+KEPT = 2  # checkpoints of a training: the newest, and one to fall back on when that is damaged
+_FILES = ("weights.safetensors", "best.safetensors", "optimizer.pt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +50,83 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     with atomic_path(folder / "optimizer.pt") as temporary:
         state = {"optimizer": checkpoint.optimizer, "schedule": checkpoint.schedule, "scaler": checkpoint.scaler}
         torch.save(state, temporary)
-    write_json(folder / "checkpoint.json", {"epoch": checkpoint.epoch, "history": checkpoint.history})
+    position = {"epoch": checkpoint.epoch, "history": checkpoint.history}
+    manifest = {**position, "files": {name: sha256_file(folder / name) for name in _FILES}}
+    write_json(folder / MANIFEST, {**manifest, "sha256": _hash(manifest)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`epoch`, `history` and the files' hashes of a checkpoint; UserError when it is incomplete or damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"checkpoint {folder} is not complete (no {MANIFEST})")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        stored = manifest.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint file {path} is damaged: {error!r}") from error
+    if stored != _hash(manifest):
+        raise UserError(f"checkpoint file {path} is damaged: its content differs from its hash")
+    return manifest
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Reads every byte of a checkpoint and returns its manifest.
+
+    Raises UserError that names the first file which is missing or differs from the hash in the manifest.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"checkpoint file {path} is missing")
+        if sha256_file(path) != expected:
+            raise UserError(f"checkpoint file {path} is damaged: its content differs from the hash in {MANIFEST}")
+    return manifest
+
+
+def newest_sound(folders: Iterable[Path], device: torch.device, warn: Callable[[str], None], place: str) -> Path | None:
+    """The first of `folders` (newest first) that every worker finds undamaged, None when there is none at all.
+
+    Warns of each damaged one that it passes over. Raises UserError when all are damaged: whether the training begins
+    anew is for the user to say, who then deletes `place`.
+    """
+    damaged = []
+    for folder in folders:
+        problem = _problem(folder)
+        # All workers must go on from the same epoch, and one may have received a broken copy.
+        if not distributed.sum_over_workers(torch.tensor(float(bool(problem)), device=device)):
+            return folder
+        damaged.append(problem or f"checkpoint {folder} is damaged on another worker")
+        warn(f"warning: {damaged[-1]}; trying the checkpoint before it")
+    if damaged:
+        raise UserError(f"no checkpoint can be read: {'; '.join(damaged)}. Delete {place} to train this anew")
+    return None
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> Checkpoint:
-    """Reads a folder that `save_checkpoint` finished; UserError when it is not complete."""
-    manifest = folder / "checkpoint.json"
-    if not manifest.is_file():
-        raise UserError(f"checkpoint {folder} is not complete (no checkpoint.json)")
-    position = json.loads(manifest.read_text(encoding="utf-8"))
+    """Reads a folder that `save_checkpoint` finished; UserError when it is not complete or damaged."""
+    manifest = verify_checkpoint(folder)
     state = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
     return Checkpoint(
-        epoch=position["epoch"],
-        history=position["history"],
+        epoch=manifest["epoch"],
+        history=manifest["history"],
         weights=load_file(folder / "weights.safetensors", device=str(device)),
         best=load_file(folder / "best.safetensors", device=str(device)),
         optimizer=state["optimizer"],
         schedule=state["schedule"],
         scaler=state["scaler"],
     )
+
+
+def _problem(folder: Path) -> str:
+    """What is wrong with a checkpoint, empty when nothing is."""
+    try:
+        verify_checkpoint(folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

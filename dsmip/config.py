@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from dsmip.errors import UserError
 
 Scalar = str | int | float | bool | None
+WatchTool = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -178,6 +179,7 @@ class ExperimentConfig(Frozen):
 
     held_out: share of the golds whose training mentions stage one never sees and stage two trains on. 0 is the paper:
     both stages see all, and a gate then judges experts on mentions that they know by heart.
+    watch: tools that show figures while trainings run (`dsmip/watch_tools.py`); they change no result.
     """
 
     model: str
@@ -190,6 +192,13 @@ class ExperimentConfig(Frozen):
     cache_dtype: Literal["float32", "float16"] = "float32"
     held_out: float = Field(0.0, ge=0, lt=1)
     seed: int = Field(0, ge=0)
+    watch: tuple[WatchTool, ...] = ()
+
+    @model_validator(mode="after")
+    def _watch_once(self) -> "ExperimentConfig":
+        if len(set(self.watch)) < len(self.watch):
+            raise ValueError(f"watch names a tool twice: {', '.join(self.watch)}")
+        return self
 
     def part(self, name: str) -> PartConfig:
         """Workers and resources of a part (defaults when the YAML does not name it)."""
@@ -226,6 +235,13 @@ def _deep_merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
         nested = result.get(key)
         result[key] = _deep_merge(nested, value) if isinstance(nested, dict) and isinstance(value, Mapping) else value
     return result
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted key."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
 
 
 def shipped_configs() -> list[str]:

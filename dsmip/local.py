@@ -1,39 +1,46 @@
-"""A training's outside world on one machine, without a cluster: the newest complete checkpoint folder counts."""
+"""A training's outside world on one machine, without a cluster: the newest sound checkpoint folder counts."""
 
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from dsmip.checkpoints import KEPT, MANIFEST, newest_sound
+from dsmip.watch import StepFigures
+
 Report = Callable[[Mapping[str, float]], None]
 
 
+def _on_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 class LocalContext:
-    """`Context` of a single process. Keeps the newest checkpoint of `folder` and resumes from it."""
+    """`Context` of a single process. Keeps the two newest checkpoints of `folder` and resumes from a sound one."""
 
     def __init__(
         self,
         folder: Path,
         device: torch.device | str = "cpu",
         on_epoch: Report = lambda metrics: None,
-        on_step: Callable[[int, int, int, float], None] = lambda epoch, step, num_steps, loss: None,
+        warn: Callable[[str], None] = _on_stderr,
     ) -> None:
         self.device = torch.device(device)
-        self.folder, self.on_epoch, self.on_step = folder, on_epoch, on_step
+        self.folder, self.on_epoch, self.warn = folder, on_epoch, warn
 
-    def step_done(self, epoch: int, step: int, num_steps: int, loss: float) -> None:
-        self.on_step(epoch, step, num_steps, loss)
+    def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
+        """Tells nobody."""
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        for older in self._checkpoints():
-            if older != checkpoint:
-                shutil.rmtree(older)
+        for older in self._checkpoints()[:-KEPT]:
+            shutil.rmtree(older)
         self.on_epoch(metrics)
 
     def restore(self) -> Path | None:
-        complete = [folder for folder in self._checkpoints() if (folder / "checkpoint.json").is_file()]
-        return complete[-1] if complete else None
+        complete = [folder for folder in self._checkpoints() if (folder / MANIFEST).is_file()]
+        return newest_sound(reversed(complete), self.device, self.warn, str(self.folder))
 
     def checkpoint_folder(self, epoch: int) -> Path:
         folder = self.folder / f"epoch-{epoch:04d}"

@@ -5,6 +5,7 @@ a pure function of (seed, epoch, step), split over workers by pair.
 """
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,7 +26,8 @@ from dsmip.shards import Dataset
 from dsmip.sources import augmented, read_ahead
 from dsmip.streams import count_steps, draw, permutation, step_bounds
 from dsmip.text import Template, Tokenizer, entity_text
-from dsmip.training import Context, build_optimizer, learning_rate_factor
+from dsmip.training import Context, build_optimizer, clip_gradients, learning_rate_factor
+from dsmip.watch import StepFigures, timed
 
 MAX_LOGIT_SCALE = math.log(100)
 DECODED_BYTES = 1 << 30  # pictures of a smaller kb are decoded once per worker and kept
@@ -173,18 +175,23 @@ def _epoch(
     schedule: torch.optim.lr_scheduler.LambdaLR,
 ) -> dict[str, float]:
     losses, num_right = [], 0
-    for number, batch in enumerate(pairs.steps(epoch)):
+    for number, (batch, wait_seconds) in enumerate(timed(pairs.steps(epoch))):
+        started, learning_rate = time.perf_counter(), float(schedule.get_last_lr()[0])
         optimizer.zero_grad(set_to_none=True)
         loss, right = contrast(backbone, batch, config, context.device)
         loss.backward()
         distributed.sum_gradients(backbone.parameters())
+        gradient_norm = clip_gradients(backbone, None)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
             backbone.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         losses.append(loss.item() * distributed.world_size())
         num_right += int(right)
-        context.step_done(epoch, number, pairs.num_steps(), losses[-1])
+        seconds = wait_seconds + time.perf_counter() - started
+        num_samples = len(batch) * distributed.world_size()
+        figures = StepFigures(losses[-1], gradient_norm, learning_rate, num_samples, seconds, wait_seconds)
+        context.step_done(epoch, number, pairs.num_steps(), figures)
     return {
         "epoch": float(epoch),
         "loss": sum(losses) / len(losses),

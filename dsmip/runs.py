@@ -1,6 +1,7 @@
 """A run directory: one configuration on one data set, its trained parts, features, trials and evaluations.
 
-<run>/run.json                    written first: data hash and folder, version; a run of other data is refused
+<run>/run.json                    written first: data hash and folder; a run of other data is refused. And what made it
+<run>/records/                    what each command was run on, and how it ended
 <run>/config.yaml                 the whole configuration
 <run>/<part>/weights.safetensors  a finished part (or whole system), with part.json (metrics, history) last
 <run>/ray/                        checkpoints of trainings that are not finished
@@ -13,6 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dsmip import __version__
 from dsmip.checkpoints import save_weights
 from dsmip.collate import Collator, ItemFormat
-from dsmip.config import ExperimentConfig, load_config
+from dsmip.config import ExperimentConfig, flat, load_config
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.features import FeatureCache
 from dsmip.files import write_json, write_text
 from dsmip.models import find_system
 from dsmip.models.base import FeatureEncoder, Matcher, System
+from dsmip.provenance import environment, recorded
 from dsmip.shards import Dataset
 from dsmip.text import Tokenizer
 
@@ -69,7 +71,7 @@ class Run:
             raise UserError(f"{folder} is not empty and not a run (no run.json); give a new folder for --run")
         write_text(folder / "config.yaml", config.to_yaml())
         data = {"folder": str(dataset.folder.resolve()), "name": dataset.manifest.name, "sha256": dataset.manifest_hash}
-        write_json(stamp, {"data": data, "dsmip": __version__})
+        write_json(stamp, {"data": data, "seed": config.seed, "made": environment()})
         return Run(folder, config, dataset)
 
     @staticmethod
@@ -96,6 +98,14 @@ class Run:
         if not (folder / "config.yaml").is_file():
             raise UserError(f"run {folder} is damaged (no config.yaml); train into another --run folder")
         return Run(folder, load_config(str(folder / "config.yaml")), dataset)
+
+    def recorded(
+        self, command: str, config: ExperimentConfig | None = None, *, seed: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Keeps a record of a command on this run; `config` and `seed` where they are not the run's own."""
+        used = config or self.config
+        sha256 = self.dataset.manifest_hash
+        return recorded(self.folder, command, used, seed=used.seed if seed is None else seed, data_sha256=sha256)
 
     @property
     def system(self) -> type[System]:
@@ -211,7 +221,7 @@ def load_own_weights(matcher: nn.Module, path: Path) -> None:
 
 def first_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """The first dotted key whose value differs between two dumped configurations, in words; empty when none does."""
-    before, after = _flat(stored), _flat(given)
+    before, after = flat(stored), flat(given)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             return f"{key} was {before.get(key)!r}, is now {after.get(key)!r}"
@@ -222,12 +232,6 @@ def _stage_one(config: ExperimentConfig) -> dict[str, Any]:
     """What trained experts depend on."""
     parts = find_system(config.model).part_names(config.system)
     return {
-        **config.model_dump(mode="json", exclude={"tune", "pretrain", "parts"}),
+        **config.model_dump(mode="json", exclude={"tune", "pretrain", "parts", "watch"}),
         "parts": {name: config.part(name).model_dump(mode="json", exclude={"resources"}) for name in parts},
     }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}

@@ -4,6 +4,7 @@ What one step computes is in `gradients.py`; where batches come from is in `sour
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.config import TrainConfig
 from dsmip.gradients import Step, batch_backward
 from dsmip.models.base import Matcher
+from dsmip.watch import StepFigures, timed
 
 
 class StepSource(Protocol):
@@ -32,7 +34,7 @@ class Context(Protocol):
 
     device: torch.device
 
-    def step_done(self, epoch: int, step: int, num_steps: int, loss: float) -> None:
+    def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         """Called after each step."""
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
@@ -159,27 +161,38 @@ class _Run:
         self.matcher.train()
         loss_and_count = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         num_steps = self.source.num_steps()
-        for number, step in enumerate(self.source.steps(epoch)):
+        for number, (step, wait_seconds) in enumerate(timed(self.source.steps(epoch))):
+            started = time.perf_counter()
             # dropout and Gumbel noise are a function of the position, so that a resumed run draws the same
             torch.manual_seed(hash((seed, epoch, number, distributed.rank())) % 2**63)
-            loss, count = self.step(step)
+            learning_rate = float(self.schedule.get_last_lr()[0])
+            loss, gradient_norm, count = self.step(step)
             loss_and_count += torch.tensor([loss * count, count], device=self.context.device)
-            self.context.step_done(epoch, number, num_steps, loss)
+            seconds = wait_seconds + time.perf_counter() - started
+            num_samples = count * distributed.world_size()  # shares differ by at most one
+            figures = StepFigures(loss, gradient_norm, learning_rate, num_samples, seconds, wait_seconds)
+            self.context.step_done(epoch, number, num_steps, figures)
         total, count = distributed.sum_over_workers(loss_and_count).tolist()
         return float(total / max(count, 1.0))
 
-    def step(self, step: Step) -> tuple[float, int]:
-        """One update; returns this worker's mean loss and its number of mentions."""
+    def step(self, step: Step) -> tuple[float, Tensor, int]:
+        """One update; returns this worker's mean loss, the gradient's norm and this worker's number of mentions."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = batch_backward(self.matcher, step, self.config, self.context.device, self.scaler.scale)
         distributed.sum_gradients(self.matcher.parameters())
         self.scaler.unscale_(self.optimizer)
-        if self.config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.matcher.parameters(), self.config.clip_norm)
+        gradient_norm = clip_gradients(self.matcher, self.config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        return loss, len(step.gold_row_M)
+        return loss, gradient_norm, len(step.gold_row_M)
+
+
+def clip_gradients(module: nn.Module, clip_norm: float | None) -> Tensor:
+    """Scales all gradients down to `clip_norm` (None: leaves them) and returns their norm before, 0-dimensional."""
+    if clip_norm is not None:
+        return nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
 def build_optimizer(matcher: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -31,5 +31,5 @@ def build_on_ray(pieces: Pieces, workers: int, *, gpu: bool, display: Display) -
 
 def _build(pieces: Pieces, paths: Sequence[Path], name: str, events: Any) -> None:
     told = start_share(name, events)
-    pieces.make(paths, worker_device(), lambda what, done, total: told.step_done(0, done - 1, total, 0.0))
+    pieces.make(paths, worker_device(), lambda what, done, total: told.step_done(0, done - 1, total))
     told.epoch_done({"epoch": 0})

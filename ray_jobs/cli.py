@@ -249,6 +249,19 @@ def evaluate(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Also write all of it to this file.")
+    ] = None,
+) -> None:
+    """Says how far a run is and what to do next, from its directory alone; also while it is being trained."""
+    from ray_jobs.status import show_status
+
+    show_status(run, json_file)
+
+
+@app.command()
 def compare(
     run1: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN1")],
     run2: Annotated[Path, typer.Argument(help="Run directory to compare with it; may be the same.", metavar="RUN2")],

@@ -1,9 +1,10 @@
 """What a training inside a Ray worker knows of its outside world: device, threads, checkpoints and whom to tell."""
 
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,10 @@ import ray.train
 import ray.train.torch
 import torch
 
+from dsmip.checkpoints import newest_sound
+from dsmip.watch import StepFigures, Watch
+from dsmip.watch_tools import ProgressFile, Watched
+from ray_jobs.gauges import Gauges
 from ray_jobs.progress import Event
 
 _STEP_EVENT_SECONDS = 0.5
@@ -28,7 +33,7 @@ class StepEvents:
         self._last = 0.0
         self._send(0, 0, {})
 
-    def step_done(self, epoch: int, step: int, num_steps: int, loss: float) -> None:
+    def step_done(self, epoch: int, step: int, num_steps: int) -> None:
         self._num_steps = num_steps
         if time.monotonic() - self._last >= _STEP_EVENT_SECONDS:
             self._send(epoch, epoch * num_steps + step + 1, {})
@@ -37,6 +42,11 @@ class StepEvents:
         epoch = int(metrics["epoch"])
         self._send(epoch, (epoch + 1) * self._num_steps, dict(metrics))
 
+    def warn(self, line: str) -> None:
+        """Has the driver print a line about this training."""
+        if self._events is not None:
+            self._events.push.remote(Event(self._name, 0, self._num_epochs * self._num_steps, 0, note=line))
+
     def _send(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
         if self._events is not None:
             self._last = time.monotonic()
@@ -44,29 +54,37 @@ class StepEvents:
 
 
 class RayContext:
-    """`dsmip.training.Context` on Ray Train. Use as a context manager: it removes what it copied.
+    """`dsmip.training.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
 
-    events: an `EventQueue` actor. Only rank 0 sends events.
+    events: an `EventQueue` actor. progress: the file for `dsmip status`. Only rank 0 sends events and writes files;
+    every worker has gauges.
     """
 
-    def __init__(self, name: str, num_epochs: int, events: Any) -> None:
+    def __init__(self, watched: Watched, num_epochs: int, events: Any, progress: Path) -> None:
         self.device: torch.device = ray.train.torch.get_device()
-        is_first = ray.train.get_context().get_world_rank() == 0
-        self._told = StepEvents(name, num_epochs, events if is_first else None)
+        context = ray.train.get_context()
+        rank, num_workers = context.get_world_rank(), context.get_world_size()
+        self._told = StepEvents(watched.name, num_epochs, events if rank == 0 else None)
+        self._watch = open_watch(
+            watched, self.device, num_epochs, progress, self._told, rank=rank, num_workers=num_workers
+        )
         self._restored = Path(tempfile.mkdtemp(prefix="dsmip-restored-"))
         set_threads()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._watch.close("failed" if kind else "finished")
         shutil.rmtree(self._restored, ignore_errors=True)
 
-    def step_done(self, epoch: int, step: int, num_steps: int, loss: float) -> None:
-        self._told.step_done(epoch, step, num_steps, loss)
+    def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
+        self._told.step_done(epoch, step, num_steps)
+        self._watch.step_done(epoch, step, num_steps, figures)
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         self._told.epoch_done(metrics)
+        self._watch.epoch_done(metrics)
         ray.train.report(
             dict(metrics),
             checkpoint=None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint),
@@ -75,11 +93,45 @@ class RayContext:
         )
 
     def restore(self) -> Path | None:
-        checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else Path(checkpoint.to_directory(str(self._restored)))
+        newest = ray.train.get_checkpoint()
+        if newest is None:
+            return None
+        return newest_sound(self._fetched(newest), self.device, self._told.warn, str(Path(newest.path).parent))
+
+    def _fetched(self, newest: ray.train.Checkpoint) -> Iterator[Path]:
+        """Local copies of the checkpoints that Ray keeps, newest first, each made when it is asked for."""
+        yield self._fetch(newest)
+        for reported in reversed(ray.train.get_all_reported_checkpoints()):
+            if reported.checkpoint.path != newest.path:
+                yield self._fetch(reported.checkpoint)
+
+    def _fetch(self, checkpoint: ray.train.Checkpoint) -> Path:
+        return Path(checkpoint.to_directory(str(self._restored / Path(checkpoint.path).name)))
 
     def checkpoint_folder(self, epoch: int) -> Path:
         return Path(tempfile.mkdtemp(prefix=f"dsmip-epoch-{epoch:04d}-"))  # Ray deletes it once it is stored
+
+
+def open_watch(
+    watched: Watched,
+    device: torch.device,
+    num_epochs: int,
+    progress: Path,
+    told: StepEvents,
+    *,
+    rank: int = 0,
+    num_workers: int = 1,
+) -> Watch:
+    """Ray's gauges, and on the first worker also the progress file and the tools that were asked for.
+
+    Raises UserError for a tool that is not installed here.
+    """
+    gauges = Gauges(watched.name, rank)
+    if rank > 0:
+        return Watch([gauges], device, told.warn)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    where = {"host": socket.gethostname(), "device": name, "workers": num_workers}
+    return Watch([ProgressFile(progress, num_epochs, where), gauges, *watched.writers()], device, told.warn)
 
 
 def worker_device() -> torch.device:

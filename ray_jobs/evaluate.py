@@ -36,13 +36,15 @@ def evaluate_run(
     """
     run, place = Run.open(folder), named_device(device)
     model, workers = model or model_names(run.config)[0], min(workers, run.dataset.num_entities)
-    if workers > 1:
-        evaluated = _evaluate_on_ray(run, split, model, place, workers, options, candidates)
-    else:
-        check_here(place)
-        evaluated = evaluate_model(
-            run, split, model, place, options=options, progress=ProgressLines(), candidates=candidates
-        )
+    with run.recorded("evaluate"):
+        if workers > 1:
+            evaluated = _evaluate_on_ray(run, split, model, place, workers, options, candidates)
+        else:
+            check_here(place)
+            progress = ProgressLines()
+            evaluated = evaluate_model(
+                run, split, model, place, options=options, progress=progress, candidates=candidates
+            )
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
     refined = metrics["refinement"]

@@ -20,6 +20,7 @@ from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
 from dsmip.shards import Dataset
 from dsmip.text import Template, Tokenizer
+from dsmip.watch_tools import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.progress import Display
 from ray_jobs.settings import read_config
@@ -34,6 +35,7 @@ def pretrain_backbone(
     Run again it resumes; a finished file of the same settings and data is kept. Raises UserError when `out` holds
     something else, JobFailed when the training failed.
     """
+    check_tools(config.watch)
     out = out.resolve()
     stamp = _stamp(config, dataset)
     if report := _finished(out, stamp):
@@ -49,6 +51,7 @@ def pretrain_backbone(
         storage=work,
         workers=config.pretrain.workers,
         resources=config.pretrain.resources,
+        watched=Watched(out.with_name(f"{out.name}.watch"), "backbone", config.watch, config.model_dump(mode="json")),
     )
     with connected(verbose=verbose):
         run_trainings([training], display)

@@ -23,13 +23,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Progress of one training: `done` of `total` steps of all epochs; `metrics` when an epoch has ended."""
+    """Progress of one training: `done` of `total` steps of all epochs; `metrics` when an epoch has ended.
+
+    `note`: a line to print, instead of progress.
+    """
 
     name: str
     done: int
     total: int
     epoch: int
     metrics: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 class EventQueue:
@@ -112,6 +116,9 @@ class Display:
 
     def show(self, event: Event) -> None:
         """Moves a bar, or prints a line at the end of an epoch and where none was printed for 30 s."""
+        if event.note:
+            self.say(f"  {event.name}: {event.note}")
+            return
         if event.name not in self._tasks:
             self._said[event.name] = time.monotonic()
             self._tasks[event.name] = self._progress.add_task(event.name, total=event.total, text="")

@@ -12,6 +12,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import train_part
+from dsmip.watch_tools import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.progress import Display
 from ray_jobs.settings import read_config
@@ -26,8 +27,10 @@ def train_experts(
     Raises UserError (the folder belongs to something else, or the cluster can never run a part) and JobFailed
     after all other parts have ended.
     """
+    check_tools(config.watch)
     run = Run.create(folder.resolve(), config, dataset)
-    train_parts(run, [(run, part) for part in run.part_names], display, verbose=verbose)
+    with run.recorded("train"):
+        train_parts(run, [(run, part) for part in run.part_names], display, verbose=verbose)
     return run
 
 
@@ -51,14 +54,16 @@ def train_parts(root: Run, parts: Sequence[tuple[Run, str]], display: Display, *
 
 def _training(root: Run, home: Run, part: str) -> Training:
     plan = home.config.part(part)
+    name = part if home.folder == root.folder else f"{part}-{home.folder.name}"
     return Training(
-        name=part if home.folder == root.folder else f"{part}-{home.folder.name}",
+        name=name,
         loop=_loop,
         settings={"root": str(root.folder), "config": home.config.to_yaml(), "part": part},
         num_epochs=home.config.train_of(part).epochs,
         storage=home.training_folder,
         workers=plan.workers,
         resources=plan.resources,
+        watched=Watched(root.folder, name, home.config.watch, home.config.model_dump(mode="json")),
     )
 
 

@@ -18,9 +18,11 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from dsmip.checkpoints import KEPT
 from dsmip.config import Resources
 from dsmip.errors import UserError
 from dsmip.files import write_text
+from dsmip.watch_tools import PROGRESS, Watched
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
@@ -35,7 +37,8 @@ Loop = Callable[[RayContext, Mapping[str, Any]], None]
 class Training:
     """One Ray Train run. `loop` is called in every worker with its context and `settings`.
 
-    The same name and storage again resumes the run.
+    The same name and storage again resumes the run. `watched` without tools, the default, still keeps the progress
+    file beside the checkpoints.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Training:
     storage: Path
     workers: int = 1
     resources: Resources = field(default_factory=Resources)
+    watched: Watched | None = None
 
     @property
     def request(self) -> Request:
@@ -123,7 +127,7 @@ def _fit(training: Training, events: Any) -> Failure | None:
             name=training.name,
             storage_path=str(training.storage),
             failure_config=FailureConfig(max_failures=_LOST_WORKERS),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
         ),
     )
     try:
@@ -142,7 +146,9 @@ def _guarded_loop(training: Training, events: Any) -> Failure | None:
     With several workers the error is raised, because the others may wait for this one in a collective.
     """
     try:
-        with RayContext(training.name, training.num_epochs, events) as context:
+        watched = training.watched or Watched(training.storage, training.name)
+        progress = training.storage / f"{training.name}.{PROGRESS}"
+        with RayContext(watched, training.num_epochs, events, progress) as context:
             training.loop(context, training.settings)
     except Exception as error:
         if training.workers > 1:

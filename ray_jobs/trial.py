@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from dsmip.checkpoints import save_weights
+from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.features import load_features, whole_features
 from dsmip.files import write_json, write_text
@@ -20,7 +21,9 @@ from dsmip.part_features import PartFeatures
 from dsmip.runs import Run, own_weights
 from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole
 from dsmip.table import Table
-from ray_jobs.context import StepEvents, set_threads, worker_device
+from dsmip.watch import StepFigures
+from dsmip.watch_tools import PROGRESS, Watched
+from ray_jobs.context import StepEvents, open_watch, set_threads, worker_device
 from ray_jobs.settings import read_config
 
 SPLITS = ("train", "validation", KB)
@@ -53,7 +56,7 @@ def cache_features(root: str, config: str, part: str, name: str, events: Any) ->
 
     def count(what: str, done: int, _: int) -> None:
         done_of[what] = done
-        told.step_done(0, sum(done_of.values()) - 1, total, 0.0)
+        told.step_done(0, sum(done_of.values()) - 1, total)
 
     settings, device = read_config(config), worker_device()
     features = PartFeatures(run.home(part, settings), part, settings)
@@ -66,22 +69,50 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
     run, config = Run.open(Path(task.root)), read_config(task.config)
     settings, folder, device = config.tune_train(), Path(task.folder), worker_device()
     tables = _load_tables(json.dumps(task.features), run.system.feature_parts(config.system), str(device))
-    told = StepEvents(f"trial {task.number}", settings.epochs, events)
     matcher = start_whole(run, config).to(device)
-    result = train_whole(
-        matcher,
-        stage_two_split(run, tables["train"]),
-        SplitFeatures(tables["validation"], gold_rows(run.dataset, "validation")),
-        tables[KB],
-        settings,
-        LocalContext(folder / "checkpoints", device, on_epoch=told.epoch_done, on_step=told.step_done),
-        seed=config.seed,
-        stop_epoch=task.stop_epoch,
-    )
+    with TrialContext(task, run.folder, config, settings.epochs, events, device) as context:
+        result = train_whole(
+            matcher,
+            stage_two_split(run, tables["train"]),
+            SplitFeatures(tables["validation"], gold_rows(run.dataset, "validation")),
+            tables[KB],
+            settings,
+            context,
+            seed=config.seed,
+            stop_epoch=task.stop_epoch,
+        )
     save_weights(folder / "weights.safetensors", own_weights(matcher))
     report = {"epochs": task.stop_epoch, "best": result.best, "history": result.history}
     write_json(folder / "result.json", report)
     return report
+
+
+class TrialContext(LocalContext):
+    """A trial's outside world: checkpoints in its own folder, events for the driver, and its watch."""
+
+    def __init__(
+        self, task: TrialTask, run: Path, config: ExperimentConfig, num_epochs: int, events: Any, device: torch.device
+    ) -> None:
+        folder, name = Path(task.folder), f"trial {task.number}"
+        self._told = StepEvents(name, num_epochs, events)
+        super().__init__(folder / "checkpoints", device, warn=self._told.warn)
+        watched = Watched(run, name, config.watch, config.model_dump(mode="json"))
+        self._watch = open_watch(watched, device, num_epochs, folder / PROGRESS, self._told)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._watch.close("failed" if kind else "finished")
+
+    def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
+        self._told.step_done(epoch, step, num_steps)
+        self._watch.step_done(epoch, step, num_steps, figures)
+
+    def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+        super().epoch_done(metrics, checkpoint)
+        self._told.epoch_done(metrics)
+        self._watch.epoch_done(metrics)
 
 
 def guarded_trial(task: TrialTask, events: Any) -> dict[str, Any]:

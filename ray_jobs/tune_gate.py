@@ -23,6 +23,7 @@ from dsmip.config import ExperimentConfig, Resources
 from dsmip.errors import UserError
 from dsmip.files import atomic_path, write_json, write_text
 from dsmip.runs import Run, first_difference
+from dsmip.watch_tools import check_tools
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible
@@ -46,26 +47,27 @@ def tune_gate(
     if not run.system.gated:
         raise UserError(f"{run.system.name} has no gate: 'dsmip train' trains all of it and there is nothing to tune")
     _check_config(run, config)
+    check_tools(config.watch)
     trials = draw_trials(config, seed)
     stamp = _checked_stamp(run, trials, seed)
     if _is_saved(run, stamp):
         display.say(f"  sweep finished already: {_sentence(run.part_report(run.system.name))}")
         return run.part_report(run.system.name)
     started = time.monotonic()
-    with connected(verbose=verbose):
+    with run.recorded("tune", config, seed=seed), connected(verbose=verbose):
         check_feasible([_request("a trial", config.tune.resources)])
         _train_variants(run, trials, display, verbose=verbose)
         features = _cache_all_features(run, trials, display)
         _claim_folder(run, trials, seed, stamp)
         results = _halve(run, trials, features, display)
-    report = _save_winner(run, trials, results, stamp)
+        report = _save_winner(run, trials, results, stamp)
     display.say(f"  swept in {time.monotonic() - started:.0f} s; {_sentence(report)}")
     return report
 
 
 def _check_config(run: Run, config: ExperimentConfig) -> None:
     """UserError for changes that a sweep cannot make: stage one is over, and rungs are part of a trial's epochs."""
-    fixed = {"tune", "system"}
+    fixed = {"tune", "system", "watch"}
     if difference := first_difference(
         run.config.model_dump(mode="json", exclude=fixed), config.model_dump(mode="json", exclude=fixed)
     ):
@@ -76,7 +78,7 @@ def _check_config(run: Run, config: ExperimentConfig) -> None:
 
 def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
     """Hash of what the sweep is. UserError when the run holds another sweep."""
-    text = json.dumps([seed, *(trial.config.to_yaml() for trial in trials)])
+    text = json.dumps([seed, *(trial.config.model_copy(update={"watch": ()}).to_yaml() for trial in trials)])
     stamp = hashlib.sha256(text.encode()).hexdigest()
     path = _claim_path(run)
     if path.is_file():

@@ -41,6 +41,7 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         ("tune --run R", "no run at .*R"),
         ("evaluate --run R", "no run at .*R"),
         ("compare R R", "no run at R"),
+        ("status R", "no run at .*R"),
         ("compare R", "Missing argument 'RUN2'"),
         ("compare R R --json .", "is a directory"),
         ("inspect D", "D: no such dataset directory"),

@@ -1,5 +1,6 @@
 """Evaluation on a real Ray: slices of the kb on workers give what one process gives, also when a worker is lost."""
 
+import json
 import os
 import shutil
 import signal
@@ -139,6 +140,8 @@ def test_the_command_writes_the_same_with_workers(run: Run) -> None:
         ranks = run.folder / "evaluate" / "test" / "multimodal" / "ranks.parquet"
         written.append([sha256_file(path) for path in (*sorted(index.iterdir()), ranks)])
     assert written[0] == written[1]
+    records = [json.loads(path.read_text()) for path in sorted((run.folder / "records").iterdir())][-2:]
+    assert [(record["command"], record["outcome"]) for record in records] == [("evaluate", "finished")] * 2
 
 
 def test_nan_of_a_worker_is_told_with_names(run: Run) -> None:

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import ray.train
+import torch
 from ray import cloudpickle
 
+from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig, Resources, parse_config
 from dsmip.errors import UserError
 from dsmip.local import LocalContext
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import train_part
+from dsmip.watch import StepFigures
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display
@@ -42,20 +45,22 @@ class Lines(Display):
 def count_epochs(context: RayContext, settings: Mapping[str, Any]) -> None:
     """Four epochs that only count. Once, after the second, it breaks in the way that `settings` ask."""
     restored = context.restore()
-    start = int((restored / "epoch").read_text()) if restored else 0
+    start = load_checkpoint(restored, context.device).epoch if restored else 0
     log, broken = Path(settings["log"]), Path(settings["log"] + ".broken")
     for epoch in range(start, 4):
         if epoch == 2 and settings["how"] and not broken.exists():
             broken.touch()
-            if settings["how"] == "kill":
-                ray.train.get_all_reported_checkpoints()  # waits until they are stored
+            if settings["how"] != "raise":
+                newest = ray.train.get_all_reported_checkpoints()[-1].checkpoint  # waits until all are stored
+                if settings["how"] == "damage":
+                    (Path(newest.path) / "weights.safetensors").write_bytes(b"")
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("the disc is full")
         with log.open("a") as stream:
             stream.write(f"{epoch} ")
         folder = context.checkpoint_folder(epoch)
-        (folder / "epoch").write_text(str(epoch + 1))
-        context.step_done(epoch, 0, 1, 0.0)
+        save_checkpoint(folder, Checkpoint(epoch + 1, [], {}, {}, {}, {}, {}))
+        context.step_done(epoch, 0, 1, StepFigures(0.5, torch.tensor(2.0), 0.01, 8, 2.0, 0.5))
         context.epoch_done({"epoch": epoch, "loss": 0.0}, folder)
 
 
@@ -68,6 +73,7 @@ def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
     trainings = [
         counting("sound", "", tmp_path),
         counting("lost", "kill", tmp_path),
+        counting("damaged", "damage", tmp_path),
         counting("full", "raise", tmp_path),
     ]
     display = Lines()
@@ -79,7 +85,9 @@ def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
     assert (tmp_path / "sound").read_text() == "0 1 2 3 "
     assert (tmp_path / "lost").read_text() == "0 1 2 3 "  # came back by itself, from its last checkpoint
     assert (tmp_path / "full").read_text() == "0 1 "
-    run_trainings([trainings[2]], display)
+    assert (tmp_path / "damaged").read_text() == "0 1 1 2 3 "  # from the checkpoint before the damaged one
+    assert any("damaged: warning: checkpoint file" in line for line in display.lines)
+    run_trainings([trainings[3]], display)
     assert (tmp_path / "full").read_text() == "0 1 2 3 "
 
 

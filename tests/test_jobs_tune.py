@@ -15,6 +15,7 @@ from dsmip.reports import evaluate_model
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import CPU, train_part
+from dsmip.status import read_status
 from ray_jobs import tune_gate as job
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display
@@ -33,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_config: ExperimentCo
     """A run whose experts are finished."""
     tune = TuneConfig(trials=3, rungs=(1, 3), reduction=2, resources={"cpu": 1}, space=SPACE, train={"epochs": 3})
     folder = tmp_path_factory.mktemp("trained") / "run"
-    run = Run.create(folder, small_config.model_copy(update={"tune": tune}), small_data)
+    run = Run.create(folder, small_config.model_copy(update={"tune": tune, "watch": ("tensorboard",)}), small_data)
     for part in run.part_names:
         train_part(run, part, LocalContext(tmp_path_factory.mktemp(part)))
     return folder
@@ -75,6 +76,15 @@ def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption
     assert not second.is_finished("dsmip")
     assert tune_gate(second, second.config, Display(), seed=4) == report
     assert rungs(second) == found
+
+    assert {path.name for path in (first.folder / "tensorboard").iterdir()} == {"trial-0", "trial-1", "trial-2"}
+    records = [json.loads(path.read_text()) for path in sorted((second.folder / "records").iterdir())]
+    assert [record["outcome"].split(":")[0] for record in records] == ["failed", "finished"]
+
+    status = read_status(first.folder)
+    assert {each.state for each in status.parts} == {"finished"}
+    assert sorted(each.state for each in status.trials) == ["dropped", "finished", "finished"]
+    assert (status.problems, status.next.split()[:2]) == ([], ["dsmip", "evaluate"])
 
     figures = [evaluate_model(run, "test", "dsmip", CPU).metrics for run in (first, second)]
     assert figures[0] == figures[1]

@@ -27,6 +27,7 @@ from dsmip.sources import CachedSource
 from dsmip.stages import train_part
 from dsmip.table import Table
 from dsmip.training import TrainResult, build_optimizer, learning_rate_factor, train, trained_state
+from dsmip.watch import StepFigures
 
 CPU = torch.device("cpu")
 WIDTH = 4
@@ -75,9 +76,10 @@ class RecordingContext(LocalContext):
         super().__init__(folder)
         self.last, self.steps, self.epochs = last, 0, 0
 
-    def step_done(self, epoch: int, step: int, num_steps: int, loss: float) -> None:
+    def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         assert 0 <= step < num_steps
-        assert math.isfinite(loss)
+        assert math.isfinite(figures.loss)
+        assert 0 <= figures.wait_seconds <= figures.seconds
         self.steps += 1
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
@@ -301,6 +303,24 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not complete"):
         load_checkpoint(tmp_path / "parts" / "epoch-0002", CPU)
     resumed, result = run(config, LocalContext(tmp_path / "parts"), RISING[2:])
+    assert result == whole
+    assert_equal_weights(resumed, expected.state_dict())
+
+
+def test_a_damaged_checkpoint_costs_an_epoch_and_changes_nothing(tmp_path: Path) -> None:
+    config = TrainConfig(**SETTINGS)
+    expected, whole = run(config, LocalContext(tmp_path / "whole"), RISING)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, RecordingContext(tmp_path / "parts", 2), RISING)
+    kept = sorted((tmp_path / "parts").iterdir())
+    assert [folder.name for folder in kept] == ["epoch-0001", "epoch-0002"]
+    content = bytearray((kept[1] / "optimizer.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (kept[1] / "optimizer.pt").write_bytes(content)
+    said: list[str] = []
+    resumed, result = run(config, LocalContext(tmp_path / "parts", warn=said.append), RISING[2:])
+    assert len(said) == 1
+    assert "epoch-0002/optimizer.pt is damaged" in said[0]
     assert result == whole
     assert_equal_weights(resumed, expected.state_dict())
 

@@ -1,0 +1,118 @@
+"""Where figures come from: source revision, package versions and machine; and a record of each command on a run.
+
+<run>/records/<start>-<command>.json   one per command, written when it starts and again when it ends
+"""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dsmip
+from dsmip.config import ExperimentConfig
+from dsmip.files import write_json
+
+RECORDS = "records"
+# What figures depend on; of the others the pins tell.
+_PACKAGES = (
+    *("numpy", "open_clip_torch", "pillow", "pyarrow", "pydantic", "ray", "safetensors"),
+    *("timm", "torch", "torchvision", "transformers", "triton"),
+)
+_TOOL_SECONDS = 20  # git and nvidia-smi may hang on a broken disk or driver
+
+
+def environment() -> dict[str, Any]:
+    """The source revision (None outside a checkout), versions and hardware of this process, as plain values."""
+    return {
+        "dsmip": dsmip.__version__,
+        "git": _git(Path(dsmip.__file__).resolve().parents[1]),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+        "cpu": {"model": _cpu_model(), "count": os.cpu_count()},
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": _gpus(),
+    }
+
+
+@contextmanager
+def recorded(folder: Path, command: str, config: ExperimentConfig, *, seed: int, data_sha256: str) -> Iterator[None]:
+    """Records a command that works on the run `folder`: what it was, on what, from when to when and how it ended.
+
+    A record that stays at "running" is of a command that still runs or was killed.
+    """
+    started = datetime.now(UTC)
+    path = folder / RECORDS / f"{started:%Y%m%dT%H%M%S.%fZ}-{command}.json"
+    record = {
+        "command": command,
+        "arguments": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": started.isoformat(timespec="seconds"),
+        "ended": None,
+        "outcome": "running",
+        "seed": seed,
+        "data_sha256": data_sha256,
+        "config": config.model_dump(mode="json"),
+        "environment": environment(),
+    }
+    write_json(path, record)
+    outcome = "interrupted"
+    try:
+        yield
+        outcome = "finished"
+    except Exception as error:
+        outcome = f"failed: {type(error).__name__}: {error}"
+        raise
+    finally:
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(path, {**record, "ended": ended, "outcome": outcome})
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Revision of the checkout whose root is `folder`, and whether tracked files were changed since."""
+    root = _output(["git", "-C", str(folder), "rev-parse", "--show-toplevel"])
+    if root is None or Path(root.strip()).resolve() != folder:
+        return None  # not a checkout, or installed into somebody else's
+    revision = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    changed = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"])
+    if revision is None or changed is None:
+        return None
+    return {"revision": revision.strip(), "dirty": bool(changed.strip())}
+
+
+def _gpus() -> list[str]:
+    """Name, memory and driver of each GPU; asked of the driver's tool, because torch would take GPU memory for it."""
+    said = _output(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
+    return said.splitlines() if said else []
+
+
+def _output(command: Sequence[str]) -> str | None:
+    """What a program prints, None when it is not there or fails."""
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

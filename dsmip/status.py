@@ -1,0 +1,268 @@
+"""How far a run is, read from its directory alone: while it is trained, when it was interrupted, when it is finished.
+
+Damaged files are named among the problems and passed over; nothing is changed, and the data set is not opened.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from dsmip.checkpoints import MANIFEST, read_manifest
+from dsmip.config import ExperimentConfig, load_config
+from dsmip.errors import UserError
+from dsmip.models import find_system
+from dsmip.provenance import RECORDS
+from dsmip.watch_tools import PROGRESS
+
+State = Literal["finished", "training", "paused", "interrupted", "failed", "dropped", "not begun"]
+_ENDED: dict[str, State] = {"failed": "failed", "finished": "paused"}  # a trial pauses between rungs
+_ALIVE_SECONDS = 300.0  # a training that has written nothing for so long is taken for interrupted
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A part's training or a trial. `figures`: the latest of everything. `note`: what else there is to say."""
+
+    name: str
+    state: State
+    epochs_done: int = 0
+    num_epochs: int | None = None
+    step: int | None = None
+    num_steps: int | None = None
+    updated: str | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One metrics.json: figures over all mentions of a split."""
+
+    model: str
+    split: str
+    mentions: int
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Status:
+    """All that is known of a run. disk: bytes by entry of the run's folder. last_command: its name and outcome."""
+
+    folder: str
+    model: str
+    data: str
+    parts: list[Progress]
+    trials: list[Progress]
+    evaluations: list[Evaluation]
+    disk: dict[str, int]
+    last_command: str
+    problems: list[str]
+    next: str
+
+
+def read_status(folder: Path, now: datetime | None = None) -> Status:
+    """Raises UserError when `folder` is no run; every other trouble is among the `problems`.
+
+    now: what trainings' last signs of life are compared with (default: the present).
+    """
+    if not (folder / "run.json").is_file():
+        raise UserError(f"no run at {folder} (no run.json); 'dsmip train' makes one")
+    return _Reader(folder, now or datetime.now(UTC)).status()
+
+
+class _Reader:
+    """Reads one run's files and collects what is wrong with them."""
+
+    def __init__(self, folder: Path, now: datetime) -> None:
+        self.folder, self.now = folder, now
+        self.problems: list[str] = []
+        self.config = self._config()
+        self.data = self._json(folder / "run.json", lambda stamp: (stamp["data"]["name"], stamp["data"]["folder"]))
+
+    def status(self) -> Status:
+        parts, trials, evaluations = self._parts(), self._trials(), sorted(self._evaluations(), key=lambda e: e.split)
+        last = self._last_command()
+        return Status(
+            folder=str(self.folder),
+            model=self.config.model if self.config else "unknown",
+            data=f"{self.data[0]} ({self.data[1]})" if self.data else "unknown",
+            parts=parts,
+            trials=trials,
+            evaluations=evaluations,
+            disk={entry.name: _num_bytes(entry) for entry in sorted(self.folder.iterdir())},
+            last_command=last,
+            problems=self.problems,
+            next=self._next(parts, trials, evaluations),
+        )
+
+    def _config(self) -> ExperimentConfig | None:
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            self.problems.append(f"{path} is missing")
+            return None
+        try:
+            return load_config(str(path))
+        except UserError as error:
+            self.problems.append(f"{path} is damaged: {error}")
+            return None
+
+    def _json(self, path: Path, take: Callable[[Any], Any]) -> Any:
+        """What `take` finds in a JSON file; None when there is no file or, among the problems, when it is damaged."""
+        try:
+            return take(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.problems.append(f"{path} is damaged: {error!r}")
+            return None
+
+    def _parts(self) -> list[Progress]:
+        """The system's parts, the gated whole, and the parts of other settings that a sweep asked for."""
+        if self.config is not None:
+            names = list(find_system(self.config.model).part_names(self.config.system))
+        else:
+            names = sorted(path.parent.name for path in self.folder.glob("*/part.json"))
+        if self.config is not None and find_system(self.config.model).gated:
+            names.append(find_system(self.config.model).name)
+        found = [self._part(self.folder, name, name) for name in names]
+        for home in sorted(self.folder.glob("variants/*")):
+            named = {path.parent.name for path in home.glob("*/part.json")}
+            named |= {path.name.split("-")[0] for path in home.glob(f"ray/*.{PROGRESS}")}
+            found += [self._part(home, name, f"{name}-{home.name}") for name in sorted(named)]
+        return found
+
+    def _part(self, home: Path, part: str, training: str) -> Progress:
+        known = self.config is not None and part in find_system(self.config.model).part_names(self.config.system)
+        epochs = self.config.train_of(part).epochs if self.config is not None and known else None
+        best = self._json(home / part / "part.json", lambda report: (_numbers(report["best"]), len(report["history"])))
+        if best is not None:
+            return Progress(training, "finished", best[1], epochs, figures=best[0])
+        progress = home / "ray" / f"{training}.{PROGRESS}"
+        error = home / "ray" / f"{training}.error.txt"
+        return self._training(training, progress, home / "ray" / training, error, epochs)
+
+    def _training(self, name: str, progress: Path, checkpoints: Path, error: Path, epochs: int | None) -> Progress:
+        """A training that is not finished, from its progress file and else from its newest checkpoint."""
+        found = self._json(progress, _position)
+        manifest = self._newest_manifest(checkpoints)
+        if found is None and manifest is None:
+            return Progress(name, "not begun", num_epochs=epochs)
+        done = manifest["epoch"] if manifest else 0
+        if found is None and manifest is not None:
+            last = manifest["history"][-1] if manifest["history"] else {}
+            figures = {f"epoch/{key}": value for key, value in _numbers(last).items()}
+            return Progress(name, "interrupted", done, epochs, figures=figures)
+        age = (self.now - datetime.fromisoformat(found["updated"])).total_seconds()
+        alive: State = "training" if age < _ALIVE_SECONDS else "interrupted"
+        state = _ENDED.get(found["state"], alive)
+        seconds = f"last sign of life {max(age, 0):.0f} s ago"
+        return Progress(
+            name,
+            state,
+            max(done, found["epoch"]),
+            found["num_epochs"],
+            found["step"],
+            found["num_steps"],
+            found["updated"],
+            found["figures"],
+            note=f"see {error}" if state == "failed" and error.is_file() else seconds,
+        )
+
+    def _newest_manifest(self, folder: Path) -> dict[str, Any] | None:
+        """Of the newest checkpoint whose manifest is sound; Ray's and ours are numbered or dated by name."""
+        for checkpoint in sorted(folder.glob("*/" + MANIFEST), reverse=True):
+            try:
+                return read_manifest(checkpoint.parent)
+            except UserError as error:
+                if checkpoint.exists():  # else a training has just replaced it
+                    self.problems.append(str(error))
+        return None
+
+    def _trials(self) -> list[Progress]:
+        home = self.folder / "tune"
+        changes = self._json(home / "sweep.json", lambda sweep: {int(n): c for n, c in sweep["trials"].items()}) or {}
+        rungs = [rung for path in sorted(home.glob("rung-*.json")) if (rung := self._json(path, _rung)) is not None]
+        return [self._trial(number, changes[number], rungs) for number in sorted(changes)]
+
+    def _trial(self, number: int, changes: Mapping[str, Any], rungs: list[dict[str, Any]]) -> Progress:
+        folder, name = self.folder / "tune" / "trials" / str(number), f"trial {number}"
+        settings = ", ".join(f"{key}={value}" for key, value in changes.items()) or "the configuration unchanged"
+        if self._swept() and rungs and number in rungs[-1]["mrr"]:
+            figures = {"epoch/mrr": rungs[-1]["mrr"][number]}
+            return Progress(name, "finished", rungs[-1]["epochs"], figures=figures, note=settings)
+        for rung in rungs:
+            if number in rung["failed"]:
+                return Progress(name, "failed", note=f"{settings}; {rung['failed'][number]}")
+            if number in rung["mrr"] and number not in rung["survivors"]:
+                figures = {"epoch/mrr": rung["mrr"][number]}
+                return Progress(name, "dropped", rung["epochs"], figures=figures, note=settings)
+        found = self._training(name, folder / PROGRESS, folder / "checkpoints", folder / "error.txt", None)
+        return replace(found, note="; ".join(filter(None, (settings, found.note))))
+
+    def _swept(self) -> bool:
+        """Whether a sweep has ended with its best trial as the whole system."""
+        return self.config is not None and (self.folder / find_system(self.config.model).name / "part.json").is_file()
+
+    def _evaluations(self) -> Iterator[Evaluation]:
+        for path in sorted(self.folder.glob("evaluate/*/*/metrics.json")):
+            found = self._json(path, lambda metrics: (_numbers(metrics["overall"]), int(metrics["mentions"])))
+            if found is not None:
+                yield Evaluation(path.parent.name, path.parent.parent.name, found[1], found[0])
+
+    def _last_command(self) -> str:
+        paths = sorted((self.folder / RECORDS).glob("*.json"))
+        words = (
+            self._json(paths[-1], lambda r: f"{r['command']}, begun {r['started']}: {r['outcome']}") if paths else None
+        )
+        return words or "none"
+
+    def _next(self, parts: list[Progress], trials: list[Progress], evaluations: list[Evaluation]) -> str:
+        run = self.folder
+        if self.config is None:
+            return "the configuration cannot be read: put config.yaml back, or train into another --run folder"
+        if any(each.state == "training" for each in parts + trials):
+            return "a training is under way: wait for it"
+        system = find_system(self.config.model)
+        names = system.part_names(self.config.system)
+        if any(each.state != "finished" for each in parts if each.name in names):
+            data = self.data[1] if self.data else "DATA"
+            return f"dsmip train --config {run / 'config.yaml'} --data {data} --run {run}"
+        if system.gated and not self._swept():
+            return f"dsmip tune --run {run}"
+        if not any((each.model, each.split) == (system.name, "test") for each in evaluations):
+            return f"dsmip evaluate --run {run} --split test"
+        return "nothing: trained, tuned and evaluated" if system.gated else "nothing: trained and evaluated"
+
+
+def _position(found: Any) -> dict[str, Any]:
+    """Checks a progress file's content."""
+    numbers = {name: int(found[name]) for name in ("epoch", "step", "num_steps", "num_epochs")}
+    datetime.fromisoformat(found["updated"])
+    return {**numbers, "state": found["state"], "updated": found["updated"], "figures": _numbers(found["figures"])}
+
+
+def _rung(found: Any) -> dict[str, Any]:
+    return {
+        "epochs": int(found["epochs"]),
+        "mrr": {int(number): float(mrr) for number, mrr in found["mrr"].items()},
+        "failed": {int(number): str(message) for number, message in found["failed"].items()},
+        "survivors": [int(number) for number in found["survivors"]],
+    }
+
+
+def _numbers(figures: Any) -> dict[str, float]:
+    return {str(name): float(value) for name, value in figures.items()}
+
+
+def _num_bytes(path: Path) -> int:
+    """Bytes below a path; files that vanish meanwhile count nothing."""
+    total = 0
+    for each in [path, *path.rglob("*")]:
+        try:
+            total += each.lstat().st_size if each.is_file() else 0
+        except OSError:
+            continue
+    return total

@@ -1,0 +1,138 @@
+"""Watching a training: figures of steps and epochs go to writers (TensorBoard, MLflow, W&B, Ray's metrics, a file).
+
+Names are `step/<figure>` and `epoch/<metric>`, in characters that every tool takes (hits@1 is hits_at_1).
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Outcome = Literal["finished", "failed"]
+_WRITE_SECONDS = 2.0  # a tool gains nothing from more, and a step of stage two takes milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """One step on one worker.
+
+    gradient_norm: before clipping, 0-dimensional and still on the device. num_samples: of all workers. seconds: of the
+    whole step; wait_seconds: of them, the wait for the batch.
+    """
+
+    loss: float
+    gradient_norm: Tensor
+    learning_rate: float
+    num_samples: int
+    seconds: float
+    wait_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a training is: `step` of `num_steps` steps of the epoch are done; epochs count from 0."""
+
+    epoch: int
+    step: int
+    num_steps: int
+
+    @property
+    def total_step(self) -> int:
+        """Steps done since the training began."""
+        return self.epoch * self.num_steps + self.step
+
+
+class Writer(Protocol):
+    """One place that figures go to. It does nothing before the first `write`."""
+
+    def write(self, position: Position, figures: Mapping[str, float]) -> None:
+        """Adds figures by name."""
+
+    def close(self, outcome: Outcome) -> None:
+        """Called once, after the last figures."""
+
+
+def timed(items: Iterable[Item]) -> Iterator[tuple[Item, float]]:
+    """Each item with the seconds that were spent waiting for it."""
+    iterator = iter(items)
+    while True:
+        started = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - started
+
+
+class Watch:
+    """Hands figures to writers: means over the steps of the last two seconds, and every epoch's metrics.
+
+    A writer that fails is given up with one warning: a training of days must not end because a server is away.
+    """
+
+    def __init__(
+        self,
+        writers: Sequence[Writer],
+        device: torch.device,
+        warn: Callable[[str], None],
+        write_seconds: float = _WRITE_SECONDS,
+    ) -> None:
+        self._writers, self._device, self._warn, self._write_seconds = list(writers), device, warn, write_seconds
+        self._steps: list[StepFigures] = []
+        self._position = Position(0, 0, 1)
+        self._last = time.monotonic()
+
+    def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
+        """As `Context.step_done`."""
+        self._position = Position(epoch, step + 1, num_steps)
+        self._steps.append(figures)
+        if time.monotonic() - self._last >= self._write_seconds:
+            self._write_steps()
+
+    def epoch_done(self, metrics: Mapping[str, float]) -> None:
+        """As `Context.epoch_done`: `metrics` has the key `epoch`."""
+        self._write_steps()
+        named = {f"epoch/{name.replace('@', '_at_')}": value for name, value in metrics.items() if name != "epoch"}
+        num_steps = self._position.num_steps
+        self._write(Position(int(metrics["epoch"]), num_steps, num_steps), named)
+
+    def close(self, outcome: Outcome) -> None:
+        """Writes what is left and closes all writers."""
+        self._write_steps()
+        self._each(lambda writer: writer.close(outcome))
+
+    def _write_steps(self) -> None:
+        if self._steps:
+            figures = step_means(self._steps)
+            if self._device.type == "cuda":
+                figures["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+            self._steps.clear()
+            self._write(self._position, {f"step/{name}": value for name, value in figures.items()})
+        self._last = time.monotonic()
+
+    def _write(self, position: Position, figures: Mapping[str, float]) -> None:
+        self._each(lambda writer: writer.write(position, figures))
+
+    def _each(self, call: Callable[[Writer], None]) -> None:
+        for writer in list(self._writers):
+            try:
+                call(writer)
+            except Exception as error:
+                self._writers.remove(writer)
+                self._warn(f"warning: {type(writer).__name__} failed and is given up: {type(error).__name__}: {error}")
+
+
+def step_means(steps: Sequence[StepFigures]) -> dict[str, float]:
+    """Means over steps; rates are of the whole time. data_wait_share: of the time, that spent waiting for batches."""
+    count, seconds = len(steps), max(sum(step.seconds for step in steps), 1e-9)
+    return {
+        "loss": sum(step.loss for step in steps) / count,
+        "gradient_norm": float(torch.stack([step.gradient_norm.detach() for step in steps]).mean()),
+        "learning_rate": steps[-1].learning_rate,
+        "samples_per_second": sum(step.num_samples for step in steps) / seconds,
+        "data_wait_share": sum(step.wait_seconds for step in steps) / seconds,
+    }

@@ -1,0 +1,98 @@
+"""What a run says of its making: revision, versions, machine; one record per command, however it ended."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dsmip
+from dsmip import provenance
+from dsmip.config import ExperimentConfig
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def package_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes the package seem to live in `folder`."""
+    source = folder / "dsmip" / "__init__.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("")
+    monkeypatch.setattr(dsmip, "__file__", str(source))
+    return source
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted((run / "records").iterdir())]
+
+
+def test_the_revision_and_whether_it_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = package_in(tmp_path / "project", monkeypatch)
+    assert provenance.environment()["git"] is None  # outside a checkout
+    git(tmp_path / "project", "init", "-q")
+    git(tmp_path / "project", "add", "-A")
+    git(tmp_path / "project", "commit", "-qm", "first")
+    revision = git(tmp_path / "project", "rev-parse", "HEAD")
+    assert provenance.environment()["git"] == {"revision": revision, "dirty": False}
+    source.write_text("changed = True\n")
+    assert provenance.environment()["git"] == {"revision": revision, "dirty": True}
+
+
+def test_the_revision_of_a_checkout_around_the_package_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package that is installed into the folder of somebody's paper."""
+    git(tmp_path, "init", "-q")
+    package_in(tmp_path / "venv" / "site-packages", monkeypatch)
+    assert provenance.environment()["git"] is None
+
+
+def test_versions_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = provenance.environment()
+    assert made["packages"]["torch"] == metadata.version("torch")
+    assert made["packages"]["ray"] == metadata.version("ray")
+    assert made["python"] == sys.version.split()[0]
+    assert made["cpu"]["model"]
+    assert made["cpu"]["count"] >= 1
+    assert made["memory_bytes"] > 1 << 28
+    assert json.loads(json.dumps(made)) == made
+    monkeypatch.setenv("PATH", "")  # neither git nor nvidia-smi
+    assert (provenance.environment()["git"], provenance.environment()["gpus"]) == (None, [])
+
+
+def test_a_run_says_what_made_it(tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset) -> None:
+    run = Run.create(tmp_path / "run", small_config, small_data)
+    stamp = json.loads((run.folder / "run.json").read_text())
+    assert stamp["made"]["dsmip"] == dsmip.__version__
+    assert stamp["seed"] == small_config.seed
+
+
+def test_a_record_tells_how_a_command_ended(
+    tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(tmp_path / "run", small_config, small_data)
+    monkeypatch.setattr(sys, "argv", ["/somewhere/dsmip", "tune", "--seed", "7"])
+    with run.recorded("tune", seed=7):
+        (record,) = records(run.folder)
+        assert (record["outcome"], record["ended"], record["seed"]) == ("running", None, 7)
+    with pytest.raises(ValueError, match="too small"), run.recorded("train"):
+        raise ValueError("too small")
+    with pytest.raises(KeyboardInterrupt), run.recorded("train"):
+        raise KeyboardInterrupt
+    found = records(run.folder)
+    assert [record["outcome"] for record in found] == ["finished", "failed: ValueError: too small", "interrupted"]
+    for record in found:
+        assert record["arguments"] == ["dsmip", "tune", "--seed", "7"]
+        assert record["data_sha256"] == small_data.manifest_hash
+        assert record["config"] == small_config.model_dump(mode="json")
+        assert record["environment"]["packages"]["torch"]
+        assert record["started"] <= record["ended"]
