@@ -91,6 +91,7 @@ def cluster_kinds() -> list[NodeKind]:
 
 
 def _autoscaler_groups() -> dict[str, NodeKind]:
+    """Node types by name. One without resources (on-premise machines) tells nothing of what its nodes have."""
     from ray._private.state import state  # the only place where Ray tells its node types' maxima
 
     config: Any = state.get_cluster_config()
@@ -99,6 +100,7 @@ def _autoscaler_groups() -> dict[str, NodeKind]:
     return {
         group.name: NodeKind(dict(group.resources), _most_nodes(group, config.max_resources))
         for group in config.node_group_configs
+        if group.resources
     }
 
 

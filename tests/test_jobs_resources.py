@@ -73,3 +73,8 @@ def test_the_autoscalers_limits_are_read(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [kind.count for kind in kinds] == [2, 3, 0]
     del config.max_resources["CPU"]
     assert [kind.count for kind in resources.cluster_kinds()] == [1, math.inf, 3, 5]
+    config.node_group_configs.add(
+        name="local.cluster.node", max_count=2
+    )  # on-premise: only its nodes tell what they have
+    nodes.append({"Alive": True, "Resources": {"CPU": 3.0}, "Labels": {"ray.io/node-group": "local.cluster.node"}})
+    assert [kind.resources for kind in resources.cluster_kinds()][:2] == [{"CPU": 1.0}, {"CPU": 3.0}]
