@@ -5,11 +5,12 @@ import math
 import pytest
 import ray
 from ray._private.state import state
+from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 
 from dsmip.errors import UserError
 from ray_jobs import resources
-from ray_jobs.resources import NodeKind, Request, check_feasible
+from ray_jobs.resources import NodeKind, Request, check_feasible, nodes_on_their_way
 
 TWO_SMALL = [NodeKind({"CPU": 2.0}, 1.0), NodeKind({"CPU": 2.0, "GPU": 1.0}, 1.0)]
 UNLIMITED = [NodeKind({"CPU": 4.0}, math.inf)]  # a node type without a maximum
@@ -78,3 +79,20 @@ def test_the_autoscalers_limits_are_read(monkeypatch: pytest.MonkeyPatch) -> Non
     )  # on-premise: only its nodes tell what they have
     nodes.append({"Alive": True, "Resources": {"CPU": 3.0}, "Labels": {"ray.io/node-group": "local.cluster.node"}})
     assert [kind.resources for kind in resources.cluster_kinds()][:2] == [{"CPU": 1.0}, {"CPU": 3.0}]
+
+
+def test_nodes_on_their_way_are_counted_by_their_type() -> None:
+    def node(kind: str) -> NodeInfo:
+        return NodeInfo("m6i", kind, "i-1", "")
+
+    def launch(kind: str, count: int, state: LaunchRequest.Status) -> LaunchRequest:
+        return LaunchRequest("m6i", kind, count, state, request_ts_s=0)
+
+    pending, failed = LaunchRequest.Status.PENDING, LaunchRequest.Status.FAILED
+    assert nodes_on_their_way(ClusterStatus()) == ""
+    status = ClusterStatus(
+        pending_nodes=[node("gpu")], pending_launches=[launch("gpu", 1, pending), launch("cpu", 1, pending)]
+    )
+    assert nodes_on_their_way(status) == "1 cpu node, 2 gpu nodes"
+    status.failed_launches.append(launch("gpu", 3, failed))
+    assert nodes_on_their_way(status) == "1 cpu node, 2 gpu nodes (3 gpu nodes failed to start)"
