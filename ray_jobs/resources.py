@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray_jobs.environment import starts_own_cluster  # first: Ray reads its variables when it is imported
+
+# isort: split
 import ray
 from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from dsmip.errors import UserError
+from ray_jobs.node_types import configured_node_types
 
 _WAIT_LINE_SECONDS = 30.0
 _SLACK = 1e-6  # fractions of CPUs are floats
@@ -107,13 +111,23 @@ def _autoscaler_groups() -> dict[str, NodeKind]:
     """Node types by name. One without resources (on-premise machines) tells nothing of what its nodes have."""
     from ray._private.state import state  # the only place where Ray tells its node types' maxima
 
-    config: Any = state.get_cluster_config()
+    config: Any = state.get_cluster_config()  # written by managed platforms only
     if config is None:
-        return {}
+        return _configured_groups()
     return {
         group.name: NodeKind(dict(group.resources), _most_nodes(group, config.max_resources))
         for group in config.node_group_configs
         if group.resources
+    }
+
+
+def _configured_groups() -> dict[str, NodeKind]:
+    if starts_own_cluster():
+        return {}
+    return {
+        name: NodeKind(kind.resources, math.inf if kind.max_workers is None else kind.max_workers)
+        for name, kind in configured_node_types().items()
+        if kind.resources
     }
 
 

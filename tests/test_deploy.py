@@ -15,6 +15,7 @@ from kuberay import PersistentVolumeClaim, RayJob
 
 from dsmip.config import shipped_configs
 from ray_jobs.cli import app
+from ray_jobs.node_types import VARIABLE
 
 # isort: split
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -95,7 +96,7 @@ def test_a_stage_on_kuberay_is_a_rayjob_that_starts_with_no_worker(stage: str) -
     job = RayJob.model_validate(_built(stage))
     assert job.metadata.name == f"dsmip-{stage}"
     assert job.spec.shutdownAfterJobFinishes
-    RuntimeEnv(**yaml.safe_load(job.spec.runtimeEnvYAML))
+    runtime_env = RuntimeEnv(**yaml.safe_load(job.spec.runtimeEnvYAML))
     cluster = job.spec.rayClusterSpec
     assert cluster.rayVersion == RAY_VERSION
     assert cluster.enableInTreeAutoscaling
@@ -113,6 +114,17 @@ def test_a_stage_on_kuberay_is_a_rayjob_that_starts_with_no_worker(stage: str) -
         (shared,) = (mount.name for mount in container.volumeMounts if mount.mountPath == "/shared")
         assert claims[shared] is not None
         assert claims[shared].claimName == claim.metadata.name
+    node_types = {
+        group.groupName: {
+            "resources": {
+                name: int(limits[key]) for name, key in (("CPU", "cpu"), ("GPU", "nvidia.com/gpu")) if key in limits
+            },
+            "max_workers": group.maxReplicas,
+        }
+        for group in cluster.workerGroupSpecs
+        for limits in [group.template.spec.containers[0].resources.limits]
+    }
+    assert yaml.safe_load(runtime_env["env_vars"][VARIABLE]) == node_types
     on_gpu = cluster.workerGroupSpecs[1].template.spec
     assert on_gpu.containers[0].resources.limits["nvidia.com/gpu"] == "1"
     assert on_gpu.nodeSelector == {"karpenter.sh/capacity-type": "spot"}

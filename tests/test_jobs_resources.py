@@ -1,6 +1,8 @@
 """What a cluster can give: whole workers on whole nodes, those that its autoscaler may add included."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import ray
@@ -10,6 +12,7 @@ from ray.core.generated.autoscaler_pb2 import ClusterConfig
 
 from dsmip.errors import UserError
 from ray_jobs import resources
+from ray_jobs.node_types import VARIABLE
 from ray_jobs.resources import NodeKind, Request, check_feasible, nodes_on_their_way
 
 TWO_SMALL = [NodeKind({"CPU": 2.0}, 1.0), NodeKind({"CPU": 2.0, "GPU": 1.0}, 1.0)]
@@ -96,3 +99,21 @@ def test_nodes_on_their_way_are_counted_by_their_type() -> None:
     assert nodes_on_their_way(status) == "1 cpu node, 2 gpu nodes"
     status.failed_launches.append(launch("gpu", 3, failed))
     assert nodes_on_their_way(status) == "1 cpu node, 2 gpu nodes (3 gpu nodes failed to start)"
+
+
+def test_node_types_are_read_where_they_were_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From the file of `ray up` on a head, or from the variable; never for a cluster of this process."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(state, "get_cluster_config", lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert resources.cluster_kinds() == []
+    shutil.copy(Path(__file__).parents[1] / "cluster.yaml", tmp_path / "ray_bootstrap_config.yaml")
+    assert resources.cluster_kinds() == [NodeKind({"CPU": 16}, 8), NodeKind({"CPU": 8, "GPU": 1}, 4)]
+    monkeypatch.setenv(VARIABLE, "{small: {resources: {CPU: 2}, max_workers: 3}, any: {resources: {CPU: 1}}}")
+    assert resources.cluster_kinds() == [NodeKind({"CPU": 2}, 3), NodeKind({"CPU": 1}, math.inf)]
+    monkeypatch.setenv(VARIABLE, "{small: 3}")
+    with pytest.raises(UserError, match="the variable DSMIP_NODE_TYPES does not hold"):
+        resources.cluster_kinds()
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert resources.cluster_kinds() == []
