@@ -14,6 +14,7 @@ from ray_heads import Head, free_ports, running_head, wait_until
 from dsmip.config import ExperimentConfig
 from dsmip.runs import Run
 from dsmip.shards import Dataset
+from ray_jobs.node_types import VARIABLE
 
 # isort: split
 from ray.util import get_node_ip_address
@@ -42,24 +43,15 @@ def head(tmp_path: Path) -> Iterator[Head]:
             "disable_launch_config_check": True,
         },
         "auth": {},
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",  # the name that the fake provider gives its head
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "cpu": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
         },
-        **dict.fromkeys(("file_mounts",), {}),
-        **dict.fromkeys(
-            (
-                "cluster_synced_files",
-                "initialization_commands",
-                "setup_commands",
-                "head_setup_commands",
-                "worker_setup_commands",
-                "head_start_ray_commands",
-                "worker_start_ray_commands",
-            ),
-            [],
-        ),
+        "file_mounts": {},
+        **{f"{kind}_commands": [] for kind in ("initialization", "setup", "head_setup", "worker_setup")},
+        **{f"{kind}_start_ray_commands": [] for kind in ("head", "worker")},
+        "cluster_synced_files": [],
     }
     path = tmp_path / "autoscaler.json"
     path.write_text(json.dumps(config))
@@ -69,6 +61,7 @@ def head(tmp_path: Path) -> Iterator[Head]:
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+        VARIABLE: json.dumps({"cpu": config["available_node_types"]["cpu"]}),  # type: ignore[index]
     }
     with running_head(["--num-cpus", "0", "--autoscaling-config", str(path)], variables, gcs_port=port) as started:
         yield started
@@ -76,7 +69,8 @@ def head(tmp_path: Path) -> Iterator[Head]:
 
 def workers_of(head: Head) -> int:
     """How many worker nodes are alive."""
-    nodes = list_nodes(address=head.address, filters=[("state", "=", "ALIVE")], limit=100)
+    # raise_on_missing_output: a node that comes or goes while Ray counts is no mistake
+    nodes = list_nodes(address=head.address, filters=[("state", "=", "ALIVE")], raise_on_missing_output=False)
     return sum(not node.is_head_node for node in nodes)
 
 
@@ -89,7 +83,7 @@ def test_nodes_come_for_three_experts_work_and_go(
     assert workers_of(head) == 0
     ended = head.submit("too-large", *job, "--set", "parts.visual.resources.cpu=2")
     assert ended.exit_code == 2, ended.output
-    assert "visual asks 1 worker with 2 CPU each, which this cluster can never give" in ended.output
+    assert "visual asks 1 worker with 2 CPU each, which this cluster can never give" in ended.output, ended.output
     assert "biggest node has 1 CPU, all together have 3 CPU" in ended.output
     assert workers_of(head) == 0
 
@@ -98,7 +92,7 @@ def test_nodes_come_for_three_experts_work_and_go(
     while not (status := head.client.get_job_status("train")).is_terminal():
         most = max(most, workers_of(head))
         came.setdefault(most, time.monotonic() - started)
-        assert time.monotonic() - started < 300, head.client.get_job_logs("train")
+        assert time.monotonic() - started < 170, head.client.get_job_logs("train")
         time.sleep(0.5)
     log, trained = head.client.get_job_logs("train"), time.monotonic() - started
     assert status == "SUCCEEDED", log

@@ -34,11 +34,13 @@ def test_every_equation_has_a_place() -> None:
     assert covered == set(range(1, 21))
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/paper.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/paper.md", "docs/cluster.md"]
+)
 def test_files_and_configurations_that_a_text_names_exist(name: str) -> None:
     text = _text(name)
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
-    paths = re.findall(r"\b((?:ray_jobs|data_prep|dsmip|tests|tools|docs)/[\w/]*\w\.\w+)", text)
+    paths = re.findall(r"\b((?:ray_jobs|data_prep|dsmip|tests|tools|docs|deploy)/[\w/]*\w\.\w+)", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
     assert set(re.findall(r"--config (\w+)", text)) <= set(shipped_configs())
