@@ -2,13 +2,20 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray_jobs.environment import starts_own_cluster  # first: Ray reads its variables when it is imported
+
+# isort: split
 import ray
+from ray.autoscaler.v2.schema import ClusterStatus
+from ray.autoscaler.v2.sdk import get_cluster_status
 
 from dsmip.errors import UserError
+from ray_jobs.node_types import configured_node_types
 
 _WAIT_LINE_SECONDS = 30.0
 _SLACK = 1e-6  # fractions of CPUs are floats
@@ -58,11 +65,21 @@ def check_feasible(requests: Sequence[Request]) -> None:
 
 
 def describe_wait(waiting: Sequence[Request]) -> str:
-    """One line: who waits, what they ask, what is free."""
+    """One line: who waits, what they ask, what is free, and which nodes are awaited."""
     asked = "; ".join(str(request) for request in waiting)
-    return (
-        f"waiting to start: {asked}; free: {_amounts(ray.available_resources())} of {_amounts(ray.cluster_resources())}"
-    )
+    free = f"{_amounts(ray.available_resources())} of {_amounts(ray.cluster_resources())}"
+    awaited = nodes_on_their_way(get_cluster_status(ray.get_runtime_context().gcs_address))
+    return f"waiting to start: {asked}; free: {free}; awaited: {awaited or 'no node'}"
+
+
+def nodes_on_their_way(status: ClusterStatus) -> str:
+    """Nodes that the autoscaler starts or failed to start, as `2 gpu nodes (1 cpu node failed to start)`; may be ''."""
+    coming = Counter(node.ray_node_type_name for node in status.pending_nodes)
+    failed: Counter[str] = Counter()
+    for count, launches in ((coming, status.pending_launches), (failed, status.failed_launches)):
+        for launch in launches:
+            count[launch.ray_node_type_name] += launch.count
+    return _nodes(coming) + (f" ({_nodes(failed)} failed to start)" if failed else "")
 
 
 class WaitingLine:
@@ -91,14 +108,26 @@ def cluster_kinds() -> list[NodeKind]:
 
 
 def _autoscaler_groups() -> dict[str, NodeKind]:
+    """Node types by name. One without resources (on-premise machines) tells nothing of what its nodes have."""
     from ray._private.state import state  # the only place where Ray tells its node types' maxima
 
-    config: Any = state.get_cluster_config()
+    config: Any = state.get_cluster_config()  # written by managed platforms only
     if config is None:
-        return {}
+        return _configured_groups()
     return {
         group.name: NodeKind(dict(group.resources), _most_nodes(group, config.max_resources))
         for group in config.node_group_configs
+        if group.resources
+    }
+
+
+def _configured_groups() -> dict[str, NodeKind]:
+    if starts_own_cluster():
+        return {}
+    return {
+        name: NodeKind(kind.resources, math.inf if kind.max_workers is None else kind.max_workers)
+        for name, kind in configured_node_types().items()
+        if kind.resources
     }
 
 
@@ -108,6 +137,10 @@ def _most_nodes(group: Any, max_resources: Mapping[str, float]) -> float:
         max_resources[name] // amount for name, amount in group.resources.items() if amount and name in max_resources
     ]
     return float(min(math.inf if group.max_count < 0 else group.max_count, *limits, math.inf))
+
+
+def _nodes(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name} node{'s' * (count > 1)}" for name, count in sorted(counts.items()))
 
 
 def _size(resources: Mapping[str, float]) -> tuple[float, float]:

@@ -1,15 +1,19 @@
 """What a cluster can give: whole workers on whole nodes, those that its autoscaler may add included."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import ray
 from ray._private.state import state
+from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 
 from dsmip.errors import UserError
 from ray_jobs import resources
-from ray_jobs.resources import NodeKind, Request, check_feasible
+from ray_jobs.node_types import VARIABLE
+from ray_jobs.resources import NodeKind, Request, check_feasible, nodes_on_their_way
 
 TWO_SMALL = [NodeKind({"CPU": 2.0}, 1.0), NodeKind({"CPU": 2.0, "GPU": 1.0}, 1.0)]
 UNLIMITED = [NodeKind({"CPU": 4.0}, math.inf)]  # a node type without a maximum
@@ -73,3 +77,43 @@ def test_the_autoscalers_limits_are_read(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [kind.count for kind in kinds] == [2, 3, 0]
     del config.max_resources["CPU"]
     assert [kind.count for kind in resources.cluster_kinds()] == [1, math.inf, 3, 5]
+    config.node_group_configs.add(
+        name="local.cluster.node", max_count=2
+    )  # on-premise: only its nodes tell what they have
+    nodes.append({"Alive": True, "Resources": {"CPU": 3.0}, "Labels": {"ray.io/node-group": "local.cluster.node"}})
+    assert [kind.resources for kind in resources.cluster_kinds()][:2] == [{"CPU": 1.0}, {"CPU": 3.0}]
+
+
+def test_nodes_on_their_way_are_counted_by_their_type() -> None:
+    def node(kind: str) -> NodeInfo:
+        return NodeInfo("m6i", kind, "i-1", "")
+
+    def launch(kind: str, count: int, state: LaunchRequest.Status) -> LaunchRequest:
+        return LaunchRequest("m6i", kind, count, state, request_ts_s=0)
+
+    pending, failed = LaunchRequest.Status.PENDING, LaunchRequest.Status.FAILED
+    assert nodes_on_their_way(ClusterStatus()) == ""
+    status = ClusterStatus(
+        pending_nodes=[node("gpu")], pending_launches=[launch("gpu", 1, pending), launch("cpu", 1, pending)]
+    )
+    assert nodes_on_their_way(status) == "1 cpu node, 2 gpu nodes"
+    status.failed_launches.append(launch("gpu", 3, failed))
+    assert nodes_on_their_way(status) == "1 cpu node, 2 gpu nodes (3 gpu nodes failed to start)"
+
+
+def test_node_types_are_read_where_they_were_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From the file of `ray up` on a head, or from the variable; never for a cluster of this process."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(state, "get_cluster_config", lambda: None)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert resources.cluster_kinds() == []
+    shutil.copy(Path(__file__).parents[1] / "cluster.yaml", tmp_path / "ray_bootstrap_config.yaml")
+    assert resources.cluster_kinds() == [NodeKind({"CPU": 16}, 8), NodeKind({"CPU": 8, "GPU": 1}, 4)]
+    monkeypatch.setenv(VARIABLE, "{small: {resources: {CPU: 2}, max_workers: 3}, any: {resources: {CPU: 1}}}")
+    assert resources.cluster_kinds() == [NodeKind({"CPU": 2}, 3), NodeKind({"CPU": 1}, math.inf)]
+    monkeypatch.setenv(VARIABLE, "{small: 3}")
+    with pytest.raises(UserError, match="the variable DSMIP_NODE_TYPES does not hold"):
+        resources.cluster_kinds()
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert resources.cluster_kinds() == []

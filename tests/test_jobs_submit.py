@@ -1,116 +1,100 @@
-"""The way to a cluster: a real head with ports of its own, and a job file submitted to it from the checkout."""
+"""The way to a cluster: a real head with ports of its own, and every stage submitted to it from the checkout."""
 
-import contextlib
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_heads import Head, running_head, wait_until
 
-import ray_jobs.environment  # noqa: F401  (before Ray is imported)
-from dsmip.config import ExperimentConfig, merged
+from dsmip.config import ExperimentConfig, TuneConfig, merged
+from dsmip.local import LocalContext
 from dsmip.runs import Run
 from dsmip.shards import Dataset
-
-ROOT = Path(__file__).parents[1]
-START_SECONDS = 90.0
+from dsmip.stages import train_part
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with running_head(["--num-cpus", "4"]) as started:
+        yield started
 
 
-def processes_of(folder: Path) -> list[int]:
-    """Ids of processes that name the folder on their command line: a head's, wherever they were started."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-    return found
+def two_experts(config: ExperimentConfig, epochs: int) -> ExperimentConfig:
+    experts = {name: config.system.experts[name] for name in ("text", "multimodal")}  # type: ignore[attr-defined]
+    system = config.system.model_copy(update={"experts": experts, "use": ("text", "multimodal")})
+    return merged(config, {"train": {"epochs": epochs}, "system": config.system}).model_copy(update={"system": system})
 
 
-@pytest.fixture
-def dashboard() -> Iterator[str]:
-    """Address of a running head's dashboard."""
-    folder = Path(tempfile.mkdtemp(prefix="dj"))
-    gcs, port, agent, client = free_ports(4)
-    binaries = Path(sys.executable).parent
-    variables = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    variables.pop("RAY_ADDRESS", None)
-    ports = (
-        f"--port {gcs} --dashboard-port {port} --dashboard-agent-listen-port {agent} --ray-client-server-port {client}"
-    )
-    command = f"{binaries / 'ray'} start --head --block {ports} --temp-dir {folder} --num-cpus 2"
-    with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            command.split(), stdout=log, stderr=log, env=variables, cwd=folder, start_new_session=True
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
-                break
-            except OSError:
-                assert head.poll() is None, (folder / "head.log").read_text()
-                assert time.monotonic() < deadline, "the head did not start"
-                time.sleep(0.5)
-        yield address
-    finally:
-        for process in processes_of(folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        head.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+def train_options(config: ExperimentConfig, data: Dataset, folder: Path) -> list[str]:
+    path = folder / "config.yaml"
+    path.write_text(config.to_yaml())
+    return ["--config", str(path), "--data", str(data.folder), "--run", str(folder / "run")]
 
 
-def submit(dashboard: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit` from the checkout. A head that has just started may have no agent yet: tried again then."""
-    ray = Path(sys.executable).parent / "ray"
-    command = [str(ray), "job", "submit", "--working-dir", ".", "--", "python", *arguments]
-    variables = {**os.environ, "RAY_API_SERVER_ADDRESS": dashboard}
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        ended = subprocess.run(
-            command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=400, check=False
-        )
-        if "No available agent" not in ended.stdout + ended.stderr or time.monotonic() > deadline:
-            return ended
+def finished(folder: Path) -> list[str]:
+    run = Run.open(folder)
+    return [part for part in run.part_names if run.is_finished(part)]
 
 
-def test_a_submitted_training_succeeds_and_a_wrong_one_says_why(
-    dashboard: str, tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
+def test_a_stopped_training_goes_on_where_it_was(
+    head: Head, tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
 ) -> None:
-    experts = {name: small_config.system.experts[name] for name in ("text", "multimodal")}  # type: ignore[attr-defined]
-    system = small_config.system.model_copy(update={"experts": experts, "use": ("text", "multimodal")})
-    config = merged(small_config, {"train": {"epochs": 1}, "system": small_config.system})
-    path = tmp_path / "config.yaml"
-    path.write_text(config.model_copy(update={"system": system}).to_yaml())
-    options = ["--config", str(path), "--data", str(small_data.folder), "--run", str(tmp_path / "run")]
+    options = train_options(two_experts(small_config, epochs=60), small_data, tmp_path)
+    head.start("stopped", "ray_jobs/train_experts.py", *options)
+    seen = re.compile(r"^  text +epoch +[1-9]", flags=re.M)
+    wait_until(lambda: bool(seen.search(head.client.get_job_logs("stopped"))), 120, "no epoch ended")
+    assert head.ray("job", "stop", "stopped").returncode == 0
+    wait_until(lambda: head.client.get_job_status("stopped").is_terminal(), 60, "the job did not stop")
+    assert head.client.get_job_status("stopped") == "STOPPED"
+    assert "text" not in finished(tmp_path / "run")
 
-    ended = submit(dashboard, "ray_jobs/train_experts.py", *options)
-    assert "succeeded" in ended.stdout, ended.stdout + ended.stderr
-    assert ended.returncode == 0
-    run = Run.open(tmp_path / "run")
-    assert [part for part in run.part_names if run.is_finished(part)] == ["text", "multimodal"]
+    ended = head.submit("resumed", "ray_jobs/train_experts.py", *options)
+    assert (ended.cli_code, ended.exit_code) == (0, 0), ended.output
+    assert "succeeded" in ended.output
+    assert re.search(r"^  text +epoch +60 ", ended.output, flags=re.M), "the log was not streamed"
+    assert not re.search(r"^  text +epoch +1 ", ended.output, flags=re.M), "it began anew"
+    assert finished(tmp_path / "run") == ["text", "multimodal"]
+    assert [row["epoch"] for row in Run.open(tmp_path / "run").part_report("text")["history"]] == list(range(60))
 
-    ended = submit(dashboard, "ray_jobs/train_experts.py", *options, "--set", "train.epocs=1")
-    assert ended.returncode == 1
-    assert "did you mean 'epochs'" in ended.stdout
-    assert "exit code 2" in ended.stdout + ended.stderr
+
+def test_a_mistake_has_its_own_exit_code(
+    head: Head, tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
+) -> None:
+    options = train_options(small_config, small_data, tmp_path)
+    ended = head.submit("mistake", "ray_jobs/train_experts.py", *options, "--set", "train.epocs=1")
+    assert (ended.cli_code, ended.exit_code) == (1, 2), ended.output  # the command line knows only 0 and 1
+    assert "did you mean 'epochs'" in ended.output
+    assert "exit code 2" in ended.output
+
+
+def test_preparation_is_submitted(head: Head, tmp_path: Path, small_data: Dataset) -> None:
+    release = small_data.folder.parent / "release"
+    ended = head.submit("prepare", "ray_jobs/prepare.py", str(release), str(tmp_path / "data"), "--ray")
+    assert ended.exit_code == 0, ended.output
+    assert Dataset.open(tmp_path / "data").manifest.entities == small_data.manifest.entities
+
+
+def test_stage_two_and_evaluation_are_submitted(
+    head: Head, tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
+) -> None:
+    tune = TuneConfig(
+        trials=2,
+        rungs=(1,),
+        reduction=2,
+        resources={"cpu": 1},
+        space={"system.gate.temperature": {"values": [0.1, 0.5, 1.0]}},
+        train={"epochs": 1},
+    )
+    config = two_experts(small_config, epochs=1).model_copy(update={"tune": tune})
+    run = Run.create(tmp_path / "run", config, small_data)
+    for part in run.part_names:
+        train_part(run, part, LocalContext(tmp_path / f"checkpoints-{part}"))
+    ended = head.submit("tune", "ray_jobs/tune_gate.py", "--run", str(run.folder))
+    assert ended.exit_code == 0, ended.output
+    assert run.is_finished("dsmip")
+    ended = head.submit("evaluate", "ray_jobs/evaluate.py", "--run", str(run.folder), "--workers", "2")
+    assert ended.exit_code == 0, ended.output
+    assert (run.folder / "evaluate" / "test" / "dsmip" / "metrics.json").is_file()

@@ -20,6 +20,7 @@ from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import train_part
 from dsmip.watch import StepFigures
+from ray_jobs import resources
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display
@@ -114,6 +115,48 @@ def test_experts_train_side_by_side_and_finished_ones_are_kept(
     assert (run.folder / "text" / "weights.safetensors").stat().st_mtime_ns == weights
 
 
+def keep_times(context: RayContext, settings: Mapping[str, Any]) -> None:
+    """Notes when it starts and, after every worker of this training has started, when it ends."""
+    context.step_done(0, 0, 1, 0.0)
+    with Path(settings["log"]).open("a") as stream:
+        stream.write(f"start {settings['name']}\n")
+    context.epoch_done({"epoch": 0, "loss": 0.0}, None)  # waits for the others
+    with Path(settings["log"]).open("a") as stream:
+        stream.write(f"end {settings['name']}\n")
+
+
+@pytest.mark.slow
+def test_three_trainings_that_fit_only_one_at_a_time_queue_and_all_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers with 2 CPUs on 4 CPUs: were workers placed one by one, two trainings could hold one each for ever."""
+    monkeypatch.setattr(resources, "_WAIT_LINE_SECONDS", 1.0)
+    log, display = tmp_path / "log", Lines()
+    trainings = [
+        Training(
+            name,
+            keep_times,
+            {"name": name, "log": str(log)},
+            1,
+            tmp_path / "ray",
+            workers=2,
+            resources=Resources(cpu=2),
+        )
+        for name in ("a", "b", "c")
+    ]
+    run_trainings(trainings, display)
+    lines = log.read_text().split("\n")[:-1]
+    order = [line.split()[1] for line in lines[::4]]
+    assert sorted(order) == ["a", "b", "c"]
+    expected = [f"{what} {name}" for name in order for what in ("start", "start", "end", "end")]
+    assert [line.split()[1] for line in lines] == [line.split()[1] for line in expected]  # one after the other
+    waits = [line for line in display.lines if "waiting to start" in line]
+    assert any(
+        f"{order[-1]} asks 2 workers with 2 CPU each" in line and "free: 0 CPU of 4 CPU" in line for line in waits
+    )
+    assert all(line.endswith("awaited: no node") for line in waits)
+
+
 @pytest.mark.slow
 def test_two_workers_train_a_part_as_one_does(
     tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
@@ -141,4 +184,4 @@ def test_a_request_that_can_never_be_fulfilled_ends_at_once(tmp_path: Path) -> N
 def test_the_waiting_line_says_who_asks_what() -> None:
     line = describe_wait([Request("visual", 2, 1.5, 1)])
     assert line.startswith("waiting to start: visual asks 2 workers with 1.5 CPU and 1 GPU each; free: ")
-    assert line.endswith(" of 4 CPU")
+    assert line.endswith(" of 4 CPU; awaited: no node")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.refresh_pins import BUILD, PACKAGES, pins_of, with_pins, with_ray_version
+from tools.refresh_pins import BUILD, CLUSTER_FILES, PACKAGES, pins_of, with_pins, with_ray_version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -69,8 +69,14 @@ def test_with_pins_replaces_one_list_and_nothing_else() -> None:
         with_pins("[project]\n", PACKAGES, [])
 
 
-def test_the_cluster_follows_the_ray_version() -> None:
-    cluster = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+def test_every_cluster_file_follows_the_ray_version() -> None:
     (ray,) = (pin for pin in PINS if pin.startswith("ray=="))
-    assert with_ray_version(cluster, PINS) == cluster
-    assert with_ray_version(cluster, ["ray==9.9.9"]) == cluster.replace(ray.removeprefix("ray=="), "9.9.9")
+    version = ray.removeprefix("ray==")
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "deploy").rglob("*") if path.is_file()}
+    naming = {str(path.relative_to(ROOT)) for path, text in texts.items() if version in text}
+    assert {*naming, "cluster.yaml"} == set(CLUSTER_FILES)
+    for name in CLUSTER_FILES:
+        cluster = (ROOT / name).read_text(encoding="utf-8")
+        assert with_ray_version(cluster, PINS) == cluster
+        assert with_ray_version(cluster, ["ray==9.9.9"]) == cluster.replace(version, "9.9.9")
+        assert version in cluster

@@ -3,7 +3,7 @@
     uv run python tools/refresh_pins.py           # newest versions that fit together
     uv run python tools/refresh_pins.py --keep    # present pins stay; new dependencies are pinned, unused pins go
 
-The floors in `dependencies` are not touched. cluster.yaml follows the Ray version. Run `uv sync` afterwards.
+The floors in `dependencies` are not touched. The cluster files follow the Ray version. Run `uv sync` afterwards.
 """
 
 import re
@@ -17,22 +17,25 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
 PACKAGES, BUILD = "constraint-dependencies", "build-constraint-dependencies"
+CLUSTER_FILES = ("cluster.yaml", "deploy/onprem.yaml", "deploy/Dockerfile", "deploy/kuberay/base/rayjob.yaml")
 _PLAIN = ("--no-annotate", "--no-header", "--no-emit-index-url")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Resolves in a temporary folder, then rewrites pyproject.toml and cluster.yaml."""
+    """Resolves in a temporary folder, then rewrites pyproject.toml and the cluster files."""
     if arguments not in ([], ["--keep"]):
         sys.exit(__doc__)
     keep = bool(arguments)
-    project, cluster = ROOT / "pyproject.toml", ROOT / "cluster.yaml"
+    project = ROOT / "pyproject.toml"
     text = project.read_text(encoding="utf-8")
     bare = text if keep else with_pins(with_pins(text, PACKAGES, []), BUILD, [])
     with TemporaryDirectory() as folder:
         packages = _package_pins(bare, Path(folder), keep=keep)
         build = _build_pins(bare, Path(folder))
     project.write_text(with_pins(with_pins(text, PACKAGES, packages), BUILD, build), encoding="utf-8")
-    cluster.write_text(with_ray_version(cluster.read_text(encoding="utf-8"), packages), encoding="utf-8")
+    for name in CLUSTER_FILES:
+        cluster = ROOT / name
+        cluster.write_text(with_ray_version(cluster.read_text(encoding="utf-8"), packages), encoding="utf-8")
     print(f"pinned {len(packages)} packages and {len(build)} for the build; run uv sync")
 
 
@@ -63,9 +66,9 @@ def with_pins(text: str, key: str, pins: Sequence[str]) -> str:
 
 
 def with_ray_version(cluster: str, pins: Sequence[str]) -> str:
-    """cluster.yaml's text with the pinned Ray version in its images' tags."""
+    """A cluster file's text with the pinned Ray version in its images' tags and in KubeRay's `rayVersion`."""
     (version,) = (pin.removeprefix("ray==") for pin in pins if pin.startswith("ray=="))
-    return re.sub(r"(rayproject/ray:)\d+(?:\.\d+)+", rf"\g<1>{version}", cluster)
+    return re.sub(r"(rayproject/ray:|rayVersion: \")\d+(?:\.\d+)+", rf"\g<1>{version}", cluster)
 
 
 def _package_pins(project: str, folder: Path, *, keep: bool) -> list[str]:

@@ -1,0 +1,158 @@
+"""The cluster files: valid by Ray's own schema or KubeRay's resources, scaled from nothing, their commands exist."""
+
+import copy
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+from kuberay import PersistentVolumeClaim, RayJob
+
+from dsmip.config import shipped_configs
+from ray_jobs.cli import app
+from ray_jobs.node_types import VARIABLE
+
+# isort: split
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
+
+ROOT = Path(__file__).parents[1]
+KUBERAY = ROOT / "deploy" / "kuberay"
+STAGES = ("prepare", "train", "tune", "evaluate")
+PINS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]["constraint-dependencies"]
+RAY_VERSION = next(pin.removeprefix("ray==") for pin in PINS if pin.startswith("ray=="))
+
+
+def _tree(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _prepared(name: str) -> dict[str, Any]:
+    """A cluster launcher's file, filled in and checked as `ray up` does it."""
+    config: dict[str, Any] = prepare_config(copy.deepcopy(_tree(ROOT / name)))
+    validate_config(config)
+    return config
+
+
+def _built(stage: str) -> dict[str, Any]:
+    """A stage's RayJob as `kubectl kustomize` builds it: base, then `replace` patches, then images."""
+    base = _tree(KUBERAY / "base" / "kustomization.yaml")
+    (resource,) = base["resources"]
+    text = (KUBERAY / "base" / resource).read_text(encoding="utf-8")
+    for image in base["images"]:
+        text = text.replace(f"image: {image['name']}\n", f"image: {image['newName']}:{image['newTag']}\n")
+    job: dict[str, Any] = yaml.safe_load(text)
+    (patch,) = _tree(KUBERAY / stage / "kustomization.yaml")["patches"]
+    for change in yaml.safe_load(patch["patch"]):
+        assert change["op"] == "replace"
+        *parents, key = change["path"].strip("/").split("/")
+        place = job
+        for parent in parents:
+            place = place[parent]
+        assert key in place
+        place[key] = change["value"]
+    return job
+
+
+def test_the_cluster_file_starts_with_no_worker_and_rents_gpus_on_the_spot_market() -> None:
+    config = _prepared("cluster.yaml")
+    assert config["docker"]["image"].startswith(f"rayproject/ray:{RAY_VERSION}-")
+    groups = {name: kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]}
+    assert sorted(groups) == ["cpu", "gpu"]
+    assert {kind["min_workers"] for kind in groups.values()} == {0}
+    assert all(0 < kind["max_workers"] <= config["max_workers"] for kind in groups.values())
+    assert [name for name, kind in groups.items() if kind["resources"].get("GPU")] == ["gpu"]
+    assert groups["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in config["available_node_types"]["head"]["node_config"]
+    assert groups["gpu"]["docker"]["worker_image"] == f"{config['docker']['image']}-gpu"
+    assert "-v /shared:/shared" in config["docker"]["run_options"]
+
+
+def test_the_schema_refuses_an_unknown_key() -> None:
+    config = _tree(ROOT / "cluster.yaml")
+    config["available_node_types"]["gpu"]["max_worker"] = 3
+    with pytest.raises(Exception, match="max_worker"):
+        validate_config(prepare_config(config))
+
+
+def test_the_on_premise_file_is_valid_and_its_machines_join_at_once() -> None:
+    config = _prepared("deploy/onprem.yaml")
+    (kind,) = config["available_node_types"].values()
+    assert kind["min_workers"] == kind["max_workers"] == len(config["provider"]["worker_ips"])
+    aws = _tree(ROOT / "cluster.yaml")
+    assert config["docker"]["image"] == aws["available_node_types"]["gpu"]["docker"]["worker_image"]
+    assert {key: config[key] for key in ("file_mounts", "setup_commands")} == {
+        key: aws[key] for key in ("file_mounts", "setup_commands")
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_on_kuberay_is_a_rayjob_that_starts_with_no_worker(stage: str) -> None:
+    job = RayJob.model_validate(_built(stage))
+    assert job.metadata.name == f"dsmip-{stage}"
+    assert job.spec.shutdownAfterJobFinishes
+    runtime_env = RuntimeEnv(**yaml.safe_load(job.spec.runtimeEnvYAML))
+    cluster = job.spec.rayClusterSpec
+    assert cluster.rayVersion == RAY_VERSION
+    assert cluster.enableInTreeAutoscaling
+    assert cluster.headGroupSpec.rayStartParams["num-cpus"] == "0"
+    assert [group.groupName for group in cluster.workerGroupSpecs] == ["cpu", "gpu"]
+    assert all(group.replicas == group.minReplicas == 0 < group.maxReplicas for group in cluster.workerGroupSpecs)
+    claim = PersistentVolumeClaim.model_validate(_tree(KUBERAY / "shared.yaml"))
+    assert claim.spec.accessModes == ["ReadWriteMany"]
+    for group in (cluster.headGroupSpec, *cluster.workerGroupSpecs):
+        pod = group.template.spec
+        (container,) = pod.containers
+        assert container.resources.requests == container.resources.limits
+        assert {mount.name for mount in container.volumeMounts} == {volume.name for volume in pod.volumes}
+        claims = {volume.name: volume.persistentVolumeClaim for volume in pod.volumes}
+        (shared,) = (mount.name for mount in container.volumeMounts if mount.mountPath == "/shared")
+        assert claims[shared] is not None
+        assert claims[shared].claimName == claim.metadata.name
+    node_types = {
+        group.groupName: {
+            "resources": {
+                name: int(limits[key]) for name, key in (("CPU", "cpu"), ("GPU", "nvidia.com/gpu")) if key in limits
+            },
+            "max_workers": group.maxReplicas,
+        }
+        for group in cluster.workerGroupSpecs
+        for limits in [group.template.spec.containers[0].resources.limits]
+    }
+    assert yaml.safe_load(runtime_env["env_vars"][VARIABLE]) == node_types
+    on_gpu = cluster.workerGroupSpecs[1].template.spec
+    assert on_gpu.containers[0].resources.limits["nvidia.com/gpu"] == "1"
+    assert on_gpu.nodeSelector == {"karpenter.sh/capacity-type": "spot"}
+
+    program, command, *arguments = shlex.split(job.spec.entrypoint)
+    assert (program, command) == ("dsmip", stage)
+    context = typer.main.get_command(app).commands[command].make_context(command, list(arguments))  # type: ignore[attr-defined]
+    assert context.params.get("config") in {None, *shipped_configs()}
+    assert all(str(path).startswith("/shared/") for path in context.params.values() if isinstance(path, Path))
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+def test_kubectl_builds_the_same() -> None:
+    for stage in STAGES:
+        command = ["kubectl", "kustomize", str(KUBERAY / stage)]
+        built = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert yaml.safe_load(built) == _built(stage)
+
+
+def test_the_image_holds_what_the_package_needs() -> None:
+    """The Dockerfile copies each package, and every file that building it reads."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    lines = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = {word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]}
+    assert copied == {*packages, "pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    assert f"FROM rayproject/ray:{RAY_VERSION}-py311" in lines
+
+
+def test_the_runtime_environment_is_rays() -> None:
+    RuntimeEnv(**_tree(ROOT / "deploy" / "runtime_env.yaml"))
