@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NARROW_BACKBONE
-from test_jobs_submit import processes_of
+from ray_heads import processes_of
 from typer.testing import CliRunner, Result
 
 from dsmip.config import ExperimentConfig
