@@ -71,7 +71,7 @@ def test_builders_make_what_one_process_makes(run: Run) -> None:
     expected = hashes(pieces.finish())
     assert len(expected) == 4 + 2
     shutil.rmtree(pieces.files.index)
-    lossy = LosesABuilder(pieces.files, pieces.kb_features, pieces.slices, pieces.num_mentions)
+    lossy = LosesABuilder(pieces.files, pieces.slices, pieces.num_mentions)
     build_on_ray(lossy, 2, gpu=False, display=Display())
     assert not lossy.missing
     assert hashes(lossy.finish()) == expected
@@ -87,7 +87,7 @@ class Damaged(Pieces):
 
 def test_a_users_mistake_comes_from_a_builder_as_it_is(run: Run) -> None:
     pieces = plan_pieces(run, "test", "multimodal", slice_rows=6)
-    damaged = Damaged(pieces.files, pieces.kb_features, pieces.slices, pieces.num_mentions)
+    damaged = Damaged(pieces.files, pieces.slices, pieces.num_mentions)
     with pytest.raises(UserError, match=r"^no room for (test|slice-00000[01])\.safetensors$"):
         build_on_ray(damaged, 2, gpu=False, display=Display())
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation import merge_rankings, prepare_in_tiles, rank
-from dsmip.index import EntityIndex, build_index
+from dsmip.index import EntityIndex, finish_index, index_slices
 from dsmip.missing_pictures import prepare_entities, without_picture
 from dsmip.models.base import Matcher
 from dsmip.models.dsmip import Dsmip
@@ -35,7 +35,10 @@ def kb_features(config: ExperimentConfig) -> Table:
 
 
 def index_of(matcher: Matcher, kb: Table, folder: Path) -> EntityIndex:
-    return build_index(folder, {}, len(kb), lambda rows: prepare_entities(matcher, kb, rows, CPU), slice_rows=293)
+    slices = index_slices(folder, len(kb), slice_rows=293)
+    for path, rows in slices.items():
+        prepare_entities(matcher, kb, rows, CPU).save(path)
+    return finish_index(folder, {}, slices)
 
 
 def test_who_has_no_picture(small_config: ExperimentConfig) -> None:
