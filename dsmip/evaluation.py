@@ -243,7 +243,7 @@ class _Tiles:
 
         Pairs that are certainly below the `floor` may have -inf for a score.
         """
-        mentions = self.mentions.rows(slice(start, start + self.size.mentions)).to(self.device)
+        mentions = self.mentions.take(slice(start, start + self.size.mentions)).to(self.device)
         if floor is not None:
             mentions = self.matcher.with_bounds(mentions)
         totals, choices, counts, first = [], [], [], 0
@@ -355,7 +355,8 @@ def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
     rows_MC = torch.cat([part.top_row_Mk for part in parts], dim=1)
     scores_MC = torch.cat([part.top_score_Mk for part in parts], dim=1)
     top = ops.merge_top_k(scores_MC, rows_MC, top_k)
-    place_MK = (rows_MC[:, None, :] == top.rows_MK[:, :, None]).int().argmax(dim=2)
+    by_row_MC = rows_MC.argsort(dim=1)
+    place_MK = by_row_MC.gather(1, torch.searchsorted(rows_MC.gather(1, by_row_MC), top.rows_MK.contiguous()))
     gold, top_choice = (
         [value for part in parts if (value := getattr(part, name)) is not None]
         for name in ("chosen_gold_M", "chosen_top_Mk")
