@@ -243,13 +243,13 @@ class _Tiles:
 
         Pairs that are certainly below the `floor` may have -inf for a score.
         """
-        mentions = self.mentions.rows(slice(start, start + self.size.mentions)).to(self.device)
+        mentions = self.mentions.take(slice(start, start + self.size.mentions)).to(self.device)
         if floor is not None:
             mentions = self.matcher.with_bounds(mentions)
         totals, choices, counts, first = [], [], [], 0
         for entities in self._entity_tiles(floor):
             for scores in self._score_fitting(mentions, entities, floor):
-                _refuse_broken(scores, start, self.index.first_row + first)
+                _refuse_broken(scores, start, self.index.first_row + first, pruned=floor is not None)
                 first += scores.total_ME.shape[1]
                 totals.append(scores.total_ME)
                 if scores.chosen_ME is not None:
@@ -323,11 +323,15 @@ def check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) ->
         raise ValueError(f"mention {mention}: its gold, kb row {row}, is not in the index, and its score is not given")
 
 
-def _refuse_broken(scores: Scores, first_mention: int, first_row: int) -> None:
-    broken_ME = scores.total_ME.isnan() | (scores.total_ME == torch.inf)  # -inf: pruned
+def _refuse_broken(scores: Scores, first_mention: int, first_row: int, *, pruned: bool) -> None:
+    """Raises NotRankable for a score that is no number; -inf is one only of pairs that were pruned."""
+    broken_ME = ~scores.total_ME.isfinite()
+    if pruned:
+        broken_ME &= scores.total_ME != -torch.inf
     if bool(broken_ME.any()):
         mention, entity = broken_ME.nonzero()[0].tolist()
-        raise NotRankable(first_mention + mention, first_row + entity, scores.broken_part(mention, entity))
+        part = None if scores.total_ME[mention, entity] == -torch.inf else scores.broken_part(mention, entity)
+        raise NotRankable(first_mention + mention, first_row + entity, part)
 
 
 def _ranking(columns: Mapping[str, Tensor], first_row: int, close: Refinement | float) -> Ranking:
@@ -355,7 +359,8 @@ def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
     rows_MC = torch.cat([part.top_row_Mk for part in parts], dim=1)
     scores_MC = torch.cat([part.top_score_Mk for part in parts], dim=1)
     top = ops.merge_top_k(scores_MC, rows_MC, top_k)
-    place_MK = (rows_MC[:, None, :] == top.rows_MK[:, :, None]).int().argmax(dim=2)
+    by_row_MC = rows_MC.argsort(dim=1)
+    place_MK = by_row_MC.gather(1, torch.searchsorted(rows_MC.gather(1, by_row_MC), top.rows_MK.contiguous()))
     gold, top_choice = (
         [value for part in parts if (value := getattr(part, name)) is not None]
         for name in ("chosen_gold_M", "chosen_top_Mk")

@@ -80,7 +80,7 @@ class EntityIndex:
             raise UserError(f"no index at {folder} (no {MANIFEST})")
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            found = stored["made_from"]
+            found = dict(stored["made_from"])
             slices = [(entry["file"], entry["bytes"], entry["rows"]) for entry in stored["slices"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error!r}); delete the folder to build the index again") from error
@@ -92,11 +92,7 @@ class EntityIndex:
             if size != num_bytes:
                 state = "is missing" if size is None else f"has {size} bytes instead of {num_bytes}"
                 raise UserError(f"{folder / name} {state}; delete {folder} to build the index again")
-        tables = [Table.load(folder / name) for name, _, _ in slices]
-        for table, (name, _, num_rows) in zip(tables, slices, strict=True):
-            if len(table) != num_rows:
-                raise UserError(f"{folder / name} has {len(table)} entities instead of {num_rows}; delete {folder}")
-        return EntityIndex(tables)
+        return EntityIndex([_load_slice(folder / name, num_rows) for name, _, num_rows in slices])
 
 
 def index_slices(folder: Path, num_entities: int, slice_rows: int = SLICE_ROWS) -> dict[Path, range]:
@@ -116,16 +112,23 @@ def finish_index(folder: Path, made_from: dict[str, Any], slices: Mapping[Path, 
     """
     if not (folder / MANIFEST).is_file():
         for path, rows in slices.items():
-            try:
-                num_rows = len(Table.load(path))
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"{path} is missing or damaged ({error}); delete it and build the index again"
-                ) from error
-            if num_rows != len(rows):
-                raise UserError(f"{path} has {num_rows} entities instead of {len(rows)}; delete it and build it again")
+            _load_slice(path, len(rows))
         entries = [
             {"file": path.name, "rows": len(rows), "bytes": path.stat().st_size} for path, rows in slices.items()
         ]
         write_json(folder / MANIFEST, {"made_from": made_from, "slices": entries})
     return EntityIndex.open(folder, made_from)
+
+
+def _load_slice(path: Path, num_rows: int) -> Table:
+    try:
+        table = Table.load(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} is missing or damaged ({error}); delete {path.parent} to build the index again"
+        ) from error
+    if len(table) != num_rows:
+        raise UserError(
+            f"{path} has {len(table)} entities instead of {num_rows}; delete {path.parent} to build the index again"
+        )
+    return table

@@ -37,10 +37,16 @@ def share_picture(prepared: Table, alike: Table, lacking_N: Tensor) -> Table:
     index_N = ((~lacking_N).cumsum(0) - 1).where(~lacking_N, num_own).int()
     shared = {
         name: Repeated(torch.cat([prepared.dense(name)[~lacking_N], alike.dense(name)]), index_N)
-        for name, column in prepared.columns.items()
-        if "image" in name.split(".") and isinstance(column, Tensor)
+        for name in picture_columns(prepared)
     }
     return Table({**prepared.columns, **shared})
+
+
+def picture_columns(prepared: Table) -> list[str]:
+    """The dense columns of prepared entities that depend on the picture alone."""
+    return [
+        name for name, column in prepared.columns.items() if "image" in name.split(".") and isinstance(column, Tensor)
+    ]
 
 
 def without_picture(features: Table) -> Tensor:

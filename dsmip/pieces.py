@@ -19,7 +19,7 @@ from dsmip.evaluation import prepare_in_tiles
 from dsmip.features import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
 from dsmip.manifest import KB
-from dsmip.missing_pictures import share_picture
+from dsmip.missing_pictures import picture_columns, share_picture
 from dsmip.part_features import PartFeatures, rows_of
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.ranked_model import RankedFiles, load_model
@@ -137,7 +137,9 @@ class _Maker:
             self._sources = {part: features.kb_rows(self._device) for part, features in self._features.items()}
         prepared = self._prepared(rows, "entities", self._sources, progress)
         lacking_N = self._lacking_E[rows.start : rows.stop].to(self._device)
-        return share_picture(prepared, self._alike, lacking_N) if bool(lacking_N.any()) else prepared
+        if not (picture_columns(prepared) and bool(lacking_N.any())):
+            return prepared
+        return share_picture(prepared, self._alike, lacking_N)
 
     @cached_property
     def _lacking_E(self) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -54,6 +54,7 @@ def test_a_built_index_holds_every_entity_in_order(tmp_path: Path) -> None:
 
 
 @given(places=st.lists(st.integers(0, NUM_ENTITIES - 1), min_size=1), num_parts=st.integers(1, 12))
+@settings(deadline=None)
 def test_entities_by_place_and_by_slice(places: list[int], num_parts: int) -> None:
     index = EntityIndex([prepared(range(4)), prepared(range(4, 5)), prepared(range(5, NUM_ENTITIES))], first_row=7)
     assert_rows(index.take(torch.tensor(sorted(places))), sorted(places))
@@ -79,7 +80,7 @@ def test_no_manifest_before_the_last_slice(tmp_path: Path, missing: int) -> None
 
 def test_slices_are_checked_before_the_manifest(tmp_path: Path) -> None:
     path = next(iter(index_slices(tmp_path, NUM_ENTITIES, slice_rows=4)))
-    for damage, message in ((b"", "is missing or damaged"), (None, "has 2 entities instead of 4; delete it")):
+    for damage, message in ((b"", "is missing or damaged"), (None, "has 2 entities instead of 4; delete")):
         if damage is None:
             prepared(range(2)).save(path)
         else:
@@ -92,6 +93,15 @@ def test_slices_are_checked_before_the_manifest(tmp_path: Path) -> None:
 def cut_off(folder: Path) -> None:
     path = folder / "slice-000001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
+
+
+def garble(folder: Path) -> None:
+    path = folder / "slice-000001.safetensors"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def scramble(folder: Path) -> None:
+    (folder / "index.json").write_text('{"made_from": 7, "slices": []}')
 
 
 def lose(folder: Path) -> None:
@@ -114,6 +124,8 @@ def scribble(folder: Path) -> None:
     ("damage", "message"),
     [
         (cut_off, r"slice-000001\.safetensors has \d+ bytes instead of \d+; delete"),
+        (garble, r"slice-000001\.safetensors is missing or damaged .*; delete"),
+        (scramble, r"index\.json is damaged .* delete the folder"),
         (lose, r"slice-000002\.safetensors is missing; delete"),
         (exchange, r"slice-000001\.safetensors has 2 entities instead of 4; delete"),
         (scribble, r"index\.json is damaged .* delete the folder"),

@@ -72,7 +72,7 @@ def test_builders_make_what_one_process_makes(run: Run) -> None:
     expected = hashes(pieces.finish())
     assert len(expected) == 4 + 2
     shutil.rmtree(pieces.files.index)
-    lossy = LosesABuilder(pieces.files, pieces.kb_features, pieces.slices, pieces.num_mentions)
+    lossy = LosesABuilder(pieces.files, pieces.slices, pieces.num_mentions)
     build_on_ray(lossy, 2, gpu=False, display=Display())
     assert not lossy.missing
     assert hashes(lossy.finish()) == expected

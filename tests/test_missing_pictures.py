@@ -35,7 +35,7 @@ def kb_features(config: ExperimentConfig) -> Table:
 
 
 def index_of(matcher: Matcher, kb: Table, folder: Path) -> EntityIndex:
-    slices = index_slices(folder, len(kb), 293)
+    slices = index_slices(folder, len(kb), slice_rows=293)
     for path, rows in slices.items():
         prepare_entities(matcher, kb, rows, CPU).save(path)
     return finish_index(folder, {}, slices)

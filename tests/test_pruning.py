@@ -170,7 +170,8 @@ def test_only_pairs_below_the_floor_are_left_out(case: Case) -> None:
         torch.testing.assert_close(found_ME[kept_ME], scores_ME[kept_ME], atol=1e-4, rtol=1e-5)
 
 
-def test_slices_of_the_kb_are_pruned_on_their_own(case: Case) -> None:
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_slices_of_the_kb_are_pruned_on_their_own(case: Case, top_k: int) -> None:
     gold_row_M, index = case.golds(), EntityIndex([case.entities])
     slices = [index.slice(part, 3) for part in range(3)]
     golds = [PairScorer(case.matcher, case.mentions, each, CPU).gold_scores(gold_row_M) for each in slices]
@@ -182,7 +183,7 @@ def test_slices_of_the_kb_are_pruned_on_their_own(case: Case) -> None:
             each,
             gold_row_M,
             device=CPU,
-            top_k=4,
+            top_k=top_k,
             num_choices=case.num_choices,
             refine=True,
             prune=True,
@@ -191,8 +192,8 @@ def test_slices_of_the_kb_are_pruned_on_their_own(case: Case) -> None:
         )
         for each in slices
     ]
-    merged = merge_rankings(parts, 4)
-    assert_equal(merged, case.rank(gold_row_M, TileSize(100, 100), 4, prune=False))
+    merged = merge_rankings(parts, top_k)
+    assert_equal(merged, case.rank(gold_row_M, TileSize(100, 100), top_k, prune=False))
     assert merged.pruned_pairs_M is not None
     assert merged.pruned_pairs_M.sum() > 0
 

@@ -224,9 +224,10 @@ def test_errors_that_carry_pairs_far_out_of_the_band_are_found_by_probes() -> No
     assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
 
 
-def test_infinite_scores_are_refused() -> None:
+@pytest.mark.parametrize("score", [torch.inf, -torch.inf])
+def test_infinite_scores_are_refused(score: float) -> None:
     matcher, gold_M = example(0, (3, 9), 0.0)
-    matcher.scores_ME[1, 4] = torch.inf
+    matcher.scores_ME[1, 4] = score
     with pytest.raises(NotRankable, match="mention 1 and entity row 4 is NaN or infinite"):
         refined(matcher, (3, 9), gold_M)
 

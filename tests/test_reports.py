@@ -1,6 +1,8 @@
 """Evaluations on disk: metrics.json, ranks.parquet and the oracle over several models."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,20 @@ def test_what_cannot_be_evaluated(
     for model, command in (("text", "train"), ("dsmip", "tune")):
         with pytest.raises(UserError, match=rf"no finished '{model}'; run 'dsmip {command}'"):
             evaluate_model(fresh, "test", model, CPU)
+
+
+def test_a_damaged_split_is_refused_before_anything_is_made(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(run.folder / "index", ignore_errors=True)
+    first, *others = run.dataset.mentions("test")
+    outside = replace(first, entity_row=run.dataset.num_entities)
+    for mentions, message in (
+        ([], "split 'test' of .* has no mentions"),
+        ([*others, outside], f"the gold of mention {first.mention_id} in 'test' is row 11 of the kb, which has 11"),
+    ):
+        monkeypatch.setattr(Dataset, "mentions", lambda dataset, split, found=mentions: iter(found))
+        with pytest.raises(UserError, match=message):
+            evaluate_model(run, "test", "text", CPU)
+    assert not (run.folder / "index").exists()
 
 
 def test_models_of_a_run_the_whole_first(run: Run) -> None:
