@@ -93,15 +93,17 @@ def prepare(
         "image": pictures,
     }
     try:
-        if (finished := _finished(out, settings)) is not None:
-            shutil.rmtree(out / STAGE, ignore_errors=True)
+        if (finished := _finished(out, settings)) is not None and not (out / STAGE).exists():
             return finished
         _refuse_foreign(out)
         with _locked(out):
-            plan = _plan(source, out, settings, progress)
-            built = _build(out, plan, pictures, run, progress)
-            manifest = _describe(out, settings, plan, built)
-        shutil.rmtree(out / STAGE)
+            manifest = _finished(out, settings)  # perhaps since a moment ago
+            if manifest is None:
+                plan = _plan(source, out, settings, progress)
+                built = _build(out, plan, pictures, run, progress)
+                manifest = _describe(out, settings, plan, built)
+            # Under the lock, or another build would lose the plan that it has just begun with.
+            shutil.rmtree(out / STAGE, ignore_errors=True)
         return manifest
     except OSError as error:
         raise UserError(
@@ -146,7 +148,8 @@ def _plan(source: Release, out: Path, settings: dict[str, Any], progress: Progre
         )
     for part in (KB, *SPLITS):
         (out / part).mkdir(exist_ok=True)
-        for leftover in (out / part).glob(".*.tmp"):
+    for folder in (out, *(out / part for part in (KB, *SPLITS))):
+        for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
     return plan
 

@@ -150,7 +150,8 @@ def test_an_interrupted_build_is_not_a_dataset_and_goes_on(
     with pytest.raises(UserError, match="no complete dataset"):
         Dataset.open(out)
     (out / "train").mkdir(exist_ok=True)
-    (out / "train/.train-000003.tar.1.tmp").write_bytes(b"left over")
+    for leftover in ("train/.train-000003.tar.1.tmp", ".manifest.json.1.tmp"):
+        (out / leftover).write_bytes(b"left over")
     finished, made[:] = list(made), []
     manifest = prepare(release, out, name="small", run=counted)
     assert sorted(finished + made) == sorted(shard.path for shard in manifest.shards)
