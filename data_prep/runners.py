@@ -1,6 +1,9 @@
 """Ways to do many tasks: one after the other, or in processes of this machine. `ray_jobs.prepare` adds a cluster."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -58,11 +61,11 @@ def run_in_processes(num_workers: int) -> Iterator[Runner]:
                 raise UserError(
                     "a worker process was killed (out of memory?); run the command again to go on"
                 ) from error
-            finally:
-                for future in pending:
-                    future.cancel()
 
-        yield run
+        try:
+            yield run
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _counter: "Synchronized[int] | None" = None
@@ -71,7 +74,16 @@ _counter: "Synchronized[int] | None" = None
 def _start(counter: "Synchronized[int]") -> None:
     global _counter
     _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: end at once, without a traceback
     torch.set_num_threads(1)  # there is a process per core
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's processes outlive a killed parent: they would wait for tasks for ever, or write beside the next run."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _run(task: Task[Result]) -> Result:

@@ -3,18 +3,28 @@
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from dsmip.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 def map_tasks(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[Result]:
-    """Results in the order of `tasks`. One worker: this process. Function, tasks and results must pickle."""
+    """Results in the order of `tasks`. One worker: this process. Function, tasks and results must pickle.
+
+    Raises:
+        UserError: a process was killed.
+    """
     if workers == 1:
         yield from map(function, tasks)
         return
     # Forking a process that has loaded torch may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, max(len(tasks), 1)), mp_context=context) as pool:
-        yield from pool.map(function, tasks)
+        try:
+            yield from pool.map(function, tasks)
+        except BrokenProcessPool as error:
+            raise UserError("a worker process was killed (out of memory?); take fewer --workers") from error
