@@ -18,7 +18,7 @@ from data_prep.release import Release, ReleaseOptions
 from data_prep.runners import Runner, run_in_processes, run_serially
 from data_prep.view import make_view
 from dsmip.errors import UserError
-from dsmip.manifest import Manifest, PictureSettings
+from dsmip.manifest import MANIFEST_FILE, Manifest, PictureSettings
 from dsmip.shards import Dataset
 
 
@@ -66,6 +66,10 @@ def prepare_view(base: Path, out: Path, fraction: float, seed: int) -> Dataset:
     """Makes a view of a dataset directory. Raises UserError for a wrong fraction or folder."""
     if not 0 < fraction <= 1:
         raise UserError(f"--train-fraction {fraction:g}: must be above 0 and at most 1")
+    if base.is_dir() and not (base / MANIFEST_FILE).is_file():
+        raise UserError(
+            f"{base}: --train-fraction takes a dataset directory; prepare the release without it, then a view of that"
+        )
     return make_view(base, out, fraction, seed)
 
 
