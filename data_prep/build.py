@@ -6,6 +6,7 @@ of tasks will do; the result does not depend on it. What is finished stays finis
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,9 +83,11 @@ def prepare(
     # Absolute: a runner's workers may live in another folder.
     out = out.absolute()
     settings: dict[str, Any] = {
-        "name": name,
-        "licence": licence,
-        "source": Source(name=source.folder.absolute().name, sha256=_source_digest(source, run, progress)),
+        "name": _written(name),
+        "licence": _written(licence),
+        "source": Source(
+            name=_written(Path(os.path.abspath(source.folder)).name), sha256=_source_digest(source, run, progress)
+        ),
         "layout": source.layout,
         "choices": dict(source.choices),
         "tool_version": __version__,
@@ -110,6 +113,11 @@ def prepare(
             f"{error.filename or out}: cannot be written: {error.strerror or error}; mend that and run the command "
             f"again: it goes on from what is finished in {out}"
         ) from error
+
+
+def _written(name: str) -> str:
+    """A name as a file can hold it: names of folders may be no UTF-8."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _source_digest(source: Release, run: Runner, progress: Progress) -> str:

@@ -1,5 +1,6 @@
 """The job `dsmip prepare`: a raw release becomes a dataset directory, in processes of this machine or on Ray."""
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +42,7 @@ def prepare_release(release: Release, out: Path, options: BuildOptions, progress
         return prepare(
             release,
             out,
-            name=options.name or release.folder.absolute().name,
+            name=options.name or Path(os.path.abspath(release.folder)).name,
             licence=options.licence,
             pictures=options.pictures,
             shard_bytes=options.shard_bytes,
