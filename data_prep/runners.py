@@ -1,9 +1,6 @@
 """Ways to do many tasks: one after the other, or in processes of this machine. `ray_jobs.prepare` adds a cluster."""
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from dsmip.errors import UserError
+from dsmip.processes import start_worker
 
 Result_co = TypeVar("Result_co", covariant=True)
 Result = TypeVar("Result")
@@ -74,16 +72,8 @@ _counter: "Synchronized[int] | None" = None
 def _start(counter: "Synchronized[int]") -> None:
     global _counter
     _counter = counter
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all: end at once, without a traceback
     torch.set_num_threads(1)  # there is a process per core
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A pool's processes outlive a killed parent: they would wait for tasks for ever, or write beside the next run."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(1)
+    start_worker()
 
 
 def _run(task: Task[Result]) -> Result:
