@@ -6,6 +6,7 @@ of tasks will do; the result does not depend on it. What is finished stays finis
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,9 +83,11 @@ def prepare(
     # Absolute: a runner's workers may live in another folder.
     out = out.absolute()
     settings: dict[str, Any] = {
-        "name": name,
-        "licence": licence,
-        "source": Source(name=source.folder.absolute().name, sha256=_source_digest(source, run, progress)),
+        "name": _written(name),
+        "licence": _written(licence),
+        "source": Source(
+            name=_written(Path(os.path.abspath(source.folder)).name), sha256=_source_digest(source, run, progress)
+        ),
         "layout": source.layout,
         "choices": dict(source.choices),
         "tool_version": __version__,
@@ -93,21 +96,28 @@ def prepare(
         "image": pictures,
     }
     try:
-        if (finished := _finished(out, settings)) is not None:
-            shutil.rmtree(out / STAGE, ignore_errors=True)
+        if (finished := _finished(out, settings)) is not None and not (out / STAGE).exists():
             return finished
         _refuse_foreign(out)
         with _locked(out):
-            plan = _plan(source, out, settings, progress)
-            built = _build(out, plan, pictures, run, progress)
-            manifest = _describe(out, settings, plan, built)
-        shutil.rmtree(out / STAGE)
+            manifest = _finished(out, settings)  # perhaps since a moment ago
+            if manifest is None:
+                plan = _plan(source, out, settings, progress)
+                built = _build(out, plan, pictures, run, progress)
+                manifest = _describe(out, settings, plan, built)
+            # Under the lock, or another build would lose the plan that it has just begun with.
+            shutil.rmtree(out / STAGE, ignore_errors=True)
         return manifest
     except OSError as error:
         raise UserError(
             f"{error.filename or out}: cannot be written: {error.strerror or error}; mend that and run the command "
             f"again: it goes on from what is finished in {out}"
         ) from error
+
+
+def _written(name: str) -> str:
+    """A name as a file can hold it: names of folders may be no UTF-8."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def _source_digest(source: Release, run: Runner, progress: Progress) -> str:
@@ -146,7 +156,8 @@ def _plan(source: Release, out: Path, settings: dict[str, Any], progress: Progre
         )
     for part in (KB, *SPLITS):
         (out / part).mkdir(exist_ok=True)
-        for leftover in (out / part).glob(".*.tmp"):
+    for folder in (out, *(out / part for part in (KB, *SPLITS))):
+        for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
     return plan
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from dsmip.errors import UserError
+from dsmip.processes import start_worker
 
 Result_co = TypeVar("Result_co", covariant=True)
 Result = TypeVar("Result")
@@ -58,11 +59,11 @@ def run_in_processes(num_workers: int) -> Iterator[Runner]:
                 raise UserError(
                     "a worker process was killed (out of memory?); run the command again to go on"
                 ) from error
-            finally:
-                for future in pending:
-                    future.cancel()
 
-        yield run
+        try:
+            yield run
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _counter: "Synchronized[int] | None" = None
@@ -72,6 +73,7 @@ def _start(counter: "Synchronized[int]") -> None:
     global _counter
     _counter = counter
     torch.set_num_threads(1)  # there is a process per core
+    start_worker()
 
 
 def _run(task: Task[Result]) -> Result:

@@ -161,7 +161,10 @@ def read_plan(out: Path, key: str) -> Plan | None:
     path = out / STAGE / PLAN_FILE
     if not path.is_file():
         return None
-    content = json.loads(path.read_bytes())
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:  # cut short by a crash of the machine
+        return None
     if content["key"] != key:
         return None
     return Plan(tuple(PlannedShard(**shard) for shard in content["shards"]), content["findings"])

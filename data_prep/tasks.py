@@ -23,6 +23,7 @@ from data_prep.staging import (
     write_finished,
     write_finished_part,
 )
+from dsmip.errors import UserError
 from dsmip.files import join_files, sha256_file
 from dsmip.manifest import PictureSettings, ShardInfo
 from dsmip.records import Entity, Mention
@@ -165,7 +166,11 @@ def _prepared(
             return prepare_picture(read_picture(picture, MAX_FILE_BYTES), settings)
         except UnusablePicture as error:
             reason = str(error)
-        except OSError:
+        except OSError as error:
+            if picture.member is None:  # it was read before, for the digest of the source: no fault of the release
+                raise UserError(
+                    f"{picture.path}: cannot be read any more: {error.strerror}; run the command again to go on"
+                ) from error
             reason = "picture unreadable"
     detail = picture.name.encode("utf-8", "replace").decode()
     note(Finding(owner.source, owner.record, reason, "degraded", detail))

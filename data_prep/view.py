@@ -22,7 +22,8 @@ def make_view(base: Path, out: Path, fraction: float, seed: int) -> Dataset:
     kept = set(rows)
     images = [mention.image is not None for row, mention in enumerate(dataset.mentions(TRAIN)) if row in kept]
     view = View(
-        view_of=PurePath(os.path.relpath(base, out)).as_posix(),
+        # Links resolved: ".." leads up from where a link points to.
+        view_of=PurePath(os.path.relpath(base.resolve(), out.resolve())).as_posix(),
         base_sha256=dataset.manifest_hash,
         train_fraction=fraction,
         seed=seed,

@@ -41,7 +41,7 @@ def mention_fields(mention: Mention, entity: Entity) -> dict[str, bytes]:
 
 
 def read_mention(fields: Fields, source: str) -> Mention:
-    """The mention of a sample; `source` names its shard in errors.
+    """The mention of a sample; `source` names its shard and key in errors.
 
     Raises:
         UserError: the sample is not what `mention_fields` makes.
@@ -82,5 +82,5 @@ def _object(content: bytes) -> dict[str, Any]:
 def _checked(source: str, read: Callable[[], Result]) -> Result:
     try:
         return read()
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: a sample is not as it was written ({error}); prepare the dataset again") from error

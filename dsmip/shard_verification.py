@@ -187,7 +187,7 @@ def _entity_record(sample: Sample, prefix: str, report: Callable[[str, str | Non
         text = {key: record[key] for key in _TEXT_COLUMNS}
         count = int(text["num_images"])
         hash(text["entity_row"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         report(f"{prefix}json is no entity ({type(error).__name__}: {error})", sample.key)
         return None
     others = {"json", "jpg"} if prefix else set()

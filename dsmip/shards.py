@@ -142,7 +142,7 @@ class Dataset:
             inside = [samples[row - start] for row in range(start, start + len(samples)) if row in rows]
             if inside:
                 for sample in self._samples(shard, inside):
-                    yield read_mention(sample.fields, shard.path)
+                    yield read_mention(sample.fields, self._place(shard, sample))
             start += len(samples)
 
     def training_batches(
@@ -212,12 +212,19 @@ class Dataset:
     def _samples(self, shard: ShardInfo, indices: Sequence[int]) -> Iterator[Sample]:
         """The samples of a shard at `indices`, in shard order."""
         wanted = set(indices)
-        found = 0
+        found, last = 0, "its start"
         for sample in read_shard(self.files / shard.path, wanted.__contains__):
-            found += 1
+            found, last = found + 1, f"sample {sample.key}"
             yield sample
         if found != len(wanted):
-            raise UserError(f"{self.files / shard.path}: fewer samples than the manifest says; prepare it again")
+            # A tar with a damaged header reads as one that ends there.
+            raise UserError(
+                f"{self.files / shard.path}: fewer samples than the manifest says, none wanted beyond {last}; "
+                "prepare the dataset again"
+            )
+
+    def _place(self, shard: ShardInfo, sample: Sample) -> str:
+        return f"{self.files / shard.path}: {sample.key}"
 
     def _batches(self, split: str, shares: Mapping[int, range], seed: int, epoch: int) -> Iterator[TrainingBatch]:
         wanted = {position for share in shares.values() for position in share}
@@ -248,7 +255,9 @@ class Dataset:
             shard = shards[number][0]
             if position_of:
                 for sample in self._samples(shard, list(position_of)):
-                    loaded[position_of[sample.index]] = read_pair(sample.fields, shard.path, seed, epoch)
+                    loaded[position_of[sample.index]] = read_pair(
+                        sample.fields, self._place(shard, sample), seed, epoch
+                    )
         return loaded
 
 

@@ -38,6 +38,8 @@ class BuildDisplay:
     ) -> None:
         if self._console.is_terminal:
             self._progress.stop()
+        if kind is KeyboardInterrupt:
+            self._console.print("interrupted; run the command again to go on", markup=False)
 
     def show(self, stage: str, done: int, total: int) -> None:
         """`total` 0: not known."""

@@ -11,6 +11,7 @@ from ray_jobs.environment import connected
 # isort: split
 import ray
 
+from dsmip.errors import UserError
 from ray_jobs.failures import JobFailed
 from ray_jobs.resources import Request, check_feasible
 
@@ -53,7 +54,7 @@ def _result(reference: "ray.ObjectRef[tuple[Result, int]]") -> tuple[Result, int
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, OSError):
+        if isinstance(error.cause, OSError | UserError):
             raise error.cause from None
         raise JobFailed(f"a shard could not be made: {error.cause!r}", 1) from error
     except ray.exceptions.RayError as error:

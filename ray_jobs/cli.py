@@ -1,7 +1,7 @@
 """The command `dsmip`. Ray and torch are imported inside the commands that need them: help and errors are quick."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,8 +35,14 @@ MentionText = Literal["sentence", "sentence+desc"]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own log.")]
 
 
+# What a demo draws itself, and all that a view has.
+_NOT_OF_DEMOS = frozenset({"entity_text", "mention_text", "kb", "split", "image_size", "seed"})
+_OF_VIEWS = frozenset({"source", "out", "train_fraction", "seed"})
+
+
 @app.command()
 def prepare(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Release folder; dataset directory; for demo: a seed or a YAML.")],
     out: Annotated[Path, typer.Argument(help="Dataset directory to make.")],
     format: Annotated[
@@ -66,6 +72,7 @@ def prepare(
     from ray_jobs.build_display import BuildDisplay
 
     if train_fraction is not None:
+        _refuse_given(context, {*context.params} - _OF_VIEWS, "a view (--train-fraction) has no such choice")
         view = job.prepare_view(Path(source), out, train_fraction, seed)
         print(f"{out}: a view of {source} with {view.num_mentions('train')} training mentions; its shards stay there")
         return
@@ -79,6 +86,7 @@ def prepare(
         on_ray=ray,
     )
     if format == "demo":
+        _refuse_given(context, _NOT_OF_DEMOS, "a demo has what SOURCE says: a seed, or a YAML file")
         world = job.demo_config(source)
         with BuildDisplay() as display:
             manifest = job.prepare_demo(world, out, options, display.show)
@@ -92,6 +100,14 @@ def prepare(
     touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
     counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())
     print(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {out / 'rejects.jsonl'})")
+
+
+def _refuse_given(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Raises UserError where one of these parameters was given on the command line."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{parameter.opts[0]}: {why}; leave it out")
 
 
 @app.command()
@@ -314,3 +330,8 @@ def _exit_codes() -> Iterator[None]:
     except JobFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)

@@ -1,5 +1,6 @@
 """The job `dsmip prepare`: a raw release becomes a dataset directory, in processes of this machine or on Ray."""
 
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from data_prep.release import Release, ReleaseOptions
 from data_prep.runners import Runner, run_in_processes, run_serially
 from data_prep.view import make_view
 from dsmip.errors import UserError
-from dsmip.manifest import Manifest, PictureSettings
+from dsmip.manifest import MANIFEST_FILE, Manifest, PictureSettings
 from dsmip.shards import Dataset
 
 
@@ -41,7 +42,7 @@ def prepare_release(release: Release, out: Path, options: BuildOptions, progress
         return prepare(
             release,
             out,
-            name=options.name or release.folder.absolute().name,
+            name=options.name or Path(os.path.abspath(release.folder)).name,
             licence=options.licence,
             pictures=options.pictures,
             shard_bytes=options.shard_bytes,
@@ -66,6 +67,10 @@ def prepare_view(base: Path, out: Path, fraction: float, seed: int) -> Dataset:
     """Makes a view of a dataset directory. Raises UserError for a wrong fraction or folder."""
     if not 0 < fraction <= 1:
         raise UserError(f"--train-fraction {fraction:g}: must be above 0 and at most 1")
+    if base.is_dir() and not (base / MANIFEST_FILE).is_file():
+        raise UserError(
+            f"{base}: --train-fraction takes a dataset directory; prepare the release without it, then a view of that"
+        )
     return make_view(base, out, fraction, seed)
 
 

@@ -1,6 +1,8 @@
 """Preparation: accounting, byte-identical results, and what an interrupted or repeated build does."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -150,7 +152,8 @@ def test_an_interrupted_build_is_not_a_dataset_and_goes_on(
     with pytest.raises(UserError, match="no complete dataset"):
         Dataset.open(out)
     (out / "train").mkdir(exist_ok=True)
-    (out / "train/.train-000003.tar.1.tmp").write_bytes(b"left over")
+    for leftover in ("train/.train-000003.tar.1.tmp", ".manifest.json.1.tmp"):
+        (out / leftover).write_bytes(b"left over")
     finished, made[:] = list(made), []
     manifest = prepare(release, out, name="small", run=counted)
     assert sorted(finished + made) == sorted(shard.path for shard in manifest.shards)
@@ -209,6 +212,25 @@ def test_an_interrupted_build_of_something_else_starts_again(release: MimicRelea
     prepare(MimicRelease(release.folder), tmp_path / "fresh", name="small")
     assert manifest.degraded["picture missing"] == 3
     assert _contents(tmp_path / "data") == _contents(tmp_path / "fresh")
+
+
+def test_a_picture_that_goes_while_the_build_runs_is_no_missing_one(release: MimicRelease, tmp_path: Path) -> None:
+    def lost(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        if any(hasattr(task, "part") for task in tasks):
+            (release.folder / "kb_image/Q1.jpg").unlink()
+        return run_serially(tasks, tick)
+
+    with pytest.raises(UserError, match=r"Q1\.jpg: cannot be read any more: No such file"):
+        prepare(release, tmp_path / "data", name="small", run=lost)
+
+
+def test_a_broken_plan_and_a_folder_that_is_no_utf8_are_no_obstacles(release: MimicRelease, tmp_path: Path) -> None:
+    folder, out = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "data"
+    shutil.copytree(release.folder, folder)
+    (out / ".unfinished").mkdir(parents=True)
+    (out / ".unfinished/plan.json").write_bytes(b"\0\0")
+    assert prepare(MimicRelease(folder), out, name="small").source.name == "caf?"
+    assert Dataset.open(out).manifest.source.name == "caf?"
 
 
 def test_two_builds_of_one_folder_do_not_mix(release: MimicRelease, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_samples_that_nobody_wrote_are_refused(folder: Path, content: bytes) -> 
     dataset = Dataset.open(folder)
     for shard in dataset.manifest.shards_of("test"):
         write_shard(folder / shard.path, [("test-00000000", {"json": content})])
-    with pytest.raises(UserError, match=r"test-000000.tar: a sample is not as it was written"):
+    with pytest.raises(UserError, match=r"test-000000.tar: test-00000000: a sample is not as it was written"):
         list(dataset.mentions("test"))
 
 

@@ -71,6 +71,13 @@ def test_folders_may_move_together_but_the_data_may_not_change(base: Dataset, tm
         Dataset.open(moved.folder)
 
 
+def test_a_view_below_a_linked_folder_finds_its_data(base: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "deep/disk").mkdir(parents=True)
+    (tmp_path / "views").symlink_to(tmp_path / "deep/disk")
+    view = make_view(base.folder, tmp_path / "views/half", 0.5, 0)
+    assert _ids(Dataset.open(tmp_path / "deep/disk/half")) == _ids(view)
+
+
 def test_what_cannot_be_a_view_is_refused(base: Dataset, tmp_path: Path) -> None:
     view = make_view(base.folder, tmp_path / "half", 0.5, 0)
     assert make_view(base.folder, tmp_path / "half", 0.5, 0).manifest_hash == view.manifest_hash

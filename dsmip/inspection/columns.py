@@ -184,15 +184,15 @@ def _read_shard(shard: _Shard) -> tuple[MentionColumns | None, PictureColumns]:
             row, names = int(sample.key), [name for name in sample.fields if name.endswith(".jpg")]
             names.sort(key=lambda name: int(name.split(".")[0]))
         else:
-            records.append(_mention_record(sample.fields, shard.path))
+            records.append(_mention_record(sample.fields, f"{shard.path}: {sample.key}"))
             row, names = len(records) - 1, ["jpg"] if shard.pictures and "jpg" in sample.fields else []
         pictures += [(row, *_picture_record(sample.fields[name])) for name in names]
     mentions = None if shard.part == KB else _mention_columns(records, SPLITS.index(shard.part))
     return mentions, _picture_columns(pictures)
 
 
-def _mention_record(sample: Any, path: str) -> tuple[Any, ...]:
-    mention = read_mention(sample, path)
+def _mention_record(sample: Any, place: str) -> tuple[Any, ...]:
+    mention = read_mention(sample, place)
     word, sentence = mention.word.casefold(), mention.sentence
     return (
         mention.entity_row,
