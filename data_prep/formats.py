@@ -28,8 +28,10 @@ LAYOUTS: Mapping[str, Layout] = {
 }
 
 
-def open_release(folder: Path, layout: str | None, options: ReleaseOptions) -> Release:
-    """The release in `folder`, in the layout of that name or (None) in the first one that fits.
+def open_release(
+    folder: Path, layout: str | None, options: ReleaseOptions, notice: Callable[[str], None] = print
+) -> Release:
+    """The release in `folder`, in the layout of that name or (None) in the first one that fits; `notice` is told.
 
     Raises:
         UserError: no such folder, no such layout, or nothing fits.
@@ -42,5 +44,6 @@ def open_release(folder: Path, layout: str | None, options: ReleaseOptions) -> R
         fitting = [name for name, candidate in LAYOUTS.items() if candidate.fits(folder)]
         if not fitting:
             raise UserError(f"{folder}: no layout that is known ({', '.join(LAYOUTS)}); choose one by --format")
-        layout = fitting[0]
+        layout, others = fitting[0], fitting[1:]
+        notice(f"{folder}: layout {layout}" + (f" ({', '.join(others)} would fit too: --format)" if others else ""))
     return LAYOUTS[layout].open(folder, options)

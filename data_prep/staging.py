@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from data_prep.finding_log import Counts, finding_log
 from data_prep.release import RawEntity, RawMention, Release, UniqueIds, checked_entities, checked_mentions
@@ -177,10 +178,11 @@ def write_finished_part(out: Path, finished: FinishedPart) -> None:
 
 def read_finished_part(out: Path, part: PlannedPart) -> FinishedPart | None:
     """What a part became, if it is finished and its tar is still there."""
-    path, tar = part.staged(out, "done"), part.staged(out, "tar")
-    if not (path.is_file() and tar.is_file()):
+    tar = part.staged(out, "tar")
+    content = _read_done(part.staged(out, "done"))
+    if content is None or not tar.is_file() or tar.stat().st_size < content["end"]:
         return None
-    return FinishedPart(**json.loads(path.read_bytes()))
+    return FinishedPart(**content)
 
 
 def write_finished(out: Path, finished: FinishedShard) -> None:
@@ -195,15 +197,23 @@ def write_finished(out: Path, finished: FinishedShard) -> None:
 
 def read_finished(out: Path, shard: PlannedShard) -> FinishedShard | None:
     """What a shard became, if it is finished and its file is still what it was."""
-    path = staged(out, shard.path, "done")
-    if not path.is_file():
+    content = _read_done(staged(out, shard.path, "done"))
+    if content is None:
         return None
-    content = json.loads(path.read_bytes())
     info = ShardInfo.model_validate(content["info"])
     tar = out / shard.path
     if not tar.is_file() or tar.stat().st_size != info.bytes or sha256_file(tar) != info.sha256:
         return None
     return FinishedShard(info, content["num_with_image"], content["findings"])
+
+
+def _read_done(path: Path) -> dict[str, Any] | None:
+    """None where there is none, or one that a power cut left empty."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return content
 
 
 def _stage_kb(

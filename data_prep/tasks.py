@@ -19,6 +19,7 @@ from data_prep.staging import (
     FinishedShard,
     PlannedPart,
     PlannedShard,
+    read_finished,
     staged,
     write_finished,
     write_finished_part,
@@ -91,7 +92,12 @@ class JoinTask:
     parts: tuple[FinishedPart, ...]
 
     def run(self, tick: Tick) -> FinishedShard:
-        """Writes the shard, its rows of the kb's table, its findings, and that it is finished."""
+        """Writes the shard, its rows of the kb's table, its findings, and that it is finished.
+
+        Done once more by a cluster that took it for lost, it finds the shard.
+        """
+        if (finished := read_finished(self.out, self.shard)) is not None:
+            return finished
         planned = self.shard.parts
         ends = [part.end for part in self.parts]
         tars = [part.staged(self.out, "tar") for part in planned]
@@ -107,7 +113,7 @@ class JoinTask:
         )
         write_finished(self.out, finished)
         for path in tars:
-            path.unlink()
+            path.unlink(missing_ok=True)
         return finished
 
 

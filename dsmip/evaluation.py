@@ -8,7 +8,7 @@ Scores of one tile of mentions against the whole slice are held, not of all pair
 this worker's slice, B experts, k kept candidates.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -116,7 +116,7 @@ def rank(
 
     Slices of the kb: with a process group every worker passes all mentions and the index of its own slice, counts are
     added up, `top_k` must be 0 and `refine` off. Elsewhere each slice is ranked on its own, with `refine` and
-    `gold_score_M` (all golds' scores, from `PairScorer`), and `merge_rankings` puts them together.
+    `gold_score_M` (all golds' scores, from `PairScorer`), and `dsmip.merging` puts them together.
 
     tile_size: default: what suits the device. notice: takes lines about memory. progress: called with the number of
     mentions that are ranked.
@@ -307,13 +307,6 @@ def _counted(scores: Scores) -> dict[str, Tensor]:
     return counted
 
 
-def merge_gold_scores(parts: Sequence[Tensor]) -> Tensor:
-    """Golds' exact scores float64 [M] from those of disjoint slices, each NaN where the gold is in another slice."""
-    scores_SM = torch.stack(list(parts))
-    best_M = scores_SM.where(~scores_SM.isnan(), -torch.inf).amax(dim=0)
-    return best_M.where(~scores_SM.isnan().all(dim=0), torch.nan)
-
-
 def check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) -> None:
     """Raises NotRankable when a gold of the index scores NaN, ValueError when a gold elsewhere has no score."""
     for mention in gold_score_M.isnan().nonzero()[:, 0].tolist():
@@ -349,47 +342,6 @@ def _ranking(columns: Mapping[str, Tensor], first_row: int, close: Refinement | 
         close if isinstance(close, Refinement) else None,
         Unrefined(close, columns["close"]) if isinstance(close, float) else None,
     )
-
-
-def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
-    """One ranking from those of disjoint slices of the kb that were made with the same exact gold scores and `refine`.
-
-    Every part must have kept its `top_k` best entities, or all.
-    """
-    rows_MC = torch.cat([part.top_row_Mk for part in parts], dim=1)
-    scores_MC = torch.cat([part.top_score_Mk for part in parts], dim=1)
-    top = ops.merge_top_k(scores_MC, rows_MC, top_k)
-    by_row_MC = rows_MC.argsort(dim=1)
-    place_MK = by_row_MC.gather(1, torch.searchsorted(rows_MC.gather(1, by_row_MC), top.rows_MK.contiguous()))
-    gold, top_choice = (
-        [value for part in parts if (value := getattr(part, name)) is not None]
-        for name in ("chosen_gold_M", "chosen_top_Mk")
-    )
-    refinements = [part.refinement for part in parts if part.refinement is not None]
-    return Ranking(
-        ops.Counts(*(torch.stack(counts).sum(dim=0) for counts in zip(*(part.counts for part in parts), strict=True))),
-        top.rows_MK,
-        top.scores_MK,
-        torch.stack(gold).amax(dim=0) if gold else None,
-        torch.cat(top_choice, dim=1).gather(1, place_MK) if top_choice else None,
-        _summed(parts, "chosen_pairs_MB"),
-        _summed(parts, "tied_choices_M"),
-        _summed(parts, "token_pairs_M2"),
-        _summed(parts, "pruned_pairs_M"),
-        Refinement(
-            sum(each.num_pairs for each in refinements),
-            sum(each.num_scored for each in refinements),
-            max(each.band for each in refinements),
-            max(each.largest_error for each in refinements),
-        )
-        if refinements
-        else None,
-    )
-
-
-def _summed(parts: Sequence[Ranking], name: str) -> Tensor | None:
-    values = [value for part in parts if (value := getattr(part, name)) is not None]
-    return torch.stack(values).sum(dim=0) if values else None
 
 
 @torch.no_grad()

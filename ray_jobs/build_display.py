@@ -1,4 +1,4 @@
-"""Shows how far a build is: a bar per stage with rate and remaining time, or, without a terminal, a line per stage."""
+"""Shows how far a build is: a bar per stage with rate and remaining time, or plain lines without a terminal."""
 
 import sys
 from types import TracebackType
@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ray_jobs.lines import ProgressLines
+
 
 class BuildDisplay:
     """Use as a context manager; `show` is what `data_prep.build.prepare` calls."""
@@ -26,7 +28,7 @@ class BuildDisplay:
         columns = (TextColumn("  {task.description:<18}"), BarColumn(30), MofNCompleteColumn(), _Rate())
         self._progress = Progress(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=self._console)
         self._stages: dict[str, TaskID] = {}
-        self._last = ""
+        self._last, self._lines = "", ProgressLines()
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -47,6 +49,8 @@ class BuildDisplay:
             if total and done == total and self._last != stage:
                 self._console.print(f"  {stage}: {total}", markup=False)
                 self._last = stage
+            elif total and done < total:
+                self._lines(stage, done, total)
             return
         if stage not in self._stages:
             self._stages[stage] = self._progress.add_task(stage, total=total or None)

@@ -93,9 +93,11 @@ def prepare(
     else:
         chosen = job.release_options(entity_text, mention_text, kb, split, seed)
         release = open_release(Path(source), format, chosen)
-        print(f"{source}: layout {release.layout}")
         with BuildDisplay() as display:
             manifest = job.prepare_release(release, out, options, display.show)
+    for split in SPLITS:
+        if not manifest.splits[split].mentions:
+            print(f"warning: no mention of {split} is left; see {out / 'rejects.jsonl'}")
     mentions = ", ".join(f"{split} {manifest.splits[split].mentions}" for split in SPLITS)
     touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
     counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())

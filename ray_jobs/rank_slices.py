@@ -11,7 +11,8 @@ from ray_jobs.shares import run_shares, start_share
 # isort: split
 from torch import Tensor
 
-from dsmip.evaluation import Ranking, check_golds, merge_gold_scores, merge_rankings
+from dsmip.evaluation import Ranking, check_golds
+from dsmip.merging import merge_gold_scores, merge_rankings
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles
 from ray_jobs.context import worker_device

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from dsmip.batches import ItemBatch
 from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig, parse_config
-from dsmip.evaluation import Ranking, TileSize, merge_rankings, prepare_in_tiles, rank
+from dsmip.evaluation import Ranking, TileSize, prepare_in_tiles, rank
 from dsmip.features import whole_features
 from dsmip.index import EntityIndex
+from dsmip.merging import merge_rankings
 from dsmip.models import systems
 from dsmip.models.base import BatchGold, Matcher, Scores, System
 from dsmip.ops.ranking import count_against, top_k

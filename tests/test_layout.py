@@ -17,6 +17,7 @@ KNOWN_TO_DATA_PREP = {
     "files",
     "manifest",
     "pictures",
+    "processes",
     "records",
     "samples",
     "shards",

@@ -11,8 +11,9 @@ from test_evaluation import CPU, ranks_by_sorting
 from torch import Tensor
 
 from dsmip.config import ExperimentConfig
-from dsmip.evaluation import merge_rankings, prepare_in_tiles, rank
+from dsmip.evaluation import prepare_in_tiles, rank
 from dsmip.index import EntityIndex, finish_index, index_slices
+from dsmip.merging import merge_rankings
 from dsmip.missing_pictures import prepare_entities, without_picture
 from dsmip.models.base import Matcher
 from dsmip.models.dsmip import Dsmip

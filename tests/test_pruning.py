@@ -16,9 +16,10 @@ from torch import Tensor
 
 from dsmip import evaluation
 from dsmip.config import ExperimentConfig
-from dsmip.evaluation import NotRankable, Ranking, TileSize, merge_rankings, rank
+from dsmip.evaluation import NotRankable, Ranking, TileSize, rank
 from dsmip.experts import feature_sizes
 from dsmip.index import EntityIndex
+from dsmip.merging import merge_rankings
 from dsmip.models.base import Matcher, Scores
 from dsmip.models.dsmip import Dsmip
 from dsmip.models.mimic import MimicMatcher

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from test_evaluation import CPU, TableMatcher, numbered, ranks_by_sorting
 from torch import Tensor, nn
 
-from dsmip.evaluation import NotRankable, Ranking, TileSize, check_golds, merge_gold_scores, merge_rankings, rank
+from dsmip.evaluation import NotRankable, Ranking, TileSize, check_golds, rank
 from dsmip.index import EntityIndex
+from dsmip.merging import merge_gold_scores, merge_rankings
 from dsmip.models.base import Scores
 from dsmip.refinement import GRID, PairScorer, _scored_together
 from dsmip.table import Table

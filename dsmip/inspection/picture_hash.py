@@ -29,6 +29,8 @@ _COLUMNS = np.linspace(0, _SIDE, 10).astype(np.int64)
 # far fewer candidates than one band of five (13 bits), for 35 sorts instead of 5.
 _NUM_BANDS = 7
 _NUM_EQUAL_BANDS = _NUM_BANDS - MAX_BITS
+# A band is every seventh bit: neighbouring bits are alike, so bands of them would fill a few large buckets.
+_BANDS = tuple(np.uint64(sum(1 << bit for bit in range(band, 64, _NUM_BANDS))) for band in range(_NUM_BANDS))
 _PAIRS_AT_ONCE = 1 << 18
 _ONES = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(1).astype(np.uint8)
 
@@ -62,23 +64,33 @@ def read_signature(content: bytes) -> Signature | None:
     return Signature(int.from_bytes(bits.tobytes(), "big"), colours.tobytes(), plain)
 
 
-def near_pairs(bits_N: NDArray[np.uint64], colours_NC: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """All pairs i < j of near duplicates, int64 [P, 2], sorted.
+def near_pairs(bits_N: NDArray[np.uint64], colours_NC: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """All pairs i < j of near duplicates, int32 [P, 2], sorted.
 
-    Exact: no candidate is left out, see _NUM_BANDS.
+    Exact: no candidate is left out, see _NUM_BANDS. Memory: that of the pairs themselves; pictures that are all alike
+    make a pair with each other, so time and memory grow with the square of the largest such group.
     """
-    found = [np.empty((0, 2), np.int64)]
+    found = [np.empty((0, 2), np.int32)]
     for bands in combinations(range(_NUM_BANDS), _NUM_EQUAL_BANDS):
-        # A band is every seventh bit: neighbouring bits are alike, so bands of them would fill a few large buckets.
-        mask = np.uint64(sum(1 << bit for bit in range(64) if bit % _NUM_BANDS in bands))
-        order = np.argsort(bits_N & mask, kind="stable")
+        mask = np.uint64(sum(int(_BANDS[band]) for band in bands))
+        order = np.argsort(bits_N & mask, kind="stable").astype(np.int32)
         keys, bits, colours = bits_N[order] & mask, bits_N[order], colours_NC[order]
         for left, right in _pairs_of_equals(keys):
-            near = np.flatnonzero(_num_ones(bits[left] ^ bits[right]) <= MAX_BITS)
+            apart = bits[left] ^ bits[right]
+            near = np.flatnonzero((_num_ones(apart) <= MAX_BITS) & _found_first(apart, bands))
             near = near[_alike(colours[left[near]], colours[right[near]])]
             found.append(np.stack([order[left[near]], order[right[near]]], 1))
-    pairs = np.concatenate(found)
-    return np.unique(np.sort(pairs, axis=1), axis=0)
+    pairs = np.sort(np.concatenate(found), axis=1)
+    return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
+
+
+def _found_first(apart_N: NDArray[np.uint64], bands: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Whether no choice of bands that came earlier has found the pair: its first equal bands are these."""
+    others = [band for band in range(bands[-1]) if band not in bands]
+    first_N = np.ones(len(apart_N), np.bool_)
+    for band in others:
+        first_N &= (apart_N & _BANDS[band]) != 0
+    return first_N
 
 
 def are_near(
