@@ -117,7 +117,7 @@ def test_experts_train_side_by_side_and_finished_ones_are_kept(
 
 def keep_times(context: RayContext, settings: Mapping[str, Any]) -> None:
     """Notes when it starts and, after every worker of this training has started, when it ends."""
-    context.step_done(0, 0, 1, 0.0)
+    context.step_done(0, 0, 1, StepFigures(0.0, torch.tensor(0.0), 0.01, 8, 1.0, 0.0))
     with Path(settings["log"]).open("a") as stream:
         stream.write(f"start {settings['name']}\n")
     context.epoch_done({"epoch": 0, "loss": 0.0}, None)  # waits for the others
