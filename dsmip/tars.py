@@ -152,15 +152,17 @@ class _HashingWriter:
 
 
 def _write_sample(writer: _HashingWriter, key: str, fields: Fields) -> dict[str, tuple[int, int]]:
-    places = {}
+    places, pieces, offset = {}, list[bytes](), writer.offset
     for field in sorted(fields):
         name, content = f"{key}.{field}", fields[field]
         if not (_KEY.fullmatch(key) and _NAME.fullmatch(name)):
             raise ValueError(f"not a sample's field: key {key!r}, field {field!r}")
-        writer.write(tar_header(name, len(content)))
-        places[field] = (writer.offset, len(content))
-        writer.write(content)
-        writer.write(bytes(-writer.offset % tarfile.BLOCKSIZE))
+        offset += tarfile.BLOCKSIZE
+        places[field] = (offset, len(content))
+        padding = bytes(-len(content) % tarfile.BLOCKSIZE)
+        pieces += [tar_header(name, len(content)), content, padding]
+        offset += len(content) + len(padding)
+    writer.write(b"".join(pieces))
     return places
 
 
