@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from dsmip.collate import PictureCollator
 from dsmip.encoders.picture_networks import Identity, Kind, PictureNetwork, picture_vectors
 from dsmip.errors import UserError
 from dsmip.features import fingerprint
 from dsmip.files import sha256_file, write_json
-from dsmip.manifest import KB, SPLITS, Digest
+from dsmip.manifest import KB, SPLITS, Count, Digest, Part
 from dsmip.shards import Dataset
 from dsmip.table import Table
 
@@ -28,21 +28,16 @@ PARTS = (KB, *SPLITS)
 DTypeName = Literal["float32", "float16"]
 DTYPES: dict[DTypeName, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
 _MANIFEST = "manifest.json"
-Count = Annotated[int, Field(ge=0)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Weights(_Part):
+class Weights(Part):
     """`sha256` is of the network: its tensors, its form, its pixel statistics. `name` is for readers."""
 
     name: str
     sha256: Digest
 
 
-class Pixels(_Part):
+class Pixels(Part):
     """Pictures are fitted to `size` x `size`, brought to the network's `side`, and normalised."""
 
     size: Annotated[int, Field(ge=1)]
@@ -51,14 +46,14 @@ class Pixels(_Part):
     std: tuple[float, ...]
 
 
-class Data(_Part):
+class Data(Part):
     """The data set's name and the SHA-256 of its manifest."""
 
     name: str
     sha256: Digest
 
 
-class Origin(_Part):
+class Origin(Part):
     """All that the features depend on."""
 
     format: Literal[1] = 1
@@ -73,7 +68,7 @@ class Origin(_Part):
         return f"{self.kind}-{self.weights.sha256[:16]}-{self.pixels.size}px-{self.dtype}"
 
 
-class FeatureFile(_Part):
+class FeatureFile(Part):
     """One table: items, how many of them have a picture, size in bytes, SHA-256."""
 
     items: Count
@@ -82,7 +77,7 @@ class FeatureFile(_Part):
     sha256: Digest
 
 
-class FeatureManifest(_Part):
+class FeatureManifest(Part):
     """`manifest.json`: `files` by split and for the kb, `width` numbers per picture."""
 
     origin: Origin
