@@ -103,15 +103,6 @@ def plan_pieces(
     return Pieces(files, slices, len(gold_rows(run.dataset, split)))
 
 
-def store_ranked(
-    run: Run, split: str, model: str, device: torch.device, progress: Progress = no_progress
-) -> RankedFiles:
-    """Makes all missing pieces in this process. Raises UserError as `load_model` does."""
-    pieces = plan_pieces(run, split, model)
-    pieces.make(list(pieces.missing), device, progress)
-    return pieces.finish()
-
-
 def _features(run: Run, config: ExperimentConfig, model: str) -> dict[str, PartFeatures]:
     """The features that a model reads, by part; those of a whole are of its variant's parts."""
     if model == run.system.name and run.system.gated:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from dsmip.errors import UserError
 from dsmip.evaluation import Ranking
 from dsmip.files import sha256_file
-from dsmip.pieces import Pieces, plan_pieces, store_ranked
+from dsmip.pieces import Pieces, plan_pieces
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles, RankedModel
@@ -34,7 +34,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def stored(run: Run) -> RankedFiles:
-    return store_ranked(run, "test", "dsmip", CPU)
+    pieces = plan_pieces(run, "test", "dsmip")
+    pieces.make(list(pieces.missing), CPU)
+    return pieces.finish()
 
 
 def assert_equal(found: Ranking, expected: Ranking) -> None:

@@ -37,7 +37,7 @@ from dsmip.picture_features import (
     picture_rows,
     write_manifest,
 )
-from dsmip.pieces import store_ranked
+from dsmip.pieces import plan_pieces
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import CPU
@@ -110,7 +110,9 @@ def test_a_model_ranks_the_same_with_stored_features(
             for name in run.part_names:
                 run.save_part(name, run.system.build_part(name, small_config, with_encoder=True), {})
             run.save_part("dsmip", run.system.build_whole(small_config), {})
-        opened = store_ranked(run, "test", "dsmip", CPU).open()
+        pieces = plan_pieces(run, "test", "dsmip")
+        pieces.make(list(pieces.missing), CPU)
+        opened = pieces.finish().open()
         tables.append((opened.mentions, opened.index.take(torch.arange(len(opened.index)))))
         store(dataset, NetworkChoice("clip", None, small_config.backbone.architecture))
     for computed, read in zip(*tables, strict=True):
