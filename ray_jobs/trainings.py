@@ -24,8 +24,8 @@ from dsmip import distributed
 from dsmip.checkpoints import KEPT
 from dsmip.errors import UserError
 from dsmip.files import write_text
+from dsmip.loop import Left
 from dsmip.running import Running
-from dsmip.training import Left
 from dsmip.watch_tools import Watched
 from ray_jobs.context import RayContext
 from ray_jobs.failures import Failure, JobFailed
