@@ -66,7 +66,7 @@ class Left(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BatchSums:
-    """Sums over the `count` samples of a batch, over all workers and equal on each: of the `loss`, and of other figures."""
+    """Sums over the `count` samples of a batch and all workers, equal on each: of the `loss`, and other figures."""
 
     sums: Mapping[str, float]
     count: int
