@@ -32,7 +32,7 @@ from ray_jobs.failures import Failure, JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible
 
-_RESIZE_SECONDS = 60.0  # how often an elastic training looks whether there is room for more workers
+_RESIZE_SECONDS = 30.0  # how often an elastic training looks whether there is room for more workers
 
 Loop = Callable[[RayContext, Mapping[str, Any]], None]
 
