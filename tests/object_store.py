@@ -1,0 +1,64 @@
+"""A real S3 server (moto's) in a process of its own."""
+
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+BUCKET = "dsmip-tests"
+_START_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A running server with one bucket. `process` may be killed, to see what its clients say."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{BUCKET}"
+
+
+def variables(port: int, folder: Path) -> dict[str, str]:
+    """What makes any S3 client, of this process or of those it starts, use the server; `folder` stays empty."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(folder / "config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(folder / "credentials"),
+    }
+
+
+@contextmanager
+def running_store(port: int) -> Iterator[ObjectStore]:
+    """Starts the server, waits until it answers, and makes the bucket."""
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while not _made_bucket(port):
+            assert process.poll() is None, f"the S3 server ended with {process.returncode}"
+            assert time.monotonic() < deadline, "the S3 server did not start"
+            time.sleep(0.1)
+        yield ObjectStore(port, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _made_bucket(port: int) -> bool:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except OSError:
+        return False
+    return True
