@@ -28,7 +28,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 ConfigOption = Annotated[str, typer.Option("--config", help="A shipped configuration's name or a YAML file.")]
 DataOption = Annotated[Path, typer.Option("--data", help="Dataset directory made by 'dsmip prepare'.")]
 DataArgument = Annotated[Path, typer.Argument(help="Dataset directory made by 'dsmip prepare'.", metavar="DATA")]
-RunOption = Annotated[Path, typer.Option("--run", help="Run directory.")]
+RunOption = Annotated[str, typer.Option("--run", help="Run: a directory, or its URI in an object store.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value of the configuration; may be repeated.")]
 EntityText = Literal["attr", "desc"]
 MentionText = Literal["sentence", "sentence+desc"]
@@ -194,7 +194,7 @@ def tune(
     from ray_jobs.settings import job_config
     from ray_jobs.tune_gate import tune_gate
 
-    opened = Run.open(run.resolve())
+    opened = Run.open(run)
     tune_gate(opened, job_config(str(opened.folder / "config.yaml"), set or []), Display(), seed=seed, verbose=verbose)
 
 
@@ -268,12 +268,12 @@ def evaluate(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")],
+    run: Annotated[str, typer.Argument(help="Run: a directory or a URI.", metavar="RUN")],
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write all of it to this file.")
     ] = None,
 ) -> None:
-    """Says how far a run is and what to do next, from its directory alone; also while it is being trained."""
+    """Says how far a run is and what to do next, from its files alone; also while it is being trained."""
     from ray_jobs.status import show_status
 
     show_status(run, json_file)
@@ -281,8 +281,8 @@ def status(
 
 @app.command()
 def compare(
-    run1: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN1")],
-    run2: Annotated[Path, typer.Argument(help="Run directory to compare with it; may be the same.", metavar="RUN2")],
+    run1: Annotated[str, typer.Argument(help="Run: a directory or a URI.", metavar="RUN1")],
+    run2: Annotated[str, typer.Argument(help="Run to compare with it; may be the same.", metavar="RUN2")],
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
     model1: Annotated[str | None, typer.Option("--model1", help="A part, or the system's name (default).")] = None,
     model2: Annotated[str | None, typer.Option("--model2", help="A part, or the system's name (default).")] = None,

@@ -13,8 +13,9 @@ import ray.train.torch
 import torch
 
 from dsmip.checkpoints import newest_sound
+from dsmip.places import Place
 from dsmip.watch import StepFigures, Watch
-from dsmip.watch_tools import ProgressFile, Watched
+from dsmip.watch_tools import ProgressFile, Sent, Watched
 from ray_jobs.gauges import Gauges
 from ray_jobs.progress import Event
 
@@ -56,11 +57,11 @@ class StepEvents:
 class RayContext:
     """`dsmip.training.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
 
-    events: an `EventQueue` actor. progress: the file for `dsmip status`. Only rank 0 sends events and writes files;
-    every worker has gauges.
+    events: an `EventQueue` actor. progress: place and name of the file for `dsmip status`. Only rank 0 sends events and
+    writes files; every worker has gauges.
     """
 
-    def __init__(self, watched: Watched, num_epochs: int, events: Any, progress: Path) -> None:
+    def __init__(self, watched: Watched, num_epochs: int, events: Any, progress: tuple[Place, str]) -> None:
         self.device: torch.device = ray.train.torch.get_device()
         context = ray.train.get_context()
         rank, num_workers = context.get_world_rank(), context.get_world_size()
@@ -116,7 +117,7 @@ def open_watch(
     watched: Watched,
     device: torch.device,
     num_epochs: int,
-    progress: Path,
+    progress: tuple[Place, str],
     told: StepEvents,
     *,
     rank: int = 0,
@@ -131,7 +132,10 @@ def open_watch(
         return Watch([gauges], device, told.warn)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     where = {"host": socket.gethostname(), "device": name, "workers": num_workers}
-    return Watch([ProgressFile(progress, num_epochs, where), gauges, *watched.writers()], device, told.warn)
+    place, file = progress
+    sent = [Sent(place, file), Sent(watched.place, watched.event_files)]
+    progress_file = ProgressFile(place.folder / file, num_epochs, where)
+    return Watch([progress_file, gauges, *watched.writers(), *sent], device, told.warn)
 
 
 def worker_device() -> torch.device:

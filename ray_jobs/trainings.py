@@ -4,7 +4,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.environment import starts_own_cluster  # first: Ray reads its variables when it is imported
@@ -21,7 +20,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from dsmip.checkpoints import KEPT
 from dsmip.config import Resources
 from dsmip.errors import UserError
-from dsmip.files import write_text
+from dsmip.places import Location, Place, place_of
 from dsmip.watch_tools import PROGRESS, Watched
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed
@@ -38,17 +37,21 @@ class Training:
     """One Ray Train run. `loop` is called in every worker with its context and `settings`.
 
     The same name and storage again resumes the run. `watched` without tools, the default, still keeps the progress
-    file beside the checkpoints.
+    file beside the checkpoints. storage: where the checkpoints go.
     """
 
     name: str
     loop: Loop
     settings: Mapping[str, Any]
     num_epochs: int
-    storage: Path
+    storage: Location
     workers: int = 1
     resources: Resources = field(default_factory=Resources)
     watched: Watched | None = None
+
+    @property
+    def place(self) -> Place:
+        return place_of(self.storage)
 
     @property
     def request(self) -> Request:
@@ -72,27 +75,29 @@ def run_trainings(trainings: Sequence[Training], display: Display) -> None:
     check_feasible([training.request for training in trainings])
     events = start_event_queue()
     failures: dict[str, Failure] = {}
-    storage = {training.name: training.storage for training in trainings}
+    places = {training.name: training.place for training in trainings}
     waiting = WaitingLine({training.name: training.request for training in trainings}, display.say)
     with display:
         calls = {training.name: partial(_fit, training, events) for training in trainings}
         for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
             if failure := call.result():
                 failures[name] = failure
-                display.say(
-                    f"  {name}: failed: {failure.message}{_traced(failure, storage[name] / f'{name}.error.txt')}"
-                )
+                traced = _traced(failure, places[name], f"{name}.error.txt")
+                display.say(f"  {name}: failed: {failure.message}{traced}")
     if failures:
         exit_code = 2 if all(failure.user_error for failure in failures.values()) else 1
         raise JobFailed(f"failed: {', '.join(failures)}; run the same command again to resume", exit_code)
 
 
-def _traced(failure: Failure, log: Path) -> str:
+def _traced(failure: Failure, place: Place, name: str) -> str:
     """Writes a failure's traceback, if it has one, and says where it is."""
     if not failure.trace:
         return ""
-    write_text(log, failure.trace)
-    return f" (see {log})"
+    try:
+        place.write_text(name, failure.trace)
+    except UserError as error:  # perhaps what the training failed of; others still run
+        return f" ({error})"
+    return f" (see {place}/{name})"
 
 
 class _Trainer(DataParallelTrainer):
@@ -113,6 +118,7 @@ def _fit(training: Training, events: Any) -> Failure | None:
     Ray's controller process unpickles backend and loop configuration, but not the loop. So the loop carries its
     arguments, and a lone worker has no process group: the controller then need not import torch (6 s, 0.3 GB).
     """
+    path, file_system = training.place.storage()
     asked = {"CPU": training.resources.cpu, "GPU": training.resources.gpu}
     loop: Any = partial(_guarded_loop, training, events)  # Ray's annotation does not know that it may return a value
     trainer = _Trainer(
@@ -125,7 +131,8 @@ def _fit(training: Training, events: Any) -> Failure | None:
         ),
         run_config=RunConfig(
             name=training.name,
-            storage_path=str(training.storage),
+            storage_path=path,
+            storage_filesystem=file_system,
             failure_config=FailureConfig(max_failures=_LOST_WORKERS),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
         ),
@@ -147,7 +154,7 @@ def _guarded_loop(training: Training, events: Any) -> Failure | None:
     """
     try:
         watched = training.watched or Watched(training.storage, training.name)
-        progress = training.storage / f"{training.name}.{PROGRESS}"
+        progress = training.place, f"{training.name}.{PROGRESS}"
         with RayContext(watched, training.num_epochs, events, progress) as context:
             training.loop(context, training.settings)
     except Exception as error:
