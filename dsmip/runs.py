@@ -70,7 +70,7 @@ class Run:
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and not a run (no run.json); give a new folder for --run")
         write_text(folder / "config.yaml", config.to_yaml())
-        data = {"folder": str(dataset.folder.resolve()), "name": dataset.manifest.name, "sha256": dataset.manifest_hash}
+        data = {"folder": dataset.location, "name": dataset.manifest.name, "sha256": dataset.manifest_hash}
         write_json(stamp, {"data": data, "seed": config.seed, "made": environment()})
         return Run(folder, config, dataset)
 
@@ -89,11 +89,11 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{stamp} is damaged ({error!r}); train into another --run folder") from error
         if dataset is None:
-            dataset = Dataset.open(Path(data["folder"]))
+            dataset = Dataset.open(data["folder"])
         if dataset.manifest_hash != data["sha256"]:
             raise UserError(
                 f"run {folder} was made on data '{data['name']}' with manifest {data['sha256'][:12]}, but "
-                f"{dataset.folder} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
+                f"{dataset.location} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
             )
         if not (folder / "config.yaml").is_file():
             raise UserError(f"run {folder} is damaged (no config.yaml); train into another --run folder")
