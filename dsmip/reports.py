@@ -69,7 +69,7 @@ def evaluate_model(
         raise UserError(f"candidates: {candidates} are none to rank among; give at least 1")
     mentions = list(run.dataset.mentions(split))
     if not mentions:
-        raise UserError(f"split '{split}' of {run.dataset.folder} has no mentions")
+        raise UserError(f"split '{split}' of {run.dataset.location} has no mentions")
     pieces = plan_pieces(run, split, model, notice=notice)
     if make_pieces:
         make_pieces(pieces)

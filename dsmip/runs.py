@@ -75,7 +75,7 @@ class Run:
         if place.glob("*"):
             raise UserError(f"{place} is not empty and not a run (no {STAMP}); give a new folder for --run")
         place.write_text(CONFIG, config.to_yaml())
-        data = {"folder": str(dataset.folder.resolve()), "name": dataset.manifest.name, "sha256": dataset.manifest_hash}
+        data = {"folder": dataset.location, "name": dataset.manifest.name, "sha256": dataset.manifest_hash}
         made = {"data": data, "seed": config.seed, "made": environment(), "id": uuid.uuid4().hex}
         place.write_json(STAMP, made)
         return Run(place, config, dataset)
@@ -101,11 +101,11 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{stamp} is damaged ({error!r}); train into another --run folder") from error
         if dataset is None:
-            dataset = Dataset.open(Path(data["folder"]))
+            dataset = Dataset.open(data["folder"])
         if dataset.manifest_hash != data["sha256"]:
             raise UserError(
                 f"run {place} was made on data '{data['name']}' with manifest {data['sha256'][:12]}, but "
-                f"{dataset.folder} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
+                f"{dataset.location} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
             )
         if not (place.folder / CONFIG).is_file():
             raise UserError(f"run {place} is damaged (no {CONFIG}); train into another --run folder")

@@ -26,8 +26,11 @@ app = typer.Typer(
 KindName = Literal["vgg16", "clip"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 ConfigOption = Annotated[str, typer.Option("--config", help="A shipped configuration's name or a YAML file.")]
-DataOption = Annotated[Path, typer.Option("--data", help="Dataset directory made by 'dsmip prepare'.")]
-DataArgument = Annotated[Path, typer.Argument(help="Dataset directory made by 'dsmip prepare'.", metavar="DATA")]
+# Text: a Path would make s3:/bucket of s3://bucket.
+DataOption = Annotated[str, typer.Option("--data", help="Dataset made by 'dsmip prepare': its directory or URI.")]
+DataArgument = Annotated[
+    str, typer.Argument(help="Dataset made by 'dsmip prepare': its directory or URI.", metavar="DATA")
+]
 RunOption = Annotated[str, typer.Option("--run", help="Run: a directory, or its URI in an object store.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value of the configuration; may be repeated.")]
 EntityText = Literal["attr", "desc"]
@@ -200,7 +203,7 @@ def tune(
 
 @app.command()
 def features(
-    data: Annotated[Path, typer.Argument(help="Dataset directory made by 'dsmip prepare'.")],
+    data: DataArgument,
     kind: Annotated[KindName, typer.Option("--kind", help="vgg16: fc7; clip: the backbone's pooled picture.")],
     config: Annotated[
         str | None, typer.Option("--config", help="The runs' configuration: its backbone, gate and cache_dtype.")

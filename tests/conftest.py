@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from object_store import ObjectStore, running_store, variables
+from object_store import ObjectStore, free_port, running_store, variables
 from small_release import picture, write_release
 
 from data_prep.build import prepare
@@ -104,9 +103,7 @@ def store_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     Set before anything starts, as Ray's workers inherit them; the server itself starts when a test asks for it.
     """
     folder = tmp_path_factory.mktemp("store")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
             patch.delenv(name, raising=False)
