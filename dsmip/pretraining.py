@@ -20,13 +20,15 @@ from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.config import PretrainConfig, TrainConfig
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
+from dsmip.ops.augmentation import Draws
+from dsmip.optimization import build_optimizer, clip_gradients, learning_rate_factor
 from dsmip.pictures import decode, fit
 from dsmip.records import Entity
 from dsmip.shards import Dataset
 from dsmip.sources import augmented, read_ahead
 from dsmip.streams import count_steps, draw, permutation, step_bounds
 from dsmip.text import Template, Tokenizer, entity_text
-from dsmip.training import Context, build_optimizer, clip_gradients, learning_rate_factor
+from dsmip.training import Context
 from dsmip.watch import StepFigures, timed
 
 MAX_LOGIT_SCALE = math.log(100)
@@ -72,9 +74,13 @@ class PairSource:
         order = permutation(len(self.rows), "pairs", self.seed, epoch).tolist()
         rank, world_size = distributed.rank(), distributed.world_size()
         for step in range(self.num_steps()):
+            whole = step_bounds(len(order), self.num_steps(), step, 0, 1)
             share = step_bounds(len(order), self.num_steps(), step, rank, world_size)
-            generator = torch.Generator().manual_seed(draw(2**63, "augment", self.seed, epoch, step, rank))
-            yield augmented(self._batch([order[p] for p in share], epoch), self.config.augment, generator)
+            generator = torch.Generator().manual_seed(draw(2**63, "augment", self.seed, epoch, step))
+            places_N = torch.arange(share.start - whole.start, share.stop - whole.start)
+            draws = Draws(generator, len(whole), places_N)
+            batch = self._batch([order[p] for p in share], epoch)
+            yield augmented(batch, self.config.augment, draws, self.token_ids.shape[1])
 
     def _batch(self, places: Sequence[int], epoch: int) -> ItemBatch:
         pictures = torch.zeros(len(places), 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -126,7 +132,7 @@ def pretrain(
         history.append(_epoch(backbone, pairs, config, context, epoch, optimizer, schedule))
         folder = None
         if distributed.rank() == 0:
-            folder = context.checkpoint_folder(epoch)
+            folder = context.checkpoint_folder(epoch + 1, 0)
             weights = {name: tensor.detach() for name, tensor in backbone.clip.state_dict().items()}
             state = Checkpoint(epoch + 1, history, weights, {}, optimizer.state_dict(), schedule.state_dict(), {})
             save_checkpoint(folder, state)

@@ -3,10 +3,9 @@
 What one step computes is in `gradients.py`; where batches come from is in `sources.py`.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -16,8 +15,11 @@ from torch import Tensor, nn
 from dsmip import distributed
 from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.config import TrainConfig
-from dsmip.gradients import Step, batch_backward
+from dsmip.errors import UserError
+from dsmip.gradients import BatchLoss, LossNotFinite, Step, batch_backward
 from dsmip.models.base import Matcher
+from dsmip.optimization import build_optimizer, clip_gradients, learning_rate_factor
+from dsmip.streams import draw
 from dsmip.watch import StepFigures, timed
 
 
@@ -26,7 +28,8 @@ class StepSource(Protocol):
 
     def num_steps(self) -> int: ...
 
-    def steps(self, epoch: int) -> Iterator[Step]: ...
+    def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
+        """The steps of an epoch from `start` on."""
 
 
 class Context(Protocol):
@@ -34,8 +37,17 @@ class Context(Protocol):
 
     device: torch.device
 
+    def alive(self) -> None:
+        """Called from time to time in long work between steps."""
+
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         """Called after each step."""
+
+    def asked_to_leave(self) -> bool:
+        """Whether a worker's machine is about to go. Called after each step; all workers get the same answer."""
+
+    def step_saved(self, epoch: int, step: int, checkpoint: Path | None) -> None:
+        """Called within an epoch, after `step` steps of it; `checkpoint` as in `epoch_done`."""
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         """Called after each epoch by every worker; `checkpoint` is a finished folder on rank 0, None elsewhere."""
@@ -43,8 +55,12 @@ class Context(Protocol):
     def restore(self) -> Path | None:
         """Folder of the checkpoint to go on from, or None."""
 
-    def checkpoint_folder(self, epoch: int) -> Path:
-        """A fresh local folder to write a checkpoint into."""
+    def checkpoint_folder(self, epoch: int, step: int) -> Path:
+        """A fresh local folder for a checkpoint from which a training goes on at that step."""
+
+
+class Left(Exception):
+    """The training was asked to leave its machine, and has saved where it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,36 +84,47 @@ def train(
     *,
     seed: int,
     stop_epoch: int | None = None,
+    checkpoint_steps: int | None = None,
 ) -> TrainResult:
     """Trains until `config.epochs` or until validation MRR has not risen for `config.patience` epochs.
 
     Resumes from `context.restore()`. On return the matcher holds the weights of the best epoch. `validate` returns
     metrics with the key `mrr`; with several workers it is called on each, and must return the same on each.
     stop_epoch: pause there (a rung of successive halving); the schedule still spans `config.epochs`.
+    checkpoint_steps: save after so many steps, besides after each epoch.
+
+    Raises UserError when the training diverges, and Left.
     """
-    run = _Run(matcher, source, config, context)
+    run = _Run(matcher, source, config, context, seed)
     state = run.resume()
     last = config.epochs if stop_epoch is None else min(stop_epoch, config.epochs)
     while state.epoch < last and not _patience_lost(state.history, config.patience):
-        epoch_loss = run.epoch(state.epoch, seed)
-        metrics = {"epoch": float(state.epoch), "loss": epoch_loss}
-        state.epoch += 1
+        run.epoch(state, checkpoint_steps)
+        metrics = {"epoch": float(state.epoch), "loss": state.loss_sum / max(state.num_mentions, 1)}
+        state.begin(state.epoch + 1)
         if state.epoch % config.validate_every == 0 or state.epoch == last:
             metrics |= validate(matcher)
         state.history.append(metrics)
         if _best_epoch(state.history) == len(state.history) - 1:
             state.best = {name: tensor.detach().clone() for name, tensor in trained_state(matcher).items()}
-        folder = run.save(state) if distributed.rank() == 0 else None
-        context.epoch_done(metrics, folder)
+        context.epoch_done(metrics, run.save(state))
     matcher.load_state_dict(state.best, strict=False)
     return TrainResult(state.history, _best_epoch(state.history))
 
 
 @dataclass
 class _State:
-    epoch: int
-    history: list[dict[str, float]]
-    best: dict[str, Tensor]
+    """How far a training is: what `Checkpoint` says of its position, history and best weights."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    num_mentions: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def begin(self, epoch: int) -> None:
+        self.epoch, self.step, self.loss_sum, self.num_mentions = epoch, 0, 0.0, 0
 
 
 def trained_state(matcher: nn.Module) -> dict[str, Tensor]:
@@ -121,8 +148,8 @@ def _patience_lost(history: list[dict[str, float]], patience: int | None) -> boo
 class _Run:
     """Optimizer, schedule and scaler of one training, and the epoch over them."""
 
-    def __init__(self, matcher: Matcher, source: StepSource, config: TrainConfig, context: Context) -> None:
-        self.matcher, self.source, self.config, self.context = matcher, source, config, context
+    def __init__(self, matcher: Matcher, source: StepSource, config: TrainConfig, context: Context, seed: int) -> None:
+        self.matcher, self.source, self.config, self.context, self.seed = matcher, source, config, context, seed
         matcher.to(context.device)
         self.optimizer = build_optimizer(matcher, config)
         total = config.epochs * source.num_steps()
@@ -134,18 +161,24 @@ class _Run:
     def resume(self) -> _State:
         folder = self.context.restore()
         if folder is None:
-            return _State(0, [], {})
+            return _State()
         stored = load_checkpoint(folder, self.context.device)
         self.matcher.load_state_dict(stored.weights, strict=False)
         self.optimizer.load_state_dict(stored.optimizer)
         self.schedule.load_state_dict(stored.schedule)
         self.scaler.load_state_dict(stored.scaler)
-        return _State(stored.epoch, stored.history, stored.best)
+        return _State(stored.epoch, stored.step, stored.loss_sum, stored.num_mentions, stored.history, stored.best)
 
-    def save(self, state: _State) -> Path:
-        folder = self.context.checkpoint_folder(state.epoch - 1)
+    def save(self, state: _State) -> Path | None:
+        """A finished checkpoint on the first worker, None on the others."""
+        if distributed.rank() > 0:
+            return None
+        folder = self.context.checkpoint_folder(state.epoch, state.step)
         checkpoint = Checkpoint(
             epoch=state.epoch,
+            step=state.step,
+            loss_sum=state.loss_sum,
+            num_mentions=state.num_mentions,
             history=state.history,
             weights=trained_state(self.matcher),
             best=state.best,
@@ -156,65 +189,49 @@ class _Run:
         save_checkpoint(folder, checkpoint)
         return folder
 
-    def epoch(self, epoch: int, seed: int) -> float:
-        """One pass over the data; returns the mean loss per mention over all workers."""
+    def epoch(self, state: _State, checkpoint_steps: int | None) -> None:
+        """What is left of an epoch; adds up its loss in `state`."""
         self.matcher.train()
-        loss_and_count = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         num_steps = self.source.num_steps()
-        for number, (step, wait_seconds) in enumerate(timed(self.source.steps(epoch))):
+        for step, wait_seconds in timed(self.source.steps(state.epoch, state.step)):
             started = time.perf_counter()
             # dropout and Gumbel noise are a function of the position, so that a resumed run draws the same
-            torch.manual_seed(hash((seed, epoch, number, distributed.rank())) % 2**63)
+            torch.manual_seed(draw(2**63, "noise", self.seed, state.epoch, state.step, distributed.rank()))
             learning_rate = float(self.schedule.get_last_lr()[0])
-            loss, gradient_norm, count = self.step(step)
-            loss_and_count += torch.tensor([loss * count, count], device=self.context.device)
+            loss, gradient_norm = self.step(step, state)
+            state.step += 1
+            state.loss_sum += loss.total
+            state.num_mentions += loss.num_mentions
             seconds = wait_seconds + time.perf_counter() - started
-            num_samples = count * distributed.world_size()  # shares differ by at most one
-            figures = StepFigures(loss, gradient_norm, learning_rate, num_samples, seconds, wait_seconds)
-            self.context.step_done(epoch, number, num_steps, figures)
-        total, count = distributed.sum_over_workers(loss_and_count).tolist()
-        return float(total / max(count, 1.0))
+            figures = StepFigures(loss.mean, gradient_norm, learning_rate, loss.num_mentions, seconds, wait_seconds)
+            self.context.step_done(state.epoch, state.step - 1, num_steps, figures)
+            leave = self.context.asked_to_leave()
+            due = checkpoint_steps is not None and state.step % checkpoint_steps == 0 and state.step < num_steps
+            if leave or due:
+                self.context.step_saved(state.epoch, state.step, self.save(state))
+            if leave:
+                raise Left
 
-    def step(self, step: Step) -> tuple[float, Tensor, int]:
-        """One update; returns this worker's mean loss, the gradient's norm and this worker's number of mentions."""
+    def step(self, step: Step, state: _State) -> tuple[BatchLoss, Tensor]:
+        """One update; returns the batch's loss over all workers and the gradient's norm. UserError when it diverges."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = batch_backward(self.matcher, step, self.config, self.context.device, self.scaler.scale)
+        try:
+            loss = batch_backward(self.matcher, step, self.config, self.context.device, self.scaler.scale)
+        except LossNotFinite as error:
+            raise _diverged(f"the loss is {error}", state) from error
         distributed.sum_gradients(self.matcher.parameters())
         self.scaler.unscale_(self.optimizer)
         gradient_norm = clip_gradients(self.matcher, self.config.clip_norm)
+        if not (self.scaler.is_enabled() or bool(torch.isfinite(gradient_norm))):  # the scaler passes such steps over
+            raise _diverged(f"the gradient's norm is {float(gradient_norm)}", state)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
-        return loss, gradient_norm, len(step.gold_row_M)
+        return loss, gradient_norm
 
 
-def clip_gradients(module: nn.Module, clip_norm: float | None) -> Tensor:
-    """Scales all gradients down to `clip_norm` (None: leaves them) and returns their norm before, 0-dimensional."""
-    if clip_norm is not None:
-        return nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
-    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-
-
-def build_optimizer(matcher: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Adam when `weight_decay` is 0); tower parameters may have a learning rate of their own.
-
-    Weight decay spares vectors (norms and biases), as is usual.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in matcher.named_parameters():
-        if parameter.requires_grad:
-            in_tower = ".backbone." in f".{name}"
-            rate = (config.tower_learning_rate or config.learning_rate) if in_tower else config.learning_rate
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    return torch.optim.AdamW([{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()])
-
-
-def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Factor on the learning rate at a step: linear warm-up, then constant, or a cosine down to zero."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+def _diverged(what: str, state: _State) -> UserError:
+    return UserError(
+        f"{what} in epoch {state.epoch + 1}, step {state.step + 1}: the training has diverged and stops before its "
+        "weights are lost; train anew with a lower learning_rate, with warmup_steps or with clip_norm"
+    )

@@ -14,6 +14,8 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from ray_jobs.failures import Failure
+
 _SHOWN = ("loss", "mrr", "hits@1", "accuracy")
 _LOOK_SECONDS = 0.3
 _PLAIN_LINE_SECONDS = 30.0
@@ -37,10 +39,20 @@ class Event:
 
 
 class EventQueue:
-    """Holds events between a worker's push and the driver's next look; `start_event_queue` makes the actor."""
+    """Holds events between a worker's push and the driver's next look; `start_event_queue` makes the actor.
+
+    It also keeps the failures that workers noted, for those that are started in their place.
+    """
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._failures: dict[str, Failure] = {}
+
+    def note_failure(self, name: str, failure: Failure) -> None:
+        self._failures.setdefault(name, failure)
+
+    def failure(self, name: str) -> Failure | None:
+        return self._failures.get(name)
 
     def push(self, event: Event) -> None:
         self._events.append(event)

@@ -62,8 +62,7 @@ def _training(root: Run, home: Run, part: str) -> Training:
         settings={"root": root.place.location, "config": home.config.to_yaml(), "part": part},
         num_epochs=home.config.train_of(part).epochs,
         storage=home.trainings,
-        workers=plan.workers,
-        resources=plan.resources,
+        plan=plan,
         watched=Watched(root.place, name, home.config.watch, home.config.model_dump(mode="json")),
     )
 

@@ -165,13 +165,21 @@ class TrialContext(LocalContext):
         self._told.step_done(epoch, step, num_steps)
         self._watch.step_done(epoch, step, num_steps, figures)
 
+    def step_saved(self, epoch: int, step: int, checkpoint: Path | None) -> None:
+        super().step_saved(epoch, step, checkpoint)
+        self._send()
+
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         super().epoch_done(metrics, checkpoint)
+        self._send()
+        self._told.epoch_done(metrics)
+        self._watch.epoch_done(metrics)
+
+    def _send(self) -> None:
+        """Not after every epoch, which may take less than a second."""
         if time.monotonic() - self._sent >= SEND_SECONDS:
             self._place.replace(_CHECKPOINTS)
             self._sent = time.monotonic()
-        self._told.epoch_done(metrics)
-        self._watch.epoch_done(metrics)
 
 
 def guarded_trial(task: TrialTask, events: Any) -> dict[str, Any]:
