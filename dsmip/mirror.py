@@ -29,6 +29,7 @@ from dsmip.remote import attempt, cache_folder, filesystem
 Result = TypeVar("Result")
 STAMP = "run.json"  # written once: another one in the store is another run's
 _SMALL = (".json", ".yaml", ".txt")
+_NOT_READ = "tune/ray/"  # what Tune notes for itself
 _AT_ONCE = 8  # transfers
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "updated", "created")
 
@@ -65,7 +66,8 @@ class Mirror(Place):
             known = {}
         for name in known.keys() - found.keys():
             self._forget(name)
-        self._fetch({name: version for name, version in found.items() if name.endswith(_SMALL)})
+        small = {name for name in found if name.endswith(_SMALL) and not f"{self.below}{name}".startswith(_NOT_READ)}
+        self._fetch({name: found[name] for name in small})
 
     def pull(self, *names: str) -> None:
         for name in names:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -139,7 +139,8 @@ def driver(arguments: list[str], variables: Mapping[str, str]) -> Iterator[subpr
         process.kill()
         process.wait()
         for number in processes_of(Path(folder)):
-            os.kill(number, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
 
 
 @pytest.mark.slow
