@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -63,8 +64,12 @@ class EventQueue:
 
 
 def start_event_queue() -> Any:
-    """The handle of a new `EventQueue` actor, which costs no CPU share."""
-    return ray.remote(num_cpus=0)(EventQueue).remote()
+    """The handle of a new `EventQueue` actor, which costs no CPU share. It is on this process's node, and ends with it.
+
+    Elsewhere it could be lost with a node, and this process with it.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(EventQueue).remote()
 
 
 def run_watched(
