@@ -204,6 +204,11 @@ def _check_sums(manifest: Manifest, path: str) -> None:
 def shard_path(part: str, index: int) -> str:
     """Path of shard `index` of the kb or of a split, below the dataset's folder."""
     path = f"{part}/{part}-{index:06d}.tar"
-    if not re.fullmatch(_SHARD_PATH, path):
+    if not is_shard_path(path):
         raise ValueError(f"no shard name: {path}")
     return path
+
+
+def is_shard_path(name: str) -> bool:
+    """Whether a path below a dataset's folder is that of a shard."""
+    return re.fullmatch(_SHARD_PATH, name) is not None

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.+", re.S)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _WAITS = (1.0, 3.0)  # seconds before another try; the providers' clients have tried for some seconds themselves
-_LOCAL_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_LOCAL_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def is_uri(location: str | Path) -> bool:

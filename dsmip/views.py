@@ -3,14 +3,12 @@
 <view>/manifest.json names the dataset it is a view of, relative to its own folder, and the keys that are kept.
 """
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from dsmip.errors import UserError
-from dsmip.files import write_json
-from dsmip.manifest import FORMAT, MANIFEST_FILE, Digest, Manifest, Part, SplitCounts, parse_json_object
+from dsmip.manifest import FORMAT, Digest, Manifest, Part, SplitCounts, parse_json_object
 from dsmip.streams import permutation
 
 TRAIN = "train"
@@ -68,8 +66,3 @@ def draw_rows(num_mentions: int, fraction: float, seed: int) -> list[int]:
     """
     count = max(round(fraction * num_mentions), min(num_mentions, 1))
     return sorted(permutation(num_mentions, "view", seed)[:count].tolist())
-
-
-def write_view(folder: Path, view: View) -> None:
-    """Writes a view's manifest into a folder."""
-    write_json(folder / MANIFEST_FILE, view.model_dump(mode="json"))

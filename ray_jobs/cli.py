@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from dsmip.errors import UserError
-from dsmip.manifest import SPLITS
+from dsmip.manifest import REJECTS_FILE, SPLITS
 from dsmip.rank_options import BackendName, PrecisionName, PruneName, RankOptions
 from ray_jobs import environment  # noqa: F401  (before anything imports Ray)
 from ray_jobs.failures import JobFailed
@@ -47,7 +47,7 @@ _OF_VIEWS = frozenset({"source", "out", "train_fraction", "seed"})
 def prepare(
     context: typer.Context,
     source: Annotated[str, typer.Argument(help="Release folder; dataset directory; for demo: a seed or a YAML.")],
-    out: Annotated[Path, typer.Argument(help="Dataset directory to make.")],
+    out: Annotated[str, typer.Argument(help="Dataset directory to make, or its URI in an object store.")],
     format: Annotated[
         str | None, typer.Option("--format", help="mimic, melbench, wikidiverse, jsonl or demo (default: as found).")
     ] = None,
@@ -76,7 +76,7 @@ def prepare(
 
     if train_fraction is not None:
         _refuse_given(context, {*context.params} - _OF_VIEWS, "a view (--train-fraction) has no such choice")
-        view = job.prepare_view(Path(source), out, train_fraction, seed)
+        view = job.prepare_view(source, out, train_fraction, seed)
         print(f"{out}: a view of {source} with {view.num_mentions('train')} training mentions; its shards stay there")
         return
     options = job.BuildOptions(
@@ -98,13 +98,14 @@ def prepare(
         release = open_release(Path(source), format, chosen)
         with BuildDisplay() as display:
             manifest = job.prepare_release(release, out, options, display.show)
+    rejects = f"{out.rstrip('/')}/{REJECTS_FILE}"
     for split in SPLITS:
         if not manifest.splits[split].mentions:
-            print(f"warning: no mention of {split} is left; see {out / 'rejects.jsonl'}")
+            print(f"warning: no mention of {split} is left; see {rejects}")
     mentions = ", ".join(f"{split} {manifest.splits[split].mentions}" for split in SPLITS)
     touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
     counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())
-    print(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {out / 'rejects.jsonl'})")
+    print(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {rejects})")
 
 
 def _refuse_given(context: typer.Context, names: Collection[str], why: str) -> None:
