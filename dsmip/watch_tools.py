@@ -10,6 +10,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -217,17 +218,24 @@ class ProgressFile:
 
 
 class Sent:
-    """Sends what the writers before it have written into a run in an object store, now and then and at the end."""
+    """Sends what the writers before it have written into a run in an object store, now and then and at the end.
+
+    A thread sends, and what fails is sent later: a training does not wait for a store that is away.
+    """
 
     def __init__(self, place: Place, name: str) -> None:
         """name: a file, or a folder, of the place."""
         self._place, self._name = place, name
         self._last = 0.0
+        self._pool = ThreadPoolExecutor(1)
+        self._sending: Future[None] | None = None
 
     def write(self, position: Position, figures: Mapping[str, float]) -> None:
-        if time.monotonic() - self._last >= SEND_SECONDS:
-            self._place.push(self._name)
+        due = time.monotonic() - self._last >= SEND_SECONDS
+        if due and (self._sending is None or self._sending.done()):
+            self._sending = self._pool.submit(self._place.push, self._name)
             self._last = time.monotonic()
 
     def close(self, outcome: Outcome) -> None:
+        self._pool.shutdown()
         self._place.push(self._name)

@@ -94,8 +94,8 @@ def _traced(failure: Failure, place: Place, name: str) -> str:
         return ""
     try:
         place.write_text(name, failure.trace)
-    except UserError as error:  # perhaps what the training failed of; others still run
-        return f" ({error})"
+    except UserError:  # a store that is away: what the training failed of
+        return ""
     return f" (see {place}/{name})"
 
 
