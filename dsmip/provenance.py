@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,8 @@ import torch
 
 import dsmip
 from dsmip.config import ExperimentConfig
-from dsmip.files import write_json
+from dsmip.errors import UserError
+from dsmip.places import Place
 
 RECORDS = "records"
 # What figures depend on; of the others the pins tell.
@@ -45,13 +46,13 @@ def environment() -> dict[str, Any]:
 
 
 @contextmanager
-def recorded(folder: Path, command: str, config: ExperimentConfig, *, seed: int, data_sha256: str) -> Iterator[None]:
-    """Records a command that works on the run `folder`: what it was, on what, from when to when and how it ended.
+def recorded(place: Place, command: str, config: ExperimentConfig, *, seed: int, data_sha256: str) -> Iterator[None]:
+    """Records a command that works on the run at `place`: what it was, on what, from when to when and how it ended.
 
     A record that stays at "running" is of a command that still runs or was killed.
     """
     started = datetime.now(UTC)
-    path = folder / RECORDS / f"{started:%Y%m%dT%H%M%S.%fZ}-{command}.json"
+    name = f"{RECORDS}/{started:%Y%m%dT%H%M%S.%fZ}-{command}.json"
     record = {
         "command": command,
         "arguments": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -63,7 +64,7 @@ def recorded(folder: Path, command: str, config: ExperimentConfig, *, seed: int,
         "config": config.model_dump(mode="json"),
         "environment": environment(),
     }
-    write_json(path, record)
+    place.write_json(name, record)
     outcome = "interrupted"
     try:
         yield
@@ -73,7 +74,8 @@ def recorded(folder: Path, command: str, config: ExperimentConfig, *, seed: int,
         raise
     finally:
         ended = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(path, {**record, "ended": ended, "outcome": outcome})
+        with suppress(UserError) if outcome != "finished" else nullcontext():  # what went wrong before says more
+            place.write_json(name, {**record, "ended": ended, "outcome": outcome})
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

@@ -13,12 +13,20 @@ from dsmip.errors import UserError
 from dsmip.files import write_json
 from dsmip.manifest import SPLITS
 from dsmip.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
+from dsmip.places import Location
 
 _PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
 
 
 def compare_runs(
-    run1: Path, run2: Path, *, split: str, model1: str | None, model2: str | None, seed: int, json_file: Path | None
+    run1: Location,
+    run2: Location,
+    *,
+    split: str,
+    model1: str | None,
+    model2: str | None,
+    seed: int,
+    json_file: Path | None,
 ) -> Comparison:
     """Prints the comparison, and writes it to `json_file` when one is given.
 
@@ -27,7 +35,7 @@ def compare_runs(
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
     first, second = read_evaluation(run1, split, model1), read_evaluation(run2, split, model2)
-    if (first.run.resolve(), first.model) == (second.run.resolve(), second.model):
+    if (first.run.location, first.model) == (second.run.location, second.model):
         raise UserError(f"both are {first}; give another RUN2, or --model1 and --model2")
     found = compare(first, second, torch.Generator().manual_seed(seed))
     if json_file is not None:
