@@ -14,7 +14,7 @@ from data_prep.mimic_release import MimicRelease
 from data_prep.view import make_view
 from dsmip.errors import UserError
 from dsmip.processes import map_tasks
-from dsmip.remote import filesystem
+from dsmip.remote import _system, filesystem
 from dsmip.shards import Dataset
 from dsmip.streams import TrainingBatch
 
@@ -189,8 +189,7 @@ def test_a_server_that_goes_away_is_said(
     monkeypatch.setattr("dsmip.remote._WAITS", (0.0,))
     for name, value in variables(port, tmp_path).items():
         monkeypatch.setenv(name, value)
-    system = type(filesystem("s3://x/y")[0])
-    system.clear_instance_cache()
+    _system.cache_clear()
     try:
         with running_store(port) as store:
             remote = Dataset.open(uploaded(folder, f"{store.uri}/data"))
@@ -201,7 +200,7 @@ def test_a_server_that_goes_away_is_said(
             with pytest.raises(UserError, match=r"s3://\S+\.tar: the store failed or cannot be reached"):
                 list(remote.training_batches("train", 8, seed=3, epoch=1))
     finally:
-        system.clear_instance_cache()
+        _system.cache_clear()
 
 
 def test_a_full_disk_is_said(uri: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
