@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
@@ -62,16 +63,23 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     scheme = match[1].lower() if match else ""
     if scheme not in fsspec.available_protocols() or scheme == "memory":  # memory: of one process alone
         raise UserError(f"{uri}: no storage is known by '{scheme}://'; give a folder, s3://..., gs://... or file://...")
+    parts = urlsplit(uri)
     try:
-        # Others write there too, so what it held a moment ago says nothing.
-        system, path = fsspec.url_to_fs(uri, use_listings_cache=False)
+        system = _system(f"{parts.scheme}://{parts.netloc}", os.getpid())
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
         what = f"pip install 'dsmip[{extra}]'" if extra else str(error)
         raise UserError(f"{uri}: '{scheme}://' needs a package that is not installed: {what}") from error
     except ValueError as error:
         raise UserError(f"{uri}: not a location in an object store ({error})") from error
-    return system, path.rstrip("/")
+    return system, str(system._strip_protocol(uri)).rstrip("/")
+
+
+@lru_cache(16)
+def _system(root: str, process: int) -> fsspec.AbstractFileSystem:
+    """One for all threads of a process, as each has connections of its own; fsspec itself makes one for each thread."""
+    # No listings are kept: others write there too.
+    return fsspec.url_to_fs(root, use_listings_cache=False, skip_instance_cache=True)[0]
 
 
 def attempt(uri: str, call: Callable[[], Result]) -> Result:

@@ -1,7 +1,9 @@
 """A dataset in an object store: the same records as in its folder, by way of a cache that is filled once."""
 
-import os
 import re
+import resource
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +16,11 @@ from data_prep.mimic_release import MimicRelease
 from data_prep.view import make_view
 from dsmip.errors import UserError
 from dsmip.processes import map_tasks
-from dsmip.remote import filesystem
+from dsmip.remote import _system, filesystem
 from dsmip.shards import Dataset
 from dsmip.streams import TrainingBatch
 
+ROOT = Path(__file__).parents[1]
 SHARD = "train/train-000001.tar"
 
 
@@ -189,8 +192,7 @@ def test_a_server_that_goes_away_is_said(
     monkeypatch.setattr("dsmip.remote._WAITS", (0.0,))
     for name, value in variables(port, tmp_path).items():
         monkeypatch.setenv(name, value)
-    system = type(filesystem("s3://x/y")[0])
-    system.clear_instance_cache()
+    _system.cache_clear()
     try:
         with running_store(port) as store:
             remote = Dataset.open(uploaded(folder, f"{store.uri}/data"))
@@ -201,17 +203,18 @@ def test_a_server_that_goes_away_is_said(
             with pytest.raises(UserError, match=r"s3://\S+\.tar: the store failed or cannot be reached"):
                 list(remote.training_batches("train", 8, seed=3, epoch=1))
     finally:
-        system.clear_instance_cache()
+        _system.cache_clear()
 
 
-def test_a_full_disk_is_said(uri: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    remote = Dataset.open(uri)
-    cache.mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr("dsmip.store_files.StoreFiles._download", full)
-    with pytest.raises(UserError, match=rf"{re.escape(str(cache))}.*No space left on device.*{uri}"):
-        batches(remote)
-    assert shards_in(cache) == set()
+def test_a_full_disk_is_said_in_one_line(uri: str, cache: Path) -> None:
+    """With a limit on the size of files, which fails as a full disk does."""
+    inspect = [sys.executable, "-m", "ray_jobs.inspect_data", uri, "--no-pictures"]
+    ended = subprocess.run(inspect, cwd=ROOT, text=True, capture_output=True, preexec_fn=limit_files, check=False)
+    assert ended.returncode == 2, ended.stderr
+    full = rf"error: {re.escape(str(cache))}\S*: File too large, while {uri}/\S+ was copied here; make room, .*\n"
+    assert re.fullmatch(full, ended.stderr), ended.stderr
+    assert not list(cache.rglob("*.tmp"))
 
 
-def full(*_: object) -> None:
-    raise OSError(28, os.strerror(28))
+def limit_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -154,6 +154,7 @@ def test_no_dataset_at_a_uri_is_a_mistake(object_store: ObjectStore, dsmip: Comm
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_picture_features_lie_beside_the_shards(
     small_data: Dataset, bucket: str, narrow_backbone: Path, tmp_path: Path, dsmip: Command
