@@ -29,6 +29,7 @@ from dsmip.remote import attempt, cache_folder, filesystem
 Result = TypeVar("Result")
 STAMP = "run.json"  # written once: another one in the store is another run's
 _SMALL = (".json", ".yaml", ".txt")
+_NOT_BELOW = {"", ".", ".."}  # a store takes any text for a name; a folder would lead out of the copy
 _NOT_READ = "tune/ray/"  # what Tune notes for itself
 _AT_ONCE = 8  # transfers
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "updated", "created")
@@ -144,7 +145,8 @@ class Mirror(Place):
             found = self._call(self._fs.find, self._path(name).rstrip("/"), detail=True)
         except FileNotFoundError:
             return {}
-        return {path[start:]: info for path, info in found.items() if info.get("type") == "file" and len(path) > start}
+        files = {path[start:]: info for path, info in found.items() if info.get("type") == "file"}
+        return {name: info for name, info in files.items() if not _NOT_BELOW & {*name.split("/")}}
 
     def _listed(self, name: str) -> dict[str, str]:
         """The versions of a file, or of all files below a folder, by name."""

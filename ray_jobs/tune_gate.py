@@ -7,8 +7,10 @@ import hashlib
 import json
 import shutil
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -217,8 +219,21 @@ def _run_rung(
         for _, call in run_watched(
             {"rung": tuner.fit}, events, display, lambda _: waiting(set() if names & display.started else names)
         ):
-            grid: Any = call.result()
+            try:
+                grid: Any = call.result()
+            except Exception as error:  # a store that is away comes as whatever its client raises
+                raise _stopped(run, rung, error) from error
     return _collect(grid, tasks)
+
+
+def _stopped(run: Run, rung: int, error: Exception) -> JobFailed:
+    """Tune itself failed, not a trial."""
+    log, seen = f"tune/rung-{rung}.error.txt", ""
+    with suppress(UserError):
+        run.place.write_text(log, "".join(traceback.format_exception(error)))
+        seen = f" (see {run.place}/{log})"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return JobFailed(f"rung {rung + 1} stopped: {reason}{seen}; run the same command again to resume", 1)
 
 
 def _collect(grid: Iterable[Any], numbers: Iterable[int]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import s3fs
-from object_store import running_store, variables
+from object_store import free_port, running_store, variables
 
 from dsmip import mirror, remote
 from dsmip.errors import UserError
@@ -151,6 +150,19 @@ def test_half_written_files_are_not_sent(on: OnMachine) -> None:
     assert here.sizes() == {"index": 5}
 
 
+def test_no_name_in_the_store_leads_out_of_the_copy(on: OnMachine, bucket: str) -> None:
+    here = on("one")
+    here.write_json("run.json", {})
+    system, path = remote.filesystem(f"{bucket}/run")
+    for name in ("../escaped.json", "/escaped.json", "records/../../escaped.json"):
+        system.pipe_file(f"{path}/{name}", b"{}")
+    there = on("two")
+    there.refresh()
+    there.pull("records")
+    assert files(there).keys() == {"run.json"}
+    assert not list(there.folder.parents[3].rglob("escaped.json"))
+
+
 def test_another_process_opens_a_connection_of_its_own(on: OnMachine) -> None:
     here = on("one") / "ray"
     here.write_text("a.txt", "a")
@@ -161,21 +173,22 @@ def test_another_process_opens_a_connection_of_its_own(on: OnMachine) -> None:
     assert system.open_input_stream(f"{path}/a.txt").read() == b"a"
 
 
-def test_a_store_that_is_gone_is_said_in_one_line(
-    tmp_path: Path, store_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_is_gone_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_WAITS", ())
     monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    s3fs.S3FileSystem.clear_instance_cache()  # they know the other server
-    with running_store(store_port + 1) as store:
-        for name, value in variables(store_port + 1, tmp_path).items():
-            monkeypatch.setenv(name, value)
-        place = place_of(f"{store.uri}/run")
-        place.write_text("a.txt", "a")
-        store.process.kill()
-        store.process.wait()
-        with pytest.raises(UserError, match=r"^s3://dsmip-tests/run: .*cannot be reached.*run the command again$"):
-            place.write_text("b.txt", "b")
-        assert files(place) == {"a.txt": "a"}
-    s3fs.S3FileSystem.clear_instance_cache()
+    port = free_port()
+    for name, value in variables(port, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    remote._system.cache_clear()  # it knows the other server
+    try:
+        with running_store(port) as store:
+            place = place_of(f"{store.uri}/run")
+            place.write_text("a.txt", "a")
+            store.process.kill()
+            store.process.wait()
+            with pytest.raises(UserError, match=r"^s3://dsmip-tests/run: .*cannot be reached.*run the command again$"):
+                place.write_text("b.txt", "b")
+            assert files(place) == {"a.txt": "a"}
+    finally:
+        remote._system.cache_clear()

@@ -14,6 +14,7 @@ import torch
 from ray_heads import processes_of, wait_until
 from typer.testing import CliRunner
 
+import ray_jobs.environment  # noqa: F401  (before Ray is imported)
 from dsmip import features
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.errors import UserError
@@ -28,6 +29,9 @@ from dsmip.shards import Dataset
 from dsmip.stages import train_part
 from dsmip.status import read_status
 from ray_jobs.cli import app
+
+# isort: split
+from ray.cluster_utils import Cluster
 
 COMMAND = [sys.executable, "-c", "from ray_jobs.cli import main; main()"]
 
@@ -97,11 +101,35 @@ def test_another_machine_takes_what_is_computed(
     assert "both are" in str(same.exception)
 
 
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A cluster of a head and two nodes of one CPU, each with a cache of its own; yields variables for drivers."""
+    with (
+        pytest.MonkeyPatch.context() as variables,
+        tempfile.TemporaryDirectory(prefix="dc", ignore_cleanup_errors=True) as folder,
+    ):
+        variables.setenv("RAY_TMPDIR", folder)
+        variables.setenv("RAY_worker_niceness", "0")
+        variables.delenv("RAY_ADDRESS", raising=False)
+        caches = {name: {"DSMIP_CACHE": str(tmp_path / name)} for name in ("head", "one", "two", "driver")}
+        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "env_vars": caches["head"]})
+        try:
+            for name in ("one", "two"):
+                started.add_node(num_cpus=1, env_vars=caches[name])
+            yield {**caches["driver"], "RAY_ADDRESS": started.address}
+        finally:
+            started.shutdown()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.usefixtures("ray_cluster")
-def test_the_whole_way(
-    bucket: str, tmp_path: Path, small_config: ExperimentConfig, data: Dataset, monkeypatch: pytest.MonkeyPatch
+def test_the_whole_way_on_nodes_that_share_nothing(
+    bucket: str,
+    tmp_path: Path,
+    small_config: ExperimentConfig,
+    data: Dataset,
+    two_nodes: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = f"{bucket}/runs/x"
     space = {"system.gate.temperature": {"values": [0.1, 1.0]}}
@@ -109,9 +137,13 @@ def test_the_whole_way(
     config = tmp_path / "config.yaml"
     settings = two_experts(small_config, epochs=2).model_copy(update={"tune": plan, "watch": ("tensorboard",)})
     config.write_text(settings.to_yaml())
-    command("train", "--config", str(config), "--data", data.location, "--run", run)
-    command("tune", "--run", run)
-    command("evaluate", "--run", run, "--workers", "2")
+    train = ["train", "--config", str(config), "--data", data.location, "--run", run]
+    for arguments in (train, ["tune", "--run", run], ["evaluate", "--run", run, "--workers", "2"]):
+        with driver(arguments, two_nodes) as process:
+            assert process.wait(300) == 0, arguments
+    for name in ("one", "two"):
+        here = {path.parts[-2] for path in (tmp_path / name).glob("runs/*/files/**/*.safetensors")}
+        assert any(folder.startswith("dsmip-") for folder in here), here  # the index: both have ranked
 
     monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / "another machine"))
     status = read_status(run)
@@ -119,19 +151,20 @@ def test_the_whole_way(
     assert sorted(each.state for each in status.trials) == ["dropped", "finished"]
     assert (status.problems, status.next) == ([], "nothing: trained, tuned and evaluated")
     assert {"features", "index", "ray", "tensorboard", "tune"} < status.disk.keys()
+    assert place_of(run).glob("ray/*.json") == ["ray/multimodal.progress.json", "ray/text.progress.json"]
     assert "dsmip on test" in command("evaluate", "--run", run)
     command("evaluate", "--run", run, "--model", "text")
     assert "2 - 1" in command("compare", run, run, "--model2", "text")
-    assert "finished already" in command("train", "--config", str(config), "--data", data.location, "--run", run)
+    assert "finished already" in command(*train)
     assert "sweep finished already" in command("tune", "--run", run)
 
 
 @contextmanager
 def driver(arguments: list[str], variables: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A command with a Ray of its own; all of it is killed at the end of the block."""
+    """A command, with a Ray of its own unless `variables` have an address; all of it is killed when the block ends."""
     folder = tempfile.mkdtemp(prefix="ds")
-    environment = {**os.environ, **variables, "RAY_TMPDIR": folder, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
-    environment.pop("RAY_ADDRESS", None)
+    own = {"RAY_ADDRESS": "", "RAY_TMPDIR": folder, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **own, **variables}
     process = subprocess.Popen([*COMMAND, *arguments], env=environment, cwd=Path(__file__).parents[1])
     try:
         yield process
@@ -159,6 +192,9 @@ def test_a_killed_training_goes_on_from_another_machine_to_the_same_weights(
 
     with driver(arguments, {"DSMIP_CACHE": str(tmp_path / "one")}):
         wait_until(both_have_begun, 300, "no checkpoint came")
+    status = read_status(run)  # in a cache that neither of them has
+    assert {each.state for each in status.parts if each.name in ("text", "multimodal")} <= {"training", "finished"}
+    assert all(each.epochs_done for each in status.parts if each.name in ("text", "multimodal"))
     killed = Run.open(run)
     assert not all(map(killed.is_finished, killed.part_names))
     with driver(arguments, {"DSMIP_CACHE": str(tmp_path / "two")}) as process:
