@@ -6,7 +6,7 @@ The manifest `checkpoint.json` holds the hash of each file and of itself. Nothin
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dsmip.files import atomic_path, sha256_file, write_json
 MANIFEST = "checkpoint.json"
 KEPT = 2  # checkpoints of a training: the newest, and one to fall back on when that is damaged
 _FILES = ("weights.safetensors", "best.safetensors", "optimizer.pt")
-_POSITION = ("epoch", "step", "loss_sum", "num_mentions", "history")
+_POSITION = ("epoch", "step", "sums", "count", "history")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Checkpoint:
     """Everything a training needs to go on at `step` of `epoch`.
 
     No generator's state is among it: every random number of a training is a function of (seed, epoch, step, worker).
-    Nor is the place in the shards: it follows from (seed, epoch) and the number of mentions that the epoch has had.
-    loss_sum, num_mentions: of the epoch so far, over all workers.
+    Nor is the place in the shards: it follows from (seed, epoch, step).
+    sums, count: of figures of the epoch so far, and of its samples, over all workers.
     """
 
     epoch: int
@@ -41,8 +41,8 @@ class Checkpoint:
     schedule: dict[str, Any]
     scaler: dict[str, Any]
     step: int = 0
-    loss_sum: float = 0.0
-    num_mentions: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,6 @@ feature cache (towers frozen). Negatives are gathered over workers, and micro-ba
 2021).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -47,10 +46,6 @@ class BatchLoss:
         return self.total / max(self.num_mentions, 1)  # a batch may have no mention at all
 
 
-class LossNotFinite(Exception):
-    """A batch's loss is infinite or no number; raised by all workers at once."""
-
-
 def batch_backward(
     matcher: Matcher,
     step: Step,
@@ -58,7 +53,7 @@ def batch_backward(
     device: torch.device,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> BatchLoss:
-    """Accumulates the gradient of the whole batch's mean loss, which is returned. Raises LossNotFinite.
+    """Accumulates the gradient of the whole batch's mean loss, which is returned.
 
     With `micro_batch_size` the towers run twice over small slices: once without a graph for the features, once to carry
     the features' gradients back. The towers must be deterministic (they are: no dropout), else the passes would differ.
@@ -84,8 +79,6 @@ def batch_backward(
     replay_mentions()
     replay_entities()
     total, num_mentions = totals.tolist()  # waits for the device, so it comes after all work is on its way there
-    if not math.isfinite(total):
-        raise LossNotFinite(str(total))
     return BatchLoss(total, int(num_mentions))
 
 

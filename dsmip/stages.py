@@ -12,6 +12,7 @@ from dsmip.errors import UserError
 from dsmip.evaluation import prepare_in_tiles, rank
 from dsmip.features import prepare_split
 from dsmip.index import EntityIndex
+from dsmip.loop import Context, StepSource
 from dsmip.manifest import KB
 from dsmip.missing_pictures import prepare_entities
 from dsmip.models.base import Matcher
@@ -20,7 +21,7 @@ from dsmip.shards import Dataset
 from dsmip.sources import CachedSource, StreamSource, is_held_out
 from dsmip.table import Table
 from dsmip.text_unit import use_backend
-from dsmip.training import Context, StepSource, TrainResult, train
+from dsmip.training import TrainResult, train
 
 CPU = torch.device("cpu")
 

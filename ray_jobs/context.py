@@ -58,7 +58,7 @@ class StepEvents:
 
 
 class RayContext:
-    """`dsmip.training.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
+    """`dsmip.loop.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
 
     events: an `EventQueue` actor. folder: of the files beside the checkpoints: `<name>.progress.json` for
     `dsmip status`, and where each worker was when it was ended because it made no step for `stall_seconds`.

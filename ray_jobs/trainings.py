@@ -24,15 +24,15 @@ from dsmip import distributed
 from dsmip.checkpoints import KEPT
 from dsmip.errors import UserError
 from dsmip.files import write_text
+from dsmip.loop import Left
 from dsmip.running import Running
-from dsmip.training import Left
 from dsmip.watch_tools import Watched
 from ray_jobs.context import RayContext
 from ray_jobs.failures import Failure, JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible
 
-_RESIZE_SECONDS = 60.0  # how often an elastic training looks whether there is room for more workers
+_RESIZE_SECONDS = 30.0  # how often an elastic training looks whether there is room for more workers
 
 Loop = Callable[[RayContext, Mapping[str, Any]], None]
 

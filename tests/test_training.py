@@ -20,6 +20,7 @@ from dsmip.config import ExperimentConfig, TrainConfig, load_config, merged
 from dsmip.errors import UserError
 from dsmip.gradients import Step
 from dsmip.local import LocalContext
+from dsmip.loop import Left
 from dsmip.models.base import BatchGold, Matcher, Scores
 from dsmip.optimization import build_optimizer, learning_rate_factor
 from dsmip.runs import Run
@@ -27,7 +28,7 @@ from dsmip.shards import Dataset
 from dsmip.sources import CachedSource
 from dsmip.stages import train_part
 from dsmip.table import Table
-from dsmip.training import Left, TrainResult, train, trained_state
+from dsmip.training import TrainResult, train, trained_state
 from dsmip.watch import StepFigures
 
 CPU = torch.device("cpu")
