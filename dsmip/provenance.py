@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -73,7 +73,9 @@ def recorded(folder: Path, command: str, config: ExperimentConfig, *, seed: int,
         raise
     finally:
         ended = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(path, {**record, "ended": ended, "outcome": outcome})
+        # A full disk must not hide behind this line why a command has failed.
+        with nullcontext() if outcome == "finished" else suppress(OSError):
+            write_json(path, {**record, "ended": ended, "outcome": outcome})
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

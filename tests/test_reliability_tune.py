@@ -18,7 +18,7 @@ from dsmip.stages import train_part
 from ray_jobs.progress import Display
 from ray_jobs.tune_gate import tune_gate
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SPACE = {"system.gate.temperature": {"values": [0.1, 0.5, 1.0]}, "train.learning_rate": {"loguniform": [1e-3, 1e-2]}}
 
 
