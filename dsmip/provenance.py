@@ -74,7 +74,8 @@ def recorded(place: Place, command: str, config: ExperimentConfig, *, seed: int,
         raise
     finally:
         ended = datetime.now(UTC).isoformat(timespec="seconds")
-        with suppress(UserError) if outcome != "finished" else nullcontext():  # what went wrong before says more
+        # A full disk or a store that is away must not hide behind this line why a command has failed.
+        with nullcontext() if outcome == "finished" else suppress(OSError, UserError):
             place.write_json(name, {**record, "ended": ended, "outcome": outcome})
 
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from dsmip.watch import StepFigures, Watch
 from dsmip.watch_tools import PROGRESS, ProgressFile, Sent, Watched
 from ray_jobs.gauges import Gauges
 from ray_jobs.progress import Event
+from ray_jobs.scratch import Scratch
 from ray_jobs.stalls import StallWatch, collect_stalled, stall_file
 
 _STEP_EVENT_SECONDS = 0.5
@@ -75,7 +75,8 @@ class RayContext:
         self._watch = open_watch(
             watched, self.device, num_epochs, progress, self._told, rank=rank, num_workers=num_workers
         )
-        self._restored = Path(tempfile.mkdtemp(prefix="dsmip-restored-"))
+        self._scratch = Scratch()
+        self._restored = self._scratch.folder("restored-")
         self._stalled = collect_stalled(place.folder, watched.name) if rank == 0 else []
         self._stalls = StallWatch(stall_file(place.folder, watched.name, rank), stall_seconds)
         self._next_notice = time.monotonic()
@@ -159,7 +160,7 @@ class RayContext:
         return Path(checkpoint.to_directory(str(self._restored / Path(checkpoint.path).name)))
 
     def checkpoint_folder(self, epoch: int, step: int) -> Path:
-        return Path(tempfile.mkdtemp(prefix=f"dsmip-epoch-{epoch:04d}-{step}-"))  # Ray deletes it once it is stored
+        return self._scratch.folder(f"epoch-{epoch:04d}-{step}-")  # Ray deletes it once it is stored
 
 
 def open_watch(

@@ -1,5 +1,6 @@
 """How work fails: what a training's failure is, and how a job says that it failed after it has told why."""
 
+import errno
 from dataclasses import dataclass
 
 
@@ -18,3 +19,8 @@ class JobFailed(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether a disk or a quota is full. Not every library raises OSError for it."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)

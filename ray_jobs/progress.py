@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -68,8 +67,8 @@ def start_event_queue() -> Any:
 
     Elsewhere it could be lost with a node, and this process with it.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(EventQueue).remote()
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # as Ray Train does with its controller
+    return ray.remote(num_cpus=0, label_selector=here)(EventQueue).remote()
 
 
 def run_watched(

@@ -27,9 +27,10 @@ from dsmip.places import Location, Place, place_of
 from dsmip.running import Running
 from dsmip.watch_tools import Watched
 from ray_jobs.context import RayContext
-from ray_jobs.failures import Failure, JobFailed
+from ray_jobs.failures import Failure, JobFailed, no_room
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible
+from ray_jobs.snapshots import mend_snapshot
 
 _RESIZE_SECONDS = 30.0  # how often an elastic training looks whether there is room for more workers
 
@@ -72,6 +73,10 @@ def run_trainings(trainings: Sequence[Training], display: Display) -> None:
     Raises UserError when the cluster can never run one, JobFailed after the last has ended if some failed.
     """
     check_feasible([training.request for training in trainings])
+    for training in trainings:
+        # A store writes no half files, so only folders need it.
+        if mended := mend_snapshot(training.place.folder / training.name):
+            display.say(f"  {training.name}: warning: {mended}")
     events = start_event_queue()
     failures: dict[str, Failure] = {}
     places = {training.name: training.place for training in trainings}
@@ -144,9 +149,10 @@ def _fit(training: Training, events: Any) -> Failure | None:
     try:
         result: Any = trainer.fit()
     except WorkerGroupError as error:
-        return _worst(list(error.worker_failures.values())) or Failure(_last_line(str(error)), trace=str(error))
+        errors: list[BaseException] = [*error.worker_failures.values()]
+        return _worst(errors or [error], training.place)
     except (TrainingFailedError, RayError) as error:
-        return Failure(_last_line(str(error)), trace=str(error))
+        return _failure(error, training.place)
     failure: Failure | None = result.return_value
     return failure
 
@@ -168,7 +174,7 @@ def _guarded_loop(training: Training, events: Any) -> Failure | None:
             except Left:
                 context.leave()
     except Exception as error:
-        failure = _failure(error)
+        failure = _failure(error, training.place)
         if distributed.world_size() == 1:
             return failure
         if failure.user_error:
@@ -177,22 +183,25 @@ def _guarded_loop(training: Training, events: Any) -> Failure | None:
     return None
 
 
-def _failure(error: BaseException) -> Failure:
+def _failure(error: BaseException, place: Place) -> Failure:
     if isinstance(error, UserError):
         return Failure(str(error), user_error=True)
+    if no_room(error):
+        full = getattr(error, "filename", None) or place
+        return Failure(f"no space left on the disk of {full}; make room there", user_error=True)
     lines = "".join(traceback.format_exception(error))
     return Failure(_last_line(lines), trace=lines)
 
 
-def _worst(errors: Sequence[BaseException]) -> Failure | None:
-    """A user's mistake if there is one, else the first error that is not just another worker's loss."""
-    failures = [_failure(_cause(error)) for error in errors]
-    return next((f for f in failures if f.user_error), failures[0] if failures else None)
+def _worst(errors: Sequence[BaseException], place: Place) -> Failure:
+    """What a user can mend if there is such an error, else the first: others may be just another worker's loss."""
+    failures = [_failure(_cause(error), place) for error in errors]
+    return next((failure for failure in failures if failure.user_error), failures[0])
 
 
 def _cause(error: BaseException) -> BaseException:
     inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
-    return inner if isinstance(inner, UserError) else error
+    return inner if isinstance(inner, UserError) or (inner and no_room(inner)) else error
 
 
 def _last_line(text: str) -> str:

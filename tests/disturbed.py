@@ -8,8 +8,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,8 @@ from dsmip.shards import Dataset
 from dsmip.stages import CPU, train_part
 
 ROOT = Path(__file__).parents[1]
-HOLD_SECONDS = 200.0  # nobody came: the test has failed, and its workers must not stay
+WAIT_SECONDS = 300.0  # of a machine that has much else to do
+HOLD_SECONDS = 600.0  # nobody came: the test has failed, and its workers must not stay
 Place = tuple[int, int]
 """Epoch and step."""
 
@@ -50,11 +52,17 @@ class Note:
 
 @dataclass(frozen=True)
 class StepLog:
-    """The notes of a run's workers. They wait when they first come to one of `holds`, until they are released."""
+    """The notes of a run's workers. They wait when they first come to one of `holds`, until they are released.
+
+    only: the training that waits; empty: all. pause: seconds after each step. block: where the last worker of a
+    streaming part once waits for its batch for ever.
+    """
 
     folder: Path
     holds: tuple[Place, ...] = ()
+    only: str = ""
     pause: float = 0.0
+    block: Place | None = None
 
     def note(self, part: str, epoch: int, step: int, rank: int) -> None:
         """Called by a worker after each step."""
@@ -63,7 +71,8 @@ class StepLog:
             stream.write(json.dumps(note.__dict__) + "\n")  # one short write: lines of several workers do not mix
         time.sleep(self.pause)
         mark, released = self.folder / f"{epoch}-{step}.held-{part}-{rank}", self.folder / f"{epoch}-{step}.released"
-        if (epoch, step) in self.holds and not mark.exists() and not released.exists():
+        waits = (epoch, step) in self.holds and self.only in ("", part)
+        if waits and not mark.exists() and not released.exists():
             mark.touch()
             deadline = time.monotonic() + HOLD_SECONDS
             while not released.exists():
@@ -88,13 +97,31 @@ class StepLog:
             assert not ended(), f"ended before {place}"
             return all((self.folder / mark).exists() for mark in marks)
 
-        wait_until(held, 120, f"not all of {', '.join(marks)}")
+        wait_until(held, WAIT_SECONDS, f"not all of {', '.join(marks)}")
 
     def to_json(self) -> str:
-        return json.dumps({"folder": str(self.folder), "holds": self.holds, "pause": self.pause})
+        """For `noted_job.py`."""
+        return json.dumps({**asdict(self), "folder": str(self.folder)})
+
+    @staticmethod
+    def from_json(text: str) -> "StepLog":
+        plan = json.loads(text)
+        block = tuple(plan["block"]) if plan["block"] else None
+        return StepLog(Path(plan["folder"]), tuple(map(tuple, plan["holds"])), plan["only"], plan["pause"], block)
 
     def release(self, place: Place) -> None:
         (self.folder / f"{place[0]}-{place[1]}.released").touch()
+
+    @property
+    def blocked(self) -> Path:
+        """Is there once a worker blocks."""
+        return self.folder / "blocked"
+
+    def last_of_process(self, part: str, number: int) -> float:
+        """When the part's first process (0), or the one after it (1) ..., did its last step."""
+        notes = self.notes(part)
+        pid = list(dict.fromkeys(note.pid for note in notes))[number]
+        return max(note.time for note in notes if note.pid == pid)
 
     def cost(self, part: str, event: float, what: str) -> int:
         """Prints what an event at that time cost a part, and returns how many steps were done again."""
@@ -128,30 +155,65 @@ def noted_loop(log: StepLog, context: Any, settings: Mapping[str, Any]) -> None:
     """The training's own loop, in a worker."""
     from ray_jobs import train_experts
 
+    if log.block:
+        _block_reading(log)
     train_experts._loop(NotingContext(context, log, settings["part"]), settings)  # type: ignore[arg-type]
 
 
-def noted(log: StepLog) -> Any:
-    """What a test puts in the place of `ray_jobs.train_experts._loop`."""
+def noted_trial(log: StepLog, config: dict[str, int], tasks: Any, events: Any) -> None:
+    """A sweep's own trial, in a process of Ray Tune."""
+    from ray_jobs import trial, tune_gate
+
+    step_done = trial.TrialContext.step_done
+
+    def noting(context: Any, epoch: int, step: int, *more: Any) -> None:
+        step_done(context, epoch, step, *more)
+        log.note(f"trial {config['number']}", epoch, step, 0)
+
+    trial.TrialContext.step_done = noting  # type: ignore[assignment, method-assign]
+    try:
+        tune_gate._trainable(config, tasks, events)
+    finally:
+        trial.TrialContext.step_done = step_done  # type: ignore[method-assign]  # the process may have other trials
+
+
+def _block_reading(log: StepLog) -> None:
+    from dsmip import distributed
+    from dsmip.sources import StreamSource
+
+    read = StreamSource._step
+
+    def blocking(source: StreamSource, epoch: int, batch: Any) -> Any:
+        if (epoch, batch.step) == log.block and distributed.rank() == distributed.world_size() - 1:
+            with contextlib.suppress(FileExistsError):
+                log.blocked.touch(exist_ok=False)
+                threading.Event().wait()
+        return read(source, epoch, batch)
+
+    StreamSource._step = blocking  # type: ignore[method-assign]
+
+
+def noted(log: StepLog, loop: Callable[..., None] = noted_loop) -> Any:
+    """What a test puts in the place of `ray_jobs.train_experts._loop`, or of `ray_jobs.tune_gate._trainable`."""
     from ray import cloudpickle
 
     for module in (__name__, wait_until.__module__, run_workers.__module__):
         cloudpickle.register_pickle_by_value(sys.modules[module])  # workers do not have the tests on their path
     log.folder.mkdir(parents=True, exist_ok=True)
-    return partial(noted_loop, log)
+    return partial(loop, log)
 
 
-def disturbed_config(config: ExperimentConfig, visual_workers: int = 1) -> ExperimentConfig:
+def disturbed_config(config: ExperimentConfig, **visual: Any) -> ExperimentConfig:
     """Two experts: text on cached features, visual with a tower that trains on streamed, changed pictures.
 
-    Small data makes six steps of 4 mentions; there are four epochs.
+    Small data makes six steps of 4 mentions; there are four epochs. visual: what its part has besides.
     """
     experts = {"text": {}, "visual": {"tune": "full"}}
     changes = {
         "train": {"epochs": 4, "batch_size": 4, "schedule": "cosine", "augment": {"shift": 0.2, "drop_pictures": 0.1}},
         "parts": {
             "text": {"resources": {"cpu": 0.5}},
-            "visual": {"resources": {"cpu": 0.5}, "workers": visual_workers},
+            "visual": {"resources": {"cpu": 0.5}, "checkpoint_steps": 2, **visual},
         },
     }
     tree = config.changed(changes).model_dump(mode="json")
@@ -159,18 +221,21 @@ def disturbed_config(config: ExperimentConfig, visual_workers: int = 1) -> Exper
     return parse_config(tree)
 
 
-@contextlib.contextmanager
-def train(
-    log: StepLog, config: ExperimentConfig, dataset: Dataset, run: Path, variables: Mapping[str, str] = {}
-) -> Iterator["subprocess.Popen[str]"]:
-    """`dsmip train` in a process of its own, with its steps noted. It is killed when the block is left."""
-    path = log.folder / "config.yaml"
+def train_arguments(log: StepLog, config: ExperimentConfig, dataset: Dataset, run: Path) -> list[str]:
+    """The script that notes steps, and the arguments for `dsmip train`."""
     log.folder.mkdir(exist_ok=True)
+    path = log.folder / "config.yaml"
     path.write_text(config.to_yaml())
-    command = [sys.executable, str(ROOT / "tests" / "noted_train.py"), log.to_json(), "--config", str(path)]
+    options = ["--config", str(path), "--data", str(dataset.folder), "--run", str(run)]
+    return [str(ROOT / "tests" / "noted_job.py"), log.to_json(), "train", *options]
+
+
+@contextlib.contextmanager
+def command(arguments: Sequence[str], variables: Mapping[str, str] = {}) -> Iterator["subprocess.Popen[str]"]:
+    """A command in a process of its own. It is killed when the block is left."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_TRAIN_")}
     process = subprocess.Popen(
-        [*command, "--data", str(dataset.folder), "--run", str(run)],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env={**environment, "RAY_worker_niceness": "0", **variables},
         text=True,
@@ -194,7 +259,12 @@ def undisturbed(folder: Path, config: ExperimentConfig, dataset: Dataset) -> Run
     """The same parts trained by the bare loop, without Ray."""
     run = Run.create(folder / "run", config, dataset)
     for part in run.part_names:
-        run_workers(_train_alone, config.part(part).workers, folder / part, run.folder, part)
+        workers = config.part(part).workers.most
+        if workers > 1:
+            run_workers(_train_alone, workers, folder / part, run.folder, part)
+        else:
+            torch.set_num_threads(1)
+            _train_alone(run.folder, part)
     return run
 
 
@@ -216,6 +286,22 @@ def assert_equal_parts(found: Run, expected: Run) -> None:
 def checkpoints(run: Run, part: str) -> list[Path]:
     """A part's complete checkpoints, oldest first."""
     return sorted(path.parent for path in (run.training_folder / part).glob("*/checkpoint.json"))
+
+
+def wait_stored(folder: Path, places: Mapping[str, Place]) -> None:
+    """Returns when the newest checkpoint of each part that Ray knows in the run's folder is of that epoch and step."""
+
+    def newest(part: str) -> Place | None:
+        storage = folder / "ray" / part
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads((storage / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]
+            manifest = json.loads((storage / known[-1]["checkpoint_dir_name"] / "checkpoint.json").read_text())
+            return manifest["epoch"], manifest["step"]
+        return None
+
+    wait_until(
+        lambda: all(newest(part) == place for part, place in places.items()), WAIT_SECONDS, f"{places} not stored"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -1,23 +1,36 @@
 """Commands that are killed or run out of room in the middle of an epoch: the same command again goes on."""
 
 import contextlib
+import os
+import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from disturbed import StepLog, assert_equal_parts, descendants, disturbed_config, is_alive, undisturbed
-from ray_heads import wait_until
+from disturbed import (
+    WAIT_SECONDS,
+    StepLog,
+    assert_equal_parts,
+    command,
+    descendants,
+    disturbed_config,
+    ended,
+    is_alive,
+    train_arguments,
+    undisturbed,
+    wait_stored,
+)
+from ray_heads import processes_of, running_head, wait_until
 
 from dsmip.config import ExperimentConfig
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORKERS = {"text": 1, "visual": 1}
+STORED = {"text": (1, 0), "visual": (1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +43,103 @@ def expected(tmp_path_factory: pytest.TempPathFactory, config: ExperimentConfig,
     return undisturbed(tmp_path_factory.mktemp("undisturbed"), config, small_data)
 
 
-def test_a_killed_driver_leaves_nothing_and_its_command_goes_on(
+def test_a_killed_command_leaves_no_process_and_goes_on(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run
 ) -> None:
     log = StepLog(tmp_path / "log", holds=((1, 3),))
-    with train(log, config, small_data, tmp_path / "run") as process:
+    arguments = train_arguments(log, config, small_data, tmp_path / "run")
+    with command(arguments) as process:
         log.wait_held((1, 3), WORKERS, ended=process.poll)
+        wait_stored(tmp_path / "run", STORED)
         started = descendants(process.pid)
         process.kill()
-    names = {p: Path(f"/proc/{p}/cmdline").read_bytes()[:100] for p in started}
-    t0 = time.time()
-    while any(map(is_alive, started)) and time.time() - t0 < 100:
-        print(f"{time.time()-t0:.0f}", [names[p] for p in started if is_alive(p)], flush=True)
-        time.sleep(4)
-    gone = time.time() - t0
-    print(f"{len(started)} processes gone after {gone:.0f} s")
+        gone = wait_until(lambda: not any(map(is_alive, started)), WAIT_SECONDS, "processes of the killed command stay")
     log.release((1, 3))
     event = time.time()
-    with train(log, config, small_data, tmp_path / "run") as process:
-        output, errors = process.communicate()
-    assert process.returncode == 0, output + errors
-    for part in WORKERS:
-        assert log.cost(part, event, "SIGKILL of the command, from the next one") <= 4
+    with command(arguments) as process:
+        code, output = ended(process)
+    assert code == 0, output
+    print(f"{len(started)} processes of the killed command were gone after {gone:.0f} s")
+    assert log.cost("text", event, "killed command; from the next command on") == 4
+    assert log.cost("visual", event, "killed command; from the next command on") == 2
+    assert_equal_parts(Run.open(tmp_path / "run"), expected)
+
+
+def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
+    tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run
+) -> None:
+    log = StepLog(tmp_path / "log", holds=((1, 3),))
+    with small_disk(tmp_path / "disk") as disk:
+        arguments = train_arguments(log, config, small_data, disk / "run")
+        with command(arguments) as process:
+            log.wait_held((1, 3), WORKERS, ended=process.poll)
+            wait_stored(disk / "run", STORED)
+            fill(disk / "filler")
+            log.release((1, 3))
+            code, output = ended(process)
+        print(output)
+        assert code == 2, output
+        (disk / "filler").unlink()
+        event = time.time()
+        with command(arguments) as process:
+            code, output = ended(process)
+        print(output)
+        assert code == 0, output
+        assert log.cost("visual", event, "full disk; from the next command on") <= 4
+        assert_equal_parts(Run.open(disk / "run"), expected)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 8 MB, where the tests may mount one."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Takes all room that is left on a file system."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+
+
+def test_a_submitted_training_outlives_its_driver_and_its_head(
+    tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run
+) -> None:
+    log = StepLog(tmp_path / "log", holds=((1, 3), (2, 1)))
+    arguments = train_arguments(log, config, small_data, tmp_path / "run")
+    with running_head(["--num-cpus", "2"]) as head:
+        head.start("first", *arguments)
+        log.wait_held((1, 3), WORKERS, ended=lambda: head.client.get_job_status("first").is_terminal())
+        wait_stored(tmp_path / "run", STORED)
+        for pid in processes_of(log.folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: head.client.get_job_status("first").is_terminal(), WAIT_SECONDS, "the job did not end")
+        workers = [log.notes(part)[-1].pid for part in WORKERS]
+        gone = wait_until(lambda: not any(map(is_alive, workers)), WAIT_SECONDS, "workers of a killed driver stay")
+        print(f"workers of the killed driver were gone after {gone:.0f} s")
+        log.release((1, 3))
+        driver_killed = time.time()
+        head.start("second", *arguments)
+        log.wait_held((2, 1), WORKERS, ended=lambda: head.client.get_job_status("second").is_terminal())
+        wait_stored(tmp_path / "run", {"text": (2, 0), "visual": (2, 0)})
+        workers = [log.notes(part)[-1].pid for part in WORKERS]
+    gone = wait_until(lambda: not any(map(is_alive, workers)), WAIT_SECONDS, "workers of a killed head stay")
+    print(f"workers of the killed head were gone after {gone:.0f} s")
+    log.release((2, 1))
+    head_killed = time.time()
+    with running_head(["--num-cpus", "2"]) as head:
+        job = head.submit("third", *arguments)
+    assert job.exit_code == 0, job.output
+    assert log.cost("text", driver_killed, "killed driver of a job; from the next submit on") == 4 + 2
+    assert log.cost("text", head_killed, "killed head; from the start of the next head on") == 2
     assert_equal_parts(Run.open(tmp_path / "run"), expected)

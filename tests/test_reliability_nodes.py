@@ -1,16 +1,24 @@
 """Nodes that are lost, or taken away with notice, in the middle of an epoch: the training goes on on another one."""
 
 import subprocess
-import tempfile
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbed import StepLog, assert_equal_parts, disturbed_config, ended, train, undisturbed
-from ray_heads import wait_until
+from disturbed import (
+    StepLog,
+    assert_equal_parts,
+    command,
+    disturbed_config,
+    ended,
+    train_arguments,
+    undisturbed,
+    wait_stored,
+)
 
 import ray_jobs.environment  # noqa: F401  (before Ray is imported)
 from dsmip.config import ExperimentConfig
@@ -56,13 +64,48 @@ def test_a_killed_node_is_replaced_by_another(
 ) -> None:
     log = StepLog(tmp_path / "log", holds=((1, 3),))
     node = cluster.add_node(num_cpus=1)
-    with train(log, config, small_data, tmp_path / "run", {"RAY_ADDRESS": cluster.address}) as process:
+    arguments = train_arguments(log, config, small_data, tmp_path / "run")
+    with command(arguments, {"RAY_ADDRESS": cluster.address}) as process:
         log.wait_held((1, 3), WORKERS, ended=process.poll)
+        wait_stored(tmp_path / "run", {"text": (1, 0), "visual": (1, 2)})
         event = time.time()
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=1)
         code, output = ended(process)
     assert code == 0, output
-    for part in WORKERS:
-        assert log.cost(part, event, "SIGKILL of the node, another one joins at once") <= 4
+    assert log.cost("text", event, "killed node, another one joins at once") == 4
+    assert log.cost("visual", event, "killed node, another one joins at once") == 2
     assert_equal_parts(Run.open(tmp_path / "run"), expected)
+
+
+def test_a_node_that_is_taken_away_with_notice_costs_no_step(
+    tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run, cluster: Any
+) -> None:
+    """Without any restart allowed: leaving on notice is none."""
+    log = StepLog(tmp_path / "log", holds=((1, 3),), pause=0.5)
+    careful = config.changed({"parts": {part: {"restarts": 0} for part in WORKERS}})
+    leaving = cluster.add_node(num_cpus=1)
+    arguments = train_arguments(log, careful, small_data, tmp_path / "run")
+    with command(arguments, {"RAY_ADDRESS": cluster.address}) as process:
+        log.wait_held((1, 3), WORKERS, ended=process.poll)
+        cluster.add_node(num_cpus=1)
+        event = time.time()
+        drain(cluster, leaving)
+        log.release((1, 3))
+        code, output = ended(process)
+    assert code == 0, output
+    for part in WORKERS:
+        assert len({note.pid for note in log.notes(part)}) == 2, "it never left the node"
+        assert log.cost(part, event, "node taken away with notice, after the notice") == 0
+        places = [note.place for note in log.notes(part)]
+        assert len(places) == len(set(places))
+    assert_equal_parts(Run.open(tmp_path / "run"), expected)
+
+
+def drain(cluster: Any, node: Any) -> None:
+    """Tells Ray that a node will be taken away in a minute."""
+    options = ["--address", cluster.address, "--node-id", node.node_id, "--deadline-remaining-seconds", "60"]
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "preempted"]
+    ray = Path(sys.executable).parent / "ray"
+    ended = subprocess.run([str(ray), "drain-node", *options, *reason], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -1,0 +1,55 @@
+"""Folders of a worker for checkpoints on their way to and from storage, on its machine's own disk.
+
+A worker that is killed cannot remove its folders: the next one on that machine does.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dsmip.errors import UserError
+
+_held: list[FileLock] = []  # until the process ends: Ray stores the last checkpoint after the training has returned
+
+
+class Scratch:
+    """A place that belongs to this process as long as it lives: the system lets go of its lock however it ends."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        """root: where all processes of this user have theirs (default: a folder in the temporary one).
+
+        Raises UserError when that folder is another user's.
+        """
+        root = root or Path(tempfile.gettempdir()) / f"dsmip-{os.getuid()}"
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if root.stat().st_uid != os.getuid():
+            raise UserError(f"{root} belongs to another user; set TMPDIR to another folder")
+        with FileLock(root / "starting"):
+            _remove_abandoned(root)
+            self._home = Path(tempfile.mkdtemp(prefix="worker-", dir=root))
+            lock = FileLock(_lock_of(self._home))
+            lock.acquire()
+        _held.append(lock)
+
+    def folder(self, prefix: str) -> Path:
+        """A new empty folder; who has asked for it may remove it."""
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=self._home))
+
+
+def _remove_abandoned(root: Path) -> None:
+    for home in root.glob("worker-*/"):
+        lock = FileLock(_lock_of(home))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            continue
+        shutil.rmtree(home, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _lock_of(home: Path) -> Path:
+    return home.with_suffix(".lock")

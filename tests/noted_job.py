@@ -1,0 +1,19 @@
+"""`dsmip train` or `dsmip tune` whose workers note their steps: python noted_job.py '<StepLog>' <command> <options>."""
+
+import sys
+
+from disturbed import StepLog, noted, noted_trial
+
+from ray_jobs import train_experts, tune_gate
+from ray_jobs.cli import run_script
+
+
+def main() -> None:
+    log, command = StepLog.from_json(sys.argv.pop(1)), sys.argv.pop(1)
+    train_experts._loop = noted(log)
+    tune_gate._trainable = noted(log, noted_trial)
+    run_script(command)
+
+
+if __name__ == "__main__":
+    main()
