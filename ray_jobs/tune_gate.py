@@ -33,6 +33,7 @@ from ray_jobs.train_experts import train_parts
 from ray_jobs.trial import RESULT, PartTables, TrialTask, cache_features, guarded_trial, trial_name
 
 _CLAIM = "tune/sweep.json"
+_SYNC_SECONDS = 60  # for Tune's few notes about trials; its own 30 min would be waited for when a store is away
 _LOST_TRIALS = 2  # how many times a trial restarts from its checkpoint after its process was lost
 
 
@@ -209,6 +210,7 @@ def _run_rung(
             name=f"rung-{rung}",
             storage_path=path,
             storage_filesystem=file_system,
+            sync_config=tune.SyncConfig(sync_timeout=_SYNC_SECONDS),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=_LOST_TRIALS),
         ),
