@@ -236,6 +236,15 @@ class Backbone(nn.Module):
             for parameter in self._tower_parameters(tower, mode):
                 parameter.requires_grad_(True)
 
+    def compile_layers(self) -> None:
+        """Has the towers' layers compiled when they first run; the same values up to rounding, the same state.
+
+        All layers of a tower share one compilation, for any batch and text length. It needs a C++ compiler.
+        """
+        for tower in (self._text, self._vision):
+            for block in tower.transformer.resblocks:
+                block.compile(dynamic=True)
+
     def save_weights(self, path: Path) -> None:
         """Writes weights and pixel statistics atomically as safetensors; `build` loads them, and open_clip too (weights
         without a convolutional stem)."""
