@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -19,7 +20,9 @@ from data_prep.release import Release, ReleaseOptions
 from data_prep.runners import Runner, run_in_processes, run_serially
 from data_prep.view import make_view
 from dsmip.errors import UserError
+from dsmip.files import sha256_file
 from dsmip.manifest import MANIFEST_FILE, Manifest, PictureSettings
+from dsmip.provenance import write_record
 from dsmip.shards import Dataset
 
 
@@ -37,9 +40,10 @@ class BuildOptions:
 
 
 def prepare_release(release: Release, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
-    """Builds `out` from a release. Raises UserError for a wrong release or folder."""
+    """Builds `out` from a release, and records how. Raises UserError for a wrong release or folder."""
+    started, before = datetime.now(UTC), _manifest_sha256(out)
     with _runner(options) as run:
-        return prepare(
+        manifest = prepare(
             release,
             out,
             name=options.name or Path(os.path.abspath(release.folder)).name,
@@ -50,6 +54,14 @@ def prepare_release(release: Release, out: Path, options: BuildOptions, progress
             run=run,
             progress=progress,
         )
+    if (made := _manifest_sha256(out)) != before:  # or it was kept as it is
+        write_record(out, "prepare", started, data_sha256=made)
+    return manifest
+
+
+def _manifest_sha256(data: Path) -> str | None:
+    path = data / MANIFEST_FILE
+    return sha256_file(path) if path.is_file() else None
 
 
 def prepare_demo(config: DemoConfig, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
