@@ -3,11 +3,11 @@
 A pair with T mention and S entity tokens of width d takes T x S exponentials and 2 d T (S + 1) operations of products.
 """
 
-import time
 from dataclasses import dataclass
 
 import torch
 
+from benchmarks.measure import measured
 from dsmip.evaluation import Ranking
 from dsmip.table import Ragged, Table
 
@@ -32,21 +32,17 @@ def device_rates(device: torch.device) -> Rates:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large dense product, measured; on a CPU of the threads that torch may use."""
+    """Operations a second of a large dense product, measured; on a CPU a second of all threads' time."""
     side = _MATRIX if device.type == "cuda" else _CPU_MATRIX
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     matrix @ matrix
-    _wait(device)
-    started = time.perf_counter()
-    for _ in range(_ROUNDS):
-        matrix @ matrix
-    _wait(device)
-    return 2 * side**3 * _ROUNDS / (time.perf_counter() - started)
 
+    def products() -> None:
+        for _ in range(_ROUNDS):
+            matrix @ matrix
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _, cost = measured(products, device)
+    return 2 * side**3 * _ROUNDS / cost.seconds(device)
 
 
 def work(mentions: Table, entities: Table, ranking: Ranking) -> Rates:

@@ -270,7 +270,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="a prepared dataset (default: makes one)")
     parser.add_argument("--entities", type=positive, default=300, help="of the dataset made (default: 300)")
     parser.add_argument("--steps", type=positive, default=20, help="of the dataset made (default: 20)")
-    parser.add_argument("--batch-size", type=positive, default=64, help="default: 64, steps of about 0.5 s on a CPU")
+    parser.add_argument("--batch-size", type=positive, default=32, help="default: 32, steps of about 0.5 s on a CPU")
     parser.add_argument("--rounds", type=positive, default=3, help="default: 3")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="no towers with compiled layers")
     parser.add_argument("--work", type=Path, help="folder for what is written on the way (default: the system's)")

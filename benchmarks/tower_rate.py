@@ -18,7 +18,7 @@ from dsmip.config import BackboneConfig, TrainConfig
 from dsmip.encoders.clip import Backbone, Tuning
 from dsmip.experts import Expert, ExpertConfig
 from dsmip.gradients import Step, batch_backward
-from dsmip.training import build_optimizer
+from dsmip.optimization import build_optimizer
 
 WIDTH = 96  # of the units, as in the paper
 _DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,7 +40,7 @@ CASES = (TowerCase("frozen, prompts", "frozen", 2, 9), TowerCase("all trains", "
 
 @dataclass(frozen=True)
 class TowerRate:
-    """Figures of one case; middles over rounds. kept_bytes: what one step stores for its backward pass, at once.
+    """Figures of one case; middles over rounds. step_s: on a CPU of processor time. kept_bytes: what one step stores for its backward pass, at once.
 
     share: of the device's matrix rate. first_s: of the first step, which compiles.
     """
@@ -89,8 +89,8 @@ def _rate(
     for _ in range(rounds):
         rate = matrix_rate(device, _DTYPES[precision])
         costs.append(measured(step, device)[1])
-        shares.append(operations / costs[-1].wall_s / rate)
-    seconds = median(cost.wall_s for cost in costs)
+        shares.append(operations / costs[-1].seconds(device) / rate)
+    seconds = median(cost.seconds(device) for cost in costs)
     peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
     return TowerRate(
         case=case.name,

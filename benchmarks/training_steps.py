@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dsmip.config import ExperimentConfig, Resources
+from dsmip.config import ExperimentConfig
 from dsmip.files import write_json
 from dsmip.local import LocalContext
+from dsmip.loop import Context
 from dsmip.models import find_system
+from dsmip.running import Running
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import train_part
-from dsmip.training import Context
 from dsmip.watch import StepFigures
 
 WARM_UP = 2  # steps that are not counted: memory is laid out, the first batch waited for
@@ -75,6 +76,15 @@ class Stopwatch:
         self._figures.append(figures)
         self._ends.append((time.perf_counter(), time.process_time()))
 
+    def alive(self) -> None:
+        self._inner.alive()
+
+    def asked_to_leave(self) -> bool:
+        return self._inner.asked_to_leave()
+
+    def step_saved(self, epoch: int, step: int, checkpoint: Path | None) -> None:
+        self._inner.step_saved(epoch, step, checkpoint)
+
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         started = time.perf_counter()
         self._inner.epoch_done(metrics, checkpoint)
@@ -83,8 +93,8 @@ class Stopwatch:
     def restore(self) -> Path | None:
         return self._inner.restore()
 
-    def checkpoint_folder(self, epoch: int) -> Path:
-        return self._inner.checkpoint_folder(epoch)
+    def checkpoint_folder(self, epoch: int, step: int) -> Path:
+        return self._inner.checkpoint_folder(epoch, step)
 
     def steps(self) -> Steps:
         """Of one epoch. Raises ValueError when it was too short to measure."""
@@ -145,15 +155,14 @@ def _trained(config: ExperimentConfig, dataset: Dataset, part: str, folder: Path
     from ray_jobs.progress import Display
     from ray_jobs.trainings import Training, run_trainings
 
-    run = Run.create(folder / "run", config, dataset)
+    run, num_gpus = Run.create(folder / "run", config, dataset), int(torch.cuda.is_available())
     training = Training(
         name=part,
         loop=partial(_in_ray, folder / "steps.json"),
         settings={"run": str(run.folder), "part": part},
         num_epochs=1,
         storage=run.training_folder,
-        workers=workers,
-        resources=Resources(cpu=1, gpu=1 if torch.cuda.is_available() else 0),
+        plan=Running.model_validate({"workers": workers, "resources": {"cpu": 1, "gpu": num_gpus}}),
     )
     said = StringIO()
     try:

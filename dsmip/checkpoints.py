@@ -6,7 +6,7 @@ The manifest `checkpoint.json` holds the hash of each file and of itself. Nothin
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,17 @@ from dsmip.files import atomic_path, sha256_file, write_json
 MANIFEST = "checkpoint.json"
 KEPT = 2  # checkpoints of a training: the newest, and one to fall back on when that is damaged
 _FILES = ("weights.safetensors", "best.safetensors", "optimizer.pt")
+_POSITION = ("epoch", "step", "sums", "count", "history")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything a training needs to go on at the start of `epoch`."""
+    """Everything a training needs to go on at `step` of `epoch`.
+
+    No generator's state is among it: every random number of a training is a function of (seed, epoch, step, worker).
+    Nor is the place in the shards: it follows from (seed, epoch, step).
+    sums, count: of figures of the epoch so far, and of its samples, over all workers.
+    """
 
     epoch: int
     history: list[dict[str, float]]
@@ -34,6 +40,9 @@ class Checkpoint:
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
     scaler: dict[str, Any]
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -50,13 +59,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     with atomic_path(folder / "optimizer.pt") as temporary:
         state = {"optimizer": checkpoint.optimizer, "schedule": checkpoint.schedule, "scaler": checkpoint.scaler}
         torch.save(state, temporary)
-    position = {"epoch": checkpoint.epoch, "history": checkpoint.history}
+    position = {name: getattr(checkpoint, name) for name in _POSITION}
     manifest = {**position, "files": {name: sha256_file(folder / name) for name in _FILES}}
     write_json(folder / MANIFEST, {**manifest, "sha256": _hash(manifest)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """`epoch`, `history` and the files' hashes of a checkpoint; UserError when it is incomplete or damaged."""
+    """Position, history and the files' hashes of a checkpoint; UserError when it is incomplete or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"checkpoint {folder} is not complete (no {MANIFEST})")
@@ -95,7 +104,7 @@ def newest_sound(folders: Iterable[Path], device: torch.device, warn: Callable[[
     for folder in folders:
         problem = _problem(folder)
         # All workers must go on from the same epoch, and one may have received a broken copy.
-        if not distributed.sum_over_workers(torch.tensor(float(bool(problem)), device=device)):
+        if not distributed.any_worker(bool(problem), device):
             return folder
         damaged.append(problem or f"checkpoint {folder} is damaged on another worker")
         warn(f"warning: {damaged[-1]}; trying the checkpoint before it")
@@ -109,8 +118,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> Checkpoint:
     manifest = verify_checkpoint(folder)
     state = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
     return Checkpoint(
-        epoch=manifest["epoch"],
-        history=manifest["history"],
+        **{name: manifest[name] for name in _POSITION},
         weights=load_file(folder / "weights.safetensors", device=str(device)),
         best=load_file(folder / "best.safetensors", device=str(device)),
         optimizer=state["optimizer"],

@@ -4,18 +4,18 @@ A system (a file in `dsmip/models/`) owns the class that validates its `system:`
 the way from a YAML and `--set key=value` to a validated object. No path is looked at here.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, Field, model_validator
 
 from dsmip.errors import UserError
+from dsmip.frozen import Frozen, validated
+from dsmip.running import Resources, Running
 
 Scalar = str | int | float | bool | None
 WatchTool = Literal["tensorboard", "mlflow", "wandb"]
@@ -33,12 +33,6 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )
-
-
-class Frozen(BaseModel):
-    """Base of every configuration class: immutable, unknown keys are errors, defaults are validated too."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class BackboneConfig(Frozen):
@@ -102,18 +96,9 @@ class TrainConfig(Frozen):
     self_augment: AugmentConfig = AugmentConfig(drop_tokens=0.6)
 
 
-class Resources(Frozen):
-    """What one worker or trial asks of Ray; fractions are allowed."""
+class PartConfig(Running):
+    """How one part is trained: how it is run, and what differs from `train`."""
 
-    cpu: float = Field(1.0, ge=0)
-    gpu: float = Field(0.0, ge=0)
-
-
-class PartConfig(Frozen):
-    """How one part is trained: its workers, and what differs from `train`."""
-
-    workers: int = Field(1, ge=1)
-    resources: Resources = Resources()
     train: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -160,7 +145,7 @@ class TuneConfig(Frozen):
         return self
 
 
-class PretrainConfig(Frozen):
+class PretrainConfig(Running):
     """Contrastive training of the backbone on the kb's own picture-text pairs (`dsmip pretrain`)."""
 
     epochs: int = Field(10, ge=1)
@@ -169,8 +154,6 @@ class PretrainConfig(Frozen):
     weight_decay: float = Field(0.05, ge=0)
     warmup_steps: int = Field(20, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
-    workers: int = Field(1, ge=1)
-    resources: Resources = Resources()
     augment: AugmentConfig = AugmentConfig()
 
 
@@ -313,23 +296,15 @@ def _parse(tree: Mapping[str, Any], source: str) -> ExperimentConfig:
     if not isinstance(model, str):
         raise UserError(f"{source}: the key 'model' must name a system")
     system = find_system(model)
-    section = _validated(system.config_class, tree.get("system") or {}, source, "system.")
-    config = _validated(ExperimentConfig, {**tree, "system": section}, source, "")
+    section = validated(system.config_class, tree.get("system") or {}, source, "system.")
+    config = validated(ExperimentConfig, {**tree, "system": section}, source, "")
     names = system.part_names(section)
     for name, part in config.parts.items():
         if name not in names:
             raise UserError(f"{source}: unknown part 'parts.{name}'; {model} has {', '.join(names)}")
-        _validated(TrainConfig, _deep_merge(config.train.model_dump(), part.train), source, f"parts.{name}.train.")
-    _validated(TrainConfig, _deep_merge(config.train.model_dump(), config.tune.train), source, "tune.train.")
+        validated(TrainConfig, _deep_merge(config.train.model_dump(), part.train), source, f"parts.{name}.train.")
+    validated(TrainConfig, _deep_merge(config.train.model_dump(), config.tune.train), source, "tune.train.")
     return config
-
-
-def _validated(config_class: type[Config], tree: Any, source: str, prefix: str) -> Config:
-    try:
-        return config_class.model_validate(tree)
-    except ValidationError as error:
-        problems = "; ".join(_explain(detail, config_class, prefix) for detail in error.errors())
-        raise UserError(f"{source}: {problems}") from error
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -343,32 +318,3 @@ def _parse_override(text: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return dict(parsed)
-
-
-def _explain(detail: ErrorDetails, root: type[BaseModel], prefix: str) -> str:
-    place = prefix + ".".join(str(part) for part in detail["loc"])
-    if detail["type"] != "extra_forbidden":
-        return f"{place.rstrip('.')}: {detail['msg'].removeprefix('Value error, ')}"
-    valid = _keys_at(root, detail["loc"][:-1])
-    near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1, cutoff=0.0)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"unknown key '{place}'{hint} (valid here: {', '.join(valid)})"
-
-
-def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
-    for step in path:
-        field = model.model_fields.get(str(step))
-        inner = _model_in(field.annotation) if field else None
-        if inner is None:
-            continue
-        model = inner
-    return sorted(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        if (found := _model_in(argument)) is not None:
-            return found
-    return None

@@ -29,6 +29,11 @@ def barrier() -> None:
         dist.barrier()
 
 
+def any_worker(value: bool, device: torch.device) -> bool:
+    """Whether the value is true on at least one worker."""
+    return bool(sum_over_workers(torch.tensor(float(value), device=device)))
+
+
 def sum_over_workers(tensor: Tensor) -> Tensor:
     """The element-wise sum over workers (no gradient)."""
     if world_size() > 1:

@@ -151,6 +151,7 @@ def prepare_split(
     collator: Collator,
     device: torch.device,
     rows: range | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Table:
     """Encodes and prepares a split (or `rows` of the kb) batch by batch: features are never held as a whole."""
     if split == KB:
@@ -158,7 +159,11 @@ def prepare_split(
     else:
         encode, prepare = matcher.encode_mentions, matcher.prepare_mentions
     matcher.eval()
-    return concatenate([prepare(encode(batch.to(device))) for batch in _batches(split, dataset, collator, rows)])
+    prepared = []
+    for batch in _batches(split, dataset, collator, rows):
+        prepared.append(prepare(encode(batch.to(device))))
+        after_batch()
+    return concatenate(prepared)
 
 
 def _batches(split: str, dataset: Dataset, collator: Collator, rows: range | None = None) -> Iterator[ItemBatch]:

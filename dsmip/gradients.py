@@ -34,14 +34,26 @@ class Step:
     entity_row_E: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class BatchLoss:
+    """Sum of the losses of a batch's mentions and their number, over all workers: equal on each."""
+
+    total: float
+    num_mentions: int
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.num_mentions, 1)  # a batch may have no mention at all
+
+
 def batch_backward(
     matcher: Matcher,
     step: Step,
     config: TrainConfig,
     device: torch.device,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
-) -> float:
-    """Accumulates the gradient of the whole batch's mean loss; returns this worker's mean loss.
+) -> BatchLoss:
+    """Accumulates the gradient of the whole batch's mean loss, which is returned.
 
     With `micro_batch_size` the towers run twice over small slices: once without a graph for the features, once to carry
     the features' gradients back. The towers must be deterministic (they are: no dropout), else the passes would differ.
@@ -60,12 +72,14 @@ def batch_backward(
             entities, hand_back = _gathered(entities)
     gold = BatchGold.from_rows(gold_row_M, entity_row_E, column_M)
     loss_sum = matcher(mentions, entities, gold)
-    num_mentions = distributed.sum_over_workers(torch.tensor(float(len(gold_row_M)), device=device))
-    scale(loss_sum / num_mentions.clamp_min(1)).backward()  # a batch may have no mention at all
+    own = torch.stack([loss_sum.detach().double(), loss_sum.new_tensor(len(gold_row_M), dtype=torch.float64)])
+    totals = distributed.sum_over_workers(own)
+    scale(loss_sum / totals[1].clamp_min(1).to(loss_sum.dtype)).backward()
     hand_back()
     replay_mentions()
     replay_entities()
-    return float(loss_sum.detach()) / max(len(gold_row_M), 1)
+    total, num_mentions = totals.tolist()  # waits for the device, so it comes after all work is on its way there
+    return BatchLoss(total, int(num_mentions))
 
 
 def _features(

@@ -30,23 +30,35 @@ class LocalContext:
         self.device = torch.device(device)
         self.folder, self.on_epoch, self.warn = folder, on_epoch, warn
 
+    def alive(self) -> None:
+        """Nobody watches."""
+
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         """Tells nobody."""
 
+    def asked_to_leave(self) -> bool:
+        return False
+
+    def step_saved(self, epoch: int, step: int, checkpoint: Path | None) -> None:
+        self._drop_older()
+
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        for older in self._checkpoints()[:-KEPT]:
-            shutil.rmtree(older)
+        self._drop_older()
         self.on_epoch(metrics)
 
     def restore(self) -> Path | None:
         complete = [folder for folder in self._checkpoints() if (folder / MANIFEST).is_file()]
         return newest_sound(reversed(complete), self.device, self.warn, str(self.folder))
 
-    def checkpoint_folder(self, epoch: int) -> Path:
-        folder = self.folder / f"epoch-{epoch:04d}"
+    def checkpoint_folder(self, epoch: int, step: int) -> Path:
+        folder = self.folder / f"epoch-{epoch:04d}-step-{step:07d}"
         if folder.exists():
             shutil.rmtree(folder)  # left by an interrupted write
         return folder
+
+    def _drop_older(self) -> None:
+        for older in self._checkpoints()[:-KEPT]:
+            shutil.rmtree(older)
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("epoch-*"))

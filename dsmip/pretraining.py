@@ -5,9 +5,9 @@ a pure function of (seed, epoch, step), split over workers by pair.
 """
 
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from open_clip.loss import ClipLoss
@@ -16,18 +16,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsmip import distributed
 from dsmip.batches import ItemBatch
-from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.config import PretrainConfig, TrainConfig
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
+from dsmip.loop import BatchSums, Context, Loop, Objective, Scale
+from dsmip.ops.augmentation import Draws
+from dsmip.optimization import build_optimizer, learning_rate_factor
 from dsmip.pictures import decode, fit
 from dsmip.records import Entity
 from dsmip.shards import Dataset
 from dsmip.sources import augmented, read_ahead
 from dsmip.streams import count_steps, draw, permutation, step_bounds
 from dsmip.text import Template, Tokenizer, entity_text
-from dsmip.training import Context, build_optimizer, clip_gradients, learning_rate_factor
-from dsmip.watch import StepFigures, timed
 
 MAX_LOGIT_SCALE = math.log(100)
 DECODED_BYTES = 1 << 30  # pictures of a smaller kb are decoded once per worker and kept
@@ -64,17 +64,22 @@ class PairSource:
         """Steps of an epoch, the same on every worker."""
         return count_steps(len(self.rows), self.config.batch_size)
 
-    def steps(self, epoch: int) -> Iterator[ItemBatch]:
-        """This worker's share of every batch of an epoch."""
-        return self._steps(epoch) if self.decoded is not None else read_ahead(self._steps(epoch), _READ_AHEAD)
+    def steps(self, epoch: int, start: int = 0) -> Iterator[ItemBatch]:
+        """This worker's share of every batch of an epoch, from step `start` on."""
+        batches = self._steps(epoch, start)
+        return batches if self.decoded is not None else read_ahead(batches, _READ_AHEAD)
 
-    def _steps(self, epoch: int) -> Iterator[ItemBatch]:
+    def _steps(self, epoch: int, start: int) -> Iterator[ItemBatch]:
         order = permutation(len(self.rows), "pairs", self.seed, epoch).tolist()
         rank, world_size = distributed.rank(), distributed.world_size()
-        for step in range(self.num_steps()):
+        for step in range(start, self.num_steps()):
+            whole = step_bounds(len(order), self.num_steps(), step, 0, 1)
             share = step_bounds(len(order), self.num_steps(), step, rank, world_size)
-            generator = torch.Generator().manual_seed(draw(2**63, "augment", self.seed, epoch, step, rank))
-            yield augmented(self._batch([order[p] for p in share], epoch), self.config.augment, generator)
+            generator = torch.Generator().manual_seed(draw(2**63, "augment", self.seed, epoch, step))
+            places_N = torch.arange(share.start - whole.start, share.stop - whole.start)
+            draws = Draws(generator, len(whole), places_N)
+            batch = self._batch([order[p] for p in share], epoch)
+            yield augmented(batch, self.config.augment, draws, self.token_ids.shape[1])
 
     def _batch(self, places: Sequence[int], epoch: int) -> ItemBatch:
         pictures = torch.zeros(len(places), 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -105,6 +110,8 @@ def pretrain(
     """Trains both towers in place and returns the metrics of every epoch: loss, and accuracy of picture to text.
 
     Accuracy is the share of pictures whose own text scores best in the batch. Goes on from `context.restore()`.
+
+    Raises UserError when the training diverges, and `Left`.
     """
     backbone.tune("full")
     backbone.logit_scale.requires_grad_(True)
@@ -115,24 +122,48 @@ def pretrain(
         warmup_steps=config.warmup_steps,
         schedule="cosine",
     )
-    optimizer = build_optimizer(backbone, settings)
     total_steps = config.epochs * pairs.num_steps()
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, total_steps, settings)
+    loop = Loop(
+        PairObjective(backbone, config),
+        build_optimizer(backbone, settings),
+        lambda step: learning_rate_factor(step, total_steps, settings),
+        context,
+        seed=seed,
+        checkpoint_steps=config.checkpoint_steps,
     )
-    history = _resume(backbone, optimizer, schedule, context)
-    for epoch in range(len(history), config.epochs):
-        torch.manual_seed(draw(2**63, "pretrain", seed, epoch, distributed.rank()))
-        history.append(_epoch(backbone, pairs, config, context, epoch, optimizer, schedule))
-        folder = None
-        if distributed.rank() == 0:
-            folder = context.checkpoint_folder(epoch)
-            weights = {name: tensor.detach() for name, tensor in backbone.clip.state_dict().items()}
-            state = Checkpoint(epoch + 1, history, weights, {}, optimizer.state_dict(), schedule.state_dict(), {})
-            save_checkpoint(folder, state)
-        context.epoch_done(history[-1], folder)
+    progress = loop.resume()
+    while progress.epoch < config.epochs:
+        loop.epoch(pairs, progress)
+        metrics = progress.end_epoch() | {"temperature": math.exp(-backbone.logit_scale.item())}
+        progress.history.append(metrics)
+        context.epoch_done(metrics, loop.save(progress))
     backbone.tune("frozen")
-    return history
+    return progress.history
+
+
+class PairObjective(Objective):
+    """CLIP's loss over the pairs of a batch."""
+
+    def __init__(self, backbone: Backbone, config: PretrainConfig) -> None:
+        self.module: Backbone = backbone
+        self._config = config
+
+    def backward(self, batch: Any, device: torch.device, scale: Scale) -> BatchSums:
+        loss, right = contrast(self.module, batch, self._config, device)
+        scale(loss).backward()
+        count = float(distributed.sum_over_workers(torch.tensor(float(len(batch)), device=device)))
+        mean = loss.item() * distributed.world_size()
+        return BatchSums({"loss": mean * count, "accuracy": float(right)}, int(count))
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self.module.clip.state_dict().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.module.clip.load_state_dict(state)
+
+    def after_step(self) -> None:
+        with torch.no_grad():
+            self.module.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
 def contrast(
@@ -163,58 +194,6 @@ def _precision(config: PretrainConfig, device: torch.device) -> Iterator[None]:
     backends = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with torch.autocast(device.type, dtype=torch.bfloat16), sdpa_kernel(backends):
         yield
-
-
-def _epoch(
-    backbone: Backbone,
-    pairs: PairSource,
-    config: PretrainConfig,
-    context: Context,
-    epoch: int,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-) -> dict[str, float]:
-    losses, num_right = [], 0
-    for number, (batch, wait_seconds) in enumerate(timed(pairs.steps(epoch))):
-        started, learning_rate = time.perf_counter(), float(schedule.get_last_lr()[0])
-        optimizer.zero_grad(set_to_none=True)
-        loss, right = contrast(backbone, batch, config, context.device)
-        loss.backward()
-        distributed.sum_gradients(backbone.parameters())
-        gradient_norm = clip_gradients(backbone, None)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            backbone.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        losses.append(loss.item() * distributed.world_size())
-        num_right += int(right)
-        seconds = wait_seconds + time.perf_counter() - started
-        num_samples = len(batch) * distributed.world_size()
-        figures = StepFigures(losses[-1], gradient_norm, learning_rate, num_samples, seconds, wait_seconds)
-        context.step_done(epoch, number, pairs.num_steps(), figures)
-    return {
-        "epoch": float(epoch),
-        "loss": sum(losses) / len(losses),
-        "accuracy": num_right / len(pairs.rows),
-        "temperature": math.exp(-backbone.logit_scale.item()),
-    }
-
-
-def _resume(
-    backbone: Backbone,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-    context: Context,
-) -> list[dict[str, float]]:
-    """Loads the last checkpoint, if there is one; returns the epochs already done."""
-    folder = context.restore()
-    if folder is None:
-        return []
-    stored = load_checkpoint(folder, context.device)
-    backbone.clip.load_state_dict(stored.weights)
-    optimizer.load_state_dict(stored.optimizer)
-    schedule.load_state_dict(stored.schedule)
-    return stored.history
 
 
 def _without_pictures(dataset: Dataset, rows: Sequence[int]) -> list[Entity]:

@@ -51,7 +51,8 @@ class Run:
     def create(folder: Path, config: ExperimentConfig, dataset: Dataset) -> "Run":
         """Makes the run, or opens it when it was made from the same configuration and data.
 
-        Resources and what stage one does not depend on may change; everything may as long as nothing has been trained.
+        How parts are run and what stage one does not depend on may change; everything may as long as nothing has been
+        trained.
         Raises UserError when the folder belongs to another configuration or data set.
         """
         stamp = folder / "run.json"
@@ -233,5 +234,5 @@ def _stage_one(config: ExperimentConfig) -> dict[str, Any]:
     parts = find_system(config.model).part_names(config.system)
     return {
         **config.model_dump(mode="json", exclude={"tune", "pretrain", "parts", "watch"}),
-        "parts": {name: config.part(name).model_dump(mode="json", exclude={"resources"}) for name in parts},
+        "parts": {name: config.part(name).model_dump(mode="json", include={"train"}) for name in parts},
     }

@@ -1,6 +1,7 @@
 """Where training batches come from: streamed shards (towers train) or the feature cache (towers frozen).
 
 Both are pure functions of (seed, epoch, step), split over workers by sample, with the same number of steps everywhere.
+The union of the workers' shares does not depend on how many they are: mentions, random entities and augmentation.
 """
 
 import queue
@@ -18,9 +19,10 @@ from dsmip.collate import Collator
 from dsmip.config import AugmentConfig, TrainConfig
 from dsmip.gradients import Step
 from dsmip.ops import augmentation
+from dsmip.ops.augmentation import Draws
 from dsmip.records import Entity, Mention
 from dsmip.shards import Dataset
-from dsmip.streams import draw
+from dsmip.streams import TrainingBatch, draw, step_bounds
 from dsmip.table import Table
 
 Item = TypeVar("Item")
@@ -46,36 +48,60 @@ class StreamSource:
     def num_steps(self) -> int:
         return self.dataset.num_steps(self.split, self.config.batch_size)
 
-    def steps(self, epoch: int) -> Iterator[Step]:
-        return read_ahead(self._steps(epoch), _READ_AHEAD)
+    def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
+        return read_ahead(self._steps(epoch, start), _READ_AHEAD)
 
-    def _steps(self, epoch: int) -> Iterator[Step]:
-        rank, world_size = distributed.rank(), distributed.world_size()
+    def _steps(self, epoch: int, start: int) -> Iterator[Step]:
         batches = self.dataset.training_batches(
-            self.split, self.config.batch_size, seed=self.seed, epoch=epoch, rank=rank, world_size=world_size
+            self.split,
+            self.config.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            start_step=start,
         )
         for batch in batches:
-            generator = torch.Generator().manual_seed(hash((self.seed, epoch, batch.step, rank)) % 2**63)
-            own = self._random_entities(self.config.self_mentions, generator)
-            negatives = self._random_entities(self.config.extra_negatives, generator)
-            seen = [not is_held_out(mention.entity_id, self.held_out) for mention in batch.mentions]
-            real = list(compress(batch.mentions, seen))
-            columns = [*compress(batch.entities, seen), *own, *negatives]
-            mentions = augmented(self.collator.mentions(real), self.config.augment, generator)
-            if own:
-                as_mentions = augmented(self.collator.entities(own), self.config.self_augment, generator)
-                mentions = stacked(mentions, as_mentions)
-            yield Step(
-                mentions,
-                augmented(self.collator.entities(columns), self.config.augment, generator),
-                _rows([*real, *own]),
-                _rows(columns),
-            )
+            yield self._step(epoch, batch)
 
-    def _random_entities(self, count: int, generator: torch.Generator) -> Sequence[Entity]:
-        share = -(-count // distributed.world_size())
-        rows = torch.randint(self.dataset.num_entities, (share,), generator=generator)
-        return [self.dataset.entity(int(row)) for row in rows]
+    def _step(self, epoch: int, batch: TrainingBatch) -> Step:
+        """This worker's share of a step: mentions, then self mentions; golds, self mentions' golds, random entities."""
+        config, width = self.config, self.collator.tokenizer.context_length
+        size, place_M = self._places(batch.step)
+        generator = _generator("entities", self.seed, epoch, batch.step)
+        place_S, own = self._random_entities(config.self_mentions, generator)
+        place_X, negatives = self._random_entities(config.extra_negatives, generator)
+        seen = [not is_held_out(mention.entity_id, self.held_out) for mention in batch.mentions]
+        real, place_M = list(compress(batch.mentions, seen)), place_M[torch.tensor(seen, dtype=torch.bool)]
+        columns = [*compress(batch.entities, seen), *own, *negatives]
+        place_E = torch.cat([place_M, size + place_S, size + config.self_mentions + place_X])
+
+        def draws(kind: str, total: int, place_N: Tensor) -> Draws:
+            return Draws(_generator(kind, self.seed, epoch, batch.step), total, place_N)
+
+        mentions = augmented(
+            self.collator.mentions(real), config.augment, draws("augment mentions", size, place_M), width
+        )
+        if config.self_mentions:
+            own_draws = draws("augment self mentions", config.self_mentions, place_S)
+            mentions = stacked(mentions, augmented(self.collator.entities(own), config.self_augment, own_draws, width))
+        all_columns = size + config.self_mentions + config.extra_negatives
+        entity_draws = draws("augment entities", all_columns, place_E)
+        entities = augmented(self.collator.entities(columns), config.augment, entity_draws, width)
+        return Step(mentions, entities, _rows([*real, *own]), _rows(columns))
+
+    def _places(self, step: int) -> tuple[int, Tensor]:
+        """How many mentions a step has over all workers, and which of them are this worker's (int64 [M])."""
+        count, steps = self.dataset.num_mentions(self.split), self.num_steps()
+        whole = step_bounds(count, steps, step, 0, 1)
+        share = step_bounds(count, steps, step, distributed.rank(), distributed.world_size())
+        return len(whole), torch.arange(share.start - whole.start, share.stop - whole.start)
+
+    def _random_entities(self, count: int, generator: torch.Generator) -> tuple[Tensor, Sequence[Entity]]:
+        """This worker's share of `count` random entities of the kb: their places among all, and they themselves."""
+        rows = torch.randint(self.dataset.num_entities, (count,), generator=generator)
+        places = torch.arange(count).tensor_split(distributed.world_size())[distributed.rank()]
+        return places, [self.dataset.entity(int(row)) for row in rows[places]]
 
 
 class CachedSource:
@@ -88,16 +114,22 @@ class CachedSource:
     def num_steps(self) -> int:
         return -(-len(self.gold_row_N) // self.config.batch_size)
 
-    def steps(self, epoch: int) -> Iterator[Step]:
+    def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
         rank, world_size = distributed.rank(), distributed.world_size()
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
-        order = torch.randperm(len(self.gold_row_N), generator=generator)
-        for batch in order.tensor_split(self.num_steps()):
+        order = torch.randperm(len(self.gold_row_N), generator=_generator("order", self.seed, epoch))
+        for number, batch in enumerate(order.tensor_split(self.num_steps())):
+            if number < start:
+                continue
+            generator = _generator("entities", self.seed, epoch, number)
             extra = torch.randperm(len(self.entities), generator=generator)[: self.config.extra_negatives]
             mine, extra = batch.tensor_split(world_size)[rank], extra.tensor_split(world_size)[rank]
             gold = self.gold_row_N[mine]
             rows = torch.cat([gold, extra])
             yield Step(self.mentions.take(mine), self.entities.take(rows), gold, rows)
+
+
+def _generator(*label: object) -> torch.Generator:
+    return torch.Generator().manual_seed(draw(2**63, *label))
 
 
 def _rows(records: Sequence[Mention | Entity]) -> Tensor:
@@ -110,17 +142,20 @@ def is_held_out(entity_id: str, share: float) -> bool:
     return draw(_DRAWS, "held out", entity_id) < share * _DRAWS
 
 
-def augmented(batch: ItemBatch, config: AugmentConfig, generator: torch.Generator) -> ItemBatch:
-    """The batch with random changes of pictures and texts; the same object when all is off."""
+def augmented(batch: ItemBatch, config: AugmentConfig, draws: Draws, width: int) -> ItemBatch:
+    """The batch with random changes of pictures and texts; the same object when all is off.
+
+    width: tokens that the longest text of any share may have, the same for all workers.
+    """
     if config == AugmentConfig():
         return batch
-    has_image = batch.has_image
-    if config.drop_pictures:
-        has_image = has_image & (torch.rand(len(batch), generator=generator) >= config.drop_pictures)
-    pictures = batch.pictures
-    if has_image.any():
-        pictures = augmentation.augment_pictures(pictures, has_image, _strength(config), generator)
-    token_ids = augmentation.drop_tokens(batch.token_ids, config.drop_tokens, generator)
+    device = batch.token_ids.device
+    token_ids = augmentation.drop_tokens(batch.token_ids, config.drop_tokens, draws.unit(width, device=device))
+    has_image = batch.has_image & (draws.unit(device=device) >= config.drop_pictures)
+    if has_image.any():  # the last draws: whoever has no picture may leave them out
+        pictures = augmentation.augment_pictures(batch.pictures, has_image, _strength(config), draws)
+    else:
+        pictures = torch.zeros_like(batch.pictures)
     return ItemBatch(_trimmed(token_ids), pictures, has_image)
 
 

@@ -12,6 +12,7 @@ from dsmip.errors import UserError
 from dsmip.evaluation import prepare_in_tiles, rank
 from dsmip.features import prepare_split
 from dsmip.index import EntityIndex
+from dsmip.loop import Context, StepSource
 from dsmip.manifest import KB
 from dsmip.missing_pictures import prepare_entities
 from dsmip.models.base import Matcher
@@ -20,7 +21,7 @@ from dsmip.shards import Dataset
 from dsmip.sources import CachedSource, StreamSource, is_held_out
 from dsmip.table import Table
 from dsmip.text_unit import use_backend
-from dsmip.training import Context, StepSource, TrainResult, train
+from dsmip.training import TrainResult, train
 
 CPU = torch.device("cpu")
 
@@ -69,16 +70,15 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
     source: StepSource
     if matcher.encoder_trains():
         source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)
-        validate = _validate_by_encoding(run, part, validation, context.device)
+        validate = _validate_by_encoding(run, part, validation, context)
     else:
-        tables = {
-            split: run_features(run, part, split, matcher, context.device) for split in ("train", "validation", KB)
-        }
+        tables = {split: run_features(run, part, split, matcher, context) for split in ("train", "validation", KB)}
         seen = ~held_out_rows(run.dataset, run.config.held_out)
         golds = gold_rows(run.dataset, "train")[seen]
         source = CachedSource(tables["train"].rows(seen), tables[KB], golds, config, run.config.seed)
-        validate = _validate_on(SplitFeatures(tables["validation"], validation), tables[KB], context.device)
-    result = train(matcher, source, config, context, validate, seed=run.config.seed)
+        validate = _validate_on(SplitFeatures(tables["validation"], validation), tables[KB], context)
+    checkpoint_steps = run.config.part(part).checkpoint_steps
+    result = train(matcher, source, config, context, validate, seed=run.config.seed, checkpoint_steps=checkpoint_steps)
     if distributed.rank() == 0:
         run.save_part(part, matcher, {"best": result.best, "history": result.history})
     return result
@@ -129,54 +129,58 @@ def train_whole(
 ) -> TrainResult:
     """Stage two of a gated system on cached features (DSMIP eq. 18): gate and units train, the towers are not there."""
     source = CachedSource(train_split.mentions, kb, train_split.gold_row_M, config, seed)
-    validate = _validate_on(validation, kb, context.device)
+    validate = _validate_on(validation, kb, context)
     return train(matcher, source, config, context, validate, seed=seed, stop_epoch=stop_epoch)
 
 
-def run_features(run: Run, part: str, split: str, matcher: Matcher, device: torch.device) -> Table:
+def run_features(run: Run, part: str, split: str, matcher: Matcher, context: Context) -> Table:
     """Cached features of a part's encoder on a split or the kb. Only rank 0 computes them; the others wait for it."""
+
+    def table() -> Table:
+        collator = run.collator(part)
+        return run.cache.table(part, split, matcher, run.dataset, collator, context.device, lambda _: context.alive())
+
     if distributed.rank() == 0:
-        run.cache.table(part, split, matcher, run.dataset, run.collator(part), device)
+        table()
     distributed.barrier()
-    return run.cache.table(part, split, matcher, run.dataset, run.collator(part), device)
+    return table()
 
 
-def _validate_on(
-    validation: SplitFeatures, kb: Table, device: torch.device
-) -> Callable[[Matcher], Mapping[str, float]]:
+def _validate_on(validation: SplitFeatures, kb: Table, context: Context) -> Callable[[Matcher], Mapping[str, float]]:
     """Full-KB metrics from cached features; every worker ranks against its own slice of the kb."""
     first, stop = _slice_of(len(kb))
+    device = context.device
 
     def validate(matcher: Matcher) -> Mapping[str, float]:
         mentions = prepare_in_tiles(matcher, validation.mentions, "mentions", device)
         entities = prepare_entities(matcher, kb, range(first, stop), device)
-        return _figures(matcher, mentions, EntityIndex([entities], first), validation.gold_row_M, device)
+        return _figures(matcher, mentions, EntityIndex([entities], first), validation.gold_row_M, context)
 
     return validate
 
 
 def _validate_by_encoding(
-    run: Run, part: str, gold_row_M: Tensor, device: torch.device
+    run: Run, part: str, gold_row_M: Tensor, context: Context
 ) -> Callable[[Matcher], Mapping[str, float]]:
     """Full-KB metrics with towers that train: every worker encodes its own slice of the kb."""
-    collator = run.collator(part)
+    collator, device = run.collator(part), context.device
     rows = range(*_slice_of(run.dataset.num_entities))
 
     def validate(matcher: Matcher) -> Mapping[str, float]:
         matcher.eval()
-        entities = prepare_split(KB, matcher, run.dataset, collator, device, rows=rows)
-        mentions = prepare_split("validation", matcher, run.dataset, collator, device)
-        return _figures(matcher, mentions, EntityIndex([entities], rows.start), gold_row_M, device)
+        entities = prepare_split(KB, matcher, run.dataset, collator, device, rows, context.alive)
+        mentions = prepare_split("validation", matcher, run.dataset, collator, device, None, context.alive)
+        return _figures(matcher, mentions, EntityIndex([entities], rows.start), gold_row_M, context)
 
     return validate
 
 
 def _figures(
-    matcher: Matcher, mentions: Table, index: EntityIndex, gold_row_M: Tensor, device: torch.device
+    matcher: Matcher, mentions: Table, index: EntityIndex, gold_row_M: Tensor, context: Context
 ) -> Mapping[str, float]:
     """Metrics, and how many pairs are too close for single precision to order them (for the records alone)."""
-    use_backend(matcher, "auto", device)
-    ranking = rank(matcher, mentions, index, gold_row_M, device=device)
+    use_backend(matcher, "auto", context.device)
+    ranking = rank(matcher, mentions, index, gold_row_M, device=context.device, progress=lambda _: context.alive())
     return ranking.metrics() | (ranking.unrefined.metrics() if ranking.unrefined else {})
 
 

@@ -1,5 +1,6 @@
 """What a training inside a Ray worker knows of its outside world: device, threads, checkpoints and whom to tell."""
 
+import os
 import shutil
 import socket
 import tempfile
@@ -12,13 +13,16 @@ import ray.train
 import ray.train.torch
 import torch
 
-from dsmip.checkpoints import newest_sound
+from dsmip import distributed
+from dsmip.checkpoints import newest_sound, read_manifest
 from dsmip.watch import StepFigures, Watch
-from dsmip.watch_tools import ProgressFile, Watched
+from dsmip.watch_tools import PROGRESS, ProgressFile, Watched
 from ray_jobs.gauges import Gauges
 from ray_jobs.progress import Event
+from ray_jobs.stalls import StallWatch, collect_stalled, stall_file
 
 _STEP_EVENT_SECONDS = 0.5
+_NOTICE_SECONDS = 1.0  # between two looks for a notice that a machine will be taken away
 
 
 class StepEvents:
@@ -54,37 +58,62 @@ class StepEvents:
 
 
 class RayContext:
-    """`dsmip.training.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
+    """`dsmip.loop.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
 
-    events: an `EventQueue` actor. progress: the file for `dsmip status`. Only rank 0 sends events and writes files;
-    every worker has gauges.
+    events: an `EventQueue` actor. folder: of the files beside the checkpoints: `<name>.progress.json` for
+    `dsmip status`, and where each worker was when it was ended because it made no step for `stall_seconds`.
+    Only rank 0 sends events and writes the progress; every worker has gauges.
     """
 
-    def __init__(self, watched: Watched, num_epochs: int, events: Any, progress: Path) -> None:
+    def __init__(self, watched: Watched, num_epochs: int, events: Any, folder: Path, stall_seconds: float) -> None:
         self.device: torch.device = ray.train.torch.get_device()
         context = ray.train.get_context()
         rank, num_workers = context.get_world_rank(), context.get_world_size()
         self._told = StepEvents(watched.name, num_epochs, events if rank == 0 else None)
+        progress = folder / f"{watched.name}.{PROGRESS}"
         self._watch = open_watch(
             watched, self.device, num_epochs, progress, self._told, rank=rank, num_workers=num_workers
         )
         self._restored = Path(tempfile.mkdtemp(prefix="dsmip-restored-"))
+        self._stalled = collect_stalled(folder, watched.name) if rank == 0 else []
+        self._stalls = StallWatch(stall_file(folder, watched.name, rank), stall_seconds)
+        self._next_notice = time.monotonic()
         set_threads()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._stalls.close()
         self._watch.close("failed" if kind else "finished")
         shutil.rmtree(self._restored, ignore_errors=True)
 
+    def alive(self) -> None:
+        self._stalls.alive()
+
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
+        self._stalls.alive()
         self._told.step_done(epoch, step, num_steps)
         self._watch.step_done(epoch, step, num_steps, figures)
 
+    def asked_to_leave(self) -> bool:
+        """Asks Ray about once a second: an answer takes a call to another process, which all workers must make."""
+        due = time.monotonic() >= self._next_notice
+        if not distributed.any_worker(due, self.device):
+            return False
+        self._next_notice = time.monotonic() + _NOTICE_SECONDS
+        return ray.train.get_preemption_info() is not None
+
+    def step_saved(self, epoch: int, step: int, checkpoint: Path | None) -> None:
+        self._report({"epoch": epoch, "step": step}, checkpoint)
+
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+        self._stalls.alive()
         self._told.epoch_done(metrics)
         self._watch.epoch_done(metrics)
+        self._report(metrics, checkpoint)
+
+    def _report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         ray.train.report(
             dict(metrics),
             checkpoint=None if checkpoint is None else ray.train.Checkpoint.from_directory(checkpoint),
@@ -92,11 +121,31 @@ class RayContext:
             delete_local_checkpoint_after_upload=True,
         )
 
+    def leave(self) -> None:
+        """Ends this process once all checkpoints are stored. Call it after `Left`.
+
+        Ray takes a worker that returns for one that has finished, and one that raises for a failed one. One that ends
+        on a machine which is about to go is replaced at once, and not counted among the restarts.
+        """
+        ray.train.get_all_reported_checkpoints()  # waits until all are stored
+        distributed.barrier()
+        self.__exit__(None)
+        os._exit(0)
+
     def restore(self) -> Path | None:
         newest = ray.train.get_checkpoint()
         if newest is None:
             return None
-        return newest_sound(self._fetched(newest), self.device, self._told.warn, str(Path(newest.path).parent))
+        found = newest_sound(self._fetched(newest), self.device, self._told.warn, str(Path(newest.path).parent))
+        self._say_where(found)
+        return found
+
+    def _say_where(self, checkpoint: Path | None) -> None:
+        for path in self._stalled:
+            self._told.warn(f"a worker made no step for too long and was ended; {path} has what it did")
+        if checkpoint is not None:
+            place = read_manifest(checkpoint)
+            self._told.warn(f"goes on from its checkpoint: epoch {place['epoch'] + 1}, after {place['step']} steps")
 
     def _fetched(self, newest: ray.train.Checkpoint) -> Iterator[Path]:
         """Local copies of the checkpoints that Ray keeps, newest first, each made when it is asked for."""
@@ -108,8 +157,8 @@ class RayContext:
     def _fetch(self, checkpoint: ray.train.Checkpoint) -> Path:
         return Path(checkpoint.to_directory(str(self._restored / Path(checkpoint.path).name)))
 
-    def checkpoint_folder(self, epoch: int) -> Path:
-        return Path(tempfile.mkdtemp(prefix=f"dsmip-epoch-{epoch:04d}-"))  # Ray deletes it once it is stored
+    def checkpoint_folder(self, epoch: int, step: int) -> Path:
+        return Path(tempfile.mkdtemp(prefix=f"dsmip-epoch-{epoch:04d}-{step}-"))  # Ray deletes it once it is stored
 
 
 def open_watch(

@@ -1,4 +1,15 @@
-"""How a job says that it failed after it has told why."""
+"""How work fails: what a training's failure is, and how a job says that it failed after it has told why."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a training failed: `message` in one line; `user_error` when a user can mend it; `trace` for the log."""
+
+    message: str
+    user_error: bool = False
+    trace: str = ""
 
 
 class JobFailed(Exception):

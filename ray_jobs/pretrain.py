@@ -19,6 +19,7 @@ from dsmip.files import write_json
 from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
 from dsmip.provenance import environment
+from dsmip.running import Running
 from dsmip.shards import Dataset
 from dsmip.text import Template, Tokenizer
 from dsmip.watch_tools import Watched, check_tools
@@ -50,8 +51,7 @@ def pretrain_backbone(
         settings={"config": config.to_yaml(), "data": str(dataset.folder.resolve()), "out": str(out), "stamp": stamp},
         num_epochs=config.pretrain.epochs,
         storage=work,
-        workers=config.pretrain.workers,
-        resources=config.pretrain.resources,
+        plan=config.pretrain,
         watched=Watched(out.with_name(f"{out.name}.watch"), "backbone", config.watch, config.model_dump(mode="json")),
     )
     with connected(verbose=verbose):
@@ -83,7 +83,8 @@ def _template(config: ExperimentConfig) -> Template:
 def _stamp(config: ExperimentConfig, dataset: Dataset) -> dict[str, Any]:
     """What the weights depend on, and its hash."""
     settings = config.model_dump(mode="json", include={"model", "backbone", "pretrain", "seed"})
-    settings["pretrain"].pop("resources")
+    for key in Running.model_fields:
+        settings["pretrain"].pop(key)
     depends_on = {"settings": settings, "text": _template(config).entity, "data": dataset.manifest_hash}
     text = json.dumps(depends_on, sort_keys=True)
     return {**depends_on, "sha256": hashlib.sha256(text.encode()).hexdigest()}

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from ray_jobs.failures import Failure
 
 _SHOWN = ("loss", "mrr", "hits@1", "accuracy")
 _LOOK_SECONDS = 0.3
@@ -37,10 +40,20 @@ class Event:
 
 
 class EventQueue:
-    """Holds events between a worker's push and the driver's next look; `start_event_queue` makes the actor."""
+    """Holds events between a worker's push and the driver's next look; `start_event_queue` makes the actor.
+
+    It also keeps the failures that workers noted, for those that are started in their place.
+    """
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._failures: dict[str, Failure] = {}
+
+    def note_failure(self, name: str, failure: Failure) -> None:
+        self._failures.setdefault(name, failure)
+
+    def failure(self, name: str) -> Failure | None:
+        return self._failures.get(name)
 
     def push(self, event: Event) -> None:
         self._events.append(event)
@@ -51,8 +64,12 @@ class EventQueue:
 
 
 def start_event_queue() -> Any:
-    """The handle of a new `EventQueue` actor, which costs no CPU share."""
-    return ray.remote(num_cpus=0)(EventQueue).remote()
+    """The handle of a new `EventQueue` actor, which costs no CPU share. It is on this process's node, and ends with it.
+
+    Elsewhere it could be lost with a node, and this process with it.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(EventQueue).remote()
 
 
 def run_watched(

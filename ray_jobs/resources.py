@@ -15,6 +15,7 @@ from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from dsmip.errors import UserError
+from dsmip.running import Workers
 from ray_jobs.node_types import configured_node_types
 
 _WAIT_LINE_SECONDS = 30.0
@@ -23,16 +24,21 @@ _SLACK = 1e-6  # fractions of CPUs are floats
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Workers that run at the same time, each with `cpu` CPUs and `gpu` GPUs on one node."""
+    """Workers that run at the same time, each with `cpu` CPUs and `gpu` GPUs on one node.
+
+    most: more of them than `workers` are taken where there is room; 0: none.
+    """
 
     name: str
     workers: int
     cpu: float
     gpu: float
+    most: int = 0
 
     def __str__(self) -> str:
+        workers = Workers(self.workers, max(self.workers, self.most))
         gpus = f" and {self.gpu:g} GPU" if self.gpu else ""
-        return f"{self.name} asks {self.workers} worker{'s' * (self.workers > 1)} with {self.cpu:g} CPU{gpus} each"
+        return f"{self.name} asks {workers} worker{'s' * (workers.most > 1)} with {self.cpu:g} CPU{gpus} each"
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,7 @@ def _training(root: Run, home: Run, part: str) -> Training:
         settings={"root": str(root.folder), "config": home.config.to_yaml(), "part": part},
         num_epochs=home.config.train_of(part).epochs,
         storage=home.training_folder,
-        workers=plan.workers,
-        resources=plan.resources,
+        plan=plan,
         watched=Watched(root.folder, name, home.config.watch, home.config.model_dump(mode="json")),
     )
 

@@ -10,25 +10,29 @@ from typing import Any
 from ray_jobs.environment import starts_own_cluster  # first: Ray reads its variables when it is imported
 
 # isort: split
+import ray
 from ray.exceptions import RayError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, TrainingFailedError, WorkerGroupError
 from ray.train.backend import BackendConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from dsmip import distributed
 from dsmip.checkpoints import KEPT
-from dsmip.config import Resources
 from dsmip.errors import UserError
 from dsmip.files import write_text
-from dsmip.watch_tools import PROGRESS, Watched
+from dsmip.loop import Left
+from dsmip.running import Running
+from dsmip.watch_tools import Watched
 from ray_jobs.context import RayContext
-from ray_jobs.failures import JobFailed
+from ray_jobs.failures import Failure, JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible
 
-_LOST_WORKERS = 2  # how many times a training restarts from its checkpoint after a worker was lost
+_RESIZE_SECONDS = 30.0  # how often an elastic training looks whether there is room for more workers
 
 Loop = Callable[[RayContext, Mapping[str, Any]], None]
 
@@ -46,22 +50,17 @@ class Training:
     settings: Mapping[str, Any]
     num_epochs: int
     storage: Path
-    workers: int = 1
-    resources: Resources = field(default_factory=Resources)
+    plan: Running = field(default_factory=Running)
     watched: Watched | None = None
 
     @property
     def request(self) -> Request:
-        return Request(self.name, self.workers, self.resources.cpu, self.resources.gpu)
+        workers, resources = self.plan.workers, self.plan.resources
+        return Request(self.name, workers.least, resources.cpu, resources.gpu, most=workers.most)
 
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a training failed: `message` in one line; `user_error` when a user can mend it; `trace` for the log."""
-
-    message: str
-    user_error: bool = False
-    trace: str = ""
+    @property
+    def stall_seconds(self) -> float:
+        return 60 * self.plan.stall_minutes
 
 
 def run_trainings(trainings: Sequence[Training], display: Display) -> None:
@@ -113,20 +112,25 @@ def _fit(training: Training, events: Any) -> Failure | None:
     Ray's controller process unpickles backend and loop configuration, but not the loop. So the loop carries its
     arguments, and a lone worker has no process group: the controller then need not import torch (6 s, 0.3 GB).
     """
-    asked = {"CPU": training.resources.cpu, "GPU": training.resources.gpu}
+    plan, workers = training.plan, training.plan.workers
+    asked = {"CPU": plan.resources.cpu, "GPU": plan.resources.gpu}
     loop: Any = partial(_guarded_loop, training, events)  # Ray's annotation does not know that it may return a value
     trainer = _Trainer(
         loop,
-        backend_config=TorchConfig() if training.workers > 1 else BackendConfig(),
+        # Workers end themselves when one of them hangs; the collectives' own limit comes after that.
+        backend_config=TorchConfig(timeout_s=int(2 * training.stall_seconds) + 1)
+        if workers.most > 1
+        else BackendConfig(),
         scaling_config=ScalingConfig(
-            num_workers=training.workers,
-            use_gpu=training.resources.gpu > 0,
+            num_workers=workers.most if workers.least == workers.most else (workers.least, workers.most),
+            use_gpu=plan.resources.gpu > 0,
             resources_per_worker={name: amount for name, amount in asked.items() if amount} or {"CPU": 0.01},
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
         ),
         run_config=RunConfig(
             name=training.name,
             storage_path=str(training.storage),
-            failure_config=FailureConfig(max_failures=_LOST_WORKERS),
+            failure_config=FailureConfig(max_failures=plan.restarts),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
         ),
     )
@@ -143,17 +147,26 @@ def _fit(training: Training, events: Any) -> Failure | None:
 def _guarded_loop(training: Training, events: Any) -> Failure | None:
     """The training's loop. A lone worker returns its failure: it would fail again, so Ray must not restart it.
 
-    With several workers the error is raised, because the others may wait for this one in a collective.
+    With several workers the error is raised, because the others may wait for this one in a collective. A user's mistake
+    is noted first: the restarted workers return it.
     """
+    noted: Failure | None = ray.get(events.failure.remote(training.name))
+    if noted:
+        return noted
     try:
         watched = training.watched or Watched(training.storage, training.name)
-        progress = training.storage / f"{training.name}.{PROGRESS}"
-        with RayContext(watched, training.num_epochs, events, progress) as context:
-            training.loop(context, training.settings)
+        with RayContext(watched, training.num_epochs, events, training.storage, training.stall_seconds) as context:
+            try:
+                training.loop(context, training.settings)
+            except Left:
+                context.leave()
     except Exception as error:
-        if training.workers > 1:
-            raise
-        return _failure(error)
+        failure = _failure(error)
+        if distributed.world_size() == 1:
+            return failure
+        if failure.user_error:
+            ray.get(events.note_failure.remote(training.name, failure))
+        raise
     return None
 
 

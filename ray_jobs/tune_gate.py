@@ -19,9 +19,10 @@ from ray_jobs.environment import connected
 import ray
 from ray import tune
 
-from dsmip.config import ExperimentConfig, Resources
+from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.files import atomic_path, write_json, write_text
+from dsmip.running import Resources
 from dsmip.runs import Run, first_difference
 from dsmip.watch_tools import check_tools
 from ray_jobs.failures import JobFailed

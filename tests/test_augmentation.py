@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmip.ops.augmentation import PictureAugmentation, augment_pictures, drop_tokens
+from dsmip.ops.augmentation import Draws, PictureAugmentation, augment_pictures, drop_tokens
 
 START, END = 49406, 49407
 STRONG = PictureAugmentation(
@@ -35,7 +35,7 @@ def some_pictures(num: int = 6, side: int = 16) -> torch.Tensor:
 
 def augment(pictures: torch.Tensor, seed: int = 0, **strengths: object) -> torch.Tensor:
     present = torch.ones(len(pictures), dtype=torch.bool)
-    return augment_pictures(pictures, present, PictureAugmentation(**strengths), seeded(seed))
+    return augment_pictures(pictures, present, PictureAugmentation(**strengths), Draws(seeded(seed), len(pictures)))
 
 
 @pytest.mark.parametrize("padding", ["border", "white"])
@@ -46,7 +46,7 @@ def test_no_strength_changes_nothing(padding: str) -> None:
 def test_same_generator_same_pictures_and_each_picture_its_own_change() -> None:
     pictures = some_pictures(1).expand(6, -1, -1, -1)
     present = torch.ones(6, dtype=torch.bool)
-    one, same, other = (augment_pictures(pictures, present, STRONG, seeded(seed)) for seed in (3, 3, 4))
+    one, same, other = (augment_pictures(pictures, present, STRONG, Draws(seeded(seed), 6)) for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert one.dtype == torch.uint8
@@ -57,10 +57,10 @@ def test_same_generator_same_pictures_and_each_picture_its_own_change() -> None:
 def test_missing_pictures_stay_zero() -> None:
     has_image = torch.tensor([True, False, True, False, True, False])
     pictures = some_pictures() * has_image[:, None, None, None]
-    augmented = augment_pictures(pictures, has_image, STRONG, seeded())
+    augmented = augment_pictures(pictures, has_image, STRONG, Draws(seeded(), 6))
     assert not augmented[~has_image].any()
     assert augmented[has_image].any()
-    assert augment_pictures(pictures[:0], has_image[:0], STRONG, seeded()).shape == (0, 3, 16, 16)
+    assert augment_pictures(pictures[:0], has_image[:0], STRONG, Draws(seeded(), 0)).shape == (0, 3, 16, 16)
 
 
 def test_certain_flip_mirrors() -> None:
@@ -159,7 +159,7 @@ def token_rows(rows: list[list[int]], width: int) -> torch.Tensor:
     seed=st.integers(0, 99),
 )
 def test_dropped_rows_are_subsequences(rows: list[list[int]], probability: float, seed: int) -> None:
-    dropped = drop_tokens(token_rows(rows, 12), probability, seeded(seed))
+    dropped = drop_tokens(token_rows(rows, 12), probability, torch.rand(len(rows), 12, generator=seeded(seed)))
     assert dropped.shape == (len(rows), 12)
     for inner, row in zip(rows, dropped.tolist(), strict=True):
         end = row.index(END)
@@ -171,10 +171,21 @@ def test_dropped_rows_are_subsequences(rows: list[list[int]], probability: float
 
 def test_drop_tokens_frequency_and_limits() -> None:
     token_ids = token_rows([list(range(1, 71))] * 200, 77)
-    assert torch.equal(drop_tokens(token_ids, 0.0, seeded()), token_ids)
-    everything = drop_tokens(token_ids, 1.0, seeded())
+    chance = torch.rand(200, 80, generator=seeded())
+    assert torch.equal(drop_tokens(token_ids, 0.0, chance), token_ids)
+    everything = drop_tokens(token_ids, 1.0, chance)
     assert torch.equal(everything[:, :3], torch.tensor([START, END, 0]).expand(200, 3))
-    kept = (drop_tokens(token_ids, 0.25, seeded()) != 0).sum(dim=1).float() - 2
+    kept = (drop_tokens(token_ids, 0.25, chance) != 0).sum(dim=1).float() - 2
     assert abs(kept.mean().item() / 70 - 0.75) < 0.02
     with pytest.raises(ValueError, match="probability"):
-        drop_tokens(token_ids, 1.5, seeded())
+        drop_tokens(token_ids, 1.5, chance)
+
+
+def test_an_item_is_changed_alike_whoever_holds_it() -> None:
+    """Workers draw for the whole batch and keep their own items' numbers."""
+    pictures, present = some_pictures(6), torch.ones(6, dtype=torch.bool)
+    whole = augment_pictures(pictures, present, STRONG, Draws(seeded(), 6))
+    for own in (torch.tensor([0, 1]), torch.tensor([2, 4, 5]), torch.tensor([], dtype=torch.int64)):
+        share = augment_pictures(pictures[own], present[own], STRONG, Draws(seeded(), 6, own))
+        assert (share.int() - whole[own].int()).abs().sum() <= 3  # rounding of a few values
+    assert not torch.equal(whole, augment_pictures(pictures, present, STRONG, Draws(seeded(1), 6)))

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from dsmip.config import ExperimentConfig, TrainConfig, load_config, merged, parse_config, shipped_configs
 from dsmip.errors import UserError
+from dsmip.running import Workers
 
 MINIMAL: dict[str, Any] = {
     "model": "dsmip",
@@ -143,8 +144,8 @@ def test_parts_and_tune_change_single_settings() -> None:
     text = config.train_of("text")
     assert (text.epochs, text.batch_size, text.augment.flip, text.augment.scale) == (3, 16, 0.0, 0.1)
     assert config.train_of("visual") == config.train
-    assert config.part("text").workers == 2
-    assert config.part("visual").workers == 1
+    assert config.part("text").workers == Workers(2, 2)
+    assert config.part("visual").workers == Workers(1, 1)
     assert config.tune_train() == merged(config.train, {"patience": 2})
     assert config.tune_train().patience == 2
 
@@ -214,3 +215,17 @@ def test_wrong_files(tmp_path: Path) -> None:
 def test_configurations_are_frozen() -> None:
     with pytest.raises(ValidationError):
         parse_config(MINIMAL).train.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("given", "workers", "dumped"), [(1, (1, 1), 1), ("1..4", (1, 4), "1..4"), ("3", (3, 3), 3)])
+def test_workers_are_a_number_or_a_range(given: int | str, workers: tuple[int, int], dumped: int | str) -> None:
+    config = parse_config({**MINIMAL, "parts": {"text": {"workers": given}}})
+    assert config.part("text").workers == workers
+    assert config.model_dump(mode="json")["parts"]["text"]["workers"] == dumped
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("given", [0, -1, "4..1", "0..2", "1-4", "many", 1.5, None])
+def test_wrong_workers_are_refused(given: object) -> None:
+    with pytest.raises(UserError, match=r"parts.text.workers: give a number of workers, or a range such as 1..4, not"):
+        parse_config({**MINIMAL, "parts": {"text": {"workers": given}}})

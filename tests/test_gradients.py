@@ -143,14 +143,14 @@ def share(case: Case, rank: int | None) -> Step:
 
 
 def gradients(case: Case, rank: int | None, architecture: str, **settings: Any) -> dict[str, Tensor]:
-    """Gradients by parameter after one step, and this worker's summed loss under `loss`."""
+    """Gradients by parameter after one step, and the loss summed over all mentions under `loss`."""
     matcher = make_matcher(case.matcher, architecture)
     config = TrainConfig(**settings)
     step = share(case, rank)
     loss = batch_backward(matcher, step, config, CPU)
     distributed.sum_gradients(matcher.parameters())
     found = {name: p.grad for name, p in matcher.named_parameters() if p.grad is not None}
-    return {**found, "loss": torch.tensor(loss * len(step.gold_row_M), dtype=torch.float64)}
+    return {**found, "loss": torch.tensor(loss.total, dtype=torch.float64)}
 
 
 def gradients_of_worker(architecture: str) -> dict[str, dict[str, Tensor]]:
@@ -209,8 +209,8 @@ def test_workers_give_the_gradient_of_the_whole_batch(
     relative = 1e-12 if SHARES[name].matcher == "bilinear" else 1e-3
     for worker in workers:
         assert_same_gradients(worker[name], expected, relative)
-    total = sum(float(worker[name]["loss"]) for worker in workers)
-    assert total == pytest.approx(float(expected["loss"]), rel=relative)
+        assert float(worker[name]["loss"]) == pytest.approx(float(expected["loss"]), rel=relative)
+    assert torch.equal(workers[0][name]["loss"], workers[1][name]["loss"])
 
 
 @pytest.mark.parametrize("name", ["even", "empty_last"])
@@ -258,7 +258,7 @@ def test_cached_features_get_no_gradient(architecture: str) -> None:
     cached = Step(*tables, items.gold_row_M, items.entity_row_E)
     loss = batch_backward(matcher, cached, TrainConfig(micro_batch_size=2), CPU)
     expected = gradients(Case((5,), (2,), matcher="text"), None, architecture)
-    assert loss * 5 == pytest.approx(float(expected.pop("loss")), rel=1e-5)
+    assert (loss.total, loss.num_mentions) == (pytest.approx(float(expected.pop("loss")), rel=1e-5), 5)
     found = {name: p.grad for name, p in matcher.named_parameters() if p.grad is not None}
     assert found
     assert not any(".backbone." in name for name in found)
@@ -270,5 +270,5 @@ def test_a_batch_without_mentions_moves_nothing(architecture: str, name: str) ->
     """All of its mentions may be held out."""
     step = share(Case((0, 5), (2, 0), matcher=name), 0)
     matcher = make_matcher(name, architecture)
-    assert batch_backward(matcher, step, TrainConfig(), CPU) == 0.0
+    assert batch_backward(matcher, step, TrainConfig(), CPU).mean == 0.0
     assert all(p.grad is None or not p.grad.any() for p in matcher.parameters())

@@ -13,9 +13,10 @@ import torch
 from ray import cloudpickle
 
 from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from dsmip.config import ExperimentConfig, Resources, parse_config
+from dsmip.config import ExperimentConfig, parse_config
 from dsmip.errors import UserError
 from dsmip.local import LocalContext
+from dsmip.running import Resources, Running
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import train_part
@@ -59,15 +60,18 @@ def count_epochs(context: RayContext, settings: Mapping[str, Any]) -> None:
             raise RuntimeError("the disc is full")
         with log.open("a") as stream:
             stream.write(f"{epoch} ")
-        folder = context.checkpoint_folder(epoch)
+        folder = context.checkpoint_folder(epoch + 1, 0)
         save_checkpoint(folder, Checkpoint(epoch + 1, [], {}, {}, {}, {}, {}))
         context.step_done(epoch, 0, 1, StepFigures(0.5, torch.tensor(2.0), 0.01, 8, 2.0, 0.5))
         context.epoch_done({"epoch": epoch, "loss": 0.0}, folder)
 
 
+HALF_A_CPU = Running(resources=Resources(cpu=0.5))
+
+
 def counting(name: str, how: str, folder: Path) -> Training:
     settings = {"how": how, "log": str(folder / name)}
-    return Training(name, count_epochs, settings, num_epochs=4, storage=folder / "ray", resources=Resources(cpu=0.5))
+    return Training(name, count_epochs, settings, num_epochs=4, storage=folder / "ray", plan=HALF_A_CPU)
 
 
 def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
@@ -139,8 +143,7 @@ def test_three_trainings_that_fit_only_one_at_a_time_queue_and_all_end(
             {"name": name, "log": str(log)},
             1,
             tmp_path / "ray",
-            workers=2,
-            resources=Resources(cpu=2),
+            Running(workers=2, resources=Resources(cpu=2)),
         )
         for name in ("a", "b", "c")
     ]
@@ -172,7 +175,9 @@ def test_two_workers_train_a_part_as_one_does(
 
 
 def test_a_request_that_can_never_be_fulfilled_ends_at_once(tmp_path: Path) -> None:
-    large = Training("large", count_epochs, {}, num_epochs=1, storage=tmp_path, resources=Resources(cpu=1000))
+    large = Training(
+        "large", count_epochs, {}, num_epochs=1, storage=tmp_path, plan=Running(resources=Resources(cpu=1000))
+    )
     with pytest.raises(UserError, match="large asks 1 worker with 1000 CPU each, which this cluster can never give"):
         run_trainings([counting("sound", "", tmp_path), large], Lines())
     assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ from dsmip.local import LocalContext
 from dsmip.pretraining import MAX_LOGIT_SCALE, PairSource, contrast, pretrain
 from dsmip.shards import Dataset
 from dsmip.text import Template, Tokenizer
+from dsmip.watch import StepFigures
 
 CPU = torch.device("cpu")
 CONFIG = PretrainConfig(epochs=3, batch_size=4, learning_rate=3e-3, warmup_steps=2)
@@ -60,21 +61,34 @@ def test_streamed_pictures_are_those_in_memory(small_data: Dataset, narrow_backb
         assert one.has_image.all()
 
 
-def test_a_resumed_training_equals_an_unbroken_one(small_data: Dataset, narrow_backbone: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"augment": CONFIG.augment.model_copy(update={"shift": 0.1, "drop_tokens": 0.3})})
+class Killed(Exception):
+    pass
+
+
+class KilledContext(LocalContext):
+    """Breaks off after a step, as a killed process would; (epoch, step)."""
+
+    def __init__(self, folder: Path, last: tuple[int, int]) -> None:
+        super().__init__(folder)
+        self.last = last
+
+    def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
+        if (epoch, step) == self.last:
+            raise Killed
+
+
+@pytest.mark.parametrize("last", [(0, 0), (0, 1), (1, 0), (2, 1)])
+def test_a_resumed_training_equals_an_unbroken_one(
+    small_data: Dataset, narrow_backbone: Path, tmp_path: Path, last: tuple[int, int]
+) -> None:
+    augment = CONFIG.augment.model_copy(update={"shift": 0.1, "drop_tokens": 0.3})
+    config = CONFIG.model_copy(update={"augment": augment, "checkpoint_steps": 1})
     pairs = source(small_data, narrow_backbone, config)
     whole = Backbone.build(str(narrow_backbone), None)
     expected = pretrain(whole, pairs, config, LocalContext(tmp_path / "whole"), seed=3)
-
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(metrics: object) -> None:
-        raise Interrupted
-
     first, second = (Backbone.build(str(narrow_backbone), None) for _ in range(2))
-    with pytest.raises(Interrupted):
-        pretrain(first, pairs, config, LocalContext(tmp_path / "broken", on_epoch=interrupt), seed=3)
+    with pytest.raises(Killed):
+        pretrain(first, pairs, config, KilledContext(tmp_path / "broken", last), seed=3)
     history = pretrain(second, pairs, config, LocalContext(tmp_path / "broken"), seed=3)
     assert history == expected
     assert all(torch.equal(tensor, weights(second)[name]) for name, tensor in weights(whole).items())

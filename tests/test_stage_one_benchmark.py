@@ -63,14 +63,23 @@ class Outside:
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         self.told.append(step)
 
+    def alive(self) -> None:
+        self.told.append("alive")
+
+    def asked_to_leave(self) -> bool:
+        return True
+
+    def step_saved(self, epoch: int, step: int, checkpoint: Path | None) -> None:
+        self.told.append(checkpoint)
+
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         self.told.append(dict(metrics))
 
     def restore(self) -> Path | None:
         return None
 
-    def checkpoint_folder(self, epoch: int) -> Path:
-        return Path(f"epoch-{epoch}")
+    def checkpoint_folder(self, epoch: int, step: int) -> Path:
+        return Path(f"epoch-{epoch}-{step}")
 
 
 def test_a_stopwatch_counts_the_steps_after_the_warm_up_and_tells_the_context() -> None:
@@ -86,7 +95,11 @@ def test_a_stopwatch_counts_the_steps_after_the_warm_up_and_tells_the_context() 
     found = watch.steps()
     assert (found.count, found.samples, found.wait_s) == (3, 12 + 13 + 14, 0.75)
     assert found.wall_s > 0
-    assert watch.checkpoint_folder(3) == Path("epoch-3")
+    assert watch.checkpoint_folder(3, 4) == Path("epoch-3-4")
+    assert watch.asked_to_leave()
+    watch.alive()
+    watch.step_saved(0, 2, Path("saved"))
+    assert outside.told[-2:] == ["alive", Path("saved")]
 
 
 def test_every_part_has_one_epoch(small_config: ExperimentConfig) -> None:

@@ -20,13 +20,15 @@ from dsmip.config import ExperimentConfig, TrainConfig, load_config, merged
 from dsmip.errors import UserError
 from dsmip.gradients import Step
 from dsmip.local import LocalContext
+from dsmip.loop import Left
 from dsmip.models.base import BatchGold, Matcher, Scores
+from dsmip.optimization import build_optimizer, learning_rate_factor
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.sources import CachedSource
 from dsmip.stages import train_part
 from dsmip.table import Table
-from dsmip.training import TrainResult, build_optimizer, learning_rate_factor, train, trained_state
+from dsmip.training import TrainResult, train, trained_state
 from dsmip.watch import StepFigures
 
 CPU = torch.device("cpu")
@@ -70,17 +72,32 @@ class ToyMatcher(Matcher):
 
 
 class RecordingContext(LocalContext):
-    """Notes what it is told; `last` stops the training after that epoch as a killed process would."""
+    """Notes what it is told; `last` stops the training after that epoch as a killed process would.
 
-    def __init__(self, folder: Path, last: int | None = None) -> None:
+    killed_at: a (epoch, step) after which the process is killed. leave_at: one after which it is asked to leave.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        last: int | None = None,
+        killed_at: tuple[int, int] | None = None,
+        leave_at: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__(folder)
-        self.last, self.steps, self.epochs = last, 0, 0
+        self.last, self.killed_at, self.leave_at = last, killed_at, leave_at
+        self.steps, self.epochs, self.place = 0, 0, (0, 0)
+
+    def asked_to_leave(self) -> bool:
+        return self.place == self.leave_at
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         assert 0 <= step < num_steps
         assert math.isfinite(figures.loss)
         assert 0 <= figures.wait_seconds <= figures.seconds
-        self.steps += 1
+        self.steps, self.place = self.steps + 1, (epoch, step)
+        if self.place == self.killed_at:
+            raise KeyboardInterrupt
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         super().epoch_done(metrics, checkpoint)
@@ -150,6 +167,71 @@ def test_a_resumed_training_ends_with_the_same_bits(tmp_path: Path, last: int) -
     assert result == whole
     assert_equal_weights(resumed, expected.state_dict())
     assert not torch.equal(expected.projection, ToyMatcher().projection)
+
+
+STEPS = 4  # of an epoch: 23 mentions in batches of at most 6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("killed_at", [(0, 0), (0, 2), (1, 3), (2, 1)])
+def test_a_training_killed_within_an_epoch_ends_with_the_same_bits(
+    tmp_path: Path, killed_at: tuple[int, int], precision: str
+) -> None:
+    """It goes on at the last step that was saved: two of four steps here, and every epoch's end."""
+    config = TrainConfig(**SETTINGS, precision=precision)
+    expected, whole = run(config, LocalContext(tmp_path / "whole"), RISING)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, RecordingContext(tmp_path / "parts", killed_at=killed_at), RISING, checkpoint_steps=2)
+    torch.rand(7)
+    context = RecordingContext(tmp_path / "parts")
+    resumed, result = run(config, context, RISING[killed_at[0] :], checkpoint_steps=2)
+    saved = STEPS * killed_at[0] + killed_at[1] // 2 * 2
+    assert context.steps == 4 * STEPS - saved
+    assert result == whole
+    assert_equal_weights(resumed, expected.state_dict())
+
+
+@pytest.mark.parametrize("leave_at", [(0, 0), (1, 1), (1, STEPS - 1), (3, STEPS - 1)])
+def test_a_training_that_is_asked_to_leave_loses_no_step(tmp_path: Path, leave_at: tuple[int, int]) -> None:
+    config = TrainConfig(**SETTINGS)
+    expected, whole = run(config, LocalContext(tmp_path / "whole"), RISING)
+    first = RecordingContext(tmp_path / "parts", leave_at=leave_at)
+    with pytest.raises(Left):
+        run(config, first, RISING)
+    second = RecordingContext(tmp_path / "parts")
+    resumed, result = run(config, second, RISING[leave_at[0] :])
+    assert first.steps + second.steps == 4 * STEPS
+    assert result == whole
+    assert_equal_weights(resumed, expected.state_dict())
+
+
+class Spoiled(ToyMatcher):
+    """Its loss, or only the gradient, is no number from the sixth step on."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.calls = what, 0
+
+    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+        self.calls += 1
+        loss = super().forward(mention_features, entity_features, gold)
+        if self.calls < 6:
+            return loss
+        if self.what == "loss":
+            return loss * math.nan
+        return loss + (self.bias * 0).abs().sum().sqrt()  # 0, with an infinite slope
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_training_that_diverges_says_where_and_leaves_a_sound_checkpoint(tmp_path: Path, what: str) -> None:
+    config, matcher = TrainConfig(**SETTINGS), Spoiled(what)
+    with pytest.raises(UserError, match=rf"{what}.* is nan in epoch 2, step 2: .*learning_rate"):
+        train(matcher, source(config), config, LocalContext(tmp_path), scripted(RISING), seed=3, checkpoint_steps=1)
+    assert all(bool(parameter.isfinite().all()) for parameter in matcher.parameters())
+    newest = LocalContext(tmp_path).restore()
+    assert newest is not None
+    stored = load_checkpoint(newest, CPU)
+    assert (stored.epoch, stored.step) == (1, 1)
 
 
 def test_a_pause_changes_nothing(tmp_path: Path) -> None:
@@ -283,7 +365,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_mentions(tmp_path: Path) -> None:
         def num_steps(self) -> int:
             return 2
 
-        def steps(self, epoch: int) -> Iterator[Step]:
+        def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
             for size in (1, 3):
                 rows = torch.arange(size)
                 table = Table({"vector": torch.ones(size, WIDTH)})
@@ -298,10 +380,10 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
     expected, whole = run(config, LocalContext(tmp_path / "whole"), RISING)
     with pytest.raises(KeyboardInterrupt):
         run(config, RecordingContext(tmp_path / "parts", 1), RISING)
-    (tmp_path / "parts" / "epoch-0002").mkdir()
-    (tmp_path / "parts" / "epoch-0002" / "weights.safetensors").write_bytes(b"half")
+    (tmp_path / "parts" / "epoch-0003-step-0000000").mkdir()
+    (tmp_path / "parts" / "epoch-0003-step-0000000" / "weights.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="not complete"):
-        load_checkpoint(tmp_path / "parts" / "epoch-0002", CPU)
+        load_checkpoint(tmp_path / "parts" / "epoch-0003-step-0000000", CPU)
     resumed, result = run(config, LocalContext(tmp_path / "parts"), RISING[2:])
     assert result == whole
     assert_equal_weights(resumed, expected.state_dict())
@@ -313,14 +395,14 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_changes_nothing(tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         run(config, RecordingContext(tmp_path / "parts", 2), RISING)
     kept = sorted((tmp_path / "parts").iterdir())
-    assert [folder.name for folder in kept] == ["epoch-0001", "epoch-0002"]
+    assert [folder.name for folder in kept] == ["epoch-0002-step-0000000", "epoch-0003-step-0000000"]
     content = bytearray((kept[1] / "optimizer.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (kept[1] / "optimizer.pt").write_bytes(content)
     said: list[str] = []
     resumed, result = run(config, LocalContext(tmp_path / "parts", warn=said.append), RISING[2:])
     assert len(said) == 1
-    assert "epoch-0002/optimizer.pt is damaged" in said[0]
+    assert "epoch-0003-step-0000000/optimizer.pt is damaged" in said[0]
     assert result == whole
     assert_equal_weights(resumed, expected.state_dict())
 
@@ -345,7 +427,14 @@ def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConf
     Five mentions in batches of one or two: the first worker's share of a batch of one is empty.
     """
     prepare(MimicRelease(plain_release(tmp_path / "release", 6, 5)), tmp_path / "data", name="tiny")
-    settings = {"batch_size": 2, "epochs": 2, "learning_rate": 1e-3}
+    settings = {
+        "batch_size": 2,
+        "epochs": 2,
+        "learning_rate": 1e-3,
+        "extra_negatives": 3,
+        "self_mentions": 3,
+        "augment": {"flip": 0.5, "shift": 0.2, "drop_tokens": 0.3, "drop_pictures": 0.3},
+    }
     config = small_config.model_copy(update={"train": merged(small_config.train, settings)})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     parts = ["text", "multimodal"]

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
-from dsmip.config import ExperimentConfig, Frozen
+from dsmip.config import ExperimentConfig
 from dsmip.experts import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
+from dsmip.frozen import Frozen
 from dsmip.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_pictures
 from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, StoredFeatures, System, token_pairs
 from dsmip.ops.contrastive import contrastive_loss, contrastive_losses

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
-from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
+from dsmip.config import BackboneConfig, ExperimentConfig
 from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
 from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
 from dsmip.experts import feature_sizes
+from dsmip.frozen import Frozen
 from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System, token_pairs
 from dsmip.ops.contrastive import contrastive_loss
 from dsmip.scorer import UnitScorer

@@ -1,7 +1,8 @@
 """Random changes of whole batches of pictures and token rows. Tensor operations only, no loop over items.
 
 N items, S picture side, L tokens. Random numbers are drawn where the generator lives and moved to the data, so that a
-CPU generator gives the same augmentation on every device.
+CPU generator gives the same augmentation on every device; and for the whole batch, so that an item is changed in the
+same way whoever of several workers holds it.
 """
 
 import math
@@ -40,70 +41,84 @@ class PictureAugmentation:
     padding: Literal["border", "white"] = "border"
 
 
-def augment_pictures(
-    pictures: Tensor, has_image: Tensor, strength: PictureAugmentation, generator: torch.Generator
-) -> Tensor:
+class Draws:
+    """Independent uniform draws for the items `own_N` (int64 [N]) of a batch of `total` items.
+
+    An item's numbers do not depend on which others are asked for.
+    """
+
+    def __init__(self, generator: torch.Generator, total: int, own_N: Tensor | None = None) -> None:
+        self._generator, self._total = generator, total
+        self._own_N = torch.arange(total) if own_N is None else own_N
+
+    def unit(self, *shape: int, device: torch.device) -> Tensor:
+        """Numbers in [0, 1): float32 [N, *shape] on `device`."""
+        numbers = torch.rand(self._total, *shape, generator=self._generator, device=self._generator.device)
+        return numbers[self._own_N.to(numbers.device)].to(device)
+
+
+def augment_pictures(pictures: Tensor, has_image: Tensor, strength: PictureAugmentation, draws: Draws) -> Tensor:
     """uint8 [N, 3, S, S]: every picture moved, recoloured and erased independently; missing ones stay zero.
 
     Args:
         pictures: uint8 [N, 3, S, S].
         has_image: bool [N].
+        draws: of these N items.
     """
     if len(pictures) == 0:
         return pictures
-    draws = _Draws(len(pictures), pictures.device, generator)
+    random = _Random(draws, pictures.device)
     values = pictures.to(torch.float32) / 255
-    values = _moved(values, strength, draws)
-    values = _recoloured(values, strength, draws)
-    values = _erased(values, strength, draws)
+    values = _moved(values, strength, random)
+    values = _recoloured(values, strength, random)
+    values = _erased(values, strength, random)
     augmented = (values.clamp(0, 1) * 255).round().to(torch.uint8)
     return augmented.masked_fill(~has_image[:, None, None, None], 0)
 
 
-def drop_tokens(token_ids: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def drop_tokens(token_ids: Tensor, probability: float, chance: Tensor) -> Tensor:
     """int64 [N, L]: each token between start-of-text and end-of-text is dropped with `probability`.
 
     The rest moves left and zeros fill the end. End-of-text is the highest id of a row (CLIP's vocabulary).
+    chance: uniform draws in [0, 1), float [N, at least L].
 
     Raises:
         ValueError: probability outside [0, 1].
 
-    >>> drop_tokens(torch.tensor([[90, 5, 6, 91, 0]]), 1.0, torch.Generator())
+    >>> drop_tokens(torch.tensor([[90, 5, 6, 91, 0]]), 1.0, torch.rand(1, 5))
     tensor([[90, 91,  0,  0,  0]])
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability {probability} is outside [0, 1]")
-    chance = torch.rand(token_ids.shape, generator=generator, device=generator.device).to(token_ids.device)
     position_L = torch.arange(token_ids.shape[1], device=token_ids.device)
     end_N1 = token_ids.argmax(dim=1, keepdim=True)
     inner = (position_L > 0) & (position_L < end_N1)
-    kept = (position_L <= end_N1) & ~(inner & (chance < probability))
+    kept = (position_L <= end_N1) & ~(inner & (chance[:, : token_ids.shape[1]] < probability))
     order = torch.argsort(~kept, dim=1, stable=True)
     moved = token_ids.gather(1, order)
     return moved.masked_fill(position_L >= kept.sum(dim=1, keepdim=True), 0)
 
 
-class _Draws:
-    """Independent uniform draws for N items."""
+class _Random:
+    """Draws in the forms that the changes of pictures need, where the pictures are."""
 
-    def __init__(self, num_items: int, device: torch.device, generator: torch.Generator) -> None:
-        self._num_items, self._device, self._generator = num_items, device, generator
+    def __init__(self, draws: Draws, device: torch.device) -> None:
+        self._draws, self._device = draws, device
 
     def between(self, low: float, high: float, *shape: int) -> Tensor:
-        unit = torch.rand(self._num_items, *shape, generator=self._generator, device=self._generator.device)
-        return (low + (high - low) * unit).to(self._device)
+        return low + (high - low) * self._draws.unit(*shape, device=self._device)
 
     def happens(self, probability: float) -> Tensor:
         return self.between(0, 1) < probability
 
 
-def _moved(values: Tensor, strength: PictureAugmentation, draws: _Draws) -> Tensor:
+def _moved(values: Tensor, strength: PictureAugmentation, random: _Random) -> Tensor:
     """Scale, rotation, shift and mirroring by one bilinear resampling."""
-    zoom = torch.exp(draws.between(math.log(strength.scale[0]), math.log(strength.scale[1])))
-    angle = draws.between(-1, 1) * math.radians(strength.rotation)
-    mirror = torch.where(draws.happens(strength.flip), -1.0, 1.0)
+    zoom = torch.exp(random.between(math.log(strength.scale[0]), math.log(strength.scale[1])))
+    angle = random.between(-1, 1) * math.radians(strength.rotation)
+    mirror = torch.where(random.happens(strength.flip), -1.0, 1.0)
     # grid_sample asks where each output pixel comes from: the inverse of the motion, in coordinates -1 .. 1.
-    shift = draws.between(-2 * strength.shift, 2 * strength.shift, 2)
+    shift = random.between(-2 * strength.shift, 2 * strength.shift, 2)
     cosine, sine = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     rows = [
         torch.stack([cosine * mirror, -sine, shift[:, 0]], dim=1),
@@ -116,24 +131,24 @@ def _moved(values: Tensor, strength: PictureAugmentation, draws: _Draws) -> Tens
     return functional.grid_sample(values - 1, grid, padding_mode="zeros", align_corners=False) + 1
 
 
-def _recoloured(values: Tensor, strength: PictureAugmentation, draws: _Draws) -> Tensor:
+def _recoloured(values: Tensor, strength: PictureAugmentation, random: _Random) -> Tensor:
     """Saturation, hue and grayscale as one 3 x 3 matrix per picture, then contrast and brightness."""
     luma = torch.tensor(_LUMA, device=values.device)
     identity = torch.eye(3, device=values.device)
     to_gray = luma.expand(3, 3)
-    saturation = _factor(draws, strength.saturation)[:, None, None]
+    saturation = _factor(random, strength.saturation)[:, None, None]
     saturate = saturation * identity + (1 - saturation) * to_gray
-    turn = _hue_turn(draws.between(-1, 1) * (2 * math.pi * strength.hue))
-    colour = torch.where(draws.happens(strength.grayscale)[:, None, None], to_gray, turn @ saturate)
+    turn = _hue_turn(random.between(-1, 1) * (2 * math.pi * strength.hue))
+    colour = torch.where(random.happens(strength.grayscale)[:, None, None], to_gray, turn @ saturate)
     values = torch.einsum("nij,njhw->nihw", colour, values)
     mean = torch.einsum("i,nihw->n", luma, values)[:, None, None, None] / values[0, 0].numel()
-    contrast = _factor(draws, strength.contrast)[:, None, None, None]
-    brightness = _factor(draws, strength.brightness)[:, None, None, None]
+    contrast = _factor(random, strength.contrast)[:, None, None, None]
+    brightness = _factor(random, strength.brightness)[:, None, None, None]
     return (mean + contrast * (values - mean)) * brightness
 
 
-def _factor(draws: _Draws, strength: float) -> Tensor:
-    return draws.between(max(0.0, 1 - strength), 1 + strength)
+def _factor(random: _Random, strength: float) -> Tensor:
+    return random.between(max(0.0, 1 - strength), 1 + strength)
 
 
 def _hue_turn(angle: Tensor) -> Tensor:
@@ -143,15 +158,15 @@ def _hue_turn(angle: Tensor) -> Tensor:
     return cosine * torch.eye(3, device=angle.device) + sine * cross + (1 - cosine) / 3
 
 
-def _erased(values: Tensor, strength: PictureAugmentation, draws: _Draws) -> Tensor:
+def _erased(values: Tensor, strength: PictureAugmentation, random: _Random) -> Tensor:
     """One box per chosen picture, filled with one random colour."""
     side = values.shape[-1]
-    area = draws.between(*strength.erase_area)
-    ratio = torch.exp(draws.between(-math.log(2), math.log(2)))
+    area = random.between(*strength.erase_area)
+    ratio = torch.exp(random.between(-math.log(2), math.log(2)))
     height, width = (torch.sqrt(area * ratio).clamp(max=1), torch.sqrt(area / ratio).clamp(max=1))
-    top, left = draws.between(0, 1) * (1 - height), draws.between(0, 1) * (1 - width)
+    top, left = random.between(0, 1) * (1 - height), random.between(0, 1) * (1 - width)
     centre = (torch.arange(side, device=values.device) + 0.5) / side
     in_rows = (centre >= top[:, None]) & (centre < (top + height)[:, None])
     in_columns = (centre >= left[:, None]) & (centre < (left + width)[:, None])
-    box = in_rows[:, :, None] & in_columns[:, None, :] & draws.happens(strength.erase)[:, None, None]
-    return torch.where(box[:, None], draws.between(0, 1, 3)[:, :, None, None], values)
+    box = in_rows[:, :, None] & in_columns[:, None, :] & random.happens(strength.erase)[:, None, None]
+    return torch.where(box[:, None], random.between(0, 1, 3)[:, :, None, None], values)

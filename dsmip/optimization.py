@@ -1,0 +1,40 @@
+"""Optimizer, learning rate schedule and gradient clipping of a training."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dsmip.config import TrainConfig
+
+
+def clip_gradients(module: nn.Module, clip_norm: float | None) -> Tensor:
+    """Scales all gradients down to `clip_norm` (None: leaves them) and returns their norm before, 0-dimensional."""
+    if clip_norm is not None:
+        return nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
+def build_optimizer(matcher: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Adam when `weight_decay` is 0); tower parameters may have a learning rate of their own.
+
+    Weight decay spares vectors (norms and biases), as is usual.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in matcher.named_parameters():
+        if parameter.requires_grad:
+            in_tower = ".backbone." in f".{name}"
+            rate = (config.tower_learning_rate or config.learning_rate) if in_tower else config.learning_rate
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW([{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()])
+
+
+def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Factor on the learning rate at a step: linear warm-up, then constant, or a cosine down to zero."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
