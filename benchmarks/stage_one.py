@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks import first_step
 from benchmarks.big_release import BigRelease, positive, write_big_release
-from benchmarks.stage_two_trial import Trial, trials
+from benchmarks.stage_two_trial import Trials, trials
 from benchmarks.tower_rate import TowerRate, tower_rates
 from benchmarks.training_steps import WARM_UP, Steps, bare, in_ray_train, one_epoch
 from data_prep.build import prepare
@@ -81,7 +81,7 @@ def measure(config: ExperimentConfig, dataset: Dataset, options: argparse.Namesp
         _say(f"round {number + 1}: from the command to the first step")
         command.append(first_step.seconds(place / "config.yaml", dataset.folder, place / f"run-{number}"))
         if find_system(config.model).gated:
-            _say(f"round {number + 1}: a trial of stage two, without and with cached features")
+            _say(f"round {number + 1}: trials of stage two with and without cached features")
             stage_two.append(trials(config, dataset, place))
     _say("towers")
     towers = tower_rates(*_tower_case(config), options.device, options.rounds, compiled=options.compile)
@@ -130,16 +130,17 @@ def _scaling(one: Sequence[Steps], more: Sequence[Steps]) -> dict[str, float]:
     }
 
 
-def _cache(rounds: Sequence[tuple[Trial, Trial]]) -> dict[str, float]:
+def _cache(rounds: Sequence[Trials]) -> dict[str, float]:
+    """Seconds, and ratios to the trial with a cache, in time on the clock and in processor time."""
     if not rounds:
         return {}
-    return {
-        "epochs": rounds[0][0].epochs,
-        "encoding_s": median(encoding.wall_s for encoding, _ in rounds),
-        "cached_s": median(cached.wall_s for _, cached in rounds),
-        "ratio": median(encoding.wall_s / cached.wall_s for encoding, cached in rounds),
-        "cpu_ratio": median(encoding.cpu_s / cached.cpu_s for encoding, cached in rounds),
-    }
+    figures: dict[str, float] = {"epochs": rounds[0].cached.epochs}
+    for name in ("cached", "once", "anew"):
+        pairs = [(getattr(one, name), one.cached) for one in rounds]
+        figures[f"{name}_s"] = median(trial.wall_s for trial, _ in pairs)
+        figures[f"{name}_ratio"] = median(trial.wall_s / cached.wall_s for trial, cached in pairs)
+        figures[f"{name}_cpu_ratio"] = median(trial.cpu_s / cached.cpu_s for trial, cached in pairs)
+    return figures
 
 
 def _tables(found: dict[str, Any], options: argparse.Namespace) -> list[Table]:
@@ -188,12 +189,12 @@ def _other_tables(found: dict[str, Any]) -> list[Table]:
     tables = [command]
     if trial := found["stage_two"]:
         cache = Table(title=f"A trial of stage two, {trial['epochs']} epochs, one thread")
-        for heading in ("encodes first, s", "cached features, s", "ratio", "in CPU time"):
-            cache.add_column(heading, justify="right")
-        cache.add_row(
-            *(f"{trial[name]:.2f}" for name in ("encoding_s", "cached_s")),
-            *(f"{trial[name]:.1f}" for name in ("ratio", "cpu_ratio")),
-        )
+        for heading in ("features", "s", "times as long", "in CPU time"):
+            cache.add_column(heading, justify="right" if heading != "features" else "left")
+        labels = {"cached": "from the cache", "once": "encoded once, first", "anew": "encoded batch by batch"}
+        for name, label in labels.items():
+            ratios = (f"{trial[f'{name}_{kind}']:.2f}" for kind in ("ratio", "cpu_ratio"))
+            cache.add_row(label, f"{trial[f'{name}_s']:.2f}", *ratios)
         tables.append(cache)
     return [*tables, _tower_table([TowerRate(**one) for one in found["towers"]])]
 

@@ -40,9 +40,9 @@ CASES = (TowerCase("frozen, prompts", "frozen", 2, 9), TowerCase("all trains", "
 
 @dataclass(frozen=True)
 class TowerRate:
-    """Figures of one case; middles over rounds. step_s: on a CPU of processor time. kept_bytes: what one step stores for its backward pass, at once.
+    """Figures of one case; middles over rounds. step_s: on a CPU processor time. share: of the device's matrix rate.
 
-    share: of the device's matrix rate. first_s: of the first step, which compiles.
+    kept_bytes: what one step stores for its backward pass, at once. first_s: of the first step, which compiles.
     """
 
     case: str

@@ -4,6 +4,9 @@ Shapes: N items, L text tokens, P patches, r prompts per layer, S picture side; 
 d_z projection width. Layers are open_clip's own blocks, called one by one.
 """
 
+import os
+import shlex
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,6 +280,16 @@ class Backbone(nn.Module):
             return []
         _check_depth(prompts, self.vision_layers, "vision")
         return [prompts.picture_prompts(layer) for layer in range(prompts.depth)]
+
+
+def compile_towers(module: nn.Module) -> None:
+    """`Backbone.compile_layers` of every backbone in a module. Raises UserError where there is no compiler."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
+    if shutil.which(compiler) is None:
+        raise UserError(f"train.compile: no C++ compiler named {compiler} (set CXX to one, or leave compile out)")
+    for backbone in module.modules():
+        if isinstance(backbone, Backbone):
+            backbone.compile_layers()
 
 
 def _network(architecture: Architecture) -> nn.Module:
