@@ -110,7 +110,7 @@ def decoding(
 
 
 def streaming(
-    folder: Path, batch_size: int, samples: int, rank: int, world_size: int, kind: Work, ahead: int
+    folder: str | Path, batch_size: int, samples: int, rank: int, world_size: int, kind: Work, ahead: int
 ) -> Callable[[], int]:
     """The work: makes a worker's batches, in a thread if `ahead` of their use."""
     tokenizer = Tokenizer(ARCHITECTURE)
@@ -126,7 +126,7 @@ def streaming(
     return lambda: sum(read_ahead(made(), ahead) if ahead else made())
 
 
-def _batches(folder: Path, batch_size: int, samples: int, rank: int, world_size: int) -> Iterator[TrainingBatch]:
+def _batches(folder: str | Path, batch_size: int, samples: int, rank: int, world_size: int) -> Iterator[TrainingBatch]:
     """A worker's batches of the first epoch, as many as hold `samples` over all workers."""
     batches = Dataset.open(folder).training_batches(
         "train", batch_size, seed=0, epoch=0, rank=rank, world_size=world_size

@@ -161,7 +161,7 @@ def _trained(config: ExperimentConfig, dataset: Dataset, part: str, folder: Path
         loop=partial(_in_ray, folder / "steps.json"),
         settings={"run": str(run.folder), "part": part},
         num_epochs=1,
-        storage=run.training_folder,
+        storage=run.trainings,
         plan=Running.model_validate({"workers": workers, "resources": {"cpu": 1, "gpu": num_gpus}}),
     )
     said = StringIO()

@@ -69,16 +69,19 @@ def prepare(
     seed: int = 0,
     run: Runner = run_serially,
     progress: Progress = lambda part, done, total: None,
+    published: tuple[str, Manifest] | None = None,
 ) -> Manifest:
     """Builds the dataset directory `out` and returns its manifest; a complete one of equal source and settings is kept.
 
     `shard_bytes` is about the size of the kb's shards. `progress(part, done, total)` is called while files of the
     source are hashed, records are read (total 0: not known) and samples are made. `seed` orders the training mentions.
     Equal inputs give equal bytes, however often the build was interrupted and run again: it goes on from the shards
-    that are finished. The manifest is written last.
+    that are finished. The manifest is written last. `published`: where the dataset is complete already, and its
+    manifest, which is returned.
 
     Raises:
-        UserError: the release is wrong, `out` holds something else or is being built, or it cannot be written.
+        UserError: the release is wrong, `published` or `out` holds something else, `out` is being built, or it cannot
+            be written.
     """
     # Absolute: a runner's workers may live in another folder.
     out = out.absolute()
@@ -95,6 +98,10 @@ def prepare(
         "shard_bytes": shard_bytes,
         "image": pictures,
     }
+    if published is not None:
+        place, complete = published
+        _refuse_others(complete, settings, place)
+        return complete
     try:
         if (finished := _finished(out, settings)) is not None and not (out / STAGE).exists():
             return finished
@@ -249,17 +256,22 @@ def _finished(out: Path, settings: dict[str, Any]) -> Manifest | None:
         manifest, _ = read_manifest(out)
     except UserError as error:
         raise UserError(f"{error}; remove {out} first") from error
-    # The folder's name and the tool's version say where the data came from; the content does not depend on them.
-    found = {key: getattr(manifest, key) for key in settings} | {"source": manifest.source.sha256}
-    asked = settings | {"source": settings["source"].sha256, "tool_version": manifest.tool_version}
-    different = [key for key in asked if found[key] != asked[key]]
-    if different:
-        raise UserError(f"{out}: holds another dataset ({', '.join(different)} differ); remove it or choose another")
+    _refuse_others(manifest, settings, str(out))
     try:
         Dataset.open(out)
     except UserError:
         return None
     return manifest
+
+
+def _refuse_others(manifest: Manifest, settings: dict[str, Any], place: str) -> None:
+    """Raises UserError unless a manifest is of this source and these settings."""
+    # The folder's name and the tool's version say where the data came from; the content does not depend on them.
+    found = {key: getattr(manifest, key) for key in settings} | {"source": manifest.source.sha256}
+    asked = settings | {"source": settings["source"].sha256, "tool_version": manifest.tool_version}
+    different = [key for key in asked if found[key] != asked[key]]
+    if different:
+        raise UserError(f"{place}: holds another dataset ({', '.join(different)} differ); remove it or choose another")
 
 
 def _refuse_foreign(out: Path) -> None:

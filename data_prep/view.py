@@ -4,38 +4,71 @@ import os
 from pathlib import Path, PurePath
 
 from dsmip.errors import UserError
+from dsmip.files import json_text, write_json
 from dsmip.manifest import MANIFEST_FILE, SplitCounts
+from dsmip.remote import attempt, filesystem, is_uri, join, local_path
 from dsmip.shards import Dataset
-from dsmip.views import TRAIN, View, draw_rows, read_view, write_view
+from dsmip.views import TRAIN, View, draw_rows, parse_view
 
 
-def make_view(base: Path, out: Path, fraction: float, seed: int) -> Dataset:
-    """A view in `out` of the dataset in `base`, opened; an equal one that is there already stays.
+def make_view(base: str | Path, out: str | Path, fraction: float, seed: int) -> Dataset:
+    """A view at `out` of the dataset at `base`, opened; an equal one that is there already stays.
 
     Raises:
-        UserError: `base` is no dataset or itself a view, or `out` holds something else.
+        UserError: `base` is no dataset or itself a view, or lies in a folder though `out` does not, or `out` holds
+            something else.
     """
     dataset = Dataset.open(base)
-    if read_view(base):
+    if dataset.files != dataset.own:
         raise UserError(f"{base}: is a view itself; make the new one of the dataset that it is a view of")
     rows = draw_rows(dataset.num_mentions(TRAIN), fraction, seed)
     kept = set(rows)
     images = [mention.image is not None for row, mention in enumerate(dataset.mentions(TRAIN)) if row in kept]
+    folder = local_path(out)
     view = View(
-        # Links resolved: ".." leads up from where a link points to.
-        view_of=PurePath(os.path.relpath(base.resolve(), out.resolve())).as_posix(),
+        view_of=_way(dataset.location, folder),
         base_sha256=dataset.manifest_hash,
         train_fraction=fraction,
         seed=seed,
         train=SplitCounts(mentions=len(rows), with_image=sum(images)),
         train_keys=tuple(f"{TRAIN}-{row:08d}" for row in rows),
     )
+    if folder is None:
+        _put(view, str(out))
+    else:
+        _write(view, folder)
+    return Dataset.open(out)
+
+
+def _way(location: str, out: Path | None) -> str:
+    """To a dataset: a URI, or a path from `out`. Links are resolved: ".." leads up from where a link points to."""
+    if is_uri(location):
+        return location
+    if out is None:
+        raise UserError(f"{location}: is a folder of this machine; a view of it goes into a folder as well")
+    return PurePath(os.path.relpath(location, out.resolve())).as_posix()
+
+
+def _write(view: View, out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
-        found = read_view(out) if (out / MANIFEST_FILE).is_file() else None
-        if found is None or found[0] != view:
+        path = out / MANIFEST_FILE
+        if not path.is_file() or parse_view(path.read_bytes(), str(path)) != view:
             raise UserError(f"{out}: is not empty and no such view; choose another folder")
     elif out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose another folder")
     else:
-        write_view(out, view)
-    return Dataset.open(out)
+        write_json(out / MANIFEST_FILE, view.model_dump(mode="json"))
+
+
+def _put(view: View, uri: str) -> None:
+    """Into an object store."""
+    place = join(uri, MANIFEST_FILE)
+    system, path = filesystem(place)
+    if attempt(place, lambda: system.exists(path)):
+        if parse_view(attempt(place, lambda: system.cat_file(path)), place) != view:
+            raise UserError(f"{uri}: is not empty and no such view; choose another place")
+        return
+    try:
+        attempt(place, lambda: system.pipe_file(path, json_text(view.model_dump(mode="json")).encode()))
+    except FileNotFoundError as error:
+        raise UserError(f"{place}: cannot be written ({error})") from error

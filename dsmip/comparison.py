@@ -4,7 +4,6 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,8 +15,10 @@ from dsmip.errors import UserError
 from dsmip.groups import REPORTED, rows_by_value
 from dsmip.metrics import Difference, compare_counts, summarise
 from dsmip.ops.ranking import Counts
+from dsmip.places import Location, Place, place_of
 from dsmip.ranked_model import model_names
-from dsmip.reports import KB_HASH, evaluation_folder
+from dsmip.reports import KB_HASH, RANKS, evaluation_name
+from dsmip.runs import CONFIG, STAMP
 
 _COLUMNS = ["mention_id", "gold", "better", "tied", *REPORTED]
 _NAMED_AT_MOST = 3
@@ -30,7 +31,7 @@ class Evaluation:
     records: the mention's row of ranks.parquet by (mention_id, number among its equals).
     """
 
-    run: Path
+    run: Place
     model: str
     kb_hash: bytes
     records: Mapping[tuple[str, int], Mapping[str, Any]]
@@ -48,18 +49,22 @@ class Comparison:
     groups: dict[str, dict[str, dict[str, Any]]]
 
 
-def read_evaluation(run: Path, split: str, model: str | None) -> Evaluation:
+def read_evaluation(location: Location, split: str, model: str | None) -> Evaluation:
     """What `dsmip evaluate` wrote of a model (None: the one it takes by default). The run's data need not be there.
 
     Raises UserError when there is no such run, model or evaluation, or its file is damaged or of an older version.
     """
-    if not (run / "run.json").is_file():
-        raise UserError(f"no run at {run} (no run.json); 'dsmip train' makes one")
-    names = model_names(load_config(str(run / "config.yaml")))
+    run = place_of(location)
+    run.refresh()
+    if not (run.folder / STAMP).is_file():
+        raise UserError(f"no run at {run} (no {STAMP}); 'dsmip train' makes one")
+    names = model_names(load_config(str(run.folder / CONFIG)))
     model = names[0] if model is None else model
     if model not in names:
         raise UserError(f"unknown model '{model}'; run {run} has {', '.join(names)}")
-    path = evaluation_folder(run, split, model) / "ranks.parquet"
+    ranks = f"{evaluation_name(split, model)}/{RANKS}"
+    run.pull(ranks)
+    path = run.folder / ranks
     command = f"dsmip evaluate --run {shlex.quote(str(run))} --split {split} --model {shlex.quote(model)}"
     if not path.is_file():
         raise UserError(f"run {run} has no evaluation of '{model}' on {split}; make it: {command}")

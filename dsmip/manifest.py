@@ -7,8 +7,9 @@ machine, the path or the time of the build.
 import hashlib
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -20,11 +21,34 @@ MANIFEST_FILE = "manifest.json"
 ENTITIES_FILE = "kb/entities.parquet"
 REJECTS_FILE = "rejects.jsonl"
 FORMAT = 1
+MISSING = f"no {MANIFEST_FILE}, so this is no complete dataset; prepare it (again)"
 
 # Nothing else is ever opened: no other folder, no URL, no shell pipe.
 _SHARD_PATH = r"(kb/kb|train/train|validation/validation|test/test)-\d{6}\.tar"
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
+
+
+class StoredFile(Protocol):
+    """A file that a manifest names: path below the dataset's folder, size (None: not said), SHA-256."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def bytes(self) -> int | None: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """Such a file that is no shard."""
+
+    path: str
+    sha256: str
+    bytes: int | None = None
 
 
 class Part(BaseModel):
@@ -94,6 +118,11 @@ class Manifest(Part):
     repaired: dict[str, Count]
     degraded: dict[str, Count]
 
+    @property
+    def entities_file(self) -> FileInfo:
+        """The table of the kb."""
+        return FileInfo(ENTITIES_FILE, self.entities_sha256)
+
     def shards_of(self, part: str) -> tuple[ShardInfo, ...]:
         """Shards of the kb (`kb`) or of a split, in order."""
         return tuple(shard for shard in self.shards if shard.path.startswith(f"{part}/"))
@@ -109,8 +138,17 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         raise UserError(f"{folder}: no such dataset directory")
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise UserError(f"{folder}: no {MANIFEST_FILE}, so this is no complete dataset; prepare it (again)")
-    value, content = read_json_object(path)
+        raise UserError(f"{folder}: {MISSING}")
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, path: str) -> tuple[Manifest, str]:
+    """The checked manifest and its SHA-256; `path` is for messages.
+
+    Raises:
+        UserError: it is no manifest, or contradicts itself.
+    """
+    value = parse_json_object(content, path)
     if value.get("format") != FORMAT:
         raise UserError(
             f"{path}: dataset format {value.get('format')!r}, this version reads {FORMAT}; prepare it again"
@@ -126,16 +164,15 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     return manifest, hashlib.sha256(content).hexdigest()
 
 
-def read_json_object(path: Path) -> tuple[dict[str, Any], bytes]:
-    """A file's JSON object, and its bytes. Raises UserError when it is none."""
-    content = path.read_bytes()
+def parse_json_object(content: bytes, path: str) -> dict[str, Any]:
+    """A JSON object; `path` is for messages. Raises UserError when it is none."""
     value = parse_json(content, path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value, content
+    return value
 
 
-def parse_json(content: bytes, path: Path) -> Any:
+def parse_json(content: bytes, path: Path | str) -> Any:
     """Parsed JSON.
 
     Raises:
@@ -153,7 +190,7 @@ def parse_json(content: bytes, path: Path) -> Any:
         raise UserError(f"{path}: nested too deeply") from error
 
 
-def _check_sums(manifest: Manifest, path: Path) -> None:
+def _check_sums(manifest: Manifest, path: str) -> None:
     """Names and sums that the types cannot say."""
     if tuple(sorted(manifest.splits)) != tuple(sorted(SPLITS)):
         raise UserError(f"{path}: splits must be {', '.join(SPLITS)}; found {', '.join(sorted(manifest.splits))}")
@@ -167,6 +204,11 @@ def _check_sums(manifest: Manifest, path: Path) -> None:
 def shard_path(part: str, index: int) -> str:
     """Path of shard `index` of the kb or of a split, below the dataset's folder."""
     path = f"{part}/{part}-{index:06d}.tar"
-    if not re.fullmatch(_SHARD_PATH, path):
+    if not is_shard_path(path):
         raise ValueError(f"no shard name: {path}")
     return path
+
+
+def is_shard_path(name: str) -> bool:
+    """Whether a path below a dataset's folder is that of a shard."""
+    return re.fullmatch(_SHARD_PATH, name) is not None

@@ -51,22 +51,23 @@ class PartFeatures:
         encoded = counting(progress, f"{split} encoded by {self.part}", total)
         encoder = self.encoder.to(device)
         ensured = self.home.cache.ensure(self.part, split, encoder, data, self.collator, device, encoded)
-        return [ensured, *self._beside(split)]
+        return [ensured, *self.files_beside(split)]
 
     def kb_rows(self, device: torch.device) -> Callable[[range], Table]:
         """What gives the features of kb rows: the cache file, or the encoder without keeping them."""
-        if self.cached(KB).is_file():
-            return rows_of(load_features([self.cached(KB), *self._beside(KB)]))
+        if self.home.cache.has(self.cached(KB)):
+            return rows_of(load_features([self.cached(KB), *self.files_beside(KB)]))
         encoder, collator, data, dtype = (
             self.encoder.to(device),
             self.collator,
             self.home.dataset,
             self.home.cache.dtype,
         )
-        beside = rows_of(load_features(self._beside(KB)))
+        beside = rows_of(load_features(self.files_beside(KB)))
         return lambda rows: encode_rows(rows, encoder, data, collator, device, dtype).merged(beside(rows))
 
-    def _beside(self, split: str) -> list[Path]:
+    def files_beside(self, split: str) -> list[Path]:
+        """Those of them that lie beside the shards."""
         return [self._stored.file_of(split)] if self._stored else []
 
 

@@ -7,6 +7,7 @@ A table has the columns `picture` [N, d] and `has_image` [N] (False: `picture` i
 picture), in row order of the kb or shard order of a split.
 """
 
+import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,19 @@ import torch
 from pydantic import Field, ValidationError
 
 from dsmip.collate import PictureCollator
+from dsmip.data_files import DataFiles
 from dsmip.encoders.picture_networks import Identity, Kind, PictureNetwork, picture_vectors
 from dsmip.errors import UserError
 from dsmip.features import fingerprint
 from dsmip.files import sha256_file, write_json
-from dsmip.manifest import KB, SPLITS, Count, Digest, Part
+from dsmip.manifest import KB, SPLITS, Count, Digest, FileInfo, Part
 from dsmip.shards import Dataset
 from dsmip.table import Table
 
 PARTS = (KB, *SPLITS)
 DTypeName = Literal["float32", "float16"]
 DTYPES: dict[DTypeName, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
+FOLDER = "features"
 _MANIFEST = "manifest.json"
 
 
@@ -87,14 +90,22 @@ class FeatureManifest(Part):
 
 @dataclass(frozen=True, slots=True)
 class PictureFeatures:
-    """Finished features of a data set."""
+    """Finished features of a data set. files: the data set's own; name: of the folder with the tables, below them."""
 
-    folder: Path
+    files: DataFiles
+    name: str
     manifest: FeatureManifest
 
+    @property
+    def folder(self) -> Path:
+        """Where the tables, or their copies, lie on this node."""
+        return self.files.folder / self.name
+
     def file(self, part: str) -> Path:
-        """The checked table of a split or of the kb. Raises UserError when it is missing or damaged."""
-        path, expected = features_file(self.folder, part), self.manifest.files[part]
+        """The checked table of a split or of the kb, on this node. Raises UserError when it is missing or damaged."""
+        expected = self.manifest.files[part]
+        asked = FileInfo(features_file(self.name, part), expected.sha256, expected.bytes)
+        path = self.files.use(asked, lambda path: path)
         again = "delete the folder, or have 'dsmip features' make it again"
         if not path.is_file():
             raise UserError(f"{path}: the features are missing; {again}")
@@ -103,12 +114,14 @@ class PictureFeatures:
         return path
 
 
-def features_folder(dataset: Dataset, origin: Origin) -> Path:
-    return dataset.folder / "features" / origin.folder_name
+def features_name(origin: Origin) -> str:
+    """Of the folder with the tables, below the data set."""
+    return f"{FOLDER}/{origin.folder_name}"
 
 
-def features_file(folder: Path, part: str) -> Path:
-    return folder / f"{part}.safetensors"
+def features_file(name: str, part: str) -> str:
+    """The table of a split or of the kb in that folder."""
+    return f"{name}/{part}.safetensors"
 
 
 def network_hash(identity: Identity) -> str:
@@ -116,49 +129,54 @@ def network_hash(identity: Identity) -> str:
     return fingerprint(identity.tensors, identity.form, identity.mean, identity.std, identity.side)
 
 
-def read_features(folder: Path) -> PictureFeatures | None:
+def read_features(files: DataFiles, name: str) -> PictureFeatures | None:
     """Finished features, None where none are finished. Raises UserError for a damaged manifest."""
-    path = folder / _MANIFEST
-    if not path.is_file():
+    place = files.place(f"{name}/{_MANIFEST}")
+    content = files.read(f"{name}/{_MANIFEST}")
+    if content is None:
         return None
     try:
-        manifest = FeatureManifest.model_validate_json(path.read_bytes(), strict=True)
+        manifest = FeatureManifest.model_validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise UserError(f"{path}: {where}: {first['msg']}; delete the folder and run 'dsmip features' again") from error
+        raise UserError(
+            f"{place}: {where}: {first['msg']}; delete the folder and run 'dsmip features' again"
+        ) from error
     if set(manifest.files) != set(PARTS):
-        raise UserError(f"{path}: files must be {', '.join(PARTS)}; delete the folder and run 'dsmip features' again")
-    return PictureFeatures(folder, manifest)
+        raise UserError(f"{place}: files must be {', '.join(PARTS)}; delete the folder and run 'dsmip features' again")
+    return PictureFeatures(files, name, manifest)
 
 
 def find_features(dataset: Dataset, kind: Kind, size: int, dtype: DTypeName) -> Iterator[PictureFeatures]:
     """Finished features of this very data, by any weights."""
-    for folder in sorted((dataset.folder / "features").glob(f"{kind}-*-{size}px-{dtype}")):
-        found = read_features(folder)
+    for folder in fnmatch.filter(dataset.own.children(FOLDER), f"{kind}-*-{size}px-{dtype}"):
+        found = read_features(dataset.own, f"{FOLDER}/{folder}")
         if found and found.manifest.origin.data.sha256 == dataset.manifest_hash:
             yield found
 
 
-def write_manifest(folder: Path, origin: Origin) -> PictureFeatures:
-    """Says that the tables in `folder` are finished: the last file of all."""
-    files, width = {}, 0
+def write_manifest(files: DataFiles, origin: Origin) -> PictureFeatures:
+    """Says that the tables of the features are finished: the last file of all."""
+    described, width, name = {}, 0, features_name(origin)
     for part in PARTS:
-        path = features_file(folder, part)
+        path = files.folder / features_file(name, part)
         table = Table.load(path)
         width = table.dense("picture").shape[1]
         with_image = int(table.dense("has_image").sum())
-        files[part] = FeatureFile(
+        described[part] = FeatureFile(
             items=len(table), with_image=with_image, bytes=path.stat().st_size, sha256=sha256_file(path)
         )
-    manifest = FeatureManifest(origin=origin, width=width, files=files)
-    write_json(folder / _MANIFEST, manifest.model_dump(mode="json"))
-    return PictureFeatures(folder, manifest)
+        files.send(features_file(name, part))
+    manifest = FeatureManifest(origin=origin, width=width, files=described)
+    write_json(files.folder / name / _MANIFEST, manifest.model_dump(mode="json"))
+    files.send(f"{name}/{_MANIFEST}")
+    return PictureFeatures(files, name, manifest)
 
 
-def forget(folder: Path) -> None:
+def forget(files: DataFiles, name: str) -> None:
     """Takes back that features are finished, before their tables are written anew."""
-    (folder / _MANIFEST).unlink(missing_ok=True)
+    files.remove(f"{name}/{_MANIFEST}")
 
 
 @torch.no_grad()

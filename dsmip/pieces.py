@@ -1,11 +1,10 @@
 """The files that a ranking reads, made piece by piece: the slices of the entity index, and the mentions' table.
 
-A piece is the same whoever makes it, and does not depend on other pieces: processes that share the run's folder can
-make them side by side, and one that is there is never made again. Features of the kb come from the run's cache where
+A piece is the same whoever makes it, and does not depend on other pieces: processes on any node can make them side by
+side, and one that is there is never made again. Features of the kb come from the run's cache where
 it has them. Else they are computed on the way and not kept: of a full-size kb they are larger than the index by far.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,37 +33,42 @@ _TILE = 512  # rows; two batches of the encoders
 
 @dataclass(frozen=True)
 class Pieces:
-    """What the files of a ranking are made of, for processes that share the run's folder."""
+    """What the files of a ranking are made of, for processes on any node. Pieces go by their files' names."""
 
     files: RankedFiles
-    slices: Mapping[Path, range]
+    slices: Mapping[str, range]
     num_mentions: int
 
     @property
-    def missing(self) -> dict[Path, int]:
-        """Files that are not there yet, with the number of their items; none of a finished index."""
-        missing = {} if self.files.mentions.is_file() else {self.files.mentions: self.num_mentions}
-        if not (self.files.index / MANIFEST).is_file():
-            missing |= {path: len(rows) for path, rows in self.slices.items() if not path.is_file()}
+    def missing(self) -> dict[str, int]:
+        """Files that are not here yet, with the number of their items; none of a finished index."""
+        mentions, folder = self.files.mentions, self.files.index
+        missing = {} if mentions.is_file() else {mentions.name: self.num_mentions}
+        if not (folder / MANIFEST).is_file():
+            missing |= {name: len(rows) for name, rows in self.slices.items() if not (folder / name).is_file()}
         return missing
 
-    def make(self, paths: Sequence[Path], device: torch.device, progress: Progress = no_progress) -> None:
-        """Makes some of the pieces; those that are there are kept. Nobody else may make the same ones meanwhile.
+    def make(self, names: Sequence[str], device: torch.device, progress: Progress = no_progress) -> None:
+        """Makes some of the pieces; those that are here are kept. Nobody else may make the same ones meanwhile.
 
         Raises UserError when the data set is damaged.
         """
-        todo = {path: number for path, number in self.missing.items() if path in set(paths)}
+        todo = {name: number for name, number in self.missing.items() if name in set(names)}
         if not todo:
             return
         maker = _Maker(self, device, progress)
         made = counting(progress, "entities and mentions prepared", sum(todo.values()))
-        for path in todo:
-            table = maker.entities(self.slices[path], made) if path in self.slices else maker.mentions(made)
-            table.to(CPU).save(path)
+        for name in todo:
+            table = maker.entities(self.slices[name], made) if name in self.slices else maker.mentions(made)
+            with self.files.place.atomic(name) as temporary:
+                table.to(CPU).save(temporary)
 
     def finish(self) -> RankedFiles:
         """The files, once all pieces are there. Raises UserError when one is missing or damaged."""
-        finish_index(self.files.index, dict(self.files.made_from), self.slices)
+        place, folder = self.files.place, self.files.index
+        place.pull("")  # what other nodes have made
+        finish_index(folder, dict(self.files.made_from), {folder / name: rows for name, rows in self.slices.items()})
+        place.push(MANIFEST)
         return self.files
 
 
@@ -95,12 +99,14 @@ def plan_pieces(
         "weights": fingerprint(matcher.state_dict()),
         "features": sorted(sources),
     }
-    folder = run.folder.resolve() / "index" / f"{model}-{fingerprint({}, made_from)[:16]}"
-    for outdated in {*folder.parent.glob(f"{model}-{'[0-9a-f]' * 16}")} - {folder}:
-        shutil.rmtree(outdated)  # of weights or features that are no more
-    files = RankedFiles(run.folder.resolve(), split, model, folder, made_from)
-    slices = index_slices(folder, run.dataset.num_entities, slice_rows)
-    return Pieces(files, slices, len(gold_rows(run.dataset, split)))
+    index = f"index/{model}-{fingerprint({}, made_from)[:16]}"
+    for outdated in run.place.glob(f"index/{model}-{'[0-9a-f]' * 16}"):
+        if outdated != index:
+            run.place.delete(outdated)  # of weights or features that are no more
+    run.place.pull(index)
+    files = RankedFiles(run.place.location, split, model, index, made_from)
+    slices = index_slices(Path(), run.dataset.num_entities, slice_rows)
+    return Pieces(files, {path.name: rows for path, rows in slices.items()}, len(gold_rows(run.dataset, split)))
 
 
 def _features(run: Run, config: ExperimentConfig, model: str) -> dict[str, PartFeatures]:

@@ -55,7 +55,7 @@ class PairSource:
         self.rows = [row for row, count in enumerate(counts) if count]
         self.num_images = [counts[row] for row in self.rows]
         if len(self.rows) < 2:
-            raise UserError(f"{dataset.folder}: fewer than two entities have a picture: nothing to contrast")
+            raise UserError(f"{dataset.location}: fewer than two entities have a picture: nothing to contrast")
         self.token_ids = tokenizer([entity_text(e, template) for e in _without_pictures(dataset, self.rows)])
         fits = sum(self.num_images) * 3 * image_size**2 <= decoded_bytes
         self.decoded = self._decode_all() if fits else None

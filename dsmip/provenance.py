@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,9 @@ import torch
 
 import dsmip
 from dsmip.config import ExperimentConfig
+from dsmip.errors import UserError
 from dsmip.files import sha256_file, write_json
+from dsmip.places import Place
 
 RECORDS = "records"
 SOURCES = ("data_prep", "dsmip", "ray_jobs")
@@ -66,17 +68,17 @@ def source_sha256(root: Path) -> str:
 def write_record(folder: Path, command: str, started: datetime, **about: Any) -> None:
     """Records a command that has just made `folder`: what it was, when, where, and `about`."""
     record = {**_command(command, started), "ended": _now(), "outcome": "finished", **about}
-    write_json(_record_path(folder, command, started), record)
+    write_json(folder / _record_name(command, started), record)
 
 
 @contextmanager
-def recorded(folder: Path, command: str, config: ExperimentConfig, *, seed: int, data_sha256: str) -> Iterator[None]:
-    """Records a command that works on the run `folder`: what it was, on what, from when to when and how it ended.
+def recorded(place: Place, command: str, config: ExperimentConfig, *, seed: int, data_sha256: str) -> Iterator[None]:
+    """Records a command that works on the run at `place`: what it was, on what, from when to when and how it ended.
 
     A record that stays at "running" is of a command that still runs or was killed.
     """
     started = datetime.now(UTC)
-    path = _record_path(folder, command, started)
+    name = _record_name(command, started)
     record = {
         **_command(command, started),
         "ended": None,
@@ -85,7 +87,7 @@ def recorded(folder: Path, command: str, config: ExperimentConfig, *, seed: int,
         "data_sha256": data_sha256,
         "config": config.model_dump(mode="json"),
     }
-    write_json(path, record)
+    place.write_json(name, record)
     outcome = "interrupted"
     try:
         yield
@@ -94,11 +96,12 @@ def recorded(folder: Path, command: str, config: ExperimentConfig, *, seed: int,
         outcome = f"failed: {type(error).__name__}: {error}"
         raise
     finally:
-        write_json(path, {**record, "ended": _now(), "outcome": outcome})
+        with suppress(UserError) if outcome != "finished" else nullcontext():  # what went wrong before says more
+            place.write_json(name, {**record, "ended": _now(), "outcome": outcome})
 
 
-def _record_path(folder: Path, command: str, started: datetime) -> Path:
-    return folder / RECORDS / f"{started:%Y%m%dT%H%M%S.%fZ}-{command}.json"
+def _record_name(command: str, started: datetime) -> str:
+    return f"{RECORDS}/{started:%Y%m%dT%H%M%S.%fZ}-{command}.json"
 
 
 def _command(command: str, started: datetime) -> dict[str, Any]:

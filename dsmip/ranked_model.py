@@ -20,6 +20,7 @@ from dsmip.evaluation import Ranking, rank
 from dsmip.index import EntityIndex
 from dsmip.models import find_system
 from dsmip.models.base import Matcher
+from dsmip.places import Place, place_of
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.refinement import PairScorer
@@ -105,13 +106,25 @@ class RankedModel:
 
 @dataclass(frozen=True)
 class RankedFiles:
-    """Where a `RankedModel` is stored, for processes that share the run's folder."""
+    """Where a `RankedModel` is stored, for processes on any node.
 
-    run: Path
+    run: its location. name: of the index's folder, below the run.
+    """
+
+    run: str
     split: str
     model: str
-    index: Path
+    name: str
     made_from: Mapping[str, Any]
+
+    @property
+    def place(self) -> Place:
+        return place_of(self.run) / self.name
+
+    @property
+    def index(self) -> Path:
+        """The folder on this node."""
+        return self.place.folder
 
     @property
     def mentions(self) -> Path:
@@ -120,6 +133,7 @@ class RankedFiles:
     def open(self) -> RankedModel:
         """Everything memory-mapped; the model on the CPU. Raises UserError when something is missing or damaged."""
         run = Run.open(self.run)
+        run.place.pull(self.name)
         matcher, _, choices = load_model(run, self.model)
         index = EntityIndex.open(self.index, dict(self.made_from))
         gold_row_M = gold_rows(run.dataset, self.split)

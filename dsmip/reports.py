@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dsmip.errors import UserError
 from dsmip.evaluation import NotRankable, Ranking
-from dsmip.files import atomic_path, write_json
 from dsmip.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.manifest import SPLITS
 from dsmip.metrics import HITS_AT, confidence
@@ -25,6 +24,7 @@ from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.records import Mention
 from dsmip.runs import Run
 
+RANKS = "ranks.parquet"
 KB_HASH = b"kb_sha256"  # in the schema's metadata of ranks.parquet
 _CANDIDATES_NOTE = "ranks among k candidates, a gold outside them counted as a miss: not metrics of the full ranking"
 
@@ -37,9 +37,9 @@ class Evaluated:
     metrics: dict[str, Any]
 
 
-def evaluation_folder(run_folder: Path, split: str, model: str) -> Path:
-    """Where metrics.json and ranks.parquet of a model on a split lie."""
-    return run_folder / "evaluate" / split / model
+def evaluation_name(split: str, model: str) -> str:
+    """Where metrics.json and ranks.parquet of a model on a split lie, below the run."""
+    return f"evaluate/{split}/{model}"
 
 
 def evaluate_model(
@@ -69,7 +69,7 @@ def evaluate_model(
         raise UserError(f"candidates: {candidates} are none to rank among; give at least 1")
     mentions = list(run.dataset.mentions(split))
     if not mentions:
-        raise UserError(f"split '{split}' of {run.dataset.folder} has no mentions")
+        raise UserError(f"split '{split}' of {run.dataset.location} has no mentions")
     pieces = plan_pieces(run, split, model, notice=notice)
     if make_pieces:
         make_pieces(pieces)
@@ -84,7 +84,7 @@ def evaluate_model(
         part = error.part or opened.broken_part(error.mention, error.entity_row)
         of_part = f" ({part})" if part else ""
         raise UserError(
-            f"{model} of {run.folder} scores mention {mentions[error.mention].mention_id} and entity "
+            f"{model} of {run.place} scores mention {mentions[error.mention].mention_id} and entity "
             f"{entity_ids[error.entity_row]} as NaN or infinite{of_part}; its training diverged, or their features "
             "are broken"
         ) from None
@@ -93,10 +93,11 @@ def evaluate_model(
     metrics["index_bytes_per_entity"] = opened.index.num_bytes / len(opened.index)
     if candidates is not None:
         metrics["candidates"] = _candidate_metrics(opened, candidates, ranking, device, notice)
-    folder = evaluation_folder(run.folder, split, model)
-    _write_ranks(folder / "ranks.parquet", ranking, mentions, groups, entity_ids, opened.choices)
-    write_json(folder / "metrics.json", metrics)
-    return Evaluated(folder, metrics)
+    place = run.place / evaluation_name(split, model)
+    with place.atomic(RANKS) as temporary:
+        _write_ranks(temporary, ranking, mentions, groups, entity_ids, opened.choices)
+    place.write_json("metrics.json", metrics)
+    return Evaluated(place.folder, metrics)
 
 
 def _metrics(
@@ -199,8 +200,7 @@ def _write_ranks(
         columns["gold_expert"] = [choices[c] for c in ranking.chosen_gold_M.tolist()]
         columns["top_experts"] = [[choices[c] for c in row] for row in ranking.chosen_top_Mk.tolist()]
     table = pa.table(columns).replace_schema_metadata({KB_HASH: kb_hash(entity_ids)})
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary)
+    pq.write_table(table, path)
 
 
 def kb_hash(entity_ids: Sequence[str]) -> bytes:
@@ -213,7 +213,7 @@ def oracle(folders: Mapping[str, Path]) -> dict[str, Any]:
 
     folders: evaluation folders by expert name, of the same split. Returns overall metrics and hits@1 by kind.
     """
-    tables = [pq.read_table(folder / "ranks.parquet") for folder in folders.values()]
+    tables = [pq.read_table(folder / RANKS) for folder in folders.values()]
     if len({tuple(table.column("mention_id").to_pylist()) for table in tables}) != 1:
         raise UserError("the experts were evaluated on different mentions; evaluate all of them on one split")
     ranks_BM = torch.tensor([table.column("rank").to_pylist() for table in tables], dtype=torch.float64)

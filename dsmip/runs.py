@@ -1,4 +1,6 @@
-"""A run directory: one configuration on one data set, its trained parts, features, trials and evaluations.
+"""A run: one configuration on one data set, its trained parts, features, trials and evaluations.
+
+It lies in a folder or in an object store (`dsmip.places`):
 
 <run>/run.json                    written first: data hash and folder; a run of other data is refused. And what made it
 <run>/records/                    what each command was run on, and how it ended
@@ -12,10 +14,11 @@
 
 import hashlib
 import json
-import shutil
+import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,76 +32,94 @@ from dsmip.config import ExperimentConfig, flat, load_config
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.features import FeatureCache
-from dsmip.files import write_json, write_text
 from dsmip.models import find_system
 from dsmip.models.base import FeatureEncoder, Matcher, System
+from dsmip.places import Location, Place, place_of
 from dsmip.provenance import environment, recorded
 from dsmip.shards import Dataset
 from dsmip.text import Tokenizer
 
+STAMP, CONFIG, PART, WEIGHTS, TRAININGS = "run.json", "config.yaml", "part.json", "weights.safetensors", "ray"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run directory with its configuration and data."""
+    """An opened run with its configuration and data. `at`: where it lies."""
 
-    folder: Path
+    at: Location
     config: ExperimentConfig
     dataset: Dataset
 
     @staticmethod
-    def create(folder: Path, config: ExperimentConfig, dataset: Dataset) -> "Run":
+    def create(location: Location, config: ExperimentConfig, dataset: Dataset) -> "Run":
         """Makes the run, or opens it when it was made from the same configuration and data.
 
         How parts are run and what stage one does not depend on may change; everything may as long as nothing has been
         trained.
-        Raises UserError when the folder belongs to another configuration or data set.
+        Raises UserError when there is a run of another configuration or data set, or something else.
         """
-        stamp = folder / "run.json"
-        if stamp.is_file():
-            run = Run.open(folder, dataset)
+        place = place_of(location)
+        place.refresh()
+        if (place.folder / STAMP).is_file():
+            run = Run._opened(place, dataset)
             if difference := first_difference(_stage_one(run.config), _stage_one(config)):
                 if run.has_begun:
                     raise UserError(
-                        f"run {folder} was made with another configuration ({difference}); "
+                        f"run {place} was made with another configuration ({difference}); "
                         "use another --run folder, or the same configuration to resume"
                     )
-                shutil.rmtree(run.training_folder, ignore_errors=True)
+                place.delete(TRAININGS)
             if run.config != config:
-                write_text(folder / "config.yaml", config.to_yaml())
-            return Run(folder, config, dataset)
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty and not a run (no run.json); give a new folder for --run")
-        write_text(folder / "config.yaml", config.to_yaml())
-        data = {"folder": str(dataset.folder.resolve()), "name": dataset.manifest.name, "sha256": dataset.manifest_hash}
-        write_json(stamp, {"data": data, "seed": config.seed, "made": environment()})
-        return Run(folder, config, dataset)
+                place.write_text(CONFIG, config.to_yaml())
+            return Run(place, config, dataset)
+        if place.glob("*"):
+            raise UserError(f"{place} is not empty and not a run (no {STAMP}); give a new folder for --run")
+        place.write_text(CONFIG, config.to_yaml())
+        data = {"folder": dataset.location, "name": dataset.manifest.name, "sha256": dataset.manifest_hash}
+        made = {"data": data, "seed": config.seed, "made": environment(), "id": uuid.uuid4().hex}
+        place.write_json(STAMP, made)
+        return Run(place, config, dataset)
 
     @staticmethod
-    def open(folder: Path, dataset: Dataset | None = None) -> "Run":
+    def open(location: Location, dataset: Dataset | None = None) -> "Run":
         """Opens an existing run with its own data, or with `dataset` when it has the same manifest.
 
         Raises UserError for a missing run, moved data, or data whose manifest differs.
         """
-        stamp = folder / "run.json"
+        place = place_of(location)
+        place.refresh()
+        return Run._opened(place, dataset)
+
+    @staticmethod
+    def _opened(place: Place, dataset: Dataset | None) -> "Run":
+        stamp = place.folder / STAMP
         if not stamp.is_file():
-            raise UserError(f"no run at {folder} (no run.json); 'dsmip train' makes one")
+            raise UserError(f"no run at {place} (no {STAMP}); 'dsmip train' makes one")
         try:
             data = json.loads(stamp.read_text(encoding="utf-8"))["data"]
             data = {key: str(data[key]) for key in ("folder", "name", "sha256")}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{stamp} is damaged ({error!r}); train into another --run folder") from error
         if dataset is None:
-            dataset = Dataset.open(Path(data["folder"]))
+            dataset = Dataset.open(data["folder"])
         if dataset.manifest_hash != data["sha256"]:
             raise UserError(
-                f"run {folder} was made on data '{data['name']}' with manifest {data['sha256'][:12]}, but "
-                f"{dataset.folder} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
+                f"run {place} was made on data '{data['name']}' with manifest {data['sha256'][:12]}, but "
+                f"{dataset.location} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
             )
-        if not (folder / "config.yaml").is_file():
-            raise UserError(f"run {folder} is damaged (no config.yaml); train into another --run folder")
-        return Run(folder, load_config(str(folder / "config.yaml")), dataset)
+        if not (place.folder / CONFIG).is_file():
+            raise UserError(f"run {place} is damaged (no {CONFIG}); train into another --run folder")
+        return Run(place, load_config(str(place.folder / CONFIG)), dataset)
+
+    @cached_property
+    def place(self) -> Place:
+        return place_of(self.at)
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are worked on, on this node."""
+        return self.place.folder
 
     def recorded(
         self, command: str, config: ExperimentConfig | None = None, *, seed: int | None = None
@@ -106,7 +127,7 @@ class Run:
         """Keeps a record of a command on this run; `config` and `seed` where they are not the run's own."""
         used = config or self.config
         sha256 = self.dataset.manifest_hash
-        return recorded(self.folder, command, used, seed=used.seed if seed is None else seed, data_sha256=sha256)
+        return recorded(self.place, command, used, seed=used.seed if seed is None else seed, data_sha256=sha256)
 
     @property
     def system(self) -> type[System]:
@@ -117,18 +138,22 @@ class Run:
         return self.system.part_names(self.config.system)
 
     @property
-    def training_folder(self) -> Path:
+    def trainings(self) -> Place:
         """Where stage one keeps its checkpoints."""
-        return self.folder / "ray"
+        return self.place / TRAININGS
+
+    @property
+    def training_folder(self) -> Path:
+        return self.trainings.folder
 
     @property
     def has_begun(self) -> bool:
         """Whether some part has been trained, at least to its first checkpoint."""
-        return any(map(self.is_finished, self.part_names)) or any(self.training_folder.glob("*/checkpoint_*"))
+        return any(map(self.is_finished, self.part_names)) or bool(self.trainings.glob("*/checkpoint_*"))
 
     @property
     def cache(self) -> FeatureCache:
-        return FeatureCache(self.folder / "features", _DTYPES[self.config.cache_dtype])
+        return FeatureCache(self.place / "features", _DTYPES[self.config.cache_dtype])
 
     def collator(self, part: str) -> Collator:
         """Makes batches in the form that a feature part reads."""
@@ -146,28 +171,29 @@ class Run:
         if key == self.system.part_key(part, self.config):
             return self
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        return Run(self.folder / "variants" / name, config, self.dataset)
+        return Run(self.place / f"variants/{name}", config, self.dataset)
 
     def is_finished(self, part: str) -> bool:
         """Whether a part (or the whole system, by its name) has been trained to the end."""
-        return (self.folder / part / "part.json").is_file()
+        return (self.folder / part / PART).is_file()
 
     def part_report(self, part: str) -> dict[str, Any]:
         """What training said of a finished part: best metrics and history."""
         self._check_finished(part)
-        report: dict[str, Any] = json.loads((self.folder / part / "part.json").read_text(encoding="utf-8"))
+        report: dict[str, Any] = json.loads((self.folder / part / PART).read_text(encoding="utf-8"))
         return report
 
     def save_part(self, part: str, matcher: nn.Module, report: dict[str, Any]) -> None:
         """Writes a finished part: the weights that are not the untouched pretrained tower's, then part.json."""
-        save_weights(self.folder / part / "weights.safetensors", own_weights(matcher))
-        write_json(self.folder / part / "part.json", report)
+        with self.place.atomic(f"{part}/{WEIGHTS}") as path:
+            save_weights(path, own_weights(matcher))
+        self.place.write_json(f"{part}/{PART}", report)
 
     def load_part(self, part: str, *, with_encoder: bool) -> Matcher:
         """A finished part with its trained weights, on the CPU."""
         self._check_finished(part)
         matcher = self.system.build_part(part, self.config, with_encoder=with_encoder)
-        load_own_weights(matcher, self.folder / part / "weights.safetensors")
+        load_own_weights(matcher, self._weights(part))
         return matcher
 
     def load_encoder(self, part: str, config: ExperimentConfig) -> FeatureEncoder:
@@ -180,18 +206,22 @@ class Run:
         """The finished gated system, for cached features."""
         self._check_finished(self.system.name)
         matcher = self.system.build_whole(config or self.whole_config())
-        load_own_weights(matcher, self.folder / self.system.name / "weights.safetensors")
+        load_own_weights(matcher, self._weights(self.system.name))
         return matcher
 
     def whole_config(self) -> ExperimentConfig:
         """The configuration that the best trial chose (temperature, gate width, experts ...)."""
-        path = self.folder / self.system.name / "config.yaml"
+        path = self.folder / self.system.name / CONFIG
         return load_config(str(path)) if path.is_file() else self.config
 
     def _check_finished(self, part: str) -> None:
         if not self.is_finished(part):
             command = "tune" if part == self.system.name and self.system.gated else "train"
-            raise UserError(f"run {self.folder} has no finished '{part}'; run 'dsmip {command}' first")
+            raise UserError(f"run {self.place} has no finished '{part}'; run 'dsmip {command}' first")
+
+    def _weights(self, part: str) -> Path:
+        self.place.pull(f"{part}/{WEIGHTS}")
+        return self.folder / part / WEIGHTS
 
 
 def own_weights(matcher: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
+from dsmip.data_files import DataFiles
 from dsmip.errors import UserError
 from dsmip.files import sha256_file
 from dsmip.manifest import ENTITIES_FILE, KB, ShardInfo
@@ -38,12 +39,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """A shard to check; has_table: whether entities.parquet can be read."""
+    """A shard to check; table: entities.parquet, None when it cannot be read."""
 
-    folder: Path
+    files: DataFiles
     shard: ShardInfo
     part: str
-    has_table: bool
+    table: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +72,23 @@ class Findings:
 
 def check_shard(task: ShardTask) -> Findings:
     """All that can be told of a shard by itself and by the table."""
-    path, shard = task.folder / task.shard.path, task.shard
     found = Findings(0, 0, 0, [], {}, {}, [])
-    report = _Reporter(shard.path, found.problems)
-    if not path.is_file():
-        report("the shard is missing")
-        return found
-    size = path.stat().st_size
+    report = _Reporter(task.shard.path, found.problems)
+    with task.files.fresh(task.shard.path) as path:
+        if path.is_file():
+            _check_file(task, path, found, report)
+        else:
+            report("the shard is missing")
+    return found
+
+
+def _check_file(task: ShardTask, path: Path, found: Findings, report: "_Reporter") -> None:
+    shard, size = task.shard, path.stat().st_size
     if size != shard.bytes:
         report(f"{size} bytes, the manifest says {shard.bytes}")
     if sha256_file(path) != shard.sha256:
         report("its SHA-256 is not the manifest's")
-    rows = _rows_of_shard(task) if task.part == KB and task.has_table else None
+    rows = _rows_of_shard(task.table, shard) if task.part == KB and task.table else None
     last = "its start"
     try:
         with path.open("rb") as stream:
@@ -98,7 +104,6 @@ def check_shard(task: ShardTask) -> Findings:
         report(f"cannot be read beyond {last} ({_reason(error)})")
     if found.samples != shard.samples:
         report(f"{found.samples} samples (up to {last}), the manifest says {shard.samples}")
-    return found
 
 
 class _Reporter:
@@ -109,9 +114,9 @@ class _Reporter:
         self._problems.append(Problem(self._file, sample, what))
 
 
-def _rows_of_shard(task: ShardTask) -> Iterator[dict[str, Any]]:
-    table = readable_table(task.folder)
-    for batch in table.filter(pc.equal(table.column("shard"), task.shard.path)).to_batches(max_chunksize=1024):
+def _rows_of_shard(path: Path, shard: ShardInfo) -> Iterator[dict[str, Any]]:
+    table = readable_table(path)
+    for batch in table.filter(pc.equal(table.column("shard"), shard.path)).to_batches(max_chunksize=1024):
         yield from batch.to_pylist()
 
 
@@ -243,9 +248,8 @@ def _table(path: Path, modified: int) -> Any:
     return table if table.schema.equals(ENTITY_SCHEMA) else None
 
 
-def readable_table(folder: Path) -> Any:
-    """entities.parquet, or None when it cannot be used."""
-    path = folder / ENTITIES_FILE
+def readable_table(path: Path) -> Any:
+    """A table of entities, or None when it cannot be used."""
     try:
         return _table(path, path.stat().st_mtime_ns)
     except (pa.ArrowException, OSError):

@@ -1,5 +1,7 @@
 """The dataset directory: the records of a prepared release, streamed from tar shards, and how they are laid out there.
 
+It lies in a folder or, with copies on each node, in an object store: see `dsmip.data_files`.
+
 <data>/manifest.json               see dsmip.manifest
 <data>/kb/entities.parquet         one row per entity, with the place of each picture in the kb's shards
 <data>/kb/kb-000000.tar            <row>.json, <row>.0.jpg, <row>.1.jpg ...
@@ -7,23 +9,26 @@
 <data>/rejects.jsonl               what was left out, repaired or degraded
 """
 
+import hashlib
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
-from itertools import accumulate, pairwise
+from collections import deque
+from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from dsmip.data_files import DataFiles, data_files, open_file
 from dsmip.errors import UserError
-from dsmip.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, read_manifest
+from dsmip.manifest import ENTITIES_FILE, KB, MANIFEST_FILE, SPLITS, Manifest, ShardInfo, parse_manifest
 from dsmip.records import Entity, Mention
 from dsmip.samples import make_entity, read_mention, read_pair
 from dsmip.streams import TrainingBatch, Window, count_steps, step_bounds, windows
-from dsmip.tars import Sample, read_place, read_shard
-from dsmip.views import TRAIN, View, read_view
+from dsmip.tars import Sample, read_place, read_samples
+from dsmip.views import TRAIN, View, parse_view
 
 ENTITY_SCHEMA = pa.schema(
     [
@@ -40,44 +45,63 @@ ENTITY_SCHEMA = pa.schema(
 )
 _TEXT_COLUMNS = ["entity_row", "entity_id", "name", "attributes", "num_images"]
 _ROWS_AT_ONCE = 1024
+_WINDOWS_AHEAD = 1
+
+Shards = Sequence[tuple[ShardInfo, Sequence[int]]]  # with the indices of their samples
+Positions = dict[int, dict[int, int]]
 
 
 class Dataset:
     """A prepared release. Open it with `Dataset.open`; reading is lazy and every record comes from the files.
 
-    Attributes: folder; manifest; manifest_hash (SHA-256 of manifest.json: equal hashes mean equal data); files (the
-    folder of the shards: another one for a view, see `dsmip.views`).
+    Attributes: manifest; manifest_hash (SHA-256 of manifest.json: equal hashes mean equal data); own (the files beside
+    the manifest); files (those of the shards: of a view, of the dataset that it is a view of, see `dsmip.views`).
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, manifest_hash: str, view: View | None = None) -> None:
-        self.folder, self.manifest, self.manifest_hash = folder, manifest, manifest_hash
-        self.files = view.base(folder) if view else folder
+    def __init__(
+        self,
+        own: DataFiles,
+        manifest: Manifest,
+        manifest_hash: str,
+        view: View | None = None,
+        files: DataFiles | None = None,
+    ) -> None:
+        self.own, self.manifest, self.manifest_hash, self.files = own, manifest, manifest_hash, files or own
         self._kept = {TRAIN: view.rows()} if view else {}
 
     @classmethod
-    def open(cls, folder: Path) -> "Dataset":
-        """Opens a dataset directory and checks that its files are there with the right sizes; their bytes are not read.
+    def open(cls, location: str | Path) -> "Dataset":
+        """Opens a dataset directory, or the URI of one in an object store.
+
+        In a folder, the files are checked to be there with the right sizes. What comes from a store is checked when it
+        is fetched: a missing or damaged file is a UserError then.
 
         Raises:
-            UserError: there is no such folder, or it is no complete dataset.
+            UserError: there is no such place, or it holds no complete dataset.
         """
-        found_view = read_view(folder)
-        view, view_hash = found_view or (None, "")
-        files = view.base(folder) if view else folder
-        manifest, manifest_hash = read_manifest(files)
-        if view and manifest_hash != view.base_sha256:
-            raise UserError(f"{folder}: is a view of {files}, which has changed; make the view again")
-        for shard in manifest.shards:
-            path = files / shard.path
-            found = path.stat().st_size if path.is_file() else None
-            if found != shard.bytes:
-                state = "is missing" if found is None else f"has {found} bytes instead of {shard.bytes}"
-                raise UserError(f"{path}: the shard {state}; prepare the dataset again")
-        if not (files / ENTITIES_FILE).is_file():
-            raise UserError(f"{files / ENTITIES_FILE}: the file is missing; prepare the dataset again")
+        own, content = data_files(location)
+        view = parse_view(content, own.place(MANIFEST_FILE))
+        files = own
         if view:
-            return cls(folder, view.applied(manifest), view_hash, view)
-        return cls(folder, manifest, manifest_hash)
+            view_hash = hashlib.sha256(content).hexdigest()
+            files, content = own.relative(view.view_of)
+        manifest, manifest_hash = parse_manifest(content, files.place(MANIFEST_FILE))
+        if view and manifest_hash != view.base_sha256:
+            raise UserError(f"{location}: is a view of {files.location}, which has changed; make the view again")
+        files.check_sizes([*manifest.shards, manifest.entities_file])
+        if view:
+            return cls(own, view.applied(manifest), view_hash, view, files)
+        return cls(own, manifest, manifest_hash)
+
+    @property
+    def location(self) -> str:
+        """What it is opened by on any node: the folder's absolute path, or the URI."""
+        return self.own.location
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie on this node: its folder, or that of their copies."""
+        return self.own.folder
 
     @property
     def num_entities(self) -> int:
@@ -106,16 +130,18 @@ class Dataset:
         if rows and not (min(rows) >= 0 and max(rows) < self.num_entities):
             raise IndexError(f"entity rows {min(rows)} .. {max(rows)} outside a kb of {self.num_entities}")
         open_path, stream = "", None
-        try:
-            for record in self._entity_records(rows):
-                if record["num_images"] and record["shard"] != open_path:
-                    if stream:
-                        stream.close()
-                    open_path, stream = record["shard"], self._open_kb_shard(record["shard"])
-                yield make_entity(record, _images(record, stream) if record["num_images"] and stream else ())
-        finally:
-            if stream:
-                stream.close()
+        with self.files.ahead() as ask:
+            try:
+                for record in self._entity_records(rows):
+                    if record["num_images"] and record["shard"] != open_path:
+                        if stream:
+                            stream.close()
+                        open_path, stream = record["shard"], self._open_kb_shard(record["shard"])
+                        ask(self._kb_shards_after(open_path, rows)[:1])
+                    yield make_entity(record, _images(record, stream) if record["num_images"] and stream else ())
+            finally:
+                if stream:
+                    stream.close()
 
     def entity(self, row: int) -> Entity:
         """One entity with all its pictures, by random access.
@@ -138,12 +164,17 @@ class Dataset:
         start = 0
         num_mentions = self.num_mentions(split)
         rows = range(num_mentions) if rows is None else rows
+        wanted = []
         for shard, samples in self.samples_of(split):
             inside = [samples[row - start] for row in range(start, start + len(samples)) if row in rows]
             if inside:
+                wanted.append((shard, inside))
+            start += len(samples)
+        with self.files.ahead() as ask:
+            for number, (shard, inside) in enumerate(wanted):
+                ask([following for following, _ in wanted[number + 1 : number + 2]])
                 for sample in self._samples(shard, inside):
                     yield read_mention(sample.fields, self._place(shard, sample))
-            start += len(samples)
 
     def training_batches(
         self,
@@ -188,13 +219,13 @@ class Dataset:
 
     @cached_property
     def _kb(self) -> pa.Table:
-        path = self.files / ENTITIES_FILE
+        place = self.files.place(ENTITIES_FILE)
         try:
-            table = pq.read_table(path, memory_map=True)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: the file is damaged ({error}); prepare the dataset again") from error
+            table = self.files.use(self.manifest.entities_file, partial(pq.read_table, memory_map=True))
+        except pa.ArrowException as error:
+            raise UserError(f"{place}: the file is damaged ({error}); prepare the dataset again") from error
         if not table.schema.equals(ENTITY_SCHEMA) or len(table) != self.num_entities:
-            raise UserError(f"{path}: not the entities of this dataset; prepare it again")
+            raise UserError(f"{place}: not the entities of this dataset; prepare it again")
         return table.combine_chunks()
 
     def _entity_records(self, rows: range) -> Iterator[dict[str, Any]]:
@@ -202,62 +233,73 @@ class Dataset:
             yield from self._kb.take(pa.array(rows[start : start + _ROWS_AT_ONCE], pa.int64())).to_pylist()
 
     def _open_kb_shard(self, path: str) -> BinaryIO:
-        if path not in {shard.path for shard in self.manifest.shards_of(KB)}:
-            raise UserError(f"{self.files / ENTITIES_FILE}: unknown shard {path!r}; prepare the dataset again")
-        try:
-            return (self.files / path).open("rb")
-        except OSError as error:
-            raise UserError(f"{self.files / path}: cannot be read ({error.strerror})") from error
+        for shard in self.manifest.shards_of(KB):
+            if shard.path == path:
+                return open_file(self.files, shard)
+        raise UserError(f"{self.files.place(ENTITIES_FILE)}: unknown shard {path!r}; prepare the dataset again")
+
+    def _kb_shards_after(self, path: str, rows: range) -> list[ShardInfo]:
+        """The shards behind that one which hold some of the rows."""
+        shards = self.manifest.shards_of(KB)
+        starts = accumulate((shard.samples for shard in shards), initial=0)
+        last = max(rows)
+        return [shard for shard, start in zip(shards, starts, strict=False) if shard.path > path and start <= last]
 
     def _samples(self, shard: ShardInfo, indices: Sequence[int]) -> Iterator[Sample]:
         """The samples of a shard at `indices`, in shard order."""
-        wanted = set(indices)
+        wanted, place = set(indices), self.files.place(shard.path)
         found, last = 0, "its start"
-        for sample in read_shard(self.files / shard.path, wanted.__contains__):
-            found, last = found + 1, f"sample {sample.key}"
-            yield sample
+        with open_file(self.files, shard) as stream:
+            for sample in read_samples(stream, place, wanted.__contains__):
+                found, last = found + 1, f"sample {sample.key}"
+                yield sample
         if found != len(wanted):
             # A tar with a damaged header reads as one that ends there.
             raise UserError(
-                f"{self.files / shard.path}: fewer samples than the manifest says, none wanted beyond {last}; "
-                "prepare the dataset again"
+                f"{place}: fewer samples than the manifest says, none wanted beyond {last}; prepare the dataset again"
             )
 
     def _place(self, shard: ShardInfo, sample: Sample) -> str:
-        return f"{self.files / shard.path}: {sample.key}"
+        return f"{self.files.place(shard.path)}: {sample.key}"
 
     def _batches(self, split: str, shares: Mapping[int, range], seed: int, epoch: int) -> Iterator[TrainingBatch]:
+        shards = self.samples_of(split)
         wanted = {position for share in shares.values() for position in share}
         loaded: dict[int, tuple[Mention, Entity]] = {}
         steps = iter(shares.items())
         step, share = next(steps, (None, range(0)))
-        for window in windows([len(samples) for _, samples in self.samples_of(split)], seed, epoch):
-            if step is None:
-                return
-            loaded |= self._load(window, split, wanted, seed, epoch)
-            end = window.start + len(window.order)
-            while step is not None and share.stop <= end:
-                pairs = [loaded.pop(position) for position in share]
-                yield TrainingBatch(step, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
-                step, share = next(steps, (None, range(0)))
+        of_epoch = windows([len(samples) for _, samples in shards], seed, epoch)
+        positions = ((window, self._positions(window, shards, wanted)) for window in of_epoch)
+        with self.files.ahead() as ask:
+            ahead = deque[tuple[Window, Positions]]()
+            while step is not None:
+                for window, places in islice(positions, _WINDOWS_AHEAD + 1 - len(ahead)):
+                    ask([shards[number][0] for number in places])
+                    ahead.append((window, places))
+                window, places = ahead.popleft()
+                loaded |= self._load(places, shards, seed, epoch)
+                end = window.start + len(window.order)
+                while step is not None and share.stop <= end:
+                    pairs = [loaded.pop(position) for position in share]
+                    yield TrainingBatch(step, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+                    step, share = next(steps, (None, range(0)))
 
-    def _load(
-        self, window: Window, split: str, wanted: set[int], seed: int, epoch: int
-    ) -> dict[int, tuple[Mention, Entity]]:
-        """The wanted samples of a window by position in the epoch, each entity with its one drawn picture."""
-        shards = self.samples_of(split)
-        positions: dict[int, dict[int, int]] = {number: {} for number in window.shards}
+    @staticmethod
+    def _positions(window: Window, shards: Shards, wanted: Container[int]) -> Positions:
+        """The wanted samples of a window: by shard, then by index in it, the position in the epoch."""
+        positions: Positions = {number: {} for number in window.shards}
         for position, (number, place) in enumerate(window.order, start=window.start):
             if position in wanted:
                 positions[number][shards[number][1][place]] = position
+        return {number: position_of for number, position_of in positions.items() if position_of}
+
+    def _load(self, positions: Positions, shards: Shards, seed: int, epoch: int) -> dict[int, tuple[Mention, Entity]]:
+        """Samples by position in the epoch, each entity with its one drawn picture."""
         loaded = {}
         for number, position_of in positions.items():
             shard = shards[number][0]
-            if position_of:
-                for sample in self._samples(shard, list(position_of)):
-                    loaded[position_of[sample.index]] = read_pair(
-                        sample.fields, self._place(shard, sample), seed, epoch
-                    )
+            for sample in self._samples(shard, list(position_of)):
+                loaded[position_of[sample.index]] = read_pair(sample.fields, self._place(shard, sample), seed, epoch)
         return loaded
 
 

@@ -36,12 +36,12 @@ def gold_rows(dataset: Dataset, split: str) -> Tensor:
     for mention in dataset.mentions(split):
         if not 0 <= mention.entity_row < dataset.num_entities:
             raise UserError(
-                f"{dataset.folder}: the gold of mention {mention.mention_id} in '{split}' is row {mention.entity_row} "
-                f"of the kb, which has {dataset.num_entities} entities; prepare the data set again"
+                f"{dataset.location}: the gold of mention {mention.mention_id} in '{split}' is row "
+                f"{mention.entity_row} of the kb, which has {dataset.num_entities} entities; prepare the data set again"
             )
         rows.append(mention.entity_row)
     if not rows:
-        raise UserError(f"split '{split}' of {dataset.folder} has no mentions")
+        raise UserError(f"split '{split}' of {dataset.location} has no mentions")
     return torch.tensor(rows, dtype=torch.int64)
 
 

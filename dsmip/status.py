@@ -1,4 +1,4 @@
-"""How far a run is, read from its directory alone: while it is trained, when it was interrupted, when it is finished.
+"""How far a run is, read from its files alone: while it is trained, when it was interrupted, when it is finished.
 
 Damaged files are named among the problems and passed over; nothing is changed, and the data set is not opened.
 """
@@ -14,7 +14,9 @@ from dsmip.checkpoints import MANIFEST, read_manifest
 from dsmip.config import ExperimentConfig, load_config
 from dsmip.errors import UserError
 from dsmip.models import find_system
+from dsmip.places import Location, Place, place_of
 from dsmip.provenance import RECORDS
+from dsmip.runs import CONFIG, STAMP
 from dsmip.watch_tools import PROGRESS
 
 State = Literal["finished", "training", "paused", "interrupted", "failed", "dropped", "not begun"]
@@ -49,7 +51,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Status:
-    """All that is known of a run. disk: bytes by entry of the run's folder. last_command: its name and outcome."""
+    """All that is known of a run.
+
+    folder: where it lies. disk: bytes by entry there. last_command: its name and outcome.
+    """
 
     folder: str
     model: str
@@ -63,36 +68,38 @@ class Status:
     next: str
 
 
-def read_status(folder: Path, now: datetime | None = None) -> Status:
-    """Raises UserError when `folder` is no run; every other trouble is among the `problems`.
+def read_status(location: Location, now: datetime | None = None) -> Status:
+    """Raises UserError when there is no run; every other trouble is among the `problems`.
 
     now: what trainings' last signs of life are compared with (default: the present).
     """
-    if not (folder / "run.json").is_file():
-        raise UserError(f"no run at {folder} (no run.json); 'dsmip train' makes one")
-    return _Reader(folder, now or datetime.now(UTC)).status()
+    place = place_of(location)
+    place.refresh()
+    if not (place.folder / STAMP).is_file():
+        raise UserError(f"no run at {place} (no {STAMP}); 'dsmip train' makes one")
+    return _Reader(place, now or datetime.now(UTC)).status()
 
 
 class _Reader:
     """Reads one run's files and collects what is wrong with them."""
 
-    def __init__(self, folder: Path, now: datetime) -> None:
-        self.folder, self.now = folder, now
+    def __init__(self, place: Place, now: datetime) -> None:
+        self.place, self.folder, self.now = place, place.folder, now
         self.problems: list[str] = []
         self.config = self._config()
-        self.data = self._json(folder / "run.json", lambda stamp: (stamp["data"]["name"], stamp["data"]["folder"]))
+        self.data = self._json(self.folder / STAMP, lambda stamp: (stamp["data"]["name"], stamp["data"]["folder"]))
 
     def status(self) -> Status:
         parts, trials, evaluations = self._parts(), self._trials(), sorted(self._evaluations(), key=lambda e: e.split)
         last = self._last_command()
         return Status(
-            folder=str(self.folder),
+            folder=self.place.location,
             model=self.config.model if self.config else "unknown",
             data=f"{self.data[0]} ({self.data[1]})" if self.data else "unknown",
             parts=parts,
             trials=trials,
             evaluations=evaluations,
-            disk={entry.name: _num_bytes(entry) for entry in sorted(self.folder.iterdir())},
+            disk=dict(self.place.sizes()),
             last_command=last,
             problems=self.problems,
             next=self._next(parts, trials, evaluations),
@@ -220,7 +227,7 @@ class _Reader:
         return words or "none"
 
     def _next(self, parts: list[Progress], trials: list[Progress], evaluations: list[Evaluation]) -> str:
-        run = self.folder
+        run = self.place.location
         if self.config is None:
             return "the configuration cannot be read: put config.yaml back, or train into another --run folder"
         if any(each.state == "training" for each in parts + trials):
@@ -229,7 +236,7 @@ class _Reader:
         names = system.part_names(self.config.system)
         if any(each.state != "finished" for each in parts if each.name in names):
             data = self.data[1] if self.data else "DATA"
-            return f"dsmip train --config {run / 'config.yaml'} --data {data} --run {run}"
+            return f"dsmip train --config {self.folder / CONFIG} --data {data} --run {run}"
         if system.gated and not self._swept():
             return f"dsmip tune --run {run}"
         if not any((each.model, each.split) == (system.name, "test") for each in evaluations):
@@ -255,14 +262,3 @@ def _rung(found: Any) -> dict[str, Any]:
 
 def _numbers(figures: Any) -> dict[str, float]:
     return {str(name): float(value) for name, value in figures.items()}
-
-
-def _num_bytes(path: Path) -> int:
-    """Bytes below a path; files that vanish meanwhile count nothing."""
-    total = 0
-    for each in [path, *path.rglob("*")]:
-        try:
-            total += each.lstat().st_size if each.is_file() else 0
-        except OSError:
-            continue
-    return total

@@ -78,12 +78,20 @@ def read_shard(path: Path, wanted: Callable[[int], bool] = lambda index: True) -
         UserError: the file is missing, damaged, or holds anything but sample fields.
     """
     try:
-        with tarfile.open(path, "r:") as archive:
-            yield from _read_samples(archive, wanted)
+        stream = path.open("rb")
     except FileNotFoundError as error:
         raise UserError(f"{path}: the shard is missing; prepare the dataset again") from error
+    with stream:
+        yield from read_samples(stream, str(path), wanted)
+
+
+def read_samples(stream: BinaryIO, place: str, wanted: Callable[[int], bool]) -> Iterator[Sample]:
+    """The same of an open tar; `place` is its name for messages."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            yield from _read_samples(archive, wanted)
     except (tarfile.TarError, _BadShard, EOFError) as error:
-        raise UserError(f"{path}: the shard is damaged ({error}); prepare the dataset again") from error
+        raise UserError(f"{place}: the shard is damaged ({error}); prepare the dataset again") from error
 
 
 def read_place(stream: BinaryIO, offset: int, size: int) -> bytes:

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsmip.data_files import DataFiles, data_files
 from dsmip.files import sha256_file
-from dsmip.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, read_manifest
+from dsmip.manifest import ENTITIES_FILE, KB, MANIFEST_FILE, REJECTS_FILE, SPLITS, Manifest, parse_manifest
 from dsmip.processes import map_tasks
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.shard_verification import Copy, Problem, ShardTask, check_shard, readable_table
 from dsmip.shards import Dataset
-from dsmip.views import read_view
+from dsmip.views import parse_view
 
 MAX_PROBLEMS = 100
 _ACTIONS = {"rejected": "rejects", "repaired": "repaired", "degraded": "degraded"}
@@ -37,26 +38,31 @@ class Verification:
         return self.num_problems == 0
 
 
-def verify_dataset(folder: Path, *, workers: int = 1, progress: Progress = no_progress) -> Verification:
+def verify_dataset(location: str | Path, *, workers: int = 1, progress: Progress = no_progress) -> Verification:
     """Reads every byte of the dataset, in `workers` processes, and compares it with the manifest and with itself.
 
-    Of a view, the dataset that it is a view of.
+    Of a view, the dataset that it is a view of. In an object store, what lies there now and not the copies here.
 
     Raises:
         UserError: there is no manifest, or it cannot be read or contradicts itself: nothing to compare with. The same
             for a view that is not one of its dataset any more.
     """
-    if view := read_view(folder):
-        Dataset.open(folder)
-        folder = view[0].base(folder)
-    manifest, _ = read_manifest(folder)
+    files, content = data_files(location)
+    if view := parse_view(content, files.place(MANIFEST_FILE)):
+        Dataset.open(location)
+        files, content = files.relative(view.view_of)
+    manifest, _ = parse_manifest(content, files.place(MANIFEST_FILE))
+    with files.fresh(ENTITIES_FILE) as table:
+        return _verified(files, manifest, table, workers, progress)
+
+
+def _verified(files: DataFiles, manifest: Manifest, table: Path, workers: int, progress: Progress) -> Verification:
     problems = _Bounded()
-    problems.add(_check_rejects(folder, manifest))
-    table_problems = _check_table(folder, manifest)
-    problems.add(table_problems)
-    has_table = readable_table(folder) is not None
+    problems.add(_check_rejects(files, manifest))
+    problems.add(_check_table(table, manifest))
+    rows_from = None if readable_table(table) is None else table
     parts = (KB, *SPLITS)
-    tasks = [ShardTask(folder, shard, part, has_table) for part in parts for shard in manifest.shards_of(part)]
+    tasks = [ShardTask(files, shard, part, rows_from) for part in parts for shard in manifest.shards_of(part)]
     records: dict[int, bytes] = {}
     pictures: dict[int, tuple[bytes, ...]] = {}
     with_image: Counter[str] = Counter()
@@ -83,22 +89,23 @@ class _Bounded:
         self.kept += problems[: MAX_PROBLEMS - len(self.kept)]
 
 
-def _check_rejects(folder: Path, manifest: Manifest) -> list[Problem]:
+def _check_rejects(files: DataFiles, manifest: Manifest) -> list[Problem]:
     """The lines of rejects.jsonl by action and reason against the manifest's counts."""
     found: dict[str, Counter[str]] = {action: Counter() for action in _ACTIONS}
     problems = []
-    try:
-        with (folder / REJECTS_FILE).open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = json.loads(line)
-                    found[record["action"]][record["reason"]] += 1
-                except (ValueError, KeyError, TypeError):
-                    problems.append(Problem(REJECTS_FILE, None, f"line {number} is no finding of a preparation"))
-    except FileNotFoundError:
-        return [Problem(REJECTS_FILE, None, "the file is missing")]
-    except UnicodeDecodeError:
-        return [Problem(REJECTS_FILE, None, "the file is not UTF-8 text")]
+    with files.fresh(REJECTS_FILE) as path:
+        try:
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        record = json.loads(line)
+                        found[record["action"]][record["reason"]] += 1
+                    except (ValueError, KeyError, TypeError):
+                        problems.append(Problem(REJECTS_FILE, None, f"line {number} is no finding of a preparation"))
+        except FileNotFoundError:
+            return [Problem(REJECTS_FILE, None, "the file is missing")]
+        except UnicodeDecodeError:
+            return [Problem(REJECTS_FILE, None, "the file is not UTF-8 text")]
     for action, section in _ACTIONS.items():
         counts: Mapping[str, int] = getattr(manifest, section)
         for reason in sorted({*counts, *found[action]}):
@@ -109,14 +116,13 @@ def _check_rejects(folder: Path, manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def _check_table(folder: Path, manifest: Manifest) -> list[Problem]:
-    path = folder / ENTITIES_FILE
+def _check_table(path: Path, manifest: Manifest) -> list[Problem]:
     if not path.is_file():
         return [Problem(ENTITIES_FILE, None, "the file is missing")]
     problems = []
     if sha256_file(path) != manifest.entities_sha256:
         problems.append(Problem(ENTITIES_FILE, None, "its SHA-256 is not the manifest's"))
-    table = readable_table(folder)
+    table = readable_table(path)
     if table is None:
         return [*problems, Problem(ENTITIES_FILE, None, "it cannot be read as a table of entities")]
     if len(table) != manifest.entities:

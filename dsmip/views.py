@@ -3,15 +3,12 @@
 <view>/manifest.json names the dataset it is a view of, relative to its own folder, and the keys that are kept.
 """
 
-import hashlib
-from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from dsmip.errors import UserError
-from dsmip.files import write_json
-from dsmip.manifest import FORMAT, MANIFEST_FILE, Digest, Manifest, Part, SplitCounts, read_json_object
+from dsmip.manifest import FORMAT, Digest, Manifest, Part, SplitCounts, parse_json_object
 from dsmip.streams import permutation
 
 TRAIN = "train"
@@ -19,7 +16,10 @@ _BASE = "view_of"
 
 
 class View(Part):
-    """`manifest.json` of a view. view_of: the dataset's folder, relative. base_sha256: of the dataset's manifest."""
+    """`manifest.json` of a view. view_of: the dataset's folder, relative, or its URI in a store.
+
+    base_sha256: of the dataset's manifest.
+    """
 
     format: int = FORMAT
     view_of: str
@@ -28,10 +28,6 @@ class View(Part):
     seed: int
     train: SplitCounts
     train_keys: tuple[str, ...]
-
-    def base(self, folder: Path) -> Path:
-        """The folder of the dataset that the view in `folder` is of."""
-        return folder / PurePosixPath(self.view_of)
 
     def rows(self) -> list[int]:
         """Positions of the kept mentions in the dataset's training split, ascending."""
@@ -47,24 +43,20 @@ def is_view(value: Any) -> bool:
     return isinstance(value, dict) and _BASE in value
 
 
-def read_view(folder: Path) -> tuple[View, str] | None:
-    """The view in a folder and the SHA-256 of its manifest; None when the folder holds none.
+def parse_view(content: bytes, path: str) -> View | None:
+    """The view that a manifest's content describes; None when it is a dataset's own. `path` is for messages.
 
     Raises:
         UserError: it is a view, but a wrong one.
     """
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
-        return None
-    value, content = read_json_object(path)
-    if not is_view(value):
+    if not is_view(parse_json_object(content, path)):
         return None
     try:
         view = View.model_validate_json(content, strict=True)
         view.rows()
     except (ValidationError, ValueError) as error:
         raise UserError(f"{path}: no view of a dataset ({error}); make it again") from error
-    return view, hashlib.sha256(content).hexdigest()
+    return view
 
 
 def draw_rows(num_mentions: int, fraction: float, seed: int) -> list[int]:
@@ -74,8 +66,3 @@ def draw_rows(num_mentions: int, fraction: float, seed: int) -> list[int]:
     """
     count = max(round(fraction * num_mentions), min(num_mentions, 1))
     return sorted(permutation(num_mentions, "view", seed)[:count].tolist())
-
-
-def write_view(folder: Path, view: View) -> None:
-    """Writes a view's manifest into a folder."""
-    write_json(folder / MANIFEST_FILE, view.model_dump(mode="json"))

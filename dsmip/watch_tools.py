@@ -10,9 +10,11 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -20,31 +22,46 @@ import yaml
 from dsmip.config import WatchTool, flat
 from dsmip.errors import UserError
 from dsmip.files import write_json
+from dsmip.places import Location, Place, place_of
 from dsmip.watch import Outcome, Position, Writer
 
 PROGRESS = "progress.json"
 _PROJECT = "dsmip"
 _PACKAGES: Mapping[WatchTool, str] = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
+SEND_SECONDS = 15.0  # what a killed node may lose of a run in an object store, where every request is paid
 _PARAMETERS_A_CALL, _PARAMETER_LENGTH = 100, 500  # MLflow's limits
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What is watched, and with what: a training by its name, in the folder of its run, with its configuration."""
+    """What is watched, and with what: a training by its name, its run (`at`), with its configuration."""
 
-    folder: Path
+    at: Location
     name: str
     tools: tuple[WatchTool, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def place(self) -> Place:
+        return place_of(self.at)
+
+    @property
+    def folder(self) -> Path:
+        return self.place.folder
+
     @property
     def key(self) -> str:
         """The same for the same training, so that a resumed one goes on in the same place."""
-        return hashlib.sha256(f"{self.folder}\n{self.name}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.place.location}\n{self.name}".encode()).hexdigest()[:16]
 
     @property
     def title(self) -> str:
-        return f"{self.folder.name} {self.name}"
+        return f"{PurePosixPath(self.place.location).name} {self.name}"
+
+    @property
+    def event_files(self) -> str:
+        """TensorBoard's folder, below the run."""
+        return f"tensorboard/{self.name.replace(' ', '-')}"
 
     def writers(self) -> list[Writer]:
         """One per tool. Raises UserError as `check_tools` does."""
@@ -71,7 +88,7 @@ class TensorBoard:
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            folder = self._watched.folder / "tensorboard" / self._watched.name.replace(" ", "-")
+            folder = self._watched.folder / self._watched.event_files
             self._writer = SummaryWriter(logdir=str(folder), purge_step=step)
             self._writer.add_text("config", f"```\n{yaml.safe_dump(dict(self._watched.config))}```", step)
         for name, value in figures.items():
@@ -121,7 +138,7 @@ class MLflow:
             self._run_id = found[0].info.run_id
             self._client.update_run(self._run_id, status="RUNNING")
             return
-        tags = {"dsmip_key": watched.key, "dsmip_run": str(watched.folder), "dsmip_training": watched.name}
+        tags = {"dsmip_key": watched.key, "dsmip_run": watched.place.location, "dsmip_training": watched.name}
         self._run_id = self._client.create_run(experiment, tags=tags, run_name=watched.title).info.run_id
         parameters = [Param(key, str(value)[:_PARAMETER_LENGTH]) for key, value in flat(watched.config).items()]
         for start in range(0, len(parameters), _PARAMETERS_A_CALL):
@@ -198,3 +215,27 @@ class ProgressFile:
         updated = datetime.now(UTC).isoformat(timespec="seconds")
         about = {"state": state, "updated": updated, "num_epochs": self._num_epochs, "where": self._where}
         write_json(self._path, {**about, **position, "figures": self._figures})
+
+
+class Sent:
+    """Sends what the writers before it have written into a run in an object store, now and then and at the end.
+
+    A thread sends, and what fails is sent later: a training does not wait for a store that is away.
+    """
+
+    def __init__(self, place: Place, name: str) -> None:
+        """name: a file, or a folder, of the place."""
+        self._place, self._name = place, name
+        self._last = 0.0
+        self._pool = ThreadPoolExecutor(1)
+        self._sending: Future[None] | None = None
+
+    def write(self, position: Position, figures: Mapping[str, float]) -> None:
+        due = time.monotonic() - self._last >= SEND_SECONDS
+        if due and (self._sending is None or self._sending.done()):
+            self._sending = self._pool.submit(self._place.push, self._name)
+            self._last = time.monotonic()
+
+    def close(self, outcome: Outcome) -> None:
+        self._pool.shutdown()
+        self._place.push(self._name)

@@ -1,11 +1,10 @@
 """Building on several Ray workers what a ranking reads: slices of the entity index and the mentions' table.
 
-Each worker has its own pieces and writes them into the run's folder, which all nodes must share. A lost worker's pieces
-are made again, but for those that it had finished.
+Each worker has its own pieces and writes them into the run. A lost worker's pieces are made again, but for those that
+it had finished.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.shares import run_shares, start_share
@@ -29,7 +28,8 @@ def build_on_ray(pieces: Pieces, workers: int, *, gpu: bool, display: Display) -
         run_shares(_build, begun, gpu=gpu, display=display)
 
 
-def _build(pieces: Pieces, paths: Sequence[Path], name: str, events: Any) -> None:
+def _build(pieces: Pieces, names: Sequence[str], name: str, events: Any) -> None:
     told = start_share(name, events)
-    pieces.make(paths, worker_device(), lambda what, done, total: told.step_done(0, done - 1, total))
+    pieces.files.place.pull("")  # of a lost worker, perhaps on another node
+    pieces.make(names, worker_device(), lambda what, done, total: told.step_done(0, done - 1, total))
     told.epoch_done({"epoch": 0})

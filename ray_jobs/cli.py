@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from dsmip.errors import UserError
-from dsmip.manifest import SPLITS
+from dsmip.manifest import REJECTS_FILE, SPLITS
 from dsmip.rank_options import BackendName, PrecisionName, PruneName, RankOptions
 from ray_jobs import environment  # noqa: F401  (before anything imports Ray)
 from ray_jobs.failures import JobFailed
@@ -26,9 +26,12 @@ app = typer.Typer(
 KindName = Literal["vgg16", "clip"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 ConfigOption = Annotated[str, typer.Option("--config", help="A shipped configuration's name or a YAML file.")]
-DataOption = Annotated[Path, typer.Option("--data", help="Dataset directory made by 'dsmip prepare'.")]
-DataArgument = Annotated[Path, typer.Argument(help="Dataset directory made by 'dsmip prepare'.", metavar="DATA")]
-RunOption = Annotated[Path, typer.Option("--run", help="Run directory.")]
+# Text: a Path would make s3:/bucket of s3://bucket.
+DataOption = Annotated[str, typer.Option("--data", help="Dataset made by 'dsmip prepare': its directory or URI.")]
+DataArgument = Annotated[
+    str, typer.Argument(help="Dataset made by 'dsmip prepare': its directory or URI.", metavar="DATA")
+]
+RunOption = Annotated[str, typer.Option("--run", help="Run: a directory, or its URI in an object store.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value of the configuration; may be repeated.")]
 EntityText = Literal["attr", "desc"]
 MentionText = Literal["sentence", "sentence+desc"]
@@ -44,7 +47,7 @@ _OF_VIEWS = frozenset({"source", "out", "train_fraction", "seed"})
 def prepare(
     context: typer.Context,
     source: Annotated[str, typer.Argument(help="Release folder; dataset directory; for demo: a seed or a YAML.")],
-    out: Annotated[Path, typer.Argument(help="Dataset directory to make.")],
+    out: Annotated[str, typer.Argument(help="Dataset directory to make, or its URI in an object store.")],
     format: Annotated[
         str | None, typer.Option("--format", help="mimic, melbench, wikidiverse, jsonl or demo (default: as found).")
     ] = None,
@@ -73,7 +76,7 @@ def prepare(
 
     if train_fraction is not None:
         _refuse_given(context, {*context.params} - _OF_VIEWS, "a view (--train-fraction) has no such choice")
-        view = job.prepare_view(Path(source), out, train_fraction, seed)
+        view = job.prepare_view(source, out, train_fraction, seed)
         print(f"{out}: a view of {source} with {view.num_mentions('train')} training mentions; its shards stay there")
         return
     options = job.BuildOptions(
@@ -95,13 +98,14 @@ def prepare(
         release = open_release(Path(source), format, chosen)
         with BuildDisplay() as display:
             manifest = job.prepare_release(release, out, options, display.show)
+    rejects = f"{out.rstrip('/')}/{REJECTS_FILE}"
     for split in SPLITS:
         if not manifest.splits[split].mentions:
-            print(f"warning: no mention of {split} is left; see {out / 'rejects.jsonl'}")
+            print(f"warning: no mention of {split} is left; see {rejects}")
     mentions = ", ".join(f"{split} {manifest.splits[split].mentions}" for split in SPLITS)
     touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
     counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())
-    print(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {out / 'rejects.jsonl'})")
+    print(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {rejects})")
 
 
 def _refuse_given(context: typer.Context, names: Collection[str], why: str) -> None:
@@ -194,13 +198,13 @@ def tune(
     from ray_jobs.settings import job_config
     from ray_jobs.tune_gate import tune_gate
 
-    opened = Run.open(run.resolve())
+    opened = Run.open(run)
     tune_gate(opened, job_config(str(opened.folder / "config.yaml"), set or []), Display(), seed=seed, verbose=verbose)
 
 
 @app.command()
 def features(
-    data: Annotated[Path, typer.Argument(help="Dataset directory made by 'dsmip prepare'.")],
+    data: DataArgument,
     kind: Annotated[KindName, typer.Option("--kind", help="vgg16: fc7; clip: the backbone's pooled picture.")],
     config: Annotated[
         str | None, typer.Option("--config", help="The runs' configuration: its backbone, gate and cache_dtype.")
@@ -268,12 +272,12 @@ def evaluate(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN")],
+    run: Annotated[str, typer.Argument(help="Run: a directory or a URI.", metavar="RUN")],
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write all of it to this file.")
     ] = None,
 ) -> None:
-    """Says how far a run is and what to do next, from its directory alone; also while it is being trained."""
+    """Says how far a run is and what to do next, from its files alone; also while it is being trained."""
     from ray_jobs.status import show_status
 
     show_status(run, json_file)
@@ -281,8 +285,8 @@ def status(
 
 @app.command()
 def compare(
-    run1: Annotated[Path, typer.Argument(help="Run directory.", metavar="RUN1")],
-    run2: Annotated[Path, typer.Argument(help="Run directory to compare with it; may be the same.", metavar="RUN2")],
+    run1: Annotated[str, typer.Argument(help="Run: a directory or a URI.", metavar="RUN1")],
+    run2: Annotated[str, typer.Argument(help="Run to compare with it; may be the same.", metavar="RUN2")],
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
     model1: Annotated[str | None, typer.Option("--model1", help="A part, or the system's name (default).")] = None,
     model2: Annotated[str | None, typer.Option("--model2", help="A part, or the system's name (default).")] = None,

@@ -15,12 +15,20 @@ from dsmip.errors import UserError
 from dsmip.files import write_json
 from dsmip.manifest import SPLITS
 from dsmip.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
+from dsmip.places import Location
 
 _PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
 
 
 def compare_runs(
-    run1: Path, run2: Path, *, split: str, model1: str | None, model2: str | None, seed: int, json_file: Path | None
+    run1: Location,
+    run2: Location,
+    *,
+    split: str,
+    model1: str | None,
+    model2: str | None,
+    seed: int,
+    json_file: Path | None,
 ) -> Comparison:
     """Prints the comparison, and writes it to `json_file` when one is given.
 
@@ -29,7 +37,7 @@ def compare_runs(
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
     first, second = read_evaluation(run1, split, model1), read_evaluation(run2, split, model2)
-    if (first.run.resolve(), first.model) == (second.run.resolve(), second.model):
+    if (first.run.location, first.model) == (second.run.location, second.model):
         raise UserError(f"both are {first}; give another RUN2, or --model1 and --model2")
     found = compare(first, second, torch.Generator().manual_seed(seed))
     if json_file is not None:
@@ -41,7 +49,7 @@ def compare_runs(
 
 def _made(evaluation: Evaluation) -> dict[str, Any]:
     """The data, seed and making of the run, as `run.json` has them."""
-    stamp: dict[str, Any] = json.loads((evaluation.run / "run.json").read_text(encoding="utf-8"))
+    stamp: dict[str, Any] = json.loads((evaluation.run.folder / "run.json").read_text(encoding="utf-8"))
     return {name: stamp.get(name) for name in ("data", "seed", "made")}
 
 

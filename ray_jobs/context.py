@@ -15,8 +15,9 @@ import torch
 
 from dsmip import distributed
 from dsmip.checkpoints import newest_sound, read_manifest
+from dsmip.places import Place
 from dsmip.watch import StepFigures, Watch
-from dsmip.watch_tools import PROGRESS, ProgressFile, Watched
+from dsmip.watch_tools import PROGRESS, ProgressFile, Sent, Watched
 from ray_jobs.gauges import Gauges
 from ray_jobs.progress import Event
 from ray_jobs.stalls import StallWatch, collect_stalled, stall_file
@@ -60,23 +61,23 @@ class StepEvents:
 class RayContext:
     """`dsmip.loop.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
 
-    events: an `EventQueue` actor. folder: of the files beside the checkpoints: `<name>.progress.json` for
+    events: an `EventQueue` actor. place: of the files beside the checkpoints: `<name>.progress.json` for
     `dsmip status`, and where each worker was when it was ended because it made no step for `stall_seconds`.
     Only rank 0 sends events and writes the progress; every worker has gauges.
     """
 
-    def __init__(self, watched: Watched, num_epochs: int, events: Any, folder: Path, stall_seconds: float) -> None:
+    def __init__(self, watched: Watched, num_epochs: int, events: Any, place: Place, stall_seconds: float) -> None:
         self.device: torch.device = ray.train.torch.get_device()
         context = ray.train.get_context()
         rank, num_workers = context.get_world_rank(), context.get_world_size()
         self._told = StepEvents(watched.name, num_epochs, events if rank == 0 else None)
-        progress = folder / f"{watched.name}.{PROGRESS}"
+        progress = place, f"{watched.name}.{PROGRESS}"
         self._watch = open_watch(
             watched, self.device, num_epochs, progress, self._told, rank=rank, num_workers=num_workers
         )
         self._restored = Path(tempfile.mkdtemp(prefix="dsmip-restored-"))
-        self._stalled = collect_stalled(folder, watched.name) if rank == 0 else []
-        self._stalls = StallWatch(stall_file(folder, watched.name, rank), stall_seconds)
+        self._stalled = collect_stalled(place.folder, watched.name) if rank == 0 else []
+        self._stalls = StallWatch(stall_file(place.folder, watched.name, rank), stall_seconds)
         self._next_notice = time.monotonic()
         set_threads()
 
@@ -165,7 +166,7 @@ def open_watch(
     watched: Watched,
     device: torch.device,
     num_epochs: int,
-    progress: Path,
+    progress: tuple[Place, str],
     told: StepEvents,
     *,
     rank: int = 0,
@@ -180,7 +181,10 @@ def open_watch(
         return Watch([gauges], device, told.warn)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     where = {"host": socket.gethostname(), "device": name, "workers": num_workers}
-    return Watch([ProgressFile(progress, num_epochs, where), gauges, *watched.writers()], device, told.warn)
+    place, file = progress
+    sent = [Sent(place, file), Sent(watched.place, watched.event_files)]
+    progress_file = ProgressFile(place.folder / file, num_epochs, where)
+    return Watch([progress_file, gauges, *watched.writers(), *sent], device, told.warn)
 
 
 def worker_device() -> torch.device:

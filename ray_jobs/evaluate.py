@@ -1,15 +1,15 @@
 """The job `dsmip evaluate`: exact ranking of one model on one split, in this process without Ray, or on Ray workers."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsmip.errors import UserError
+from dsmip.places import Location
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import model_names
-from dsmip.reports import Evaluated, evaluate_model
+from dsmip.reports import Evaluated, evaluate_model, evaluation_name
 from dsmip.runs import Run
 from ray_jobs.lines import ProgressLines
 
@@ -18,7 +18,7 @@ _SHOWN_OF_CANDIDATES = ("hits@1", "hits@5", "hits@20", "mrr")
 
 
 def evaluate_run(
-    folder: Path,
+    location: Location,
     split: str,
     model: str | None,
     device: str,
@@ -34,7 +34,7 @@ def evaluate_run(
     Raises UserError for an unknown model, split or device, a model that is not trained yet, or workers that the cluster
     can never give; JobFailed when a worker fails.
     """
-    run, place = Run.open(folder), named_device(device)
+    run, place = Run.open(location), named_device(device)
     model, workers = model or model_names(run.config)[0], min(workers, run.dataset.num_entities)
     with run.recorded("evaluate"):
         if workers > 1:
@@ -64,7 +64,7 @@ def evaluate_run(
         print(f"  nothing to prune: {model} has no token-level scores")
     if "candidates" in metrics:
         _print_candidates(metrics["candidates"])
-    print(f"  {evaluated.folder / 'metrics.json'}")
+    print(f"  {run.place}/{evaluation_name(split, model)}/metrics.json")
     return metrics
 
 

@@ -5,12 +5,10 @@ again keeps the finished pieces; the driver joins them, so that memory holds one
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.environment import connected
@@ -20,6 +18,7 @@ import ray
 import ray.data
 
 from dsmip.collate import PictureCollator
+from dsmip.data_files import DataFiles
 from dsmip.encoders.picture_networks import PictureNetwork, identity
 from dsmip.errors import UserError
 from dsmip.features import BATCH_SIZE
@@ -32,7 +31,7 @@ from dsmip.picture_features import (
     Pixels,
     Weights,
     features_file,
-    features_folder,
+    features_name,
     forget,
     network_hash,
     picture_rows,
@@ -52,11 +51,12 @@ from ray_jobs.resources import Request, WaitingLine, check_feasible
 
 PIECE_ITEMS = BATCH_SIZE  # as many as the gate encodes at once: the last bits depend on the size of a batch
 NAME = "picture features"
+_PIECES = "pieces-"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What each actor works from. `data`: the dataset directory."""
+    """What each actor works from. `data`: the dataset directory, or its URI."""
 
     data: str
     request: FeatureRequest
@@ -64,7 +64,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows start .. stop of a split or of the kb, and the file of their features."""
+    """Rows start .. stop of a split or of the kb, and the file of their features, below the data set."""
 
     part: str
     start: int
@@ -87,23 +87,28 @@ def compute_features(
     Raises UserError (weights not found or not fitting, more asked than the cluster can give) and JobFailed.
     """
     origin = _origin(dataset, request)
-    folder = features_folder(dataset, origin)
-    found = read_features(folder)
+    files, name = dataset.own, features_name(origin)
+    place = files.place(name)
+    found = read_features(files, name)
     if found and found.manifest.origin == origin:
-        display.say(f"{folder} is finished already")
+        display.say(f"{place} is finished already")
         return found
     started = time.monotonic()
-    forget(folder)
-    pieces = _pieces(dataset, folder, origin.data.sha256)
-    missing = [piece for piece in pieces if not Path(piece.file).is_file()]
+    forget(files, name)
+    pieces_name = f"{name}/{_PIECES}{origin.data.sha256[:16]}"
+    pieces = _pieces(dataset, pieces_name)
+    _drop_outdated(files, name, pieces_name)
+    there = {f"{pieces_name}/{each}" for each in files.children(pieces_name)}
+    missing = [piece for piece in pieces if piece.file not in there]
     if len(missing) < len(pieces):
         display.say(f"  {len(pieces) - len(missing)} of {len(pieces)} pieces are there already")
     if missing:
-        plan = Plan(str(dataset.folder.resolve()), request)
+        plan = Plan(dataset.location, request)
         with connected(verbose=verbose):
             _encode_on_ray(plan, missing, workers, device, display, verbose=verbose)
-    finished = _join(folder, origin, pieces)
-    display.say(f"{folder}: {_figures(finished)} in {time.monotonic() - started:.0f} s")
+    finished = _join(files, origin, pieces)
+    files.remove(pieces_name)
+    display.say(f"{place}: {_figures(finished)} in {time.monotonic() - started:.0f} s")
     return finished
 
 
@@ -128,18 +133,21 @@ def _origin(dataset: Dataset, request: FeatureRequest) -> Origin:
     )
 
 
-def _pieces(dataset: Dataset, folder: Path, data_hash: str) -> list[Piece]:
-    own = folder / f"pieces-{data_hash[:16]}"
-    for outdated in set(folder.glob("pieces-*")) - {own}:
-        shutil.rmtree(outdated)  # of data that was prepared anew
-    own.mkdir(parents=True, exist_ok=True)
+def _pieces(dataset: Dataset, name: str) -> list[Piece]:
     pieces = []
     for part in PARTS:
         total = dataset.num_entities if part == KB else dataset.num_mentions(part)
         for start in range(0, max(total, 1), PIECE_ITEMS):  # of an empty split, one empty piece
-            path = own.resolve() / f"{part}-{start:010d}.safetensors"
-            pieces.append(Piece(part, start, min(start + PIECE_ITEMS, total), str(path)))
+            file = f"{name}/{part}-{start:010d}.safetensors"
+            pieces.append(Piece(part, start, min(start + PIECE_ITEMS, total), file))
     return pieces
+
+
+def _drop_outdated(files: DataFiles, name: str, own: str) -> None:
+    """Pieces of data that was prepared anew."""
+    for each in files.children(name):
+        if each.startswith(_PIECES) and f"{name}/{each}" != own:
+            files.remove(f"{name}/{each}")
 
 
 def _encode_on_ray(
@@ -187,7 +195,7 @@ class _Encoder:
         set_threads()
         StepEvents(NAME, 1, events)
         self._request, self._device = plan.request, worker_device()
-        self._dataset = Dataset.open(Path(plan.data))
+        self._dataset = Dataset.open(plan.data)
         self._pictures = PictureCollator(plan.request.size)
         self._network: PictureNetwork = plan.request.choice.build(self._device)
 
@@ -213,23 +221,24 @@ class _Encoder:
 
         # as the gate's own encoder computes, to the last bit
         for table in map_alone(encode, [range(piece.start, piece.stop)], self._device):
-            table.save(Path(piece.file))
+            files = self._dataset.own
+            table.save(files.folder / piece.file)
+            files.send(piece.file)
 
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, str) else int(value)
 
 
-def _join(folder: Path, origin: Origin, pieces: Sequence[Piece]) -> PictureFeatures:
-    """The pieces become one table per split; the manifest comes last, and then the pieces go."""
+def _join(files: DataFiles, origin: Origin, pieces: Sequence[Piece]) -> PictureFeatures:
+    """The pieces become one table per split; the manifest comes last."""
     for part in PARTS:
-        with TableWriter(features_file(folder, part)) as writer:
+        with TableWriter(files.folder / features_file(features_name(origin), part)) as writer:
             for piece in pieces:
                 if piece.part == part:
-                    writer.append(Table.load(Path(piece.file)))
-    finished = write_manifest(folder, origin)
-    shutil.rmtree(Path(pieces[0].file).parent)
-    return finished
+                    with files.fresh(piece.file) as path:
+                        writer.append(Table.load(path))
+    return write_manifest(files, origin)
 
 
 def _quieten(verbose: bool) -> None:

@@ -13,7 +13,7 @@ from dsmip.shards import Dataset
 from ray_jobs.bars import plain_console, progress_bars
 
 
-def inspect_data(data: Path, *, html: Path | None, json_file: Path | None, pictures: bool, workers: int) -> Inspection:
+def inspect_data(data: str, *, html: Path | None, json_file: Path | None, pictures: bool, workers: int) -> Inspection:
     """Prints the tables; also writes the page to `html` and the figures to `json_file` when they are given.
 
     Raises UserError for what is no dataset, or a damaged one.

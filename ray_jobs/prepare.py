@@ -1,5 +1,6 @@
 """The job `dsmip prepare`: a raw release becomes a dataset directory, in processes of this machine or on Ray."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import yaml
+from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from data_prep.build import PICTURES, SHARD_BYTES, Progress, prepare
@@ -23,7 +25,9 @@ from dsmip.errors import UserError
 from dsmip.files import sha256_file
 from dsmip.manifest import MANIFEST_FILE, Manifest, PictureSettings
 from dsmip.provenance import write_record
+from dsmip.remote import cache_folder, local_path
 from dsmip.shards import Dataset
+from dsmip.uploads import published_manifest, upload_dataset
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,64 @@ class BuildOptions:
     on_ray: bool = False
 
 
-def prepare_release(release: Release, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
-    """Builds `out` from a release, and records how. Raises UserError for a wrong release or folder."""
-    started, before = datetime.now(UTC), _manifest_sha256(out)
+Published = tuple[str, Manifest] | None
+
+
+def prepare_release(release: Release, out: str | Path, options: BuildOptions, progress: Progress) -> Manifest:
+    """Builds `out`, a folder or a URI, from a release. Raises UserError for a wrong release or place."""
+    return _built(out, progress, lambda folder, published: _build(release, folder, options, progress, published))
+
+
+def prepare_demo(config: DemoConfig, out: str | Path, options: BuildOptions, progress: Progress) -> Manifest:
+    """Draws the demo release beside `out` (of a URI: on this node), builds `out` from it and removes the release."""
+    pictures = options.pictures.model_copy(update={"size": config.picture_size})
+    options = replace(options, name=options.name or f"demo-{config.seed}", pictures=pictures, seed=config.seed)
+
+    def build(out: Path, published: Published) -> Manifest:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.absolute().parent, prefix=".release-") as folder:
+            release = Path(folder) / f"demo-{config.seed}"
+            write_demo_release(config, release, lambda done, total: progress("pictures", done, total))
+            return _build(MimicRelease(release), out, options, progress, published)
+
+    return _built(out, progress, build)
+
+
+def _built(out: str | Path, progress: Progress, build: Callable[[Path, Published], Manifest]) -> Manifest:
+    """Builds in the folder `out` and records how, or builds on this node and uploads.
+
+    The arguments of `build`: where, and what is published.
+    """
+    folder = local_path(out)
+    if folder is not None:
+        started, before = datetime.now(UTC), _manifest_sha256(folder)
+        manifest = build(folder, None)
+        if (made := _manifest_sha256(folder)) != before:  # or it was kept as it is
+            write_record(folder, "prepare", started, data_sha256=made)
+        return manifest
+    uri = str(out).rstrip("/")
+    published = published_manifest(uri)
+    work = cache_folder() / "prepare" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work.with_suffix(".lock"), blocking=False):
+            manifest = build(work / "data", (uri, published) if published else None)
+            if published is None:
+                upload_dataset(work / "data", uri, work / "uploaded.json", progress)
+            shutil.rmtree(work, ignore_errors=True)
+    except Timeout as error:
+        raise UserError(f"{uri}: is being prepared by another process; wait for it or choose another place") from error
+    return manifest
+
+
+def _manifest_sha256(data: Path) -> str | None:
+    path = data / MANIFEST_FILE
+    return sha256_file(path) if path.is_file() else None
+
+
+def _build(release: Release, out: Path, options: BuildOptions, progress: Progress, published: Published) -> Manifest:
     with _runner(options) as run:
-        manifest = prepare(
+        return prepare(
             release,
             out,
             name=options.name or Path(os.path.abspath(release.folder)).name,
@@ -53,33 +110,16 @@ def prepare_release(release: Release, out: Path, options: BuildOptions, progress
             seed=options.seed,
             run=run,
             progress=progress,
+            published=published,
         )
-    if (made := _manifest_sha256(out)) != before:  # or it was kept as it is
-        write_record(out, "prepare", started, data_sha256=made)
-    return manifest
 
 
-def _manifest_sha256(data: Path) -> str | None:
-    path = data / MANIFEST_FILE
-    return sha256_file(path) if path.is_file() else None
-
-
-def prepare_demo(config: DemoConfig, out: Path, options: BuildOptions, progress: Progress) -> Manifest:
-    """Draws the demo release beside `out`, builds `out` from it and removes the release."""
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.absolute().parent, prefix=".release-") as folder:
-        release = Path(folder) / f"demo-{config.seed}"
-        write_demo_release(config, release, lambda done, total: progress("pictures", done, total))
-        pictures = options.pictures.model_copy(update={"size": config.picture_size})
-        options = replace(options, name=options.name or release.name, pictures=pictures, seed=config.seed)
-        return prepare_release(MimicRelease(release), out, options, progress)
-
-
-def prepare_view(base: Path, out: Path, fraction: float, seed: int) -> Dataset:
-    """Makes a view of a dataset directory. Raises UserError for a wrong fraction or folder."""
+def prepare_view(base: str, out: str, fraction: float, seed: int) -> Dataset:
+    """Makes a view of a dataset. Raises UserError for a wrong fraction or place."""
     if not 0 < fraction <= 1:
         raise UserError(f"--train-fraction {fraction:g}: must be above 0 and at most 1")
-    if base.is_dir() and not (base / MANIFEST_FILE).is_file():
+    folder = local_path(base)
+    if folder is not None and folder.is_dir() and not (folder / MANIFEST_FILE).is_file():
         raise UserError(
             f"{base}: --train-fraction takes a dataset directory; prepare the release without it, then a view of that"
         )

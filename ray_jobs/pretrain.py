@@ -48,7 +48,7 @@ def pretrain_backbone(
     training = Training(
         name="backbone",
         loop=_loop,
-        settings={"config": config.to_yaml(), "data": str(dataset.folder.resolve()), "out": str(out), "stamp": stamp},
+        settings={"config": config.to_yaml(), "data": dataset.location, "out": str(out), "stamp": stamp},
         num_epochs=config.pretrain.epochs,
         storage=work,
         plan=config.pretrain,
@@ -64,7 +64,7 @@ def pretrain_backbone(
 
 def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
     config = read_config(settings["config"])
-    dataset = Dataset.open(Path(settings["data"]))
+    dataset = Dataset.open(settings["data"])
     backbone = Backbone.build(config.backbone.architecture, config.backbone.pretrained, seed=config.seed)
     tokenizer = Tokenizer(config.backbone.architecture)
     pairs = PairSource(dataset, tokenizer, _template(config), backbone.image_size, config.pretrain, config.seed)

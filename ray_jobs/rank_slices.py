@@ -1,7 +1,7 @@
 """Ranking on several Ray workers, each with its own slice of the kb. A lost worker's slice is ranked again.
 
 Two rounds: the golds' scores, which every slice needs, and the counts against them. Slices are read from the index in
-the run's folder, which all nodes must share.
+the run; of a run in an object store every node has a copy of the whole index.
 """
 
 from typing import Any

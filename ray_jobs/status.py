@@ -1,4 +1,4 @@
-"""The command `dsmip status`: a run's state as a table, from its directory alone. It needs no Ray."""
+"""The command `dsmip status`: a run's state as a table, from its files alone. It needs no Ray."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,15 +7,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dsmip.files import write_json
+from dsmip.places import Location
 from dsmip.status import Progress, Status, read_status
 
 _SHOWN = ("loss", "mrr", "hits_at_1", "samples_per_second", "data_wait_share")
 _PLAIN_WIDTH = 140  # of tables that go to a file or a pipe
 
 
-def show_status(folder: Path, json_file: Path | None = None) -> Status:
-    """Prints the state of a run and, with `json_file`, writes all of it there. UserError when `folder` is no run."""
-    status = read_status(folder.resolve())
+def show_status(location: Location, json_file: Path | None = None) -> Status:
+    """Prints the state of a run and, with `json_file`, writes all of it there. UserError when there is no run."""
+    status = read_status(location)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=_PLAIN_WIDTH)

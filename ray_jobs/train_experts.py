@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.environment import connected
 
 # isort: split
 from dsmip.config import ExperimentConfig
+from dsmip.places import Location
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import train_part
@@ -20,15 +20,15 @@ from ray_jobs.trainings import Training, run_trainings
 
 
 def train_experts(
-    config: ExperimentConfig, dataset: Dataset, folder: Path, display: Display, *, verbose: bool = False
+    config: ExperimentConfig, dataset: Dataset, location: Location, display: Display, *, verbose: bool = False
 ) -> Run:
-    """Trains all parts that are not finished yet into the run `folder`; run again it resumes.
+    """Trains all parts that are not finished yet into the run at `location`; run again it resumes.
 
-    Raises UserError (the folder belongs to something else, or the cluster can never run a part) and JobFailed
+    Raises UserError (the run belongs to something else, or the cluster can never run a part) and JobFailed
     after all other parts have ended.
     """
     check_tools(config.watch)
-    run = Run.create(folder.resolve(), config, dataset)
+    run = Run.create(location, config, dataset)
     with run.recorded("train"):
         train_parts(run, [(run, part) for part in run.part_names], display, verbose=verbose)
     return run
@@ -47,9 +47,10 @@ def train_parts(root: Run, parts: Sequence[tuple[Run, str]], display: Display, *
     started = time.monotonic()
     with connected(verbose=verbose):
         run_trainings(trainings, display)
+    root.place.refresh()
     for home, part in parts:
         display.say(f"  {part}: {_figures(home, part)}")
-    display.say(f"  trained in {time.monotonic() - started:.0f} s; run: {root.folder}")
+    display.say(f"  trained in {time.monotonic() - started:.0f} s; run: {root.place}")
 
 
 def _training(root: Run, home: Run, part: str) -> Training:
@@ -58,16 +59,16 @@ def _training(root: Run, home: Run, part: str) -> Training:
     return Training(
         name=name,
         loop=_loop,
-        settings={"root": str(root.folder), "config": home.config.to_yaml(), "part": part},
+        settings={"root": root.place.location, "config": home.config.to_yaml(), "part": part},
         num_epochs=home.config.train_of(part).epochs,
-        storage=home.training_folder,
+        storage=home.trainings,
         plan=plan,
-        watched=Watched(root.folder, name, home.config.watch, home.config.model_dump(mode="json")),
+        watched=Watched(root.place, name, home.config.watch, home.config.model_dump(mode="json")),
     )
 
 
 def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
-    root = Run.open(Path(settings["root"]))
+    root = Run.open(settings["root"])
     home = root.home(settings["part"], read_config(settings["config"]))
     train_part(home, settings["part"], context)
 

@@ -4,7 +4,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.environment import starts_own_cluster  # first: Ray reads its variables when it is imported
@@ -23,8 +22,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from dsmip import distributed
 from dsmip.checkpoints import KEPT
 from dsmip.errors import UserError
-from dsmip.files import write_text
 from dsmip.loop import Left
+from dsmip.places import Location, Place, place_of
 from dsmip.running import Running
 from dsmip.watch_tools import Watched
 from ray_jobs.context import RayContext
@@ -42,16 +41,20 @@ class Training:
     """One Ray Train run. `loop` is called in every worker with its context and `settings`.
 
     The same name and storage again resumes the run. `watched` without tools, the default, still keeps the progress
-    file beside the checkpoints.
+    file beside the checkpoints. storage: where the checkpoints go.
     """
 
     name: str
     loop: Loop
     settings: Mapping[str, Any]
     num_epochs: int
-    storage: Path
+    storage: Location
     plan: Running = field(default_factory=Running)
     watched: Watched | None = None
+
+    @property
+    def place(self) -> Place:
+        return place_of(self.storage)
 
     @property
     def request(self) -> Request:
@@ -71,27 +74,29 @@ def run_trainings(trainings: Sequence[Training], display: Display) -> None:
     check_feasible([training.request for training in trainings])
     events = start_event_queue()
     failures: dict[str, Failure] = {}
-    storage = {training.name: training.storage for training in trainings}
+    places = {training.name: training.place for training in trainings}
     waiting = WaitingLine({training.name: training.request for training in trainings}, display.say)
     with display:
         calls = {training.name: partial(_fit, training, events) for training in trainings}
         for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
             if failure := call.result():
                 failures[name] = failure
-                display.say(
-                    f"  {name}: failed: {failure.message}{_traced(failure, storage[name] / f'{name}.error.txt')}"
-                )
+                traced = _traced(failure, places[name], f"{name}.error.txt")
+                display.say(f"  {name}: failed: {failure.message}{traced}")
     if failures:
         exit_code = 2 if all(failure.user_error for failure in failures.values()) else 1
         raise JobFailed(f"failed: {', '.join(failures)}; run the same command again to resume", exit_code)
 
 
-def _traced(failure: Failure, log: Path) -> str:
+def _traced(failure: Failure, place: Place, name: str) -> str:
     """Writes a failure's traceback, if it has one, and says where it is."""
     if not failure.trace:
         return ""
-    write_text(log, failure.trace)
-    return f" (see {log})"
+    try:
+        place.write_text(name, failure.trace)
+    except UserError:  # a store that is away: what the training failed of
+        return ""
+    return f" (see {place}/{name})"
 
 
 class _Trainer(DataParallelTrainer):
@@ -112,6 +117,7 @@ def _fit(training: Training, events: Any) -> Failure | None:
     Ray's controller process unpickles backend and loop configuration, but not the loop. So the loop carries its
     arguments, and a lone worker has no process group: the controller then need not import torch (6 s, 0.3 GB).
     """
+    path, file_system = training.place.storage()
     plan, workers = training.plan, training.plan.workers
     asked = {"CPU": plan.resources.cpu, "GPU": plan.resources.gpu}
     loop: Any = partial(_guarded_loop, training, events)  # Ray's annotation does not know that it may return a value
@@ -129,7 +135,8 @@ def _fit(training: Training, events: Any) -> Failure | None:
         ),
         run_config=RunConfig(
             name=training.name,
-            storage_path=str(training.storage),
+            storage_path=path,
+            storage_filesystem=file_system,
             failure_config=FailureConfig(max_failures=plan.restarts),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
         ),
@@ -155,7 +162,7 @@ def _guarded_loop(training: Training, events: Any) -> Failure | None:
         return noted
     try:
         watched = training.watched or Watched(training.storage, training.name)
-        with RayContext(watched, training.num_epochs, events, training.storage, training.stall_seconds) as context:
+        with RayContext(watched, training.num_epochs, events, training.place, training.stall_seconds) as context:
             try:
                 training.loop(context, training.settings)
             except Left:

@@ -1,8 +1,10 @@
 """One trial of a sweep: the gated system trained on shared feature tables, in a process of Ray Tune."""
 
 import json
+import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,42 +16,65 @@ from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.features import load_features, whole_features
-from dsmip.files import write_json, write_text
 from dsmip.local import LocalContext
 from dsmip.manifest import KB
 from dsmip.part_features import PartFeatures
-from dsmip.runs import Run, own_weights
+from dsmip.places import Place, place_of
+from dsmip.runs import WEIGHTS, Run, own_weights
 from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole
 from dsmip.table import Table
 from dsmip.watch import StepFigures
-from dsmip.watch_tools import PROGRESS, Watched
+from dsmip.watch_tools import PROGRESS, SEND_SECONDS, Watched
 from ray_jobs.context import StepEvents, open_watch, set_threads, worker_device
 from ray_jobs.settings import read_config
 
 SPLITS = ("train", "validation", KB)
-FeaturePaths = Mapping[str, Mapping[str, Sequence[str]]]
+RESULT = "result.json"
+_CHECKPOINTS = "checkpoints"
 _GPU_SHARE = 0.5  # of the free memory: tables up to this size are moved there whole
 
 
 @dataclass(frozen=True)
+class PartTables:
+    """The files of a part's feature tables: by split, as names below the run, and below the data set beside its shards.
+
+    num_bytes: by name. beside: the folder of the latter.
+    """
+
+    cached: Mapping[str, str]
+    stored: Mapping[str, Sequence[str]]
+    num_bytes: Mapping[str, int]
+    beside: str | None
+
+
+@dataclass(frozen=True)
 class TrialTask:
-    """A trial to bring up to `stop_epoch`. `features` are the tables' files by part and split; `folder` is its own."""
+    """A trial to bring up to `stop_epoch`. root: the run's location; features: by part."""
 
     number: int
     root: str
     config: str
-    folder: str
     stop_epoch: int
-    features: FeaturePaths
+    features: Mapping[str, PartTables]
+
+    @property
+    def place(self) -> Place:
+        """The trial's own."""
+        return place_of(self.root) / trial_name(self.number)
 
 
-def cache_features(root: str, config: str, part: str, name: str, events: Any) -> dict[str, list[str]]:
-    """Computes what a part's encoder says of the splits that trials need; returns the tables' files by split.
+def trial_name(number: int) -> str:
+    """Where a trial's files are, below the run."""
+    return f"tune/trials/{number}"
+
+
+def cache_features(root: str, config: str, part: str, name: str, events: Any) -> PartTables:
+    """Computes what a part's encoder says of the splits that trials need.
 
     Progress goes to `events` under `name`.
     """
     set_threads()
-    run = Run.open(Path(root))
+    run = Run.open(root)
     told = StepEvents(name, 1, events)
     total = run.dataset.num_entities + sum(run.dataset.num_mentions(split) for split in SPLITS if split != KB)
     done_of: dict[str, int] = {}
@@ -60,17 +85,26 @@ def cache_features(root: str, config: str, part: str, name: str, events: Any) ->
 
     settings, device = read_config(config), worker_device()
     features = PartFeatures(run.home(part, settings), part, settings)
-    return {split: [str(path.resolve()) for path in features.files(split, device, count)] for split in SPLITS}
+    files = {split: features.files(split, device, count) for split in SPLITS}
+    cached = {split: _name(paths[0], run.folder) for split, paths in files.items()}
+    stored = {split: [_name(path, run.dataset.folder) for path in paths[1:]] for split, paths in files.items()}
+    sizes = {_name(path, run.folder): path.stat().st_size for paths in files.values() for path in paths}
+    return PartTables(cached, stored, sizes, str(features.beside) if features.beside else None)
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
 def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
     """Trains from the trial's own checkpoint to `stop_epoch`, writes weights, then `result.json`, which is returned."""
     set_threads()
-    run, config = Run.open(Path(task.root)), read_config(task.config)
-    settings, folder, device = config.tune_train(), Path(task.folder), worker_device()
-    tables = _load_tables(json.dumps(task.features), run.system.feature_parts(config.system), str(device))
+    run, config = Run.open(task.root), read_config(task.config)
+    settings, place, device = config.tune_train(), task.place, worker_device()
+    paths = {part: _files_here(run, config, part, task.features[part]) for part in task.features}
+    tables = _load_tables(json.dumps(paths), run.system.feature_parts(config.system), str(device))
     matcher = start_whole(run, config).to(device)
-    with TrialContext(task, run.folder, config, settings.epochs, events, device) as context:
+    with TrialContext(task, run.place, config, settings.epochs, events, device) as context:
         result = train_whole(
             matcher,
             stage_two_split(run, tables["train"]),
@@ -81,38 +115,71 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
             seed=config.seed,
             stop_epoch=task.stop_epoch,
         )
-    save_weights(folder / "weights.safetensors", own_weights(matcher))
+    with place.atomic(WEIGHTS) as temporary:
+        save_weights(temporary, own_weights(matcher))
     report = {"epochs": task.stop_epoch, "best": result.best, "history": result.history}
-    write_json(folder / "result.json", report)
+    place.write_json(RESULT, report)
     return report
+
+
+def _files_here(run: Run, config: ExperimentConfig, part: str, tables: PartTables) -> dict[str, list[str]]:
+    """A part's files by split on this node, which need not be the one that computed them."""
+    files = {}
+    for split in SPLITS:
+        cached = run.folder / tables.cached[split]
+        if not cached.is_file():
+            run.place.pull(tables.cached[split])
+        stored = [run.dataset.folder / name for name in tables.stored[split]]
+        if not all(path.is_file() for path in stored):
+            stored = PartFeatures(run.home(part, config), part, config).files_beside(split)
+        files[split] = [str(path.resolve()) for path in (cached, *stored)]
+    return files
 
 
 class TrialContext(LocalContext):
     """A trial's outside world: checkpoints in its own folder, events for the driver, and its watch."""
 
     def __init__(
-        self, task: TrialTask, run: Path, config: ExperimentConfig, num_epochs: int, events: Any, device: torch.device
+        self, task: TrialTask, run: Place, config: ExperimentConfig, num_epochs: int, events: Any, device: torch.device
     ) -> None:
-        folder, name = Path(task.folder), f"trial {task.number}"
+        name = f"trial {task.number}"
         self._told = StepEvents(name, num_epochs, events)
-        super().__init__(folder / "checkpoints", device, warn=self._told.warn)
+        self._place, self._sent = task.place, time.monotonic()
+        super().__init__(self._place.folder / _CHECKPOINTS, device, warn=self._told.warn)
         watched = Watched(run, name, config.watch, config.model_dump(mode="json"))
-        self._watch = open_watch(watched, device, num_epochs, folder / PROGRESS, self._told)
+        self._watch = open_watch(watched, device, num_epochs, (self._place, PROGRESS), self._told)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._watch.close("failed" if kind else "finished")
+        if kind is None:
+            self._place.replace(_CHECKPOINTS)
+
+    def restore(self) -> Path | None:
+        self._place.pull(_CHECKPOINTS)
+        return super().restore()
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         self._told.step_done(epoch, step, num_steps)
         self._watch.step_done(epoch, step, num_steps, figures)
 
+    def step_saved(self, epoch: int, step: int, checkpoint: Path | None) -> None:
+        super().step_saved(epoch, step, checkpoint)
+        self._send()
+
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         super().epoch_done(metrics, checkpoint)
+        self._send()
         self._told.epoch_done(metrics)
         self._watch.epoch_done(metrics)
+
+    def _send(self) -> None:
+        """Not after every epoch, which may take less than a second."""
+        if time.monotonic() - self._sent >= SEND_SECONDS:
+            self._place.replace(_CHECKPOINTS)
+            self._sent = time.monotonic()
 
 
 def guarded_trial(task: TrialTask, events: Any) -> dict[str, Any]:
@@ -122,15 +189,16 @@ def guarded_trial(task: TrialTask, events: Any) -> dict[str, Any]:
     except UserError as error:
         return {"failure": str(error), "user_error": True}
     except Exception as error:
-        log = Path(task.folder) / "error.txt"
-        write_text(log, traceback.format_exc())
-        return {"failure": f"{type(error).__name__}: {error} (see {log})", "user_error": False}
+        trace = traceback.format_exc()
+        with suppress(UserError):
+            task.place.write_text("error.txt", trace)
+        return {"failure": f"{type(error).__name__}: {error} (see {task.place}/error.txt)", "user_error": False}
 
 
 @lru_cache(maxsize=2)
 def _load_tables(features: str, parts: tuple[str, ...], device: str) -> dict[str, Table]:
     """The whole system's tables by split, memory-mapped; on a GPU they are moved there when they fit."""
-    paths: FeaturePaths = json.loads(features)
+    paths: dict[str, dict[str, list[str]]] = json.loads(features)
     tables = {
         split: whole_features({part: load_features(map(Path, paths[part][split])) for part in parts}, parts)
         for split in SPLITS

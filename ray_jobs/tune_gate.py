@@ -7,10 +7,11 @@ import hashlib
 import json
 import shutil
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray_jobs.environment import connected
@@ -21,19 +22,17 @@ from ray import tune
 
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.files import atomic_path, write_json, write_text
 from dsmip.running import Resources
-from dsmip.runs import Run, first_difference
+from dsmip.runs import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.watch_tools import check_tools
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible
 from ray_jobs.search import Trial, draw_trials, survivors
 from ray_jobs.train_experts import train_parts
-from ray_jobs.trial import FeaturePaths, TrialTask, cache_features, guarded_trial
+from ray_jobs.trial import RESULT, PartTables, TrialTask, cache_features, guarded_trial, trial_name
 
-TableFiles = dict[str, list[str]]
-"""Files of one part's features by split."""
+_CLAIM = "tune/sweep.json"
 _LOST_TRIALS = 2  # how many times a trial restarts from its checkpoint after its process was lost
 
 
@@ -81,12 +80,12 @@ def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
     """Hash of what the sweep is. UserError when the run holds another sweep."""
     text = json.dumps([seed, *(trial.config.model_copy(update={"watch": ()}).to_yaml() for trial in trials)])
     stamp = hashlib.sha256(text.encode()).hexdigest()
-    path = _claim_path(run)
+    path = run.folder / _CLAIM
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["sha256"] != stamp:
             raise UserError(
-                f"{path.parent} holds another sweep (seed {found['seed']}, {len(found['trials'])} trials, or other "
+                f"{run.place}/tune holds another sweep (seed {found['seed']}, {len(found['trials'])} trials, or other "
                 "settings); repeat that one to resume it, or delete the folder to start anew"
             )
     return stamp
@@ -94,11 +93,7 @@ def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
 
 def _claim_folder(run: Run, trials: Sequence[Trial], seed: int, stamp: str) -> None:
     shown = {str(trial.number): dict(trial.changes) for trial in trials}
-    write_json(_claim_path(run), {"sha256": stamp, "seed": seed, "trials": shown})
-
-
-def _claim_path(run: Run) -> Path:
-    return run.folder / "tune" / "sweep.json"
+    run.place.write_json(_CLAIM, {"sha256": stamp, "seed": seed, "trials": shown})
 
 
 def _used_parts(run: Run, trials: Sequence[Trial]) -> list[tuple[Run, str]]:
@@ -107,7 +102,7 @@ def _used_parts(run: Run, trials: Sequence[Trial]) -> list[tuple[Run, str]]:
     for trial in trials:
         for part in run.system.feature_parts(trial.config.system):
             home = run.home(part, trial.config)
-            used.setdefault((str(home.folder), part), (home, part))
+            used.setdefault((home.place.location, part), (home, part))
     return list(used.values())
 
 
@@ -125,8 +120,8 @@ def _train_variants(run: Run, trials: Sequence[Trial], display: Display, *, verb
         train_parts(run, variants, display, verbose=verbose)
 
 
-def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> dict[tuple[str, str], TableFiles]:
-    """Computes all feature tables before the trials start; returns their files by (home, part) and split."""
+def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> dict[tuple[str, str], PartTables]:
+    """Computes all feature tables before the trials start; returns their files by (home's location, part)."""
     resources = trials[0].config.tune.resources
     remote = ray.remote(max_retries=0, num_cpus=resources.cpu, num_gpus=resources.gpu)(cache_features)
     used = {
@@ -135,10 +130,10 @@ def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> 
     }
     events = start_event_queue()
 
-    def compute(name: str) -> TableFiles:
+    def compute(name: str) -> PartTables:
         home, part = used[name]
-        files: TableFiles = ray.get(remote.remote(str(run.folder), home.config.to_yaml(), part, name, events))
-        return files
+        tables: PartTables = ray.get(remote.remote(run.place.location, home.config.to_yaml(), part, name, events))
+        return tables
 
     features = {}
     waiting = WaitingLine({name: _request(name, resources) for name in used}, display.say)
@@ -146,17 +141,16 @@ def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> 
         calls = {name: partial(compute, name) for name in used}
         for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
             home, part = used[name]
-            features[str(home.folder), part] = _outcome(name, call)
-    paths = {Path(path) for files in features.values() for of_split in files.values() for path in of_split}
-    num_bytes = sum(path.stat().st_size for path in paths)
-    beside_the_shards = run.dataset.folder.resolve() / "features"
-    for folder in sorted({path.parent for path in paths if path.parent.parent == beside_the_shards}):
+            features[home.place.location, part] = _outcome(name, call)
+    sizes = {name: size for tables in features.values() for name, size in tables.num_bytes.items()}
+    num_bytes = sum(sizes.values())
+    for folder in sorted({tables.beside for tables in features.values() if tables.beside}):
         display.say(f"  the gate reads {folder}")
     display.say(f"  feature tables of {len(used)} encoders: {num_bytes / 2**20:.0f} MiB, shared by all trials")
     return features
 
 
-def _outcome(name: str, call: "Future[TableFiles]") -> TableFiles:
+def _outcome(name: str, call: "Future[PartTables]") -> PartTables:
     """What a task returned; its UserError, or JobFailed for any other end."""
     try:
         return call.result()
@@ -169,19 +163,20 @@ def _outcome(name: str, call: "Future[TableFiles]") -> TableFiles:
 
 
 def _halve(
-    run: Run, trials: Sequence[Trial], features: Mapping[tuple[str, str], TableFiles], display: Display
+    run: Run, trials: Sequence[Trial], features: Mapping[tuple[str, str], PartTables], display: Display
 ) -> dict[int, float]:
     """Runs rung after rung; returns the last rung's validation MRR by trial number."""
     plan = trials[0].config.tune
     results: dict[int, float] = {}
     numbers = [trial.number for trial in trials]
     for rung, epochs in enumerate(plan.rungs):
-        path = run.folder / "tune" / f"rung-{rung}.json"
-        if not path.is_file():
+        name = f"tune/rung-{rung}.json"
+        if not (run.folder / name).is_file():
             tasks = {n: _task(run, trials[n], epochs, features) for n in numbers}
             outcome = _run_rung(run, rung, tasks, plan.resources, display)
-            write_json(path, {"epochs": epochs, **outcome, "survivors": survivors(outcome["mrr"], plan.reduction)})
-        stored = json.loads(path.read_text(encoding="utf-8"))
+            left = survivors(outcome["mrr"], plan.reduction)
+            run.place.write_json(name, {"epochs": epochs, **outcome, "survivors": left})
+        stored = json.loads((run.folder / name).read_text(encoding="utf-8"))
         results = {int(number): mrr for number, mrr in stored["mrr"].items()}
         for number, message in stored["failed"].items():
             display.say(f"  trial {number}: failed: {message}")
@@ -191,19 +186,19 @@ def _halve(
     return results
 
 
-def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str], TableFiles]) -> TrialTask:
+def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str], PartTables]) -> TrialTask:
     parts = run.system.feature_parts(trial.config.system)
-    tables: FeaturePaths = {part: features[str(run.home(part, trial.config).folder), part] for part in parts}
-    folder = run.folder / "tune" / "trials" / str(trial.number)
-    return TrialTask(trial.number, str(run.folder), trial.config.to_yaml(), str(folder), epochs, tables)
+    tables = {part: features[run.home(part, trial.config).place.location, part] for part in parts}
+    return TrialTask(trial.number, run.place.location, trial.config.to_yaml(), epochs, tables)
 
 
 def _run_rung(
     run: Run, rung: int, tasks: Mapping[int, TrialTask], resources: Resources, display: Display
 ) -> dict[str, Any]:
     """One Ray Tune run over the given trials; returns `mrr` and `failed` messages by trial number."""
-    storage = run.folder / "tune" / "ray"
-    shutil.rmtree(storage / f"rung-{rung}", ignore_errors=True)  # of an interrupted sweep: trials have own checkpoints
+    storage = run.place / "tune/ray"
+    storage.delete(f"rung-{rung}")  # of an interrupted sweep: trials have own checkpoints
+    path, file_system = storage.storage()
     events = start_event_queue()
     trainable = tune.with_parameters(_trainable, tasks=dict(tasks), events=events)
     tuner = tune.Tuner(
@@ -212,7 +207,8 @@ def _run_rung(
         tune_config=tune.TuneConfig(reuse_actors=True),
         run_config=tune.RunConfig(
             name=f"rung-{rung}",
-            storage_path=str(storage),
+            storage_path=path,
+            storage_filesystem=file_system,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=_LOST_TRIALS),
         ),
@@ -223,8 +219,21 @@ def _run_rung(
         for _, call in run_watched(
             {"rung": tuner.fit}, events, display, lambda _: waiting(set() if names & display.started else names)
         ):
-            grid: Any = call.result()
+            try:
+                grid: Any = call.result()
+            except Exception as error:  # a store that is away comes as whatever its client raises
+                raise _stopped(run, rung, error) from error
     return _collect(grid, tasks)
+
+
+def _stopped(run: Run, rung: int, error: Exception) -> JobFailed:
+    """Tune itself failed, not a trial."""
+    log, seen = f"tune/rung-{rung}.error.txt", ""
+    with suppress(UserError):
+        run.place.write_text(log, "".join(traceback.format_exception(error)))
+        seen = f" (see {run.place}/{log})"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return JobFailed(f"rung {rung + 1} stopped: {reason}{seen}; run the same command again to resume", 1)
 
 
 def _collect(grid: Iterable[Any], numbers: Iterable[int]) -> dict[str, Any]:
@@ -251,16 +260,16 @@ def _trainable(config: dict[str, int], tasks: Mapping[int, TrialTask], events: A
 def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float], stamp: str) -> dict[str, Any]:
     """Copies the best trial into the run as the whole system; part.json comes last."""
     best = min(results, key=lambda number: (-results[number], number))
-    source, target = run.folder / "tune" / "trials" / str(best), run.folder / run.system.name
-    result = json.loads((source / "result.json").read_text(encoding="utf-8"))
-    target.mkdir(exist_ok=True)
-    (target / "part.json").unlink(missing_ok=True)  # of an earlier sweep: its weights are about to go
-    with atomic_path(target / "weights.safetensors") as temporary:
-        shutil.copyfile(source / "weights.safetensors", temporary)
-    write_text(target / "config.yaml", trials[best].config.to_yaml())
+    source, target = run.place / trial_name(best), run.place / run.system.name
+    source.pull(RESULT, WEIGHTS)
+    result = json.loads((source.folder / RESULT).read_text(encoding="utf-8"))
+    target.delete(PART)  # of an earlier sweep: its weights are about to go
+    with target.atomic(WEIGHTS) as temporary:
+        shutil.copyfile(source.folder / WEIGHTS, temporary)
+    target.write_text(CONFIG, trials[best].config.to_yaml())
     changes = dict(trials[best].changes)
     report = {**result, "trial": best, "changes": changes, "mrr": dict(results), "sweep": stamp}
-    write_json(target / "part.json", report)
+    target.write_json(PART, report)
     return run.part_report(run.system.name)
 
 

@@ -1,14 +1,14 @@
 """The job `dsmip verify`: every file of a dataset against its manifest. Knows no Ray."""
 
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from dsmip.files import write_json
 from dsmip.verification import Verification, verify_dataset
 from ray_jobs.bars import progress_bars
 
 
-def verify_data(data: Path, *, json_file: Path | None, workers: int) -> Verification:
+def verify_data(data: str, *, json_file: Path | None, workers: int) -> Verification:
     """Prints what is wrong, or that nothing is; also writes it to `json_file` when one is given.
 
     Raises UserError when there is no manifest to compare with.
@@ -16,7 +16,7 @@ def verify_data(data: Path, *, json_file: Path | None, workers: int) -> Verifica
     with progress_bars() as progress:
         found = verify_dataset(data, workers=workers, progress=progress)
     if json_file is not None:
-        write_json(json_file, {"data": data.name, "ok": found.ok, **asdict(found)})
+        write_json(json_file, {"data": PurePath(data).name, "ok": found.ok, **asdict(found)})
     for problem in found.problems:
         print(problem)
     if found.num_problems > len(found.problems):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from object_store import ObjectStore, free_port, running_store, variables
 from small_release import picture, write_release
 
 from data_prep.build import prepare
@@ -92,6 +94,35 @@ def run(small_data: Dataset, small_config: ExperimentConfig, tmp_path_factory: p
             made.save_part(name, made.system.build_part(name, small_config, with_encoder=True), {})
         made.save_part("dsmip", made.system.build_whole(small_config), {})
     return made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def store_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of the tests' object store, its clients' variables, and a cache folder of the tests' own.
+
+    Set before anything starts, as Ray's workers inherit them; the server itself starts when a test asks for it.
+    """
+    folder = tmp_path_factory.mktemp("store")
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        for name, value in {**variables(port, folder), "DSMIP_CACHE": str(folder / "cache")}.items():
+            patch.setenv(name, value)
+        yield port
+
+
+@pytest.fixture(scope="session")
+def object_store(store_port: int) -> Iterator[ObjectStore]:
+    """A real S3 server, in a process of its own, that this process and Ray's workers reach."""
+    with running_store(store_port) as store:
+        yield store
+
+
+@pytest.fixture
+def bucket(object_store: ObjectStore) -> str:
+    """A fresh prefix in the object store, as a URI."""
+    return f"{object_store.uri}/{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 from dsmip.config import ExperimentConfig, parse_config
 from dsmip.metrics import summarise
 from dsmip.ops.ranking import Counts
-from dsmip.reports import KB_HASH, evaluation_folder, kb_hash
+from dsmip.reports import KB_HASH, evaluation_name, kb_hash
 from ray_jobs import cli
 
 IDS = ["m1", "m2", "m3", "m4", "m5", "m6"]
@@ -38,7 +38,7 @@ def evaluation(
     columns |= {name: ["x"] * len(better) for name in ("gold_seen", "picture", "word")}
     entity_ids = changes.pop("kb", KB)
     table = pa.table({name: changes.get(name, column) for name, column in columns.items()})
-    path = evaluation_folder(run, split, model) / "ranks.parquet"
+    path = run / evaluation_name(split, model) / "ranks.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.replace_schema_metadata({KB_HASH: kb_hash(entity_ids)}), path)
     return run
@@ -217,7 +217,7 @@ def test_a_damaged_or_an_old_file_is_named(
     refused: Command, first: Path, small_config: ExperimentConfig, tmp_path: Path
 ) -> None:
     second = evaluation(tmp_path / "second", small_config, SECOND)
-    path = evaluation_folder(second, "test", "dsmip") / "ranks.parquet"
+    path = second / evaluation_name("test", "dsmip") / "ranks.parquet"
     table = pq.read_table(path)
     for old in (table.replace_schema_metadata(None), table.drop_columns(["picture"])):
         pq.write_table(old, path)

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from PIL import Image
 
-from benchmarks import big_release, shards
+from benchmarks import big_release, shards, stores
 from benchmarks import prepare as prepare_benchmark
 from benchmarks.big_release import BigRelease, write_big_release
 from data_prep.build import prepare
@@ -80,6 +80,20 @@ def test_the_stream_is_measured_against_bare_decoding(tmp_path: Path, capsys: py
         assert min(row[name] for name in ("torchvision_per_s", "Pillow_per_s", "all_per_s", "ratio")) > 0
     assert {"records_per_s", "pictures_per_s"} <= set(rows[0])
     assert "all : bare" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_object_store_is_measured_against_a_folder(
+    small_data: Dataset, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.json"
+    monkeypatch.setenv("DSMIP_CACHE", "")  # the benchmark sets it
+    options = ["--data", str(small_data.folder), "--uri", bucket, "--work", str(tmp_path)]
+    stores.main([*options, "--batch-size", "8", "--rounds", "1", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["work"] for row in rows] == ["records", "all"]
+    for row in rows:
+        assert min(row[name] for name in ("folder", "cold", "warm", "cold_ratio", "warm_ratio")) > 0
 
 
 @pytest.mark.slow

@@ -51,14 +51,14 @@ def assert_equal(found: Ranking, expected: Ranking) -> None:
 class LosesABuilder(Pieces):
     """The process that makes the first of its pieces before any other does is killed then, with more to make."""
 
-    def make(self, paths: Sequence[Path], device: torch.device, progress: Progress = no_progress) -> None:
-        super().make(paths[:1], device, progress)
-        killed = self.files.run / "killed-builder"
+    def make(self, names: Sequence[str], device: torch.device, progress: Progress = no_progress) -> None:
+        super().make(names[:1], device, progress)
+        killed, path = Path(self.files.run) / "killed-builder", self.files.index / names[0]
         try:
             with killed.open("x") as note:
-                note.write(f"{paths[0]}\n{paths[0].stat().st_mtime_ns}")
+                note.write(f"{path}\n{path.stat().st_mtime_ns}")
         except FileExistsError:
-            super().make(paths, device, progress)
+            super().make(names, device, progress)
         else:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -84,8 +84,8 @@ def test_builders_make_what_one_process_makes(run: Run) -> None:
 
 
 class Damaged(Pieces):
-    def make(self, paths: Sequence[Path], device: torch.device, progress: Progress = no_progress) -> None:
-        raise UserError(f"no room for {paths[0].name}")
+    def make(self, names: Sequence[str], device: torch.device, progress: Progress = no_progress) -> None:
+        raise UserError(f"no room for {names[0]}")
 
 
 def test_a_users_mistake_comes_from_a_builder_as_it_is(run: Run) -> None:
@@ -109,7 +109,7 @@ class LosesAWorker(RankedFiles):
     """The first process that opens it is killed."""
 
     def open(self) -> RankedModel:
-        killed = self.run / "killed"
+        killed = Path(self.run) / "killed"
         if not killed.exists():
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -117,13 +117,13 @@ class LosesAWorker(RankedFiles):
 
 
 def test_workers_rank_as_one_process(stored: RankedFiles) -> None:
-    lossy = LosesAWorker(stored.run, stored.split, stored.model, stored.index, stored.made_from)
+    lossy = LosesAWorker(stored.run, stored.split, stored.model, stored.name, stored.made_from)
     options = RankOptions(top_k=2)
     alone = stored.open().rank(CPU, options)
     assert_equal(rank_on_ray(lossy, 3, gpu=False, options=options, display=Display()), alone)
     assert alone.refinement is not None
     assert alone.refinement.num_pairs < 8 * 11  # else single precision had no part in it
-    assert (stored.run / "killed").exists()
+    assert (Path(stored.run) / "killed").exists()
 
 
 def test_the_command_writes_the_same_with_workers(run: Run) -> None:

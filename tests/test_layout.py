@@ -19,6 +19,7 @@ KNOWN_TO_DATA_PREP = {
     "pictures",
     "processes",
     "records",
+    "remote",
     "samples",
     "shards",
     "streams",

@@ -32,7 +32,7 @@ from dsmip.picture_features import (
     Pixels,
     Weights,
     features_file,
-    features_folder,
+    features_name,
     network_hash,
     picture_rows,
     write_manifest,
@@ -62,13 +62,13 @@ def store(dataset: Dataset, choice: NetworkChoice, size: int = 16, dtype: DTypeN
         dtype=dtype,
         data=Data(name=dataset.manifest.name, sha256=dataset.manifest_hash),
     )
-    folder = features_folder(dataset, origin)
+    name = features_name(origin)
     for part in PARTS:
         rows = range(dataset.num_entities if part == KB else dataset.num_mentions(part))
         encode = partial(picture_rows, network, dataset, part, pictures=PictureCollator(size), dtype=dtype, device=CPU)
         for table in map_alone(encode, [rows], CPU):
-            table.save(features_file(folder, part))
-    return write_manifest(folder, origin)
+            table.save(dataset.folder / features_file(name, part))
+    return write_manifest(dataset.own, origin)
 
 
 def gate_features(run: Run) -> dict[str, torch.Tensor]:

@@ -131,7 +131,7 @@ def test_a_kb_without_pictures_is_refused(small_data: Dataset, narrow_backbone: 
             return bare
 
     with pytest.raises(UserError, match="fewer than two entities have a picture"):
-        source(Bare(small_data.folder, small_data.manifest, small_data.manifest_hash), narrow_backbone)
+        source(Bare(small_data.own, small_data.manifest, small_data.manifest_hash), narrow_backbone)
 
 
 def gradients(folder: Path, backbone_path: Path) -> dict[str, Tensor]:

@@ -10,20 +10,20 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsmip.data_files import DataFiles, open_file
 from dsmip.inspection.picture_hash import GRID, read_signature
-from dsmip.manifest import KB, SPLITS
+from dsmip.manifest import KB, SPLITS, ShardInfo
 from dsmip.processes import map_tasks
 from dsmip.progress import Progress, counting
 from dsmip.records import Entity
 from dsmip.samples import read_mention
 from dsmip.shards import Dataset
-from dsmip.tars import read_shard
+from dsmip.tars import read_samples
 from dsmip.text import Template, Tokenizer, entity_text, mention_text
 
 ARCHITECTURE = "ViT-B-32"  # its tokenizer and context length of 77 are those of every CLIP
@@ -89,8 +89,8 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    folder: Path
-    path: str
+    files: DataFiles
+    info: ShardInfo
     part: str  # the kb or a split
     pictures: bool
     samples: frozenset[int]  # of a view not all
@@ -114,7 +114,7 @@ def read_columns(dataset: Dataset, *, pictures: bool, workers: int, progress: Pr
     ]
     for part in (*SPLITS, *((KB,) if pictures else ())):
         tasks += [
-            _Shard(dataset.files, shard.path, part, pictures, frozenset(samples))
+            _Shard(dataset.files, shard, part, pictures, frozenset(samples))
             for shard, samples in dataset.samples_of(part)
         ]
     entities, mentions = [_entity_columns(_Texts((), (), ()))], [_mention_columns([], 0)]
@@ -179,14 +179,16 @@ def _read_shard(shard: _Shard) -> tuple[MentionColumns | None, PictureColumns]:
     """
     records: list[tuple[Any, ...]] = []
     pictures: list[tuple[Any, ...]] = []
-    for sample in read_shard(shard.folder / shard.path, shard.samples.__contains__):
-        if shard.part == KB:
-            row, names = int(sample.key), [name for name in sample.fields if name.endswith(".jpg")]
-            names.sort(key=lambda name: int(name.split(".")[0]))
-        else:
-            records.append(_mention_record(sample.fields, f"{shard.path}: {sample.key}"))
-            row, names = len(records) - 1, ["jpg"] if shard.pictures and "jpg" in sample.fields else []
-        pictures += [(row, *_picture_record(sample.fields[name])) for name in names]
+    place = shard.files.place(shard.info.path)
+    with open_file(shard.files, shard.info) as stream:
+        for sample in read_samples(stream, place, shard.samples.__contains__):
+            if shard.part == KB:
+                row, names = int(sample.key), [name for name in sample.fields if name.endswith(".jpg")]
+                names.sort(key=lambda name: int(name.split(".")[0]))
+            else:
+                records.append(_mention_record(sample.fields, f"{place}: {sample.key}"))
+                row, names = len(records) - 1, ["jpg"] if shard.pictures and "jpg" in sample.fields else []
+            pictures += [(row, *_picture_record(sample.fields[name])) for name in names]
     mentions = None if shard.part == KB else _mention_columns(records, SPLITS.index(shard.part))
     return mentions, _picture_columns(pictures)
 

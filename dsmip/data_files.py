@@ -1,0 +1,162 @@
+"""The files of a dataset, wherever they lie: in a folder, or in an object store with copies on this node.
+
+Whoever reads asks for an open file by its name below the dataset; whether it had to be fetched is settled here.
+`data_files` finds out what a location is.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol, TypeVar
+
+from dsmip.errors import UserError
+from dsmip.manifest import MANIFEST_FILE, MISSING, StoredFile
+from dsmip.remote import is_uri, local_path
+
+Result = TypeVar("Result")
+Ahead = Callable[[Sequence[StoredFile]], None]
+
+
+class DataFiles(Protocol):
+    """Names are paths below the dataset, with slashes. All of it pickles, for other processes of this node.
+
+    location: what another node opens the dataset by. folder: where the files, or their copies, lie on this node.
+    """
+
+    @property
+    def location(self) -> str: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    def place(self, name: str) -> str:
+        """A file's name for messages."""
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """The present content of a small file; None when there is none."""
+        ...
+
+    def use(self, file: StoredFile, opener: Callable[[Path], Result]) -> Result:
+        """What `opener` makes of a file's path on this node; what it has opened stays readable.
+
+        Raises UserError when the file is missing or, from a store, not what the manifest says.
+        """
+        ...
+
+    def ahead(self) -> AbstractContextManager[Ahead]:
+        """A function that has files fetched in the background; nothing more is fetched after the context."""
+        ...
+
+    def fresh(self, name: str) -> AbstractContextManager[Path]:
+        """The file as it is now, not a copy made before; there is nothing at the path when it is missing."""
+        ...
+
+    def children(self, name: str) -> list[str]:
+        """Names of the files and folders in a folder, without their way; none when there is no such folder."""
+        ...
+
+    def check_sizes(self, files: Sequence[StoredFile]) -> None:
+        """Raises UserError for a file that is missing or of a wrong size, where that can be seen at once."""
+        ...
+
+    def send(self, name: str) -> None:
+        """Puts a file that was written below `folder` where all nodes see it."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Removes a file, or a folder with all that is in it, if there."""
+        ...
+
+    def relative(self, way: str) -> "tuple[DataFiles, bytes]":
+        """Another dataset, named relative to this one's place or by a URI of its own, and its manifest's content."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FolderFiles:
+    """A dataset directory on a disk that all nodes see: everything is read in place."""
+
+    folder: Path
+
+    @property
+    def location(self) -> str:
+        return str(self.folder.resolve())
+
+    def place(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def read(self, name: str) -> bytes | None:
+        path = self.folder / name
+        return path.read_bytes() if path.is_file() else None
+
+    def use(self, file: StoredFile, opener: Callable[[Path], Result]) -> Result:
+        path = self.folder / file.path
+        try:
+            return opener(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: the file is missing; prepare the dataset again") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+    def ahead(self) -> AbstractContextManager[Ahead]:
+        return nullcontext(lambda files: None)
+
+    def fresh(self, name: str) -> AbstractContextManager[Path]:
+        return nullcontext(self.folder / name)
+
+    def children(self, name: str) -> list[str]:
+        path = self.folder / name
+        return sorted(each.name for each in path.iterdir()) if path.is_dir() else []
+
+    def check_sizes(self, files: Sequence[StoredFile]) -> None:
+        for file in files:
+            path = self.folder / file.path
+            found = path.stat().st_size if path.is_file() else None
+            if found is None:
+                raise UserError(f"{path}: the file is missing; prepare the dataset again")
+            if file.bytes not in (None, found):
+                raise UserError(f"{path}: has {found} bytes instead of {file.bytes}; prepare the dataset again")
+
+    def send(self, name: str) -> None:
+        """It is there."""
+
+    def remove(self, name: str) -> None:
+        path = self.folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+
+    def relative(self, way: str) -> tuple[DataFiles, bytes]:
+        return data_files(way if is_uri(way) else self.folder / way)
+
+
+def data_files(location: str | Path) -> tuple[DataFiles, bytes]:
+    """The files of the dataset at a folder or URI, and its manifest's content.
+
+    Raises:
+        UserError: there is none, or the store cannot be read.
+    """
+    folder = local_path(location)
+    if folder is None:
+        from dsmip.store_files import open_store  # its packages are slow to import, and not always installed
+
+        return open_store(str(location))
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such dataset directory")
+    files = FolderFiles(folder)
+    content = files.read(MANIFEST_FILE)
+    if content is None:
+        raise UserError(f"{folder}: {MISSING}")
+    return files, content
+
+
+def open_file(files: DataFiles, file: StoredFile) -> BinaryIO:
+    """A file of the dataset, open for reading; whoever asks closes it."""
+    return files.use(file, _open)
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")

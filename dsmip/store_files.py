@@ -1,0 +1,150 @@
+"""The files of a dataset in an object store: fetched whole when first needed, and kept on this node."""
+
+import hashlib
+import posixpath
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+from dsmip.data_files import Ahead, DataFiles, FolderFiles, data_files
+from dsmip.errors import UserError
+from dsmip.file_cache import LIMIT, checked_copy, data_cache
+from dsmip.manifest import MANIFEST_FILE, MISSING, StoredFile
+from dsmip.remote import attempt, filesystem, is_uri, join
+
+Result = TypeVar("Result")
+
+_AT_ONCE = 4  # files that are fetched ahead side by side
+_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFiles:
+    """The dataset at a URI; folder: the copies of its files. Opens connections when they are needed, in each process.
+
+    It belongs to one version of the dataset: copies of another version lie in another folder.
+    """
+
+    location: str
+    folder: Path
+
+    def place(self, name: str) -> str:
+        return join(self.location, name)
+
+    def read(self, name: str) -> bytes | None:
+        return _read(self.place(name))
+
+    def use(self, file: StoredFile, opener: Callable[[Path], Result]) -> Result:
+        for _ in range(_TRIES):
+            path = self._fetch(file)
+            with suppress(FileNotFoundError):  # another process made room since
+                return opener(path)
+        raise UserError(f"{self.folder}: the cache is too small: files go before they are read; raise {LIMIT}")
+
+    @contextmanager
+    def ahead(self) -> Iterator[Ahead]:
+        waiting: queue.SimpleQueue[StoredFile | None] = queue.SimpleQueue()
+        closed = threading.Event()
+
+        def fetch_all() -> None:
+            while (file := waiting.get()) is not None and not closed.is_set():
+                with suppress(Exception):  # whoever reads the file fetches it again, and hears of it
+                    self._fetch(file)
+
+        threads: list[threading.Thread] = []
+
+        def ask(files: Sequence[StoredFile]) -> None:
+            if files and not threads:
+                # Daemons: a fetch that hangs keeps no process from ending.
+                threads.extend(threading.Thread(target=fetch_all, daemon=True) for _ in range(_AT_ONCE))
+                for thread in threads:
+                    thread.start()
+            for file in files:
+                waiting.put(file)
+
+        try:
+            yield ask
+        finally:
+            closed.set()
+            for _ in threads:
+                waiting.put(None)
+
+    @contextmanager
+    def fresh(self, name: str) -> Iterator[Path]:
+        folder = data_cache()
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".fresh-") as temporary:
+            path = Path(temporary) / Path(name).name
+            with suppress(FileNotFoundError):
+                self._download(name, path)
+            yield path
+
+    def children(self, name: str) -> list[str]:
+        system, path = filesystem(self.place(name))
+        try:
+            found: list[str] = attempt(self.place(name), lambda: system.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+        return sorted(posixpath.basename(each.rstrip("/")) for each in found if each.rstrip("/") != path)
+
+    def check_sizes(self, files: Sequence[StoredFile]) -> None:
+        """Every file is checked when it is fetched; to ask for all of them here would keep each worker waiting."""
+
+    def send(self, name: str) -> None:
+        system, path = filesystem(self.place(name))
+        attempt(self.place(name), lambda: system.put_file(str(self.folder / name), path))
+
+    def remove(self, name: str) -> None:
+        FolderFiles(self.folder).remove(name)
+        system, path = filesystem(self.place(name))
+        with suppress(FileNotFoundError):
+            attempt(self.place(name), lambda: system.rm(path, recursive=True))
+
+    def relative(self, way: str) -> tuple[DataFiles, bytes]:
+        return data_files(way if is_uri(way) else _resolved(self.location, way))
+
+    def _fetch(self, file: StoredFile) -> Path:
+        place = self.place(file.path)
+        try:
+            return checked_copy(self.folder / file.path, file, place, lambda target: self._download(file.path, target))
+        except FileNotFoundError as error:
+            raise UserError(f"{place}: the file is missing; prepare the dataset again") from error
+        except OSError as error:
+            what = f"{error.filename or self.folder}: {error.strerror or error}"
+            raise UserError(f"{what}, while {place} was copied here; make room, or set DSMIP_CACHE") from error
+
+    def _download(self, name: str, target: Path) -> None:
+        system, path = filesystem(self.place(name))
+        attempt(self.place(name), lambda: system.get_file(path, str(target)))
+
+
+def open_store(uri: str) -> tuple[StoreFiles, bytes]:
+    """The dataset at a URI and its manifest's content.
+
+    Raises:
+        UserError: there is none, or the store cannot be read.
+    """
+    uri = uri.rstrip("/")
+    content = _read(join(uri, MANIFEST_FILE))
+    if content is None:
+        raise UserError(f"{uri}: no such bucket, or {MISSING}")
+    return StoreFiles(uri, data_cache() / hashlib.sha256(content).hexdigest()[:32]), content
+
+
+def _read(uri: str) -> bytes | None:
+    system, path = filesystem(uri)
+    try:
+        content: bytes = attempt(uri, lambda: system.cat_file(path))
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def _resolved(uri: str, way: str) -> str:
+    scheme, _, path = uri.partition("://")
+    return f"{scheme}://{posixpath.normpath(posixpath.join(path, way))}"

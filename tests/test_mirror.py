@@ -1,0 +1,194 @@
+"""A run's files in a real object store, seen from several machines: each has a cache folder of its own."""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from object_store import free_port, running_store, variables
+
+from dsmip import mirror, remote
+from dsmip.errors import UserError
+from dsmip.places import Folder, Place, place_of
+
+OnMachine = Callable[[str], Place]
+
+
+@pytest.fixture
+def on(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnMachine:
+    """The run of this test, on a machine; only that machine's cache is known until another one is asked for."""
+
+    def machine(name: str) -> Place:
+        monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / name))
+        return place_of(f"{bucket}/run")
+
+    return machine
+
+
+def files(place: Place) -> dict[str, str]:
+    """What is in the copy here."""
+    found = {path for path in place.folder.rglob("*") if path.is_file()}
+    return {path.relative_to(place.folder).as_posix(): path.read_text() for path in sorted(found)}
+
+
+def test_a_location_is_a_folder_or_an_address(tmp_path: Path) -> None:
+    assert place_of(tmp_path / "run") == place_of(f"file://{tmp_path}/run") == Folder(tmp_path / "run")
+    assert str(place_of("s3://bucket/run/")) == place_of("s3://bucket/run").location == "s3://bucket/run"
+    assert (place_of("s3://bucket/run") / "ray").location == "s3://bucket/run/ray"
+    with pytest.raises(UserError, match="no storage is known by 'ftps://'"):
+        place_of("ftps://host/run").refresh()
+
+
+def test_small_files_come_by_themselves_and_large_ones_when_they_are_asked_for(on: OnMachine) -> None:
+    here = on("one")
+    here.write_json("run.json", {"id": 1})
+    here.write_text("config.yaml", "seed: 0")
+    with here.atomic("text/weights.safetensors") as path:
+        path.write_text("weights")
+    there = on("two")
+    there.refresh()
+    assert files(there) == {"config.yaml": "seed: 0", "run.json": '{\n  "id": 1\n}\n'}
+    there.pull("text/weights.safetensors")
+    assert files(there)["text/weights.safetensors"] == "weights"
+    assert there.sizes() == {"config.yaml": 7, "run.json": 14, "text": 7}
+    assert there.glob("te*/*") == ["text/weights.safetensors"]
+
+
+def test_what_others_changed_or_deleted_is_seen(on: OnMachine) -> None:
+    here = on("one")
+    here.write_json("run.json", {"id": 1})
+    for name in ("index/a.bin", "index/b.bin", "gone.json", "changed.json"):
+        here.write_text(name, "old")
+    there = on("two")
+    there.refresh()
+    there.pull("index")
+    here = on("one")
+    here.delete("gone.json")
+    here.delete("index/a.bin")
+    here.write_text("changed.json", "new")
+    assert not (here.folder / "gone.json").exists()
+    there = on("two")
+    there.refresh()
+    there.pull("index")
+    assert files(there).keys() == {"run.json", "changed.json", "index/b.bin"}
+    assert files(there)["changed.json"] == "new"
+
+
+def test_a_run_that_was_made_anew_has_nothing_of_the_old_one(on: OnMachine) -> None:
+    here = on("one")
+    here.write_json("run.json", {"id": 1})
+    here.write_text("features/table.safetensors", "old")
+    there = on("two")
+    for name in there.glob("*"):
+        there.delete(name)
+    there.write_json("run.json", {"id": 2})
+    here = on("one")
+    here.refresh()
+    assert files(here) == {"run.json": '{\n  "id": 2\n}\n'}
+
+
+def test_nothing_is_here_that_could_not_be_sent(on: OnMachine) -> None:
+    here = on("one")
+    with suppress(RuntimeError), here.atomic("part.json") as path:
+        path.write_text("half")
+        raise RuntimeError
+    assert files(here) == here.sizes() == {}
+    lost = place_of("s3://no-such-bucket/run")
+    with pytest.raises(UserError, match=r"s3://no-such-bucket/run/part\.json.*bucket"):
+        lost.write_text("part.json", "whole")
+    assert files(lost) == {}
+
+
+def test_a_folder_that_other_code_writes_is_sent_and_replaced(on: OnMachine) -> None:
+    here = on("one") / "trials/0"
+    for number in (1, 2):
+        (here.folder / f"checkpoints/{number}").mkdir(parents=True)
+        (here.folder / f"checkpoints/{number}/checkpoint.json").write_text(str(number))
+        (here.folder / f"checkpoints/{number}/weights.bin").write_text(str(number))
+    here.push("checkpoints")
+    shutil.rmtree(here.folder / "checkpoints/1")
+    (here.folder / "checkpoints/2/weights.bin").write_text("changed")
+    here.replace("checkpoints")
+    (here.folder / "checkpoints/3").mkdir()
+    (here.folder / "checkpoints/3/weights.bin").write_text("never sent")
+    here.pull("checkpoints")
+    expected = {"checkpoints/2/checkpoint.json": "2", "checkpoints/2/weights.bin": "changed"}
+    assert files(here) == expected  # as on a machine that has seen nothing of it:
+    there = on("two") / "trials/0"
+    there.pull("checkpoints")
+    assert files(there) == expected
+    assert there.glob("checkpoints/*") == ["checkpoints/2"]
+
+
+def test_what_is_up_to_date_is_neither_fetched_nor_sent(on: OnMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = on("one")
+    here.write_json("run.json", {})
+    here.write_text("index/a.bin", "a")
+    there = on("two")
+    there.refresh()
+    there.pull("index")
+
+    def transfer(*arguments: object, **options: object) -> None:
+        pytest.fail("a transfer")
+
+    for place in (there, here):
+        monkeypatch.setattr(mirror.Mirror, "_send", transfer)
+        monkeypatch.setattr(type(place._fs), "get_file", transfer)  # type: ignore[attr-defined]
+        place.refresh()
+        place.pull("index")
+        place.push("index", "run.json")
+
+
+def test_half_written_files_are_not_sent(on: OnMachine) -> None:
+    here = on("one")
+    (here.folder / "index/.b.bin.tmp").mkdir(parents=True)
+    (here.folder / "index/.b.bin.tmp/0").write_text("half")
+    (here.folder / "index/a.bin").write_text("whole")
+    here.push("index")
+    assert here.sizes() == {"index": 5}
+
+
+def test_no_name_in_the_store_leads_out_of_the_copy(on: OnMachine, bucket: str) -> None:
+    here = on("one")
+    here.write_json("run.json", {})
+    system, path = remote.filesystem(f"{bucket}/run")
+    for name in ("../escaped.json", "/escaped.json", "records/../../escaped.json"):
+        system.pipe_file(f"{path}/{name}", b"{}")
+    there = on("two")
+    there.refresh()
+    there.pull("records")
+    assert files(there).keys() == {"run.json"}
+    assert not list(there.folder.parents[3].rglob("escaped.json"))
+
+
+def test_another_process_opens_a_connection_of_its_own(on: OnMachine) -> None:
+    here = on("one") / "ray"
+    here.write_text("a.txt", "a")
+    again = pickle.loads(pickle.dumps(here))
+    assert again == here
+    again.pull("a.txt")
+    path, system = again.storage()
+    assert system.open_input_stream(f"{path}/a.txt").read() == b"a"
+
+
+def test_a_store_that_is_gone_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_WAITS", ())
+    monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    port = free_port()
+    for name, value in variables(port, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    remote._system.cache_clear()  # it knows the other server
+    try:
+        with running_store(port) as store:
+            place = place_of(f"{store.uri}/run")
+            place.write_text("a.txt", "a")
+            store.process.kill()
+            store.process.wait()
+            with pytest.raises(UserError, match=r"^s3://dsmip-tests/run: .*cannot be reached.*run the command again$"):
+                place.write_text("b.txt", "b")
+            assert files(place) == {"a.txt": "a"}
+    finally:
+        remote._system.cache_clear()

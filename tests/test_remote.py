@@ -1,0 +1,99 @@
+"""URIs, the file systems behind them, and what is said when these fail; against a real S3 server."""
+
+import errno
+import sys
+from pathlib import Path
+
+import pytest
+from object_store import ObjectStore
+
+from dsmip.errors import UserError
+from dsmip.remote import attempt, cache_folder, filesystem, is_uri, local_path
+
+
+@pytest.mark.parametrize("location", ["s3://bucket", "gs://bucket/a b", "file:///tmp/x"])
+def test_uris(location: str) -> None:
+    assert is_uri(location)
+    assert not is_uri(Path(location))
+
+
+@pytest.mark.parametrize("location", ["data", "/tmp/data", "s3:/bucket", "C:\\data", "a/b://c", ""])
+def test_paths(location: str) -> None:
+    assert not is_uri(location)
+    assert local_path(location) == Path(location)
+
+
+def test_a_file_uri_is_a_path() -> None:
+    assert local_path("file:///tmp/a%20b") == Path("/tmp/a b")
+    assert local_path("s3://bucket/a") is None
+    with pytest.raises(UserError, match="three slashes, as file:///tmp/x"):
+        local_path("file://tmp/x")
+
+
+def test_an_unknown_scheme_is_a_mistake() -> None:
+    for uri in ("nosuch://bucket/a", "memory://a"):
+        with pytest.raises(UserError, match="no storage is known"):
+            filesystem(uri)
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"pip install 'dsmip\[gcs\]'"):
+        filesystem("gs://bucket/a")
+
+
+def test_files_come_and_go(bucket: str) -> None:
+    system, path = filesystem(f"{bucket}/")
+    attempt(bucket, lambda: system.pipe_file(f"{path}/a/b", b"content"))
+    assert attempt(bucket, lambda: system.cat_file(f"{path}/a/b")) == b"content"
+    assert [Path(name).name for name in system.find(path)] == ["b"]
+
+
+def test_a_missing_object_or_bucket_is_not_tried_again(object_store: ObjectStore, bucket: str) -> None:
+    for uri in (f"{bucket}/none", "s3://no-such-bucket/none"):
+        system, path = filesystem(uri)
+        with pytest.raises(FileNotFoundError):
+            attempt(uri, lambda system=system, path=path: system.info(path))
+
+
+def test_missing_credentials_are_named(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    system, path = filesystem(f"{object_store.uri}/a")
+    fresh = type(system)(skip_instance_cache=True)
+    with pytest.raises(UserError, match=r"s3://x/a: access denied .*credentials"):
+        attempt("s3://x/a", lambda: fresh.info(path))
+
+
+def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    failures = [ConnectionResetError("reset"), TimeoutError("slow")]
+
+    def call() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert attempt("s3://x/a", call) == "done"
+    assert waits == sorted(waits)
+    assert len(waits) == 2
+    failures += [ConnectionResetError("reset")] * 9
+    with pytest.raises(UserError, match=r"s3://x/a: .*cannot be reached \(ConnectionResetError: reset\)"):
+        attempt("s3://x/a", call)
+
+
+def test_a_full_disk_here_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("tried again"))
+    with pytest.raises(UserError, match=f"{cache_folder()}: No space left on device, while s3://x/a"):
+        attempt("s3://x/a", call)
+
+
+def test_the_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DSMIP_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("DSMIP_CACHE")
+    assert cache_folder().name == "dsmip"
