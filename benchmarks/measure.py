@@ -8,12 +8,13 @@ work's memory is used again unseen. On CUDA it is the growth of what PyTorch has
 import ctypes
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -71,3 +72,19 @@ def status_bytes(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+) kB", _STATUS.read_text())
     assert found is not None
     return int(found[1]) * 1024
+
+
+def kept_for_backward(work: Callable[[], object], parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors that autograd stores while `work` runs, one of each storage, without parameters."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in known:
+            kept[place] = tensor  # held, so that no later tensor gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        work()
+    return list(kept.values())

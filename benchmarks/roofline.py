@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.measure import measured
 from dsmip.evaluation import Ranking
 from dsmip.table import Ragged, Table
 
 _EXPONENTIALS_PER_CLOCK = 16  # of a multiprocessor's special function units, since 2017
-_MATRIX, _ROUNDS = 8192, 10
+_MATRIX, _CPU_MATRIX, _ROUNDS = 8192, 1024, 10
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,23 @@ class Rates:
 def device_rates(device: torch.device) -> Rates:
     """Products: measured in half precision. Exponentials: from the clock and the number of multiprocessors."""
     properties = torch.cuda.get_device_properties(device)
-    matrix = torch.randn(_MATRIX, _MATRIX, device=device, dtype=torch.float16)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    matrix @ matrix
-    start.record()
-    for _ in range(_ROUNDS):
-        matrix @ matrix
-    stop.record()
-    torch.cuda.synchronize(device)
-    seconds = start.elapsed_time(stop) / 1e3
     clock = properties.clock_rate * 1e3
-    return Rates(2 * _MATRIX**3 * _ROUNDS / seconds, properties.multi_processor_count * _EXPONENTIALS_PER_CLOCK * clock)
+    exponentials = properties.multi_processor_count * _EXPONENTIALS_PER_CLOCK * clock
+    return Rates(matrix_rate(device, torch.float16), exponentials)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large dense product, measured; on a CPU a second of all threads' time."""
+    side = _MATRIX if device.type == "cuda" else _CPU_MATRIX
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    matrix @ matrix
+
+    def products() -> None:
+        for _ in range(_ROUNDS):
+            matrix @ matrix
+
+    _, cost = measured(products, device)
+    return 2 * side**3 * _ROUNDS / cost.seconds(device)
 
 
 def work(mentions: Table, entities: Table, ranking: Ranking) -> Rates:

@@ -75,6 +75,7 @@ class TrainConfig(Frozen):
     self_mentions: random entities of the kb that a batch also links to themselves, their text and picture changed by
     `self_augment` (towers that train only: with few mentions this teaches the whole kb's words and looks).
     validate_every, patience: epochs; the last epoch is always validated.
+    compile: towers that train have their layers compiled (`torch.compile`) at the first step. Meant for GPUs.
     """
 
     epochs: int = Field(20, ge=1)
@@ -87,6 +88,7 @@ class TrainConfig(Frozen):
     warmup_steps: int = Field(0, ge=0)
     clip_norm: float | None = Field(None, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
     negatives: Literal["gathered", "local"] = "gathered"
     extra_negatives: int = Field(0, ge=0)
     self_mentions: int = Field(0, ge=0)

@@ -1,8 +1,10 @@
 """Where figures come from: source revision, package versions and machine; and a record of each command on a run.
 
 <run>/records/<start>-<command>.json   one per command, written when it starts and again when it ends
+<data>/records/<start>-prepare.json    of the command that made a dataset directory, written when it was complete
 """
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -19,9 +21,11 @@ import torch
 import dsmip
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
+from dsmip.files import sha256_file, write_json
 from dsmip.places import Place
 
 RECORDS = "records"
+SOURCES = ("data_prep", "dsmip", "ray_jobs")
 # What figures depend on; of the others the pins tell.
 _PACKAGES = (
     *("numpy", "open_clip_torch", "pillow", "pyarrow", "pydantic", "ray", "safetensors"),
@@ -32,9 +36,11 @@ _TOOL_SECONDS = 20  # git and nvidia-smi may hang on a broken disk or driver
 
 def environment() -> dict[str, Any]:
     """The source revision (None outside a checkout), versions and hardware of this process, as plain values."""
+    root = Path(dsmip.__file__).resolve().parents[1]
     return {
         "dsmip": dsmip.__version__,
-        "git": _git(Path(dsmip.__file__).resolve().parents[1]),
+        "git": _git(root),
+        "source_sha256": source_sha256(root),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -45,6 +51,26 @@ def environment() -> dict[str, Any]:
     }
 
 
+def source_sha256(root: Path) -> str:
+    """Digest of the packages' files below `root`: the same for a checkout, its upload by Ray and an installation.
+
+    It is that of what `sha256sum` prints of them, sorted by name (docs/watching.md has the command).
+    """
+    files = [path.relative_to(root) for package in SOURCES for path in (root / package).rglob("*")]
+    names = sorted(
+        file.as_posix()
+        for file in files
+        if (root / file).is_file() and "__pycache__" not in file.parts and not file.name.startswith(".")
+    )
+    return hashlib.sha256("".join(f"{sha256_file(root / name)}  {name}\n" for name in names).encode()).hexdigest()
+
+
+def write_record(folder: Path, command: str, started: datetime, **about: Any) -> None:
+    """Records a command that has just made `folder`: what it was, when, where, and `about`."""
+    record = {**_command(command, started), "ended": _now(), "outcome": "finished", **about}
+    write_json(folder / _record_name(command, started), record)
+
+
 @contextmanager
 def recorded(place: Place, command: str, config: ExperimentConfig, *, seed: int, data_sha256: str) -> Iterator[None]:
     """Records a command that works on the run at `place`: what it was, on what, from when to when and how it ended.
@@ -52,17 +78,14 @@ def recorded(place: Place, command: str, config: ExperimentConfig, *, seed: int,
     A record that stays at "running" is of a command that still runs or was killed.
     """
     started = datetime.now(UTC)
-    name = f"{RECORDS}/{started:%Y%m%dT%H%M%S.%fZ}-{command}.json"
+    name = _record_name(command, started)
     record = {
-        "command": command,
-        "arguments": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "started": started.isoformat(timespec="seconds"),
+        **_command(command, started),
         "ended": None,
         "outcome": "running",
         "seed": seed,
         "data_sha256": data_sha256,
         "config": config.model_dump(mode="json"),
-        "environment": environment(),
     }
     place.write_json(name, record)
     outcome = "interrupted"
@@ -73,10 +96,26 @@ def recorded(place: Place, command: str, config: ExperimentConfig, *, seed: int,
         outcome = f"failed: {type(error).__name__}: {error}"
         raise
     finally:
-        ended = datetime.now(UTC).isoformat(timespec="seconds")
         # A full disk or a store that is away must not hide behind this line why a command has failed.
         with nullcontext() if outcome == "finished" else suppress(OSError, UserError):
-            place.write_json(name, {**record, "ended": ended, "outcome": outcome})
+            place.write_json(name, {**record, "ended": _now(), "outcome": outcome})
+
+
+def _record_name(command: str, started: datetime) -> str:
+    return f"{RECORDS}/{started:%Y%m%dT%H%M%S.%fZ}-{command}.json"
+
+
+def _command(command: str, started: datetime) -> dict[str, Any]:
+    return {
+        "command": command,
+        "arguments": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": started.isoformat(timespec="seconds"),
+        "environment": environment(),
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dsmip import distributed
 from dsmip.config import ExperimentConfig, TrainConfig
+from dsmip.encoders.clip import compile_towers
 from dsmip.errors import UserError
 from dsmip.evaluation import prepare_in_tiles, rank
 from dsmip.features import prepare_split
@@ -69,6 +70,8 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
     validation = gold_rows(run.dataset, "validation")
     source: StepSource
     if matcher.encoder_trains():
+        if config.compile:
+            compile_towers(matcher)
         source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)
         validate = _validate_by_encoding(run, part, validation, context)
     else:
@@ -76,7 +79,7 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
         seen = ~held_out_rows(run.dataset, run.config.held_out)
         golds = gold_rows(run.dataset, "train")[seen]
         source = CachedSource(tables["train"].rows(seen), tables[KB], golds, config, run.config.seed)
-        validate = _validate_on(SplitFeatures(tables["validation"], validation), tables[KB], context)
+        validate = validate_on(SplitFeatures(tables["validation"], validation), tables[KB], context)
     checkpoint_steps = run.config.part(part).checkpoint_steps
     result = train(matcher, source, config, context, validate, seed=run.config.seed, checkpoint_steps=checkpoint_steps)
     if distributed.rank() == 0:
@@ -129,7 +132,7 @@ def train_whole(
 ) -> TrainResult:
     """Stage two of a gated system on cached features (DSMIP eq. 18): gate and units train, the towers are not there."""
     source = CachedSource(train_split.mentions, kb, train_split.gold_row_M, config, seed)
-    validate = _validate_on(validation, kb, context)
+    validate = validate_on(validation, kb, context)
     return train(matcher, source, config, context, validate, seed=seed, stop_epoch=stop_epoch)
 
 
@@ -146,7 +149,7 @@ def run_features(run: Run, part: str, split: str, matcher: Matcher, context: Con
     return table()
 
 
-def _validate_on(validation: SplitFeatures, kb: Table, context: Context) -> Callable[[Matcher], Mapping[str, float]]:
+def validate_on(validation: SplitFeatures, kb: Table, context: Context) -> Callable[[Matcher], Mapping[str, float]]:
     """Full-KB metrics from cached features; every worker ranks against its own slice of the kb."""
     first, stop = _slice_of(len(kb))
     device = context.device

@@ -1,8 +1,10 @@
 """The job `dsmip compare`: two evaluations on the same mentions, with intervals and p-values. Knows no Ray."""
 
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,10 +41,16 @@ def compare_runs(
         raise UserError(f"both are {first}; give another RUN2, or --model1 and --model2")
     found = compare(first, second, torch.Generator().manual_seed(seed))
     if json_file is not None:
-        sides = [{"run": str(each.run), "model": each.model} for each in (first, second)]
+        sides = [{"run": str(each.run), "model": each.model, **_made(each)} for each in (first, second)]
         write_json(json_file, {"runs": sides, "split": split, "seed": seed, **asdict(found)})
     _show(first, second, split, found)
     return found
+
+
+def _made(evaluation: Evaluation) -> dict[str, Any]:
+    """The data, seed and making of the run, as `run.json` has them."""
+    stamp: dict[str, Any] = json.loads((evaluation.run.folder / "run.json").read_text(encoding="utf-8"))
+    return {name: stamp.get(name) for name in ("data", "seed", "made")}
 
 
 def _show(first: Evaluation, second: Evaluation, split: str, found: Comparison) -> None:

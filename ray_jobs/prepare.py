@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -21,7 +22,9 @@ from data_prep.release import Release, ReleaseOptions
 from data_prep.runners import Runner, run_in_processes, run_serially
 from data_prep.view import make_view
 from dsmip.errors import UserError
+from dsmip.files import sha256_file
 from dsmip.manifest import MANIFEST_FILE, Manifest, PictureSettings
+from dsmip.provenance import write_record
 from dsmip.remote import cache_folder, local_path
 from dsmip.shards import Dataset
 from dsmip.uploads import published_manifest, upload_dataset
@@ -64,10 +67,17 @@ def prepare_demo(config: DemoConfig, out: str | Path, options: BuildOptions, pro
 
 
 def _built(out: str | Path, progress: Progress, build: Callable[[Path, Published], Manifest]) -> Manifest:
-    """Builds in the folder `out`, or on this node and uploads; the arguments of `build`: where, what is published."""
+    """Builds in the folder `out` and records how, or builds on this node and uploads.
+
+    The arguments of `build`: where, and what is published.
+    """
     folder = local_path(out)
     if folder is not None:
-        return build(folder, None)
+        started, before = datetime.now(UTC), _manifest_sha256(folder)
+        manifest = build(folder, None)
+        if (made := _manifest_sha256(folder)) != before:  # or it was kept as it is
+            write_record(folder, "prepare", started, data_sha256=made)
+        return manifest
     uri = str(out).rstrip("/")
     published = published_manifest(uri)
     work = cache_folder() / "prepare" / hashlib.sha256(uri.encode()).hexdigest()[:16]
@@ -81,6 +91,11 @@ def _built(out: str | Path, progress: Progress, build: Callable[[Path, Published
     except Timeout as error:
         raise UserError(f"{uri}: is being prepared by another process; wait for it or choose another place") from error
     return manifest
+
+
+def _manifest_sha256(data: Path) -> str | None:
+    path = data / MANIFEST_FILE
+    return sha256_file(path) if path.is_file() else None
 
 
 def _build(release: Release, out: Path, options: BuildOptions, progress: Progress, published: Published) -> Manifest:

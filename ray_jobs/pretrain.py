@@ -18,6 +18,7 @@ from dsmip.errors import UserError
 from dsmip.files import write_json
 from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
+from dsmip.provenance import environment
 from dsmip.running import Running
 from dsmip.shards import Dataset
 from dsmip.text import Template, Tokenizer
@@ -31,7 +32,7 @@ from ray_jobs.trainings import Training, run_trainings
 def pretrain_backbone(
     config: ExperimentConfig, dataset: Dataset, out: Path, display: Display, *, verbose: bool = False
 ) -> dict[str, Any]:
-    """Trains and writes `out` (safetensors) and beside it `<out>.json` with settings and history, which is returned.
+    """Trains and writes `out` (safetensors) and beside it `<out>.json`: settings, history, what made it; returns that.
 
     Run again it resumes; a finished file of the same settings and data is kept. Raises UserError when `out` holds
     something else, JobFailed when the training failed.
@@ -70,7 +71,7 @@ def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
     history = pretrain(backbone, pairs, config.pretrain, context, seed=config.seed)
     if distributed.rank() == 0:
         out = Path(settings["out"])
-        write_json(_report_path(out), {**settings["stamp"], "history": history})
+        write_json(_report_path(out), {**settings["stamp"], "history": history, "made": environment()})
         backbone.save_weights(out)  # last: present means finished
 
 

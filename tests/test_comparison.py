@@ -32,7 +32,7 @@ def evaluation(
 ) -> Path:
     """A run folder with one evaluation; `changes` replace columns of ranks.parquet, or the kb's entity ids."""
     run.mkdir(exist_ok=True)
-    (run / "run.json").write_text("{}")
+    (run / "run.json").write_text('{"seed": 3, "made": {"dsmip": "0"}}')
     (run / "config.yaml").write_text(config.to_yaml())
     columns = {"mention_id": IDS, "gold": GOLDS, "better": better, "tied": [0] * len(better), "kind": KINDS}
     columns |= {name: ["x"] * len(better) for name in ("gold_seen", "picture", "word")}
@@ -90,7 +90,8 @@ def test_figures_of_both_and_their_difference(
     written = tmp_path / "new" / "comparison.json"
     said = compare(first, second, "--json", written)
     report = json.loads(written.read_text())
-    assert report["runs"] == [{"run": str(first), "model": "dsmip"}, {"run": str(second), "model": "dsmip"}]
+    made = {"model": "dsmip", "data": None, "seed": 3, "made": {"dsmip": "0"}}
+    assert report["runs"] == [{"run": str(run), **made} for run in (first, second)]
     assert (report["split"], report["seed"], report["num_mentions"]) == ("test", 0, len(IDS))
     before, after = metrics_of(FIRST), metrics_of(SECOND)
     assert report["metrics"].keys() == before.keys()

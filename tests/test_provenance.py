@@ -1,6 +1,7 @@
 """What a run says of its making: revision, versions, machine; one record per command, however it ended."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -8,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_release import plain_release
 
 import dsmip
+from data_prep.mimic_release import MimicRelease
 from dsmip import provenance
 from dsmip.config import ExperimentConfig
 from dsmip.runs import Run
 from dsmip.shards import Dataset
+from ray_jobs.prepare import BuildOptions, prepare_release
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -67,6 +71,31 @@ def test_versions_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(json.dumps(made)) == made
     monkeypatch.setenv("PATH", "")  # neither git nor nvidia-smi
     assert (provenance.environment()["git"], provenance.environment()["gpus"]) == (None, [])
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum")
+def test_the_digest_of_the_sources_is_that_of_the_command_in_the_docs(tmp_path: Path) -> None:
+    for name in ("dsmip/a.py", "dsmip/ops/kernel.cpp", "ray_jobs/a_b.py", "data_prep/B.py", "data_prep/b/c.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "dsmip" / "__pycache__").mkdir()
+    for name in ("dsmip/__pycache__/a.pyc", "dsmip/.a.py.swp", "tests.py"):
+        (tmp_path / name).write_text("not ours")
+    docs = (Path(__file__).parents[1] / "docs" / "watching.md").read_text()
+    (line,) = [line.strip() for line in docs.splitlines() if line.endswith("| sha256sum")]
+    said = subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert said.split()[0] == provenance.source_sha256(tmp_path)
+    assert provenance.environment()["source_sha256"] == provenance.source_sha256(Path(dsmip.__file__).parents[1])
+
+
+def test_a_prepared_data_set_says_what_made_it(tmp_path: Path) -> None:
+    release, data = MimicRelease(plain_release(tmp_path / "release", 3, 6)), tmp_path / "data"
+    for _ in range(2):  # the second time it is kept
+        prepare_release(release, data, BuildOptions(), lambda part, done, total: None)
+    (record,) = records(data)
+    assert (record["command"], record["outcome"]) == ("prepare", "finished")
+    assert record["data_sha256"] == Dataset.open(data).manifest_hash
+    assert record["environment"]["source_sha256"]
 
 
 def test_a_run_says_what_made_it(tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset) -> None:

@@ -9,8 +9,9 @@ import ray_jobs.environment  # noqa: F401  (before Ray is imported)
 # isort: split
 from ray._private.runtime_env.packaging import create_package
 
+from dsmip.provenance import SOURCES, source_sha256
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("ray_jobs", "data_prep", "dsmip")
 LEFT_OUT = (
     "data/mine/kb-000000.tar",
     "runs/mine/text/weights.safetensors",
@@ -23,9 +24,11 @@ LEFT_OUT = (
 )
 
 
-def test_only_the_packages_and_ones_own_configurations_are_uploaded(tmp_path: Path) -> None:
+def test_only_the_packages_and_ones_own_configurations_are_uploaded_and_have_the_digest_of_the_checkout(
+    tmp_path: Path,
+) -> None:
     checkout, package = tmp_path / "checkout", tmp_path / "package.zip"
-    for name in PACKAGES:
+    for name in SOURCES:
         shutil.copytree(ROOT / name, checkout / name)
     for path in ROOT.iterdir():
         if path.is_file() and path.name != ".git":
@@ -40,9 +43,15 @@ def test_only_the_packages_and_ones_own_configurations_are_uploaded(tmp_path: Pa
         sent = set(archive.namelist())
     expected = {
         str(path.relative_to(ROOT))
-        for name in PACKAGES
+        for name in SOURCES
         for path in (ROOT / name).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert sent == expected | {"mine.yaml"}
     assert package.stat().st_size < 1 << 20
+
+    with ZipFile(package) as archive:
+        archive.extractall(tmp_path / "there")
+    assert source_sha256(tmp_path / "there") == source_sha256(checkout)
+    (tmp_path / "there" / "dsmip" / "errors.py").write_text("")
+    assert source_sha256(tmp_path / "there") != source_sha256(checkout)

@@ -4,6 +4,9 @@ Shapes: N items, L text tokens, P patches, r prompts per layer, S picture side; 
 d_z projection width. Layers are open_clip's own blocks, called one by one.
 """
 
+import os
+import shlex
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,6 +239,15 @@ class Backbone(nn.Module):
             for parameter in self._tower_parameters(tower, mode):
                 parameter.requires_grad_(True)
 
+    def compile_layers(self) -> None:
+        """Has the towers' layers compiled when they first run; the same values up to rounding, the same state.
+
+        All layers of a tower share one compilation, for any batch and text length. It needs a C++ compiler.
+        """
+        for tower in (self._text, self._vision):
+            for block in tower.transformer.resblocks:
+                block.compile(dynamic=True)
+
     def save_weights(self, path: Path) -> None:
         """Writes weights and pixel statistics atomically as safetensors; `build` loads them, and open_clip too (weights
         without a convolutional stem)."""
@@ -268,6 +280,16 @@ class Backbone(nn.Module):
             return []
         _check_depth(prompts, self.vision_layers, "vision")
         return [prompts.picture_prompts(layer) for layer in range(prompts.depth)]
+
+
+def compile_towers(module: nn.Module) -> None:
+    """`Backbone.compile_layers` of every backbone in a module. Raises UserError where there is no compiler."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
+    if shutil.which(compiler) is None:
+        raise UserError(f"train.compile: no C++ compiler named {compiler} (set CXX to one, or leave compile out)")
+    for backbone in module.modules():
+        if isinstance(backbone, Backbone):
+            backbone.compile_layers()
 
 
 def _network(architecture: Architecture) -> nn.Module:

@@ -1,0 +1,64 @@
+"""Towers with compiled layers: the same gradients, the same state, no compilation for each length of text."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.tower_rate import drawn_items
+from dsmip.config import BackboneConfig
+from dsmip.encoders.clip import Tuning, compile_towers
+from dsmip.errors import UserError
+from dsmip.experts import Expert, ExpertConfig
+
+SIZES = ((6, 11), (5, 9), (7, 13))  # items, tokens
+
+
+def expert(backbone: Path, tune: Tuning, prompts: int) -> Expert:
+    config = ExpertConfig(tune=tune, prompt_length=prompts, prompt_depth=prompts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        architecture = BackboneConfig(architecture=str(backbone))
+        return Expert.build("multimodal", config, architecture, 8, mask_padding=True, with_encoder=True).double()
+
+
+def features(of: Expert, items: int, tokens: int) -> list[Tensor]:
+    table = of.encode_mentions(drawn_items(items, tokens, 16, seed=0))
+    return [table.dense(f"{name}_global") for name in ("text", "image")] + [
+        table.ragged(f"{name}_tokens").values for name in ("text", "image")
+    ]
+
+
+def gradients(of: Expert, items: int, tokens: int) -> dict[str, Tensor]:
+    of.zero_grad()
+    torch.stack([(values * values.detach().cos()).sum() for values in features(of, items, tokens)]).sum().backward()
+    return {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("tune", "prompts"), [("frozen", 2), ("full", 0)])
+def test_features_and_gradients_are_the_same_for_any_sizes(narrow_backbone: Path, tune: Tuning, prompts: int) -> None:
+    plain, compiled = (expert(narrow_backbone, tune, prompts) for _ in range(2))
+    torch._dynamo.reset()
+    compile_towers(compiled)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for sizes in SIZES:
+        with torch.no_grad():
+            torch.testing.assert_close(features(compiled, *sizes), features(plain, *sizes), rtol=1e-9, atol=1e-9)
+        expected, found = gradients(plain, *sizes), gradients(compiled, *sizes)
+        assert found.keys() == expected.keys()
+        assert found
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-9, msg=name)
+    # two towers, with and without gradients; all layers, lengths and batches share them
+    assert 0 < counters["stats"]["unique_graphs"] <= 4
+
+
+def test_a_missing_compiler_is_named(narrow_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(UserError, match="no C\\+\\+ compiler named no-such-compiler"):
+        compile_towers(expert(narrow_backbone, "frozen", 0))
