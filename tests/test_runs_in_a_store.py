@@ -1,6 +1,7 @@
 """Runs at s3:// on a real Ray: the whole way, going on from another machine, and what is not done twice."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,7 @@ def driver(arguments: list[str], variables: Mapping[str, str]) -> Iterator[subpr
         for number in processes_of(Path(folder)):
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
