@@ -56,9 +56,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "weights.safetensors", checkpoint.weights)
     save_weights(folder / "best.safetensors", checkpoint.best)
-    with atomic_path(folder / "optimizer.pt") as temporary:
+    with atomic_path(folder / "optimizer.pt") as temporary, temporary.open("wb") as stream:
         state = {"optimizer": checkpoint.optimizer, "schedule": checkpoint.schedule, "scaler": checkpoint.scaler}
-        torch.save(state, temporary)
+        torch.save(state, stream)  # given a path, torch does not say that the disk is full
     position = {name: getattr(checkpoint, name) for name in _POSITION}
     manifest = {**position, "files": {name: sha256_file(folder / name) for name in _FILES}}
     write_json(folder / MANIFEST, {**manifest, "sha256": _hash(manifest)})

@@ -21,6 +21,9 @@ class JobFailed(Exception):
         self.exit_code = exit_code
 
 
-def no_room(error: BaseException) -> bool:
-    """Whether a disk or a quota is full. Not every library raises OSError for it."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+def no_room(error: BaseException | None) -> bool:
+    """Whether it, or what it came of, is a full disk or quota. Not every library raises OSError for that."""
+    if error is None:
+        return False
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    return full or no_room(error.__cause__ or error.__context__)

@@ -201,7 +201,7 @@ def _worst(errors: Sequence[BaseException], place: Place) -> Failure:
 
 def _cause(error: BaseException) -> BaseException:
     inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
-    return inner if isinstance(inner, UserError) or (inner and no_room(inner)) else error
+    return inner if isinstance(inner, UserError) or no_room(inner) else error
 
 
 def _last_line(text: str) -> str:

@@ -237,7 +237,7 @@ def command(arguments: Sequence[str], variables: Mapping[str, str] = {}) -> Iter
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**environment, "RAY_worker_niceness": "0", **variables},
+        env={**environment, "PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0", **variables},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -246,13 +246,14 @@ def command(arguments: Sequence[str], variables: Mapping[str, str] = {}) -> Iter
         yield process
     finally:
         process.kill()
-        process.communicate()
+        print(process.communicate()[0])  # pytest shows it when the test fails
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
     """Waits for a command's end; its exit code and what it said."""
-    output, _ = process.communicate()
-    return process.returncode, output
+    assert process.stdout is not None
+    output = process.stdout.read()
+    return process.wait(), output
 
 
 def undisturbed(folder: Path, config: ExperimentConfig, dataset: Dataset) -> Run:

@@ -3,9 +3,7 @@
 import contextlib
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from disturbed import (
     undisturbed,
     wait_stored,
 )
+from full_disk import fill, small_disk
 from ray_heads import processes_of, running_head, wait_until
 
 from dsmip.config import ExperimentConfig
@@ -69,7 +68,7 @@ def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run
 ) -> None:
     log = StepLog(tmp_path / "log", holds=((1, 3),))
-    with small_disk(tmp_path / "disk") as disk:
+    with small_disk(tmp_path / "disk", megabytes=8) as disk:
         arguments = train_arguments(log, config, small_data, disk / "run")
         with command(arguments) as process:
             log.wait_held((1, 3), WORKERS, ended=process.poll)
@@ -87,28 +86,6 @@ def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
         assert code == 0, output
         assert log.cost("visual", event, "full disk; from the next command on") <= 4
         assert_equal_parts(Run.open(disk / "run"), expected)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 8 MB, where the tests may mount one."""
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("no right to mount a small file system")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Takes all room that is left on a file system."""
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as stream:
-        while True:
-            stream.write(bytes(4096))
 
 
 def test_a_submitted_training_outlives_its_driver_and_its_head(
