@@ -200,8 +200,8 @@ def _worst(errors: Sequence[BaseException], place: Place) -> Failure:
 
 
 def _cause(error: BaseException) -> BaseException:
-    inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
-    return inner if isinstance(inner, UserError) or no_room(inner) else error
+    inner: BaseException | None = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
+    return inner if inner and (isinstance(inner, UserError) or no_room(inner)) else error
 
 
 def _last_line(text: str) -> str:
