@@ -28,8 +28,8 @@ from dsmip.shards import Dataset
 from dsmip.stages import CPU, train_part
 
 ROOT = Path(__file__).parents[1]
-WAIT_SECONDS = 300.0  # of a machine that has much else to do
-HOLD_SECONDS = 600.0  # nobody came: the test has failed, and its workers must not stay
+WAIT_SECONDS = 600.0  # of a machine that has much else to do
+HOLD_SECONDS = 900.0  # nobody came: the test has failed, and its workers must not stay
 Place = tuple[int, int]
 """Epoch and step."""
 

@@ -68,6 +68,7 @@ def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run
 ) -> None:
     log = StepLog(tmp_path / "log", holds=((1, 3),))
+    config = config.changed({"parts": {part: {"restarts": 0} for part in WORKERS}})  # else it is tried that often
     with small_disk(tmp_path / "disk", megabytes=8) as disk:
         arguments = train_arguments(log, config, small_data, disk / "run")
         with command(arguments) as process:
@@ -76,13 +77,14 @@ def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
             fill(disk / "filler")
             log.release((1, 3))
             code, output = ended(process)
-        print(output)
         assert code == 2, output
+        for part in WORKERS:
+            assert f"{part}: failed: no space left on the disk of {disk / 'run'}" in output, output
+        assert "Traceback" not in output
         (disk / "filler").unlink()
         event = time.time()
         with command(arguments) as process:
             code, output = ended(process)
-        print(output)
         assert code == 0, output
         assert log.cost("visual", event, "full disk; from the next command on") <= 4
         assert_equal_parts(Run.open(disk / "run"), expected)
