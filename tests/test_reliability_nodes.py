@@ -15,10 +15,12 @@ from disturbed import (
     command,
     disturbed_config,
     ended,
+    is_alive,
     train_arguments,
     undisturbed,
     wait_stored,
 )
+from ray_heads import wait_until
 
 import ray_jobs.environment  # noqa: F401  (before Ray is imported)
 from dsmip.config import ExperimentConfig
@@ -100,6 +102,39 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_step(
         places = [note.place for note in log.notes(part)]
         assert len(places) == len(set(places))
     assert_equal_parts(Run.open(tmp_path / "run"), expected)
+
+
+def test_an_elastic_part_goes_on_with_fewer_workers_and_with_more_again(
+    tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset, cluster: Any
+) -> None:
+    """Two workers, one when a node is lost and none comes, two when one comes: the same batches all the way."""
+    config = disturbed_config(small_config, workers="1..2", resources={"cpu": 0.9})
+    config = config.changed({"parts": {"text": {"resources": {"cpu": 0.1}}}})
+    alone = undisturbed(tmp_path / "alone", config.changed({"parts": {"visual": {"workers": 1}}}), small_data)
+    log = StepLog(tmp_path / "log", holds=((0, 3), (2, 1)))
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    variables = {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
+    with command(train_arguments(log, config, small_data, tmp_path / "run"), variables) as process:
+        log.wait_held((0, 3), {"visual": 2}, ended=process.poll)
+        workers = [log.notes("visual", rank)[-1].pid for rank in (0, 1)]
+        event = time.time()
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        wait_until(lambda: not all(map(is_alive, workers)), 60, "the lost node's worker lives")
+        log.release((0, 3))
+        log.wait_held((2, 1), {"visual": 1}, ended=process.poll)
+        assert log.notes("visual", rank=1)[-1].place < (2, 0)
+        assert log.cost("visual", event, "killed node of an elastic training, none joins") <= 2
+        event = time.time()
+        cluster.add_node(num_cpus=1)
+        log.wait_held((2, 1), {"visual": 2}, ended=process.poll)
+        log.release((2, 1))
+        code, output = ended(process)
+    assert code == 0, output
+    assert log.cost("visual", event, "another node joins the elastic training") <= 2
+    found = Run.open(tmp_path / "run").part_report("visual")["history"]
+    for ours, theirs in zip(found, alone.part_report("visual")["history"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["mrr"] == pytest.approx(theirs["mrr"], rel=1e-3)
 
 
 def drain(cluster: Any, node: Any) -> None:
