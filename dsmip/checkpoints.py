@@ -116,7 +116,8 @@ def newest_sound(folders: Iterable[Path], device: torch.device, warn: Callable[[
 def load_checkpoint(folder: Path, device: torch.device) -> Checkpoint:
     """Reads a folder that `save_checkpoint` finished; UserError when it is not complete or damaged."""
     manifest = verify_checkpoint(folder)
-    state = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+    # The optimizer moves its moments itself; its step counts must stay on the CPU, or each step waits for the device.
+    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     return Checkpoint(
         **{name: manifest[name] for name in _POSITION},
         weights=load_file(folder / "weights.safetensors", device=str(device)),

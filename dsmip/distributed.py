@@ -31,6 +31,8 @@ def barrier() -> None:
 
 def any_worker(value: bool, device: torch.device) -> bool:
     """Whether the value is true on at least one worker."""
+    if world_size() == 1:
+        return value  # without a trip to the device
     return bool(sum_over_workers(torch.tensor(float(value), device=device)))
 
 

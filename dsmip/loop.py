@@ -22,6 +22,7 @@ from dsmip.streams import draw
 from dsmip.watch import StepFigures, timed
 
 Scale = Callable[[Tensor], Tensor]
+_LEAST_SCALE = 1.0  # of fp16 losses: halved at each overflow from 65,536 on, so a sound training never comes here
 
 
 class StepSource(Protocol):
@@ -212,6 +213,8 @@ class Loop:
             raise _diverged(f"the gradient's norm is {float(gradient_norm)}", progress)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
+            raise _diverged("no step has had a finite gradient for long", progress)
         self.schedule.step()
         self.objective.after_step()
         return sums, gradient_norm

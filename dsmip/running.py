@@ -1,4 +1,7 @@
-"""How a training is run: workers, resources, checkpoints, restarts. None of it changes a result but by rounding."""
+"""How a training is run: workers, resources, checkpoints, restarts. None of it changes a result but by rounding.
+
+One exception: with `negatives: local` each worker contrasts with its own share of a batch, so their number counts.
+"""
 
 import re
 from typing import Annotated, Any, NamedTuple

@@ -139,14 +139,19 @@ def train_whole(
 def run_features(run: Run, part: str, split: str, matcher: Matcher, context: Context) -> Table:
     """Cached features of a part's encoder on a split or the kb. Only rank 0 computes them; the others wait for it."""
 
-    def table() -> Table:
-        collator = run.collator(part)
-        return run.cache.table(part, split, matcher, run.dataset, collator, context.device, lambda _: context.alive())
+    collator, device = run.collator(part), context.device
+
+    def working(_: int) -> None:
+        context.alive()
+        distributed.any_worker(True, device)
 
     if distributed.rank() == 0:
-        table()
-    distributed.barrier()
-    return table()
+        run.cache.ensure(part, split, matcher, run.dataset, collator, device, working)
+        distributed.any_worker(False, device)
+    else:
+        while distributed.any_worker(False, device):  # not a barrier: that one waits in vain after a while
+            context.alive()
+    return run.cache.table(part, split, matcher, run.dataset, collator, device)
 
 
 def validate_on(validation: SplitFeatures, kb: Table, context: Context) -> Callable[[Matcher], Mapping[str, float]]:

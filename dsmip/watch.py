@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 Item = TypeVar("Item")
-Outcome = Literal["finished", "failed"]
+Outcome = Literal["finished", "failed", "left"]
+"""left: its machine goes; it is to go on on another one."""
 _WRITE_SECONDS = 2.0  # a tool gains nothing from more, and a step of stage two takes milliseconds
 
 

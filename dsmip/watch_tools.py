@@ -30,6 +30,7 @@ _PROJECT = "dsmip"
 _PACKAGES: Mapping[WatchTool, str] = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 SEND_SECONDS = 15.0  # what a killed node may lose of a run in an object store, where every request is paid
 _PARAMETERS_A_CALL, _PARAMETER_LENGTH = 100, 500  # MLflow's limits
+_MLFLOW_STATUS: dict[Outcome, str] = {"finished": "FINISHED", "failed": "FAILED", "left": "KILLED"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class MLflow:
 
     def close(self, outcome: Outcome) -> None:
         if self._client is not None:
-            self._client.set_terminated(self._run_id, "FINISHED" if outcome == "finished" else "FAILED")
+            self._client.set_terminated(self._run_id, _MLFLOW_STATUS[outcome])
 
     def _open(self) -> None:
         """Finds the training's run of an earlier process, or makes one."""

@@ -1,6 +1,5 @@
 """What a training inside a Ray worker knows of its outside world: device, threads, checkpoints and whom to tell."""
 
-import os
 import shutil
 import socket
 import time
@@ -14,6 +13,7 @@ import torch
 
 from dsmip import distributed
 from dsmip.checkpoints import newest_sound, read_manifest
+from dsmip.loop import Left
 from dsmip.places import Place
 from dsmip.watch import StepFigures, Watch
 from dsmip.watch_tools import PROGRESS, ProgressFile, Sent, Watched
@@ -77,17 +77,21 @@ class RayContext:
         )
         self._scratch = Scratch()
         self._restored = self._scratch.folder("restored-")
-        self._stalled = collect_stalled(place.folder, watched.name) if rank == 0 else []
+        self._stalled = collect_stalled(place, watched.name) if rank == 0 else []
         self._stalls = StallWatch(stall_file(place.folder, watched.name, rank), stall_seconds)
         self._next_notice = time.monotonic()
         set_threads()
+        self._stalls.alive()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._stalls.close()
-        self._watch.close("failed" if kind else "finished")
+        left = kind is not None and issubclass(kind, Left)
+        if left:
+            ray.train.get_all_reported_checkpoints()  # waits until all are stored
+        self._watch.close("left" if left else "failed" if kind else "finished")
         shutil.rmtree(self._restored, ignore_errors=True)
 
     def alive(self) -> None:
@@ -99,7 +103,10 @@ class RayContext:
         self._watch.step_done(epoch, step, num_steps, figures)
 
     def asked_to_leave(self) -> bool:
-        """Asks Ray about once a second: an answer takes a call to another process, which all workers must make."""
+        """Asks Ray about once a second: an answer takes a call to another process, which all workers must make.
+
+        Workers then leave by returning, all of them: one that raises, or whose process ends, has failed for Ray.
+        """
         due = time.monotonic() >= self._next_notice
         if not distributed.any_worker(due, self.device):
             return False
@@ -122,17 +129,6 @@ class RayContext:
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
-
-    def leave(self) -> None:
-        """Ends this process once all checkpoints are stored. Call it after `Left`.
-
-        Ray takes a worker that returns for one that has finished, and one that raises for a failed one. One that ends
-        on a machine which is about to go is replaced at once, and not counted among the restarts.
-        """
-        ray.train.get_all_reported_checkpoints()  # waits until all are stored
-        distributed.barrier()
-        self.__exit__(None)
-        os._exit(0)
 
     def restore(self) -> Path | None:
         newest = ray.train.get_checkpoint()

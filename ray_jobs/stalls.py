@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from dsmip.places import Place
+
 _MOST_REARMING_SECONDS = 1.0
 
 
@@ -40,13 +42,15 @@ class StallWatch:
             self._file = None
 
 
-def collect_stalled(folder: Path, name: str) -> list[Path]:
-    """Files that ended workers of a training left, renamed so that they are found once; of killed ones they are empty.
+def collect_stalled(place: Place, name: str) -> list[str]:
+    """Files that ended workers of a training left on this node; renamed, so that they are found once, and sent.
 
-    Their names are `stall_file`'s with `.ended` for `.txt`.
+    Their names are `stall_file`'s with `.ended` for `.txt`. A worker that was killed leaves an empty one.
     """
-    found = [path for path in sorted(folder.glob(f"{name}.stalled-*.txt")) if path.stat().st_size > 0]
-    return [path.replace(path.with_suffix(".ended")) for path in found]
+    found = [path for path in sorted(place.folder.glob(f"{name}.stalled-*.txt")) if path.stat().st_size > 0]
+    ended = [path.replace(path.with_suffix(".ended")).name for path in found]
+    place.push(*ended)
+    return [f"{place}/{each}" for each in ended]
 
 
 def stall_file(folder: Path, name: str, rank: int) -> Path:

@@ -4,14 +4,13 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from ray_jobs.environment import starts_own_cluster  # first: Ray reads its variables when it is imported
 
 # isort: split
 import ray
-from ray.exceptions import RayError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, TrainingFailedError, WorkerGroupError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, WorkerGroupError
 from ray.train.backend import BackendConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -23,7 +22,7 @@ from dsmip import distributed
 from dsmip.checkpoints import KEPT
 from dsmip.errors import UserError
 from dsmip.loop import Left
-from dsmip.places import Location, Place, place_of
+from dsmip.places import Folder, Location, Place, place_of
 from dsmip.running import Running
 from dsmip.watch_tools import Watched
 from ray_jobs.context import RayContext
@@ -34,6 +33,9 @@ from ray_jobs.snapshots import mend_snapshot
 
 _RESIZE_SECONDS = 30.0  # how often an elastic training looks whether there is room for more workers
 
+LEFT: Literal["left"] = "left"
+Outcome = Failure | Literal["left"] | None
+"""What a worker returns: its failure, or that it has left its machine, or None at the training's end."""
 Loop = Callable[[RayContext, Mapping[str, Any]], None]
 
 
@@ -74,7 +76,8 @@ def run_trainings(trainings: Sequence[Training], display: Display) -> None:
     """
     check_feasible([training.request for training in trainings])
     for training in trainings:
-        # A store writes no half files, so only folders need it.
+        if not isinstance(training.place, Folder):
+            continue  # a store has no half files
         if mended := mend_snapshot(training.place.folder / training.name):
             display.say(f"  {training.name}: warning: {mended}")
     events = start_event_queue()
@@ -119,6 +122,24 @@ class _Trainer(DataParallelTrainer):
 def _fit(training: Training, events: Any) -> Failure | None:
     """One training from start to end, in a thread of the driver: a process of its own would only import torch again.
 
+    Workers that leave a machine which is about to go all return. For Ray the training has then ended well, so it is
+    started again, and goes on from its checkpoint on other machines.
+    """
+    outcome: Outcome = LEFT
+    while outcome == LEFT:
+        try:
+            outcome = _trainer(training, events).fit().return_value
+        except WorkerGroupError as error:
+            errors: list[BaseException] = [*error.worker_failures.values()]
+            outcome = _worst(errors or [error], training.place)
+        except Exception as error:  # the other trainings go on
+            outcome = _failure(error, training.place)
+    return outcome if isinstance(outcome, Failure) else None
+
+
+def _trainer(training: Training, events: Any) -> Any:
+    """Ray's trainer.
+
     Ray's controller process unpickles backend and loop configuration, but not the loop. So the loop carries its
     arguments, and a lone worker has no process group: the controller then need not import torch (6 s, 0.3 GB).
     """
@@ -126,7 +147,7 @@ def _fit(training: Training, events: Any) -> Failure | None:
     plan, workers = training.plan, training.plan.workers
     asked = {"CPU": plan.resources.cpu, "GPU": plan.resources.gpu}
     loop: Any = partial(_guarded_loop, training, events)  # Ray's annotation does not know that it may return a value
-    trainer = _Trainer(
+    return _Trainer(
         loop,
         # Workers end themselves when one of them hangs; the collectives' own limit comes after that.
         backend_config=TorchConfig(timeout_s=int(2 * training.stall_seconds) + 1)
@@ -146,18 +167,9 @@ def _fit(training: Training, events: Any) -> Failure | None:
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
         ),
     )
-    try:
-        result: Any = trainer.fit()
-    except WorkerGroupError as error:
-        errors: list[BaseException] = [*error.worker_failures.values()]
-        return _worst(errors or [error], training.place)
-    except (TrainingFailedError, RayError) as error:
-        return _failure(error, training.place)
-    failure: Failure | None = result.return_value
-    return failure
 
 
-def _guarded_loop(training: Training, events: Any) -> Failure | None:
+def _guarded_loop(training: Training, events: Any) -> Outcome:
     """The training's loop. A lone worker returns its failure: it would fail again, so Ray must not restart it.
 
     With several workers the error is raised, because the others may wait for this one in a collective. A user's mistake
@@ -169,10 +181,9 @@ def _guarded_loop(training: Training, events: Any) -> Failure | None:
     try:
         watched = training.watched or Watched(training.storage, training.name)
         with RayContext(watched, training.num_epochs, events, training.place, training.stall_seconds) as context:
-            try:
-                training.loop(context, training.settings)
-            except Left:
-                context.leave()
+            training.loop(context, training.settings)
+    except Left:
+        return LEFT
     except Exception as error:
         failure = _failure(error, training.place)
         if distributed.world_size() == 1:

@@ -222,6 +222,13 @@ class Spoiled(ToyMatcher):
         return loss + (self.bias * 0).abs().sum().sqrt()  # 0, with an infinite slope
 
 
+def test_half_precision_that_never_has_a_finite_gradient_ends(tmp_path: Path) -> None:
+    """Steps that overflow are passed over, but not for ever."""
+    config, matcher = TrainConfig(**{**SETTINGS, "epochs": 12}, precision="fp16"), Spoiled("gradient")
+    with pytest.raises(UserError, match="no step has had a finite gradient"):
+        train(matcher, source(config), config, LocalContext(tmp_path), scripted([0.1] * 12), seed=3)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_training_that_diverges_says_where_and_leaves_a_sound_checkpoint(tmp_path: Path, what: str) -> None:
     config, matcher = TrainConfig(**SETTINGS), Spoiled(what)

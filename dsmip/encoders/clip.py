@@ -242,7 +242,8 @@ class Backbone(nn.Module):
     def compile_layers(self) -> None:
         """Has the towers' layers compiled when they first run; the same values up to rounding, the same state.
 
-        All layers of a tower share one compilation, for any batch and text length. It needs a C++ compiler.
+        All layers of a tower share a compilation, for any text length; training, validation and batches of one have one
+        each. It needs a C++ compiler.
         """
         for tower in (self._text, self._vision):
             for block in tower.transformer.resblocks:
