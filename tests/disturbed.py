@@ -85,6 +85,10 @@ class StepLog:
         notes = [Note(**json.loads(line)) for line in lines]
         return [note for note in notes if (note.part, note.rank) == (part, rank)]
 
+    def pids(self, part: str) -> list[int]:
+        """Processes of the first worker, in the order of their steps."""
+        return list(dict.fromkeys(note.pid for note in self.notes(part)))
+
     def wait_held(
         self, place: Place, workers: Mapping[str, int], *, ended: Callable[[], object] = lambda: None
     ) -> None:
