@@ -142,7 +142,7 @@ def test_what_is_up_to_date_is_neither_fetched_nor_sent(on: OnMachine, monkeypat
     for machine in ("two", "one"):
         place = on(machine)
         monkeypatch.setattr(mirror.Mirror, "_send", transfer)
-        monkeypatch.setattr(type(place._fs), "get_file", transfer)  # type: ignore[attr-defined]
+        monkeypatch.setattr(place._fs, "get_file", transfer)  # type: ignore[attr-defined]
         place.refresh()
         place.pull("index")
         place.push("index", "run.json")
