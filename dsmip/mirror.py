@@ -8,6 +8,7 @@ copy that the store has not (but for what is written in place and sent later: ch
 that was deleted in the store and made anew shares nothing with the old one's copy.
 """
 
+import glob
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +33,8 @@ _SMALL = (".json", ".yaml", ".txt")
 _NOT_BELOW = {"", ".", ".."}  # a store takes any text for a name; a folder would lead out of the copy
 _NOT_READ = "tune/ray/"  # what Tune notes for itself
 _AT_ONCE = 8  # transfers
-_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "mtime", "LastModified", "updated", "created")
+_TAGS = ("ETag", "etag", "generation", "md5Hash")
+_DATES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,23 @@ class Mirror(Place):
         known = dict(self._versions())  # before the store is asked: what comes meanwhile is not taken for deleted
         found = self._listed("")
         if not self.below and known.get(STAMP) != found.get(STAMP):
-            shutil.rmtree(self._home, ignore_errors=True)
-            known = {}
+            known, found = self._taken_up()
         for name in known.keys() - found.keys():
             self._forget(name)
         small = {name for name in found if name.endswith(_SMALL) and not f"{self.below}{name}".startswith(_NOT_READ)}
         self._fetch({name: found[name] for name in small})
+
+    def _taken_up(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The versions here and in the store, once the copy is of the run that the store has now."""
+        self._home.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._home.with_suffix(".lock")):  # many start at once on a new node; one of them clears up
+            known, found = dict(self._versions()), self._listed("")
+            if STAMP in known and known[STAMP] != found.get(STAMP):
+                shutil.rmtree(self._home, ignore_errors=True)
+                known = {}
+            if STAMP in found:
+                self._fetch({STAMP: found[STAMP]})
+        return known, found
 
     def pull(self, *names: str) -> None:
         for name in names:
@@ -109,7 +122,7 @@ class Mirror(Place):
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def glob(self, pattern: str) -> list[str]:
-        found = self._call(self._fs.glob, self._path(pattern))
+        found = self._call(self._fs.glob, f"{glob.escape(self._path(''))}{pattern}")
         return sorted(str(each)[len(self._path("")) :] for each in found)
 
     def sizes(self) -> Mapping[str, int]:
@@ -120,7 +133,7 @@ class Mirror(Place):
         return dict(sorted(total.items()))
 
     def storage(self) -> tuple[str, Any]:
-        return self._path("").rstrip("/"), PyFileSystem(FSSpecHandler(self._fs))
+        return self._path("").rstrip("/"), PyFileSystem(_ByName(self._fs))
 
     @property
     def _home(self) -> Path:
@@ -199,10 +212,11 @@ class Mirror(Place):
 
     def _versions(self) -> Iterable[tuple[str, str]]:
         root = self._marker_path("")
-        for path in root.rglob("*"):
-            if path.is_file() and not path.name.startswith("."):
-                name = path.relative_to(root).as_posix()
-                yield name, self._marker(name)[0]
+        with suppress(FileNotFoundError):  # another process is clearing up
+            for path in root.rglob("*"):
+                if path.is_file() and not path.name.startswith("."):
+                    name = path.relative_to(root).as_posix()
+                    yield name, self._marker(name)[0]
 
     def _marker_path(self, name: str) -> Path:
         return self._home / "versions" / f"{self.below}{name}"
@@ -223,9 +237,30 @@ class Mirror(Place):
         (self.folder / name).unlink(missing_ok=True)
 
 
+class _ByName(FSSpecHandler):  # type: ignore[misc]
+    """Deletes what is called `run*`, not all that begins with `run`."""
+
+    def delete_dir(self, path: str) -> None:
+        self.fs.rm(glob.escape(path), recursive=True)
+
+    def delete_file(self, path: str) -> None:
+        self.fs.rm_file(path)
+
+
 def _version(info: Mapping[str, Any]) -> str:
-    """Differs when the content does, whatever the store calls it."""
-    return " ".join([str(info["size"]), *(str(info[key]) for key in _VERSIONS if info.get(key) is not None)])
+    """Differs when the content does, and is the same in a listing and for one file.
+
+    Dates count only where a store has nothing else: a listing may have them with milliseconds, a file without.
+    """
+    tags = [f"{key} {info[key]}" for key in _TAGS if info.get(key)]
+    dates = [_to_the_second(info[key]) for key in _DATES if info.get(key)]
+    return " ".join([str(info["size"]), *(tags or dates)[:1]])
+
+
+def _to_the_second(date: object) -> str:
+    if isinstance(date, int | float):
+        return str(int(date))
+    return str(date).partition(".")[0].removesuffix("Z").removesuffix("+00:00")
 
 
 def _state(path: Path) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import fsspec
 import platformdirs
@@ -21,9 +21,11 @@ from dsmip.errors import UserError
 
 Result = TypeVar("Result")
 
-_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.+", re.S)
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.+)", re.S)
+_ALMOST_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+:(/|$)")  # a folder of such a name would be a surprise
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _WAITS = (1.0, 3.0)  # seconds before another try; the providers' clients have tried for some seconds themselves
+_PATIENCE = 30.0  # seconds after which nothing is tried again
 _LOCAL_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -36,16 +38,24 @@ def local_path(location: str | Path) -> Path | None:
     """The path that a location on this machine stands for, also of a `file://` URI; None for an object store.
 
     Raises:
-        UserError: a `file://` URI of another machine.
+        UserError: a `file://` URI of another machine, or a URI that was mistyped or cannot be used.
     """
     if not is_uri(location):
-        return Path(location)
-    parts = urlsplit(str(location))
-    if parts.scheme.lower() != "file":
+        return path_here(Path(location))
+    scheme, authority, path = _parts(str(location))
+    if scheme != "file":
         return None
-    if parts.netloc not in ("", "localhost"):
-        raise UserError(f"{location}: a file URI has three slashes, as file:///{parts.netloc}{parts.path}")
-    return Path(unquote(parts.path))
+    if authority not in ("", "localhost"):
+        raise UserError(f"{location}: a file URI has three slashes, as file:///{authority}/{path}")
+    return Path("/", unquote(path))
+
+
+def path_here(path: Path) -> Path:
+    """The path itself. Raises UserError for what was meant as a URI; a Path of one has lost a slash."""
+    if _ALMOST_URI.match(str(path)):
+        how = "give s3://..., gs://... or file:///..., or the full path of a folder of this name"
+        raise UserError(f"{path}: neither a path here nor a URI; {how}")
+    return path
 
 
 def join(uri: str, name: str) -> str:
@@ -57,22 +67,36 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URI, without cached listings, and the path there. Opens no connection.
 
     Raises:
-        UserError: the scheme is unknown, or the package for it is not installed.
+        UserError: the scheme is unknown, the package for it is not installed, or the URI cannot be used.
     """
-    match = _URI.fullmatch(uri)
-    scheme = match[1].lower() if match else ""
+    scheme, authority, path = _parts(uri)
     if scheme not in fsspec.available_protocols() or scheme == "memory":  # memory: of one process alone
         raise UserError(f"{uri}: no storage is known by '{scheme}://'; give a folder, s3://..., gs://... or file://...")
-    parts = urlsplit(uri)
     try:
-        system = _system(f"{parts.scheme}://{parts.netloc}", os.getpid())
+        system = _system(f"{scheme}://{authority}", os.getpid())
+        return system, str(system._strip_protocol(f"{scheme}://{authority}/{path}")).rstrip("/")
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
         what = f"pip install 'dsmip[{extra}]'" if extra else str(error)
         raise UserError(f"{uri}: '{scheme}://' needs a package that is not installed: {what}") from error
-    except ValueError as error:
-        raise UserError(f"{uri}: not a location in an object store ({error})") from error
-    return system, str(system._strip_protocol(uri)).rstrip("/")
+    except Exception as error:  # each file system refuses in its own way what it cannot open
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{uri}: cannot be opened as a place in a store ({reason})") from error
+
+
+def _parts(uri: str) -> tuple[str, str, str]:
+    """Scheme, authority (the bucket) and path. Raises UserError for an address that would be written but not found."""
+    match = _URI.fullmatch(uri)
+    if match is None:
+        raise UserError(f"{uri}: not a URI, as s3://bucket/folder is")
+    scheme = match[1].lower()
+    authority, _, path = match[2].partition("/")
+    if scheme != "file":
+        if "?" in match[2]:
+            raise UserError(f"{uri}: a '?' and what follows it cannot be part of the address; leave it out")
+        if "//" in f"/{path}".rstrip("/") or (scheme in _EXTRAS and not authority):
+            raise UserError(f"{uri}: has an empty name between two slashes; write one slash")
+    return scheme, authority, path
 
 
 @lru_cache(16)
@@ -89,13 +113,14 @@ def attempt(uri: str, call: Callable[[], Result]) -> Result:
         UserError: no credentials, no permission, the store cannot be reached, or the disk here is full.
         FileNotFoundError: there is no such object or bucket; the caller knows what that means.
     """
+    started = time.monotonic()
     for wait in (*_WAITS, None):
         try:
             return call()
         except (FileNotFoundError, UserError):
             raise
         except Exception as error:  # each provider's client has errors of its own
-            if wait is None or not _may_pass(error):
+            if wait is None or time.monotonic() - started > _PATIENCE or not _may_pass(error):
                 raise UserError(_in_words(uri, error)) from error
             time.sleep(wait)
     raise AssertionError

@@ -73,11 +73,15 @@ class Run:
             if run.config != config:
                 place.write_text(CONFIG, config.to_yaml())
             return Run(place, config, dataset)
-        if place.glob("*"):
+        made = {  # before anything is written: this takes a while, and may be interrupted
+            "data": {"folder": dataset.location, "name": dataset.manifest.name, "sha256": dataset.manifest_hash},
+            "seed": config.seed,
+            "made": environment(),
+            "id": uuid.uuid4().hex,
+        }
+        if (found := place.glob("*")) and not (found == [CONFIG] and _made_here(place.folder / CONFIG)):
             raise UserError(f"{place} is not empty and not a run (no {STAMP}); give a new folder for --run")
         place.write_text(CONFIG, config.to_yaml())
-        data = {"folder": dataset.location, "name": dataset.manifest.name, "sha256": dataset.manifest_hash}
-        made = {"data": data, "seed": config.seed, "made": environment(), "id": uuid.uuid4().hex}
         place.write_json(STAMP, made)
         return Run(place, config, dataset)
 
@@ -257,6 +261,14 @@ def first_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str
         if before.get(key) != after.get(key):
             return f"{key} was {before.get(key)!r}, is now {after.get(key)!r}"
     return ""
+
+
+def _made_here(path: Path) -> bool:
+    """Whether a configuration is as a run writes it, all that an interrupted start leaves; not a user's own file."""
+    try:
+        return path.read_text(encoding="utf-8") == load_config(str(path)).to_yaml()
+    except (OSError, ValueError, UserError):
+        return False
 
 
 def _stage_one(config: ExperimentConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The files of a dataset in an object store: fetched whole when first needed, and kept on this node."""
 
+import glob
 import hashlib
 import posixpath
 import queue
@@ -103,7 +104,7 @@ class StoreFiles:
         FolderFiles(self.folder).remove(name)
         system, path = filesystem(self.place(name))
         with suppress(FileNotFoundError):
-            attempt(self.place(name), lambda: system.rm(path, recursive=True))
+            attempt(self.place(name), lambda: system.rm(glob.escape(path), recursive=True))
 
     def relative(self, way: str) -> tuple[DataFiles, bytes]:
         return data_files(way if is_uri(way) else _resolved(self.location, way))
@@ -146,5 +147,10 @@ def _read(uri: str) -> bytes | None:
 
 
 def _resolved(uri: str, way: str) -> str:
+    """Raises UserError for a way out of the bucket: whoever made the view chose it, not whoever reads it."""
     scheme, _, path = uri.partition("://")
-    return f"{scheme}://{posixpath.normpath(posixpath.join(path, way))}"
+    bucket = path.partition("/")[0]
+    found = posixpath.normpath(posixpath.join(path, way))
+    if not f"{found}/".startswith(f"{bucket}/"):
+        raise UserError(f"{uri}: is a view of '{way}', which leads out of its bucket; make it of a whole URI")
+    return f"{scheme}://{found}"

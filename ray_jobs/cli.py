@@ -158,10 +158,11 @@ def pretrain(
     verbose: VerboseOption = False,
 ) -> None:
     """Trains the backbone on the knowledge base's own picture-text pairs."""
+    from dsmip.remote import path_here
     from ray_jobs.settings import job_config
 
     settings = job_config(config, set or [])
-    if out.suffix != ".safetensors":
+    if path_here(out).suffix != ".safetensors":
         raise UserError(f"--out {out} must end in .safetensors")
     from dsmip.shards import Dataset
     from ray_jobs.pretrain import pretrain_backbone
@@ -309,9 +310,10 @@ def demo(
 ) -> None:
     """Draws a data set and goes all the way to a comparison of experts, gate and oracle, in a few minutes."""
     from data_prep.demo_release import DemoConfig
+    from dsmip.remote import path_here
     from ray_jobs.demo import run_demo
 
-    run_demo(out, DemoConfig(seed=seed), verbose=verbose)
+    run_demo(path_here(out), DemoConfig(seed=seed), verbose=verbose)
 
 
 def main() -> None:

@@ -1,9 +1,12 @@
 """A run's files in a real object store, seen from several machines: each has a cache folder of its own."""
 
+import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,12 @@ from object_store import free_port, running_store, variables
 
 from dsmip import mirror, remote
 from dsmip.errors import UserError
+from dsmip.files import write_text
 from dsmip.places import Folder, Place, place_of
+from dsmip.processes import map_tasks
 
 OnMachine = Callable[[str], Place]
+PROCESSES, ROUNDS = 4, 4
 
 
 @pytest.fixture
@@ -133,12 +139,102 @@ def test_what_is_up_to_date_is_neither_fetched_nor_sent(on: OnMachine, monkeypat
     def transfer(*arguments: object, **options: object) -> None:
         pytest.fail("a transfer")
 
-    for place in (there, here):
+    for machine in ("two", "one"):
+        place = on(machine)
         monkeypatch.setattr(mirror.Mirror, "_send", transfer)
-        monkeypatch.setattr(type(place._fs), "get_file", transfer)  # type: ignore[attr-defined]
+        monkeypatch.setattr(place._fs, "get_file", transfer)  # type: ignore[attr-defined]
         place.refresh()
         place.pull("index")
         place.push("index", "run.json")
+
+
+def test_a_listing_with_finer_dates_is_of_the_same_files(on: OnMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MinIO's is: milliseconds in a listing, seconds for one file."""
+    here = on("one")
+    system = here._fs  # type: ignore[attr-defined]
+    original = system.find
+
+    def find(*arguments: object, **options: object) -> dict[str, dict[str, object]]:
+        finer = {"LastModified": datetime(2026, 1, 2, 3, 4, 5, 678000, UTC)}
+        return {path: {**info, **finer} for path, info in original(*arguments, **options).items()}
+
+    here.write_json("run.json", {"id": 1})
+    (here.folder / "progress.bin").write_text("not sent yet")
+    monkeypatch.setattr(system, "find", find)
+    monkeypatch.setattr(system, "get_file", lambda *arguments, **options: pytest.fail("a transfer"))
+    here.refresh()
+    assert files(here).keys() == {"run.json", "progress.bin"}
+
+
+def test_a_version_changes_with_the_content() -> None:
+    date = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    tagged = {"size": 1, "ETag": '"a"', "LastModified": date}
+    assert mirror._version(tagged) == mirror._version({**tagged, "LastModified": date.replace(minute=5)})
+    assert mirror._version(tagged) != mirror._version({**tagged, "ETag": '"b"'})
+    dated = {"size": 1, "mtime": date}
+    for same in (date.replace(microsecond=9), "2026-01-02 03:04:05.9Z"):
+        assert mirror._version(dated) == mirror._version({**dated, "mtime": same})
+    for other in ({"size": 2}, {"mtime": date.replace(second=6)}):
+        assert mirror._version(dated) != mirror._version({**dated, **other})
+    assert mirror._version({"size": 1, "created": 5.2}) == mirror._version({"size": 1, "created": 5.9})
+
+
+def refreshed(task: tuple[str, str, int]) -> list[str]:
+    """Caches, each refreshed by all processes at the same moment: the run's files in each, or what went wrong."""
+    uri, root, process = task
+    found = []
+    for number in range(ROUNDS):
+        cache = Path(root, str(number))
+        os.environ["DSMIP_CACHE"] = str(cache / "cache")
+        place = place_of(uri)
+        place.glob("*")  # connected
+        (cache / f"ready-{process}").touch()
+        deadline = time.monotonic() + 60
+        while len(list(cache.glob("ready-*"))) < PROCESSES:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        try:
+            place.refresh()
+            found.append(" ".join(sorted(place._files_below(""))))  # type: ignore[attr-defined]
+        except Exception as error:
+            found.append(repr(error))
+    return found
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_processes_that_start_at_once_share_a_copy(on: OnMachine, bucket: str, tmp_path: Path, used: bool) -> None:
+    """On a new node, or on one that knows another run of that address."""
+    here = on("one")
+    here.write_json("run.json", {"id": 1})
+    for number in range(8):
+        here.write_text(f"records/{number}.json", "{}")
+    expected = " ".join(sorted(files(here)))
+    root = tmp_path / "nodes"
+    for number in range(ROUNDS):
+        (root / str(number)).mkdir(parents=True)
+        if used:
+            old = on(f"nodes/{number}/cache")
+            for name in ("run.json", "gone.json", "records/0.json"):
+                write_text(old.folder / name, "old")
+                old._mark(name, "another version")  # type: ignore[attr-defined]
+    tasks = [(f"{bucket}/run", str(root), process) for process in range(PROCESSES)]
+    assert list(map_tasks(refreshed, tasks, workers=PROCESSES)) == [[expected] * ROUNDS] * PROCESSES
+
+
+def test_signs_in_an_address_stand_for_themselves(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither listed nor deleted is what they would match as a pattern."""
+    monkeypatch.setenv("DSMIP_CACHE", str(tmp_path))
+    addresses = [f"{bucket}/{name}" for name in ("run[1]", "run1", "run*", "run")]
+    for address in addresses:
+        place_of(address).write_text("ray/text/a.txt", address)
+    for address in (addresses[0], addresses[2]):
+        place = place_of(address)
+        assert place.glob("*/*") == ["ray/text"]
+        assert place.glob("ray/*/*.txt") == ["ray/text/a.txt"]
+        path, system = (place / "ray").storage()
+        system.delete_dir(f"{path}/text")
+        assert place.glob("*") == []
+    assert [place_of(address).sizes() != {} for address in addresses] == [False, True, False, True]
 
 
 def test_half_written_files_are_not_sent(on: OnMachine) -> None:

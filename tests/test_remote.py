@@ -17,7 +17,7 @@ def test_uris(location: str) -> None:
     assert not is_uri(Path(location))
 
 
-@pytest.mark.parametrize("location", ["data", "/tmp/data", "s3:/bucket", "C:\\data", "a/b://c", ""])
+@pytest.mark.parametrize("location", ["data", "/tmp/data", "/tmp/s3:/bucket", "C:\\data", "a/b://c", ""])
 def test_paths(location: str) -> None:
     assert not is_uri(location)
     assert local_path(location) == Path(location)
@@ -25,6 +25,7 @@ def test_paths(location: str) -> None:
 
 def test_a_file_uri_is_a_path() -> None:
     assert local_path("file:///tmp/a%20b") == Path("/tmp/a b")
+    assert local_path("FILE://localhost/runs/x#1?y") == Path("/runs/x#1?y")
     assert local_path("s3://bucket/a") is None
     with pytest.raises(UserError, match="three slashes, as file:///tmp/x"):
         local_path("file://tmp/x")
@@ -34,6 +35,31 @@ def test_an_unknown_scheme_is_a_mistake() -> None:
     for uri in ("nosuch://bucket/a", "memory://a"):
         with pytest.raises(UserError, match="no storage is known"):
             filesystem(uri)
+
+
+@pytest.mark.parametrize("location", ["s3:/b/x", "file:/tmp/x", "s3://", "simplecache::s3://b/x", Path("s3://b/x")])
+def test_a_mistyped_uri_is_no_folder(location: str | Path) -> None:
+    with pytest.raises(UserError, match="neither a path here nor a URI"):
+        local_path(location)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket//run", "s3://bucket/a//run", "s3:///run", "s3://bucket/run?versionId=1"])
+def test_an_address_that_would_not_be_found_again_is_refused(uri: str) -> None:
+    for use in (filesystem, local_path):
+        with pytest.raises(UserError, match=r"write one slash|leave it out"):
+            use(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://[b]/d", "zip://x/y", "reference://x/y", "ftp://127.0.0.1:1/x", "hdfs://x/y"])
+def test_what_cannot_be_opened_is_said_in_one_line(uri: str) -> None:
+    with pytest.raises(UserError) as caught:
+        filesystem(uri)
+    assert str(caught.value).startswith(f"{uri}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_scheme_is_known_in_capitals_too() -> None:
+    assert filesystem("S3://Bucket/Run/")[1] == "Bucket/Run"
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +106,18 @@ def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(waits) == 2
     failures += [ConnectionResetError("reset")] * 9
     with pytest.raises(UserError, match=r"s3://x/a: .*cannot be reached \(ConnectionResetError: reset\)"):
+        attempt("s3://x/a", call)
+
+
+def test_nothing_is_tried_again_after_a_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 100.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("tried again"))
+
+    def call() -> None:
+        raise TimeoutError("slow")
+
+    with pytest.raises(UserError, match=r"s3://x/a: .*cannot be reached \(TimeoutError: slow\)"):
         attempt("s3://x/a", call)
 
 

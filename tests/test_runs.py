@@ -12,6 +12,7 @@ from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.errors import UserError
+from dsmip.places import Folder
 from dsmip.runs import Run, own_weights
 from dsmip.shards import Dataset
 
@@ -111,6 +112,29 @@ def test_folders_that_are_no_runs(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not empty and not a run"):
         Run.create(tmp_path / "full", run.config, run.dataset)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_an_interrupted_start_is_begun_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(place: Folder, name: str, value: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "write_json", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Run.create(tmp_path / "again", run.config, run.dataset)
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["config.yaml"]
+    other = changed(run.config, "seed", 3)
+    Run.create(tmp_path / "again", other, run.dataset)
+    assert Run.open(tmp_path / "again").config == other
+
+
+def test_a_configuration_of_the_users_own_is_not_overwritten(run: Run, tmp_path: Path) -> None:
+    own = tmp_path / "own/config.yaml"
+    own.parent.mkdir()
+    own.write_text("# mine\n" + run.config.to_yaml())
+    with pytest.raises(UserError, match="not empty and not a run"):
+        Run.create(own.parent, run.config, run.dataset)
+    assert own.read_text().startswith("# mine")
 
 
 def test_parts_are_finished_when_their_report_is_there(run: Run) -> None:

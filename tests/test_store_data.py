@@ -98,6 +98,16 @@ def test_a_view_of_a_dataset_in_a_store(folder: Dataset, uri: str, bucket: str, 
     assert batches(Dataset.open(f"{bucket}/views/half")) == batches(expected)
 
 
+@pytest.mark.parametrize("way", ["../../../other/data", "../../..", "/other/data"])
+def test_a_view_does_not_lead_to_another_bucket(
+    folder: Dataset, uri: str, bucket: str, tmp_path: Path, way: str
+) -> None:
+    view = make_view(uri, tmp_path / "half", 0.5, 1)
+    put(f"{bucket}/half/manifest.json", view.own.read("manifest.json").replace(uri.encode(), way.encode()))
+    with pytest.raises(UserError, match=f"view of '{way}', which leads out of its bucket"):
+        Dataset.open(f"{bucket}/half")
+
+
 def read_all(uri: str) -> list[str]:
     return [mention.mention_id for batch in batches(Dataset.open(uri)) for mention in batch.mentions]
 
