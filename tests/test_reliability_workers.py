@@ -88,6 +88,7 @@ def test_hanging_workers_are_ended_and_go_on(
     quick = config.changed({"parts": {"visual": {"stall_minutes": 0.25}}})
     with in_background(quick, small_data, tmp_path / "run", display := Lines()) as training:
         log.wait_held((1, 3), WORKERS, ended=training.done)
+        wait_stored(tmp_path / "run", {"visual": (1, 2)})
         event = time.time()
         os.kill(log.notes("visual", rank=1)[-1].pid, signal.SIGSTOP)
         log.release((1, 3))
