@@ -14,13 +14,16 @@ from small_release import plain_release
 
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
+from dsmip.provenance import RECORDS
 
 ROOT = Path(__file__).parents[1]
 WAIT_SECONDS = 60.0
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: path.read_bytes() for name, path in names.items() if not name.startswith(RECORDS)}  # these have times
 
 
 def _start(release: Path, out: Path, *options: str, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:

@@ -154,7 +154,7 @@ def test_damage_is_found(folder: Path) -> None:
     with pytest.raises(UserError, match=r"train-000000.tar: (the shard is damaged|fewer samples)"):
         list(dataset.mentions("train"))
     shard.unlink()
-    with pytest.raises(UserError, match=r"train-000000.tar: the shard is missing"):
+    with pytest.raises(UserError, match=r"train-000000.tar: the file is missing"):
         Dataset.open(folder)
 
 

@@ -16,6 +16,7 @@ from data_prep.mimic_release import MimicRelease
 from dsmip.errors import UserError
 from dsmip.manifest import KB
 from dsmip.picture_features import PARTS, find_features
+from dsmip.provenance import RECORDS
 from dsmip.remote import filesystem
 from dsmip.shards import Dataset
 from dsmip.table import Table
@@ -51,7 +52,9 @@ def stored(uri: str) -> dict[str, bytes]:
 
 
 def contents(folder: Path) -> Mapping[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files but the record of the command, which is not uploaded."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != RECORDS]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def test_prepare_then_verify_and_inspect(release: Path, bucket: str, dsmip: Command, tmp_path: Path) -> None:
