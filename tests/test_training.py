@@ -1,4 +1,4 @@
-"""The training loop over a toy matcher: resume, patience, pauses, schedule; and two workers against one."""
+"""The training loop over a toy matcher: resume, leaving, divergence, patience and pauses."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -7,26 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from small_release import plain_release
 from torch import Tensor, nn
 from torch.nn import functional
-from workers import run_workers
 
-from data_prep.build import prepare
-from data_prep.mimic_release import MimicRelease
 from dsmip.batches import ItemBatch
 from dsmip.checkpoints import load_checkpoint
-from dsmip.config import ExperimentConfig, TrainConfig, load_config, merged
+from dsmip.config import TrainConfig
 from dsmip.errors import UserError
 from dsmip.gradients import Step
 from dsmip.local import LocalContext
 from dsmip.loop import Left
 from dsmip.models.base import BatchGold, Matcher, Scores
-from dsmip.optimization import build_optimizer, learning_rate_factor
-from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.sources import CachedSource
-from dsmip.stages import train_part
 from dsmip.table import Table
 from dsmip.training import TrainResult, train, trained_state
 from dsmip.watch import StepFigures
@@ -320,45 +312,6 @@ def test_validation_every_second_epoch(tmp_path: Path) -> None:
     assert result.best_epoch == 1
 
 
-def test_the_first_step_of_warm_up_trains() -> None:
-    config = TrainConfig(warmup_steps=4)
-    assert [learning_rate_factor(step, 10, config) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-
-
-def test_cosine_goes_down_to_zero() -> None:
-    config = TrainConfig(schedule="cosine", warmup_steps=2)
-    factors = [learning_rate_factor(step, 10, config) for step in range(11)]
-    assert factors[:3] == [0.5, 1.0, 1.0]
-    assert factors[6] == pytest.approx(0.5)
-    assert factors[10] == pytest.approx(0.0)
-    assert factors[2:] == sorted(factors[2:], reverse=True)
-    assert learning_rate_factor(5, 2, config) == pytest.approx(0.0)  # warm-up longer than the training
-
-
-class Towers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleDict({"backbone": nn.Linear(2, 2)})
-        self.unit = nn.Linear(2, 2)
-        self.frozen = nn.Linear(2, 2).requires_grad_(False)
-
-
-def test_parameter_groups() -> None:
-    """Towers have their rate, vectors no decay, frozen parameters no place."""
-    towers = Towers()
-    config = TrainConfig(learning_rate=0.1, tower_learning_rate=0.01, weight_decay=0.5)
-    groups = build_optimizer(towers, config).param_groups
-    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    backbone = towers.encoder["backbone"]
-    assert isinstance(backbone, nn.Linear)
-    assert found == {
-        id(backbone.weight): (0.01, 0.5),
-        id(backbone.bias): (0.01, 0.0),
-        id(towers.unit.weight): (0.1, 0.5),
-        id(towers.unit.bias): (0.1, 0.0),
-    }
-
-
 def test_the_loss_of_an_epoch_is_the_mean_over_mentions(tmp_path: Path) -> None:
     """Batches of 3, 3 and 2 mentions that all cost the same per mention: log of the number of columns."""
 
@@ -412,55 +365,3 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_changes_nothing(tmp_path: Path)
     assert "epoch-0003-step-0000000/optimizer.pt is damaged" in said[0]
     assert result == whole
     assert_equal_weights(resumed, expected.state_dict())
-
-
-def train_in_worker(folder: Path, config_path: Path, data: Path, parts: list[str]) -> dict[str, Any]:
-    run = Run(folder, load_config(str(config_path)), Dataset.open(data))
-    results = {part: train_part(run, part, RankContext(folder / "checkpoints" / part)) for part in parts}
-    return {part: {"history": result.history, "best": result.best_epoch} for part, result in results.items()}
-
-
-class RankContext(LocalContext):
-    """Workers share a folder of checkpoints, which only rank 0 writes and cleans."""
-
-    def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        if checkpoint is not None:
-            super().epoch_done(metrics, checkpoint)
-
-
-def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConfig) -> None:
-    """From cached features (text) and from streamed shards (multimodal); each worker ranks a slice of the kb.
-
-    Five mentions in batches of one or two: the first worker's share of a batch of one is empty.
-    """
-    prepare(MimicRelease(plain_release(tmp_path / "release", 6, 5)), tmp_path / "data", name="tiny")
-    settings = {
-        "batch_size": 2,
-        "epochs": 2,
-        "learning_rate": 1e-3,
-        "extra_negatives": 3,
-        "self_mentions": 3,
-        "augment": {"flip": 0.5, "shift": 0.2, "drop_tokens": 0.3, "drop_pictures": 0.3},
-    }
-    config = small_config.model_copy(update={"train": merged(small_config.train, settings)})
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    parts = ["text", "multimodal"]
-    arguments = (tmp_path / "config.yaml", tmp_path / "data", parts)
-    alone = train_in_worker(tmp_path / "alone", *arguments)
-    workers = run_workers(train_in_worker, 2, tmp_path / "workers", tmp_path / "together", *arguments)
-    assert workers[0] == workers[1]
-    for part in parts:
-        assert alone[part]["history"][1]["loss"] != alone[part]["history"][0]["loss"]
-        for expected, found in zip(alone[part]["history"], workers[0][part]["history"], strict=True):
-            assert 0 < found.pop("band") < 1e-2  # each worker measures it on its own slice
-            assert 0 < expected.pop("band") < 1e-2
-            assert found == pytest.approx(expected, rel=2e-3)
-
-
-def test_a_split_without_mentions_is_named(tmp_path: Path, small_config: ExperimentConfig) -> None:
-    release = plain_release(tmp_path / "release", 3, 2)
-    (release / "T_dev.json").write_text("[]")
-    prepare(MimicRelease(release), tmp_path / "data", name="tiny")
-    run = Run(tmp_path / "run", small_config, Dataset.open(tmp_path / "data"))
-    with pytest.raises(UserError, match=r"split 'validation' of .* has no mentions"):
-        train_part(run, "text", LocalContext(tmp_path / "checkpoints"))

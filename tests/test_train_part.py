@@ -1,0 +1,70 @@
+"""Stage one of a part: two workers train like one, and a split without mentions is named."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_release import plain_release
+from workers import run_workers
+
+from data_prep.build import prepare
+from data_prep.mimic_release import MimicRelease
+from dsmip.config import ExperimentConfig, load_config, merged
+from dsmip.errors import UserError
+from dsmip.local import LocalContext
+from dsmip.runs import Run
+from dsmip.shards import Dataset
+from dsmip.stages import train_part
+
+
+def train_in_worker(folder: Path, config_path: Path, data: Path, parts: list[str]) -> dict[str, Any]:
+    run = Run(folder, load_config(str(config_path)), Dataset.open(data))
+    results = {part: train_part(run, part, RankContext(folder / "checkpoints" / part)) for part in parts}
+    return {part: {"history": result.history, "best": result.best_epoch} for part, result in results.items()}
+
+
+class RankContext(LocalContext):
+    """Workers share a folder of checkpoints, which only rank 0 writes and cleans."""
+
+    def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            super().epoch_done(metrics, checkpoint)
+
+
+def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConfig) -> None:
+    """From cached features (text) and from streamed shards (multimodal); each worker ranks a slice of the kb.
+
+    Five mentions in batches of one or two: the first worker's share of a batch of one is empty.
+    """
+    prepare(MimicRelease(plain_release(tmp_path / "release", 6, 5)), tmp_path / "data", name="tiny")
+    settings = {
+        "batch_size": 2,
+        "epochs": 2,
+        "learning_rate": 1e-3,
+        "extra_negatives": 3,
+        "self_mentions": 3,
+        "augment": {"flip": 0.5, "shift": 0.2, "drop_tokens": 0.3, "drop_pictures": 0.3},
+    }
+    config = small_config.model_copy(update={"train": merged(small_config.train, settings)})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    parts = ["text", "multimodal"]
+    arguments = (tmp_path / "config.yaml", tmp_path / "data", parts)
+    alone = train_in_worker(tmp_path / "alone", *arguments)
+    workers = run_workers(train_in_worker, 2, tmp_path / "workers", tmp_path / "together", *arguments)
+    assert workers[0] == workers[1]
+    for part in parts:
+        assert alone[part]["history"][1]["loss"] != alone[part]["history"][0]["loss"]
+        for expected, found in zip(alone[part]["history"], workers[0][part]["history"], strict=True):
+            assert 0 < found.pop("band") < 1e-2  # each worker measures it on its own slice
+            assert 0 < expected.pop("band") < 1e-2
+            assert found == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_split_without_mentions_is_named(tmp_path: Path, small_config: ExperimentConfig) -> None:
+    release = plain_release(tmp_path / "release", 3, 2)
+    (release / "T_dev.json").write_text("[]")
+    prepare(MimicRelease(release), tmp_path / "data", name="tiny")
+    run = Run(tmp_path / "run", small_config, Dataset.open(tmp_path / "data"))
+    with pytest.raises(UserError, match=r"split 'validation' of .* has no mentions"):
+        train_part(run, "text", LocalContext(tmp_path / "checkpoints"))
