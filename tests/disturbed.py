@@ -250,13 +250,14 @@ def command(arguments: Sequence[str], variables: Mapping[str, str] = {}) -> Iter
         yield process
     finally:
         process.kill()
-        print(process.communicate()[0])  # pytest shows it when the test fails
+        print(process.communicate()[0])  # what `ended` has not read
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Waits for a command's end; its exit code and what it said."""
+    """Waits for a command's end; its exit code and what it said, which pytest shows when the test fails."""
     assert process.stdout is not None
     output = process.stdout.read()
+    print(output)
     return process.wait(), output
 
 

@@ -1,5 +1,6 @@
 """Nodes that are lost, or taken away with notice, in the middle of an epoch: the training goes on on another one."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         variables.setenv("RAY_TMPDIR", folder)
         variables.setenv("RAY_worker_niceness", "0")
         variables.delenv("RAY_ADDRESS", raising=False)
+        for name in [name for name in os.environ if name.startswith("RAY_TRAIN_")]:
+            variables.delenv(name)  # other tests' cluster of this process watches for no notice; nodes hand that on
         for name, value in FAST_CHECKS.items():
             variables.setenv(f"RAY_health_check_{name}", str(value))
         started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
