@@ -76,6 +76,7 @@ class PodSpec(_Strict):
     restartPolicy: Literal["Never"]  # the autoscaler's second version asks for it
     containers: Annotated[list[Container], Field(min_length=1)]
     volumes: list[Volume]
+    terminationGracePeriodSeconds: Count = 30
     nodeSelector: dict[str, str] = {}
     tolerations: list[Toleration] = []
 

@@ -73,6 +73,16 @@ def test_the_cluster_file_starts_with_no_worker_and_rents_gpus_on_the_spot_marke
     assert "-v /shared:/shared" in config["docker"]["run_options"]
 
 
+def test_workers_pass_on_the_notice_that_their_machine_goes() -> None:
+    config = _prepared("cluster.yaml")
+    commands = config["worker_start_ray_commands"]
+    (started,) = (number for number, command in enumerate(commands) if "ray start" in command)
+    (watching,) = (number for number, command in enumerate(commands) if "python ~/dsmip/spot_notice.py" in command)
+    assert watching > started
+    assert Path(config["file_mounts"]["/home/ray/dsmip/spot_notice.py"]).name == "spot_notice.py"
+    assert (ROOT / "deploy" / "spot_notice.py").is_file()
+
+
 def test_the_schema_refuses_an_unknown_key() -> None:
     config = _tree(ROOT / "cluster.yaml")
     config["available_node_types"]["gpu"]["max_worker"] = 3
@@ -86,9 +96,8 @@ def test_the_on_premise_file_is_valid_and_its_machines_join_at_once() -> None:
     assert kind["min_workers"] == kind["max_workers"] == len(config["provider"]["worker_ips"])
     aws = _tree(ROOT / "cluster.yaml")
     assert config["docker"]["image"] == aws["available_node_types"]["gpu"]["docker"]["worker_image"]
-    assert {key: config[key] for key in ("file_mounts", "setup_commands")} == {
-        key: aws[key] for key in ("file_mounts", "setup_commands")
-    }
+    assert config["setup_commands"] == aws["setup_commands"]
+    assert config["file_mounts"].items() <= aws["file_mounts"].items()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -128,6 +137,8 @@ def test_a_stage_on_kuberay_is_a_rayjob_that_starts_with_no_worker(stage: str) -
     on_gpu = cluster.workerGroupSpecs[1].template.spec
     assert on_gpu.containers[0].resources.limits["nvidia.com/gpu"] == "1"
     assert on_gpu.nodeSelector == {"karpenter.sh/capacity-type": "spot"}
+    (wait,) = (env.value for env in on_gpu.containers[0].env if env.name == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+    assert 30 < int(wait) < on_gpu.terminationGracePeriodSeconds, "trainings on it have no time to save"
 
     program, command, *arguments = shlex.split(job.spec.entrypoint)
     assert (program, command) == ("dsmip", stage)
