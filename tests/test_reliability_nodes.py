@@ -102,9 +102,10 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_step(
         log.release((1, 3))
         code, output = ended(process)
     assert code == 0, output
-    left = [part for part in WORKERS if len(log.pids(part)) == 2]
-    assert "visual" in left or workers == 2, "it never left the node"
-    assert left
+    left = [part for part in WORKERS if len(log.pids(part)) > 1]
+    assert "visual" in left, (
+        "it never left the node"
+    )  # a worker of it was there, the text expert perhaps on another one
     for part in left:
         assert log.cost(part, event, f"node taken away with notice, after the notice ({workers} workers)") == 0
         times = [[note.time for note in log.notes(part) if note.pid == pid] for pid in log.pids(part)]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_release import plain_release
 from workers import run_workers
 
@@ -16,6 +17,7 @@ from dsmip.local import LocalContext
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import train_part
+from dsmip.watch import StepFigures
 
 
 def train_in_worker(folder: Path, config_path: Path, data: Path, parts: list[str]) -> dict[str, Any]:
@@ -59,6 +61,34 @@ def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConf
             assert 0 < found.pop("band") < 1e-2  # each worker measures it on its own slice
             assert 0 < expected.pop("band") < 1e-2
             assert found == pytest.approx(expected, rel=2e-3)
+
+
+class KilledContext(LocalContext):
+    """Its process is killed in the second epoch."""
+
+    def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
+        if (epoch, step) == (1, 1):
+            raise KeyboardInterrupt
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
+def test_a_resumed_part_ends_within_the_tolerance_of_gpus(
+    tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset, device: str
+) -> None:
+    """docs/reliability.md states it: kernels of a GPU may add in another order each time."""
+    settings = {"epochs": 3, "batch_size": 4, "augment": {"shift": 0.2, "drop_tokens": 0.3}}
+    config = small_config.changed({"train": settings, "parts": {"multimodal": {"checkpoint_steps": 1}}})
+    place = torch.device(device)
+    whole = train_part(Run(tmp_path / "whole", config, small_data), "multimodal", LocalContext(tmp_path / "a", place))
+    run = Run(tmp_path / "run", config, small_data)
+    with pytest.raises(KeyboardInterrupt):
+        train_part(run, "multimodal", KilledContext(tmp_path / "b", place))
+    resumed = train_part(run, "multimodal", LocalContext(tmp_path / "b", place))
+    for found, expected in zip(resumed.history, whole.history, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
 def test_a_split_without_mentions_is_named(tmp_path: Path, small_config: ExperimentConfig) -> None:
