@@ -69,15 +69,20 @@ def measure(config: ExperimentConfig, dataset: Dataset, options: argparse.Namesp
     counts = [count for count in WORKERS if count <= _num_places()]
     bare_steps: dict[str, list[Steps]] = {name: [] for name in parts}
     in_ray: dict[int, list[Steps]] = {count: [] for count in counts}
+    apart: list[float] = []
     command, stage_two = [], []
     write_text(place / "config.yaml", config.to_yaml())
     for number in range(options.rounds):
         for name in parts:
             _say(f"round {number + 1}: {name}, bare")
-            bare_steps[name].append(bare(config, dataset, name, place))
+            bare_steps[name] += bare(config, dataset, name, place)
         _say(f"round {number + 1}: {part}, Ray Train with {' and '.join(map(str, counts))} workers")
         for count, steps in zip(counts, in_ray_train(config, dataset, part, place, counts), strict=True):
             in_ray[count].append(steps)
+        if len(counts) > 1 and options.device.type == "cpu":  # on GPUs they would share one
+            _say(f"round {number + 1}: {part}, {counts[-1]} bare loops side by side")
+            both = bare(config, dataset, part, place, counts[-1])
+            apart.append(sum(steps.rate for steps in both) / bare_steps[part][-1].rate)
         _say(f"round {number + 1}: from the command to the first step")
         command.append(first_step.seconds(place / "config.yaml", dataset.folder, place / f"run-{number}"))
         if find_system(config.model).gated:
@@ -89,6 +94,7 @@ def measure(config: ExperimentConfig, dataset: Dataset, options: argparse.Namesp
         "experts": {name: _speed(of_part) for name, of_part in bare_steps.items()},
         "ray_train": {"part": part, **_overhead(bare_steps[part], in_ray[1])},
         "workers": {str(count): _scaling(in_ray[1], of_count) for count, of_count in in_ray.items()},
+        "apart": median(apart) if apart else None,
         "first_step": {stage: median(one[stage] for one in command) for stage in first_step.STAGES},
         "stage_two": _cache(stage_two),
         "towers": [asdict(one) for one in towers],
@@ -178,6 +184,9 @@ def _workers_table(found: dict[str, Any]) -> Table:
     for count, of in found["workers"].items():
         ratios = (f"{of['times_one']:.2f}", f"{of['cpu_times_one']:.2f}")
         table.add_row(count, f"{of['samples_per_s']:.1f}", *_seconds(of), *ratios)
+    if found["apart"] is not None:
+        count = max(found["workers"], key=int)
+        table.caption = f"{count} bare loops side by side, which share nothing: {found['apart']:.2f} times one"
     return table
 
 

@@ -119,14 +119,14 @@ def one_epoch(config: ExperimentConfig) -> ExperimentConfig:
     return config.changed({"train": {"validate_every": 1}, "parts": {name: {"train": short} for name in names}})
 
 
-def bare(config: ExperimentConfig, dataset: Dataset, part: str, work: Path) -> Steps:
-    """An epoch in a fresh process of one thread, without Ray."""
+def bare(config: ExperimentConfig, dataset: Dataset, part: str, work: Path, count: int = 1) -> list[Steps]:
+    """An epoch in each of `count` fresh processes of one thread at the same time, without Ray; they share nothing."""
     with (
         TemporaryDirectory(dir=work) as folder,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process,
+        ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as processes,
     ):
-        run = Run.create(Path(folder) / "run", config, dataset)
-        return process.submit(_bare, run.folder, part).result()
+        runs = [Run.create(Path(folder) / str(number), config, dataset) for number in range(count)]
+        return list(processes.map(_bare, [run.folder for run in runs], [part] * count))
 
 
 def _bare(run: Path, part: str) -> Steps:
