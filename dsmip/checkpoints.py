@@ -3,8 +3,10 @@
 The manifest `checkpoint.json` holds the hash of each file and of itself. Nothing is read from a folder that differs.
 """
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.errors import UserError
+from dsmip.errors import UserError, no_room
 from dsmip.files import atomic_path, sha256_file, write_json
 
 MANIFEST = "checkpoint.json"
@@ -52,7 +54,19 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes all parts into `folder`; `checkpoint.json` is written last: present means complete."""
+    """Writes all parts into `folder`; `checkpoint.json` is written last: present means complete.
+
+    Raises OSError with the folder's name when its disk is full: of the libraries' own errors none has a name.
+    """
+    try:
+        _write_parts(folder, checkpoint)
+    except Exception as error:
+        if no_room(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
+
+
+def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "weights.safetensors", checkpoint.weights)
     save_weights(folder / "best.safetensors", checkpoint.best)

@@ -11,7 +11,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from filelock import FileLock
 
@@ -25,6 +27,8 @@ _CHECKED_NS = 86_400_000_000_000  # one day after the epoch: nothing written now
 _FREE_SHARE = 0.1  # of the disk, where no limit is given
 _TABLE_SECONDS = 86_400.0  # other files than shards are handed around by path: they stay for a day after their use
 _SHARD_SUFFIX = ".tar"
+_FRESH = ".fresh-"
+_FRESH_SECONDS = 86_400.0  # nobody reads one file for longer
 
 
 def data_cache() -> Path:
@@ -66,8 +70,18 @@ def checked_copy(target: Path, file: StoredFile, place: str, download: Callable[
     )
 
 
+@contextmanager
+def fresh_folder() -> Iterator[Path]:
+    """An empty folder for what is fetched for one use. Of a process that is killed it stays until room is made."""
+    cache = data_cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=cache, prefix=_FRESH) as folder:
+        yield Path(folder)
+
+
 def make_room(num_bytes: int) -> None:
     """Removes the copies that were not asked for the longest until `num_bytes` more fit in the limit."""
+    _remove_abandoned()
     found = sorted(_copies(data_cache()))
     held = sum(size for _, size, _ in found)
     room = _limit(held) - num_bytes
@@ -78,6 +92,13 @@ def make_room(num_bytes: int) -> None:
         if path.suffix == _SHARD_SUFFIX or used < newest_table:
             path.unlink(missing_ok=True)
             held -= size
+
+
+def _remove_abandoned() -> None:
+    for folder in data_cache().glob(f"{_FRESH}*/"):
+        with suppress(FileNotFoundError):  # its process, or another one, removes it too
+            if folder.stat().st_mtime < time.time() - _FRESH_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _limit(held: int) -> float:

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from dsmip.data_files import Ahead, DataFiles, FolderFiles, data_files
 from dsmip.errors import UserError
-from dsmip.file_cache import LIMIT, checked_copy, data_cache
+from dsmip.file_cache import LIMIT, checked_copy, data_cache, fresh_folder
 from dsmip.manifest import MANIFEST_FILE, MISSING, StoredFile
 from dsmip.remote import attempt, filesystem, is_uri, join
 
@@ -77,10 +76,8 @@ class StoreFiles:
 
     @contextmanager
     def fresh(self, name: str) -> Iterator[Path]:
-        folder = data_cache()
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder, prefix=".fresh-") as temporary:
-            path = Path(temporary) / Path(name).name
+        with fresh_folder() as folder:
+            path = folder / Path(name).name
             with suppress(FileNotFoundError):
                 self._download(name, path)
             yield path

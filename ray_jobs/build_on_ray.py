@@ -1,6 +1,6 @@
 """Makes shards on a Ray cluster, whose nodes all see the release and the dataset's folder under the same paths."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -13,21 +13,36 @@ import ray
 
 from dsmip.errors import UserError
 from ray_jobs.failures import JobFailed
-from ray_jobs.resources import Request, check_feasible
+from ray_jobs.resources import Request, WaitingLine, check_feasible
 
 _LOST_WORKERS = 3  # how many times a task is done again after its process was lost
+_LOOK_SECONDS = 1.0
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 @contextmanager
-def run_on_ray(num_workers: int, *, verbose: bool = False) -> Iterator[Runner]:
-    """A runner with `num_workers` tasks of one CPU at a time on the cluster of RAY_ADDRESS, or on a local one."""
+def run_on_ray(num_workers: int, say: Callable[[str], None] = _print, *, verbose: bool = False) -> Iterator[Runner]:
+    """A runner with `num_workers` tasks of one CPU at a time on the cluster of RAY_ADDRESS, or on a local one.
+
+    say: gets a line from time to time while no task can begin.
+    """
+    request = Request("prepare", 1, 1, 0, most=num_workers)
     with connected(verbose=verbose):
-        check_feasible([Request("prepare", 1, 1, 0)])
+        check_feasible([request])
         remote: Any = ray.remote(num_cpus=1, max_retries=_LOST_WORKERS)(_run)
 
         def run(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+            if not tasks:
+                return  # no node need be started
             waiting = iter(tasks)
+            first = remote.remote(_Nothing())  # Ray begins tasks of one function in their order
             running = [remote.remote(task) for task in islice(waiting, num_workers)]
+            line = WaitingLine({request.name: request}, say)
+            while not ray.wait([first, *running], timeout=_LOOK_SECONDS)[0]:
+                line({request.name})
             while running:
                 done, running = ray.wait(running)
                 running += [remote.remote(task) for task in islice(waiting, len(done))]
@@ -37,6 +52,13 @@ def run_on_ray(num_workers: int, *, verbose: bool = False) -> Iterator[Runner]:
                     yield result
 
         yield run
+
+
+class _Nothing:
+    """A task that has ended as soon as it has begun."""
+
+    def run(self, tick: Tick) -> None:
+        """Does nothing."""
 
 
 def _run(task: Task[Result]) -> tuple[Result, int]:

@@ -156,6 +156,11 @@ class RayContext:
         return Path(checkpoint.to_directory(str(self._restored / Path(checkpoint.path).name)))
 
     def checkpoint_folder(self, epoch: int, step: int) -> Path:
+        """Given when the checkpoint before it is stored: else a slow store would fill this machine's disk with them.
+
+        Only the first worker asks for one; the others wait for it in `ray.train.report`.
+        """
+        ray.train.get_all_reported_checkpoints()  # waits until all are stored
         return self._scratch.folder(f"epoch-{epoch:04d}-{step}-")  # Ray deletes it once it is stored
 
 

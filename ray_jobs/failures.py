@@ -1,6 +1,5 @@
 """How work fails: what a training's failure is, and how a job says that it failed after it has told why."""
 
-import errno
 from dataclasses import dataclass
 
 
@@ -19,11 +18,3 @@ class JobFailed(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def no_room(error: BaseException | None) -> bool:
-    """Whether it, or what it came of, is a full disk or quota. Not every library raises OSError for that."""
-    if error is None:
-        return False
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
-    return full or no_room(error.__cause__ or error.__context__)

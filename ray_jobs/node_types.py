@@ -18,7 +18,7 @@ _CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
 
 
 class NodeType(BaseModel):
-    """Resources of one node, and how many there may be (None: as many as the whole cluster may have)."""
+    """Resources of one node, and how many there may be (None: no maximum)."""
 
     resources: dict[str, float] = {}
     max_workers: int | None = Field(None, ge=0)
@@ -43,7 +43,12 @@ def configured_node_types() -> Mapping[str, NodeType]:
         where = f"the variable {VARIABLE}" if os.environ.get(VARIABLE) else path
         raise UserError(f"{where} does not hold a cluster's node types: {error}") from error
     return {
-        name: kind if kind.max_workers is not None else kind.model_copy(update={"max_workers": cluster.max_workers})
+        name: kind.model_copy(update={"max_workers": _lower(kind.max_workers, cluster.max_workers)})
         for name, kind in cluster.available_node_types.items()
         if name != cluster.head_node_type
     }
+
+
+def _lower(*maxima: int | None) -> int | None:
+    """Of a node type's maximum and the whole cluster's; None: none."""
+    return min((most for most in maxima if most is not None), default=None)

@@ -74,8 +74,11 @@ def describe_wait(waiting: Sequence[Request]) -> str:
     """One line: who waits, what they ask, what is free, and which nodes are awaited."""
     asked = "; ".join(str(request) for request in waiting)
     free = f"{_amounts(ray.available_resources())} of {_amounts(ray.cluster_resources())}"
-    awaited = nodes_on_their_way(get_cluster_status(ray.get_runtime_context().gcs_address))
-    return f"waiting to start: {asked}; free: {free}; awaited: {awaited or 'no node'}"
+    try:
+        awaited = nodes_on_their_way(get_cluster_status(ray.get_runtime_context().gcs_address)) or "no node"
+    except ray.exceptions.RayError:  # a busy head that does not answer in time must not end what runs
+        awaited = "unknown"
+    return f"waiting to start: {asked}; free: {free}; awaited: {awaited}"
 
 
 def nodes_on_their_way(status: ClusterStatus) -> str:

@@ -1,7 +1,7 @@
 """Ray's own list of a training's checkpoints, which it neither writes atomically nor mends.
 
 A kill or a full disk while Ray writes the list leaves a part of it, and with such a list, or one that names a lost
-folder, Ray refuses to go on. The checkpoints themselves are whole: they have manifests.
+folder, Ray refuses to go on. Of the checkpoints one may be half there: Ray copies a folder's files in any order.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from dsmip.checkpoints import read_manifest
+from dsmip.checkpoints import verify_checkpoint
 from dsmip.errors import UserError
 from dsmip.files import write_json
 
@@ -44,9 +44,9 @@ def _problem(path: Path) -> str:
 
 
 def _place(checkpoint: Path) -> tuple[int, int] | None:
-    """Epoch and step of a complete checkpoint."""
+    """Epoch and step of a complete checkpoint, None of another one."""
     try:
-        manifest = read_manifest(checkpoint)
+        manifest = verify_checkpoint(checkpoint)  # reads all of it: there are few, and lists are seldom broken
     except UserError:
         return None
     return manifest["epoch"], manifest["step"]

@@ -20,13 +20,13 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from dsmip import distributed
 from dsmip.checkpoints import KEPT
-from dsmip.errors import UserError
+from dsmip.errors import UserError, no_room
 from dsmip.loop import Left
 from dsmip.places import Folder, Location, Place, place_of
 from dsmip.running import Running
 from dsmip.watch_tools import Watched
 from ray_jobs.context import RayContext
-from ray_jobs.failures import Failure, JobFailed, no_room
+from ray_jobs.failures import Failure, JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible
 from ray_jobs.snapshots import mend_snapshot

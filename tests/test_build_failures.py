@@ -14,6 +14,7 @@ from small_release import plain_release
 
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
+from data_prep.runners import Tick
 from dsmip.provenance import RECORDS
 
 ROOT = Path(__file__).parents[1]
@@ -92,3 +93,40 @@ def test_a_cluster_makes_the_same(release: Path, undisturbed: dict[str, bytes], 
         prepare(MimicRelease(release), tmp_path / "data", name="plain", run=run, progress=progress)
     assert _contents(tmp_path / "data") == undisturbed
     assert seen[-1] == ("mentions", 4004, 4004)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_build_that_cannot_begin_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All CPUs are taken until it has said so."""
+    import ray
+
+    from ray_jobs import resources
+    from ray_jobs.build_on_ray import run_on_ray
+
+    taken, said = tmp_path / "taken", tmp_path / "said"
+
+    def take() -> None:
+        taken.touch()
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not said.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    class Seven:
+        def run(self, tick: Tick) -> int:
+            tick(1)
+            return 7
+
+    monkeypatch.setattr(resources, "_WAIT_LINE_SECONDS", 0.0)
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        said.touch()
+
+    taking = ray.remote(num_cpus=4)(take).remote()
+    while not taken.exists():
+        assert not ray.wait([taking], timeout=0.02)[0]
+    with run_on_ray(2, say) as run:
+        assert list(run([], lambda count: None)) == []
+        assert list(run([Seven(), Seven(), Seven()], lambda count: None)) == [7, 7, 7]
+    assert lines[0].startswith("  waiting to start: prepare asks 1..2 workers with 1 CPU each; free: ")

@@ -165,5 +165,13 @@ def test_the_image_holds_what_the_package_needs() -> None:
     assert f"FROM rayproject/ray:{RAY_VERSION}-py311" in lines
 
 
+def test_the_image_can_have_the_packages_of_a_store() -> None:
+    text = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    after_from = text.partition("\nFROM ")[2]  # an argument before it would be unknown to the commands
+    assert after_from.index('\nARG EXTRAS=""\n') < after_from.index(" $EXTRAS ")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert {"s3", "gcs"} <= set(project["project"]["optional-dependencies"])
+
+
 def test_the_runtime_environment_is_rays() -> None:
     RuntimeEnv(**_tree(ROOT / "deploy" / "runtime_env.yaml"))

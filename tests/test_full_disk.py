@@ -8,7 +8,9 @@ from full_disk import fill, small_disk
 
 import ray_jobs.environment  # noqa: F401  (before Ray is imported)
 from dsmip.checkpoints import MANIFEST, Checkpoint, save_checkpoint
-from ray_jobs.failures import Failure, no_room
+from dsmip.errors import no_room
+from dsmip.places import place_of
+from ray_jobs.failures import Failure
 from ray_jobs.trainings import _failure
 
 LARGE, SMALL = {"unit": torch.zeros(1 << 20)}, {"unit": torch.zeros(1)}
@@ -19,12 +21,19 @@ def test_whatever_file_does_not_fit(
     tmp_path: Path, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]
 ) -> None:
     with small_disk(tmp_path / "disk", megabytes=1) as disk:
-        with pytest.raises(Exception) as caught:  # noqa: PT011  (each library has its own)
+        with pytest.raises(OSError) as caught:  # noqa: PT011
             save_checkpoint(disk / "new", Checkpoint(1, [], weights, weights, optimizer, {}, {}))
         assert no_room(caught.value)
         assert not (disk / "new" / MANIFEST).exists()
-        message = f"no space left on the disk of {disk}; make room there"
-        assert _failure(caught.value, disk) == Failure(message, user_error=True)
+        # a worker writes into its scratch folder, whose disk need not be that of the run
+        message = f"no space left on the disk of {disk / 'new'}; make room there"
+        assert _failure(caught.value, place_of(tmp_path / "run")) == Failure(message, user_error=True)
+
+
+def test_another_error_stays_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        save_checkpoint(tmp_path / "file", Checkpoint(1, [], SMALL, SMALL, SMALL, {}, {}))
 
 
 def test_a_full_disk_is_told_from_other_errors(tmp_path: Path) -> None:

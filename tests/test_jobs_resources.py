@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -13,7 +14,7 @@ from ray.core.generated.autoscaler_pb2 import ClusterConfig
 from dsmip.errors import UserError
 from ray_jobs import resources
 from ray_jobs.node_types import VARIABLE
-from ray_jobs.resources import NodeKind, Request, check_feasible, nodes_on_their_way
+from ray_jobs.resources import NodeKind, Request, check_feasible, describe_wait, nodes_on_their_way
 
 TWO_SMALL = [NodeKind({"CPU": 2.0}, 1.0), NodeKind({"CPU": 2.0, "GPU": 1.0}, 1.0)]
 UNLIMITED = [NodeKind({"CPU": 4.0}, math.inf)]  # a node type without a maximum
@@ -101,6 +102,18 @@ def test_nodes_on_their_way_are_counted_by_their_type() -> None:
     assert nodes_on_their_way(status) == "1 cpu node, 2 gpu nodes (3 gpu nodes failed to start)"
 
 
+def test_a_head_that_gives_no_answer_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_answer(address: str) -> ClusterStatus:
+        raise ray.exceptions.RpcError("Deadline Exceeded")
+
+    monkeypatch.setattr(ray, "available_resources", dict)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
+    monkeypatch.setattr(resources, "get_cluster_status", no_answer)
+    said = describe_wait([Request("visual", 1, 1, 0)])
+    assert said.endswith("free: 0 CPU of 4 CPU; awaited: unknown")
+
+
 def test_node_types_are_read_where_they_were_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """From the file of `ray up` on a head, or from the variable; never for a cluster of this process."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -110,6 +123,11 @@ def test_node_types_are_read_where_they_were_configured(monkeypatch: pytest.Monk
     assert resources.cluster_kinds() == []
     shutil.copy(Path(__file__).parents[1] / "cluster.yaml", tmp_path / "ray_bootstrap_config.yaml")
     assert resources.cluster_kinds() == [NodeKind({"CPU": 16}, 8), NodeKind({"CPU": 8, "GPU": 1}, 4)]
+    path = tmp_path / "ray_bootstrap_config.yaml"
+    path.write_text(path.read_text().replace("\nmax_workers: 12 ", "\nmax_workers: 2 "))  # the whole cluster's
+    assert [kind.count for kind in resources.cluster_kinds()] == [2, 2]
+    with pytest.raises(UserError, match=r"asks 3 workers .* which this cluster can never give"):
+        check_feasible([Request("visual", 3, 1, 1)])
     monkeypatch.setenv(VARIABLE, "{small: {resources: {CPU: 2}, max_workers: 3}, any: {resources: {CPU: 1}}}")
     assert resources.cluster_kinds() == [NodeKind({"CPU": 2}, 3), NodeKind({"CPU": 1}, math.inf)]
     monkeypatch.setenv(VARIABLE, "{small: 3}")

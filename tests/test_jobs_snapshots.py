@@ -44,6 +44,15 @@ def test_a_list_that_names_a_lost_checkpoint_is_mended(folder: Path) -> None:
     assert "names checkpoint_b, which is lost; it was made anew with 1 checkpoints" in mend_snapshot(folder)
 
 
+def test_a_half_copied_checkpoint_is_not_named(folder: Path) -> None:
+    """Ray copies a folder's files in any order: the manifest may be there before the rest."""
+    (folder / "checkpoint_a" / "weights.safetensors").write_bytes(b"")
+    (folder / SNAPSHOT).write_text("")
+    assert "it was made anew with 1 checkpoints" in mend_snapshot(folder)
+    (named,) = json.loads((folder / SNAPSHOT).read_text())["checkpoint_results"]
+    assert named["checkpoint_dir_name"] == "checkpoint_b"
+
+
 def test_without_any_checkpoint_the_training_begins_anew(tmp_path: Path) -> None:
     assert mend_snapshot(tmp_path) == ""
     (tmp_path / SNAPSHOT).write_text("")

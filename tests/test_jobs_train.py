@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import ray.train
 import torch
 from ray import cloudpickle
+from ray.train.v2._internal.execution.storage import StorageContext
 
 from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig, parse_config
@@ -66,6 +68,25 @@ def count_epochs(context: RayContext, settings: Mapping[str, Any]) -> None:
         context.epoch_done({"epoch": epoch, "loss": 0.0}, folder)
 
 
+def save_in_turn(context: RayContext, settings: Mapping[str, Any]) -> None:
+    """Two checkpoints, each stored a second late or when the next one is begun; notes how many are on their way."""
+    begun, store = threading.Event(), StorageContext.persist_current_checkpoint
+
+    def store_late(*arguments: Any) -> Any:
+        begun.wait(1.0)
+        return store(*arguments)
+
+    StorageContext.persist_current_checkpoint = store_late  # type: ignore[method-assign]
+    for epoch in range(2):
+        folder = context.checkpoint_folder(epoch + 1, 0)
+        with Path(settings["log"]).open("a") as stream:
+            stream.write(f"{len(list(folder.parent.glob('epoch-*')))} ")
+        if epoch:
+            begun.set()
+        save_checkpoint(folder, Checkpoint(epoch + 1, [], {}, {}, {}, {}, {}))
+        context.epoch_done({"epoch": epoch, "loss": 0.0}, folder)
+
+
 HALF_A_CPU = Running(resources=Resources(cpu=0.5))
 
 
@@ -94,6 +115,13 @@ def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
     assert any("damaged: warning: checkpoint file" in line for line in display.lines)
     run_trainings([trainings[3]], display)
     assert (tmp_path / "full").read_text() == "0 1 2 3 "
+
+
+def test_a_slow_store_gets_one_checkpoint_at_a_time(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    run_trainings([Training("slow", save_in_turn, {"log": str(log)}, 2, tmp_path / "ray", HALF_A_CPU)], Lines())
+    assert log.read_text() == "1 1 "
+    assert len(list((tmp_path / "ray" / "slow").glob("checkpoint_*/"))) == 2
 
 
 def test_experts_train_side_by_side_and_finished_ones_are_kept(

@@ -1,9 +1,11 @@
 """A dataset in an object store: the same records as in its folder, by way of a cache that is filled once."""
 
+import os
 import re
 import resource
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -176,6 +178,18 @@ def test_a_cache_that_holds_little_still_gives_all(
             assert stream.result() == batches(folder, epoch)
     assert [first, *reading] == list(folder.mentions("train"))
     assert sum(path.stat().st_size for path in cache.rglob("*.tar")) <= limit + 8 * size  # being fetched side by side
+
+
+def test_folders_of_killed_processes_go_after_a_day(uri: str, cache: Path) -> None:
+    left, used = cache / "data" / ".fresh-left", cache / "data" / ".fresh-used"
+    for folder in (left, used):
+        folder.mkdir(parents=True)
+        (folder / "entities.parquet").write_bytes(b"half")
+    yesterday = time.time() - 90_000
+    os.utime(left, (yesterday, yesterday))
+    batches(Dataset.open(uri))
+    assert not left.exists()
+    assert used.is_dir()
 
 
 def test_a_limit_that_is_no_number_is_a_mistake(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
