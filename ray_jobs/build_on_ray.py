@@ -12,10 +12,8 @@ from ray_jobs.environment import connected
 import ray
 
 from dsmip.errors import UserError
-from ray_jobs.failures import JobFailed
+from ray_jobs.failures import LOST_WORKERS, JobFailed
 from ray_jobs.resources import Request, check_feasible
-
-_LOST_WORKERS = 3  # how many times a task is done again after its process was lost
 
 
 @contextmanager
@@ -23,7 +21,7 @@ def run_on_ray(num_workers: int, *, verbose: bool = False) -> Iterator[Runner]:
     """A runner with `num_workers` tasks of one CPU at a time on the cluster of RAY_ADDRESS, or on a local one."""
     with connected(verbose=verbose):
         check_feasible([Request("prepare", 1, 1, 0)])
-        remote: Any = ray.remote(num_cpus=1, max_retries=_LOST_WORKERS)(_run)
+        remote: Any = ray.remote(num_cpus=1, max_retries=LOST_WORKERS)(_run)
 
         def run(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
             waiting = iter(tasks)
