@@ -26,6 +26,10 @@ _FILES = ("weights.safetensors", "best.safetensors", "optimizer.pt")
 _POSITION = ("epoch", "step", "sums", "count", "history")
 
 
+class NoSoundCheckpoint(UserError):
+    """A training has checkpoints, and all of them are damaged."""
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Everything a training needs to go on at `step` of `epoch`.
@@ -111,8 +115,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 def newest_sound(folders: Iterable[Path], device: torch.device, warn: Callable[[str], None], place: str) -> Path | None:
     """The first of `folders` (newest first) that every worker finds undamaged, None when there is none at all.
 
-    Warns of each damaged one that it passes over. Raises UserError when all are damaged: whether the training begins
-    anew is for the user to say, who then deletes `place`.
+    Warns of each damaged one that it passes over. Raises NoSoundCheckpoint when all are damaged: whether the training
+    begins anew is for the user to say, who then deletes `place`.
     """
     damaged = []
     for folder in folders:
@@ -123,7 +127,7 @@ def newest_sound(folders: Iterable[Path], device: torch.device, warn: Callable[[
         damaged.append(problem or f"checkpoint {folder} is damaged on another worker")
         warn(f"warning: {damaged[-1]}; trying the checkpoint before it")
     if damaged:
-        raise UserError(f"no checkpoint can be read: {'; '.join(damaged)}. Delete {place} to train this anew")
+        raise NoSoundCheckpoint(f"no checkpoint can be read: {'; '.join(damaged)}. Delete {place} to train this anew")
     return None
 
 

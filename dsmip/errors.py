@@ -1,10 +1,14 @@
-"""What a user can mend: the exception whose message the command line prints before it exits with 2; a full disk."""
+"""Exceptions for what a user can mend: the command line prints their message, without a traceback; and a full disk."""
 
 import errno
 
 
 class UserError(Exception):
-    """A mistake in an input, a path, a key or a request. The message names the thing and what to do about it."""
+    """A mistake in an input, a path, a key or a request: exit code 2. The message names the thing and what to do."""
+
+
+class StoreAway(UserError):
+    """A store that cannot be reached, also when asked again: nobody's mistake, and later it may answer. Exit code 1."""
 
 
 def no_room(error: BaseException | None) -> bool:

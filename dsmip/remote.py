@@ -17,7 +17,7 @@ from urllib.parse import unquote
 import fsspec
 import platformdirs
 
-from dsmip.errors import UserError
+from dsmip.errors import StoreAway, UserError
 
 Result = TypeVar("Result")
 
@@ -110,7 +110,8 @@ def attempt(uri: str, call: Callable[[], Result]) -> Result:
     """Calls; lost connections and the like are tried again a few times. `uri`: what the call is about, for messages.
 
     Raises:
-        UserError: no credentials, no permission, the store cannot be reached, or the disk here is full.
+        UserError: no credentials, no permission, or the disk here is full.
+        StoreAway: the store cannot be reached.
         FileNotFoundError: there is no such object or bucket; the caller knows what that means.
     """
     started = time.monotonic()
@@ -120,8 +121,10 @@ def attempt(uri: str, call: Callable[[], Result]) -> Result:
         except (FileNotFoundError, UserError):
             raise
         except Exception as error:  # each provider's client has errors of its own
-            if wait is None or time.monotonic() - started > _PATIENCE or not _may_pass(error):
+            if not _may_pass(error):
                 raise UserError(_in_words(uri, error)) from error
+            if wait is None or time.monotonic() - started > _PATIENCE:
+                raise StoreAway(_in_words(uri, error)) from error
             time.sleep(wait)
     raise AssertionError
 

@@ -12,10 +12,9 @@ from ray_jobs.environment import connected
 import ray
 
 from dsmip.errors import UserError
-from ray_jobs.failures import JobFailed
+from ray_jobs.failures import LOST_WORKERS, JobFailed
 from ray_jobs.resources import Request, WaitingLine, check_feasible
 
-_LOST_WORKERS = 3  # how many times a task is done again after its process was lost
 _LOOK_SECONDS = 1.0
 
 
@@ -32,7 +31,7 @@ def run_on_ray(num_workers: int, say: Callable[[str], None] = _print, *, verbose
     request = Request("prepare", 1, 1, 0, most=num_workers)
     with connected(verbose=verbose):
         check_feasible([request])
-        remote: Any = ray.remote(num_cpus=1, max_retries=_LOST_WORKERS)(_run)
+        remote: Any = ray.remote(num_cpus=1, max_retries=LOST_WORKERS)(_run)
 
         def run(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
             if not tasks:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dsmip.errors import UserError
+from dsmip.errors import StoreAway, UserError
 from dsmip.manifest import REJECTS_FILE, SPLITS
 from dsmip.rank_options import BackendName, PrecisionName, PruneName, RankOptions
 from ray_jobs import environment  # noqa: F401  (before anything imports Ray)
@@ -334,7 +334,7 @@ def _exit_codes() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, StoreAway) else 2)
     except JobFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -20,7 +20,7 @@ import ray.data
 from dsmip.collate import PictureCollator
 from dsmip.data_files import DataFiles
 from dsmip.encoders.picture_networks import PictureNetwork, identity
-from dsmip.errors import UserError
+from dsmip.errors import StoreAway, UserError
 from dsmip.features import BATCH_SIZE
 from dsmip.manifest import KB
 from dsmip.picture_features import (
@@ -209,7 +209,7 @@ class _Encoder:
         try:
             self._encode(piece)
         except UserError as error:
-            failure, is_mistake = str(error), True
+            failure, is_mistake = str(error), not isinstance(error, StoreAway)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
         return {"items": [piece.stop - piece.start], "failure": [failure], "is_mistake": [is_mistake]}

@@ -12,11 +12,9 @@ import ray
 from dsmip.errors import UserError
 from dsmip.evaluation import NotRankable
 from ray_jobs.context import StepEvents, set_threads
-from ray_jobs.failures import JobFailed
+from ray_jobs.failures import LOST_WORKERS, JobFailed
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine
-
-_LOST_WORKERS = 3  # how many times a share is done again after its process was lost
 
 
 def start_share(name: str, events: Any) -> StepEvents:
@@ -34,7 +32,7 @@ def run_shares(
     fails in another way, or is lost again and again.
     """
     events = start_event_queue()
-    task = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=_LOST_WORKERS)(work)
+    task = ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=LOST_WORKERS)(work)
     calls = {name: partial(_result, task, share, name, events) for name, share in shares.items()}
     waiting = WaitingLine({name: Request(name, 1, 1, int(gpu)) for name in calls}, display.say)
     results: dict[str, Any] = {}

@@ -1,6 +1,5 @@
 """Ray Train runs side by side: each watched by a thread, failures kept apart, progress shown while they run."""
 
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +24,9 @@ from dsmip.loop import Left
 from dsmip.places import Folder, Location, Place, place_of
 from dsmip.running import Running
 from dsmip.watch_tools import Watched
+from ray_jobs.causes import failure_of, traced
 from ray_jobs.context import RayContext
-from ray_jobs.failures import Failure, JobFailed
+from ray_jobs.failures import Failure, JobFailed, exit_code_of
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible
 from ray_jobs.snapshots import mend_snapshot
@@ -89,22 +89,11 @@ def run_trainings(trainings: Sequence[Training], display: Display) -> None:
         for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
             if failure := call.result():
                 failures[name] = failure
-                traced = _traced(failure, places[name], f"{name}.error.txt")
-                display.say(f"  {name}: failed: {failure.message}{traced}")
+                where = traced(failure, places[name], f"{name}.error.txt")
+                display.say(f"  {name}: failed: {failure.message}{where}")
     if failures:
-        exit_code = 2 if all(failure.user_error for failure in failures.values()) else 1
-        raise JobFailed(f"failed: {', '.join(failures)}; run the same command again to resume", exit_code)
-
-
-def _traced(failure: Failure, place: Place, name: str) -> str:
-    """Writes a failure's traceback, if it has one, and says where it is."""
-    if not failure.trace:
-        return ""
-    try:
-        place.write_text(name, failure.trace)
-    except UserError:  # a store that is away: what the training failed of
-        return ""
-    return f" (see {place}/{name})"
+        message = f"failed: {', '.join(failures)}; run the same command again to resume"
+        raise JobFailed(message, exit_code_of(failures.values()))
 
 
 class _Trainer(DataParallelTrainer):
@@ -133,7 +122,7 @@ def _fit(training: Training, events: Any) -> Failure | None:
             errors: list[BaseException] = [*error.worker_failures.values()]
             outcome = _worst(errors or [error], training.place)
         except Exception as error:  # the other trainings go on
-            outcome = _failure(error, training.place)
+            outcome = failure_of(error, training.place)
     return outcome if isinstance(outcome, Failure) else None
 
 
@@ -185,7 +174,7 @@ def _guarded_loop(training: Training, events: Any) -> Outcome:
     except Left:
         return LEFT
     except Exception as error:
-        failure = _failure(error, training.place)
+        failure = failure_of(error, training.place)
         if distributed.world_size() == 1:
             return failure
         if failure.user_error:
@@ -194,27 +183,12 @@ def _guarded_loop(training: Training, events: Any) -> Outcome:
     return None
 
 
-def _failure(error: BaseException, place: Place) -> Failure:
-    if isinstance(error, UserError):
-        return Failure(str(error), user_error=True)
-    if no_room(error):
-        full = getattr(error, "filename", None) or place
-        return Failure(f"no space left on the disk of {full}; make room there", user_error=True)
-    lines = "".join(traceback.format_exception(error))
-    return Failure(_last_line(lines), trace=lines)
-
-
 def _worst(errors: Sequence[BaseException], place: Place) -> Failure:
-    """What a user can mend if there is such an error, else the first: others may be just another worker's loss."""
-    failures = [_failure(_cause(error), place) for error in errors]
-    return next((failure for failure in failures if failure.user_error), failures[0])
+    """What a user can mend, else what is known in one line, else the first: others may be another worker's loss."""
+    failures = [failure_of(_cause(error), place) for error in errors]
+    return min(failures, key=lambda failure: (not failure.user_error, bool(failure.trace)))
 
 
 def _cause(error: BaseException) -> BaseException:
     inner: BaseException | None = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
     return inner if inner and (isinstance(inner, UserError) or no_room(inner)) else error
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"

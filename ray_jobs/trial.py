@@ -2,10 +2,8 @@
 
 import json
 import time
-import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +12,7 @@ import torch
 
 from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig
-from dsmip.errors import UserError
+from dsmip.errors import StoreAway
 from dsmip.features import load_features, whole_features
 from dsmip.local import LocalContext
 from dsmip.manifest import KB
@@ -25,6 +23,7 @@ from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole,
 from dsmip.table import Table
 from dsmip.watch import StepFigures
 from dsmip.watch_tools import PROGRESS, SEND_SECONDS, Watched
+from ray_jobs.causes import failure_of, traced
 from ray_jobs.context import StepEvents, open_watch, set_threads, worker_device
 from ray_jobs.settings import read_config
 
@@ -97,9 +96,14 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
-    """Trains from the trial's own checkpoint to `stop_epoch`, writes weights, then `result.json`, which is returned."""
+    """Trains from the trial's own checkpoint to `stop_epoch`, writes weights, then `result.json`, which is returned.
+
+    A trial that has come so far before is left as it is.
+    """
     set_threads()
     run, config = Run.open(task.root), read_config(task.config)
+    if done := _finished(task):
+        return done
     settings, place, device = config.tune_train(), task.place, worker_device()
     paths = {part: _files_here(run, config, part, task.features[part]) for part in task.features}
     tables = _load_tables(json.dumps(paths), run.system.feature_parts(config.system), str(device))
@@ -120,6 +124,15 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
     report = {"epochs": task.stop_epoch, "best": result.best, "history": result.history}
     place.write_json(RESULT, report)
     return report
+
+
+def _finished(task: TrialTask) -> dict[str, Any] | None:
+    """What was reported when the trial came to `stop_epoch`, or None. The run's small files must be up to date."""
+    path = task.place.folder / RESULT
+    if not path.is_file():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report if report["epochs"] == task.stop_epoch else None
 
 
 def _files_here(run: Run, config: ExperimentConfig, part: str, tables: PartTables) -> dict[str, list[str]]:
@@ -144,7 +157,7 @@ class TrialContext(LocalContext):
     ) -> None:
         name = f"trial {task.number}"
         self._told = StepEvents(name, num_epochs, events)
-        self._place, self._sent = task.place, time.monotonic()
+        self._place, self._sent, self._away = task.place, time.monotonic(), False
         super().__init__(self._place.folder / _CHECKPOINTS, device, warn=self._told.warn)
         watched = Watched(run, name, config.watch, config.model_dump(mode="json"))
         self._watch = open_watch(watched, device, num_epochs, (self._place, PROGRESS), self._told)
@@ -176,23 +189,27 @@ class TrialContext(LocalContext):
         self._watch.epoch_done(metrics)
 
     def _send(self) -> None:
-        """Not after every epoch, which may take less than a second."""
-        if time.monotonic() - self._sent >= SEND_SECONDS:
+        """Not after every epoch, which may take less than a second. A store that is away is tried again later."""
+        if time.monotonic() - self._sent < SEND_SECONDS:
+            return
+        try:
             self._place.replace(_CHECKPOINTS)
-            self._sent = time.monotonic()
+            self._away = False
+        except StoreAway:
+            if not self._away:
+                self._told.warn(f"warning: {self._place} cannot be reached; checkpoints are sent there later")
+            self._away = True
+        self._sent = time.monotonic()
 
 
 def guarded_trial(task: TrialTask, events: Any) -> dict[str, Any]:
-    """`run_trial`, with an error as a result: the other trials go on."""
+    """The `mrr` of `run_trial`; or an error as a result, the fields of a `failure`: the other trials go on."""
     try:
         return {"mrr": run_trial(task, events)["best"]["mrr"]}
-    except UserError as error:
-        return {"failure": str(error), "user_error": True}
     except Exception as error:
-        trace = traceback.format_exc()
-        with suppress(UserError):
-            task.place.write_text("error.txt", trace)
-        return {"failure": f"{type(error).__name__}: {error} (see {task.place}/error.txt)", "user_error": False}
+        failure = failure_of(error, task.place)
+        where = traced(failure, task.place, "error.txt")
+        return {"failure": asdict(replace(failure, message=f"{failure.message}{where}", trace=""))}
 
 
 @lru_cache(maxsize=2)

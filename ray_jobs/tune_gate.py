@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -25,7 +25,7 @@ from dsmip.errors import UserError
 from dsmip.running import Resources
 from dsmip.runs import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.watch_tools import check_tools
-from ray_jobs.failures import JobFailed
+from ray_jobs.failures import LOST_WORKERS, Failure, JobFailed, exit_code_of
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible
 from ray_jobs.search import Trial, draw_trials, survivors
@@ -124,7 +124,7 @@ def _train_variants(run: Run, trials: Sequence[Trial], display: Display, *, verb
 def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> dict[tuple[str, str], PartTables]:
     """Computes all feature tables before the trials start; returns their files by (home's location, part)."""
     resources = trials[0].config.tune.resources
-    remote = ray.remote(max_retries=0, num_cpus=resources.cpu, num_gpus=resources.gpu)(cache_features)
+    remote = ray.remote(max_retries=LOST_WORKERS, num_cpus=resources.cpu, num_gpus=resources.gpu)(cache_features)
     used = {
         f"{part} features" if home.folder == run.folder else f"{part} features {home.folder.name}": (home, part)
         for home, part in _used_parts(run, trials)
@@ -174,7 +174,7 @@ def _halve(
         name = f"tune/rung-{rung}.json"
         if not (run.folder / name).is_file():
             tasks = {n: _task(run, trials[n], epochs, features) for n in numbers}
-            outcome = _run_rung(run, rung, tasks, plan.resources, display)
+            outcome = _decided(_run_rung(run, rung, tasks, plan.resources, display), display)
             left = survivors(outcome["mrr"], plan.reduction)
             run.place.write_json(name, {"epochs": epochs, **outcome, "survivors": left})
         stored = json.loads((run.folder / name).read_text(encoding="utf-8"))
@@ -195,8 +195,8 @@ def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str]
 
 def _run_rung(
     run: Run, rung: int, tasks: Mapping[int, TrialTask], resources: Resources, display: Display
-) -> dict[str, Any]:
-    """One Ray Tune run over the given trials; returns `mrr` and `failed` messages by trial number."""
+) -> dict[int, float | Failure]:
+    """One Ray Tune run over the given trials; returns the validation MRR of each, or why it has none."""
     storage = run.place / "tune/ray"
     storage.delete(f"rung-{rung}")  # of an interrupted sweep: trials have own checkpoints
     path, file_system = storage.storage()
@@ -225,7 +225,8 @@ def _run_rung(
                 grid: Any = call.result()
             except Exception as error:  # a store that is away comes as whatever its client raises
                 raise _stopped(run, rung, error) from error
-    return _collect(grid, tasks)
+    found = {result.config["number"]: result for result in grid}
+    return {number: _end(found[number]) for number in tasks}
 
 
 def _stopped(run: Run, rung: int, error: Exception) -> JobFailed:
@@ -238,21 +239,33 @@ def _stopped(run: Run, rung: int, error: Exception) -> JobFailed:
     return JobFailed(f"rung {rung + 1} stopped: {reason}{seen}; run the same command again to resume", 1)
 
 
-def _collect(grid: Iterable[Any], numbers: Iterable[int]) -> dict[str, Any]:
-    """Figures and causes of failures by trial number; JobFailed when no trial has figures."""
-    found = {result.config["number"]: result for result in grid}
-    mrr, failed, only_users = {}, {}, True
-    for number in numbers:
-        metrics = found[number].metrics or {}
-        if "mrr" in metrics:
-            mrr[number] = metrics["mrr"]
-        else:
-            failed[number] = metrics.get("failure") or f"its process was lost: {found[number].error}"
-            only_users &= metrics.get("user_error", False)
+def _end(result: Any) -> float | Failure:
+    """A trial's validation MRR, or why it has none."""
+    metrics = result.metrics or {}
+    if "mrr" in metrics:
+        mrr: float = metrics["mrr"]
+        return mrr
+    if "failure" in metrics:
+        return Failure(**metrics["failure"])
+    return Failure(f"its process was lost: {' '.join(str(result.error).split())}", may_pass=True)
+
+
+def _decided(ends: Mapping[int, float | Failure], display: Display) -> dict[str, Any]:
+    """A rung's `mrr` and messages of those that `failed`, by trial number.
+
+    Raises JobFailed when a trial failed of what may pass, for the winner would depend on it; and when all failed.
+    """
+    failures = {number: end for number, end in ends.items() if isinstance(end, Failure)}
+    if may_pass := {number: failure for number, failure in failures.items() if failure.may_pass}:
+        for number, failure in may_pass.items():
+            display.say(f"  trial {number}: failed: {failure.message}")
+        names = ", ".join(f"trial {number}" for number in may_pass)
+        raise JobFailed(f"failed: {names}; run the same command again to resume", exit_code_of(may_pass.values()))
+    mrr = {number: end for number, end in ends.items() if not isinstance(end, Failure)}
     if not mrr:
-        first = next(iter(failed.values()))
-        raise JobFailed(f"all trials failed; trial {next(iter(failed))}: {first}", 2 if only_users else 1)
-    return {"mrr": mrr, "failed": failed}
+        number, first = next(iter(failures.items()))
+        raise JobFailed(f"all trials failed; trial {number}: {first.message}", exit_code_of(failures.values()))
+    return {"mrr": mrr, "failed": {number: failure.message for number, failure in failures.items()}}
 
 
 def _trainable(config: dict[str, int], tasks: Mapping[int, TrialTask], events: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsmip.config import ExperimentConfig
+from dsmip.errors import StoreAway
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from ray_jobs import cli
@@ -72,6 +73,20 @@ def test_a_mistake_is_named(mistake, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     assert re.search(said, mistake(*command.split()))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_is_away_is_one_line_and_no_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(*arguments: object) -> None:
+        raise StoreAway("s3://b/run: the store failed or cannot be reached")
+
+    monkeypatch.setattr("ray_jobs.status.read_status", away)
+    monkeypatch.setattr(sys, "argv", ["dsmip", "status", "s3://b/run"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: s3://b/run: the store failed or cannot be reached\n"
 
 
 def test_wrong_keys_of_the_demo_generator_are_named(mistake, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

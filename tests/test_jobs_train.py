@@ -16,7 +16,7 @@ from ray.train.v2._internal.execution.storage import StorageContext
 
 from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig, parse_config
-from dsmip.errors import UserError
+from dsmip.errors import StoreAway, UserError
 from dsmip.local import LocalContext
 from dsmip.running import Resources, Running
 from dsmip.runs import Run
@@ -145,6 +145,34 @@ def test_experts_train_side_by_side_and_finished_ones_are_kept(
         train_experts(wrong, small_data, tmp_path / "run", display := Lines())
     assert any(line.startswith("  text: finished already, validation hits@1") for line in display.lines)
     assert (run.folder / "text" / "weights.safetensors").stat().st_mtime_ns == weights
+
+
+def away(context: RayContext, settings: Mapping[str, Any]) -> None:
+    """Its store is away as often as `settings` say, by the first worker's count."""
+    tries = Path(settings["log"])
+    rank = ray.train.get_context().get_world_rank()
+    if rank == 0:
+        with tries.open("a") as stream:
+            stream.write(".")
+        if len(tries.read_text()) <= settings["times"]:
+            raise StoreAway("s3://b/run: cannot be reached")
+
+
+@pytest.mark.parametrize(("workers", "times", "tries"), [(1, 1, 1), (2, 1, 2), (2, 9, 2)])
+def test_a_store_that_is_away_is_no_mistake(tmp_path: Path, workers: int, times: int, tries: int) -> None:
+    """Several workers are started again, as after any failure that is not the user's; a lone one is not."""
+    plan = Running(workers=workers, restarts=1, resources=Resources(cpu=0.5))
+    settings = {"log": str(tmp_path / "tries"), "times": times}
+    training = Training("away", away, settings, num_epochs=1, storage=tmp_path / "ray", plan=plan)
+    if times < tries:
+        run_trainings([training], Lines())
+    else:
+        with pytest.raises(JobFailed, match="failed: away") as failed:
+            run_trainings([training], display := Lines())
+        assert failed.value.exit_code == 1
+        assert "  away: failed: s3://b/run: cannot be reached" in display.lines
+        assert not list((tmp_path / "ray").glob("*.error.txt"))
+    assert len((tmp_path / "tries").read_text()) == tries
 
 
 def keep_times(context: RayContext, settings: Mapping[str, Any]) -> None:

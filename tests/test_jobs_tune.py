@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from dsmip.shards import Dataset
 from dsmip.stages import CPU, train_part
 from dsmip.status import read_status
 from ray_jobs import tune_gate as job
-from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display
 from ray_jobs.tune_gate import tune_gate
 
@@ -106,21 +104,6 @@ def test_experts_of_other_settings_are_trained_first(trained: Path, tmp_path: Pa
     assert set(rungs_of(run)) == {"0", "1"}
     assert report["trial"] in (0, 1)
     assert run.whole_config().system.experts["multimodal"].prompt_length == (2 if report["trial"] == 0 else 1)  # type: ignore[attr-defined]
-
-
-def test_a_broken_trial_stops_no_other() -> None:
-    def result(number: int, metrics: dict[str, Any] | None, error: Exception | None = None) -> SimpleNamespace:
-        return SimpleNamespace(config={"number": number}, metrics=metrics, error=error)
-
-    broken = result(1, {"failure": "RuntimeError: no room", "user_error": False})
-    lost = result(2, None, RuntimeError("killed"))
-    outcome = job._collect([lost, broken, result(0, {"mrr": 0.5})], [0, 1, 2])
-    assert outcome["mrr"] == {0: 0.5}
-    assert outcome["failed"] == {1: "RuntimeError: no room", 2: "its process was lost: killed"}
-    wrong = result(0, {"failure": "no weights at x", "user_error": True})
-    with pytest.raises(JobFailed, match="all trials failed; trial 0: no weights at x") as failed:
-        job._collect([wrong], [0])
-    assert failed.value.exit_code == 2
 
 
 def rungs_of(run: Run) -> dict[str, float]:

@@ -13,7 +13,7 @@ import pytest
 from object_store import free_port, running_store, variables
 
 from dsmip import mirror, remote
-from dsmip.errors import UserError
+from dsmip.errors import StoreAway, UserError
 from dsmip.files import write_text
 from dsmip.places import Folder, Place, place_of
 from dsmip.processes import map_tasks
@@ -283,7 +283,7 @@ def test_a_store_that_is_gone_is_said_in_one_line(tmp_path: Path, monkeypatch: p
             place.write_text("a.txt", "a")
             store.process.kill()
             store.process.wait()
-            with pytest.raises(UserError, match=r"^s3://dsmip-tests/run: .*cannot be reached.*run the command again$"):
+            with pytest.raises(StoreAway, match=r"^s3://dsmip-tests/run: .*cannot be reached.*run the command again$"):
                 place.write_text("b.txt", "b")
             assert files(place) == {"a.txt": "a"}
     finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from object_store import ObjectStore
 
-from dsmip.errors import UserError
+from dsmip.errors import StoreAway, UserError
 from dsmip.remote import attempt, cache_folder, filesystem, is_uri, local_path
 
 
@@ -87,8 +87,9 @@ def test_missing_credentials_are_named(object_store: ObjectStore, monkeypatch: p
         monkeypatch.delenv(name)
     system, path = filesystem(f"{object_store.uri}/a")
     fresh = type(system)(skip_instance_cache=True)
-    with pytest.raises(UserError, match=r"s3://x/a: access denied .*credentials"):
+    with pytest.raises(UserError, match=r"s3://x/a: access denied .*credentials") as caught:
         attempt("s3://x/a", lambda: fresh.info(path))
+    assert not isinstance(caught.value, StoreAway)
 
 
 def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +106,7 @@ def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waits == sorted(waits)
     assert len(waits) == 2
     failures += [ConnectionResetError("reset")] * 9
-    with pytest.raises(UserError, match=r"s3://x/a: .*cannot be reached \(ConnectionResetError: reset\)"):
+    with pytest.raises(StoreAway, match=r"s3://x/a: .*cannot be reached \(ConnectionResetError: reset\)"):
         attempt("s3://x/a", call)
 
 
@@ -117,7 +118,7 @@ def test_nothing_is_tried_again_after_a_long_wait(monkeypatch: pytest.MonkeyPatc
     def call() -> None:
         raise TimeoutError("slow")
 
-    with pytest.raises(UserError, match=r"s3://x/a: .*cannot be reached \(TimeoutError: slow\)"):
+    with pytest.raises(StoreAway, match=r"s3://x/a: .*cannot be reached \(TimeoutError: slow\)"):
         attempt("s3://x/a", call)
 
 
@@ -126,8 +127,9 @@ def test_a_full_disk_here_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("tried again"))
-    with pytest.raises(UserError, match=f"{cache_folder()}: No space left on device, while s3://x/a"):
+    with pytest.raises(UserError, match=f"{cache_folder()}: No space left on device, while s3://x/a") as caught:
         attempt("s3://x/a", call)
+    assert not isinstance(caught.value, StoreAway)
 
 
 def test_the_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

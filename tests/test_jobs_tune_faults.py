@@ -1,0 +1,209 @@
+"""Faults that are not a trial's own doing: a sweep ends without a decision, and the next command makes it."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from dsmip.config import ExperimentConfig, TuneConfig
+from dsmip.errors import StoreAway
+from dsmip.local import LocalContext
+from dsmip.places import Folder
+from dsmip.runs import WEIGHTS, Run
+from dsmip.shards import Dataset
+from dsmip.stages import CPU, train_part
+from ray_jobs import trial
+from ray_jobs import tune_gate as job
+from ray_jobs.context import StepEvents
+from ray_jobs.failures import JobFailed
+from ray_jobs.progress import Display
+from ray_jobs.search import draw_trials
+from ray_jobs.trial import RESULT, TrialContext, TrialTask, guarded_trial
+from ray_jobs.tune_gate import tune_gate
+
+pytestmark = [pytest.mark.usefixtures("ray_cluster")]
+SPACE = {"system.gate.temperature": {"values": [0.1, 0.5, 1.0]}, "train.learning_rate": {"loguniform": [1e-3, 1e-2]}}
+
+
+class Lines(Display):
+    """A display that keeps what it said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, small_config: ExperimentConfig, small_data: Dataset) -> Path:
+    """A run whose experts are finished. Its sweep has three trials of an epoch."""
+    train = {"epochs": 1, "batch_size": 8}
+    plan = TuneConfig(trials=3, rungs=(1,), resources={"cpu": 1}, space=SPACE, train=train)
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run = Run.create(folder, small_config.model_copy(update={"tune": plan}), small_data)
+    for part in run.part_names:
+        train_part(run, part, LocalContext(tmp_path_factory.mktemp(part)))
+    return folder
+
+
+def opened(trained: Path, folder: Path) -> Run:
+    return Run.open(shutil.copytree(trained, folder))
+
+
+def task_of(run: Run, number: int) -> TrialTask:
+    """A trial that finds none of its features."""
+    return TrialTask(number, run.place.location, run.config.to_yaml(), 1, {})
+
+
+def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -> None:
+    """A sweep's own trial. While the file is there trial 1 fails in the way that the file's name says."""
+    from ray_jobs import trial, tune_gate
+
+    run_trial = trial.run_trial
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/weights")
+
+    if config["number"] == 1 and fault.exists():
+        if fault.name == "lost":
+            os.kill(os.getpid(), signal.SIGKILL)
+        trial.run_trial = full  # type: ignore[assignment]
+    try:
+        tune_gate._trainable(config, tasks, events)
+    finally:
+        trial.run_trial = run_trial  # the process may have other trials
+
+
+@pytest.mark.parametrize(
+    ("fault", "said", "exit_code"),
+    [
+        ("full", "trial 1: failed: no space left on the disk of /data/weights; make room there", 2),
+        pytest.param("lost", "trial 1: failed: its process was lost", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_no_rung_is_decided_without_a_trial_that_could_not_run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str, exit_code: int
+) -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path
+    monkeypatch.setattr(job, "_trainable", partial(faulty_trial, tmp_path / fault))
+    run = opened(trained, tmp_path / "run")
+    (tmp_path / fault).touch()
+    with pytest.raises(JobFailed, match=r"^failed: trial 1; run the same command again to resume$") as failed:
+        tune_gate(run, run.config, display := Lines())
+    assert failed.value.exit_code == exit_code
+    assert any(line.strip().startswith(said) for line in display.lines)
+    assert not (run.folder / "tune" / "rung-0.json").exists()
+    results = run.folder / "tune" / "trials"
+    finished = {path: path.stat().st_mtime_ns for path in results.glob("[02]/*.*") if path.name in (RESULT, WEIGHTS)}
+    assert len(finished) == 4
+
+    (tmp_path / fault).unlink()
+    assert set(tune_gate(run, run.config, Display())["mrr"]) == {"0", "1", "2"}
+    assert json.loads((run.folder / "tune" / "rung-0.json").read_text())["failed"] == {}
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished trial was done again"
+
+
+def test_whose_doing_a_failure_is_decides(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(metrics: dict[str, Any] | None, error: Exception | None = None) -> Any:
+        return job._end(SimpleNamespace(metrics=metrics, error=error))
+
+    def failing(error: Exception) -> Any:
+        def fail(*arguments: object) -> None:
+            raise error
+
+        monkeypatch.setattr(trial, "run_trial", fail)
+        return end(guarded_trial(task_of(run, 1), None))
+
+    run = opened(trained, tmp_path / "run")
+    wrong, diverged = failing(RuntimeError("no such shape")), failing(job.UserError("the training has diverged"))
+    said = f"RuntimeError: no such shape (see {run.folder}/tune/trials/1/error.txt)"
+    ends = {0: end({"mrr": 0.5}), 1: wrong, 2: diverged}
+    failed = {1: said, 2: "the training has diverged"}
+    assert job._decided(ends, Display()) == {"mrr": {0: 0.5}, "failed": failed}
+    with pytest.raises(JobFailed, match="all trials failed; trial 2: the training has diverged") as ended:
+        job._decided({2: diverged}, Display())
+    assert ended.value.exit_code == 2
+
+    away = failing(StoreAway("s3://b/run: cannot be reached"))
+    lost = end(None, RuntimeError("The actor died.\n\tactor_id: 1"))
+    for passing in ({3: away}, {3: lost}, {3: lost, 4: away}):
+        names = ", ".join(f"trial {number}" for number in passing)
+        with pytest.raises(JobFailed, match=f"failed: {names}; run the same command again") as ended:
+            job._decided({**ends, **passing}, display := Lines())
+        assert ended.value.exit_code == 1
+        assert len(display.lines) == len(passing)
+    assert display.lines[0] == "  trial 3: failed: its process was lost: The actor died. actor_id: 1"
+
+
+def test_checkpoints_wait_for_a_store_that_is_away_until_the_rung_ends(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, task = Run.open(trained), task_of(Run.open(trained), 7)
+    said: list[str] = []
+    sent: list[str] = []
+    away = True
+
+    def replace(place: Folder, name: str) -> None:
+        if away:
+            raise StoreAway(f"{place}: cannot be reached")
+        sent.append(name)
+
+    monkeypatch.setattr(Folder, "replace", replace)
+    monkeypatch.setattr(trial, "SEND_SECONDS", 0.0)
+    monkeypatch.setattr(StepEvents, "warn", lambda events, line: said.append(line))
+
+    def context() -> TrialContext:
+        return TrialContext(task, Folder(tmp_path / "run"), run.config, 4, None, CPU)
+
+    with context() as trained_on:
+        for epoch in range(2):
+            trained_on.epoch_done({"epoch": epoch, "mrr": 0.5}, None)
+        assert len(said) == 1
+        assert said[0].endswith("/tune/trials/7 cannot be reached; checkpoints are sent there later")
+        away = False
+        trained_on.epoch_done({"epoch": 2, "mrr": 0.5}, None)
+        assert sent == ["checkpoints"]
+        away = True
+        trained_on.epoch_done({"epoch": 3, "mrr": 0.5}, None)
+        assert len(said) == 2
+        away = False
+    assert len(sent) == 2
+    away = True
+    with pytest.raises(StoreAway), context():
+        pass
+
+
+def lost_once(mark: Path, *arguments: Any) -> Any:
+    """Computes features; the process is lost the first time."""
+    from ray_jobs.trial import cache_features
+
+    with contextlib.suppress(FileExistsError):
+        mark.touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return cache_features(*arguments)
+
+
+def test_features_are_made_again_after_their_process_was_lost(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(trained, tmp_path / "run")
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    mark = tmp_path / "lost"
+    monkeypatch.setattr(job, "cache_features", lambda *arguments: lost_once(mark, *arguments))
+    features = job._cache_all_features(run, draw_trials(run.config, 0), Display())
+    assert mark.exists()
+    tables = [run.folder / name for each in features.values() for name in each.cached.values()]
+    assert tables
+    assert all(path.is_file() for path in tables)
