@@ -78,10 +78,11 @@ class RayContext:
         self._scratch = Scratch()
         self._restored = self._scratch.folder("restored-")
         self._stalled = collect_stalled(place, watched.name) if rank == 0 else []
+        self._checkpoints = place / watched.name
         self._stalls = StallWatch(stall_file(place.folder, watched.name, rank), stall_seconds)
         self._next_notice = time.monotonic()
         set_threads()
-        self._stalls.alive()
+        self.alive()
 
     def __enter__(self) -> Self:
         return self
@@ -96,6 +97,7 @@ class RayContext:
 
     def alive(self) -> None:
         self._stalls.alive()
+        self._watch.alive()
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         self._stalls.alive()
@@ -134,7 +136,7 @@ class RayContext:
         newest = ray.train.get_checkpoint()
         if newest is None:
             return None
-        found = newest_sound(self._fetched(newest), self.device, self._told.warn, str(Path(newest.path).parent))
+        found = newest_sound(self._fetched(newest), self.device, self._told.warn, str(self._checkpoints))
         self._say_where(found)
         return found
 
