@@ -30,6 +30,11 @@ class LocalContext:
         self.device = torch.device(device)
         self.folder, self.on_epoch, self.warn = folder, on_epoch, warn
 
+    @property
+    def where(self) -> str:
+        """What a user deletes to train anew."""
+        return str(self.folder)
+
     def alive(self) -> None:
         """Nobody watches."""
 
@@ -48,7 +53,7 @@ class LocalContext:
 
     def restore(self) -> Path | None:
         complete = [folder for folder in self._checkpoints() if (folder / MANIFEST).is_file()]
-        return newest_sound(reversed(complete), self.device, self.warn, str(self.folder))
+        return newest_sound(reversed(complete), self.device, self.warn, self.where)
 
     def checkpoint_folder(self, epoch: int, step: int) -> Path:
         folder = self.folder / f"epoch-{epoch:04d}-step-{step:07d}"

@@ -25,6 +25,7 @@ from dsmip.files import sha256_file, write_json
 from dsmip.places import Place
 
 RECORDS = "records"
+RUNNING = "running"  # the outcome of a command that has not ended, or was killed
 SOURCES = ("data_prep", "dsmip", "ray_jobs")
 # What figures depend on; of the others the pins tell.
 _PACKAGES = (
@@ -82,7 +83,7 @@ def recorded(place: Place, command: str, config: ExperimentConfig, *, seed: int,
     record = {
         **_command(command, started),
         "ended": None,
-        "outcome": "running",
+        "outcome": RUNNING,
         "seed": seed,
         "data_sha256": data_sha256,
         "config": config.model_dump(mode="json"),

@@ -14,8 +14,8 @@ from dsmip.checkpoints import MANIFEST, read_manifest
 from dsmip.config import ExperimentConfig, load_config
 from dsmip.errors import UserError
 from dsmip.models import find_system
-from dsmip.places import Location, Place, place_of
-from dsmip.provenance import RECORDS
+from dsmip.places import Folder, Location, Place, place_of
+from dsmip.provenance import RECORDS, RUNNING
 from dsmip.runs import CONFIG, STAMP
 from dsmip.watch_tools import PROGRESS
 
@@ -91,7 +91,7 @@ class _Reader:
 
     def status(self) -> Status:
         parts, trials, evaluations = self._parts(), self._trials(), sorted(self._evaluations(), key=lambda e: e.split)
-        last = self._last_command()
+        last = self._last_record()
         return Status(
             folder=self.place.location,
             model=self.config.model if self.config else "unknown",
@@ -100,9 +100,9 @@ class _Reader:
             trials=trials,
             evaluations=evaluations,
             disk=dict(self.place.sizes()),
-            last_command=last,
+            last_command=f"{_begun(last)}: {last['outcome']}" if last else "none",
             problems=self.problems,
-            next=self._next(parts, trials, evaluations),
+            next=self._next(parts, trials, evaluations, last),
         )
 
     def _config(self) -> ExperimentConfig | None:
@@ -158,9 +158,9 @@ class _Reader:
         if found is None and manifest is None:
             return Progress(name, "not begun", num_epochs=epochs)
         done = manifest["epoch"] if manifest else 0
-        if found is None and manifest is not None:
-            last = manifest["history"][-1] if manifest["history"] else {}
-            figures = {f"epoch/{key}": value for key, value in _numbers(last).items()}
+        stored = _numbers(manifest["history"][-1]) if manifest and manifest["history"] else {}
+        figures = {f"epoch/{key}": value for key, value in stored.items()}
+        if found is None:
             return Progress(name, "interrupted", done, epochs, figures=figures)
         age = (self.now - datetime.fromisoformat(found["updated"])).total_seconds()
         alive: State = "training" if age < _ALIVE_SECONDS else "interrupted"
@@ -174,7 +174,7 @@ class _Reader:
             found["step"],
             found["num_steps"],
             found["updated"],
-            found["figures"],
+            found["figures"] or figures,  # a training that goes on has none of its own before its first step
             note=f"see {error}" if state == "failed" and error.is_file() else seconds,
         )
 
@@ -219,29 +219,55 @@ class _Reader:
             if found is not None:
                 yield Evaluation(path.parent.name, path.parent.parent.name, found[1], found[0])
 
-    def _last_command(self) -> str:
+    def _last_record(self) -> dict[str, str] | None:
+        """Name, start and outcome of the newest command on the run."""
         paths = sorted((self.folder / RECORDS).glob("*.json"))
-        words = (
-            self._json(paths[-1], lambda r: f"{r['command']}, begun {r['started']}: {r['outcome']}") if paths else None
+        if not paths:
+            return None
+        found: dict[str, str] | None = self._json(
+            paths[-1], lambda record: {key: str(record[key]) for key in ("command", "started", "outcome")}
         )
-        return words or "none"
+        return found
 
-    def _next(self, parts: list[Progress], trials: list[Progress], evaluations: list[Evaluation]) -> str:
-        run = self.place.location
+    def _next(
+        self,
+        parts: list[Progress],
+        trials: list[Progress],
+        evaluations: list[Evaluation],
+        last: Mapping[str, str] | None,
+    ) -> str:
         if self.config is None:
             return "the configuration cannot be read: put config.yaml back, or train into another --run folder"
         if any(each.state == "training" for each in parts + trials):
             return "a training is under way: wait for it"
         system = find_system(self.config.model)
-        names = system.part_names(self.config.system)
+        command = self._next_command(self.config, parts, evaluations)
+        if not command:
+            return "nothing: trained, tuned and evaluated" if system.gated else "nothing: trained and evaluated"
+        if last and last["outcome"] == RUNNING:  # it may wait for room, or do what leaves no sign for long
+            return f"a command may still be running ({_begun(last)}); if it is not: {command}"
+        return command
+
+    def _next_command(
+        self, config: ExperimentConfig, parts: list[Progress], evaluations: list[Evaluation]
+    ) -> str | None:
+        run, system = self.place.location, find_system(config.model)
+        names = system.part_names(config.system)
         if any(each.state != "finished" for each in parts if each.name in names):
             data = self.data[1] if self.data else "DATA"
-            return f"dsmip train --config {self.folder / CONFIG} --data {data} --run {run}"
+            if isinstance(self.place, Folder):
+                return f"dsmip train --config {self.folder / CONFIG} --data {data} --run {run}"
+            # the copy of it here is of this machine alone
+            return f"dsmip train --config FILE --data {data} --run {run} (FILE: a copy of {self.place}/{CONFIG})"
         if system.gated and not self._swept():
             return f"dsmip tune --run {run}"
         if not any((each.model, each.split) == (system.name, "test") for each in evaluations):
             return f"dsmip evaluate --run {run} --split test"
-        return "nothing: trained, tuned and evaluated" if system.gated else "nothing: trained and evaluated"
+        return None
+
+
+def _begun(record: Mapping[str, str]) -> str:
+    return f"{record['command']}, begun {record['started']}"
 
 
 def _position(found: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Names are `step/<figure>` and `epoch/<metric>`, in characters that every tool takes (hits@1 is hits_at_1).
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ Item = TypeVar("Item")
 Outcome = Literal["finished", "failed", "left"]
 """left: its machine goes; it is to go on on another one."""
 _WRITE_SECONDS = 2.0  # a tool gains nothing from more, and a step of stage two takes milliseconds
+_ALIVE_SECONDS = 60.0  # a fifth of what `dsmip status` waits before it takes a training for interrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,11 @@ class Position:
 
 
 class Writer(Protocol):
-    """One place that figures go to. It does nothing before the first `write`."""
+    """One place that figures go to. A tool is not opened before the first `write`."""
+
+    def alive(self) -> None:
+        """Called when the training starts, and about once a minute in long work between its steps."""
+        return  # most need none
 
     def write(self, position: Position, figures: Mapping[str, float]) -> None:
         """Adds figures by name."""
@@ -81,11 +87,21 @@ class Watch:
         device: torch.device,
         warn: Callable[[str], None],
         write_seconds: float = _WRITE_SECONDS,
+        alive_seconds: float = _ALIVE_SECONDS,
     ) -> None:
-        self._writers, self._device, self._warn, self._write_seconds = list(writers), device, warn, write_seconds
+        self._writers, self._device, self._warn = list(writers), device, warn
+        self._write_seconds, self._alive_seconds = write_seconds, alive_seconds
         self._steps: list[StepFigures] = []
         self._position = Position(0, 0, 1)
         self._last = time.monotonic()
+        self._last_alive = -math.inf
+
+    def alive(self) -> None:
+        """As `Context.alive`; to be called at the start, too."""
+        now = time.monotonic()
+        if now - self._last_alive >= self._alive_seconds:
+            self._each(lambda writer: writer.alive())
+            self._last_alive = now
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         """As `Context.step_done`."""
@@ -103,7 +119,10 @@ class Watch:
 
     def close(self, outcome: Outcome) -> None:
         """Writes what is left and closes all writers."""
-        self._write_steps()
+        try:
+            self._write_steps()
+        except Exception as error:  # nothing can be read from a device that has failed
+            self._warn(f"warning: figures of the last steps are lost: {type(error).__name__}: {error}")
         self._each(lambda writer: writer.close(outcome))
 
     def _write_steps(self) -> None:

@@ -77,7 +77,7 @@ def check_tools(tools: Sequence[WatchTool]) -> None:
             raise UserError(f"watch: {tool} is not installed; pip install 'dsmip[{tool}]', or leave it out of 'watch'")
 
 
-class TensorBoard:
+class TensorBoard(Writer):
     """Event files in a folder per training. A resumed training hides what was written of the steps that it repeats."""
 
     def __init__(self, watched: Watched) -> None:
@@ -101,7 +101,7 @@ class TensorBoard:
             self._writer.close()
 
 
-class MLflow:
+class MLflow(Writer):
     """One MLflow run per training, in the experiment MLFLOW_EXPERIMENT_NAME, or `dsmip`."""
 
     def __init__(self, watched: Watched) -> None:
@@ -159,7 +159,7 @@ def _experiment(client: Any, name: str) -> str:
     return str(known.experiment_id)
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Writer):
     """One W&B run per training, in the project WANDB_PROJECT, or `dsmip`."""
 
     def __init__(self, watched: Watched) -> None:
@@ -194,7 +194,7 @@ _WRITERS: Mapping[WatchTool, Callable[[Watched], Writer]] = {
 }
 
 
-class ProgressFile:
+class ProgressFile(Writer):
     """A small JSON file with the position and the latest figures, for `dsmip status`."""
 
     def __init__(self, path: Path, num_epochs: int, where: Mapping[str, Any]) -> None:
@@ -202,6 +202,9 @@ class ProgressFile:
         self._path, self._num_epochs, self._where = path, num_epochs, dict(where)
         self._figures: dict[str, float] = {}
         self._position = Position(0, 0, 1)
+
+    def alive(self) -> None:
+        self._save("training")
 
     def write(self, position: Position, figures: Mapping[str, float]) -> None:
         self._position = position
@@ -218,7 +221,7 @@ class ProgressFile:
         write_json(self._path, {**about, **position, "figures": self._figures})
 
 
-class Sent:
+class Sent(Writer):
     """Sends what the writers before it have written into a run in an object store, now and then and at the end.
 
     A thread sends, and what fails is sent later: a training does not wait for a store that is away.
@@ -232,11 +235,17 @@ class Sent:
         self._sending: Future[None] | None = None
 
     def write(self, position: Position, figures: Mapping[str, float]) -> None:
-        due = time.monotonic() - self._last >= SEND_SECONDS
-        if due and (self._sending is None or self._sending.done()):
-            self._sending = self._pool.submit(self._place.push, self._name)
-            self._last = time.monotonic()
+        self._send_if_due()
+
+    def alive(self) -> None:
+        self._send_if_due()
 
     def close(self, outcome: Outcome) -> None:
         self._pool.shutdown()
         self._place.push(self._name)
+
+    def _send_if_due(self) -> None:
+        due = time.monotonic() - self._last >= SEND_SECONDS
+        if due and (self._sending is None or self._sending.done()):
+            self._sending = self._pool.submit(self._place.push, self._name)
+            self._last = time.monotonic()

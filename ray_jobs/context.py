@@ -49,8 +49,7 @@ class StepEvents:
 
     def warn(self, line: str) -> None:
         """Has the driver print a line about this training."""
-        if self._events is not None:
-            self._events.push.remote(Event(self._name, 0, self._num_epochs * self._num_steps, 0, note=line))
+        say(self._events, self._name, line)
 
     def _send(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
         if self._events is not None:
@@ -58,12 +57,18 @@ class StepEvents:
             self._events.push.remote(Event(self._name, done, self._num_epochs * self._num_steps, epoch, metrics))
 
 
+def say(events: Any, name: str, line: str) -> None:
+    """Has the driver print a line about a training. None instead of an `EventQueue` actor tells nobody."""
+    if events is not None:
+        events.push.remote(Event(name, 0, 0, 0, note=line))
+
+
 class RayContext:
     """`dsmip.loop.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
 
     events: an `EventQueue` actor. place: of the files beside the checkpoints: `<name>.progress.json` for
     `dsmip status`, and where each worker was when it was ended because it made no step for `stall_seconds`.
-    Only rank 0 sends events and writes the progress; every worker has gauges.
+    Only rank 0 tells of steps and writes the progress; every worker has gauges.
     """
 
     def __init__(self, watched: Watched, num_epochs: int, events: Any, place: Place, stall_seconds: float) -> None:
@@ -77,11 +82,14 @@ class RayContext:
         )
         self._scratch = Scratch()
         self._restored = self._scratch.folder("restored-")
-        self._stalled = collect_stalled(place, watched.name) if rank == 0 else []
+        self._checkpoints = place / watched.name
+        for path in collect_stalled(place, watched.name):
+            say(events, watched.name, f"a worker made no step for too long and was ended; {path} has what it did")
+        distributed.any_worker(False, self.device)  # all have collected: from here on such files are of these workers
         self._stalls = StallWatch(stall_file(place.folder, watched.name, rank), stall_seconds)
         self._next_notice = time.monotonic()
         set_threads()
-        self._stalls.alive()
+        self.alive()
 
     def __enter__(self) -> Self:
         return self
@@ -96,6 +104,7 @@ class RayContext:
 
     def alive(self) -> None:
         self._stalls.alive()
+        self._watch.alive()
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         self._stalls.alive()
@@ -134,13 +143,11 @@ class RayContext:
         newest = ray.train.get_checkpoint()
         if newest is None:
             return None
-        found = newest_sound(self._fetched(newest), self.device, self._told.warn, str(Path(newest.path).parent))
+        found = newest_sound(self._fetched(newest), self.device, self._told.warn, str(self._checkpoints))
         self._say_where(found)
         return found
 
     def _say_where(self, checkpoint: Path | None) -> None:
-        for path in self._stalled:
-            self._told.warn(f"a worker made no step for too long and was ended; {path} has what it did")
         if checkpoint is not None:
             place = read_manifest(checkpoint)
             self._told.warn(f"goes on from its checkpoint: epoch {place['epoch'] + 1}, after {place['step']} steps")

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-from dsmip.watch import Outcome, Position
+from dsmip.watch import Outcome, Position, Writer
 
 
-class Gauges:
-    """A `Writer`: one gauge per figure, named `ray_dsmip_<figure>` there, with the tags `training` and `worker`."""
+class Gauges(Writer):
+    """One gauge per figure, named `ray_dsmip_<figure>` there, with the tags `training` and `worker`."""
 
     def __init__(self, training: str, worker: int) -> None:
         self._tags = {"training": training, "worker": str(worker)}

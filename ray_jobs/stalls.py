@@ -2,6 +2,7 @@
 
 import faulthandler
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -45,10 +46,14 @@ class StallWatch:
 def collect_stalled(place: Place, name: str) -> list[str]:
     """Files that ended workers of a training left on this node; renamed, so that they are found once, and sent.
 
-    Their names are `stall_file`'s with `.ended` for `.txt`. A worker that was killed leaves an empty one.
+    Every worker calls it, before any of them watches itself. The files' names are `stall_file`'s with `.ended` for
+    `.txt`. A worker that was killed leaves an empty one.
     """
-    found = [path for path in sorted(place.folder.glob(f"{name}.stalled-*.txt")) if path.stat().st_size > 0]
-    ended = [path.replace(path.with_suffix(".ended")).name for path in found]
+    ended = []
+    for path in sorted(place.folder.glob(f"{name}.stalled-*.txt")):
+        with suppress(FileNotFoundError):  # another worker that sees the folder has just taken it
+            if path.stat().st_size > 0:
+                ended.append(path.replace(path.with_suffix(".ended")).name)
     place.push(*ended)
     return [f"{place}/{each}" for each in ended]
 

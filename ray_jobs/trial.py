@@ -161,6 +161,7 @@ class TrialContext(LocalContext):
         super().__init__(self._place.folder / _CHECKPOINTS, device, warn=self._told.warn)
         watched = Watched(run, name, config.watch, config.model_dump(mode="json"))
         self._watch = open_watch(watched, device, num_epochs, (self._place, PROGRESS), self._told)
+        self.alive()
 
     def __enter__(self) -> Self:
         return self
@@ -169,6 +170,13 @@ class TrialContext(LocalContext):
         self._watch.close("failed" if kind else "finished")
         if kind is None:
             self._place.replace(_CHECKPOINTS)
+
+    def alive(self) -> None:
+        self._watch.alive()
+
+    @property
+    def where(self) -> str:
+        return str(self._place / _CHECKPOINTS)
 
     def restore(self) -> Path | None:
         self._place.pull(_CHECKPOINTS)

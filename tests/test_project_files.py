@@ -35,7 +35,7 @@ def test_every_equation_has_a_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/paper.md", "docs/cluster.md"]
+    "name", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 )
 def test_files_and_configurations_that_a_text_names_exist(name: str) -> None:
     text = _text(name)

@@ -14,6 +14,7 @@ from dsmip.checkpoints import Checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.files import write_json
+from dsmip.places import place_of
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.status import Progress, Status, read_status
@@ -89,6 +90,55 @@ def test_parts_in_all_states(folder: Path) -> None:
     (folder / "ray" / "visual.error.txt").write_text("Traceback")
     visual = rows(read_status(folder, NOW))["visual"]
     assert (visual.state, visual.note) == ("failed", f"see {folder / 'ray' / 'visual.error.txt'}")
+
+
+def test_a_training_that_goes_on_keeps_its_checkpoint_s_position(folder: Path) -> None:
+    """Its new worker has written its first sign of life, and has made no step yet."""
+    checkpoint(folder / "ray" / "visual" / "checkpoint_a", 1)
+    position = {"epoch": 0, "step": 0, "num_steps": 1, "num_epochs": 2, "updated": NOW.isoformat()}
+    write_json(folder / "ray" / "visual.progress.json", {**position, "state": "training", "figures": {}})
+    visual = rows(read_status(folder, NOW))["visual"]
+    assert (visual.state, visual.epochs_done, visual.figures["epoch/mrr"]) == ("training", 1, 0.5)
+
+
+def record(folder: Path, day: int, command: str, outcome: str) -> None:
+    started = f"2026-05-0{day}T12:00:00+00:00"
+    write_json(
+        folder / "records" / f"2026050{day}T120000.000000Z-{command}.json",
+        {"command": command, "started": started, "outcome": outcome},
+    )
+
+
+def test_a_command_whose_record_says_no_end_may_still_be_running(folder: Path) -> None:
+    """It may wait for room, or validate for long: a second one would damage the run."""
+    record(folder, 1, "train", "running")
+    may_run = "a command may still be running ({}, begun 2026-05-0{}T12:00:00+00:00); if it is not: dsmip {} "
+    train = may_run.format("train", 1, "train")
+    status = read_status(folder, NOW)
+    assert status.next.startswith(train)
+    assert status.last_command == "train, begun 2026-05-01T12:00:00+00:00: running"
+    progress(folder / "ray" / "visual.progress.json", age=1000)
+    status = read_status(folder, NOW)
+    assert rows(status)["visual"].state == "interrupted"
+    assert status.next.startswith(train)
+    progress(folder / "ray" / "visual.progress.json", age=10)
+    assert read_status(folder, NOW).next == "a training is under way: wait for it"
+
+    record(folder, 2, "train", "failed: no room")  # one command at a time: the one before has ended
+    assert read_status(folder, NOW + timedelta(hours=1)).next.startswith("dsmip train ")
+    record(folder, 3, "tune", "running")
+    sweep(folder, rungs=1)
+    assert read_status(folder, NOW + timedelta(hours=1)).next.startswith(may_run.format("tune", 3, "tune"))
+
+
+def test_the_next_command_of_a_run_in_a_store_names_no_file_of_this_machine(bucket: str, folder: Path) -> None:
+    run, place = f"{bucket}/run", place_of(f"{bucket}/run")
+    for name in ("config.yaml", "run.json"):
+        place.write_text(name, (folder / name).read_text())
+    said = read_status(run).next
+    assert said.startswith("dsmip train --config FILE --data ")
+    assert said.endswith(f" --run {run} (FILE: a copy of {run}/config.yaml)")
+    assert str(place.folder) not in said
 
 
 def sweep(folder: Path, rungs: int) -> None:

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from dsmip.config import WatchTool, load_config
 from dsmip.errors import UserError
-from dsmip.watch import Outcome, Position, StepFigures, Watch, step_means, timed
+from dsmip.watch import Outcome, Position, StepFigures, Watch, Writer, step_means, timed
 from dsmip.watch_tools import ProgressFile, Watched, check_tools
 
 CPU = torch.device("cpu")
@@ -25,10 +25,14 @@ def figures(loss: float, seconds: float = 2.0, wait_seconds: float = 0.5) -> Ste
     return StepFigures(loss, torch.tensor(loss * 10), 0.01, 8, seconds, wait_seconds)
 
 
-class Recorder:
+class Recorder(Writer):
     def __init__(self) -> None:
         self.written: list[tuple[int, dict[str, float]]] = []
         self.outcome = ""
+        self.alive_calls = 0
+
+    def alive(self) -> None:
+        self.alive_calls += 1
 
     def write(self, position: Position, figures: Mapping[str, float]) -> None:
         self.written.append((position.total_step, dict(figures)))
@@ -84,6 +88,29 @@ def test_a_tool_that_fails_is_given_up_and_no_other() -> None:
     assert len(broken.written) == 1
     assert len(sound.written) == 8
     assert (broken.outcome, sound.outcome) == ("", "failed")
+
+
+def test_what_cannot_be_read_at_the_end_hides_no_outcome(tmp_path: Path) -> None:
+    """As after an error of the device: the steps' gradient norms are still there."""
+    sound, said = Recorder(), list[str]()
+    progress = ProgressFile(tmp_path / "progress.json", 1, {})
+    watch = Watch([progress, sound], CPU, said.append, write_seconds=1000)
+    unreadable = torch.empty((), device="meta")
+    watch.step_done(0, 0, 3, StepFigures(0.5, unreadable, 0.01, 8, 2.0, 0.5))
+    watch.close("failed")
+    assert [line.partition(": ")[2].partition(":")[0] for line in said] == ["figures of the last steps are lost"]
+    assert sound.outcome == "failed"
+    assert json.loads((tmp_path / "progress.json").read_text())["state"] == "failed"
+
+
+def test_a_sign_of_life_is_given_at_once_and_then_seldom() -> None:
+    each, seldom = Recorder(), Recorder()
+    for recorder, seconds in ((each, 0.0), (seldom, 1000.0)):
+        watch = Watch([recorder], CPU, pytest.fail, alive_seconds=seconds)
+        for _ in range(3):
+            watch.alive()
+    assert (each.alive_calls, seldom.alive_calls) == (3, 1)
+    assert each.written == []
 
 
 def test_waiting_is_measured_per_item() -> None:
@@ -185,6 +212,15 @@ def test_wrong_tools_are_named(value: str, said: str) -> None:
         load_config("demo", [f"watch={value}"])
     assert load_config("demo").watch == ()
     assert load_config("demo", ["watch=[mlflow, tensorboard]"]).watch == ("mlflow", "tensorboard")
+
+
+def test_the_progress_file_is_there_before_the_first_figures(tmp_path: Path) -> None:
+    tools = Watched(tmp_path, "text", ("tensorboard",)).writers()
+    watch = Watch([ProgressFile(tmp_path / "progress.json", 7, {}), *tools], CPU, pytest.fail)
+    watch.alive()
+    found: dict[str, Any] = json.loads((tmp_path / "progress.json").read_text())
+    assert (found["state"], found["epoch"], found["step"], found["figures"]) == ("training", 0, 0, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]  # no tool was opened
 
 
 def test_the_progress_file_holds_the_latest_of_everything(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""What a training on Ray tells the outside, without a cluster: signs of life, addresses, who was ended before it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import ray_jobs.environment  # noqa: F401  (before Ray is imported)
+
+# isort: split
+import ray.train
+import ray.train.torch
+import torch
+
+from dsmip.config import ExperimentConfig
+from dsmip.errors import UserError
+from dsmip.places import Folder, Place, place_of
+from dsmip.watch import StepFigures
+from dsmip.watch_tools import Watched
+from ray_jobs import context as contexts
+from ray_jobs import trial as trials
+from ray_jobs.context import RayContext
+from ray_jobs.stalls import collect_stalled, stall_file
+from ray_jobs.trial import TrialContext, TrialTask
+
+CPU = torch.device("cpu")
+STALL_SECONDS = 1000.0
+
+
+class Events:
+    """In the place of an `EventQueue` actor: keeps the lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.push = SimpleNamespace(remote=lambda event: self.lines.append(event.note))
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """This process is a worker of Ray Train, of the `rank` that the test sets."""
+    found = SimpleNamespace(rank=0)
+    found.get_world_rank, found.get_world_size = lambda: found.rank, lambda: 2
+    monkeypatch.setattr(ray.train, "get_context", lambda: found)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: CPU)
+    monkeypatch.setattr(contexts, "set_threads", lambda: None)
+    return found
+
+
+def opened(place: Place, events: Events) -> RayContext:
+    return RayContext(Watched(place, "text"), 4, events, place, STALL_SECONDS)
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "text.progress.json").read_text())
+    return found
+
+
+def test_a_worker_says_at_once_that_it_trains(tmp_path: Path, worker: SimpleNamespace) -> None:
+    with opened(Folder(tmp_path), Events()) as context:
+        found = progress(tmp_path)
+        assert (found["state"], found["step"], found["num_epochs"]) == ("training", 0, 4)
+        (tmp_path / "text.progress.json").unlink()
+        context.alive()  # within a minute of the last sign of life
+        assert not (tmp_path / "text.progress.json").exists()
+    assert progress(tmp_path)["state"] == "finished"
+
+
+def test_a_training_that_fails_with_its_device_ends_as_any_other(tmp_path: Path, worker: SimpleNamespace) -> None:
+    unreadable = torch.empty((), device="meta")
+    context = opened(Folder(tmp_path), Events())
+    context.step_done(0, 0, 3, StepFigures(0.5, unreadable, 0.01, 8, 2.0, 0.5))
+    with pytest.raises(ValueError, match="the first error"), context:
+        raise ValueError("the first error")
+    assert progress(tmp_path)["state"] == "failed"
+    assert not context._restored.exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_worker_tells_of_those_that_were_ended_on_its_node(
+    tmp_path: Path, worker: SimpleNamespace, rank: int
+) -> None:
+    stall_file(tmp_path, "text", 1).write_text("Thread 0x1 (most recent call first)")
+    worker.rank = rank
+    for said in (1, 0):  # it is told once
+        events = Events()
+        with opened(Folder(tmp_path), events):
+            pass
+        lines = [line for line in events.lines if line]
+        assert (
+            lines
+            == [
+                f"a worker made no step for too long and was ended; {tmp_path / 'text.stalled-1.ended'} has what it did"
+            ]
+            * said
+        )
+
+
+def test_what_another_worker_of_the_node_has_just_taken_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in range(3):
+        stall_file(tmp_path, "text", rank).write_text("Thread" if rank else "")  # the first one's worker was killed
+    glob = Path.glob
+
+    def glob_and_lose_one(folder: Path, pattern: str) -> Iterator[Path]:
+        found = list(glob(folder, pattern))
+        stall_file(tmp_path, "text", 1).unlink()
+        return iter(found)
+
+    monkeypatch.setattr(Path, "glob", glob_and_lose_one)
+    assert collect_stalled(Folder(tmp_path), "text") == [f"{tmp_path}/text.stalled-2.ended"]
+
+
+def test_the_folder_to_delete_has_the_store_s_address(
+    bucket: str, worker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = place_of(f"{bucket}/run/ray")
+    place.write_text("text/checkpoint_a/checkpoint.json", "{}")
+    path, file_system = place.storage()
+    damaged = ray.train.Checkpoint(f"{path}/text/checkpoint_a", filesystem=file_system)
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: damaged)
+    monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", list)
+    said = f"Delete {bucket}/run/ray/text to train this anew"
+    with opened(place, Events()) as context, pytest.raises(UserError, match=said):
+        context.restore()
+
+
+@pytest.fixture
+def trial(bucket: str, small_config: ExperimentConfig) -> tuple[TrialTask, TrialContext]:
+    task = TrialTask(3, f"{bucket}/run", small_config.to_yaml(), 2, {})
+    return task, TrialContext(task, place_of(task.root), small_config, 2, Events(), CPU)
+
+
+def test_a_trial_says_at_once_that_it_trains(trial: tuple[TrialTask, TrialContext]) -> None:
+    task, context = trial
+    with context:
+        found = json.loads((task.place.folder / trials.PROGRESS).read_text())
+        assert (found["state"], found["step"]) == ("training", 0)
+
+
+def test_the_folder_of_a_trial_to_delete_has_the_store_s_address(trial: tuple[TrialTask, TrialContext]) -> None:
+    task, context = trial
+    task.place.write_text("checkpoints/epoch-0001-step-0000000/checkpoint.json", "{}")
+    said = f"Delete {task.root}/tune/trials/3/checkpoints to train this anew"
+    with context, pytest.raises(UserError, match=said):
+        context.restore()
