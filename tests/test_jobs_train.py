@@ -158,7 +158,10 @@ def away(context: RayContext, settings: Mapping[str, Any]) -> None:
             raise StoreAway("s3://b/run: cannot be reached")
 
 
-@pytest.mark.parametrize(("workers", "times", "tries"), [(1, 1, 1), (2, 1, 2), (2, 9, 2)])
+@pytest.mark.parametrize(
+    ("workers", "times", "tries"),
+    [(1, 1, 1), pytest.param(2, 1, 2, marks=pytest.mark.slow), pytest.param(2, 9, 2, marks=pytest.mark.slow)],
+)
 def test_a_store_that_is_away_is_no_mistake(tmp_path: Path, workers: int, times: int, tries: int) -> None:
     """Several workers are started again, as after any failure that is not the user's; a lone one is not."""
     plan = Running(workers=workers, restarts=1, resources=Resources(cpu=0.5))

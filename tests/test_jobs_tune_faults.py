@@ -90,9 +90,10 @@ def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -
     ("fault", "said", "exit_code"),
     [
         ("full", "trial 1: failed: no space left on the disk of /data/weights; make room there", 2),
-        pytest.param("lost", "trial 1: failed: its process was lost", 1, marks=pytest.mark.slow),
+        ("lost", "trial 1: failed: its process was lost", 1),
     ],
 )
+@pytest.mark.slow
 def test_no_rung_is_decided_without_a_trial_that_could_not_run(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str, exit_code: int
 ) -> None:
