@@ -95,6 +95,7 @@ def counting(name: str, how: str, folder: Path) -> Training:
     return Training(name, count_epochs, settings, num_epochs=4, storage=folder / "ray", plan=HALF_A_CPU)
 
 
+@pytest.mark.slow
 def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
     trainings = [
         counting("sound", "", tmp_path),

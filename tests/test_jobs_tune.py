@@ -47,6 +47,7 @@ def rungs(run: Run) -> list[dict[str, Any]]:
     return [json.loads((run.folder / "tune" / f"rung-{rung}.json").read_text()) for rung in range(2)]
 
 
+@pytest.mark.slow
 def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ on_device = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available()
 
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="the interpreter's own process, or no Triton")
+@pytest.mark.slow
 def test_all_holds_in_the_interpreter() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-rs", __file__, backends.__file__],
