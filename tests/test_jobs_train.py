@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray.train
 import torch
+from displays import Lines
 from ray import cloudpickle
 from ray.train.v2._internal.execution.storage import StorageContext
 
@@ -26,24 +27,12 @@ from dsmip.watch import StepFigures
 from ray_jobs import resources
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed
-from ray_jobs.progress import Display
 from ray_jobs.resources import Request, check_feasible, describe_wait
 from ray_jobs.train_experts import train_experts, train_parts
 from ray_jobs.trainings import Training, run_trainings
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path
-
-
-class Lines(Display):
-    """A display that keeps what it said."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 def count_epochs(context: RayContext, settings: Mapping[str, Any]) -> None:

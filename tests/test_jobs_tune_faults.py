@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from displays import Lines
 from ray import cloudpickle
 
 from dsmip.config import ExperimentConfig, TuneConfig
@@ -33,17 +34,6 @@ from ray_jobs.tune_gate import tune_gate
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 SPACE = {"system.gate.temperature": {"values": [0.1, 0.5, 1.0]}, "train.learning_rate": {"loguniform": [1e-3, 1e-2]}}
-
-
-class Lines(Display):
-    """A display that keeps what it said."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from displays import Lines
 from disturbed import (
     StepLog,
     assert_equal_parts,
@@ -42,17 +43,6 @@ def config(small_config: ExperimentConfig) -> ExperimentConfig:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory, config: ExperimentConfig, small_data: Dataset) -> Run:
     return undisturbed(tmp_path_factory.mktemp("undisturbed"), config, small_data)
-
-
-class Lines(Display):
-    """A display that keeps what it said."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @contextmanager
