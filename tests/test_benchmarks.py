@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import memory, published, roofline
-from benchmarks.cases import CASES, build_matcher, feature_blocks
-from benchmarks.contest import TOLERANCE as TOLERANCES
-from benchmarks.contest import checked_difference
+from benchmarks import roofline
 from benchmarks.measure import measured
-from benchmarks.ranking import available_backends, main
+from benchmarks.ranking import memory, published
+from benchmarks.ranking.against_published import available_backends, main
+from benchmarks.ranking.cases import CASES, build_matcher, feature_blocks
+from benchmarks.ranking.contest import TOLERANCE as TOLERANCES
+from benchmarks.ranking.contest import checked_difference
 from dsmip.evaluation import Ranking
 from dsmip.models.base import FeatureSizes, Scores
 from dsmip.models.mimic import MimicMatcher

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.tower_rate import drawn_items
+from benchmarks.training.tower_rate import drawn_items
 from dsmip.config import BackboneConfig
 from dsmip.encoders.clip import Tuning, compile_towers
 from dsmip.errors import UserError

@@ -9,9 +9,9 @@ from typing import get_args
 import pytest
 from PIL import Image
 
-from benchmarks import big_release, shards, stores
-from benchmarks import prepare as prepare_benchmark
-from benchmarks.big_release import BigRelease, write_big_release
+from benchmarks.data import big_release, shards, stores
+from benchmarks.data import prepare as prepare_benchmark
+from benchmarks.data.big_release import BigRelease, write_big_release
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from dsmip.errors import UserError

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import first_step, stage_one
-from benchmarks.stage_two_trial import trials
-from benchmarks.tower_rate import CASES, count_operations, drawn_items, tower_rates, training_step
-from benchmarks.training_steps import WARM_UP, Stopwatch, one_epoch
+from benchmarks.training import first_step, stage_one
+from benchmarks.training.stage_two_trial import trials
+from benchmarks.training.steps import WARM_UP, Stopwatch, one_epoch
+from benchmarks.training.tower_rate import CASES, count_operations, drawn_items, tower_rates, training_step
 from dsmip.config import ExperimentConfig
 from dsmip.encoders.clip import Backbone
 from dsmip.shards import Dataset

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STAGES = ("interpreter", "imports and run folder", "Ray", "workers", "data and weights", "first batch", "first step")
 _MARKS = ("started", "ready", "connected", "in the loop", "before the batch", "batch", "step")
 
@@ -26,7 +26,7 @@ def seconds(config: Path, data: Path, run: Path) -> dict[str, float]:
     """
     marks = run.with_name(f"{run.name}.marks")
     options = ["--config", str(config), "--data", str(data), "--run", str(run)]
-    code = f"from benchmarks.first_step import command; command({str(marks)!r}, {options!r})"
+    code = f"from benchmarks.training.first_step import command; command({str(marks)!r}, {options!r})"
     started = time.time()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     found = [json.loads(line) for line in marks.read_text().splitlines()] if marks.is_file() else []

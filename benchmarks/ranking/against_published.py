@@ -26,9 +26,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import CASES, MEAN_TOKENS
-from benchmarks.contest import TOLERANCE, Ours, Outcome, Sizes, run_case
-from benchmarks.published import ENTITY_CHUNK, MENTION_BATCH
+from benchmarks.ranking.cases import CASES, MEAN_TOKENS
+from benchmarks.ranking.contest import TOLERANCE, Ours, Outcome, Sizes, run_case
+from benchmarks.ranking.published import ENTITY_CHUNK, MENTION_BATCH
 from benchmarks.roofline import device_rates
 from dsmip.files import write_json
 from dsmip.ops.kernels import cpu
@@ -205,7 +205,3 @@ def _row(outcome: Outcome, backend: str) -> dict[str, Any]:
         "peak_mib": ours.measured.peak_mib,
         "same_function": not outcome.case.masked,
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What is measured: systems with random weights on random features, the same in every run.
+"""Cases of the ranking benchmark: systems with random weights on random features, the same in every run.
 
 Sizes are those of ViT-B/32 with the papers' units: text 512, picture 768, pooled 512, unit width 96.
 """

@@ -13,9 +13,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from benchmarks import published, roofline
-from benchmarks.cases import Case, Side, build_matcher, feature_blocks
+from benchmarks import roofline
 from benchmarks.measure import Cost, measured
+from benchmarks.ranking import published
+from benchmarks.ranking.cases import Case, Side, build_matcher, feature_blocks
 from dsmip import evaluation
 from dsmip.evaluation import Ranking
 from dsmip.index import EntityIndex

@@ -1,0 +1,1 @@
+"""Ranking: time of a pair against the published evaluator, and memory."""

@@ -1,0 +1,1 @@
+"""Training: steps, workers, the first step, the feature cache, towers."""
