@@ -35,12 +35,12 @@ from data_prep.staging import (
 )
 from data_prep.tasks import HashTask, JoinTask, KbTask, SplitTask
 from dsmip import __version__
+from dsmip.atomic import join_files, sha256_file, write_json
+from dsmip.dataset_storage import MANIFEST_FILE
 from dsmip.errors import UserError
-from dsmip.files import join_files, sha256_file, write_json
 from dsmip.manifest import (
     ENTITIES_FILE,
     KB,
-    MANIFEST_FILE,
     REJECTS_FILE,
     SPLITS,
     Manifest,

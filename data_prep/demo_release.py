@@ -17,8 +17,8 @@ from data_prep.heraldry import photograph, plate
 from data_prep.heraldry_mentions import KINDS, Kind, MentionDrawer, MentionPlan, MentionRates
 from data_prep.heraldry_text import attributes
 from data_prep.heraldry_world import MAX_HOUSES, Evidence, House, make_houses
+from dsmip.atomic import write_text
 from dsmip.errors import UserError
-from dsmip.files import write_text
 
 Progress = Callable[[int, int], None]
 

@@ -15,7 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from dsmip.files import atomic_path
+from dsmip.atomic import atomic_path
 from dsmip.shards import ENTITY_SCHEMA
 
 _ROWS_AT_ONCE = 4096

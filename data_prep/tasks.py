@@ -24,8 +24,8 @@ from data_prep.staging import (
     write_finished,
     write_finished_part,
 )
+from dsmip.atomic import join_files, sha256_file
 from dsmip.errors import UserError
-from dsmip.files import join_files, sha256_file
 from dsmip.manifest import PictureSettings, ShardInfo
 from dsmip.records import Entity, Mention
 from dsmip.samples import entity_fields, mention_fields

@@ -13,11 +13,12 @@ import torch
 from dsmip.config import load_config
 from dsmip.errors import UserError
 from dsmip.groups import REPORTED, rows_by_value
+from dsmip.locations import Location, open_run_storage
 from dsmip.metrics import Difference, compare_counts, summarise
 from dsmip.ops.ranking import Counts
-from dsmip.places import Location, Place, place_of
 from dsmip.ranked_model import model_names
 from dsmip.reports import KB_HASH, RANKS, evaluation_name
+from dsmip.run_storage import RunStorage
 from dsmip.runs import CONFIG, STAMP
 
 _COLUMNS = ["mention_id", "gold", "better", "tied", *REPORTED]
@@ -31,7 +32,7 @@ class Evaluation:
     records: the mention's row of ranks.parquet by (mention_id, number among its equals).
     """
 
-    run: Place
+    run: RunStorage
     model: str
     kb_hash: bytes
     records: Mapping[tuple[str, int], Mapping[str, Any]]
@@ -54,7 +55,7 @@ def read_evaluation(location: Location, split: str, model: str | None) -> Evalua
 
     Raises UserError when there is no such run, model or evaluation, or its file is damaged or of an older version.
     """
-    run = place_of(location)
+    run = open_run_storage(location)
     run.refresh()
     if not (run.folder / STAMP).is_file():
         raise UserError(f"no run at {run} (no {STAMP}); 'dsmip train' makes one")

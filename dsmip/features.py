@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import Collator
+from dsmip.locations import Location, open_run_storage
 from dsmip.manifest import KB
 from dsmip.models.base import FeatureEncoder, Matcher
-from dsmip.places import Location, place_of
 from dsmip.shards import Dataset
 from dsmip.table import Table, concatenate
 from dsmip.table_writer import TableWriter
@@ -39,7 +39,7 @@ class FeatureCache:
     """Feature tables of one run, `<part>-<split>-<hash>.safetensors`; of a run in a store, nodes take one another's."""
 
     def __init__(self, location: Location, dtype: torch.dtype = torch.float32) -> None:
-        self.place, self.dtype = place_of(location), dtype
+        self.storage, self.dtype = open_run_storage(location), dtype
 
     def table(
         self,
@@ -67,20 +67,20 @@ class FeatureCache:
         """The file of those features, computed unless it is there."""
         path = self.path(part, split, encoder, dataset, collator)
         if not self.has(path):
-            with self.place.atomic(path.name) as temporary:
+            with self.storage.atomic(path.name) as temporary:
                 encode_split(temporary, split, encoder, dataset, collator, device, self.dtype, progress)
         return path
 
     def has(self, path: Path) -> bool:
         """Whether the features of that path are computed; then they are here as well."""
         if not path.is_file():  # its name says what is in it: it is never out of date
-            self.place.pull(path.name)
+            self.storage.pull(path.name)
         return path.is_file()
 
     def path(self, part: str, split: str, encoder: FeatureEncoder, dataset: Dataset, collator: Collator) -> Path:
         """Where those features are, or would be."""
         key = fingerprint(encoder.encoder_state(), dataset.manifest_hash, collator.item_format, split, self.dtype)
-        return self.place.folder / f"{part}-{split}-{key[:16]}.safetensors"
+        return self.storage.folder / f"{part}-{split}-{key[:16]}.safetensors"
 
 
 def fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:

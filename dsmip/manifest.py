@@ -7,48 +7,24 @@ machine, the path or the time of the build.
 import hashlib
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from dsmip.dataset_storage import MANIFEST_FILE, MISSING, FileInfo
 from dsmip.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 KB = "kb"
-MANIFEST_FILE = "manifest.json"
 ENTITIES_FILE = "kb/entities.parquet"
 REJECTS_FILE = "rejects.jsonl"
 FORMAT = 1
-MISSING = f"no {MANIFEST_FILE}, so this is no complete dataset; prepare it (again)"
 
 # Nothing else is ever opened: no other folder, no URL, no shell pipe.
 _SHARD_PATH = r"(kb/kb|train/train|validation/validation|test/test)-\d{6}\.tar"
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
-
-
-class StoredFile(Protocol):
-    """A file that a manifest names: path below the dataset's folder, size (None: not said), SHA-256."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def bytes(self) -> int | None: ...
-
-    @property
-    def sha256(self) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """Such a file that is no shard."""
-
-    path: str
-    sha256: str
-    bytes: int | None = None
 
 
 class Part(BaseModel):

@@ -16,13 +16,13 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, ValidationError
 
+from dsmip.atomic import sha256_file, write_json
 from dsmip.collate import PictureCollator
-from dsmip.data_files import DataFiles
+from dsmip.dataset_storage import DatasetStorage, FileInfo
 from dsmip.encoders.picture_networks import Identity, Kind, PictureNetwork, picture_vectors
 from dsmip.errors import UserError
 from dsmip.features import fingerprint
-from dsmip.files import sha256_file, write_json
-from dsmip.manifest import KB, SPLITS, Count, Digest, FileInfo, Part
+from dsmip.manifest import KB, SPLITS, Count, Digest, Part
 from dsmip.shards import Dataset
 from dsmip.table import Table
 
@@ -92,7 +92,7 @@ class FeatureManifest(Part):
 class PictureFeatures:
     """Finished features of a data set. files: the data set's own; name: of the folder with the tables, below them."""
 
-    files: DataFiles
+    files: DatasetStorage
     name: str
     manifest: FeatureManifest
 
@@ -129,9 +129,9 @@ def network_hash(identity: Identity) -> str:
     return fingerprint(identity.tensors, identity.form, identity.mean, identity.std, identity.side)
 
 
-def read_features(files: DataFiles, name: str) -> PictureFeatures | None:
+def read_features(files: DatasetStorage, name: str) -> PictureFeatures | None:
     """Finished features, None where none are finished. Raises UserError for a damaged manifest."""
-    place = files.place(f"{name}/{_MANIFEST}")
+    place = files.address(f"{name}/{_MANIFEST}")
     content = files.read(f"{name}/{_MANIFEST}")
     if content is None:
         return None
@@ -156,7 +156,7 @@ def find_features(dataset: Dataset, kind: Kind, size: int, dtype: DTypeName) -> 
             yield found
 
 
-def write_manifest(files: DataFiles, origin: Origin) -> PictureFeatures:
+def write_manifest(files: DatasetStorage, origin: Origin) -> PictureFeatures:
     """Says that the tables of the features are finished: the last file of all."""
     described, width, name = {}, 0, features_name(origin)
     for part in PARTS:
@@ -174,7 +174,7 @@ def write_manifest(files: DataFiles, origin: Origin) -> PictureFeatures:
     return PictureFeatures(files, name, manifest)
 
 
-def forget(files: DataFiles, name: str) -> None:
+def forget(files: DatasetStorage, name: str) -> None:
     """Takes back that features are finished, before their tables are written anew."""
     files.remove(f"{name}/{_MANIFEST}")
 

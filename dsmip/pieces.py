@@ -60,15 +60,15 @@ class Pieces:
         made = counting(progress, "entities and mentions prepared", sum(todo.values()))
         for name in todo:
             table = maker.entities(self.slices[name], made) if name in self.slices else maker.mentions(made)
-            with self.files.place.atomic(name) as temporary:
+            with self.files.storage.atomic(name) as temporary:
                 table.to(CPU).save(temporary)
 
     def finish(self) -> RankedFiles:
         """The files, once all pieces are there. Raises UserError when one is missing or damaged."""
-        place, folder = self.files.place, self.files.index
-        place.pull("")  # what other nodes have made
+        storage, folder = self.files.storage, self.files.index
+        storage.pull("")  # what other nodes have made
         finish_index(folder, dict(self.files.made_from), {folder / name: rows for name, rows in self.slices.items()})
-        place.push(MANIFEST)
+        storage.push(MANIFEST)
         return self.files
 
 
@@ -100,11 +100,11 @@ def plan_pieces(
         "features": sorted(sources),
     }
     index = f"index/{model}-{fingerprint({}, made_from)[:16]}"
-    for outdated in run.place.glob(f"index/{model}-{'[0-9a-f]' * 16}"):
+    for outdated in run.storage.glob(f"index/{model}-{'[0-9a-f]' * 16}"):
         if outdated != index:
-            run.place.delete(outdated)  # of weights or features that are no more
-    run.place.pull(index)
-    files = RankedFiles(run.place.location, split, model, index, made_from)
+            run.storage.delete(outdated)  # of weights or features that are no more
+    run.storage.pull(index)
+    files = RankedFiles(run.storage.location, split, model, index, made_from)
     slices = index_slices(Path(), run.dataset.num_entities, slice_rows)
     return Pieces(files, {path.name: rows for path, rows in slices.items()}, len(gold_rows(run.dataset, split)))
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import dsmip
+from dsmip.atomic import sha256_file, write_json
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.files import sha256_file, write_json
-from dsmip.places import Place
+from dsmip.run_storage import RunStorage
 
 RECORDS = "records"
 RUNNING = "running"  # the outcome of a command that has not ended, or was killed
@@ -73,8 +73,10 @@ def write_record(folder: Path, command: str, started: datetime, **about: Any) ->
 
 
 @contextmanager
-def recorded(place: Place, command: str, config: ExperimentConfig, *, seed: int, data_sha256: str) -> Iterator[None]:
-    """Records a command that works on the run at `place`: what it was, on what, from when to when and how it ended.
+def recorded(
+    storage: RunStorage, command: str, config: ExperimentConfig, *, seed: int, data_sha256: str
+) -> Iterator[None]:
+    """Records a command that works on the run in `storage`: what it was, on what, from when to when and how it ended.
 
     A record that stays at "running" is of a command that still runs or was killed.
     """
@@ -88,7 +90,7 @@ def recorded(place: Place, command: str, config: ExperimentConfig, *, seed: int,
         "data_sha256": data_sha256,
         "config": config.model_dump(mode="json"),
     }
-    place.write_json(name, record)
+    storage.write_json(name, record)
     outcome = "interrupted"
     try:
         yield
@@ -99,7 +101,7 @@ def recorded(place: Place, command: str, config: ExperimentConfig, *, seed: int,
     finally:
         # A full disk or a store that is away must not hide behind this line why a command has failed.
         with nullcontext() if outcome == "finished" else suppress(OSError, UserError):
-            place.write_json(name, {**record, "ended": _now(), "outcome": outcome})
+            storage.write_json(name, {**record, "ended": _now(), "outcome": outcome})
 
 
 def _record_name(command: str, started: datetime) -> str:

@@ -18,12 +18,13 @@ from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.evaluation import Ranking, rank
 from dsmip.index import EntityIndex
+from dsmip.locations import open_run_storage
 from dsmip.models import find_system
 from dsmip.models.base import Matcher
-from dsmip.places import Place, place_of
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.refinement import PairScorer
+from dsmip.run_storage import RunStorage
 from dsmip.runs import Run
 from dsmip.stages import gold_rows
 from dsmip.table import Table
@@ -118,13 +119,13 @@ class RankedFiles:
     made_from: Mapping[str, Any]
 
     @property
-    def place(self) -> Place:
-        return place_of(self.run) / self.name
+    def storage(self) -> RunStorage:
+        return open_run_storage(self.run) / self.name
 
     @property
     def index(self) -> Path:
         """The folder on this node."""
-        return self.place.folder
+        return self.storage.folder
 
     @property
     def mentions(self) -> Path:
@@ -133,7 +134,7 @@ class RankedFiles:
     def open(self) -> RankedModel:
         """Everything memory-mapped; the model on the CPU. Raises UserError when something is missing or damaged."""
         run = Run.open(self.run)
-        run.place.pull(self.name)
+        run.storage.pull(self.name)
         matcher, _, choices = load_model(run, self.model)
         index = EntityIndex.open(self.index, dict(self.made_from))
         gold_row_M = gold_rows(run.dataset, self.split)

@@ -84,7 +84,7 @@ def evaluate_model(
         part = error.part or opened.broken_part(error.mention, error.entity_row)
         of_part = f" ({part})" if part else ""
         raise UserError(
-            f"{model} of {run.place} scores mention {mentions[error.mention].mention_id} and entity "
+            f"{model} of {run.storage} scores mention {mentions[error.mention].mention_id} and entity "
             f"{entity_ids[error.entity_row]} as NaN or infinite{of_part}; its training diverged, or their features "
             "are broken"
         ) from None
@@ -93,11 +93,11 @@ def evaluate_model(
     metrics["index_bytes_per_entity"] = opened.index.num_bytes / len(opened.index)
     if candidates is not None:
         metrics["candidates"] = _candidate_metrics(opened, candidates, ranking, device, notice)
-    place = run.place / evaluation_name(split, model)
-    with place.atomic(RANKS) as temporary:
+    storage = run.storage / evaluation_name(split, model)
+    with storage.atomic(RANKS) as temporary:
         _write_ranks(temporary, ranking, mentions, groups, entity_ids, opened.choices)
-    place.write_json("metrics.json", metrics)
-    return Evaluated(place.folder, metrics)
+    storage.write_json("metrics.json", metrics)
+    return Evaluated(storage.folder, metrics)
 
 
 def _metrics(

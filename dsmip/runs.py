@@ -1,6 +1,6 @@
 """A run: one configuration on one data set, its trained parts, features, trials and evaluations.
 
-It lies in a folder or in an object store (`dsmip.places`):
+It lies in a folder or in an object store (`dsmip.run_storage`):
 
 <run>/run.json                    written first: data hash and folder; a run of other data is refused. And what made it
 <run>/records/                    what each command was run on, and how it ended
@@ -32,10 +32,11 @@ from dsmip.config import ExperimentConfig, flat, load_config
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.features import FeatureCache
+from dsmip.locations import Location, open_run_storage
 from dsmip.models import find_system
 from dsmip.models.base import FeatureEncoder, Matcher, System
-from dsmip.places import Location, Place, place_of
 from dsmip.provenance import environment, recorded
+from dsmip.run_storage import RunStorage
 from dsmip.shards import Dataset
 from dsmip.text import Tokenizer
 
@@ -59,31 +60,31 @@ class Run:
         trained.
         Raises UserError when there is a run of another configuration or data set, or something else.
         """
-        place = place_of(location)
-        place.refresh()
-        if (place.folder / STAMP).is_file():
-            run = Run._opened(place, dataset)
+        storage = open_run_storage(location)
+        storage.refresh()
+        if (storage.folder / STAMP).is_file():
+            run = Run._opened(storage, dataset)
             if difference := first_difference(_stage_one(run.config), _stage_one(config)):
                 if run.has_begun:
                     raise UserError(
-                        f"run {place} was made with another configuration ({difference}); "
+                        f"run {storage} was made with another configuration ({difference}); "
                         "use another --run folder, or the same configuration to resume"
                     )
-                place.delete(TRAININGS)
+                storage.delete(TRAININGS)
             if run.config != config:
-                place.write_text(CONFIG, config.to_yaml())
-            return Run(place, config, dataset)
+                storage.write_text(CONFIG, config.to_yaml())
+            return Run(storage, config, dataset)
         made = {  # before anything is written: this takes a while, and may be interrupted
             "data": {"folder": dataset.location, "name": dataset.manifest.name, "sha256": dataset.manifest_hash},
             "seed": config.seed,
             "made": environment(),
             "id": uuid.uuid4().hex,
         }
-        if (found := place.glob("*")) and not (found == [CONFIG] and _made_here(place.folder / CONFIG)):
-            raise UserError(f"{place} is not empty and not a run (no {STAMP}); give a new folder for --run")
-        place.write_text(CONFIG, config.to_yaml())
-        place.write_json(STAMP, made)
-        return Run(place, config, dataset)
+        if (found := storage.glob("*")) and not (found == [CONFIG] and _made_here(storage.folder / CONFIG)):
+            raise UserError(f"{storage} is not empty and not a run (no {STAMP}); give a new folder for --run")
+        storage.write_text(CONFIG, config.to_yaml())
+        storage.write_json(STAMP, made)
+        return Run(storage, config, dataset)
 
     @staticmethod
     def open(location: Location, dataset: Dataset | None = None) -> "Run":
@@ -91,15 +92,15 @@ class Run:
 
         Raises UserError for a missing run, moved data, or data whose manifest differs.
         """
-        place = place_of(location)
-        place.refresh()
-        return Run._opened(place, dataset)
+        storage = open_run_storage(location)
+        storage.refresh()
+        return Run._opened(storage, dataset)
 
     @staticmethod
-    def _opened(place: Place, dataset: Dataset | None) -> "Run":
-        stamp = place.folder / STAMP
+    def _opened(storage: RunStorage, dataset: Dataset | None) -> "Run":
+        stamp = storage.folder / STAMP
         if not stamp.is_file():
-            raise UserError(f"no run at {place} (no {STAMP}); 'dsmip train' makes one")
+            raise UserError(f"no run at {storage} (no {STAMP}); 'dsmip train' makes one")
         try:
             data = json.loads(stamp.read_text(encoding="utf-8"))["data"]
             data = {key: str(data[key]) for key in ("folder", "name", "sha256")}
@@ -109,21 +110,21 @@ class Run:
             dataset = Dataset.open(data["folder"])
         if dataset.manifest_hash != data["sha256"]:
             raise UserError(
-                f"run {place} was made on data '{data['name']}' with manifest {data['sha256'][:12]}, but "
+                f"run {storage} was made on data '{data['name']}' with manifest {data['sha256'][:12]}, but "
                 f"{dataset.location} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
             )
-        if not (place.folder / CONFIG).is_file():
-            raise UserError(f"run {place} is damaged (no {CONFIG}); train into another --run folder")
-        return Run(place, load_config(str(place.folder / CONFIG)), dataset)
+        if not (storage.folder / CONFIG).is_file():
+            raise UserError(f"run {storage} is damaged (no {CONFIG}); train into another --run folder")
+        return Run(storage, load_config(str(storage.folder / CONFIG)), dataset)
 
     @cached_property
-    def place(self) -> Place:
-        return place_of(self.at)
+    def storage(self) -> RunStorage:
+        return open_run_storage(self.at)
 
     @property
     def folder(self) -> Path:
         """Where its files are worked on, on this node."""
-        return self.place.folder
+        return self.storage.folder
 
     def recorded(
         self, command: str, config: ExperimentConfig | None = None, *, seed: int | None = None
@@ -131,7 +132,7 @@ class Run:
         """Keeps a record of a command on this run; `config` and `seed` where they are not the run's own."""
         used = config or self.config
         sha256 = self.dataset.manifest_hash
-        return recorded(self.place, command, used, seed=used.seed if seed is None else seed, data_sha256=sha256)
+        return recorded(self.storage, command, used, seed=used.seed if seed is None else seed, data_sha256=sha256)
 
     @property
     def system(self) -> type[System]:
@@ -142,9 +143,9 @@ class Run:
         return self.system.part_names(self.config.system)
 
     @property
-    def trainings(self) -> Place:
+    def trainings(self) -> RunStorage:
         """Where stage one keeps its checkpoints."""
-        return self.place / TRAININGS
+        return self.storage / TRAININGS
 
     @property
     def training_folder(self) -> Path:
@@ -157,7 +158,7 @@ class Run:
 
     @property
     def cache(self) -> FeatureCache:
-        return FeatureCache(self.place / "features", _DTYPES[self.config.cache_dtype])
+        return FeatureCache(self.storage / "features", _DTYPES[self.config.cache_dtype])
 
     def collator(self, part: str) -> Collator:
         """Makes batches in the form that a feature part reads."""
@@ -175,7 +176,7 @@ class Run:
         if key == self.system.part_key(part, self.config):
             return self
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        return Run(self.place / f"variants/{name}", config, self.dataset)
+        return Run(self.storage / f"variants/{name}", config, self.dataset)
 
     def is_finished(self, part: str) -> bool:
         """Whether a part (or the whole system, by its name) has been trained to the end."""
@@ -189,9 +190,9 @@ class Run:
 
     def save_part(self, part: str, matcher: nn.Module, report: dict[str, Any]) -> None:
         """Writes a finished part: the weights that are not the untouched pretrained tower's, then part.json."""
-        with self.place.atomic(f"{part}/{WEIGHTS}") as path:
+        with self.storage.atomic(f"{part}/{WEIGHTS}") as path:
             save_weights(path, own_weights(matcher))
-        self.place.write_json(f"{part}/{PART}", report)
+        self.storage.write_json(f"{part}/{PART}", report)
 
     def load_part(self, part: str, *, with_encoder: bool) -> Matcher:
         """A finished part with its trained weights, on the CPU."""
@@ -221,10 +222,10 @@ class Run:
     def _check_finished(self, part: str) -> None:
         if not self.is_finished(part):
             command = "tune" if part == self.system.name and self.system.gated else "train"
-            raise UserError(f"run {self.place} has no finished '{part}'; run 'dsmip {command}' first")
+            raise UserError(f"run {self.storage} has no finished '{part}'; run 'dsmip {command}' first")
 
     def _weights(self, part: str) -> Path:
-        self.place.pull(f"{part}/{WEIGHTS}")
+        self.storage.pull(f"{part}/{WEIGHTS}")
         return self.folder / part / WEIGHTS
 
 

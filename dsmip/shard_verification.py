@@ -14,9 +14,9 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
-from dsmip.data_files import DataFiles
+from dsmip.atomic import sha256_file
+from dsmip.dataset_storage import DatasetStorage
 from dsmip.errors import UserError
-from dsmip.files import sha256_file
 from dsmip.manifest import ENTITIES_FILE, KB, ShardInfo
 from dsmip.samples import read_mention
 from dsmip.shards import ENTITY_SCHEMA
@@ -41,7 +41,7 @@ class Problem:
 class ShardTask:
     """A shard to check; table: entities.parquet, None when it cannot be read."""
 
-    files: DataFiles
+    files: DatasetStorage
     shard: ShardInfo
     part: str
     table: Path | None

@@ -1,6 +1,6 @@
 """The dataset directory: the records of a prepared release, streamed from tar shards, and how they are laid out there.
 
-It lies in a folder or, with copies on each node, in an object store: see `dsmip.data_files`.
+It lies in a folder or, with copies on each node, in an object store: see `dsmip.dataset_storage`.
 
 <data>/manifest.json               see dsmip.manifest
 <data>/kb/entities.parquet         one row per entity, with the place of each picture in the kb's shards
@@ -21,9 +21,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from dsmip.data_files import DataFiles, data_files, open_file
+from dsmip.dataset_storage import MANIFEST_FILE, DatasetStorage, open_file
 from dsmip.errors import UserError
-from dsmip.manifest import ENTITIES_FILE, KB, MANIFEST_FILE, SPLITS, Manifest, ShardInfo, parse_manifest
+from dsmip.locations import open_dataset_storage
+from dsmip.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, parse_manifest
 from dsmip.records import Entity, Mention
 from dsmip.samples import make_entity, read_mention, read_pair
 from dsmip.streams import TrainingBatch, Window, count_steps, step_bounds, windows
@@ -60,11 +61,11 @@ class Dataset:
 
     def __init__(
         self,
-        own: DataFiles,
+        own: DatasetStorage,
         manifest: Manifest,
         manifest_hash: str,
         view: View | None = None,
-        files: DataFiles | None = None,
+        files: DatasetStorage | None = None,
     ) -> None:
         self.own, self.manifest, self.manifest_hash, self.files = own, manifest, manifest_hash, files or own
         self._kept = {TRAIN: view.rows()} if view else {}
@@ -79,13 +80,13 @@ class Dataset:
         Raises:
             UserError: there is no such place, or it holds no complete dataset.
         """
-        own, content = data_files(location)
-        view = parse_view(content, own.place(MANIFEST_FILE))
+        own, content = open_dataset_storage(location)
+        view = parse_view(content, own.address(MANIFEST_FILE))
         files = own
         if view:
             view_hash = hashlib.sha256(content).hexdigest()
-            files, content = own.relative(view.view_of)
-        manifest, manifest_hash = parse_manifest(content, files.place(MANIFEST_FILE))
+            files, content = open_dataset_storage(own.relative(view.view_of))
+        manifest, manifest_hash = parse_manifest(content, files.address(MANIFEST_FILE))
         if view and manifest_hash != view.base_sha256:
             raise UserError(f"{location}: is a view of {files.location}, which has changed; make the view again")
         files.check_sizes([*manifest.shards, manifest.entities_file])
@@ -219,7 +220,7 @@ class Dataset:
 
     @cached_property
     def _kb(self) -> pa.Table:
-        place = self.files.place(ENTITIES_FILE)
+        place = self.files.address(ENTITIES_FILE)
         try:
             table = self.files.use(self.manifest.entities_file, partial(pq.read_table, memory_map=True))
         except pa.ArrowException as error:
@@ -236,7 +237,7 @@ class Dataset:
         for shard in self.manifest.shards_of(KB):
             if shard.path == path:
                 return open_file(self.files, shard)
-        raise UserError(f"{self.files.place(ENTITIES_FILE)}: unknown shard {path!r}; prepare the dataset again")
+        raise UserError(f"{self.files.address(ENTITIES_FILE)}: unknown shard {path!r}; prepare the dataset again")
 
     def _kb_shards_after(self, path: str, rows: range) -> list[ShardInfo]:
         """The shards behind that one which hold some of the rows."""
@@ -247,7 +248,7 @@ class Dataset:
 
     def _samples(self, shard: ShardInfo, indices: Sequence[int]) -> Iterator[Sample]:
         """The samples of a shard at `indices`, in shard order."""
-        wanted, place = set(indices), self.files.place(shard.path)
+        wanted, place = set(indices), self.files.address(shard.path)
         found, last = 0, "its start"
         with open_file(self.files, shard) as stream:
             for sample in read_samples(stream, place, wanted.__contains__):
@@ -260,7 +261,7 @@ class Dataset:
             )
 
     def _place(self, shard: ShardInfo, sample: Sample) -> str:
-        return f"{self.files.place(shard.path)}: {sample.key}"
+        return f"{self.files.address(shard.path)}: {sample.key}"
 
     def _batches(self, split: str, shares: Mapping[int, range], seed: int, epoch: int) -> Iterator[TrainingBatch]:
         shards = self.samples_of(split)

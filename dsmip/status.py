@@ -13,9 +13,10 @@ from typing import Any, Literal
 from dsmip.checkpoints import MANIFEST, read_manifest
 from dsmip.config import ExperimentConfig, load_config
 from dsmip.errors import UserError
+from dsmip.locations import Location, open_run_storage
 from dsmip.models import find_system
-from dsmip.places import Folder, Location, Place, place_of
 from dsmip.provenance import RECORDS, RUNNING
+from dsmip.run_storage import LocalRun, RunStorage
 from dsmip.runs import CONFIG, STAMP
 from dsmip.watch_tools import PROGRESS
 
@@ -73,18 +74,18 @@ def read_status(location: Location, now: datetime | None = None) -> Status:
 
     now: what trainings' last signs of life are compared with (default: the present).
     """
-    place = place_of(location)
-    place.refresh()
-    if not (place.folder / STAMP).is_file():
-        raise UserError(f"no run at {place} (no {STAMP}); 'dsmip train' makes one")
-    return _Reader(place, now or datetime.now(UTC)).status()
+    storage = open_run_storage(location)
+    storage.refresh()
+    if not (storage.folder / STAMP).is_file():
+        raise UserError(f"no run at {storage} (no {STAMP}); 'dsmip train' makes one")
+    return _Reader(storage, now or datetime.now(UTC)).status()
 
 
 class _Reader:
     """Reads one run's files and collects what is wrong with them."""
 
-    def __init__(self, place: Place, now: datetime) -> None:
-        self.place, self.folder, self.now = place, place.folder, now
+    def __init__(self, storage: RunStorage, now: datetime) -> None:
+        self.storage, self.folder, self.now = storage, storage.folder, now
         self.problems: list[str] = []
         self.config = self._config()
         self.data = self._json(self.folder / STAMP, lambda stamp: (stamp["data"]["name"], stamp["data"]["folder"]))
@@ -93,13 +94,13 @@ class _Reader:
         parts, trials, evaluations = self._parts(), self._trials(), sorted(self._evaluations(), key=lambda e: e.split)
         last = self._last_record()
         return Status(
-            folder=self.place.location,
+            folder=self.storage.location,
             model=self.config.model if self.config else "unknown",
             data=f"{self.data[0]} ({self.data[1]})" if self.data else "unknown",
             parts=parts,
             trials=trials,
             evaluations=evaluations,
-            disk=dict(self.place.sizes()),
+            disk=dict(self.storage.sizes()),
             last_command=f"{_begun(last)}: {last['outcome']}" if last else "none",
             problems=self.problems,
             next=self._next(parts, trials, evaluations, last),
@@ -251,14 +252,14 @@ class _Reader:
     def _next_command(
         self, config: ExperimentConfig, parts: list[Progress], evaluations: list[Evaluation]
     ) -> str | None:
-        run, system = self.place.location, find_system(config.model)
+        run, system = self.storage.location, find_system(config.model)
         names = system.part_names(config.system)
         if any(each.state != "finished" for each in parts if each.name in names):
             data = self.data[1] if self.data else "DATA"
-            if isinstance(self.place, Folder):
+            if isinstance(self.storage, LocalRun):
                 return f"dsmip train --config {self.folder / CONFIG} --data {data} --run {run}"
             # the copy of it here is of this machine alone
-            return f"dsmip train --config FILE --data {data} --run {run} (FILE: a copy of {self.place}/{CONFIG})"
+            return f"dsmip train --config FILE --data {data} --run {run} (FILE: a copy of {self.storage}/{CONFIG})"
         if system.gated and not self._swept():
             return f"dsmip tune --run {run}"
         if not any((each.model, each.split) == (system.name, "test") for each in evaluations):

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsmip.data_files import DataFiles, data_files
-from dsmip.files import sha256_file
-from dsmip.manifest import ENTITIES_FILE, KB, MANIFEST_FILE, REJECTS_FILE, SPLITS, Manifest, parse_manifest
+from dsmip.atomic import sha256_file
+from dsmip.dataset_storage import MANIFEST_FILE, DatasetStorage
+from dsmip.locations import open_dataset_storage
+from dsmip.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, parse_manifest
 from dsmip.processes import map_tasks
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.shard_verification import Copy, Problem, ShardTask, check_shard, readable_table
@@ -47,16 +48,16 @@ def verify_dataset(location: str | Path, *, workers: int = 1, progress: Progress
         UserError: there is no manifest, or it cannot be read or contradicts itself: nothing to compare with. The same
             for a view that is not one of its dataset any more.
     """
-    files, content = data_files(location)
-    if view := parse_view(content, files.place(MANIFEST_FILE)):
+    files, content = open_dataset_storage(location)
+    if view := parse_view(content, files.address(MANIFEST_FILE)):
         Dataset.open(location)
-        files, content = files.relative(view.view_of)
-    manifest, _ = parse_manifest(content, files.place(MANIFEST_FILE))
+        files, content = open_dataset_storage(files.relative(view.view_of))
+    manifest, _ = parse_manifest(content, files.address(MANIFEST_FILE))
     with files.fresh(ENTITIES_FILE) as table:
         return _verified(files, manifest, table, workers, progress)
 
 
-def _verified(files: DataFiles, manifest: Manifest, table: Path, workers: int, progress: Progress) -> Verification:
+def _verified(files: DatasetStorage, manifest: Manifest, table: Path, workers: int, progress: Progress) -> Verification:
     problems = _Bounded()
     problems.add(_check_rejects(files, manifest))
     problems.add(_check_table(table, manifest))
@@ -89,7 +90,7 @@ class _Bounded:
         self.kept += problems[: MAX_PROBLEMS - len(self.kept)]
 
 
-def _check_rejects(files: DataFiles, manifest: Manifest) -> list[Problem]:
+def _check_rejects(files: DatasetStorage, manifest: Manifest) -> list[Problem]:
     """The lines of rejects.jsonl by action and reason against the manifest's counts."""
     found: dict[str, Counter[str]] = {action: Counter() for action in _ACTIONS}
     problems = []

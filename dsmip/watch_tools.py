@@ -19,10 +19,11 @@ from typing import Any
 
 import yaml
 
+from dsmip.atomic import write_json
 from dsmip.config import WatchTool, flat
 from dsmip.errors import UserError
-from dsmip.files import write_json
-from dsmip.places import Location, Place, place_of
+from dsmip.locations import Location, open_run_storage
+from dsmip.run_storage import RunStorage
 from dsmip.watch import Outcome, Position, Writer
 
 PROGRESS = "progress.json"
@@ -43,21 +44,21 @@ class Watched:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def place(self) -> Place:
-        return place_of(self.at)
+    def storage(self) -> RunStorage:
+        return open_run_storage(self.at)
 
     @property
     def folder(self) -> Path:
-        return self.place.folder
+        return self.storage.folder
 
     @property
     def key(self) -> str:
         """The same for the same training, so that a resumed one goes on in the same place."""
-        return hashlib.sha256(f"{self.place.location}\n{self.name}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.storage.location}\n{self.name}".encode()).hexdigest()[:16]
 
     @property
     def title(self) -> str:
-        return f"{PurePosixPath(self.place.location).name} {self.name}"
+        return f"{PurePosixPath(self.storage.location).name} {self.name}"
 
     @property
     def event_files(self) -> str:
@@ -139,7 +140,7 @@ class MLflow(Writer):
             self._run_id = found[0].info.run_id
             self._client.update_run(self._run_id, status="RUNNING")
             return
-        tags = {"dsmip_key": watched.key, "dsmip_run": watched.place.location, "dsmip_training": watched.name}
+        tags = {"dsmip_key": watched.key, "dsmip_run": watched.storage.location, "dsmip_training": watched.name}
         self._run_id = self._client.create_run(experiment, tags=tags, run_name=watched.title).info.run_id
         parameters = [Param(key, str(value)[:_PARAMETER_LENGTH]) for key, value in flat(watched.config).items()]
         for start in range(0, len(parameters), _PARAMETERS_A_CALL):
@@ -227,9 +228,9 @@ class Sent(Writer):
     A thread sends, and what fails is sent later: a training does not wait for a store that is away.
     """
 
-    def __init__(self, place: Place, name: str) -> None:
-        """name: a file, or a folder, of the place."""
-        self._place, self._name = place, name
+    def __init__(self, storage: RunStorage, name: str) -> None:
+        """name: a file, or a folder, of the storage."""
+        self._storage, self._name = storage, name
         self._last = 0.0
         self._pool = ThreadPoolExecutor(1)
         self._sending: Future[None] | None = None
@@ -242,10 +243,10 @@ class Sent(Writer):
 
     def close(self, outcome: Outcome) -> None:
         self._pool.shutdown()
-        self._place.push(self._name)
+        self._storage.push(self._name)
 
     def _send_if_due(self) -> None:
         due = time.monotonic() - self._last >= SEND_SECONDS
         if due and (self._sending is None or self._sending.done()):
-            self._sending = self._pool.submit(self._place.push, self._name)
+            self._sending = self._pool.submit(self._storage.push, self._name)
             self._last = time.monotonic()

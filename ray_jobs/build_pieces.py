@@ -30,6 +30,6 @@ def build_on_ray(pieces: Pieces, workers: int, *, gpu: bool, display: Display) -
 
 def _build(pieces: Pieces, names: Sequence[str], name: str, events: Any) -> None:
     told = start_share(name, events)
-    pieces.files.place.pull("")  # of a lost worker, perhaps on another node
+    pieces.files.storage.pull("")  # of a lost worker, perhaps on another node
     pieces.make(names, worker_device(), lambda what, done, total: told.step_done(0, done - 1, total))
     told.epoch_done({"epoch": 0})

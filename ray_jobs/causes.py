@@ -6,7 +6,7 @@ import torch
 
 from dsmip.checkpoints import NoSoundCheckpoint
 from dsmip.errors import StoreAway, UserError, no_room
-from dsmip.places import Place
+from dsmip.run_storage import RunStorage
 from ray_jobs.failures import Failure
 
 _NOT_ITS_DOING = (
@@ -19,27 +19,27 @@ _NOT_ITS_DOING = (
 )
 
 
-def failure_of(error: BaseException, place: Place) -> Failure:
-    """What is said of an error. place: where checkpoints go, for an error that does not say which disk is full."""
+def failure_of(error: BaseException, storage: RunStorage) -> Failure:
+    """What is said of an error. storage: where checkpoints go, for an error that does not say which disk is full."""
     passing = _may_pass(error)
     if isinstance(error, UserError):
         return Failure(str(error), user_error=not isinstance(error, StoreAway), may_pass=passing)
     if no_room(error):
-        full = getattr(error, "filename", None) or place
+        full = getattr(error, "filename", None) or storage
         return Failure(f"no space left on the disk of {full}; make room there", user_error=True, may_pass=passing)
     lines = "".join(traceback.format_exception(error))
     return Failure(_last_line(lines), trace=lines, may_pass=passing)
 
 
-def traced(failure: Failure, place: Place, name: str) -> str:
+def traced(failure: Failure, storage: RunStorage, name: str) -> str:
     """Writes a failure's traceback, if it has one, and says where it is."""
     if not failure.trace:
         return ""
     try:
-        place.write_text(name, failure.trace)
+        storage.write_text(name, failure.trace)
     except (UserError, OSError):  # a store that is away, a disk that is full: perhaps what it failed of
         return ""
-    return f" (see {place}/{name})"
+    return f" (see {storage}/{name})"
 
 
 def _may_pass(error: BaseException | None) -> bool:

@@ -158,7 +158,7 @@ def pretrain(
     verbose: VerboseOption = False,
 ) -> None:
     """Trains the backbone on the knowledge base's own picture-text pairs."""
-    from dsmip.remote import path_here
+    from dsmip.locations import path_here
     from ray_jobs.settings import job_config
 
     settings = job_config(config, set or [])
@@ -310,7 +310,7 @@ def demo(
 ) -> None:
     """Draws a data set and goes all the way to a comparison of experts, gate and oracle, in a few minutes."""
     from data_prep.demo_release import DemoConfig
-    from dsmip.remote import path_here
+    from dsmip.locations import path_here
     from ray_jobs.demo import run_demo
 
     run_demo(path_here(out), DemoConfig(seed=seed), verbose=verbose)

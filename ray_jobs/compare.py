@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dsmip.atomic import write_json
 from dsmip.comparison import Comparison, Evaluation, compare, read_evaluation
 from dsmip.errors import UserError
-from dsmip.files import write_json
+from dsmip.locations import Location
 from dsmip.manifest import SPLITS
 from dsmip.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
-from dsmip.places import Location
 
 _PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
 

@@ -14,7 +14,7 @@ import torch
 from dsmip import distributed
 from dsmip.checkpoints import newest_sound, read_manifest
 from dsmip.loop import Left
-from dsmip.places import Place
+from dsmip.run_storage import RunStorage
 from dsmip.watch import StepFigures, Watch
 from dsmip.watch_tools import PROGRESS, ProgressFile, Sent, Watched
 from ray_jobs.gauges import Gauges
@@ -66,27 +66,29 @@ def say(events: Any, name: str, line: str) -> None:
 class RayContext:
     """`dsmip.loop.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
 
-    events: an `EventQueue` actor. place: of the files beside the checkpoints: `<name>.progress.json` for
+    events: an `EventQueue` actor. storage: of the files beside the checkpoints: `<name>.progress.json` for
     `dsmip status`, and where each worker was when it was ended because it made no step for `stall_seconds`.
     Only rank 0 tells of steps and writes the progress; every worker has gauges.
     """
 
-    def __init__(self, watched: Watched, num_epochs: int, events: Any, place: Place, stall_seconds: float) -> None:
+    def __init__(
+        self, watched: Watched, num_epochs: int, events: Any, storage: RunStorage, stall_seconds: float
+    ) -> None:
         self.device: torch.device = ray.train.torch.get_device()
         context = ray.train.get_context()
         rank, num_workers = context.get_world_rank(), context.get_world_size()
         self._told = StepEvents(watched.name, num_epochs, events if rank == 0 else None)
-        progress = place, f"{watched.name}.{PROGRESS}"
+        progress = storage, f"{watched.name}.{PROGRESS}"
         self._watch = open_watch(
             watched, self.device, num_epochs, progress, self._told, rank=rank, num_workers=num_workers
         )
         self._scratch = Scratch()
         self._restored = self._scratch.folder("restored-")
-        self._checkpoints = place / watched.name
-        for path in collect_stalled(place, watched.name):
+        self._checkpoints = storage / watched.name
+        for path in collect_stalled(storage, watched.name):
             say(events, watched.name, f"a worker made no step for too long and was ended; {path} has what it did")
         distributed.any_worker(False, self.device)  # all have collected: from here on such files are of these workers
-        self._stalls = StallWatch(stall_file(place.folder, watched.name, rank), stall_seconds)
+        self._stalls = StallWatch(stall_file(storage.folder, watched.name, rank), stall_seconds)
         self._next_notice = time.monotonic()
         set_threads()
         self.alive()
@@ -149,8 +151,8 @@ class RayContext:
 
     def _say_where(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
-            place = read_manifest(checkpoint)
-            self._told.warn(f"goes on from its checkpoint: epoch {place['epoch'] + 1}, after {place['step']} steps")
+            found = read_manifest(checkpoint)
+            self._told.warn(f"goes on from its checkpoint: epoch {found['epoch'] + 1}, after {found['step']} steps")
 
     def _fetched(self, newest: ray.train.Checkpoint) -> Iterator[Path]:
         """Local copies of the checkpoints that Ray keeps, newest first, each made when it is asked for."""
@@ -175,7 +177,7 @@ def open_watch(
     watched: Watched,
     device: torch.device,
     num_epochs: int,
-    progress: tuple[Place, str],
+    progress: tuple[RunStorage, str],
     told: StepEvents,
     *,
     rank: int = 0,
@@ -190,9 +192,9 @@ def open_watch(
         return Watch([gauges], device, told.warn)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     where = {"host": socket.gethostname(), "device": name, "workers": num_workers}
-    place, file = progress
-    sent = [Sent(place, file), Sent(watched.place, watched.event_files)]
-    progress_file = ProgressFile(place.folder / file, num_epochs, where)
+    storage, file = progress
+    sent = [Sent(storage, file), Sent(watched.storage, watched.event_files)]
+    progress_file = ProgressFile(storage.folder / file, num_epochs, where)
     return Watch([progress_file, gauges, *watched.writers(), *sent], device, told.warn)
 
 

@@ -19,9 +19,9 @@ from rich.table import Table
 from data_prep.demo_release import DemoConfig
 from data_prep.mimic_release import MimicRelease
 from data_prep.pictures import JPEG_QUALITY
+from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.files import write_json
 from dsmip.manifest import PictureSettings
 from dsmip.reports import evaluate_model, oracle
 from dsmip.runs import Run

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dsmip.errors import UserError
-from dsmip.places import Location
+from dsmip.locations import Location
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import model_names
 from dsmip.reports import Evaluated, evaluate_model, evaluation_name
@@ -64,7 +64,7 @@ def evaluate_run(
         print(f"  nothing to prune: {model} has no token-level scores")
     if "candidates" in metrics:
         _print_candidates(metrics["candidates"])
-    print(f"  {run.place}/{evaluation_name(split, model)}/metrics.json")
+    print(f"  {run.storage}/{evaluation_name(split, model)}/metrics.json")
     return metrics
 
 

@@ -18,7 +18,7 @@ import ray
 import ray.data
 
 from dsmip.collate import PictureCollator
-from dsmip.data_files import DataFiles
+from dsmip.dataset_storage import DatasetStorage
 from dsmip.encoders.picture_networks import PictureNetwork, identity
 from dsmip.errors import StoreAway, UserError
 from dsmip.features import BATCH_SIZE
@@ -88,7 +88,7 @@ def compute_features(
     """
     origin = _origin(dataset, request)
     files, name = dataset.own, features_name(origin)
-    place = files.place(name)
+    place = files.address(name)
     found = read_features(files, name)
     if found and found.manifest.origin == origin:
         display.say(f"{place} is finished already")
@@ -143,7 +143,7 @@ def _pieces(dataset: Dataset, name: str) -> list[Piece]:
     return pieces
 
 
-def _drop_outdated(files: DataFiles, name: str, own: str) -> None:
+def _drop_outdated(files: DatasetStorage, name: str, own: str) -> None:
     """Pieces of data that was prepared anew."""
     for each in files.children(name):
         if each.startswith(_PIECES) and f"{name}/{each}" != own:
@@ -230,7 +230,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str) else int(value)
 
 
-def _join(files: DataFiles, origin: Origin, pieces: Sequence[Piece]) -> PictureFeatures:
+def _join(files: DatasetStorage, origin: Origin, pieces: Sequence[Piece]) -> PictureFeatures:
     """The pieces become one table per split; the manifest comes last."""
     for part in PARTS:
         with TableWriter(files.folder / features_file(features_name(origin), part)) as writer:

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from dsmip.files import write_json
+from dsmip.atomic import write_json
 from dsmip.inspection.page import write_page
 from dsmip.inspection.report import Inspection, inspect_dataset
 from dsmip.inspection.tables import tables

@@ -18,16 +18,18 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from data_prep.build import PICTURES, SHARD_BYTES, Progress, prepare
 from data_prep.demo_release import DemoConfig, write_demo_release
 from data_prep.mimic_release import MimicRelease
+from data_prep.publish import published_manifest, upload_dataset
 from data_prep.release import Release, ReleaseOptions
 from data_prep.runners import Runner, run_in_processes, run_serially
 from data_prep.view import make_view
+from dsmip.atomic import sha256_file
+from dsmip.dataset_storage import MANIFEST_FILE
 from dsmip.errors import UserError
-from dsmip.files import sha256_file
-from dsmip.manifest import MANIFEST_FILE, Manifest, PictureSettings
+from dsmip.locations import local_path
+from dsmip.manifest import Manifest, PictureSettings
+from dsmip.object_store import cache_folder
 from dsmip.provenance import write_record
-from dsmip.remote import cache_folder, local_path
 from dsmip.shards import Dataset
-from dsmip.uploads import published_manifest, upload_dataset
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from ray_jobs.environment import connected
 
 # isort: split
 from dsmip import distributed
+from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.files import write_json
 from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
 from dsmip.provenance import environment
@@ -50,7 +50,7 @@ def pretrain_backbone(
         loop=_loop,
         settings={"config": config.to_yaml(), "data": dataset.location, "out": str(out), "stamp": stamp},
         num_epochs=config.pretrain.epochs,
-        storage=work,
+        location=work,
         plan=config.pretrain,
         watched=Watched(out.with_name(f"{out.name}.watch"), "backbone", config.watch, config.model_dump(mode="json")),
     )

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from dsmip.places import Place
+from dsmip.run_storage import RunStorage
 
 _MOST_REARMING_SECONDS = 1.0
 
@@ -43,19 +43,19 @@ class StallWatch:
             self._file = None
 
 
-def collect_stalled(place: Place, name: str) -> list[str]:
+def collect_stalled(storage: RunStorage, name: str) -> list[str]:
     """Files that ended workers of a training left on this node; renamed, so that they are found once, and sent.
 
     Every worker calls it, before any of them watches itself. The files' names are `stall_file`'s with `.ended` for
     `.txt`. A worker that was killed leaves an empty one.
     """
     ended = []
-    for path in sorted(place.folder.glob(f"{name}.stalled-*.txt")):
+    for path in sorted(storage.folder.glob(f"{name}.stalled-*.txt")):
         with suppress(FileNotFoundError):  # another worker that sees the folder has just taken it
             if path.stat().st_size > 0:
                 ended.append(path.replace(path.with_suffix(".ended")).name)
-    place.push(*ended)
-    return [f"{place}/{each}" for each in ended]
+    storage.push(*ended)
+    return [f"{storage}/{each}" for each in ended]
 
 
 def stall_file(folder: Path, name: str, rank: int) -> Path:

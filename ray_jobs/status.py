@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dsmip.files import write_json
-from dsmip.places import Location
+from dsmip.atomic import write_json
+from dsmip.locations import Location
 from dsmip.status import Progress, Status, read_status
 
 _SHOWN = ("loss", "mrr", "hits_at_1", "samples_per_second", "data_wait_share")

@@ -8,7 +8,7 @@ from ray_jobs.environment import connected
 
 # isort: split
 from dsmip.config import ExperimentConfig
-from dsmip.places import Location
+from dsmip.locations import Location
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import train_part
@@ -47,10 +47,10 @@ def train_parts(root: Run, parts: Sequence[tuple[Run, str]], display: Display, *
     started = time.monotonic()
     with connected(verbose=verbose):
         run_trainings(trainings, display)
-    root.place.refresh()
+    root.storage.refresh()
     for home, part in parts:
         display.say(f"  {part}: {_figures(home, part)}")
-    display.say(f"  trained in {time.monotonic() - started:.0f} s; run: {root.place}")
+    display.say(f"  trained in {time.monotonic() - started:.0f} s; run: {root.storage}")
 
 
 def _training(root: Run, home: Run, part: str) -> Training:
@@ -59,11 +59,11 @@ def _training(root: Run, home: Run, part: str) -> Training:
     return Training(
         name=name,
         loop=_loop,
-        settings={"root": root.place.location, "config": home.config.to_yaml(), "part": part},
+        settings={"root": root.storage.location, "config": home.config.to_yaml(), "part": part},
         num_epochs=home.config.train_of(part).epochs,
-        storage=home.trainings,
+        location=home.trainings,
         plan=plan,
-        watched=Watched(root.place, name, home.config.watch, home.config.model_dump(mode="json")),
+        watched=Watched(root.storage, name, home.config.watch, home.config.model_dump(mode="json")),
     )
 
 

@@ -20,8 +20,9 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from dsmip import distributed
 from dsmip.checkpoints import KEPT
 from dsmip.errors import UserError, no_room
+from dsmip.locations import Location, open_run_storage
 from dsmip.loop import Left
-from dsmip.places import Folder, Location, Place, place_of
+from dsmip.run_storage import LocalRun, RunStorage
 from dsmip.running import Running
 from dsmip.watch_tools import Watched
 from ray_jobs.causes import failure_of, traced
@@ -43,21 +44,21 @@ Loop = Callable[[RayContext, Mapping[str, Any]], None]
 class Training:
     """One Ray Train run. `loop` is called in every worker with its context and `settings`.
 
-    The same name and storage again resumes the run. `watched` without tools, the default, still keeps the progress
-    file beside the checkpoints. storage: where the checkpoints go.
+    The same name and location again resumes the run. `watched` without tools, the default, still keeps the progress
+    file beside the checkpoints. location: where the checkpoints go.
     """
 
     name: str
     loop: Loop
     settings: Mapping[str, Any]
     num_epochs: int
-    storage: Location
+    location: Location
     plan: Running = field(default_factory=Running)
     watched: Watched | None = None
 
     @property
-    def place(self) -> Place:
-        return place_of(self.storage)
+    def storage(self) -> RunStorage:
+        return open_run_storage(self.location)
 
     @property
     def request(self) -> Request:
@@ -76,20 +77,20 @@ def run_trainings(trainings: Sequence[Training], display: Display) -> None:
     """
     check_feasible([training.request for training in trainings])
     for training in trainings:
-        if not isinstance(training.place, Folder):
+        if not isinstance(training.storage, LocalRun):
             continue  # a store has no half files
-        if mended := mend_snapshot(training.place.folder / training.name):
+        if mended := mend_snapshot(training.storage.folder / training.name):
             display.say(f"  {training.name}: warning: {mended}")
     events = start_event_queue()
     failures: dict[str, Failure] = {}
-    places = {training.name: training.place for training in trainings}
+    storages = {training.name: training.storage for training in trainings}
     waiting = WaitingLine({training.name: training.request for training in trainings}, display.say)
     with display:
         calls = {training.name: partial(_fit, training, events) for training in trainings}
         for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
             if failure := call.result():
                 failures[name] = failure
-                where = traced(failure, places[name], f"{name}.error.txt")
+                where = traced(failure, storages[name], f"{name}.error.txt")
                 display.say(f"  {name}: failed: {failure.message}{where}")
     if failures:
         message = f"failed: {', '.join(failures)}; run the same command again to resume"
@@ -120,9 +121,9 @@ def _fit(training: Training, events: Any) -> Failure | None:
             outcome = _trainer(training, events).fit().return_value
         except WorkerGroupError as error:
             errors: list[BaseException] = [*error.worker_failures.values()]
-            outcome = _worst(errors or [error], training.place)
+            outcome = _worst(errors or [error], training.storage)
         except Exception as error:  # the other trainings go on
-            outcome = failure_of(error, training.place)
+            outcome = failure_of(error, training.storage)
     return outcome if isinstance(outcome, Failure) else None
 
 
@@ -132,7 +133,7 @@ def _trainer(training: Training, events: Any) -> Any:
     Ray's controller process unpickles backend and loop configuration, but not the loop. So the loop carries its
     arguments, and a lone worker has no process group: the controller then need not import torch (6 s, 0.3 GB).
     """
-    path, file_system = training.place.storage()
+    path, file_system = training.storage.arrow_filesystem()
     plan, workers = training.plan, training.plan.workers
     asked = {"CPU": plan.resources.cpu, "GPU": plan.resources.gpu}
     loop: Any = partial(_guarded_loop, training, events)  # Ray's annotation does not know that it may return a value
@@ -168,13 +169,13 @@ def _guarded_loop(training: Training, events: Any) -> Outcome:
     if noted:
         return noted
     try:
-        watched = training.watched or Watched(training.storage, training.name)
-        with RayContext(watched, training.num_epochs, events, training.place, training.stall_seconds) as context:
+        watched = training.watched or Watched(training.location, training.name)
+        with RayContext(watched, training.num_epochs, events, training.storage, training.stall_seconds) as context:
             training.loop(context, training.settings)
     except Left:
         return LEFT
     except Exception as error:
-        failure = failure_of(error, training.place)
+        failure = failure_of(error, training.storage)
         if distributed.world_size() == 1:
             return failure
         if failure.user_error:
@@ -183,9 +184,9 @@ def _guarded_loop(training: Training, events: Any) -> Outcome:
     return None
 
 
-def _worst(errors: Sequence[BaseException], place: Place) -> Failure:
+def _worst(errors: Sequence[BaseException], storage: RunStorage) -> Failure:
     """What a user can mend, else what is known in one line, else the first: others may be another worker's loss."""
-    failures = [failure_of(_cause(error), place) for error in errors]
+    failures = [failure_of(_cause(error), storage) for error in errors]
     return min(failures, key=lambda failure: (not failure.user_error, bool(failure.trace)))
 
 

@@ -15,9 +15,10 @@ from dsmip.config import ExperimentConfig
 from dsmip.errors import StoreAway
 from dsmip.features import load_features, whole_features
 from dsmip.local import LocalContext
+from dsmip.locations import open_run_storage
 from dsmip.manifest import KB
 from dsmip.part_features import PartFeatures
-from dsmip.places import Place, place_of
+from dsmip.run_storage import RunStorage
 from dsmip.runs import WEIGHTS, Run, own_weights
 from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole
 from dsmip.table import Table
@@ -57,9 +58,9 @@ class TrialTask:
     features: Mapping[str, PartTables]
 
     @property
-    def place(self) -> Place:
+    def storage(self) -> RunStorage:
         """The trial's own."""
-        return place_of(self.root) / trial_name(self.number)
+        return open_run_storage(self.root) / trial_name(self.number)
 
 
 def trial_name(number: int) -> str:
@@ -104,11 +105,11 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
     run, config = Run.open(task.root), read_config(task.config)
     if done := _finished(task):
         return done
-    settings, place, device = config.tune_train(), task.place, worker_device()
+    settings, storage, device = config.tune_train(), task.storage, worker_device()
     paths = {part: _files_here(run, config, part, task.features[part]) for part in task.features}
     tables = _load_tables(json.dumps(paths), run.system.feature_parts(config.system), str(device))
     matcher = start_whole(run, config).to(device)
-    with TrialContext(task, run.place, config, settings.epochs, events, device) as context:
+    with TrialContext(task, run.storage, config, settings.epochs, events, device) as context:
         result = train_whole(
             matcher,
             stage_two_split(run, tables["train"]),
@@ -119,16 +120,16 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
             seed=config.seed,
             stop_epoch=task.stop_epoch,
         )
-    with place.atomic(WEIGHTS) as temporary:
+    with storage.atomic(WEIGHTS) as temporary:
         save_weights(temporary, own_weights(matcher))
     report = {"epochs": task.stop_epoch, "best": result.best, "history": result.history}
-    place.write_json(RESULT, report)
+    storage.write_json(RESULT, report)
     return report
 
 
 def _finished(task: TrialTask) -> dict[str, Any] | None:
     """What was reported when the trial came to `stop_epoch`, or None. The run's small files must be up to date."""
-    path = task.place.folder / RESULT
+    path = task.storage.folder / RESULT
     if not path.is_file():
         return None
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -141,7 +142,7 @@ def _files_here(run: Run, config: ExperimentConfig, part: str, tables: PartTable
     for split in SPLITS:
         cached = run.folder / tables.cached[split]
         if not cached.is_file():
-            run.place.pull(tables.cached[split])
+            run.storage.pull(tables.cached[split])
         stored = [run.dataset.folder / name for name in tables.stored[split]]
         if not all(path.is_file() for path in stored):
             stored = PartFeatures(run.home(part, config), part, config).files_beside(split)
@@ -153,14 +154,20 @@ class TrialContext(LocalContext):
     """A trial's outside world: checkpoints in its own folder, events for the driver, and its watch."""
 
     def __init__(
-        self, task: TrialTask, run: Place, config: ExperimentConfig, num_epochs: int, events: Any, device: torch.device
+        self,
+        task: TrialTask,
+        run: RunStorage,
+        config: ExperimentConfig,
+        num_epochs: int,
+        events: Any,
+        device: torch.device,
     ) -> None:
         name = f"trial {task.number}"
         self._told = StepEvents(name, num_epochs, events)
-        self._place, self._sent, self._away = task.place, time.monotonic(), False
-        super().__init__(self._place.folder / _CHECKPOINTS, device, warn=self._told.warn)
+        self._storage, self._sent, self._away = task.storage, time.monotonic(), False
+        super().__init__(self._storage.folder / _CHECKPOINTS, device, warn=self._told.warn)
         watched = Watched(run, name, config.watch, config.model_dump(mode="json"))
-        self._watch = open_watch(watched, device, num_epochs, (self._place, PROGRESS), self._told)
+        self._watch = open_watch(watched, device, num_epochs, (self._storage, PROGRESS), self._told)
         self.alive()
 
     def __enter__(self) -> Self:
@@ -169,17 +176,17 @@ class TrialContext(LocalContext):
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._watch.close("failed" if kind else "finished")
         if kind is None:
-            self._place.replace(_CHECKPOINTS)
+            self._storage.replace(_CHECKPOINTS)
 
     def alive(self) -> None:
         self._watch.alive()
 
     @property
     def where(self) -> str:
-        return str(self._place / _CHECKPOINTS)
+        return str(self._storage / _CHECKPOINTS)
 
     def restore(self) -> Path | None:
-        self._place.pull(_CHECKPOINTS)
+        self._storage.pull(_CHECKPOINTS)
         return super().restore()
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
@@ -201,11 +208,11 @@ class TrialContext(LocalContext):
         if time.monotonic() - self._sent < SEND_SECONDS:
             return
         try:
-            self._place.replace(_CHECKPOINTS)
+            self._storage.replace(_CHECKPOINTS)
             self._away = False
         except StoreAway:
             if not self._away:
-                self._told.warn(f"warning: {self._place} cannot be reached; checkpoints are sent there later")
+                self._told.warn(f"warning: {self._storage} cannot be reached; checkpoints are sent there later")
             self._away = True
         self._sent = time.monotonic()
 
@@ -215,8 +222,8 @@ def guarded_trial(task: TrialTask, events: Any) -> dict[str, Any]:
     try:
         return {"mrr": run_trial(task, events)["best"]["mrr"]}
     except Exception as error:
-        failure = failure_of(error, task.place)
-        where = traced(failure, task.place, "error.txt")
+        failure = failure_of(error, task.storage)
+        where = traced(failure, task.storage, "error.txt")
         return {"failure": asdict(replace(failure, message=f"{failure.message}{where}", trace=""))}
 
 

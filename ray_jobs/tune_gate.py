@@ -86,15 +86,15 @@ def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["sha256"] != stamp:
             raise UserError(
-                f"{run.place}/tune holds another sweep (seed {found['seed']}, {len(found['trials'])} trials, or other "
-                "settings); repeat that one to resume it, or delete the folder to start anew"
+                f"{run.storage}/tune holds another sweep (seed {found['seed']}, {len(found['trials'])} trials, or "
+                "other settings); repeat that one to resume it, or delete the folder to start anew"
             )
     return stamp
 
 
 def _claim_folder(run: Run, trials: Sequence[Trial], seed: int, stamp: str) -> None:
     shown = {str(trial.number): dict(trial.changes) for trial in trials}
-    run.place.write_json(_CLAIM, {"sha256": stamp, "seed": seed, "trials": shown})
+    run.storage.write_json(_CLAIM, {"sha256": stamp, "seed": seed, "trials": shown})
 
 
 def _used_parts(run: Run, trials: Sequence[Trial]) -> list[tuple[Run, str]]:
@@ -103,7 +103,7 @@ def _used_parts(run: Run, trials: Sequence[Trial]) -> list[tuple[Run, str]]:
     for trial in trials:
         for part in run.system.feature_parts(trial.config.system):
             home = run.home(part, trial.config)
-            used.setdefault((home.place.location, part), (home, part))
+            used.setdefault((home.storage.location, part), (home, part))
     return list(used.values())
 
 
@@ -133,7 +133,7 @@ def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> 
 
     def compute(name: str) -> PartTables:
         home, part = used[name]
-        tables: PartTables = ray.get(remote.remote(run.place.location, home.config.to_yaml(), part, name, events))
+        tables: PartTables = ray.get(remote.remote(run.storage.location, home.config.to_yaml(), part, name, events))
         return tables
 
     features = {}
@@ -142,7 +142,7 @@ def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> 
         calls = {name: partial(compute, name) for name in used}
         for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
             home, part = used[name]
-            features[home.place.location, part] = _outcome(name, call)
+            features[home.storage.location, part] = _outcome(name, call)
     sizes = {name: size for tables in features.values() for name, size in tables.num_bytes.items()}
     num_bytes = sum(sizes.values())
     for folder in sorted({tables.beside for tables in features.values() if tables.beside}):
@@ -176,7 +176,7 @@ def _halve(
             tasks = {n: _task(run, trials[n], epochs, features) for n in numbers}
             outcome = _decided(_run_rung(run, rung, tasks, plan.resources, display), display)
             left = survivors(outcome["mrr"], plan.reduction)
-            run.place.write_json(name, {"epochs": epochs, **outcome, "survivors": left})
+            run.storage.write_json(name, {"epochs": epochs, **outcome, "survivors": left})
         stored = json.loads((run.folder / name).read_text(encoding="utf-8"))
         results = {int(number): mrr for number, mrr in stored["mrr"].items()}
         for number, message in stored["failed"].items():
@@ -189,17 +189,17 @@ def _halve(
 
 def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str], PartTables]) -> TrialTask:
     parts = run.system.feature_parts(trial.config.system)
-    tables = {part: features[run.home(part, trial.config).place.location, part] for part in parts}
-    return TrialTask(trial.number, run.place.location, trial.config.to_yaml(), epochs, tables)
+    tables = {part: features[run.home(part, trial.config).storage.location, part] for part in parts}
+    return TrialTask(trial.number, run.storage.location, trial.config.to_yaml(), epochs, tables)
 
 
 def _run_rung(
     run: Run, rung: int, tasks: Mapping[int, TrialTask], resources: Resources, display: Display
 ) -> dict[int, float | Failure]:
     """One Ray Tune run over the given trials; returns the validation MRR of each, or why it has none."""
-    storage = run.place / "tune/ray"
+    storage = run.storage / "tune/ray"
     storage.delete(f"rung-{rung}")  # of an interrupted sweep: trials have own checkpoints
-    path, file_system = storage.storage()
+    path, file_system = storage.arrow_filesystem()
     events = start_event_queue()
     trainable = tune.with_parameters(_trainable, tasks=dict(tasks), events=events)
     tuner = tune.Tuner(
@@ -233,8 +233,8 @@ def _stopped(run: Run, rung: int, error: Exception) -> JobFailed:
     """Tune itself failed, not a trial."""
     log, seen = f"tune/rung-{rung}.error.txt", ""
     with suppress(UserError):
-        run.place.write_text(log, "".join(traceback.format_exception(error)))
-        seen = f" (see {run.place}/{log})"
+        run.storage.write_text(log, "".join(traceback.format_exception(error)))
+        seen = f" (see {run.storage}/{log})"
     reason = " ".join(str(error).split()) or type(error).__name__
     return JobFailed(f"rung {rung + 1} stopped: {reason}{seen}; run the same command again to resume", 1)
 
@@ -275,7 +275,7 @@ def _trainable(config: dict[str, int], tasks: Mapping[int, TrialTask], events: A
 def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float], stamp: str) -> dict[str, Any]:
     """Copies the best trial into the run as the whole system; part.json comes last."""
     best = min(results, key=lambda number: (-results[number], number))
-    source, target = run.place / trial_name(best), run.place / run.system.name
+    source, target = run.storage / trial_name(best), run.storage / run.system.name
     source.pull(RESULT, WEIGHTS)
     result = json.loads((source.folder / RESULT).read_text(encoding="utf-8"))
     target.delete(PART)  # of an earlier sweep: its weights are about to go

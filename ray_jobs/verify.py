@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path, PurePath
 
-from dsmip.files import write_json
+from dsmip.atomic import write_json
 from dsmip.verification import Verification, verify_dataset
 from ray_jobs.bars import progress_bars
 

@@ -11,7 +11,7 @@ import torch
 import ray_jobs.environment  # noqa: F401  (before Ray is imported)
 from dsmip.checkpoints import NoSoundCheckpoint
 from dsmip.errors import StoreAway, UserError
-from dsmip.remote import attempt
+from dsmip.object_store import attempt
 from ray_jobs.causes import failure_of, traced
 from ray_jobs.failures import Failure
 
@@ -69,9 +69,9 @@ def test_a_store_is_never_a_trials_own_doing(
 
 
 def test_a_trace_that_cannot_be_written_is_left_out(tmp_path: Path) -> None:
-    from dsmip.places import Folder
+    from dsmip.run_storage import LocalRun
 
     failure = Failure("RuntimeError: x", trace="Traceback")
-    assert traced(failure, Folder(tmp_path), "error.txt") == f" (see {tmp_path}/error.txt)"
+    assert traced(failure, LocalRun(tmp_path), "error.txt") == f" (see {tmp_path}/error.txt)"
     (tmp_path / "file").touch()
-    assert traced(failure, Folder(tmp_path / "file"), "error.txt") == ""
+    assert traced(failure, LocalRun(tmp_path / "file"), "error.txt") == ""

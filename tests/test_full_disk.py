@@ -9,7 +9,7 @@ from full_disk import fill, small_disk
 import ray_jobs.environment  # noqa: F401  (before Ray is imported)
 from dsmip.checkpoints import MANIFEST, Checkpoint, save_checkpoint
 from dsmip.errors import no_room
-from dsmip.places import place_of
+from dsmip.locations import open_run_storage
 from ray_jobs.causes import failure_of
 from ray_jobs.failures import Failure
 
@@ -27,7 +27,7 @@ def test_whatever_file_does_not_fit(
         assert not (disk / "new" / MANIFEST).exists()
         # a worker writes into its scratch folder, whose disk need not be that of the run
         message = f"no space left on the disk of {disk / 'new'}; make room there"
-        told = failure_of(caught.value, place_of(tmp_path / "run"))
+        told = failure_of(caught.value, open_run_storage(tmp_path / "run"))
         assert told == Failure(message, user_error=True, may_pass=True)
 
 

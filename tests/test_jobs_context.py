@@ -17,7 +17,8 @@ import torch
 
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.places import Folder, Place, place_of
+from dsmip.locations import open_run_storage
+from dsmip.run_storage import LocalRun, RunStorage
 from dsmip.watch import StepFigures
 from dsmip.watch_tools import Watched
 from ray_jobs import context as contexts
@@ -49,8 +50,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return found
 
 
-def opened(place: Place, events: Events) -> RayContext:
-    return RayContext(Watched(place, "text"), 4, events, place, STALL_SECONDS)
+def opened(storage: RunStorage, events: Events) -> RayContext:
+    return RayContext(Watched(storage, "text"), 4, events, storage, STALL_SECONDS)
 
 
 def progress(folder: Path) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def progress(folder: Path) -> dict[str, Any]:
 
 
 def test_a_worker_says_at_once_that_it_trains(tmp_path: Path, worker: SimpleNamespace) -> None:
-    with opened(Folder(tmp_path), Events()) as context:
+    with opened(LocalRun(tmp_path), Events()) as context:
         found = progress(tmp_path)
         assert (found["state"], found["step"], found["num_epochs"]) == ("training", 0, 4)
         (tmp_path / "text.progress.json").unlink()
@@ -70,7 +71,7 @@ def test_a_worker_says_at_once_that_it_trains(tmp_path: Path, worker: SimpleName
 
 def test_a_training_that_fails_with_its_device_ends_as_any_other(tmp_path: Path, worker: SimpleNamespace) -> None:
     unreadable = torch.empty((), device="meta")
-    context = opened(Folder(tmp_path), Events())
+    context = opened(LocalRun(tmp_path), Events())
     context.step_done(0, 0, 3, StepFigures(0.5, unreadable, 0.01, 8, 2.0, 0.5))
     with pytest.raises(ValueError, match="the first error"), context:
         raise ValueError("the first error")
@@ -86,7 +87,7 @@ def test_every_worker_tells_of_those_that_were_ended_on_its_node(
     worker.rank = rank
     for said in (1, 0):  # it is told once
         events = Events()
-        with opened(Folder(tmp_path), events):
+        with opened(LocalRun(tmp_path), events):
             pass
         lines = [line for line in events.lines if line]
         assert (
@@ -111,39 +112,39 @@ def test_what_another_worker_of_the_node_has_just_taken_is_passed_over(
         return iter(found)
 
     monkeypatch.setattr(Path, "glob", glob_and_lose_one)
-    assert collect_stalled(Folder(tmp_path), "text") == [f"{tmp_path}/text.stalled-2.ended"]
+    assert collect_stalled(LocalRun(tmp_path), "text") == [f"{tmp_path}/text.stalled-2.ended"]
 
 
 def test_the_folder_to_delete_has_the_store_s_address(
     bucket: str, worker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = place_of(f"{bucket}/run/ray")
-    place.write_text("text/checkpoint_a/checkpoint.json", "{}")
-    path, file_system = place.storage()
+    storage = open_run_storage(f"{bucket}/run/ray")
+    storage.write_text("text/checkpoint_a/checkpoint.json", "{}")
+    path, file_system = storage.arrow_filesystem()
     damaged = ray.train.Checkpoint(f"{path}/text/checkpoint_a", filesystem=file_system)
     monkeypatch.setattr(ray.train, "get_checkpoint", lambda: damaged)
     monkeypatch.setattr(ray.train, "get_all_reported_checkpoints", list)
     said = f"Delete {bucket}/run/ray/text to train this anew"
-    with opened(place, Events()) as context, pytest.raises(UserError, match=said):
+    with opened(storage, Events()) as context, pytest.raises(UserError, match=said):
         context.restore()
 
 
 @pytest.fixture
 def trial(bucket: str, small_config: ExperimentConfig) -> tuple[TrialTask, TrialContext]:
     task = TrialTask(3, f"{bucket}/run", small_config.to_yaml(), 2, {})
-    return task, TrialContext(task, place_of(task.root), small_config, 2, Events(), CPU)
+    return task, TrialContext(task, open_run_storage(task.root), small_config, 2, Events(), CPU)
 
 
 def test_a_trial_says_at_once_that_it_trains(trial: tuple[TrialTask, TrialContext]) -> None:
     task, context = trial
     with context:
-        found = json.loads((task.place.folder / trials.PROGRESS).read_text())
+        found = json.loads((task.storage.folder / trials.PROGRESS).read_text())
         assert (found["state"], found["step"]) == ("training", 0)
 
 
 def test_the_folder_of_a_trial_to_delete_has_the_store_s_address(trial: tuple[TrialTask, TrialContext]) -> None:
     task, context = trial
-    task.place.write_text("checkpoints/epoch-0001-step-0000000/checkpoint.json", "{}")
+    task.storage.write_text("checkpoints/epoch-0001-step-0000000/checkpoint.json", "{}")
     said = f"Delete {task.root}/tune/trials/3/checkpoints to train this anew"
     with context, pytest.raises(UserError, match=said):
         context.restore()

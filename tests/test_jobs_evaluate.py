@@ -14,9 +14,9 @@ import torch
 from ray import cloudpickle
 from typer.testing import CliRunner
 
+from dsmip.atomic import sha256_file
 from dsmip.errors import UserError
 from dsmip.evaluation import Ranking
-from dsmip.files import sha256_file
 from dsmip.pieces import Pieces, plan_pieces
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions

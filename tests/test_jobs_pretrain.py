@@ -27,7 +27,7 @@ class Lab:
 
     def train_here(self, trainings: Sequence[Training], display: Display) -> None:
         for training in trainings:
-            training.loop(LocalContext(training.storage), training.settings)  # type: ignore[arg-type]
+            training.loop(LocalContext(training.location), training.settings)  # type: ignore[arg-type]
             self.num_trainings += 1
 
     def pretrain(self, **changes: Any) -> dict[str, Any]:

@@ -81,7 +81,7 @@ HALF_A_CPU = Running(resources=Resources(cpu=0.5))
 
 def counting(name: str, how: str, folder: Path) -> Training:
     settings = {"how": how, "log": str(folder / name)}
-    return Training(name, count_epochs, settings, num_epochs=4, storage=folder / "ray", plan=HALF_A_CPU)
+    return Training(name, count_epochs, settings, num_epochs=4, location=folder / "ray", plan=HALF_A_CPU)
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_a_store_that_is_away_is_no_mistake(tmp_path: Path, workers: int, times:
     """Several workers are started again, as after any failure that is not the user's; a lone one is not."""
     plan = Running(workers=workers, restarts=1, resources=Resources(cpu=0.5))
     settings = {"log": str(tmp_path / "tries"), "times": times}
-    training = Training("away", away, settings, num_epochs=1, storage=tmp_path / "ray", plan=plan)
+    training = Training("away", away, settings, num_epochs=1, location=tmp_path / "ray", plan=plan)
     if times < tries:
         run_trainings([training], Lines())
     else:
@@ -225,7 +225,7 @@ def test_two_workers_train_a_part_as_one_does(
 
 def test_a_request_that_can_never_be_fulfilled_ends_at_once(tmp_path: Path) -> None:
     large = Training(
-        "large", count_epochs, {}, num_epochs=1, storage=tmp_path, plan=Running(resources=Resources(cpu=1000))
+        "large", count_epochs, {}, num_epochs=1, location=tmp_path, plan=Running(resources=Resources(cpu=1000))
     )
     with pytest.raises(UserError, match="large asks 1 worker with 1000 CPU each, which this cluster can never give"):
         run_trainings([counting("sound", "", tmp_path), large], Lines())

@@ -19,7 +19,7 @@ from ray import cloudpickle
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.errors import StoreAway
 from dsmip.local import LocalContext
-from dsmip.places import Folder
+from dsmip.run_storage import LocalRun
 from dsmip.runs import WEIGHTS, Run
 from dsmip.shards import Dataset
 from dsmip.stages import CPU, train_part
@@ -54,7 +54,7 @@ def opened(trained: Path, folder: Path) -> Run:
 
 def task_of(run: Run, number: int) -> TrialTask:
     """A trial that finds none of its features."""
-    return TrialTask(number, run.place.location, run.config.to_yaml(), 1, {})
+    return TrialTask(number, run.storage.location, run.config.to_yaml(), 1, {})
 
 
 def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -> None:
@@ -146,17 +146,17 @@ def test_checkpoints_wait_for_a_store_that_is_away_until_the_rung_ends(
     sent: list[str] = []
     away = True
 
-    def replace(place: Folder, name: str) -> None:
+    def replace(storage: LocalRun, name: str) -> None:
         if away:
-            raise StoreAway(f"{place}: cannot be reached")
+            raise StoreAway(f"{storage}: cannot be reached")
         sent.append(name)
 
-    monkeypatch.setattr(Folder, "replace", replace)
+    monkeypatch.setattr(LocalRun, "replace", replace)
     monkeypatch.setattr(trial, "SEND_SECONDS", 0.0)
     monkeypatch.setattr(StepEvents, "warn", lambda events, line: said.append(line))
 
     def context() -> TrialContext:
-        return TrialContext(task, Folder(tmp_path / "run"), run.config, 4, None, CPU)
+        return TrialContext(task, LocalRun(tmp_path / "run"), run.config, 4, None, CPU)
 
     with context() as trained_on:
         for epoch in range(2):

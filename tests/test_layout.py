@@ -12,14 +12,17 @@ PACKAGES = ("ray_jobs", "data_prep", "dsmip")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 70
 # data_prep is fed with records and writes shards: of the library it knows these modules only
 KNOWN_TO_DATA_PREP = {
+    "atomic",
+    "dataset_storage",
     "dsmip",
     "errors",
-    "files",
+    "locations",
     "manifest",
+    "object_store",
     "pictures",
     "processes",
+    "progress",
     "records",
-    "remote",
     "samples",
     "shards",
     "streams",

@@ -7,8 +7,8 @@ import torch
 
 from dsmip import features
 from dsmip import pieces as pieces_of_rankings
+from dsmip.atomic import sha256_file
 from dsmip.errors import UserError
-from dsmip.files import sha256_file
 from dsmip.manifest import KB
 from dsmip.part_features import PartFeatures
 from dsmip.pieces import Pieces, plan_pieces

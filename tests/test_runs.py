@@ -12,7 +12,7 @@ from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.errors import UserError
-from dsmip.places import Folder
+from dsmip.run_storage import LocalRun
 from dsmip.runs import Run, own_weights
 from dsmip.shards import Dataset
 
@@ -115,11 +115,11 @@ def test_folders_that_are_no_runs(run: Run, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_start_is_begun_again(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(place: Folder, name: str, value: object) -> None:
+    def interrupted(storage: LocalRun, name: str, value: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Folder, "write_json", interrupted)
+        patched.setattr(LocalRun, "write_json", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Run.create(tmp_path / "again", run.config, run.dataset)
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["config.yaml"]

@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 import ray_jobs.environment  # noqa: F401  (before Ray is imported)
 from dsmip import features
+from dsmip.atomic import sha256_file
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.errors import UserError
-from dsmip.files import sha256_file
 from dsmip.local import LocalContext
+from dsmip.locations import open_run_storage
 from dsmip.manifest import KB
+from dsmip.object_store import filesystem
 from dsmip.part_features import PartFeatures
-from dsmip.places import place_of
-from dsmip.remote import filesystem
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.stages import train_part
@@ -94,7 +94,7 @@ def test_another_machine_takes_what_is_computed(
     assert there.cache.has(there.folder / "features" / table.name)
     assert command("evaluate", "--run", f"{bucket}/run", "--model", "text", "--split", "validation") == first
     assert f"{bucket}/run/evaluate/validation/text/metrics.json" in first
-    assert read_status(f"{bucket}/run").disk == there.place.sizes()
+    assert read_status(f"{bucket}/run").disk == there.storage.sizes()
     same = CliRunner().invoke(
         app,
         ["compare", f"{bucket}/run", f"{bucket}/run/", "--model1", "text", "--split", "validation", "--model2", "text"],
@@ -152,7 +152,7 @@ def test_the_whole_way_on_nodes_that_share_nothing(
     assert sorted(each.state for each in status.trials) == ["dropped", "finished"]
     assert (status.problems, status.next) == ([], "nothing: trained, tuned and evaluated")
     assert {"features", "index", "ray", "tensorboard", "tune"} < status.disk.keys()
-    assert place_of(run).glob("ray/*.json") == ["ray/multimodal.progress.json", "ray/text.progress.json"]
+    assert open_run_storage(run).glob("ray/*.json") == ["ray/multimodal.progress.json", "ray/text.progress.json"]
     assert "dsmip on test" in command("evaluate", "--run", run)
     command("evaluate", "--run", run, "--model", "text")
     assert "2 - 1" in command("compare", run, run, "--model2", "text")
@@ -187,10 +187,10 @@ def test_a_killed_training_goes_on_from_another_machine_to_the_same_weights(
     config = tmp_path / "config.yaml"
     config.write_text(settings.to_yaml())
     arguments = ["train", "--config", str(config), "--data", data.location, "--run", run]
-    place = place_of(run)
+    storage = open_run_storage(run)
 
     def both_have_begun() -> bool:
-        return all(place.glob(f"ray/{part}/checkpoint_*") for part in ("text", "multimodal"))
+        return all(storage.glob(f"ray/{part}/checkpoint_*") for part in ("text", "multimodal"))
 
     with driver(arguments, {"DSMIP_CACHE": str(tmp_path / "one")}):
         wait_until(both_have_begun, 300, "no checkpoint came")
@@ -208,8 +208,8 @@ def test_a_killed_training_goes_on_from_another_machine_to_the_same_weights(
             undisturbed = Run.create(tmp_path / "undisturbed", settings, data)
             result = train_part(undisturbed, part, LocalContext(tmp_path / f"checkpoints-{part}"))
             name = f"{part}/weights.safetensors"
-            place.pull(name)
-            assert sha256_file(place.folder / name) == sha256_file(undisturbed.folder / name)
+            storage.pull(name)
+            assert sha256_file(storage.folder / name) == sha256_file(undisturbed.folder / name)
             assert Run.open(run).part_report(part)["history"] == result.history
     finally:
         torch.set_num_threads(threads)

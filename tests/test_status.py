@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from dsmip.atomic import write_json
 from dsmip.checkpoints import Checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.files import write_json
-from dsmip.places import place_of
+from dsmip.locations import open_run_storage
 from dsmip.runs import Run
 from dsmip.shards import Dataset
 from dsmip.status import Progress, Status, read_status
@@ -132,13 +132,13 @@ def test_a_command_whose_record_says_no_end_may_still_be_running(folder: Path) -
 
 
 def test_the_next_command_of_a_run_in_a_store_names_no_file_of_this_machine(bucket: str, folder: Path) -> None:
-    run, place = f"{bucket}/run", place_of(f"{bucket}/run")
+    run, storage = f"{bucket}/run", open_run_storage(f"{bucket}/run")
     for name in ("config.yaml", "run.json"):
-        place.write_text(name, (folder / name).read_text())
+        storage.write_text(name, (folder / name).read_text())
     said = read_status(run).next
     assert said.startswith("dsmip train --config FILE --data ")
     assert said.endswith(f" --run {run} (FILE: a copy of {run}/config.yaml)")
-    assert str(place.folder) not in said
+    assert str(storage.folder) not in said
 
 
 def sweep(folder: Path, rungs: int) -> None:

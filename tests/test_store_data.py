@@ -17,8 +17,8 @@ from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from data_prep.view import make_view
 from dsmip.errors import UserError
+from dsmip.object_store import _system, filesystem
 from dsmip.processes import map_tasks
-from dsmip.remote import _system, filesystem
 from dsmip.shards import Dataset
 from dsmip.streams import TrainingBatch
 
@@ -213,7 +213,7 @@ def test_a_server_that_goes_away_is_said(
     """In the middle of an epoch: the first window is read, the next ones cannot be."""
     port = free_port()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr("dsmip.remote._WAITS", (0.0,))
+    monkeypatch.setattr("dsmip.object_store._WAITS", (0.0,))
     for name, value in variables(port, tmp_path).items():
         monkeypatch.setenv(name, value)
     _system.cache_clear()

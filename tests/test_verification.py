@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from dsmip.files import sha256_file
+from dsmip.atomic import sha256_file
 from dsmip.shards import Dataset
 from dsmip.tars import read_shard, write_shard
 from dsmip.verification import verify_dataset

@@ -34,7 +34,7 @@ from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from data_prep.pictures import JPEG_QUALITY
 from data_prep.runners import run_in_processes
-from dsmip.files import write_json
+from dsmip.atomic import write_json
 
 WORKERS = (1, 2)
 SIZE = 224

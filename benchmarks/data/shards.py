@@ -32,9 +32,9 @@ from benchmarks.data.processes import Pace, Processes
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from data_prep.runners import run_in_processes
+from dsmip.atomic import write_json
 from dsmip.collate import Collator, ItemFormat, Modality
 from dsmip.errors import UserError
-from dsmip.files import write_json
 from dsmip.shards import Dataset
 from dsmip.sources import read_ahead
 from dsmip.streams import TrainingBatch

@@ -29,11 +29,11 @@ from benchmarks.data.big_release import BigRelease, positive, write_big_release
 from benchmarks.data.shards import Work, streaming
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
+from data_prep.publish import upload_dataset
 from data_prep.runners import run_in_processes
+from dsmip.atomic import write_json
 from dsmip.errors import UserError
-from dsmip.files import write_json
 from dsmip.shards import Dataset
-from dsmip.uploads import upload_dataset
 from tests.object_store import free_port, running_store, variables
 
 WORKS: dict[Work, int] = {"records": 0, "all": 4}  # batches read ahead

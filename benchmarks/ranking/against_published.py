@@ -30,7 +30,7 @@ from benchmarks.ranking.cases import CASES, MEAN_TOKENS
 from benchmarks.ranking.contest import TOLERANCE, Ours, Outcome, Sizes, run_case
 from benchmarks.ranking.published import ENTITY_CHUNK, MENTION_BATCH
 from benchmarks.roofline import device_rates
-from dsmip.files import write_json
+from dsmip.atomic import write_json
 from dsmip.ops.kernels import cpu
 from dsmip.rank_options import PrecisionName
 from dsmip.text_unit import Backend

@@ -31,9 +31,9 @@ from benchmarks.training.tower_rate import TowerRate, tower_rates
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from data_prep.runners import run_in_processes
+from dsmip.atomic import write_json, write_text
 from dsmip.config import ExperimentConfig, load_config
 from dsmip.errors import UserError
-from dsmip.files import write_json, write_text
 from dsmip.models import find_system
 from dsmip.shards import Dataset
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig
-from dsmip.files import write_json
 from dsmip.local import LocalContext
 from dsmip.loop import Context
 from dsmip.models import find_system
@@ -161,7 +161,7 @@ def _trained(config: ExperimentConfig, dataset: Dataset, part: str, folder: Path
         loop=partial(_in_ray, folder / "steps.json"),
         settings={"run": str(run.folder), "part": part},
         num_epochs=1,
-        storage=run.trainings,
+        location=run.trainings,
         plan=Running.model_validate({"workers": workers, "resources": {"cpu": 1, "gpu": num_gpus}}),
     )
     said = StringIO()

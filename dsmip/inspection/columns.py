@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmip.data_files import DataFiles, open_file
+from dsmip.dataset_storage import DatasetStorage, open_file
 from dsmip.inspection.picture_hash import GRID, read_signature
 from dsmip.manifest import KB, SPLITS, ShardInfo
 from dsmip.processes import map_tasks
@@ -89,7 +89,7 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    files: DataFiles
+    files: DatasetStorage
     info: ShardInfo
     part: str  # the kb or a split
     pictures: bool
@@ -179,7 +179,7 @@ def _read_shard(shard: _Shard) -> tuple[MentionColumns | None, PictureColumns]:
     """
     records: list[tuple[Any, ...]] = []
     pictures: list[tuple[Any, ...]] = []
-    place = shard.files.place(shard.info.path)
+    place = shard.files.address(shard.info.path)
     with open_file(shard.files, shard.info) as stream:
         for sample in read_samples(stream, place, shard.samples.__contains__):
             if shard.part == KB:

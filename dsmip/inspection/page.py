@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from dsmip.files import write_text
+from dsmip.atomic import write_text
 from dsmip.inspection.report import Example, Inspection
 from dsmip.inspection.tables import tables
 from dsmip.records import Entity, Mention

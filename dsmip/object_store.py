@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import unquote
 
 import fsspec
 import platformdirs
@@ -22,7 +21,6 @@ from dsmip.errors import StoreAway, UserError
 Result = TypeVar("Result")
 
 _URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://(.+)", re.S)
-_ALMOST_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+:(/|$)")  # a folder of such a name would be a surprise
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _WAITS = (1.0, 3.0)  # seconds before another try; the providers' clients have tried for some seconds themselves
 _PATIENCE = 30.0  # seconds after which nothing is tried again
@@ -32,30 +30,6 @@ _LOCAL_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 def is_uri(location: str | Path) -> bool:
     """Whether a location is a URI (`s3://bucket/folder`). A Path never is: it has lost a slash."""
     return isinstance(location, str) and _URI.fullmatch(location) is not None
-
-
-def local_path(location: str | Path) -> Path | None:
-    """The path that a location on this machine stands for, also of a `file://` URI; None for an object store.
-
-    Raises:
-        UserError: a `file://` URI of another machine, or a URI that was mistyped or cannot be used.
-    """
-    if not is_uri(location):
-        return path_here(Path(location))
-    scheme, authority, path = _parts(str(location))
-    if scheme != "file":
-        return None
-    if authority not in ("", "localhost"):
-        raise UserError(f"{location}: a file URI has three slashes, as file:///{authority}/{path}")
-    return Path("/", unquote(path))
-
-
-def path_here(path: Path) -> Path:
-    """The path itself. Raises UserError for what was meant as a URI; a Path of one has lost a slash."""
-    if _ALMOST_URI.match(str(path)):
-        how = "give s3://..., gs://... or file:///..., or the full path of a folder of this name"
-        raise UserError(f"{path}: neither a path here nor a URI; {how}")
-    return path
 
 
 def join(uri: str, name: str) -> str:
@@ -69,7 +43,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Raises:
         UserError: the scheme is unknown, the package for it is not installed, or the URI cannot be used.
     """
-    scheme, authority, path = _parts(uri)
+    scheme, authority, path = split_uri(uri)
     if scheme not in fsspec.available_protocols() or scheme == "memory":  # memory: of one process alone
         raise UserError(f"{uri}: no storage is known by '{scheme}://'; give a folder, s3://..., gs://... or file://...")
     try:
@@ -84,7 +58,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UserError(f"{uri}: cannot be opened as a place in a store ({reason})") from error
 
 
-def _parts(uri: str) -> tuple[str, str, str]:
+def split_uri(uri: str) -> tuple[str, str, str]:
     """Scheme, authority (the bucket) and path. Raises UserError for an address that would be written but not found."""
     match = _URI.fullmatch(uri)
     if match is None:

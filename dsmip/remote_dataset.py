@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from dsmip.data_files import Ahead, DataFiles, FolderFiles, data_files
+from dsmip.cache import LIMIT, checked_copy, data_cache, fresh_folder
+from dsmip.dataset_storage import MANIFEST_FILE, MISSING, Ahead, LocalDataset, StoredFile
 from dsmip.errors import UserError
-from dsmip.file_cache import LIMIT, checked_copy, data_cache, fresh_folder
-from dsmip.manifest import MANIFEST_FILE, MISSING, StoredFile
-from dsmip.remote import attempt, filesystem, is_uri, join
+from dsmip.object_store import attempt, filesystem, is_uri, join
 
 Result = TypeVar("Result")
 
@@ -24,7 +23,7 @@ _TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class StoreFiles:
+class RemoteDataset:
     """The dataset at a URI; folder: the copies of its files. Opens connections when they are needed, in each process.
 
     It belongs to one version of the dataset: copies of another version lie in another folder.
@@ -33,11 +32,11 @@ class StoreFiles:
     location: str
     folder: Path
 
-    def place(self, name: str) -> str:
+    def address(self, name: str) -> str:
         return join(self.location, name)
 
     def read(self, name: str) -> bytes | None:
-        return _read(self.place(name))
+        return _read(self.address(name))
 
     def use(self, file: StoredFile, opener: Callable[[Path], Result]) -> Result:
         for _ in range(_TRIES):
@@ -83,9 +82,9 @@ class StoreFiles:
             yield path
 
     def children(self, name: str) -> list[str]:
-        system, path = filesystem(self.place(name))
+        system, path = filesystem(self.address(name))
         try:
-            found: list[str] = attempt(self.place(name), lambda: system.ls(path, detail=False))
+            found: list[str] = attempt(self.address(name), lambda: system.ls(path, detail=False))
         except FileNotFoundError:
             return []
         return sorted(posixpath.basename(each.rstrip("/")) for each in found if each.rstrip("/") != path)
@@ -94,34 +93,36 @@ class StoreFiles:
         """Every file is checked when it is fetched; to ask for all of them here would keep each worker waiting."""
 
     def send(self, name: str) -> None:
-        system, path = filesystem(self.place(name))
-        attempt(self.place(name), lambda: system.put_file(str(self.folder / name), path))
+        system, path = filesystem(self.address(name))
+        attempt(self.address(name), lambda: system.put_file(str(self.folder / name), path))
 
     def remove(self, name: str) -> None:
-        FolderFiles(self.folder).remove(name)
-        system, path = filesystem(self.place(name))
+        LocalDataset(self.folder).remove(name)
+        system, path = filesystem(self.address(name))
         with suppress(FileNotFoundError):
-            attempt(self.place(name), lambda: system.rm(glob.escape(path), recursive=True))
+            attempt(self.address(name), lambda: system.rm(glob.escape(path), recursive=True))
 
-    def relative(self, way: str) -> tuple[DataFiles, bytes]:
-        return data_files(way if is_uri(way) else _resolved(self.location, way))
+    def relative(self, address: str) -> str | Path:
+        return address if is_uri(address) else _resolved(self.location, address)
 
     def _fetch(self, file: StoredFile) -> Path:
-        place = self.place(file.path)
+        address = self.address(file.path)
         try:
-            return checked_copy(self.folder / file.path, file, place, lambda target: self._download(file.path, target))
+            return checked_copy(
+                self.folder / file.path, file, address, lambda target: self._download(file.path, target)
+            )
         except FileNotFoundError as error:
-            raise UserError(f"{place}: the file is missing; prepare the dataset again") from error
+            raise UserError(f"{address}: the file is missing; prepare the dataset again") from error
         except OSError as error:
             what = f"{error.filename or self.folder}: {error.strerror or error}"
-            raise UserError(f"{what}, while {place} was copied here; make room, or set DSMIP_CACHE") from error
+            raise UserError(f"{what}, while {address} was copied here; make room, or set DSMIP_CACHE") from error
 
     def _download(self, name: str, target: Path) -> None:
-        system, path = filesystem(self.place(name))
-        attempt(self.place(name), lambda: system.get_file(path, str(target)))
+        system, path = filesystem(self.address(name))
+        attempt(self.address(name), lambda: system.get_file(path, str(target)))
 
 
-def open_store(uri: str) -> tuple[StoreFiles, bytes]:
+def open_remote_dataset(uri: str) -> tuple[RemoteDataset, bytes]:
     """The dataset at a URI and its manifest's content.
 
     Raises:
@@ -131,7 +132,7 @@ def open_store(uri: str) -> tuple[StoreFiles, bytes]:
     content = _read(join(uri, MANIFEST_FILE))
     if content is None:
         raise UserError(f"{uri}: no such bucket, or {MISSING}")
-    return StoreFiles(uri, data_cache() / hashlib.sha256(content).hexdigest()[:32]), content
+    return RemoteDataset(uri, data_cache() / hashlib.sha256(content).hexdigest()[:32]), content
 
 
 def _read(uri: str) -> bytes | None:
@@ -143,11 +144,11 @@ def _read(uri: str) -> bytes | None:
     return content
 
 
-def _resolved(uri: str, way: str) -> str:
-    """Raises UserError for a way out of the bucket: whoever made the view chose it, not whoever reads it."""
+def _resolved(uri: str, address: str) -> str:
+    """Raises UserError for an address out of the bucket: whoever made the view chose it, not whoever reads it."""
     scheme, _, path = uri.partition("://")
     bucket = path.partition("/")[0]
-    found = posixpath.normpath(posixpath.join(path, way))
+    found = posixpath.normpath(posixpath.join(path, address))
     if not f"{found}/".startswith(f"{bucket}/"):
-        raise UserError(f"{uri}: is a view of '{way}', which leads out of its bucket; make it of a whole URI")
+        raise UserError(f"{uri}: is a view of '{address}', which leads out of its bucket; make it of a whole URI")
     return f"{scheme}://{found}"

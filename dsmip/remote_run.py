@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 from filelock import FileLock
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
+from dsmip.atomic import atomic_path, write_text
 from dsmip.errors import UserError
-from dsmip.files import atomic_path, write_text
-from dsmip.places import Place
-from dsmip.remote import attempt, cache_folder, filesystem
+from dsmip.object_store import attempt, cache_folder, filesystem
+from dsmip.run_storage import RunStorage
 
 Result = TypeVar("Result")
 STAMP = "run.json"  # written once: another one in the store is another run's
@@ -38,7 +38,7 @@ _DATES = ("mtime", "LastModified", "last_modified", "updated", "modified", "crea
 
 
 @dataclass(frozen=True)
-class Mirror(Place):
+class RemoteRun(RunStorage):
     """`uri`: the run's address. `below`: the folder of it that this place is, with a slash at its end, or nothing."""
 
     uri: str
@@ -47,8 +47,8 @@ class Mirror(Place):
     def __str__(self) -> str:
         return f"{self.uri}/{self.below}".rstrip("/")
 
-    def __truediv__(self, name: str) -> "Mirror":
-        return Mirror(self.uri, f"{self.below}{name}/")
+    def __truediv__(self, name: str) -> "RemoteRun":
+        return RemoteRun(self.uri, f"{self.below}{name}/")
 
     def __getstate__(self) -> dict[str, str]:
         return {"uri": self.uri, "below": self.below}  # without a connection: another process opens its own
@@ -132,7 +132,7 @@ class Mirror(Place):
             total[entry] = total.get(entry, 0) + int(info["size"] or 0)
         return dict(sorted(total.items()))
 
-    def storage(self) -> tuple[str, Any]:
+    def arrow_filesystem(self) -> tuple[str, Any]:
         return self._path("").rstrip("/"), PyFileSystem(_ByName(self._fs))
 
     @property

@@ -1,7 +1,7 @@
 """The files of a dataset, wherever they lie: in a folder, or in an object store with copies on this node.
 
 Whoever reads asks for an open file by its name below the dataset; whether it had to be fetched is settled here.
-`data_files` finds out what a location is.
+`dsmip.locations.open_dataset_storage` opens what lies at a location.
 """
 
 import shutil
@@ -12,14 +12,40 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
 from dsmip.errors import UserError
-from dsmip.manifest import MANIFEST_FILE, MISSING, StoredFile
-from dsmip.remote import is_uri, local_path
+from dsmip.object_store import is_uri
+
+MANIFEST_FILE = "manifest.json"
+MISSING = f"no {MANIFEST_FILE}, so this is no complete dataset; prepare it (again)"
 
 Result = TypeVar("Result")
+
+
+class StoredFile(Protocol):
+    """A file that a manifest names: path below the dataset's folder, size (None: not said), SHA-256."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def bytes(self) -> int | None: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """Such a file that is no shard."""
+
+    path: str
+    sha256: str
+    bytes: int | None = None
+
+
 Ahead = Callable[[Sequence[StoredFile]], None]
 
 
-class DataFiles(Protocol):
+class DatasetStorage(Protocol):
     """Names are paths below the dataset, with slashes. All of it pickles, for other processes of this node.
 
     location: what another node opens the dataset by. folder: where the files, or their copies, lie on this node.
@@ -31,7 +57,7 @@ class DataFiles(Protocol):
     @property
     def folder(self) -> Path: ...
 
-    def place(self, name: str) -> str:
+    def address(self, name: str) -> str:
         """A file's name for messages."""
         ...
 
@@ -70,13 +96,13 @@ class DataFiles(Protocol):
         """Removes a file, or a folder with all that is in it, if there."""
         ...
 
-    def relative(self, way: str) -> "tuple[DataFiles, bytes]":
-        """Another dataset, named relative to this one's place or by a URI of its own, and its manifest's content."""
+    def relative(self, address: str) -> str | Path:
+        """The location of another dataset, named relative to this one's or by a URI of its own."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class FolderFiles:
+class LocalDataset:
     """A dataset directory on a disk that all nodes see: everything is read in place."""
 
     folder: Path
@@ -85,7 +111,7 @@ class FolderFiles:
     def location(self) -> str:
         return str(self.folder.resolve())
 
-    def place(self, name: str) -> str:
+    def address(self, name: str) -> str:
         return str(self.folder / name)
 
     def read(self, name: str) -> bytes | None:
@@ -129,31 +155,11 @@ class FolderFiles:
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
 
-    def relative(self, way: str) -> tuple[DataFiles, bytes]:
-        return data_files(way if is_uri(way) else self.folder / way)
+    def relative(self, address: str) -> str | Path:
+        return address if is_uri(address) else self.folder / address
 
 
-def data_files(location: str | Path) -> tuple[DataFiles, bytes]:
-    """The files of the dataset at a folder or URI, and its manifest's content.
-
-    Raises:
-        UserError: there is none, or the store cannot be read.
-    """
-    folder = local_path(location)
-    if folder is None:
-        from dsmip.store_files import open_store  # its packages are slow to import, and not always installed
-
-        return open_store(str(location))
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such dataset directory")
-    files = FolderFiles(folder)
-    content = files.read(MANIFEST_FILE)
-    if content is None:
-        raise UserError(f"{folder}: {MISSING}")
-    return files, content
-
-
-def open_file(files: DataFiles, file: StoredFile) -> BinaryIO:
+def open_file(files: DatasetStorage, file: StoredFile) -> BinaryIO:
     """A file of the dataset, open for reading; whoever asks closes it."""
     return files.use(file, _open)
 

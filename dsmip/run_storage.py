@@ -1,7 +1,8 @@
 """Where a run lies: a folder that all nodes see, or an address in an object store with a copy on each node.
 
-A `Place` has files by name (`text/part.json`). They are read and written in its `folder`, because tables are
-memory-mapped and files are replaced whole. For a `Folder` that is all. A `Mirror` (`dsmip.mirror`) fetches and sends:
+A `RunStorage` has files by name (`text/part.json`). They are read and written in its `folder`, because tables are
+memory-mapped and files are replaced whole. For a `LocalRun` that is all. A `dsmip.remote_run.RemoteRun` fetches and
+sends:
 
     refresh()             before reading: all small files
     pull(name)            before reading: a large file, or all below a folder
@@ -18,21 +19,18 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
-from dsmip.files import atomic_path
-from dsmip.remote import local_path
-
-Location = Union[str, Path, "Place"]
+from dsmip.atomic import atomic_path
 
 
-class Place(ABC):
+class RunStorage(ABC):
     """Names are relative, with slashes. `str()` is what a user calls it."""
 
     @property
     @abstractmethod
     def location(self) -> str:
-        """Opens the same place (`place_of`) in any process on any node."""
+        """Opens the same place (`open_run_storage`) in any process on any node."""
 
     @property
     @abstractmethod
@@ -40,7 +38,7 @@ class Place(ABC):
         """Where the files are worked on, on this node."""
 
     @abstractmethod
-    def __truediv__(self, name: str) -> "Place":
+    def __truediv__(self, name: str) -> "RunStorage":
         """A folder of this place as a place of its own."""
 
     @abstractmethod
@@ -76,7 +74,7 @@ class Place(ABC):
         """Bytes by file or folder directly in this place."""
 
     @abstractmethod
-    def storage(self) -> tuple[str, Any]:
+    def arrow_filesystem(self) -> tuple[str, Any]:
         """The place for Ray: a path, and the pyarrow file system that it is of (None: the nodes' own)."""
 
     def write_text(self, name: str, text: str) -> None:
@@ -90,7 +88,7 @@ class Place(ABC):
 
 
 @dataclass(frozen=True)
-class Folder(Place):
+class LocalRun(RunStorage):
     """A folder that every node sees under the same path."""
 
     path: Path
@@ -101,8 +99,8 @@ class Folder(Place):
     def __str__(self) -> str:
         return str(self.path)
 
-    def __truediv__(self, name: str) -> "Folder":
-        return Folder(self.path / name)
+    def __truediv__(self, name: str) -> "LocalRun":
+        return LocalRun(self.path / name)
 
     @property
     def location(self) -> str:
@@ -140,22 +138,8 @@ class Folder(Place):
     def sizes(self) -> Mapping[str, int]:
         return {entry.name: _num_bytes(entry) for entry in sorted(self.path.iterdir())}
 
-    def storage(self) -> tuple[str, Any]:
+    def arrow_filesystem(self) -> tuple[str, Any]:
         return self.location, None
-
-
-def place_of(location: Location) -> Place:
-    """The place at a path or address; file:// is a folder.
-
-    Raises UserError for an address that nothing can open, as `dsmip.remote.filesystem` does.
-    """
-    if isinstance(location, Place):
-        return location
-    if (path := local_path(location)) is not None:
-        return Folder(path)
-    from dsmip.mirror import Mirror  # a mirror is a place
-
-    return Mirror(str(location).rstrip("/"))
 
 
 def _num_bytes(path: Path) -> int:

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from object_store import free_port, running_store, variables
 
-from dsmip import mirror, remote
+from dsmip import object_store, remote_run
+from dsmip.atomic import write_text
 from dsmip.errors import StoreAway, UserError
-from dsmip.files import write_text
-from dsmip.places import Folder, Place, place_of
+from dsmip.locations import open_run_storage
 from dsmip.processes import map_tasks
+from dsmip.run_storage import LocalRun, RunStorage
 
-OnMachine = Callable[[str], Place]
+OnMachine = Callable[[str], RunStorage]
 PROCESSES, ROUNDS = 4, 4
 
 
@@ -26,25 +27,29 @@ PROCESSES, ROUNDS = 4, 4
 def on(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnMachine:
     """The run of this test, on a machine; only that machine's cache is known until another one is asked for."""
 
-    def machine(name: str) -> Place:
+    def machine(name: str) -> RunStorage:
         monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / name))
-        return place_of(f"{bucket}/run")
+        return open_run_storage(f"{bucket}/run")
 
     return machine
 
 
-def files(place: Place) -> dict[str, str]:
+def files(storage: RunStorage) -> dict[str, str]:
     """What is in the copy here."""
-    found = {path for path in place.folder.rglob("*") if path.is_file()}
-    return {path.relative_to(place.folder).as_posix(): path.read_text() for path in sorted(found)}
+    found = {path for path in storage.folder.rglob("*") if path.is_file()}
+    return {path.relative_to(storage.folder).as_posix(): path.read_text() for path in sorted(found)}
 
 
 def test_a_location_is_a_folder_or_an_address(tmp_path: Path) -> None:
-    assert place_of(tmp_path / "run") == place_of(f"file://{tmp_path}/run") == Folder(tmp_path / "run")
-    assert str(place_of("s3://bucket/run/")) == place_of("s3://bucket/run").location == "s3://bucket/run"
-    assert (place_of("s3://bucket/run") / "ray").location == "s3://bucket/run/ray"
+    assert (
+        open_run_storage(tmp_path / "run") == open_run_storage(f"file://{tmp_path}/run") == LocalRun(tmp_path / "run")
+    )
+    assert (
+        str(open_run_storage("s3://bucket/run/")) == open_run_storage("s3://bucket/run").location == "s3://bucket/run"
+    )
+    assert (open_run_storage("s3://bucket/run") / "ray").location == "s3://bucket/run/ray"
     with pytest.raises(UserError, match="no storage is known by 'ftps://'"):
-        place_of("ftps://host/run").refresh()
+        open_run_storage("ftps://host/run").refresh()
 
 
 def test_small_files_come_by_themselves_and_large_ones_when_they_are_asked_for(on: OnMachine) -> None:
@@ -101,7 +106,7 @@ def test_nothing_is_here_that_could_not_be_sent(on: OnMachine) -> None:
         path.write_text("half")
         raise RuntimeError
     assert files(here) == here.sizes() == {}
-    lost = place_of("s3://no-such-bucket/run")
+    lost = open_run_storage("s3://no-such-bucket/run")
     with pytest.raises(UserError, match=r"s3://no-such-bucket/run/part\.json.*bucket"):
         lost.write_text("part.json", "whole")
     assert files(lost) == {}
@@ -140,12 +145,12 @@ def test_what_is_up_to_date_is_neither_fetched_nor_sent(on: OnMachine, monkeypat
         pytest.fail("a transfer")
 
     for machine in ("two", "one"):
-        place = on(machine)
-        monkeypatch.setattr(mirror.Mirror, "_send", transfer)
-        monkeypatch.setattr(place._fs, "get_file", transfer)  # type: ignore[attr-defined]
-        place.refresh()
-        place.pull("index")
-        place.push("index", "run.json")
+        storage = on(machine)
+        monkeypatch.setattr(remote_run.RemoteRun, "_send", transfer)
+        monkeypatch.setattr(storage._fs, "get_file", transfer)  # type: ignore[attr-defined]
+        storage.refresh()
+        storage.pull("index")
+        storage.push("index", "run.json")
 
 
 def test_a_listing_with_finer_dates_is_of_the_same_files(on: OnMachine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,14 +174,14 @@ def test_a_listing_with_finer_dates_is_of_the_same_files(on: OnMachine, monkeypa
 def test_a_version_changes_with_the_content() -> None:
     date = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     tagged = {"size": 1, "ETag": '"a"', "LastModified": date}
-    assert mirror._version(tagged) == mirror._version({**tagged, "LastModified": date.replace(minute=5)})
-    assert mirror._version(tagged) != mirror._version({**tagged, "ETag": '"b"'})
+    assert remote_run._version(tagged) == remote_run._version({**tagged, "LastModified": date.replace(minute=5)})
+    assert remote_run._version(tagged) != remote_run._version({**tagged, "ETag": '"b"'})
     dated = {"size": 1, "mtime": date}
     for same in (date.replace(microsecond=9), "2026-01-02 03:04:05.9Z"):
-        assert mirror._version(dated) == mirror._version({**dated, "mtime": same})
+        assert remote_run._version(dated) == remote_run._version({**dated, "mtime": same})
     for other in ({"size": 2}, {"mtime": date.replace(second=6)}):
-        assert mirror._version(dated) != mirror._version({**dated, **other})
-    assert mirror._version({"size": 1, "created": 5.2}) == mirror._version({"size": 1, "created": 5.9})
+        assert remote_run._version(dated) != remote_run._version({**dated, **other})
+    assert remote_run._version({"size": 1, "created": 5.2}) == remote_run._version({"size": 1, "created": 5.9})
 
 
 def refreshed(task: tuple[str, str, int]) -> list[str]:
@@ -186,16 +191,16 @@ def refreshed(task: tuple[str, str, int]) -> list[str]:
     for number in range(ROUNDS):
         cache = Path(root, str(number))
         os.environ["DSMIP_CACHE"] = str(cache / "cache")
-        place = place_of(uri)
-        place.glob("*")  # connected
+        storage = open_run_storage(uri)
+        storage.glob("*")  # connected
         (cache / f"ready-{process}").touch()
         deadline = time.monotonic() + 60
         while len(list(cache.glob("ready-*"))) < PROCESSES:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         try:
-            place.refresh()
-            found.append(" ".join(sorted(place._files_below(""))))  # type: ignore[attr-defined]
+            storage.refresh()
+            found.append(" ".join(sorted(storage._files_below(""))))  # type: ignore[attr-defined]
         except Exception as error:
             found.append(repr(error))
     return found
@@ -226,15 +231,15 @@ def test_signs_in_an_address_stand_for_themselves(bucket: str, tmp_path: Path, m
     monkeypatch.setenv("DSMIP_CACHE", str(tmp_path))
     addresses = [f"{bucket}/{name}" for name in ("run[1]", "run1", "run*", "run")]
     for address in addresses:
-        place_of(address).write_text("ray/text/a.txt", address)
+        open_run_storage(address).write_text("ray/text/a.txt", address)
     for address in (addresses[0], addresses[2]):
-        place = place_of(address)
-        assert place.glob("*/*") == ["ray/text"]
-        assert place.glob("ray/*/*.txt") == ["ray/text/a.txt"]
-        path, system = (place / "ray").storage()
+        storage = open_run_storage(address)
+        assert storage.glob("*/*") == ["ray/text"]
+        assert storage.glob("ray/*/*.txt") == ["ray/text/a.txt"]
+        path, system = (storage / "ray").arrow_filesystem()
         system.delete_dir(f"{path}/text")
-        assert place.glob("*") == []
-    assert [place_of(address).sizes() != {} for address in addresses] == [False, True, False, True]
+        assert storage.glob("*") == []
+    assert [open_run_storage(address).sizes() != {} for address in addresses] == [False, True, False, True]
 
 
 def test_half_written_files_are_not_sent(on: OnMachine) -> None:
@@ -249,7 +254,7 @@ def test_half_written_files_are_not_sent(on: OnMachine) -> None:
 def test_no_name_in_the_store_leads_out_of_the_copy(on: OnMachine, bucket: str) -> None:
     here = on("one")
     here.write_json("run.json", {})
-    system, path = remote.filesystem(f"{bucket}/run")
+    system, path = object_store.filesystem(f"{bucket}/run")
     for name in ("../escaped.json", "/escaped.json", "records/../../escaped.json"):
         system.pipe_file(f"{path}/{name}", b"{}")
     there = on("two")
@@ -265,26 +270,26 @@ def test_another_process_opens_a_connection_of_its_own(on: OnMachine) -> None:
     again = pickle.loads(pickle.dumps(here))
     assert again == here
     again.pull("a.txt")
-    path, system = again.storage()
+    path, system = again.arrow_filesystem()
     assert system.open_input_stream(f"{path}/a.txt").read() == b"a"
 
 
 def test_a_store_that_is_gone_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_WAITS", ())
+    monkeypatch.setattr(object_store, "_WAITS", ())
     monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     port = free_port()
     for name, value in variables(port, tmp_path).items():
         monkeypatch.setenv(name, value)
-    remote._system.cache_clear()  # it knows the other server
+    object_store._system.cache_clear()  # it knows the other server
     try:
         with running_store(port) as store:
-            place = place_of(f"{store.uri}/run")
-            place.write_text("a.txt", "a")
+            storage = open_run_storage(f"{store.uri}/run")
+            storage.write_text("a.txt", "a")
             store.process.kill()
             store.process.wait()
             with pytest.raises(StoreAway, match=r"^s3://dsmip-tests/run: .*cannot be reached.*run the command again$"):
-                place.write_text("b.txt", "b")
-            assert files(place) == {"a.txt": "a"}
+                storage.write_text("b.txt", "b")
+            assert files(storage) == {"a.txt": "a"}
     finally:
-        remote._system.cache_clear()
+        object_store._system.cache_clear()

@@ -10,21 +10,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from dsmip.atomic import sha256_file, write_json
+from dsmip.dataset_storage import MANIFEST_FILE, FileInfo, StoredFile
 from dsmip.errors import UserError
-from dsmip.files import sha256_file, write_json
-from dsmip.manifest import (
-    ENTITIES_FILE,
-    MANIFEST_FILE,
-    REJECTS_FILE,
-    FileInfo,
-    Manifest,
-    StoredFile,
-    is_shard_path,
-    parse_manifest,
-    read_manifest,
-)
+from dsmip.manifest import ENTITIES_FILE, REJECTS_FILE, Manifest, is_shard_path, parse_manifest, read_manifest
+from dsmip.object_store import attempt, filesystem, join
 from dsmip.progress import Progress, counting, no_progress
-from dsmip.remote import attempt, filesystem, join
 
 _AT_ONCE = 4
 

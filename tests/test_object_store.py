@@ -8,7 +8,8 @@ import pytest
 from object_store import ObjectStore
 
 from dsmip.errors import StoreAway, UserError
-from dsmip.remote import attempt, cache_folder, filesystem, is_uri, local_path
+from dsmip.locations import local_path
+from dsmip.object_store import attempt, cache_folder, filesystem, is_uri
 
 
 @pytest.mark.parametrize("location", ["s3://bucket", "gs://bucket/a b", "file:///tmp/x"])
