@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from dsmip.errors import UserError
 from dsmip.frozen import Frozen, validated
+from dsmip.keys import key_tree
 from dsmip.running import Resources, Running
 
 Scalar = str | int | float | bool | None
@@ -203,7 +204,15 @@ class ExperimentConfig(Frozen):
 
     def to_yaml(self) -> str:
         """The whole configuration as YAML text that `load_config` reads back to an equal object."""
-        return str(yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False))
+        return _yaml(self.model_dump(mode="json"))
+
+    def key_text(self) -> str:
+        """What stands for the configuration in a key (`dsmip.keys.key_tree`), as YAML text."""
+        return _yaml(key_tree(self))
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False))
 
 
 Config = TypeVar("Config", bound=BaseModel)

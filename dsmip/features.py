@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dsmip.batches import ItemBatch
-from dsmip.collate import Collator
+from dsmip.collate import Collator, ItemFormat
+from dsmip.keys import plain_text
 from dsmip.locations import Location, open_run_storage
 from dsmip.manifest import KB
 from dsmip.models.base import FeatureEncoder, Matcher
@@ -26,6 +27,7 @@ from dsmip.threads import map_alone
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
 BATCH_SIZE = 256  # rows that an encoder takes at once
+_DTYPES = {torch.float32: "torch.float32", torch.float16: "torch.float16"}  # words of a key
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -79,13 +81,29 @@ class FeatureCache:
 
     def path(self, part: str, split: str, encoder: FeatureEncoder, dataset: Dataset, collator: Collator) -> Path:
         """Where those features are, or would be."""
-        key = fingerprint(encoder.encoder_state(), dataset.manifest_hash, collator.item_format, split, self.dtype)
+        key = feature_key(encoder.encoder_state(), dataset.manifest_hash, collator.item_format, split, self.dtype)
         return self.storage.folder / f"{part}-{split}-{key[:16]}.safetensors"
 
 
-def fingerprint(weights: Mapping[str, Tensor], *settings: object) -> str:
-    """Hex digest of named tensors and of anything with a stable text form."""
-    digest = hashlib.sha256(repr(settings).encode())
+def feature_key(
+    weights: Mapping[str, Tensor], manifest_hash: str, item_format: ItemFormat, split: str, dtype: torch.dtype
+) -> str:
+    """Hex digest of all that a feature table depends on, version 1.
+
+    The text is written out so that no name in the code is part of it: its words are those that the first caches were
+    keyed by, and stay. A field that is added to `ItemFormat` or `Template` goes into the text only where its value
+    changes what an encoder reads; a text that means something else starts with "version 2".
+    """
+    template, tokens = item_format.template, item_format.num_tokens
+    texts = f"Template(mention={template.mention!r}, entity={template.entity!r})"
+    modalities = plain_text(item_format.modalities)
+    items = f"ItemFormat(template={texts}, reserve={item_format.reserve}, num_tokens={tokens}, modalities={modalities})"
+    return fingerprint(weights, f"({manifest_hash!r}, {items}, {split!r}, {_DTYPES[dtype]})")
+
+
+def fingerprint(weights: Mapping[str, Tensor], settings: str) -> str:
+    """Hex digest of named tensors and of a text."""
+    digest = hashlib.sha256(settings.encode())
     for name in sorted(weights):
         digest.update(name.encode())
         digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

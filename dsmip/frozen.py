@@ -1,8 +1,8 @@
 """Validated frozen data: the base of all configuration classes; errors name the key and the nearest valid one."""
 
 import difflib
-from collections.abc import Sequence
-from typing import Any, TypeVar, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -11,7 +11,13 @@ from dsmip.errors import UserError
 
 
 class Frozen(BaseModel):
-    """Base of every configuration class: immutable, unknown keys are errors, defaults are validated too."""
+    """Base of every configuration class: immutable, unknown keys are errors, defaults are validated too.
+
+    added: fields that came after results had been stored, each with the value (as in YAML) that means what was before:
+    with it, keys stay what they were (`dsmip.keys.key_tree`).
+    """
+
+    added: ClassVar[Mapping[str, Any]] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 

@@ -22,6 +22,7 @@ from dsmip.dataset_storage import DatasetStorage, FileInfo
 from dsmip.encoders.picture_networks import Identity, Kind, PictureNetwork, picture_vectors
 from dsmip.errors import UserError
 from dsmip.features import fingerprint
+from dsmip.keys import plain_text
 from dsmip.manifest import KB, SPLITS, Count, Digest, Part
 from dsmip.shards import Dataset
 from dsmip.table import Table
@@ -125,8 +126,8 @@ def features_file(name: str, part: str) -> str:
 
 
 def network_hash(identity: Identity) -> str:
-    """Hex digest of a network."""
-    return fingerprint(identity.tensors, identity.form, identity.mean, identity.std, identity.side)
+    """Hex digest of a network, version 1 (as `dsmip.features.feature_key`)."""
+    return fingerprint(identity.tensors, plain_text((identity.form, identity.mean, identity.std, identity.side)))
 
 
 def read_features(files: DatasetStorage, name: str) -> PictureFeatures | None:

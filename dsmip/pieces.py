@@ -17,6 +17,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.evaluation import prepare_in_tiles
 from dsmip.features import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
+from dsmip.keys import Plain, plain_text
 from dsmip.manifest import KB
 from dsmip.missing_pictures import picture_columns, share_picture
 from dsmip.part_features import PartFeatures, rows_of
@@ -92,14 +93,14 @@ def plan_pieces(
         if of_part.beside:
             sources.append(of_part.beside.name)
             notice(f"{part}: reads {of_part.beside}")
-    made_from = {
+    made_from: dict[str, Plain] = {  # the folder's name hashes it in this order; LAYOUT is its version
         "model": model,
         "layout": [LAYOUT, slice_rows],
         "data": run.dataset.manifest_hash,
-        "weights": fingerprint(matcher.state_dict()),
+        "weights": fingerprint(matcher.state_dict(), "()"),
         "features": sorted(sources),
     }
-    index = f"index/{model}-{fingerprint({}, made_from)[:16]}"
+    index = f"index/{model}-{fingerprint({}, plain_text((made_from,)))[:16]}"
     for outdated in run.storage.glob(f"index/{model}-{'[0-9a-f]' * 16}"):
         if outdated != index:
             run.storage.delete(outdated)  # of weights or features that are no more

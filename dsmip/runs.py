@@ -175,7 +175,7 @@ class Run:
         key = self.system.part_key(part, config)
         if key == self.system.part_key(part, self.config):
             return self
-        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        name = hashlib.sha256(key.encode()).hexdigest()[:16]
         return Run(self.storage / f"variants/{name}", config, self.dataset)
 
     def is_finished(self, part: str) -> bool:

@@ -49,7 +49,7 @@ def read_mention(fields: Fields, source: str) -> Mention:
     return _checked(source, lambda: Mention(**_object(fields["json"]), image=fields.get("jpg")))
 
 
-def read_pair(fields: Fields, source: str, *label: object) -> tuple[Mention, Entity]:
+def read_pair(fields: Fields, source: str, *label: str | int) -> tuple[Mention, Entity]:
     """The mention of a sample and its gold entity with one of its pictures, drawn by (label, mention_id).
 
     Raises:
@@ -64,7 +64,7 @@ def make_entity(record: Mapping[str, Any], images: tuple[bytes, ...]) -> Entity:
     return Entity(record["entity_row"], record["entity_id"], record["name"], record["attributes"], images)
 
 
-def _entity_with_one_picture(fields: Fields, label: tuple[object, ...]) -> Entity:
+def _entity_with_one_picture(fields: Fields, label: tuple[str | int, ...]) -> Entity:
     record = _object(fields["entity.json"])
     if not record["num_images"]:
         return make_entity(record, ())

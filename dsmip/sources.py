@@ -128,7 +128,7 @@ class CachedSource:
             yield Step(self.mentions.take(mine), self.entities.take(rows), gold, rows)
 
 
-def _generator(*label: object) -> torch.Generator:
+def _generator(*label: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(draw(2**63, *label))
 
 

@@ -39,7 +39,7 @@ class Window:
     order: tuple[tuple[int, int], ...]
 
 
-def draw(num_choices: int, *label: object) -> int:
+def draw(num_choices: int, *label: str | int) -> int:
     """A choice in 0 .. num_choices that depends on the label's text alone."""
     return _seed(label) % num_choices
 
@@ -56,7 +56,7 @@ def windows(shard_sizes: Sequence[int], seed: int, epoch: int) -> Iterator[Windo
         start += len(inside)
 
 
-def permutation(count: int, *label: object) -> NDArray[np.int64]:
+def permutation(count: int, *label: str | int) -> NDArray[np.int64]:
     """A permutation of 0 .. count that depends on the label's text alone, the same in every release of numpy.
 
     Raw bits of a bit generator are stable by numpy's promise; `Generator.permutation` is not.
@@ -79,6 +79,6 @@ def count_steps(num_samples: int, batch_size: int) -> int:
     return -(-num_samples // batch_size)
 
 
-def _seed(label: tuple[object, ...]) -> int:
+def _seed(label: tuple[str | int, ...]) -> int:
     text = "/".join(str(part) for part in label)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

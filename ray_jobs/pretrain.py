@@ -16,6 +16,7 @@ from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
+from dsmip.keys import key_tree
 from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
 from dsmip.provenance import environment
@@ -39,7 +40,7 @@ def pretrain_backbone(
     """
     check_tools(config.watch)
     out = out.resolve()
-    stamp = _stamp(config, dataset)
+    stamp = weights_stamp(config, dataset.manifest_hash)
     if report := _finished(out, stamp):
         display.say(f"{out} is finished already")
         return report
@@ -80,12 +81,13 @@ def _template(config: ExperimentConfig) -> Template:
     return system.item_format(config.system, system.part_names(config.system)[0]).template
 
 
-def _stamp(config: ExperimentConfig, dataset: Dataset) -> dict[str, Any]:
+def weights_stamp(config: ExperimentConfig, manifest_hash: str) -> dict[str, Any]:
     """What the weights depend on, and its hash."""
-    settings = config.model_dump(mode="json", include={"model", "backbone", "pretrain", "seed"})
+    tree = key_tree(config)
+    settings = {name: tree[name] for name in ("model", "backbone", "pretrain", "seed")}
     for key in Running.model_fields:
-        settings["pretrain"].pop(key)
-    depends_on = {"settings": settings, "text": _template(config).entity, "data": dataset.manifest_hash}
+        settings["pretrain"].pop(key, None)
+    depends_on = {"settings": settings, "text": _template(config).entity, "data": manifest_hash}
     text = json.dumps(depends_on, sort_keys=True)
     return {**depends_on, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 

@@ -79,8 +79,7 @@ def _check_config(run: Run, config: ExperimentConfig) -> None:
 
 def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
     """Hash of what the sweep is. UserError when the run holds another sweep."""
-    text = json.dumps([seed, *(trial.config.model_copy(update={"watch": ()}).to_yaml() for trial in trials)])
-    stamp = hashlib.sha256(text.encode()).hexdigest()
+    stamp = sweep_key(trials, seed)
     path = run.folder / _CLAIM
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -90,6 +89,12 @@ def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
                 "other settings); repeat that one to resume it, or delete the folder to start anew"
             )
     return stamp
+
+
+def sweep_key(trials: Sequence[Trial], seed: int) -> str:
+    """Hex digest of what a sweep is: its seed and its trials' configurations, without what only shows figures."""
+    text = json.dumps([seed, *(trial.config.model_copy(update={"watch": ()}).key_text() for trial in trials)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _claim_folder(run: Run, trials: Sequence[Trial], seed: int, stamp: str) -> None:

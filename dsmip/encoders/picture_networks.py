@@ -11,6 +11,7 @@ from torch import Tensor
 from dsmip.encoders.architecture import resolve_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.vgg import MEAN, SIDE, STD, TORCHVISION, Vgg16Features
+from dsmip.keys import plain_text
 
 Kind = Literal["vgg16", "clip"]
 PictureNetwork = Vgg16Features | Backbone
@@ -72,6 +73,7 @@ def identity(choice: NetworkChoice, network: PictureNetwork) -> Identity:
         return Identity(network.state_dict(), "vgg16 fc7", MEAN, STD, SIDE)
     config = resolve_architecture(choice.architecture).config
     tensors = {name: tensor for name, tensor in network.clip.state_dict().items() if name.startswith("visual.")}
-    form = repr([config["embed_dim"], sorted(config["vision_cfg"].items()), bool(config.get("quick_gelu", False))])
+    quick_gelu = bool(config.get("quick_gelu", False))
+    form = plain_text([config["embed_dim"], sorted(config["vision_cfg"].items()), quick_gelu])  # goes into a key
     mean, std = (tuple(value.flatten().tolist()) for value in (network.mean, network.std))
     return Identity(tensors, form, mean, std, network.image_size)

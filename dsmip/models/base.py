@@ -206,9 +206,12 @@ class System(ABC):
         """What `Scores.chosen_ME` indexes, in order; empty for a system that makes no choice."""
 
     @classmethod
-    def part_key(cls, part: str, config: ExperimentConfig) -> object:
-        """What a part's stage one depends on: equal keys (compared and hashed by repr) mean the same trained part."""
-        return None
+    def part_key(cls, part: str, config: ExperimentConfig) -> str:
+        """What a part's stage one depends on, as a text: equal texts mean the same trained part.
+
+        A part of other settings lies in a folder named by its hash: write it out, see `dsmip.keys`.
+        """
+        return ""
 
     @classmethod
     @abstractmethod

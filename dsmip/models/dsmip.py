@@ -14,6 +14,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.experts import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
 from dsmip.frozen import Frozen
 from dsmip.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_pictures
+from dsmip.keys import plain_text
 from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, StoredFeatures, System, token_pairs
 from dsmip.ops.contrastive import contrastive_loss, contrastive_losses
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
@@ -228,12 +229,19 @@ class Dsmip(System):
         return tuple(section.use)
 
     @classmethod
-    def part_key(cls, part: str, config: ExperimentConfig) -> object:
-        section = config.system
+    def part_key(cls, part: str, config: ExperimentConfig) -> str:
+        """Version 1. What is added to an expert or to the templates goes in only where it changes the part."""
+        section: DsmipConfig = config.system
         if part == GATE:
-            return section.gate.picture, section.gate.vgg_weights
-        common = (section.width, section.mask_padding, section.template.model_dump())
-        return section.experts[part].model_dump(), *common
+            return plain_text((section.gate.picture, section.gate.vgg_weights))
+        expert = section.experts[cast(ExpertName, part)]
+        of_expert = {
+            "tune": expert.tune,
+            "prompt_length": expert.prompt_length,
+            "prompt_depth": expert.prompt_depth,
+        }
+        texts = {"mention": section.template.mention, "entity": section.template.entity}
+        return plain_text((of_expert, section.width, section.mask_padding, texts))
 
     @classmethod
     def item_format(cls, section: Any, part: str) -> ItemFormat:
