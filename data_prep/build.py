@@ -36,6 +36,7 @@ from data_prep.staging import (
 from data_prep.tasks import HashTask, JoinTask, KbTask, SplitTask
 from dsmip import __version__
 from dsmip.atomic import join_files, sha256_file, write_json
+from dsmip.dataset import Dataset
 from dsmip.dataset_storage import MANIFEST_FILE
 from dsmip.errors import UserError
 from dsmip.manifest import (
@@ -49,7 +50,6 @@ from dsmip.manifest import (
     SplitCounts,
     read_manifest,
 )
-from dsmip.shards import Dataset
 
 Progress = Callable[[str, int, int], None]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dsmip.errors import UserError
 from dsmip.manifest import SPLITS
-from dsmip.streams import permutation
+from dsmip.sampler import permutation
 
 
 @dataclass(frozen=True, slots=True)

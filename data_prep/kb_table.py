@@ -16,7 +16,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from dsmip.atomic import atomic_path
-from dsmip.shards import ENTITY_SCHEMA
+from dsmip.dataset import ENTITY_SCHEMA
 
 _ROWS_AT_ONCE = 4096
 

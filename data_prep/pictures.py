@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.io import encode_jpeg
 
-from dsmip import pictures
+from dsmip import images
+from dsmip.images import decode_jpeg, jpeg_header
 from dsmip.manifest import PictureSettings
-from dsmip.pictures import decode_jpeg, jpeg_header
 
 JPEG_QUALITY = 92
-MAX_PIXELS = pictures.MAX_PIXELS  # what is prepared must be readable in training
+MAX_PIXELS = images.MAX_PIXELS  # what is prepared must be readable in training
 MAX_FILE_BYTES = 1 << 28
 # A model sees the centre square, so what lies beyond this ratio of the sides is never looked at.
 MAX_ASPECT = 4

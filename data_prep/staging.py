@@ -25,7 +25,7 @@ from data_prep.staged_records import write_entity, write_mention
 from dsmip.atomic import atomic_path, sha256_file, write_json
 from dsmip.errors import UserError
 from dsmip.manifest import KB, SPLITS, PictureSettings, ShardInfo, shard_path
-from dsmip.streams import permutation
+from dsmip.sampler import permutation
 
 STAGE = ".unfinished"
 PLAN_FILE = "plan.json"

@@ -29,7 +29,7 @@ from dsmip.errors import UserError
 from dsmip.manifest import PictureSettings, ShardInfo
 from dsmip.records import Entity, Mention
 from dsmip.samples import entity_fields, mention_fields
-from dsmip.tars import Fields, WrittenShard, join_shards, read_place, write_shard
+from dsmip.tar import Fields, WrittenShard, join_shards, read_place, write_shard
 
 Note = Callable[[Finding], None]
 

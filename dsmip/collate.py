@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsmip.batches import ItemBatch
-from dsmip.pictures import UnreadablePicture, decode, fit
+from dsmip.images import UnreadablePicture, decode, fit
 from dsmip.records import Entity, Mention
 from dsmip.text import Template, Tokenizer, entity_text, mention_text
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
 from dsmip.config import BackboneConfig
+from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.picture_networks import TORCHVISION_WEIGHTS, NetworkChoice, identity, picture_vectors
+from dsmip.encoders.image_networks import TORCHVISION_WEIGHTS, NetworkChoice, identity, picture_vectors
 from dsmip.encoders.vgg import BY_HASH, TORCHVISION, Vgg16Features
 from dsmip.frozen import Frozen
-from dsmip.picture_features import DTypeName, PictureFeatures, Weights, find_features, network_hash
-from dsmip.shards import Dataset
+from dsmip.image_features import DTypeName, PictureFeatures, Weights, find_features, network_hash
 from dsmip.table import Table
 
 _HASH = re.compile(rf"{BY_HASH}[0-9a-f]{{16,64}}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation import prepare_in_tiles
-from dsmip.features import BATCH_SIZE, fingerprint, load_features, whole_features
+from dsmip.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
 from dsmip.keys import Plain, plain_text
 from dsmip.manifest import KB

@@ -17,16 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dsmip import distributed
 from dsmip.batches import ItemBatch
 from dsmip.config import PretrainConfig, TrainConfig
+from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
+from dsmip.images import decode, fit
 from dsmip.loop import BatchSums, Context, Loop, Objective, Scale
 from dsmip.ops.augmentation import Draws
-from dsmip.optimization import build_optimizer, learning_rate_factor
-from dsmip.pictures import decode, fit
+from dsmip.optimizer import build_optimizer, learning_rate_factor
 from dsmip.records import Entity
-from dsmip.shards import Dataset
+from dsmip.sampler import count_steps, draw, permutation, step_bounds
 from dsmip.sources import augmented, read_ahead
-from dsmip.streams import count_steps, draw, permutation, step_bounds
 from dsmip.text import Template, Tokenizer, entity_text
 
 MAX_LOGIT_SCALE = math.log(100)

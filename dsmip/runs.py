@@ -29,15 +29,15 @@ from torch import nn
 from dsmip.checkpoints import save_weights
 from dsmip.collate import Collator, ItemFormat
 from dsmip.config import ExperimentConfig, flat, load_config
+from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.features import FeatureCache
+from dsmip.feature_cache import FeatureCache
 from dsmip.locations import Location, open_run_storage
 from dsmip.models import find_system
 from dsmip.models.base import FeatureEncoder, Matcher, System
 from dsmip.provenance import environment, recorded
 from dsmip.run_storage import RunStorage
-from dsmip.shards import Dataset
 from dsmip.text import Tokenizer
 
 STAMP, CONFIG, PART, WEIGHTS, TRAININGS = "run.json", "config.yaml", "part.json", "weights.safetensors", "ray"

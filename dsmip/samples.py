@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from dsmip.errors import UserError
 from dsmip.records import Entity, Mention
-from dsmip.streams import draw
-from dsmip.tars import Fields, json_field
+from dsmip.sampler import draw
+from dsmip.tar import Fields, json_field
 
 Result = TypeVar("Result")
 

@@ -17,12 +17,12 @@ from dsmip import distributed
 from dsmip.batches import ItemBatch, stacked
 from dsmip.collate import Collator
 from dsmip.config import AugmentConfig, TrainConfig
+from dsmip.dataset import Dataset
 from dsmip.gradients import Step
 from dsmip.ops import augmentation
 from dsmip.ops.augmentation import Draws
 from dsmip.records import Entity, Mention
-from dsmip.shards import Dataset
-from dsmip.streams import TrainingBatch, draw, step_bounds
+from dsmip.sampler import TrainingBatch, draw, step_bounds
 from dsmip.table import Table
 
 Item = TypeVar("Item")

@@ -8,21 +8,21 @@ from torch import Tensor
 
 from dsmip import distributed
 from dsmip.config import ExperimentConfig, TrainConfig
+from dsmip.dataset import Dataset
 from dsmip.encoders.clip import compile_towers
 from dsmip.errors import UserError
 from dsmip.evaluation import prepare_in_tiles, rank
-from dsmip.features import prepare_split
+from dsmip.feature_cache import prepare_split
 from dsmip.index import EntityIndex
 from dsmip.loop import Context, StepSource
 from dsmip.manifest import KB
 from dsmip.missing_pictures import prepare_entities
 from dsmip.models.base import Matcher
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.sources import CachedSource, StreamSource, is_held_out
 from dsmip.table import Table
 from dsmip.text_unit import use_backend
-from dsmip.training import TrainResult, train
+from dsmip.trainer import TrainResult, train
 
 CPU = torch.device("cpu")
 

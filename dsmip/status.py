@@ -18,7 +18,7 @@ from dsmip.models import find_system
 from dsmip.provenance import RECORDS, RUNNING
 from dsmip.run_storage import LocalRun, RunStorage
 from dsmip.runs import CONFIG, STAMP
-from dsmip.watch_tools import PROGRESS
+from dsmip.trackers import PROGRESS
 
 State = Literal["finished", "training", "paused", "interrupted", "failed", "dropped", "not begun"]
 _ENDED: dict[str, State] = {"failed": "failed", "finished": "paused"}  # a trial pauses between rungs

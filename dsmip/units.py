@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.models.base import Side
-from dsmip.ops import dual, matching
+from dsmip.ops import matching, visual_unit
 from dsmip.table import Ragged, Table
 
 
@@ -45,7 +45,7 @@ class PictureNorm(nn.Module):
 
 
 class DualUnit(nn.Module):
-    """One direction of U_V: the pooled picture of one side against picture tokens of the other (`dsmip.ops.dual`)."""
+    """One direction of U_V: one side's pooled picture against the other's tokens (`dsmip.ops.visual_unit`)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class DualUnit(nn.Module):
 
     def prepare_query(self, global_Nd: Tensor) -> Table:
         """Columns `query`, `target`, `mapped` [N, d] and `scalars` [N, 7] of the query side."""
-        side = dual.query_side(self.cls_fc(global_Nd), self._weights())
+        side = visual_unit.query_side(self.cls_fc(global_Nd), self._weights())
         return Table(
             {
                 "query": side.query_Ad,
@@ -70,7 +70,7 @@ class DualUnit(nn.Module):
 
     def prepare_value(self, global_Nd: Tensor, pooled_Nd: Tensor) -> Table:
         """Columns `value`, `key`, `mapped` [N, d] and `scalars` [N, 7]; pooled_Nd is the mean of the picture tokens."""
-        side = dual.value_side(self.tokens_fc(pooled_Nd), self.cls_fc(global_Nd), self._weights())
+        side = visual_unit.value_side(self.tokens_fc(pooled_Nd), self.cls_fc(global_Nd), self._weights())
         return Table(
             {
                 "value": side.value_Bd,
@@ -82,22 +82,22 @@ class DualUnit(nn.Module):
 
     def score(self, queries: Table, values: Table) -> Tensor:
         """Query side [A] against value side [B]: float [A, B]."""
-        a = dual.QuerySide(*(queries.dense(name) for name in ("query", "target", "mapped", "scalars")))
-        b = dual.ValueSide(*(values.dense(name) for name in ("value", "key", "mapped", "scalars")))
-        return dual.dual_unit(a, b, self._weights())
+        a = visual_unit.QuerySide(*(queries.dense(name) for name in ("query", "target", "mapped", "scalars")))
+        b = visual_unit.ValueSide(*(values.dense(name) for name in ("value", "key", "mapped", "scalars")))
+        return visual_unit.dual_unit(a, b, self._weights())
 
     def query_vectors(self, queries: Table) -> Tensor:
-        """[A, d + 1]: `dsmip.ops.dual.query_vectors`."""
-        a = dual.QuerySide(*(queries.dense(name) for name in ("query", "target", "mapped", "scalars")))
-        return dual.query_vectors(a)
+        """[A, d + 1]: `dsmip.ops.visual_unit.query_vectors`."""
+        a = visual_unit.QuerySide(*(queries.dense(name) for name in ("query", "target", "mapped", "scalars")))
+        return visual_unit.query_vectors(a)
 
     def value_vectors(self, values: Table) -> Tensor:
-        """[B, d + 1]: `dsmip.ops.dual.value_vectors`."""
-        b = dual.ValueSide(*(values.dense(name) for name in ("value", "key", "mapped", "scalars")))
-        return dual.value_vectors(b, self.layer_norm.eps)
+        """[B, d + 1]: `dsmip.ops.visual_unit.value_vectors`."""
+        b = visual_unit.ValueSide(*(values.dense(name) for name in ("value", "key", "mapped", "scalars")))
+        return visual_unit.value_vectors(b, self.layer_norm.eps)
 
-    def _weights(self) -> dual.DualWeights:
-        return dual.DualWeights(
+    def _weights(self) -> visual_unit.DualWeights:
+        return visual_unit.DualWeights(
             self.add_layer_norm.weight,
             self.add_layer_norm.bias,
             self.fc.weight,
@@ -137,7 +137,7 @@ class VisualUnit(nn.Module):
         return scores_ME if place_E is None else scores_ME[:, place_E]
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
-        """[N, 2 d + 2]; products are S_V with its gates shut: the rest is no dot product (`dsmip.ops.dual`)."""
+        """[N, 2 d + 2]; products are S_V with its gates shut: the rest is no dot product (`dsmip.ops.visual_unit`)."""
         ent2men, men2ent = prepared.under("ent2men"), prepared.under("men2ent")
         if side == "mentions":
             blocks = self.dual_ent2men.value_vectors(ent2men), self.dual_men2ent.query_vectors(men2ent)

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from dsmip.errors import UserError
 from dsmip.manifest import FORMAT, Digest, Manifest, Part, SplitCounts, parse_json_object
-from dsmip.streams import permutation
+from dsmip.sampler import permutation
 
 TRAIN = "train"
 _BASE = "view_of"

@@ -164,7 +164,7 @@ def pretrain(
     settings = job_config(config, set or [])
     if path_here(out).suffix != ".safetensors":
         raise UserError(f"--out {out} must end in .safetensors")
-    from dsmip.shards import Dataset
+    from dsmip.dataset import Dataset
     from ray_jobs.pretrain import pretrain_backbone
     from ray_jobs.progress import Display
 
@@ -179,7 +179,7 @@ def train(
     from ray_jobs.settings import job_config
 
     settings = job_config(config, set or [])
-    from dsmip.shards import Dataset
+    from dsmip.dataset import Dataset
     from ray_jobs.progress import Display
     from ray_jobs.train_experts import train_experts
 
@@ -225,7 +225,7 @@ def features(
     from ray_jobs.feature_request import feature_request
 
     asked = feature_request(kind, config, set or [], weights, random_weights)
-    from dsmip.shards import Dataset
+    from dsmip.dataset import Dataset
     from ray_jobs.features import compute_features
     from ray_jobs.progress import Display
 

@@ -14,9 +14,9 @@ import torch
 from dsmip import distributed
 from dsmip.checkpoints import newest_sound, read_manifest
 from dsmip.loop import Left
+from dsmip.monitor import StepFigures, Watch
 from dsmip.run_storage import RunStorage
-from dsmip.watch import StepFigures, Watch
-from dsmip.watch_tools import PROGRESS, ProgressFile, Sent, Watched
+from dsmip.trackers import PROGRESS, ProgressFile, Sent, Watched
 from ray_jobs.gauges import Gauges
 from ray_jobs.progress import Event
 from ray_jobs.scratch import Scratch

@@ -21,11 +21,11 @@ from data_prep.mimic_release import MimicRelease
 from data_prep.pictures import JPEG_QUALITY
 from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.manifest import PictureSettings
 from dsmip.reports import evaluate_model, oracle
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from ray_jobs.evaluate import SHOWN
 from ray_jobs.prepare import BuildOptions, prepare_release, write_release_once
 from ray_jobs.pretrain import pretrain_backbone

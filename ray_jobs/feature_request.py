@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.picture_networks import Kind, NetworkChoice
+from dsmip.encoders.image_networks import Kind, NetworkChoice
 from dsmip.encoders.vgg import BY_HASH, SIDE, TORCHVISION
 from dsmip.errors import UserError
+from dsmip.image_features import DTypeName
 from dsmip.models.dsmip import DsmipConfig
-from dsmip.picture_features import DTypeName
 from ray_jobs.settings import job_config
 
 

@@ -18,12 +18,12 @@ import ray
 import ray.data
 
 from dsmip.collate import PictureCollator
+from dsmip.dataset import Dataset
 from dsmip.dataset_storage import DatasetStorage
-from dsmip.encoders.picture_networks import PictureNetwork, identity
+from dsmip.encoders.image_networks import PictureNetwork, identity
 from dsmip.errors import StoreAway, UserError
-from dsmip.features import BATCH_SIZE
-from dsmip.manifest import KB
-from dsmip.picture_features import (
+from dsmip.feature_cache import BATCH_SIZE
+from dsmip.image_features import (
     PARTS,
     Data,
     Origin,
@@ -38,7 +38,7 @@ from dsmip.picture_features import (
     read_features,
     write_manifest,
 )
-from dsmip.shards import Dataset
+from dsmip.manifest import KB
 from dsmip.table import Table
 from dsmip.table_writer import TableWriter
 from dsmip.threads import map_alone

@@ -6,10 +6,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dsmip.atomic import write_json
+from dsmip.dataset import Dataset
 from dsmip.inspection.page import write_page
 from dsmip.inspection.report import Inspection, inspect_dataset
 from dsmip.inspection.tables import tables
-from dsmip.shards import Dataset
 from ray_jobs.bars import plain_console, progress_bars
 
 

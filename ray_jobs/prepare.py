@@ -23,13 +23,13 @@ from data_prep.release import Release, ReleaseOptions
 from data_prep.runners import Runner, run_in_processes, run_serially
 from data_prep.view import make_view
 from dsmip.atomic import sha256_file
+from dsmip.dataset import Dataset
 from dsmip.dataset_storage import MANIFEST_FILE
 from dsmip.errors import UserError
 from dsmip.locations import local_path
 from dsmip.manifest import Manifest, PictureSettings
 from dsmip.object_store import cache_folder
 from dsmip.provenance import write_record
-from dsmip.shards import Dataset
 
 
 @dataclass(frozen=True)

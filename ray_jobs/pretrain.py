@@ -14,6 +14,7 @@ from ray_jobs.environment import connected
 from dsmip import distributed
 from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.keys import key_tree
@@ -21,9 +22,8 @@ from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
 from dsmip.provenance import environment
 from dsmip.running import Running
-from dsmip.shards import Dataset
 from dsmip.text import Template, Tokenizer
-from dsmip.watch_tools import Watched, check_tools
+from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.progress import Display
 from ray_jobs.settings import read_config

@@ -8,11 +8,11 @@ from ray_jobs.environment import connected
 
 # isort: split
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.locations import Location
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import train_part
-from dsmip.watch_tools import Watched, check_tools
+from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.progress import Display
 from ray_jobs.settings import read_config

@@ -24,7 +24,7 @@ from dsmip.locations import Location, open_run_storage
 from dsmip.loop import Left
 from dsmip.run_storage import LocalRun, RunStorage
 from dsmip.running import Running
-from dsmip.watch_tools import Watched
+from dsmip.trackers import Watched
 from ray_jobs.causes import failure_of, traced
 from ray_jobs.context import RayContext
 from ray_jobs.failures import Failure, JobFailed, exit_code_of

@@ -13,17 +13,17 @@ import torch
 from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig
 from dsmip.errors import StoreAway
-from dsmip.features import load_features, whole_features
-from dsmip.local import LocalContext
+from dsmip.feature_cache import load_features, whole_features
+from dsmip.local_context import LocalContext
 from dsmip.locations import open_run_storage
 from dsmip.manifest import KB
+from dsmip.monitor import StepFigures
 from dsmip.part_features import PartFeatures
 from dsmip.run_storage import RunStorage
 from dsmip.runs import WEIGHTS, Run, own_weights
 from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole
 from dsmip.table import Table
-from dsmip.watch import StepFigures
-from dsmip.watch_tools import PROGRESS, SEND_SECONDS, Watched
+from dsmip.trackers import PROGRESS, SEND_SECONDS, Watched
 from ray_jobs.causes import failure_of, traced
 from ray_jobs.context import StepEvents, open_watch, set_threads, worker_device
 from ray_jobs.settings import read_config

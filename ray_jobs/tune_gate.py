@@ -24,7 +24,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.running import Resources
 from dsmip.runs import CONFIG, PART, WEIGHTS, Run, first_difference
-from dsmip.watch_tools import check_tools
+from dsmip.trackers import check_tools
 from ray_jobs.failures import LOST_WORKERS, Failure, JobFailed, exit_code_of
 from ray_jobs.progress import Display, run_watched, start_event_queue
 from ray_jobs.resources import Request, WaitingLine, check_feasible

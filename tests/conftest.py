@@ -15,8 +15,8 @@ from small_release import picture, write_release
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from dsmip.config import ExperimentConfig, parse_config
+from dsmip.dataset import Dataset
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 
 NARROW_BACKBONE = {
     "embed_dim": 24,

@@ -22,9 +22,9 @@ from workers import run_workers
 
 from dsmip.checkpoints import load_checkpoint
 from dsmip.config import ExperimentConfig, parse_config
-from dsmip.local import LocalContext
+from dsmip.dataset import Dataset
+from dsmip.local_context import LocalContext
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import CPU, train_part
 
 ROOT = Path(__file__).parents[1]

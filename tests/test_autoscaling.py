@@ -12,8 +12,8 @@ import pytest
 from ray_heads import Head, free_ports, running_head, wait_until
 
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from ray_jobs.node_types import VARIABLE
 
 # isort: split

@@ -20,8 +20,8 @@ from dsmip.evaluation import Ranking
 from dsmip.models.base import FeatureSizes, Scores
 from dsmip.models.mimic import MimicMatcher
 from dsmip.ops.ranking import Counts
-from dsmip.scorer import UnitScorer
 from dsmip.table import Column, Ragged, Table
+from dsmip.unit_scorer import UnitScorer
 
 CPU = torch.device("cpu")
 TOLERANCE = TOLERANCES["fp32"]

@@ -16,9 +16,9 @@ from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from data_prep.runners import Result, Task, Tick, run_in_processes, run_serially
 from data_prep.tasks import KbTask, SplitTask
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.manifest import PictureSettings
-from dsmip.shards import Dataset
 
 
 @pytest.fixture

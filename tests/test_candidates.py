@@ -27,14 +27,14 @@ from dsmip.metrics import HITS_AT
 from dsmip.models.base import Matcher, Side
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.models.mimic import Mimic
-from dsmip.ops import dual
+from dsmip.ops import visual_unit
 from dsmip.ops.ranking import largest_products, ranks_among, recall_at, top_k
 from dsmip.ranked_model import RankedFiles
 from dsmip.reports import Evaluated, evaluate_model
 from dsmip.runs import Run
-from dsmip.scorer import UnitScorer
 from dsmip.table import Table
 from dsmip.text_unit import TextUnit
+from dsmip.unit_scorer import UnitScorer
 from dsmip.units import CrossUnit, DualUnit, VisualUnit
 from ray_jobs.cli import app
 
@@ -153,8 +153,8 @@ def test_products_of_a_systems_vectors_join_those_of_its_units(prepared: Prepare
 
 def test_the_stand_in_of_a_dual_unit_is_its_score_with_the_gate_shut() -> None:
     weights, (query_Ad, value_Bd, key_Bd) = random_weights(8), random_items(8)
-    a, b = dual.query_side(query_Ad, weights), dual.value_side(value_Bd, key_Bd, weights)
-    found_AB = dual.query_vectors(a) @ dual.value_vectors(b, weights.eps).T
+    a, b = visual_unit.query_side(query_Ad, weights), visual_unit.value_side(value_Bd, key_Bd, weights)
+    found_AB = visual_unit.query_vectors(a) @ visual_unit.value_vectors(b, weights.eps).T
     no_gate = weights._replace(gate_weight=torch.zeros_like(weights.gate_weight), gate_bias=torch.zeros(()))
     torch.testing.assert_close(found_AB, direct(query_Ad, value_Bd, key_Bd, no_gate), atol=1e-10, rtol=1e-10)
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from dsmip.collate import Collator, ItemFormat
-from dsmip.pictures import decode, fit
+from dsmip.images import decode, fit
 from dsmip.records import Entity, Mention
 from dsmip.text import Template, Tokenizer
 

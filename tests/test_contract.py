@@ -20,7 +20,7 @@ from dsmip.batches import ItemBatch
 from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig, parse_config
 from dsmip.evaluation import Ranking, TileSize, prepare_in_tiles, rank
-from dsmip.features import whole_features
+from dsmip.feature_cache import whole_features
 from dsmip.index import EntityIndex
 from dsmip.merging import merge_rankings
 from dsmip.models import systems

@@ -14,8 +14,8 @@ from benchmarks.data import prepare as prepare_benchmark
 from benchmarks.data.big_release import BigRelease, write_big_release
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.shards import Dataset
 
 LOST = {
     "cut short": "picture unreadable",

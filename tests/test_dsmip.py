@@ -12,7 +12,7 @@ from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig, merged, parse_config
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.experts import feature_sizes
+from dsmip.expert import feature_sizes
 from dsmip.models.base import BatchGold
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.gumbel import relaxed_choice, sample_gumbel

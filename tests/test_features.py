@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmip import features
+from dsmip import feature_cache
 from dsmip.batches import ItemBatch
 from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig
-from dsmip.features import (
+from dsmip.dataset import Dataset
+from dsmip.feature_cache import (
     KB,
     FeatureCache,
     chunked,
@@ -24,7 +25,6 @@ from dsmip.features import (
 )
 from dsmip.models.base import FeatureEncoder, Matcher
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.table import Ragged, Table
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_fingerprint_depends_on_names_and_bits() -> None:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "BATCH_SIZE", 4)
+    monkeypatch.setattr(feature_cache, "BATCH_SIZE", 4)
 
 
 def encoded(run: Run, split: str, encoder: FeatureEncoder, collator: Collator) -> Table:

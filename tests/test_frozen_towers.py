@@ -11,7 +11,7 @@ from benchmarks.measure import kept_for_backward
 from dsmip.batches import ItemBatch
 from dsmip.config import BackboneConfig
 from dsmip.encoders.clip import Tuning
-from dsmip.experts import Expert, ExpertConfig
+from dsmip.expert import Expert, ExpertConfig
 from dsmip.table import Table
 
 NUM_ITEMS, NUM_TOKENS, SIZE = 6, 11, 16

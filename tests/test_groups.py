@@ -8,8 +8,8 @@ from small_release import picture, write_release
 
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
+from dsmip.dataset import Dataset
 from dsmip.groups import report_groups, rows_by_value
-from dsmip.shards import Dataset
 
 
 def entity(qid: str, name: str, image: str = "") -> dict[str, Any]:

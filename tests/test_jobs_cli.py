@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.errors import StoreAway
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from ray_jobs import cli
 
 

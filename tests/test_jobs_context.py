@@ -18,9 +18,9 @@ import torch
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.locations import open_run_storage
+from dsmip.monitor import StepFigures
 from dsmip.run_storage import LocalRun, RunStorage
-from dsmip.watch import StepFigures
-from dsmip.watch_tools import Watched
+from dsmip.trackers import Watched
 from ray_jobs import context as contexts
 from ray_jobs import trial as trials
 from ray_jobs.context import RayContext

@@ -18,14 +18,14 @@ from ray_heads import processes_of
 from typer.testing import CliRunner, Result
 
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.features import load_features
+from dsmip.feature_cache import load_features
+from dsmip.image_features import PARTS
 from dsmip.manifest import KB
 from dsmip.models.dsmip import GATE
 from dsmip.part_features import PartFeatures
-from dsmip.picture_features import PARTS
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import CPU
 from dsmip.table import Table
 from ray_jobs.cli import app

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from dsmip.config import ExperimentConfig, merged
+from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.local import LocalContext
-from dsmip.shards import Dataset
+from dsmip.local_context import LocalContext
 from ray_jobs import pretrain
 from ray_jobs.pretrain import pretrain_backbone
 from ray_jobs.progress import Display

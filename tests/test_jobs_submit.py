@@ -8,9 +8,9 @@ import pytest
 from ray_heads import Head, running_head, wait_until
 
 from dsmip.config import ExperimentConfig, TuneConfig, merged
-from dsmip.local import LocalContext
+from dsmip.dataset import Dataset
+from dsmip.local_context import LocalContext
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import train_part
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -17,13 +17,13 @@ from ray.train.v2._internal.execution.storage import StorageContext
 
 from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig, parse_config
+from dsmip.dataset import Dataset
 from dsmip.errors import StoreAway, UserError
-from dsmip.local import LocalContext
+from dsmip.local_context import LocalContext
+from dsmip.monitor import StepFigures
 from dsmip.running import Resources, Running
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import train_part
-from dsmip.watch import StepFigures
 from ray_jobs import resources
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed

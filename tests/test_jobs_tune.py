@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from dsmip.config import ExperimentConfig, TuneConfig
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.local import LocalContext
+from dsmip.local_context import LocalContext
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import CPU, train_part
 from dsmip.status import read_status
 from ray_jobs import tune_gate as job

@@ -17,11 +17,11 @@ from displays import Lines
 from ray import cloudpickle
 
 from dsmip.config import ExperimentConfig, TuneConfig
+from dsmip.dataset import Dataset
 from dsmip.errors import StoreAway
-from dsmip.local import LocalContext
+from dsmip.local_context import LocalContext
 from dsmip.run_storage import LocalRun
 from dsmip.runs import WEIGHTS, Run
-from dsmip.shards import Dataset
 from dsmip.stages import CPU, train_part
 from ray_jobs import trial
 from ray_jobs import tune_gate as job

@@ -13,8 +13,8 @@ import torch
 
 from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, parse_config
-from dsmip.experts import ExpertConfig
-from dsmip.features import feature_key, fingerprint
+from dsmip.expert import ExpertConfig
+from dsmip.feature_cache import feature_key, fingerprint
 from dsmip.frozen import Frozen
 from dsmip.keys import key_tree, plain_text
 from dsmip.models import find_system

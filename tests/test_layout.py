@@ -12,21 +12,21 @@ PACKAGES = ("ray_jobs", "data_prep", "dsmip")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 70
 # data_prep is fed with records and writes shards: of the library it knows these modules only
 KNOWN_TO_DATA_PREP = {
-    "atomic",
-    "dataset_storage",
     "dsmip",
+    "atomic",
+    "dataset",
+    "dataset_storage",
     "errors",
+    "images",
     "locations",
     "manifest",
     "object_store",
-    "pictures",
     "processes",
     "progress",
     "records",
+    "sampler",
     "samples",
-    "shards",
-    "streams",
-    "tars",
+    "tar",
     "text",
     "views",
 }

@@ -21,9 +21,9 @@ from dsmip.errors import UserError
 from dsmip.models.base import BatchGold, FeatureSizes
 from dsmip.models.mimic import Mimic, MimicConfig, MimicEncoder, MimicMatcher
 from dsmip.records import Entity, Mention
-from dsmip.scorer import UnitScorer
 from dsmip.table import Ragged, Table
 from dsmip.text import Tokenizer
+from dsmip.unit_scorer import UnitScorer
 
 GOLDEN = Path(__file__).parent / "data" / "mimic_units.npz"
 START, END = 49406, 49407

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dsmip.ops.contrastive import contrastive_loss
+from dsmip.ops.losses import contrastive_loss
 
 
 def test_equals_the_formula_with_excluded_pairs_left_out() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsmip.ops.dual import DualWeights, dual_unit, query_side, value_side
+from dsmip.ops.visual_unit import DualWeights, dual_unit, query_side, value_side
 
 
 def random_weights(d: int, seed: int = 0) -> DualWeights:

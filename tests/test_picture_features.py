@@ -14,16 +14,14 @@ from torchvision.models.vgg import VGG, make_layers
 
 from dsmip.collate import PictureCollator
 from dsmip.config import ExperimentConfig, parse_config
+from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.picture_networks import NetworkChoice, PictureNetwork, identity
+from dsmip.encoders.image_networks import NetworkChoice, PictureNetwork, identity
 from dsmip.encoders.vgg import Vgg16Features
 from dsmip.errors import UserError
-from dsmip.features import load_features
+from dsmip.feature_cache import load_features
 from dsmip.gate import GateConfig, stored_pictures
-from dsmip.manifest import KB
-from dsmip.models.dsmip import GATE
-from dsmip.part_features import PartFeatures
-from dsmip.picture_features import (
+from dsmip.image_features import (
     PARTS,
     Data,
     DTypeName,
@@ -37,9 +35,11 @@ from dsmip.picture_features import (
     picture_rows,
     write_manifest,
 )
+from dsmip.manifest import KB
+from dsmip.models.dsmip import GATE
+from dsmip.part_features import PartFeatures
 from dsmip.pieces import plan_pieces
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import CPU
 from dsmip.threads import map_alone
 

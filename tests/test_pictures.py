@@ -9,8 +9,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from dsmip import pictures
-from dsmip.pictures import JpegHeader, UnreadablePicture, decode, fit, jpeg_header
+from dsmip import images
+from dsmip.images import JpegHeader, UnreadablePicture, decode, fit, jpeg_header
 
 
 def smooth_picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -90,7 +90,7 @@ def test_only_whole_plain_jpegs_have_a_header() -> None:
 
 
 def test_huge_pictures_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
     assert decode(encoded(Image.new("RGB", (10, 10)))).shape == (3, 10, 10)
     # Cut after the header: only a decoder would notice that the pixels are missing.
     with pytest.raises(UnreadablePicture, match="11 x 10 pixels are above the limit of 100"):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from dsmip import features
+from dsmip import feature_cache
 from dsmip import pieces as pieces_of_rankings
 from dsmip.atomic import sha256_file
 from dsmip.errors import UserError
@@ -21,7 +21,7 @@ ROWS = 4
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices start where batches do, as in use."""
-    monkeypatch.setattr(features, "BATCH_SIZE", ROWS)
+    monkeypatch.setattr(feature_cache, "BATCH_SIZE", ROWS)
     monkeypatch.setattr(pieces_of_rankings, "BATCH_SIZE", ROWS)
 
 
@@ -40,7 +40,7 @@ def hashes(pieces: Pieces) -> dict[str, str]:
 def expected(run: Run) -> dict[str, str]:
     """What one call makes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "BATCH_SIZE", ROWS)
+        patch.setattr(feature_cache, "BATCH_SIZE", ROWS)
         patch.setattr(pieces_of_rankings, "BATCH_SIZE", ROWS)
         pieces = nothing_made(run)
         pieces.make(list(pieces.missing), CPU)

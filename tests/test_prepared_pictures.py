@@ -14,8 +14,8 @@ from small_release import picture
 
 from data_prep import pictures
 from data_prep.pictures import JPEG_QUALITY, UnusablePicture, prepare_picture
+from dsmip.images import UnreadablePicture, decode, jpeg_header
 from dsmip.manifest import PictureSettings
-from dsmip.pictures import UnreadablePicture, decode, jpeg_header
 
 SETTINGS = PictureSettings(size=224, quality=JPEG_QUALITY)
 ORIGINAL = SETTINGS.model_copy(update={"keep_original": True})
@@ -241,7 +241,7 @@ def test_broken_bytes_give_a_jpeg_within_bounds_or_a_reason(
             short, long = sorted(image.size)
             assert settings.keep_original or (short <= 16 and long <= 4 * short)
             assert decode(prepared).shape == (3, image.height, image.width)
-        patch.setattr("dsmip.pictures.MAX_PIXELS", 1 << 20)
+        patch.setattr("dsmip.images.MAX_PIXELS", 1 << 20)
         _or_none(lambda: decode(data), UnreadablePicture)
 
 

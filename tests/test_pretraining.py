@@ -12,13 +12,13 @@ from workers import run_workers
 from dsmip import distributed
 from dsmip.batches import ItemBatch
 from dsmip.config import PretrainConfig
+from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.local import LocalContext
+from dsmip.local_context import LocalContext
+from dsmip.monitor import StepFigures
 from dsmip.pretraining import MAX_LOGIT_SCALE, PairSource, contrast, pretrain
-from dsmip.shards import Dataset
 from dsmip.text import Template, Tokenizer
-from dsmip.watch import StepFigures
 
 CPU = torch.device("cpu")
 CONFIG = PretrainConfig(epochs=3, batch_size=4, learning_rate=3e-3, warmup_steps=2)

@@ -15,8 +15,8 @@ import dsmip
 from data_prep.mimic_release import MimicRelease
 from dsmip import provenance
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from ray_jobs.prepare import BuildOptions, prepare_release
 
 

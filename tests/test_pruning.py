@@ -17,7 +17,7 @@ from torch import Tensor
 from dsmip import evaluation
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation import NotRankable, Ranking, TileSize, rank
-from dsmip.experts import feature_sizes
+from dsmip.expert import feature_sizes
 from dsmip.index import EntityIndex
 from dsmip.merging import merge_rankings
 from dsmip.models.base import Matcher, Scores
@@ -28,8 +28,8 @@ from dsmip.ranked_model import RankedModel
 from dsmip.refinement import Floor, PairScorer
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
-from dsmip.scorer import UnitScorer
 from dsmip.table import Ragged, Table
+from dsmip.unit_scorer import UnitScorer
 from ray_jobs.evaluate import evaluate_run
 
 NUM_MENTIONS, NUM_ENTITIES = 9, 90

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.evaluation import TileSize
-from dsmip.experts import feature_sizes
-from dsmip.local import LocalContext
+from dsmip.expert import feature_sizes
+from dsmip.local_context import LocalContext
 from dsmip.sources import CachedSource
 from dsmip.table import Column, Ragged, Table
-from dsmip.training import train
+from dsmip.trainer import train
 
 pytestmark = pytest.mark.slow
 

@@ -24,8 +24,8 @@ from full_disk import fill, small_disk
 from ray_heads import processes_of, running_head, wait_until
 
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORKERS = {"text": 1, "visual": 1}

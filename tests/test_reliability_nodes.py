@@ -25,8 +25,8 @@ from ray_heads import wait_until
 
 import ray_jobs.environment  # noqa: F401  (before Ray is imported)
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 
 # isort: split
 from ray.cluster_utils import Cluster

@@ -11,9 +11,9 @@ from disturbed import ROOT, WAIT_SECONDS, StepLog, command, descendants, ended, 
 from ray_heads import wait_until
 
 from dsmip.config import ExperimentConfig, TuneConfig
-from dsmip.local import LocalContext
+from dsmip.dataset import Dataset
+from dsmip.local_context import LocalContext
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import train_part
 from ray_jobs.progress import Display
 from ray_jobs.tune_gate import tune_gate

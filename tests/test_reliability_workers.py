@@ -23,8 +23,8 @@ from disturbed import (
 
 from dsmip.checkpoints import load_checkpoint
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import CPU
 from ray_jobs import train_experts as job
 from ray_jobs.failures import JobFailed

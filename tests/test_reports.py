@@ -13,11 +13,11 @@ import torch
 
 from dsmip.comparison import compare, read_evaluation
 from dsmip.config import ExperimentConfig, parse_config
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.ranked_model import model_names
 from dsmip.reports import Evaluated, evaluate_model, oracle
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 
 CPU = torch.device("cpu")
 

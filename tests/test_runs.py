@@ -11,10 +11,10 @@ from small_release import plain_release
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from dsmip.config import ExperimentConfig, merged
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.run_storage import LocalRun
 from dsmip.runs import Run, own_weights
-from dsmip.shards import Dataset
 
 
 @pytest.fixture

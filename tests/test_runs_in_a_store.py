@@ -16,17 +16,17 @@ from ray_heads import processes_of, wait_until
 from typer.testing import CliRunner
 
 import ray_jobs.environment  # noqa: F401  (before Ray is imported)
-from dsmip import features
+from dsmip import feature_cache
 from dsmip.atomic import sha256_file
 from dsmip.config import ExperimentConfig, TuneConfig, merged
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.local import LocalContext
+from dsmip.local_context import LocalContext
 from dsmip.locations import open_run_storage
 from dsmip.manifest import KB
 from dsmip.object_store import filesystem
 from dsmip.part_features import PartFeatures
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import train_part
 from dsmip.status import read_status
 from ray_jobs.cli import app
@@ -88,7 +88,7 @@ def test_another_machine_takes_what_is_computed(
         pytest.fail("encoded again")
 
     monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(features, "encode_split", encode)
+    monkeypatch.setattr(feature_cache, "encode_split", encode)
     there = Run.open(f"{bucket}/run")
     assert there.is_finished("text")
     assert there.cache.has(there.folder / "features" / table.name)

@@ -16,9 +16,9 @@ from small_release import faulty_release
 
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.shards import Dataset
-from dsmip.tars import read_shard, tar_header, write_shard
+from dsmip.tar import read_shard, tar_header, write_shard
 
 
 @pytest.fixture

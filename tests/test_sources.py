@@ -12,10 +12,10 @@ from torch import Tensor
 from dsmip import distributed
 from dsmip.batches import ItemBatch
 from dsmip.config import AugmentConfig, ExperimentConfig, TrainConfig
+from dsmip.dataset import Dataset
 from dsmip.gradients import Step
 from dsmip.ops.augmentation import Draws
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.sources import CachedSource, StreamSource, augmented, read_ahead
 from dsmip.table import Table
 

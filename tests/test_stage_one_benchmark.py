@@ -12,9 +12,9 @@ from benchmarks.training.stage_two_trial import trials
 from benchmarks.training.steps import WARM_UP, Stopwatch, one_epoch
 from benchmarks.training.tower_rate import CASES, count_operations, drawn_items, tower_rates, training_step
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
-from dsmip.shards import Dataset
-from dsmip.watch import StepFigures
+from dsmip.monitor import StepFigures
 
 CPU = torch.device("cpu")
 BATCH, TOKENS, PATCHES = 4, 77, 4

@@ -8,14 +8,14 @@ from test_dsmip import NUM_ENTITIES, NUM_MENTIONS, features, whole
 
 from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig, TrainConfig, parse_config
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.models.base import BatchGold
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.sources import StreamSource, is_held_out
 from dsmip.stages import held_out_rows, stage_two_split
 from dsmip.table import Table
-from dsmip.training import trained_state
+from dsmip.trainer import trained_state
 
 COLUMN_M = torch.tensor([0, 3, 1, 1, 5])
 

@@ -13,10 +13,10 @@ import pytest
 from dsmip.atomic import write_json
 from dsmip.checkpoints import Checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.locations import open_run_storage
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.status import Progress, Status, read_status
 
 NOW = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)

@@ -16,11 +16,11 @@ from small_release import plain_release
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from data_prep.view import make_view
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.object_store import _system, filesystem
 from dsmip.processes import map_tasks
-from dsmip.shards import Dataset
-from dsmip.streams import TrainingBatch
+from dsmip.sampler import TrainingBatch
 
 ROOT = Path(__file__).parents[1]
 SHARD = "train/train-000001.tar"

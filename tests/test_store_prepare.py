@@ -14,12 +14,12 @@ from small_release import plain_release
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from data_prep.publish import upload_dataset
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.image_features import PARTS, find_features
 from dsmip.manifest import KB
 from dsmip.object_store import filesystem
-from dsmip.picture_features import PARTS, find_features
 from dsmip.provenance import RECORDS
-from dsmip.shards import Dataset
 from dsmip.table import Table
 from ray_jobs import cli
 

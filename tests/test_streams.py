@@ -11,9 +11,9 @@ from small_release import plain_release
 from data_prep import staging
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
-from dsmip import streams
-from dsmip.shards import Dataset
-from dsmip.streams import TrainingBatch, count_steps, draw, permutation, step_bounds, windows
+from dsmip import sampler
+from dsmip.dataset import Dataset
+from dsmip.sampler import TrainingBatch, count_steps, draw, permutation, step_bounds, windows
 
 NUM_TRAIN = 53
 PERMUTATION_0_1 = [7, 5, 1, 4, 0, 6, 2, 3]
@@ -59,7 +59,7 @@ def test_windows_hold_every_sample_once(shard_sizes: list[int], seed: int, epoch
     place = 0
     for window in made:
         assert window.start == place
-        assert len(window.shards) <= streams.WINDOW_SHARDS
+        assert len(window.shards) <= sampler.WINDOW_SHARDS
         assert {shard for shard, _ in window.order} <= set(window.shards)
         place += len(window.order)
 

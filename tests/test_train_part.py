@@ -12,12 +12,12 @@ from workers import run_workers
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from dsmip.config import ExperimentConfig, load_config, merged
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.local import LocalContext
+from dsmip.local_context import LocalContext
+from dsmip.monitor import StepFigures
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import train_part
-from dsmip.watch import StepFigures
 
 
 def train_in_worker(folder: Path, config_path: Path, data: Path, parts: list[str]) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from dsmip.checkpoints import load_checkpoint
 from dsmip.config import TrainConfig
 from dsmip.errors import UserError
 from dsmip.gradients import Step
-from dsmip.local import LocalContext
+from dsmip.local_context import LocalContext
 from dsmip.loop import Left
 from dsmip.models.base import BatchGold, Matcher, Scores
+from dsmip.monitor import StepFigures
 from dsmip.sources import CachedSource
 from dsmip.table import Table
-from dsmip.training import TrainResult, train, trained_state
-from dsmip.watch import StepFigures
+from dsmip.trainer import TrainResult, train, trained_state
 
 CPU = torch.device("cpu")
 WIDTH = 4

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dsmip.atomic import sha256_file
-from dsmip.shards import Dataset
-from dsmip.tars import read_shard, write_shard
+from dsmip.dataset import Dataset
+from dsmip.tar import read_shard, write_shard
 from dsmip.verification import verify_dataset
 from ray_jobs import cli
 

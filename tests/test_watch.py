@@ -13,8 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from dsmip.config import WatchTool, load_config
 from dsmip.errors import UserError
-from dsmip.watch import Outcome, Position, StepFigures, Watch, Writer, step_means, timed
-from dsmip.watch_tools import ProgressFile, Watched, check_tools
+from dsmip.monitor import Outcome, Position, StepFigures, Watch, Writer, step_means, timed
+from dsmip.trackers import ProgressFile, Watched, check_tools
 
 CPU = torch.device("cpu")
 CONFIG = {"model": "dsmip", "train": {"epochs": 2}}

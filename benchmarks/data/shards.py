@@ -34,10 +34,10 @@ from data_prep.mimic_release import MimicRelease
 from data_prep.runners import run_in_processes
 from dsmip.atomic import write_json
 from dsmip.collate import Collator, ItemFormat, Modality
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.shards import Dataset
+from dsmip.sampler import TrainingBatch
 from dsmip.sources import read_ahead
-from dsmip.streams import TrainingBatch
 from dsmip.text import Template, Tokenizer
 
 Decoder = Literal["torchvision", "Pillow"]

@@ -32,8 +32,8 @@ from data_prep.mimic_release import MimicRelease
 from data_prep.publish import upload_dataset
 from data_prep.runners import run_in_processes
 from dsmip.atomic import write_json
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.shards import Dataset
 from tests.object_store import free_port, running_store, variables
 
 WORKS: dict[Work, int] = {"records": 0, "all": 4}  # batches read ahead

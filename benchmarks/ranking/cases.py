@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsmip.collate import Modality
 from dsmip.config import ExperimentConfig, parse_config
-from dsmip.experts import MODALITIES, feature_sizes
+from dsmip.expert import MODALITIES, feature_sizes
 from dsmip.models import find_system
 from dsmip.models.base import FeatureSizes, Matcher
 from dsmip.models.dsmip import GATE, DsmipMatcher

@@ -18,13 +18,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dsmip.experts import Expert
+from dsmip.expert import Expert
 from dsmip.models.base import Matcher, Scores
 from dsmip.models.dsmip import GATE, DsmipMatcher
 from dsmip.models.mimic import MimicMatcher
-from dsmip.scorer import UnitScorer
 from dsmip.table import Table
 from dsmip.text_unit import TextUnit
+from dsmip.unit_scorer import UnitScorer
 from dsmip.units import CrossUnit, DualUnit, VisualUnit
 
 MENTION_BATCH, ENTITY_CHUNK = 20, 6000

@@ -33,9 +33,9 @@ from data_prep.mimic_release import MimicRelease
 from data_prep.runners import run_in_processes
 from dsmip.atomic import write_json, write_text
 from dsmip.config import ExperimentConfig, load_config
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.models import find_system
-from dsmip.shards import Dataset
 
 WORKERS = (1, 2)
 MIB = 2**20

@@ -16,17 +16,17 @@ from tempfile import TemporaryDirectory
 import torch
 
 from dsmip.config import ExperimentConfig
-from dsmip.features import load_features, whole_features
+from dsmip.dataset import Dataset
+from dsmip.feature_cache import load_features, whole_features
 from dsmip.gradients import Step
-from dsmip.local import LocalContext
+from dsmip.local_context import LocalContext
 from dsmip.manifest import KB
 from dsmip.part_features import PartFeatures
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.sources import CachedSource
 from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole, validate_on
 from dsmip.table import Table
-from dsmip.training import train
+from dsmip.trainer import train
 
 _SPLITS = ("train", "validation", KB)
 _TOLERANCE = 1e-3  # of losses: a text's batch decides its padding, and so the last bits of its features; a GPU adds

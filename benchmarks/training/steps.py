@@ -21,14 +21,14 @@ from rich.console import Console
 
 from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig
-from dsmip.local import LocalContext
+from dsmip.dataset import Dataset
+from dsmip.local_context import LocalContext
 from dsmip.loop import Context
 from dsmip.models import find_system
+from dsmip.monitor import StepFigures
 from dsmip.running import Running
 from dsmip.runs import Run
-from dsmip.shards import Dataset
 from dsmip.stages import train_part
-from dsmip.watch import StepFigures
 
 WARM_UP = 2  # steps that are not counted: memory is laid out, the first batch waited for
 

@@ -16,9 +16,9 @@ from benchmarks.roofline import matrix_rate
 from dsmip.batches import ItemBatch
 from dsmip.config import BackboneConfig, TrainConfig
 from dsmip.encoders.clip import Backbone, Tuning
-from dsmip.experts import Expert, ExpertConfig
+from dsmip.expert import Expert, ExpertConfig
 from dsmip.gradients import Step, batch_backward
-from dsmip.optimization import build_optimizer
+from dsmip.optimizer import build_optimizer
 
 WIDTH = 96  # of the units, as in the paper
 _DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

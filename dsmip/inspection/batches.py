@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsmip.inspection.columns import Ints
-from dsmip.streams import count_steps, step_bounds, windows
+from dsmip.sampler import count_steps, step_bounds, windows
 
 BATCH_SIZE = 128
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dsmip.dataset import Dataset
 from dsmip.dataset_storage import DatasetStorage, open_file
 from dsmip.inspection.picture_hash import GRID, read_signature
 from dsmip.manifest import KB, SPLITS, ShardInfo
@@ -22,8 +23,7 @@ from dsmip.processes import map_tasks
 from dsmip.progress import Progress, counting
 from dsmip.records import Entity
 from dsmip.samples import read_mention
-from dsmip.shards import Dataset
-from dsmip.tars import read_samples
+from dsmip.tar import read_samples
 from dsmip.text import Template, Tokenizer, entity_text, mention_text
 
 ARCHITECTURE = "ViT-B-32"  # its tokenizer and context length of 77 are those of every CLIP

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dsmip.dataset import Dataset
 from dsmip.inspection.batches import SameGold, same_gold_pairs
 from dsmip.inspection.checks import NOBODY, Check
 from dsmip.inspection.columns import Columns, Flags, Ints, read_columns
@@ -14,7 +15,6 @@ from dsmip.inspection.texts import entity_checks, mention_checks
 from dsmip.manifest import SPLITS
 from dsmip.progress import Progress, no_progress
 from dsmip.records import Entity, Mention
-from dsmip.shards import Dataset
 
 _EXAMPLES_OF_A_CHECK = 3
 _SAMPLES_OF_A_SPLIT = 3

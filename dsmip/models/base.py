@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.frozen import Frozen
-from dsmip.shards import Dataset
 from dsmip.table import Table
 
 Side = Literal["mentions", "entities"]

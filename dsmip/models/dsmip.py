@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig
-from dsmip.experts import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
+from dsmip.dataset import Dataset
+from dsmip.expert import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
 from dsmip.frozen import Frozen
 from dsmip.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_pictures
 from dsmip.keys import plain_text
 from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, StoredFeatures, System, token_pairs
-from dsmip.ops.contrastive import contrastive_loss, contrastive_losses
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
-from dsmip.shards import Dataset
+from dsmip.ops.losses import contrastive_loss, contrastive_losses
 from dsmip.table import Table
 from dsmip.text import Template
 

@@ -20,13 +20,13 @@ from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
 from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
-from dsmip.experts import feature_sizes
+from dsmip.expert import feature_sizes
 from dsmip.frozen import Frozen
 from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System, token_pairs
-from dsmip.ops.contrastive import contrastive_loss
-from dsmip.scorer import UnitScorer
+from dsmip.ops.losses import contrastive_loss
 from dsmip.table import Ragged, Table
 from dsmip.text import Template
+from dsmip.unit_scorer import UnitScorer
 
 # Where the scorer's parameters are in a published state dict (beginnings of names).
 _PUBLISHED = {

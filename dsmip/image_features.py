@@ -18,13 +18,13 @@ from pydantic import Field, ValidationError
 
 from dsmip.atomic import sha256_file, write_json
 from dsmip.collate import PictureCollator
+from dsmip.dataset import Dataset
 from dsmip.dataset_storage import DatasetStorage, FileInfo
-from dsmip.encoders.picture_networks import Identity, Kind, PictureNetwork, picture_vectors
+from dsmip.encoders.image_networks import Identity, Kind, PictureNetwork, picture_vectors
 from dsmip.errors import UserError
-from dsmip.features import fingerprint
+from dsmip.feature_cache import fingerprint
 from dsmip.keys import plain_text
 from dsmip.manifest import KB, SPLITS, Count, Digest, Part
-from dsmip.shards import Dataset
 from dsmip.table import Table
 
 PARTS = (KB, *SPLITS)
@@ -126,7 +126,7 @@ def features_file(name: str, part: str) -> str:
 
 
 def network_hash(identity: Identity) -> str:
-    """Hex digest of a network, version 1 (as `dsmip.features.feature_key`)."""
+    """Hex digest of a network, version 1 (as `dsmip.feature_cache.feature_key`)."""
     return fingerprint(identity.tensors, plain_text((identity.form, identity.mean, identity.std, identity.side)))
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import Collator, ItemFormat
+from dsmip.dataset import Dataset
 from dsmip.keys import plain_text
 from dsmip.locations import Location, open_run_storage
 from dsmip.manifest import KB
 from dsmip.models.base import FeatureEncoder, Matcher
-from dsmip.shards import Dataset
 from dsmip.table import Table, concatenate
 from dsmip.table_writer import TableWriter
 from dsmip.threads import map_alone

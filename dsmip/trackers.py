@@ -23,8 +23,8 @@ from dsmip.atomic import write_json
 from dsmip.config import WatchTool, flat
 from dsmip.errors import UserError
 from dsmip.locations import Location, open_run_storage
+from dsmip.monitor import Outcome, Position, Writer
 from dsmip.run_storage import RunStorage
-from dsmip.watch import Outcome, Position, Writer
 
 PROGRESS = "progress.json"
 _PROJECT = "dsmip"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dsmip.checkpoints import KEPT, MANIFEST, newest_sound
-from dsmip.watch import StepFigures
+from dsmip.monitor import StepFigures
 
 Report = Callable[[Mapping[str, float]], None]
 

@@ -26,9 +26,9 @@ from dsmip.errors import UserError
 from dsmip.locations import open_dataset_storage
 from dsmip.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, parse_manifest
 from dsmip.records import Entity, Mention
+from dsmip.sampler import TrainingBatch, Window, count_steps, step_bounds, windows
 from dsmip.samples import make_entity, read_mention, read_pair
-from dsmip.streams import TrainingBatch, Window, count_steps, step_bounds, windows
-from dsmip.tars import Sample, read_place, read_samples
+from dsmip.tar import Sample, read_place, read_samples
 from dsmip.views import TRAIN, View, parse_view
 
 ENTITY_SCHEMA = pa.schema(

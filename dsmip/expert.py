@@ -22,9 +22,9 @@ from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.errors import UserError
 from dsmip.frozen import Frozen
 from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores, Side, token_pairs
-from dsmip.ops.contrastive import contrastive_loss
-from dsmip.scorer import UnitScorer
+from dsmip.ops.losses import contrastive_loss
 from dsmip.table import Ragged, Table
+from dsmip.unit_scorer import UnitScorer
 
 ExpertName = Literal["text", "visual", "multimodal"]
 MODALITIES: Mapping[str, tuple[Modality, ...]] = {

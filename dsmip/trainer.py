@@ -14,7 +14,7 @@ from dsmip.config import TrainConfig
 from dsmip.gradients import batch_backward
 from dsmip.loop import BatchSums, Context, Loop, Objective, Scale, StepSource
 from dsmip.models.base import Matcher
-from dsmip.optimization import build_optimizer, learning_rate_factor
+from dsmip.optimizer import build_optimizer, learning_rate_factor
 
 
 @dataclass(frozen=True, slots=True)
