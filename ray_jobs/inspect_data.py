@@ -5,11 +5,11 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from data_prep.inspection.page import write_page
+from data_prep.inspection.report import Inspection, inspect_dataset
+from data_prep.inspection.tables import tables
 from dsmip.atomic import write_json
 from dsmip.dataset import Dataset
-from dsmip.inspection.page import write_page
-from dsmip.inspection.report import Inspection, inspect_dataset
-from dsmip.inspection.tables import tables
 from ray_jobs.bars import plain_console, progress_bars
 
 

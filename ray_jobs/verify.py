@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from pathlib import Path, PurePath
 
+from data_prep.inspection.verification import Verification, verify_dataset
 from dsmip.atomic import write_json
-from dsmip.verification import Verification, verify_dataset
 from ray_jobs.bars import progress_bars
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.inspection.verification import verify_dataset
 from dsmip.atomic import sha256_file
 from dsmip.dataset import Dataset
 from dsmip.tar import read_shard, write_shard
-from dsmip.verification import verify_dataset
 from ray_jobs import cli
 
 

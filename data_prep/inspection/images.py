@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsmip.inspection.checks import NOBODY, Check, groups_of
-from dsmip.inspection.columns import Columns, Flags, Ints, PictureColumns, joined
-from dsmip.inspection.picture_hash import are_near, near_pairs
+from data_prep.inspection.checks import NOBODY, Check, groups_of
+from data_prep.inspection.columns import Columns, Flags, Ints, PictureColumns, joined
+from data_prep.inspection.image_hash import are_near, near_pairs
 from dsmip.manifest import SPLITS
 
 _NO_OWNER = np.iinfo(np.int64).max

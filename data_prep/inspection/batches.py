@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsmip.inspection.columns import Ints
+from data_prep.inspection.columns import Ints
 from dsmip.sampler import count_steps, step_bounds, windows
 
 BATCH_SIZE = 128

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.inspection.shard_verification import Copy, Problem, ShardTask, check_shard, readable_table
 from dsmip.atomic import sha256_file
 from dsmip.dataset import Dataset
 from dsmip.dataset_storage import MANIFEST_FILE, DatasetStorage
@@ -17,7 +18,6 @@ from dsmip.locations import open_dataset_storage
 from dsmip.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, parse_manifest
 from dsmip.processes import map_tasks
 from dsmip.progress import Progress, counting, no_progress
-from dsmip.shard_verification import Copy, Problem, ShardTask, check_shard, readable_table
 from dsmip.views import parse_view
 
 MAX_PROBLEMS = 100

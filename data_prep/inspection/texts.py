@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from dsmip.inspection.checks import NOBODY, Check, combine, first_of_group, groups_of, other_of_group
-from dsmip.inspection.columns import Columns, EntityColumns, Flags, Ints
+from data_prep.inspection.checks import NOBODY, Check, combine, first_of_group, groups_of, other_of_group
+from data_prep.inspection.columns import Columns, EntityColumns, Flags, Ints
 from dsmip.manifest import SPLITS
 
 

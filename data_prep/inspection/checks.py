@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmip.inspection.columns import Flags, Hashes, Ints
+from data_prep.inspection.columns import Flags, Hashes, Ints
 
 NOBODY = -1
 

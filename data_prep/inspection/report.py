@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.inspection.batches import SameGold, same_gold_pairs
+from data_prep.inspection.checks import NOBODY, Check
+from data_prep.inspection.columns import Columns, Flags, Ints, read_columns
+from data_prep.inspection.images import picture_checks
+from data_prep.inspection.texts import entity_checks, mention_checks
 from dsmip.dataset import Dataset
-from dsmip.inspection.batches import SameGold, same_gold_pairs
-from dsmip.inspection.checks import NOBODY, Check
-from dsmip.inspection.columns import Columns, Flags, Ints, read_columns
-from dsmip.inspection.pictures import picture_checks
-from dsmip.inspection.texts import entity_checks, mention_checks
 from dsmip.manifest import SPLITS
 from dsmip.progress import Progress, no_progress
 from dsmip.records import Entity, Mention

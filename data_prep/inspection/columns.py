@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.inspection.image_hash import GRID, read_signature
 from dsmip.dataset import Dataset
 from dsmip.dataset_storage import DatasetStorage, open_file
-from dsmip.inspection.picture_hash import GRID, read_signature
 from dsmip.manifest import KB, SPLITS, ShardInfo
 from dsmip.processes import map_tasks
 from dsmip.progress import Progress, counting

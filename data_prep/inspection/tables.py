@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dsmip.inspection.report import Count, Inspection, Row
+from data_prep.inspection.report import Count, Inspection, Row
 from dsmip.manifest import SPLITS
 
 _FLAWS_LISTED = 12

@@ -8,9 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from data_prep.inspection.report import Example, Inspection
+from data_prep.inspection.tables import tables
 from dsmip.atomic import write_text
-from dsmip.inspection.report import Example, Inspection
-from dsmip.inspection.tables import tables
 from dsmip.records import Entity, Mention
 
 _PICTURE_SIDE = 128
@@ -32,7 +32,7 @@ class _Card:
 def write_page(found: Inspection, path: Path) -> None:
     """Writes the page to `path`, whole or not at all."""
     environment = Environment(
-        loader=PackageLoader("dsmip.inspection", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("data_prep.inspection", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     examples: dict[str, list[tuple[str, list[_Card]]]] = {}
     for example in found.examples:
