@@ -309,7 +309,7 @@ def demo(
     verbose: VerboseOption = False,
 ) -> None:
     """Draws a data set and goes all the way to a comparison of experts, gate and oracle, in a few minutes."""
-    from data_prep.demo_release import DemoConfig
+    from data_prep.demo.release import DemoConfig
     from dsmip.locations import path_here
     from ray_jobs.demo import run_demo
 

@@ -16,7 +16,7 @@ from ray_jobs.environment import connected
 import torch
 from rich.table import Table
 
-from data_prep.demo_release import DemoConfig
+from data_prep.demo.release import DemoConfig
 from data_prep.mimic_release import MimicRelease
 from data_prep.pictures import JPEG_QUALITY
 from dsmip.atomic import write_json

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from data_prep.build import PICTURES, SHARD_BYTES, Progress, prepare
-from data_prep.demo_release import DemoConfig, write_demo_release
+from data_prep.demo.release import DemoConfig, write_demo_release
 from data_prep.mimic_release import MimicRelease
 from data_prep.publish import published_manifest, upload_dataset
 from data_prep.release import Release, ReleaseOptions

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 from pydantic import ValidationError
 
-from data_prep.demo_release import DemoConfig, KindRates, draw_demo, write_demo_release
-from data_prep.heraldry import CHARGES, PATTERNS, Arms, Damage, photograph, plate
-from data_prep.heraldry_mentions import KINDS, MentionPlan
-from data_prep.heraldry_text import FACTS
-from data_prep.heraldry_world import House
+from data_prep.demo.drawing import CHARGES, PATTERNS, Arms, Damage, photograph, plate
+from data_prep.demo.mentions import KINDS, MentionPlan
+from data_prep.demo.release import DemoConfig, KindRates, draw_demo, write_demo_release
+from data_prep.demo.text import FACTS
+from data_prep.demo.world import House
 from dsmip.errors import UserError
 
 CONFIG = DemoConfig(seed=3, num_entities=150, num_train=120, num_validation=40, num_test=80, picture_size=32)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.demo_release import DemoConfig
+from data_prep.demo.release import DemoConfig
 from dsmip.errors import UserError
 from ray_jobs.demo import covered, run_demo
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final, Literal, TypeAlias, get_args
 
-from data_prep.heraldry import DAMAGES, Damage
-from data_prep.heraldry_text import FACTS, GENERIC_WORDS, POINTING_WORDS, name_words, sentence
-from data_prep.heraldry_world import Evidence
+from data_prep.demo.drawing import DAMAGES, Damage
+from data_prep.demo.text import FACTS, GENERIC_WORDS, POINTING_WORDS, name_words, sentence
+from data_prep.demo.world import Evidence
 from dsmip.errors import UserError
 
 Kind: TypeAlias = Literal["easy", "text", "missing_picture", "picture", "pointing", "both"]

@@ -12,8 +12,8 @@ from operator import eq
 from random import Random
 from typing import Final
 
-from data_prep.heraldry import CHARGES, DAMAGES, TINCTURES, Arms, Damage, draw_arms, visible
-from data_prep.heraldry_text import FACTS, FIRST_WORDS, GENERIC_WORDS, POINTING_WORDS, SECOND_WORDS, name_words
+from data_prep.demo.drawing import CHARGES, DAMAGES, TINCTURES, Arms, Damage, draw_arms, visible
+from data_prep.demo.text import FACTS, FIRST_WORDS, GENERIC_WORDS, POINTING_WORDS, SECOND_WORDS, name_words
 
 _FAMILY_SIZES: Final = (3, 4, 5, 6)
 _FAMILY_WEIGHTS: Final = (1, 3, 3, 1)

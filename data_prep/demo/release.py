@@ -1,7 +1,7 @@
 """The demo data set: a drawn world of heraldic houses, written as a release in the MIMIC layout.
 
 Names are ambiguous, sentences tell facts or stay vague, pictures show the answer, hide a part of it or show another
-house: no single modality is enough for all kinds of mentions (see `data_prep.heraldry_mentions`). About half of the
+house: no single modality is enough for all kinds of mentions (see `data_prep.demo.mentions`). About half of the
 answers of validation and of test are never an answer in training, and the two have no such unseen answer in common.
 """
 
@@ -13,10 +13,10 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_prep.heraldry import photograph, plate
-from data_prep.heraldry_mentions import KINDS, Kind, MentionDrawer, MentionPlan, MentionRates
-from data_prep.heraldry_text import attributes
-from data_prep.heraldry_world import MAX_HOUSES, Evidence, House, make_houses
+from data_prep.demo.drawing import photograph, plate
+from data_prep.demo.mentions import KINDS, Kind, MentionDrawer, MentionPlan, MentionRates
+from data_prep.demo.text import attributes
+from data_prep.demo.world import MAX_HOUSES, Evidence, House, make_houses
 from dsmip.atomic import write_text
 from dsmip.errors import UserError
 
