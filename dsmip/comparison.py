@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dsmip.config import load_config
 from dsmip.errors import UserError
 from dsmip.groups import REPORTED, rows_by_value
+from dsmip.load_config import load_config
 from dsmip.locations import Location, open_run_storage
 from dsmip.metrics import Difference, compare_counts, summarise
 from dsmip.ops.ranking import Counts

@@ -1,39 +1,85 @@
-"""The frame of an experiment configuration: frozen, validated, with errors that name the key and the nearest valid one.
+"""The schema of an experiment configuration: frozen, validated, errors name the key and the nearest valid one.
 
-A system (a file in `dsmip/models/`) owns the class that validates its `system:` section; this file owns the rest and
-the way from a YAML and `--set key=value` to a validated object. No path is looked at here.
+A system (a file in `dsmip/models/`) owns the class that validates its `system:` section; this file owns the rest.
+Files and texts become configurations in `dsmip/load_config.py`.
 """
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from dsmip.errors import UserError
-from dsmip.frozen import Frozen, validated
-from dsmip.keys import key_tree
-from dsmip.running import Resources, Running
 
 Scalar = str | int | float | bool | None
 WatchTool = Literal["tensorboard", "mlflow", "wandb"]
+Config = TypeVar("Config", bound=BaseModel)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 5e-4 is a number (YAML 1.1 wants a dot, and reads text)."""
+class Frozen(BaseModel):
+    """Base of every configuration class: immutable, unknown keys are errors, defaults are validated too.
+
+    added: fields that came after results had been stored, each with the value (as in YAML) that means what was before:
+    with it, keys stay what they were (`dsmip.keys.key_tree`).
+    """
+
+    added: ClassVar[Mapping[str, Any]] = {}
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes for `_Loader`: text that it would take for a number is quoted."""
+class Resources(Frozen):
+    """What one worker or trial asks of Ray; fractions are allowed."""
+
+    cpu: float = Field(1.0, ge=0)
+    gpu: float = Field(0.0, ge=0)
 
 
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+class Workers(NamedTuple):
+    """How many workers a training has: any number from `least` to `most` that the cluster has room for."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least}..{self.most}"
+
+
+def _workers(value: Any) -> Workers:
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(value))
+    workers = Workers(int(found[1]), int(found[2] or found[1])) if found else Workers(0, 0)
+    if not 1 <= workers.least <= workers.most:
+        raise ValueError(f"give a number of workers, or a range such as 1..4, not {value!r}")
+    return workers
+
+
+def _dumped_workers(workers: Workers) -> int | str:
+    return workers.least if workers.least == workers.most else str(workers)
+
+
+WorkersField = Annotated[Workers, PlainValidator(_workers), PlainSerializer(_dumped_workers)]
+
+
+class Running(Frozen):
+    """How a training is run, which changes none of its results but by rounding.
+
+    One exception: with `negatives: local` each worker contrasts with its own share of a batch, so their number counts.
+
+    workers: a number, or `1..4` for as many as there is room for: it goes on with fewer when a node is lost.
+    checkpoint_steps: save after so many steps, besides after each epoch; null: after epochs only.
+    restarts: how often it goes on from its checkpoint after workers were lost; machines that are taken away with
+    notice do not count.
+    stall_minutes: a worker that has made no step for so long writes what it was doing to a file and ends, as if lost.
+    """
+
+    workers: WorkersField = Workers(1, 1)
+    resources: Resources = Resources()
+    checkpoint_steps: int | None = Field(None, ge=1)
+    restarts: int = Field(3, ge=0)
+    stall_minutes: float = Field(30.0, gt=0)
 
 
 class BackboneConfig(Frozen):
@@ -161,7 +207,7 @@ class PretrainConfig(Running):
 
 
 class ExperimentConfig(Frozen):
-    """Everything that decides a run's figures, besides the data. Made by `parse_config`, which validates `system`.
+    """Everything that decides a run's figures, besides the data. Made by `dsmip.load_config`, which validates `system`.
 
     held_out: share of the golds whose training mentions stage one never sees and stage two trains on. 0 is the paper:
     both stages see all, and a gate then judges experts on mentions that they know by heart.
@@ -198,36 +244,18 @@ class ExperimentConfig(Frozen):
         """The training configuration of a stage-two trial."""
         return merged(self.train, self.tune.train)
 
-    def changed(self, overrides: Mapping[str, Any]) -> "ExperimentConfig":
-        """A copy with some keys replaced (nested mappings are merged), validated again."""
-        return parse_config(_deep_merge(self.model_dump(mode="json"), overrides))
-
-    def to_yaml(self) -> str:
-        """The whole configuration as YAML text that `load_config` reads back to an equal object."""
-        return _yaml(self.model_dump(mode="json"))
-
-    def key_text(self) -> str:
-        """What stands for the configuration in a key (`dsmip.keys.key_tree`), as YAML text."""
-        return _yaml(key_tree(self))
-
-
-def _yaml(tree: Mapping[str, Any]) -> str:
-    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False))
-
-
-Config = TypeVar("Config", bound=BaseModel)
-
 
 def merged(base: Config, overrides: Mapping[str, Any]) -> Config:
     """`base` with some keys replaced (nested mappings are merged), validated again."""
-    return type(base).model_validate(_deep_merge(base.model_dump(), overrides))
+    return type(base).model_validate(deep_merged(base.model_dump(), overrides))
 
 
-def _deep_merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def deep_merged(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `overrides` put in; mappings in both are merged likewise."""
     result = dict(base)
     for key, value in overrides.items():
         nested = result.get(key)
-        result[key] = _deep_merge(nested, value) if isinstance(nested, dict) and isinstance(value, Mapping) else value
+        result[key] = deep_merged(nested, value) if isinstance(nested, dict) and isinstance(value, Mapping) else value
     return result
 
 
@@ -238,94 +266,39 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}.{key}" if prefix else key).items()}
 
 
-def shipped_configs() -> list[str]:
-    """Names of the YAMLs that come with the package."""
-    folder = resources.files("dsmip") / "configs"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Reads a shipped configuration (by name) or a YAML file, applies `key=value` overrides and validates.
-
-    Raises UserError for an unknown name, wrong YAML, an unknown key or a value out of range.
-    """
-    if name_or_path in shipped_configs():
-        text = (resources.files("dsmip") / "configs" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        try:
-            text = Path(name_or_path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"config {name_or_path} cannot be read as text: {error}") from error
-    else:
-        raise UserError(
-            f"config '{name_or_path}' is neither a file nor a shipped name; shipped: {', '.join(shipped_configs())}"
-        )
+def validated(config_class: type[Config], tree: Any, source: str, prefix: str) -> Config:
+    """A validated object of `tree`; UserError names each wrong key below `prefix`."""
     try:
-        tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"config {name_or_path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"config {name_or_path} must be a mapping of keys, not {type(tree).__name__}")
-    for override in overrides:
-        tree = _deep_merge(tree, _parse_override(override))
-    return parse_config(tree, source=f"config {name_or_path}")
+        return config_class.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(_explain(detail, config_class, prefix) for detail in error.errors())
+        raise UserError(f"{source}: {problems}") from error
 
 
-def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> ExperimentConfig:
-    """Validates a mapping, the search space with a value of each key included; UserError names each wrong key."""
-    config = _parse(tree, source)
-    for key, choice in config.tune.space.items():
-        swept(config, {key: choice.example}, f"{source}, tune.space")
-    return config
+def _explain(detail: ErrorDetails, root: type[BaseModel], prefix: str) -> str:
+    place = prefix + ".".join(str(part) for part in detail["loc"])
+    if detail["type"] != "extra_forbidden":
+        return f"{place.rstrip('.')}: {detail['msg'].removeprefix('Value error, ')}"
+    valid = _keys_at(root, detail["loc"][:-1])
+    near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1, cutoff=0.0)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"unknown key '{place}'{hint} (valid here: {', '.join(valid)})"
 
 
-def swept(config: ExperimentConfig, changes: Mapping[str, Any], source: str = "tune.space") -> ExperimentConfig:
-    """The configuration of a trial: `changes` by dotted key, of `system` or of the stage-two training (`train.<name>`).
-
-    Raises UserError for other keys: stage one is over when a sweep starts.
-    """
-    tree = config.model_dump(mode="json")
-    for key, value in changes.items():
-        path = key.split(".")
-        if path[0] not in ("system", "train") or len(path) == 1:
-            raise UserError(
-                f"{source}: '{key}' cannot be searched; keys are train.<name> (of stage two) and system.<name>"
-            )
-        place = tree["tune"] if path[0] == "train" else tree
-        for step in path[:-1]:
-            place = place.setdefault(step, {})
-            if not isinstance(place, dict):
-                raise UserError(f"{source}: '{key}' is no key of the configuration: '{step}' has no keys below it")
-        place[path[-1]] = value
-    return _parse(tree, source)
+def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    for step in path:
+        field = model.model_fields.get(str(step))
+        inner = _model_in(field.annotation) if field else None
+        if inner is None:
+            continue
+        model = inner
+    return sorted(model.model_fields)
 
 
-def _parse(tree: Mapping[str, Any], source: str) -> ExperimentConfig:
-    from dsmip.models import find_system  # the registry imports systems, and they import this file
-
-    model = tree.get("model")
-    if not isinstance(model, str):
-        raise UserError(f"{source}: the key 'model' must name a system")
-    system = find_system(model)
-    section = validated(system.config_class, tree.get("system") or {}, source, "system.")
-    config = validated(ExperimentConfig, {**tree, "system": section}, source, "")
-    names = system.part_names(section)
-    for name, part in config.parts.items():
-        if name not in names:
-            raise UserError(f"{source}: unknown part 'parts.{name}'; {model} has {', '.join(names)}")
-        validated(TrainConfig, _deep_merge(config.train.model_dump(), part.train), source, f"parts.{name}.train.")
-    validated(TrainConfig, _deep_merge(config.train.model_dump(), config.tune.train), source, "tune.train.")
-    return config
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set takes key=value (for example train.epochs=5), got '{text}'")
-    try:
-        parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {text}: the value is not valid YAML") from error
-    for part in reversed(key.split(".")):
-        parsed = {part: parsed}
-    return dict(parsed)
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import Modality
-from dsmip.config import BackboneConfig
+from dsmip.config import BackboneConfig, Frozen
 from dsmip.encoders.architecture import read_architecture, resolve_architecture
 from dsmip.encoders.clip import Backbone, TokenFeatures, Tower, Tuning, padded_with_end
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.errors import UserError
-from dsmip.frozen import Frozen
 from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores, Side, token_pairs
 from dsmip.ops.losses import contrastive_loss
 from dsmip.table import Ragged, Table

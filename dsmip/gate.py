@@ -13,12 +13,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
-from dsmip.config import BackboneConfig
+from dsmip.config import BackboneConfig, Frozen
 from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_networks import TORCHVISION_WEIGHTS, NetworkChoice, identity, picture_vectors
 from dsmip.encoders.vgg import BY_HASH, TORCHVISION, Vgg16Features
-from dsmip.frozen import Frozen
 from dsmip.image_features import DTypeName, PictureFeatures, Weights, find_features, network_hash
 from dsmip.table import Table
 

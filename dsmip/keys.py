@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dsmip.frozen import Frozen
+from dsmip.config import Frozen
 
 Plain = str | int | float | bool | None | Sequence["Plain"] | Mapping[str, "Plain"]
 

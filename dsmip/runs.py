@@ -28,11 +28,12 @@ from torch import nn
 
 from dsmip.checkpoints import save_weights
 from dsmip.collate import Collator, ItemFormat
-from dsmip.config import ExperimentConfig, flat, load_config
+from dsmip.config import ExperimentConfig, flat
 from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.feature_cache import FeatureCache
+from dsmip.load_config import load_config, to_yaml
 from dsmip.locations import Location, open_run_storage
 from dsmip.models import find_system
 from dsmip.models.base import FeatureEncoder, Matcher, System
@@ -72,7 +73,7 @@ class Run:
                     )
                 storage.delete(TRAININGS)
             if run.config != config:
-                storage.write_text(CONFIG, config.to_yaml())
+                storage.write_text(CONFIG, to_yaml(config))
             return Run(storage, config, dataset)
         made = {  # before anything is written: this takes a while, and may be interrupted
             "data": {"folder": dataset.location, "name": dataset.manifest.name, "sha256": dataset.manifest_hash},
@@ -82,7 +83,7 @@ class Run:
         }
         if (found := storage.glob("*")) and not (found == [CONFIG] and _made_here(storage.folder / CONFIG)):
             raise UserError(f"{storage} is not empty and not a run (no {STAMP}); give a new folder for --run")
-        storage.write_text(CONFIG, config.to_yaml())
+        storage.write_text(CONFIG, to_yaml(config))
         storage.write_json(STAMP, made)
         return Run(storage, config, dataset)
 
@@ -267,7 +268,7 @@ def first_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str
 def _made_here(path: Path) -> bool:
     """Whether a configuration is as a run writes it, all that an interrupted start leaves; not a user's own file."""
     try:
-        return path.read_text(encoding="utf-8") == load_config(str(path)).to_yaml()
+        return path.read_text(encoding="utf-8") == to_yaml(load_config(str(path)))
     except (OSError, ValueError, UserError):
         return False
 

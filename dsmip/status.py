@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsmip.checkpoints import MANIFEST, read_manifest
-from dsmip.config import ExperimentConfig, load_config
+from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
+from dsmip.load_config import load_config
 from dsmip.locations import Location, open_run_storage
 from dsmip.models import find_system
 from dsmip.provenance import RECORDS, RUNNING

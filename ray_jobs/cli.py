@@ -158,8 +158,8 @@ def pretrain(
     verbose: VerboseOption = False,
 ) -> None:
     """Trains the backbone on the knowledge base's own picture-text pairs."""
+    from dsmip.load_config import job_config
     from dsmip.locations import path_here
-    from ray_jobs.settings import job_config
 
     settings = job_config(config, set or [])
     if path_here(out).suffix != ".safetensors":
@@ -176,7 +176,7 @@ def train(
     config: ConfigOption, data: DataOption, run: RunOption, set: SetOption = None, verbose: VerboseOption = False
 ) -> None:
     """Stage one: trains all parts of the system at once. Run again, it resumes."""
-    from ray_jobs.settings import job_config
+    from dsmip.load_config import job_config
 
     settings = job_config(config, set or [])
     from dsmip.dataset import Dataset
@@ -194,9 +194,9 @@ def tune(
     verbose: VerboseOption = False,
 ) -> None:
     """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
+    from dsmip.load_config import job_config
     from dsmip.runs import Run
     from ray_jobs.progress import Display
-    from ray_jobs.settings import job_config
     from ray_jobs.tune_gate import tune_gate
 
     opened = Run.open(run)

@@ -23,6 +23,7 @@ from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.load_config import changed, job_config
 from dsmip.manifest import PictureSettings
 from dsmip.reports import evaluate_model, oracle
 from dsmip.runs import Run
@@ -31,7 +32,6 @@ from ray_jobs.prepare import BuildOptions, prepare_release, write_release_once
 from ray_jobs.pretrain import pretrain_backbone
 from ray_jobs.progress import Display
 from ray_jobs.resources import cluster_kinds
-from ray_jobs.settings import job_config
 from ray_jobs.train_experts import train_experts
 from ray_jobs.tune_gate import tune_gate
 
@@ -67,7 +67,7 @@ def run_demo(
         with journal.step("pretrain", "Pretraining a small CLIP on the knowledge base's own pictures and texts"):
             backbone = out / "backbone.safetensors"
             pretrain_backbone(_with_all_cpus(base), dataset, backbone, display)
-        settings = base.changed({"backbone": {"pretrained": str(backbone)}})
+        settings = changed(base, {"backbone": {"pretrained": str(backbone)}})
         with journal.step("train", f"Stage one: training {', '.join(settings.parts)}"):
             run = train_experts(settings, dataset, out / "run", display)
         with journal.step("tune", "Stage two: tuning the gate"):
@@ -144,7 +144,7 @@ def _with_all_cpus(config: ExperimentConfig) -> ExperimentConfig:
     """The backbone trains alone, so it gets a whole node."""
     largest = max((kind.resources.get("CPU", 0.0) for kind in cluster_kinds()), default=1.0)
     cpus = min(largest, float(os.cpu_count() or 1))
-    return config.changed({"pretrain": {"resources": {"cpu": cpus}}})
+    return changed(config, {"pretrain": {"resources": {"cpu": cpus}}})
 
 
 @dataclass

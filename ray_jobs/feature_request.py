@@ -9,8 +9,8 @@ from dsmip.encoders.image_networks import Kind, NetworkChoice
 from dsmip.encoders.vgg import BY_HASH, SIDE, TORCHVISION
 from dsmip.errors import UserError
 from dsmip.image_features import DTypeName
+from dsmip.load_config import job_config
 from dsmip.models.dsmip import DsmipConfig
-from ray_jobs.settings import job_config
 
 
 @dataclass(frozen=True, slots=True)

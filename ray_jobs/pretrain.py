@@ -13,20 +13,19 @@ from ray_jobs.environment import connected
 # isort: split
 from dsmip import distributed
 from dsmip.atomic import write_json
-from dsmip.config import ExperimentConfig
+from dsmip.config import ExperimentConfig, Running
 from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.keys import key_tree
+from dsmip.load_config import read_config, to_yaml
 from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
 from dsmip.provenance import environment
-from dsmip.running import Running
 from dsmip.text import Template, Tokenizer
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.progress import Display
-from ray_jobs.settings import read_config
 from ray_jobs.trainings import Training, run_trainings
 
 
@@ -49,7 +48,7 @@ def pretrain_backbone(
     training = Training(
         name="backbone",
         loop=_loop,
-        settings={"config": config.to_yaml(), "data": dataset.location, "out": str(out), "stamp": stamp},
+        settings={"config": to_yaml(config), "data": dataset.location, "out": str(out), "stamp": stamp},
         num_epochs=config.pretrain.epochs,
         location=work,
         plan=config.pretrain,

@@ -14,8 +14,8 @@ import ray
 from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
 
+from dsmip.config import Workers
 from dsmip.errors import UserError
-from dsmip.running import Workers
 from ray_jobs.node_types import configured_node_types
 
 _WAIT_LINE_SECONDS = 30.0

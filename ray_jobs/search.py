@@ -6,7 +6,8 @@ from math import ceil, exp, log
 from random import Random
 from typing import Any
 
-from dsmip.config import Choice, ExperimentConfig, swept
+from dsmip.config import Choice, ExperimentConfig
+from dsmip.load_config import swept, to_yaml
 
 _DRAWS_PER_TRIAL = 100  # a finite space is taken as used up after so many repetitions in a row
 
@@ -28,14 +29,14 @@ def draw_trials(config: ExperimentConfig, seed: int) -> list[Trial]:
     """
     rng = Random(f"sweep/{seed}")
     trials = [Trial(0, {}, config)]
-    known = {config.to_yaml()}
+    known = {to_yaml(config)}
     for number in range(1, config.tune.trials):
         for _ in range(_DRAWS_PER_TRIAL if config.tune.space else 0):
             changes = {key: _draw(choice, rng) for key, choice in config.tune.space.items()}
-            changed = swept(config, changes)
-            if changed.to_yaml() not in known:
-                known.add(changed.to_yaml())
-                trials.append(Trial(number, changes, changed))
+            drawn = swept(config, changes)
+            if to_yaml(drawn) not in known:
+                known.add(to_yaml(drawn))
+                trials.append(Trial(number, changes, drawn))
                 break
         else:
             break

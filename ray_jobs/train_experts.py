@@ -9,13 +9,13 @@ from ray_jobs.environment import connected
 # isort: split
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
+from dsmip.load_config import read_config, to_yaml
 from dsmip.locations import Location
 from dsmip.runs import Run
 from dsmip.stages import train_part
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.progress import Display
-from ray_jobs.settings import read_config
 from ray_jobs.trainings import Training, run_trainings
 
 
@@ -59,7 +59,7 @@ def _training(root: Run, home: Run, part: str) -> Training:
     return Training(
         name=name,
         loop=_loop,
-        settings={"root": root.storage.location, "config": home.config.to_yaml(), "part": part},
+        settings={"root": root.storage.location, "config": to_yaml(home.config), "part": part},
         num_epochs=home.config.train_of(part).epochs,
         location=home.trainings,
         plan=plan,

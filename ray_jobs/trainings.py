@@ -19,11 +19,11 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from dsmip import distributed
 from dsmip.checkpoints import KEPT
+from dsmip.config import Running
 from dsmip.errors import UserError, no_room
 from dsmip.locations import Location, open_run_storage
 from dsmip.loop import Left
 from dsmip.run_storage import LocalRun, RunStorage
-from dsmip.running import Running
 from dsmip.trackers import Watched
 from ray_jobs.causes import failure_of, traced
 from ray_jobs.context import RayContext

@@ -14,6 +14,7 @@ from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig
 from dsmip.errors import StoreAway
 from dsmip.feature_cache import load_features, whole_features
+from dsmip.load_config import read_config
 from dsmip.local_context import LocalContext
 from dsmip.locations import open_run_storage
 from dsmip.manifest import KB
@@ -26,7 +27,6 @@ from dsmip.table import Table
 from dsmip.trackers import PROGRESS, SEND_SECONDS, Watched
 from ray_jobs.causes import failure_of, traced
 from ray_jobs.context import StepEvents, open_watch, set_threads, worker_device
-from ray_jobs.settings import read_config
 
 SPLITS = ("train", "validation", KB)
 RESULT = "result.json"

@@ -20,9 +20,9 @@ from ray_jobs.environment import connected
 import ray
 from ray import tune
 
-from dsmip.config import ExperimentConfig
+from dsmip.config import ExperimentConfig, Resources
 from dsmip.errors import UserError
-from dsmip.running import Resources
+from dsmip.load_config import key_text, to_yaml
 from dsmip.runs import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.trackers import check_tools
 from ray_jobs.failures import LOST_WORKERS, Failure, JobFailed, exit_code_of
@@ -93,7 +93,7 @@ def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
 
 def sweep_key(trials: Sequence[Trial], seed: int) -> str:
     """Hex digest of what a sweep is: its seed and its trials' configurations, without what only shows figures."""
-    text = json.dumps([seed, *(trial.config.model_copy(update={"watch": ()}).key_text() for trial in trials)])
+    text = json.dumps([seed, *(key_text(trial.config.model_copy(update={"watch": ()})) for trial in trials)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -138,7 +138,7 @@ def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> 
 
     def compute(name: str) -> PartTables:
         home, part = used[name]
-        tables: PartTables = ray.get(remote.remote(run.storage.location, home.config.to_yaml(), part, name, events))
+        tables: PartTables = ray.get(remote.remote(run.storage.location, to_yaml(home.config), part, name, events))
         return tables
 
     features = {}
@@ -195,7 +195,7 @@ def _halve(
 def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str], PartTables]) -> TrialTask:
     parts = run.system.feature_parts(trial.config.system)
     tables = {part: features[run.home(part, trial.config).storage.location, part] for part in parts}
-    return TrialTask(trial.number, run.storage.location, trial.config.to_yaml(), epochs, tables)
+    return TrialTask(trial.number, run.storage.location, to_yaml(trial.config), epochs, tables)
 
 
 def _run_rung(
@@ -286,7 +286,7 @@ def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float]
     target.delete(PART)  # of an earlier sweep: its weights are about to go
     with target.atomic(WEIGHTS) as temporary:
         shutil.copyfile(source.folder / WEIGHTS, temporary)
-    target.write_text(CONFIG, trials[best].config.to_yaml())
+    target.write_text(CONFIG, to_yaml(trials[best].config))
     changes = dict(trials[best].changes)
     report = {**result, "trial": best, "changes": changes, "mrr": dict(results), "sweep": stamp}
     target.write_json(PART, report)

@@ -14,8 +14,9 @@ from small_release import picture, write_release
 
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
-from dsmip.config import ExperimentConfig, parse_config
+from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
+from dsmip.load_config import parse_config
 from dsmip.runs import Run
 
 NARROW_BACKBONE = {

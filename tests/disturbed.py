@@ -21,8 +21,9 @@ from ray_heads import wait_until
 from workers import run_workers
 
 from dsmip.checkpoints import load_checkpoint
-from dsmip.config import ExperimentConfig, parse_config
+from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
+from dsmip.load_config import changed, parse_config, to_yaml
 from dsmip.local_context import LocalContext
 from dsmip.runs import Run
 from dsmip.stages import CPU, train_part
@@ -220,7 +221,7 @@ def disturbed_config(config: ExperimentConfig, **visual: Any) -> ExperimentConfi
             "visual": {"resources": {"cpu": 0.5}, "checkpoint_steps": 2, **visual},
         },
     }
-    tree = config.changed(changes).model_dump(mode="json")
+    tree = changed(config, changes).model_dump(mode="json")
     tree["system"] |= {"experts": experts, "use": list(experts)}
     return parse_config(tree)
 
@@ -229,7 +230,7 @@ def train_arguments(log: StepLog, config: ExperimentConfig, dataset: Dataset, ru
     """The script that notes steps, and the arguments for `dsmip train`."""
     log.folder.mkdir(exist_ok=True)
     path = log.folder / "config.yaml"
-    path.write_text(config.to_yaml())
+    path.write_text(to_yaml(config))
     options = ["--config", str(path), "--data", str(dataset.folder), "--run", str(run)]
     return [str(ROOT / "tests" / "noted_job.py"), log.to_json(), "train", *options]
 

@@ -20,6 +20,8 @@ from ray_jobs.node_types import VARIABLE
 from ray.util import get_node_ip_address
 from ray.util.state import list_nodes
 
+from dsmip.load_config import to_yaml
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HEAD_ID = "f" * 51 + "00000"  # the fake provider numbers its nodes from here
 
@@ -78,7 +80,7 @@ def test_nodes_come_for_three_experts_work_and_go(
     head: Head, tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
 ) -> None:
     path, run = tmp_path / "config.yaml", tmp_path / "run"
-    path.write_text(small_config.to_yaml())
+    path.write_text(to_yaml(small_config))
     job = ["ray_jobs/train_experts.py", "--config", str(path), "--data", str(small_data.folder), "--run", str(run)]
     assert workers_of(head) == 0
     ended = head.submit("too-large", *job, "--set", "parts.visual.resources.cpu=2")

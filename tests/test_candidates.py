@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from dsmip.candidates import CandidateSearch, link
-from dsmip.config import ExperimentConfig, parse_config
+from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.evaluation import NotRankable, Ranking, rank
 from dsmip.index import EntityIndex
+from dsmip.load_config import parse_config
 from dsmip.metrics import HITS_AT
 from dsmip.models.base import Matcher, Side
 from dsmip.models.dsmip import Dsmip, DsmipMatcher

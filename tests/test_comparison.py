@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dsmip.config import ExperimentConfig, parse_config
+from dsmip.config import ExperimentConfig
+from dsmip.load_config import parse_config, to_yaml
 from dsmip.metrics import summarise
 from dsmip.ops.ranking import Counts
 from dsmip.reports import KB_HASH, evaluation_name, kb_hash
@@ -33,7 +34,7 @@ def evaluation(
     """A run folder with one evaluation; `changes` replace columns of ranks.parquet, or the kb's entity ids."""
     run.mkdir(exist_ok=True)
     (run / "run.json").write_text('{"seed": 3, "made": {"dsmip": "0"}}')
-    (run / "config.yaml").write_text(config.to_yaml())
+    (run / "config.yaml").write_text(to_yaml(config))
     columns = {"mention_id": IDS, "gold": GOLDS, "better": better, "tied": [0] * len(better), "kind": KINDS}
     columns |= {name: ["x"] * len(better) for name in ("gold_seen", "picture", "word")}
     entity_ids = changes.pop("kb", KB)

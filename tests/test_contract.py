@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
 from dsmip.checkpoints import save_weights
-from dsmip.config import ExperimentConfig, parse_config
+from dsmip.config import ExperimentConfig
 from dsmip.evaluation import Ranking, TileSize, prepare_in_tiles, rank
 from dsmip.feature_cache import whole_features
 from dsmip.index import EntityIndex
+from dsmip.load_config import parse_config
 from dsmip.merging import merge_rankings
 from dsmip.models import systems
 from dsmip.models.base import BatchGold, Matcher, Scores, System

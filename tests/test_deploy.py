@@ -13,7 +13,7 @@ import typer.main
 import yaml
 from kuberay import PersistentVolumeClaim, RayJob
 
-from dsmip.config import shipped_configs
+from dsmip.load_config import shipped_configs
 from ray_jobs.cli import app
 from ray_jobs.node_types import VARIABLE
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from dsmip.checkpoints import save_weights
 from dsmip.collate import Collator
-from dsmip.config import ExperimentConfig, merged, parse_config
+from dsmip.config import ExperimentConfig, merged
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.expert import feature_sizes
+from dsmip.load_config import parse_config
 from dsmip.models.base import BatchGold
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.gumbel import relaxed_choice, sample_gumbel

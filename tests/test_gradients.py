@@ -12,8 +12,9 @@ from workers import run_workers
 
 from dsmip import distributed
 from dsmip.batches import ItemBatch
-from dsmip.config import ExperimentConfig, TrainConfig, parse_config
+from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.gradients import Step, batch_backward
+from dsmip.load_config import parse_config
 from dsmip.models import find_system
 from dsmip.models.base import BatchGold, Matcher, Scores
 from dsmip.table import Ragged, Table

@@ -22,6 +22,7 @@ from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.feature_cache import load_features
 from dsmip.image_features import PARTS
+from dsmip.load_config import to_yaml
 from dsmip.manifest import KB
 from dsmip.models.dsmip import GATE
 from dsmip.part_features import PartFeatures
@@ -43,7 +44,7 @@ def dataset(small_data: Dataset, tmp_path: Path) -> Dataset:
 @pytest.fixture
 def config(small_config: ExperimentConfig, tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
-    path.write_text(small_config.to_yaml())
+    path.write_text(to_yaml(small_config))
     return path
 
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmip.config import ExperimentConfig, TuneConfig, merged, parse_config
+from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.errors import UserError
+from dsmip.load_config import parse_config, to_yaml
 from ray_jobs.search import draw_trials, survivors
 
 
@@ -26,7 +27,7 @@ def test_trial_0_is_the_configuration_itself_and_no_trial_comes_twice(small_conf
     trials = draw_trials(config, seed=1)
     assert [trial.number for trial in trials] == list(range(20))
     assert trials[0].config == config
-    assert len({trial.config.to_yaml() for trial in trials}) == 20
+    assert len({to_yaml(trial.config) for trial in trials}) == 20
     for trial in trials[1:]:
         assert trial.config.system.gate.temperature == trial.changes["system.gate.temperature"]  # type: ignore[attr-defined]
         assert trial.config.tune_train().learning_rate == trial.changes["train.learning_rate"]
@@ -80,9 +81,9 @@ def test_survivors_are_the_best_and_ties_go_to_the_lower_number(mrr: dict[int, f
 
 
 def test_the_configuration_with_drawn_lists_survives_its_yaml(small_config: ExperimentConfig) -> None:
-    from ray_jobs.settings import read_config
+    from dsmip.load_config import read_config
 
     config = with_space(small_config, {"system.use": {"values": [["text", "visual"]]}})
     drawn = draw_trials(config, seed=0)[1].config
-    assert read_config(drawn.to_yaml()) == drawn
+    assert read_config(to_yaml(drawn)) == drawn
     assert merged(drawn.tune, {}) == drawn.tune

@@ -9,6 +9,7 @@ from ray_heads import Head, running_head, wait_until
 
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.dataset import Dataset
+from dsmip.load_config import to_yaml
 from dsmip.local_context import LocalContext
 from dsmip.runs import Run
 from dsmip.stages import train_part
@@ -30,7 +31,7 @@ def two_experts(config: ExperimentConfig, epochs: int) -> ExperimentConfig:
 
 def train_options(config: ExperimentConfig, data: Dataset, folder: Path) -> list[str]:
     path = folder / "config.yaml"
-    path.write_text(config.to_yaml())
+    path.write_text(to_yaml(config))
     return ["--config", str(path), "--data", str(data.folder), "--run", str(folder / "run")]
 
 

@@ -16,12 +16,12 @@ from ray import cloudpickle
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from dsmip.config import ExperimentConfig, parse_config
+from dsmip.config import ExperimentConfig, Resources, Running
 from dsmip.dataset import Dataset
 from dsmip.errors import StoreAway, UserError
+from dsmip.load_config import changed, parse_config
 from dsmip.local_context import LocalContext
 from dsmip.monitor import StepFigures
-from dsmip.running import Resources, Running
 from dsmip.runs import Run
 from dsmip.stages import train_part
 from ray_jobs import resources
@@ -215,7 +215,7 @@ def test_two_workers_train_a_part_as_one_does(
 ) -> None:
     alone = Run.create(tmp_path / "alone", small_config, small_data)
     expected = train_part(alone, "text", LocalContext(tmp_path / "checkpoints"))
-    shared = small_config.changed({"parts": {"text": {"workers": 2, "resources": {"cpu": 0.5}}}})
+    shared = changed(small_config, {"parts": {"text": {"workers": 2, "resources": {"cpu": 0.5}}}})
     run = Run.create(tmp_path / "run", shared, small_data)
     train_parts(run, [(run, "text")], Lines())
     found = run.part_report("text")["history"]

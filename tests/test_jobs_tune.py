@@ -10,6 +10,7 @@ import pytest
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.load_config import changed
 from dsmip.local_context import LocalContext
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
@@ -95,7 +96,7 @@ def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption
 @pytest.mark.slow
 def test_experts_of_other_settings_are_trained_first(trained: Path, tmp_path: Path) -> None:
     run = opened(trained, tmp_path / "run")
-    greedy = run.config.changed({"tune": {"resources": {"cpu": 99}}})
+    greedy = changed(run.config, {"tune": {"resources": {"cpu": 99}}})
     run = Run.create(run.folder, greedy, run.dataset)  # what the sweep itself asks counts
     space = {"system.experts.multimodal.prompt_length": {"values": [1]}}
     config = run.config.model_copy(update={"tune": TuneConfig(trials=2, rungs=(1,), space=space)})

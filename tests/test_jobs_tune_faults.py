@@ -19,6 +19,7 @@ from ray import cloudpickle
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.dataset import Dataset
 from dsmip.errors import StoreAway
+from dsmip.load_config import to_yaml
 from dsmip.local_context import LocalContext
 from dsmip.run_storage import LocalRun
 from dsmip.runs import WEIGHTS, Run
@@ -54,7 +55,7 @@ def opened(trained: Path, folder: Path) -> Run:
 
 def task_of(run: Run, number: int) -> TrialTask:
     """A trial that finds none of its features."""
-    return TrialTask(number, run.storage.location, run.config.to_yaml(), 1, {})
+    return TrialTask(number, run.storage.location, to_yaml(run.config), 1, {})
 
 
 def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from dsmip.collate import ItemFormat
-from dsmip.config import ExperimentConfig, parse_config
+from dsmip.config import ExperimentConfig, Frozen
 from dsmip.expert import ExpertConfig
 from dsmip.feature_cache import feature_key, fingerprint
-from dsmip.frozen import Frozen
 from dsmip.keys import key_tree, plain_text
+from dsmip.load_config import changed, parse_config
 from dsmip.models import find_system
 from dsmip.text import Template
 from ray_jobs.pretrain import weights_stamp
@@ -103,7 +103,7 @@ def test_parts_of_other_settings_are_keyed_as_ever(config: ExperimentConfig) -> 
 def test_every_field_of_an_expert_is_in_its_key(config: ExperimentConfig) -> None:
     other: Mapping[str, Any] = {"tune": "full", "prompt_length": 5, "prompt_depth": 5}
     changes = [{name: other[name]} for name in ExpertConfig.model_fields]
-    configs = [config.changed({"system": {"experts": {"multimodal": change}}}) for change in changes]
+    configs = [changed(config, {"system": {"experts": {"multimodal": change}}}) for change in changes]
     keys = {find_system("dsmip").part_key("multimodal", each) for each in [config, *configs]}
     assert len(keys) == len(other) + 1
 

@@ -12,12 +12,13 @@ from transformers import CLIPConfig, CLIPModel
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import Collator
-from dsmip.config import BackboneConfig, ExperimentConfig, load_config, parse_config
+from dsmip.config import BackboneConfig, ExperimentConfig
 from dsmip.encoders.architecture import resolve_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import load_weights
 from dsmip.errors import UserError
+from dsmip.load_config import load_config, parse_config
 from dsmip.models.base import BatchGold, FeatureSizes
 from dsmip.models.mimic import Mimic, MimicConfig, MimicEncoder, MimicMatcher
 from dsmip.records import Entity, Mention

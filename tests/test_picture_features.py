@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.vgg import VGG, make_layers
 
 from dsmip.collate import PictureCollator
-from dsmip.config import ExperimentConfig, parse_config
+from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_networks import NetworkChoice, PictureNetwork, identity
@@ -35,6 +35,7 @@ from dsmip.image_features import (
     picture_rows,
     write_manifest,
 )
+from dsmip.load_config import parse_config
 from dsmip.manifest import KB
 from dsmip.models.dsmip import GATE
 from dsmip.part_features import PartFeatures

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dsmip.config import shipped_configs
+from dsmip.load_config import shipped_configs
 
 ROOT = Path(__file__).parents[1]
 

@@ -25,6 +25,7 @@ from ray_heads import processes_of, running_head, wait_until
 
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
+from dsmip.load_config import changed
 from dsmip.runs import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -68,7 +69,7 @@ def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run
 ) -> None:
     log = StepLog(tmp_path / "log", holds=((1, 3),))
-    config = config.changed({"parts": {part: {"restarts": 0} for part in WORKERS}})  # else it is tried that often
+    config = changed(config, {"parts": {part: {"restarts": 0} for part in WORKERS}})  # else it is tried that often
     with small_disk(tmp_path / "disk", megabytes=8) as disk:
         arguments = train_arguments(log, config, small_data, disk / "run")
         with command(arguments) as process:

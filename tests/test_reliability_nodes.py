@@ -31,6 +31,8 @@ from dsmip.runs import Run
 # isort: split
 from ray.cluster_utils import Cluster
 
+from dsmip.load_config import changed
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 WORKERS = {"text": 1, "visual": 1}
 FAST_CHECKS = {"period_ms": 1000, "timeout_ms": 2000, "initial_delay_ms": 1000, "failure_threshold": 2}
@@ -89,7 +91,8 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_step(
 ) -> None:
     """Without any restart allowed: leaving on notice is none. Of two workers one is on another node, and leaves too."""
     config = disturbed_config(small_config, workers=workers, resources={"cpu": 0.8})
-    careful = config.changed({"parts": {"text": {"restarts": 0, "resources": {"cpu": 0.2}}, "visual": {"restarts": 0}}})
+    parts = {"text": {"restarts": 0, "resources": {"cpu": 0.2}}, "visual": {"restarts": 0}}
+    careful = changed(config, {"parts": parts})
     expected = undisturbed(tmp_path / "undisturbed", careful, small_data)
     log = StepLog(tmp_path / "log", holds=((1, 3),), pause=2.0)  # as a slow step: the notice comes before the last one
     nodes = [cluster.add_node(num_cpus=1) for _ in range(workers)]
@@ -122,8 +125,8 @@ def test_an_elastic_part_goes_on_with_fewer_workers_and_with_more_again(
 ) -> None:
     """Two workers, one when a node is lost and none comes, two when one comes: the same batches all the way."""
     config = disturbed_config(small_config, workers="1..2", resources={"cpu": 0.9})
-    config = config.changed({"parts": {"text": {"resources": {"cpu": 0.1}}}})
-    alone = undisturbed(tmp_path / "alone", config.changed({"parts": {"visual": {"workers": 1}}}), small_data)
+    config = changed(config, {"parts": {"text": {"resources": {"cpu": 0.1}}}})
+    alone = undisturbed(tmp_path / "alone", changed(config, {"parts": {"visual": {"workers": 1}}}), small_data)
     log = StepLog(tmp_path / "log", holds=((0, 3), (2, 1)))
     nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
     variables = {"RAY_ADDRESS": cluster.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}

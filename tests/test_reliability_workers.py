@@ -24,6 +24,7 @@ from disturbed import (
 from dsmip.checkpoints import load_checkpoint
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
+from dsmip.load_config import changed
 from dsmip.runs import Run
 from dsmip.stages import CPU
 from ray_jobs import train_experts as job
@@ -75,7 +76,7 @@ def test_hanging_workers_are_ended_and_go_on(
 ) -> None:
     log = StepLog(tmp_path / "log", holds=((1, 3),), block=(2, 4))
     monkeypatch.setattr(job, "_loop", noted(log))
-    quick = config.changed({"parts": {"visual": {"stall_minutes": 0.25}}})
+    quick = changed(config, {"parts": {"visual": {"stall_minutes": 0.25}}})
     with in_background(quick, small_data, tmp_path / "run", display := Lines()) as training:
         log.wait_held((1, 3), WORKERS, ended=training.done)
         wait_stored(tmp_path / "run", {"visual": (1, 2)})

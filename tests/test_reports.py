@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from dsmip.comparison import compare, read_evaluation
-from dsmip.config import ExperimentConfig, parse_config
+from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.load_config import parse_config
 from dsmip.ranked_model import model_names
 from dsmip.reports import Evaluated, evaluate_model, oracle
 from dsmip.runs import Run

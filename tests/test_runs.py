@@ -13,6 +13,7 @@ from data_prep.mimic_release import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.load_config import changed, to_yaml
 from dsmip.run_storage import LocalRun
 from dsmip.runs import Run, own_weights
 
@@ -28,7 +29,7 @@ def other_data(tmp_path: Path) -> Dataset:
     return Dataset.open(tmp_path / "other")
 
 
-def changed(config: ExperimentConfig, key: str, value: object) -> ExperimentConfig:
+def with_key(config: ExperimentConfig, key: str, value: object) -> ExperimentConfig:
     if key.startswith("system."):
         section = merged(config.system, {key.removeprefix("system."): value})
         return config.model_copy(update={"system": section})
@@ -49,14 +50,14 @@ def test_a_run_opens_with_what_it_was_made_from(run: Run) -> None:
 def test_another_configuration_is_refused_by_its_key(run: Run, key: str, value: object, was: str) -> None:
     (run.training_folder / "text" / "checkpoint_0").mkdir(parents=True)
     with pytest.raises(UserError, match=rf"{key} was '?{was}'?, is now '?{value}'?.*--run"):
-        Run.create(run.folder, changed(run.config, key, value), run.dataset)
+        Run.create(run.folder, with_key(run.config, key, value), run.dataset)
     assert Run.open(run.folder).config == run.config
 
 
 def test_a_run_that_has_trained_nothing_takes_another_configuration(run: Run) -> None:
     """Else whoever mistyped a weights file could not correct himself."""
     (run.training_folder / "text").mkdir(parents=True)
-    other = changed(run.config, "seed", 3)
+    other = with_key(run.config, "seed", 3)
     assert Run.create(run.folder, other, run.dataset).config == other
     assert Run.open(run.folder).config == other
     assert not run.training_folder.exists()
@@ -64,7 +65,7 @@ def test_a_run_that_has_trained_nothing_takes_another_configuration(run: Run) ->
 
 def test_a_trained_run_takes_other_resources_and_another_sweep(run: Run) -> None:
     (run.training_folder / "text" / "checkpoint_0").mkdir(parents=True)
-    other = run.config.changed({"tune": {"trials": 3}, "parts": {"text": {"resources": {"cpu": 0.5}}}})
+    other = changed(run.config, {"tune": {"trials": 3}, "parts": {"text": {"resources": {"cpu": 0.5}}}})
     assert Run.create(run.folder, other, run.dataset).config == other
     assert Run.open(run.folder).config == other
     assert run.has_begun
@@ -123,7 +124,7 @@ def test_an_interrupted_start_is_begun_again(run: Run, tmp_path: Path, monkeypat
         with pytest.raises(KeyboardInterrupt):
             Run.create(tmp_path / "again", run.config, run.dataset)
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["config.yaml"]
-    other = changed(run.config, "seed", 3)
+    other = with_key(run.config, "seed", 3)
     Run.create(tmp_path / "again", other, run.dataset)
     assert Run.open(tmp_path / "again").config == other
 
@@ -131,7 +132,7 @@ def test_an_interrupted_start_is_begun_again(run: Run, tmp_path: Path, monkeypat
 def test_a_configuration_of_the_users_own_is_not_overwritten(run: Run, tmp_path: Path) -> None:
     own = tmp_path / "own/config.yaml"
     own.parent.mkdir()
-    own.write_text("# mine\n" + run.config.to_yaml())
+    own.write_text("# mine\n" + to_yaml(run.config))
     with pytest.raises(UserError, match="not empty and not a run"):
         Run.create(own.parent, run.config, run.dataset)
     assert own.read_text().startswith("# mine")

@@ -34,6 +34,8 @@ from ray_jobs.cli import app
 # isort: split
 from ray.cluster_utils import Cluster
 
+from dsmip.load_config import changed, to_yaml
+
 COMMAND = [sys.executable, "-c", "from ray_jobs.cli import main; main()"]
 
 
@@ -66,7 +68,7 @@ def test_a_run_is_made_opened_and_refused_as_in_a_folder(
     assert Run.open(f"{bucket}/run").dataset.location == data.location
     assert Run.open(f"{bucket}/run", small_data).config == small_config
     assert not run.has_begun
-    other = small_config.changed({"seed": 3})
+    other = changed(small_config, {"seed": 3})
     run.trainings.write_text("text/checkpoint_0/checkpoint.json", "{}")
     assert run.has_begun
     with pytest.raises(UserError, match=rf"run {bucket}/run was made with another configuration \(seed was 0"):
@@ -137,7 +139,7 @@ def test_the_whole_way_on_nodes_that_share_nothing(
     plan = TuneConfig(trials=2, rungs=(1, 2), reduction=2, resources={"cpu": 1}, space=space, train={"epochs": 2})
     config = tmp_path / "config.yaml"
     settings = two_experts(small_config, epochs=2).model_copy(update={"tune": plan, "watch": ("tensorboard",)})
-    config.write_text(settings.to_yaml())
+    config.write_text(to_yaml(settings))
     train = ["train", "--config", str(config), "--data", data.location, "--run", run]
     for arguments in (train, ["tune", "--run", run], ["evaluate", "--run", run, "--workers", "2"]):
         with driver(arguments, two_nodes) as process:
@@ -185,7 +187,7 @@ def test_a_killed_training_goes_on_from_another_machine_to_the_same_weights(
 ) -> None:
     settings, run = two_experts(small_config, epochs=30), f"{bucket}/run"
     config = tmp_path / "config.yaml"
-    config.write_text(settings.to_yaml())
+    config.write_text(to_yaml(settings))
     arguments = ["train", "--config", str(config), "--data", data.location, "--run", run]
     storage = open_run_storage(run)
 

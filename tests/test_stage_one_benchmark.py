@@ -14,6 +14,7 @@ from benchmarks.training.tower_rate import CASES, count_operations, drawn_items,
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
+from dsmip.load_config import changed, to_yaml
 from dsmip.monitor import StepFigures
 
 CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def test_every_part_has_one_epoch(small_config: ExperimentConfig) -> None:
 def test_trials_train_alike_with_and_without_cached_features(
     small_config: ExperimentConfig, small_data: Dataset, tmp_path: Path
 ) -> None:
-    found = trials(small_config.changed({"tune": {"rungs": [1, 2]}}), small_data, tmp_path)
+    found = trials(changed(small_config, {"tune": {"rungs": [1, 2]}}), small_data, tmp_path)
     assert [trial.epochs for trial in (found.once, found.cached, found.anew)] == [1, 1, 1]
     assert found.once.losses == found.cached.losses
     assert found.anew.losses == pytest.approx(found.cached.losses, rel=1e-4)
@@ -124,7 +125,7 @@ def test_a_small_run_answers_every_question(
 ) -> None:
     parts = {name: {"resources": {"cpu": 0.5}} for name in ("text", "visual", "multimodal")}
     config, path = tmp_path / "narrow.yaml", tmp_path / "figures.json"
-    config.write_text(small_config.changed({"parts": parts, "tune": {"rungs": [1]}}).to_yaml())
+    config.write_text(to_yaml(changed(small_config, {"parts": parts, "tune": {"rungs": [1]}})))
     sizes = ["--entities", "30", "--steps", "3", "--batch-size", "8", "--rounds", "1"]
     asked = ["--config", str(config), "--part", "visual", "--no-compile", "--work", str(tmp_path)]
     stage_one.main([*asked, *sizes, "--json", str(path)])

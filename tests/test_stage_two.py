@@ -7,9 +7,10 @@ import torch
 from test_dsmip import NUM_ENTITIES, NUM_MENTIONS, features, whole
 
 from dsmip.collate import Collator
-from dsmip.config import ExperimentConfig, TrainConfig, parse_config
+from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.load_config import parse_config
 from dsmip.models.base import BatchGold
 from dsmip.runs import Run
 from dsmip.sources import StreamSource, is_held_out

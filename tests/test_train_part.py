@@ -11,9 +11,10 @@ from workers import run_workers
 
 from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
-from dsmip.config import ExperimentConfig, load_config, merged
+from dsmip.config import ExperimentConfig, merged
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.load_config import changed, load_config, to_yaml
 from dsmip.local_context import LocalContext
 from dsmip.monitor import StepFigures
 from dsmip.runs import Run
@@ -49,7 +50,7 @@ def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConf
         "augment": {"flip": 0.5, "shift": 0.2, "drop_tokens": 0.3, "drop_pictures": 0.3},
     }
     config = small_config.model_copy(update={"train": merged(small_config.train, settings)})
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
     parts = ["text", "multimodal"]
     arguments = (tmp_path / "config.yaml", tmp_path / "data", parts)
     alone = train_in_worker(tmp_path / "alone", *arguments)
@@ -80,7 +81,7 @@ def test_a_resumed_part_ends_within_the_tolerance_of_gpus(
 ) -> None:
     """docs/reliability.md states it: kernels of a GPU may add in another order each time."""
     settings = {"epochs": 3, "batch_size": 4, "augment": {"shift": 0.2, "drop_tokens": 0.3}}
-    config = small_config.changed({"train": settings, "parts": {"multimodal": {"checkpoint_steps": 1}}})
+    config = changed(small_config, {"train": settings, "parts": {"multimodal": {"checkpoint_steps": 1}}})
     place = torch.device(device)
     whole = train_part(Run(tmp_path / "whole", config, small_data), "multimodal", LocalContext(tmp_path / "a", place))
     run = Run(tmp_path / "run", config, small_data)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
-from dsmip.config import WatchTool, load_config
+from dsmip.config import WatchTool
 from dsmip.errors import UserError
+from dsmip.load_config import load_config
 from dsmip.monitor import Outcome, Position, StepFigures, Watch, Writer, step_means, timed
 from dsmip.trackers import ProgressFile, Watched, check_tools
 

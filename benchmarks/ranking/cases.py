@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.collate import Modality
-from dsmip.config import ExperimentConfig, parse_config
+from dsmip.config import ExperimentConfig
 from dsmip.expert import MODALITIES, feature_sizes
+from dsmip.load_config import parse_config
 from dsmip.models import find_system
 from dsmip.models.base import FeatureSizes, Matcher
 from dsmip.models.dsmip import GATE, DsmipMatcher

@@ -32,9 +32,10 @@ from data_prep.build import prepare
 from data_prep.mimic_release import MimicRelease
 from data_prep.runners import run_in_processes
 from dsmip.atomic import write_json, write_text
-from dsmip.config import ExperimentConfig, load_config
+from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.load_config import changed, load_config, to_yaml
 from dsmip.models import find_system
 
 WORKERS = (1, 2)
@@ -71,7 +72,7 @@ def measure(config: ExperimentConfig, dataset: Dataset, options: argparse.Namesp
     in_ray: dict[int, list[Steps]] = {count: [] for count in counts}
     apart: list[float] = []
     command, stage_two = [], []
-    write_text(place / "config.yaml", config.to_yaml())
+    write_text(place / "config.yaml", to_yaml(config))
     for number in range(options.rounds):
         for name in parts:
             _say(f"round {number + 1}: {name}, bare")
@@ -254,7 +255,7 @@ def _config(options: argparse.Namespace) -> ExperimentConfig:
     config = load_config(options.config, ["backbone.pretrained=null", "held_out=0"])
     train = {"batch_size": options.batch_size, "micro_batch_size": None, "self_mentions": 0}
     names = find_system(config.model).part_names(config.system)
-    return one_epoch(config.changed({"train": train, "parts": {name: {"train": train} for name in names}}))
+    return one_epoch(changed(config, {"train": train, "parts": {name: {"train": train} for name in names}}))
 
 
 def _made(options: argparse.Namespace, place: Path) -> Path:

@@ -20,13 +20,13 @@ import torch
 from rich.console import Console
 
 from dsmip.atomic import write_json
-from dsmip.config import ExperimentConfig
+from dsmip.config import ExperimentConfig, Running
 from dsmip.dataset import Dataset
+from dsmip.load_config import changed
 from dsmip.local_context import LocalContext
 from dsmip.loop import Context
 from dsmip.models import find_system
 from dsmip.monitor import StepFigures
-from dsmip.running import Running
 from dsmip.runs import Run
 from dsmip.stages import train_part
 
@@ -116,7 +116,7 @@ def one_epoch(config: ExperimentConfig) -> ExperimentConfig:
     """The configuration with one epoch for every part."""
     names = find_system(config.model).part_names(config.system)
     short = {"epochs": 1, "validate_every": 1}
-    return config.changed({"train": {"validate_every": 1}, "parts": {name: {"train": short} for name in names}})
+    return changed(config, {"train": {"validate_every": 1}, "parts": {name: {"train": short} for name in names}})
 
 
 def bare(config: ExperimentConfig, dataset: Dataset, part: str, work: Path, count: int = 1) -> list[Steps]:

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
-from dsmip.config import ExperimentConfig
+from dsmip.config import ExperimentConfig, Frozen
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.frozen import Frozen
 from dsmip.table import Table
 
 Side = Literal["mentions", "entities"]

@@ -10,10 +10,9 @@ from torch.nn import functional as F
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
-from dsmip.config import ExperimentConfig
+from dsmip.config import ExperimentConfig, Frozen
 from dsmip.dataset import Dataset
 from dsmip.expert import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
-from dsmip.frozen import Frozen
 from dsmip.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_pictures
 from dsmip.keys import plain_text
 from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, StoredFeatures, System, token_pairs

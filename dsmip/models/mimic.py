@@ -15,13 +15,12 @@ from torch.nn import functional as F
 
 from dsmip.batches import ItemBatch
 from dsmip.collate import ItemFormat
-from dsmip.config import BackboneConfig, ExperimentConfig
+from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
 from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
 from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
 from dsmip.expert import feature_sizes
-from dsmip.frozen import Frozen
 from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System, token_pairs
 from dsmip.ops.losses import contrastive_loss
 from dsmip.table import Ragged, Table

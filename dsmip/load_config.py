@@ -1,0 +1,169 @@
+"""Configurations from text and to text: YAML files, `--set key=value`, the values of a search.
+
+The one place that turns a configuration's text into a validated object, with the section of its system.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsmip.config import ExperimentConfig, TrainConfig, deep_merged, validated
+from dsmip.errors import UserError
+from dsmip.keys import key_tree
+from dsmip.models import find_system
+
+_FILES = {".json", ".pt", ".pth", ".safetensors"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 5e-4 is a number (YAML 1.1 wants a dot, and reads text)."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes for `_Loader`: text that it would take for a number is quoted."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def shipped_configs() -> list[str]:
+    """Names of the YAMLs that come with the package."""
+    folder = resources.files("dsmip") / "configs"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads a shipped configuration (by name) or a YAML file, applies `key=value` overrides and validates.
+
+    Raises:
+        UserError: an unknown name, wrong YAML, an unknown key or a value out of range.
+    """
+    return parse_config(_read_tree(name_or_path, overrides), source=f"config {name_or_path}")
+
+
+def job_config(name_or_path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """As `load_config`, with absolute file names: workers live in other folders than the command line."""
+    return parse_config(_absolute(_read_tree(name_or_path, overrides)), source=f"config {name_or_path}")
+
+
+def read_config(text: str) -> ExperimentConfig:
+    """The configuration that `to_yaml` wrote."""
+    return parse_config(yaml.load(text, _Loader))
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """The whole configuration as YAML text that `load_config` reads back to an equal object."""
+    return _yaml(config.model_dump(mode="json"))
+
+
+def key_text(config: ExperimentConfig) -> str:
+    """What stands for the configuration in a key (`dsmip.keys.key_tree`), as YAML text."""
+    return _yaml(key_tree(config))
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False))
+
+
+def changed(config: ExperimentConfig, overrides: Mapping[str, Any]) -> ExperimentConfig:
+    """A copy with some keys replaced (nested mappings are merged), validated again."""
+    return parse_config(deep_merged(config.model_dump(mode="json"), overrides))
+
+
+def _read_tree(name_or_path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    if name_or_path in shipped_configs():
+        text = (resources.files("dsmip") / "configs" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    elif Path(name_or_path).is_file():
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"config {name_or_path} cannot be read as text: {error}") from error
+    else:
+        raise UserError(
+            f"config '{name_or_path}' is neither a file nor a shipped name; shipped: {', '.join(shipped_configs())}"
+        )
+    try:
+        tree: Any = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {name_or_path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config {name_or_path} must be a mapping of keys, not {type(tree).__name__}")
+    for override in overrides:
+        tree = deep_merged(tree, _parse_override(override))
+    return dict(tree)
+
+
+def _absolute(tree: Any) -> Any:
+    """The tree with absolute names of the weight and model files in it that exist."""
+    if isinstance(tree, dict):
+        return {key: _absolute(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_absolute(value) for value in tree]
+    if isinstance(tree, str) and Path(tree).suffix in _FILES and Path(tree).is_file():
+        return str(Path(tree).resolve())
+    return tree
+
+
+def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> ExperimentConfig:
+    """Validates a mapping, the search space with a value of each key included; UserError names each wrong key."""
+    config = _parse(tree, source)
+    for key, choice in config.tune.space.items():
+        swept(config, {key: choice.example}, f"{source}, tune.space")
+    return config
+
+
+def swept(config: ExperimentConfig, changes: Mapping[str, Any], source: str = "tune.space") -> ExperimentConfig:
+    """The configuration of a trial: `changes` by dotted key, of `system` or of the stage-two training (`train.<name>`).
+
+    Raises UserError for other keys: stage one is over when a sweep starts.
+    """
+    tree = config.model_dump(mode="json")
+    for key, value in changes.items():
+        path = key.split(".")
+        if path[0] not in ("system", "train") or len(path) == 1:
+            raise UserError(
+                f"{source}: '{key}' cannot be searched; keys are train.<name> (of stage two) and system.<name>"
+            )
+        place = tree["tune"] if path[0] == "train" else tree
+        for step in path[:-1]:
+            place = place.setdefault(step, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{source}: '{key}' is no key of the configuration: '{step}' has no keys below it")
+        place[path[-1]] = value
+    return _parse(tree, source)
+
+
+def _parse(tree: Mapping[str, Any], source: str) -> ExperimentConfig:
+    model = tree.get("model")
+    if not isinstance(model, str):
+        raise UserError(f"{source}: the key 'model' must name a system")
+    system = find_system(model)
+    section = validated(system.config_class, tree.get("system") or {}, source, "system.")
+    config = validated(ExperimentConfig, {**tree, "system": section}, source, "")
+    names = system.part_names(section)
+    for name, part in config.parts.items():
+        if name not in names:
+            raise UserError(f"{source}: unknown part 'parts.{name}'; {model} has {', '.join(names)}")
+        validated(TrainConfig, deep_merged(config.train.model_dump(), part.train), source, f"parts.{name}.train.")
+    validated(TrainConfig, deep_merged(config.train.model_dump(), config.tune.train), source, "tune.train.")
+    return config
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set takes key=value (for example train.epochs=5), got '{text}'")
+    try:
+        parsed = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: the value is not valid YAML") from error
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
