@@ -29,6 +29,8 @@ _POSITION = ("epoch", "step", "sums", "count", "history")
 class NoSoundCheckpoint(UserError):
     """A training has checkpoints, and all of them are damaged."""
 
+    may_pass = True
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:

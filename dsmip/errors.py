@@ -1,14 +1,30 @@
-"""Exceptions for what a user can mend: the command line prints their message, without a traceback; and a full disk."""
+"""Errors that end a command with one line instead of a traceback, and the recognition of a full disk."""
 
 import errno
 
 
-class UserError(Exception):
-    """A mistake in an input, a path, a key or a request: exit code 2. The message names the thing and what to do."""
+class ReportedError(Exception):
+    """What ends a command with its message as one line on stderr.
+
+    Attributes:
+        exit_code: the command's: 2 for a user's mistake, 1 for anything else.
+        may_pass: it comes of a machine, a disk or a store; the same work may succeed later.
+    """
+
+    exit_code = 1
+    may_pass = False
 
 
-class StoreAway(UserError):
-    """A store that cannot be reached, also when asked again: nobody's mistake, and later it may answer. Exit code 1."""
+class UserError(ReportedError):
+    """A mistake in an input, a path, a key or a request. The message names the thing and what to do."""
+
+    exit_code = 2
+
+
+class StoreAway(ReportedError):
+    """A store that cannot be reached, also when asked again: nobody's mistake, and later it may answer."""
+
+    may_pass = True
 
 
 def no_room(error: BaseException | None) -> bool:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import fsspec
 import platformdirs
 
-from dsmip.errors import StoreAway, UserError
+from dsmip.errors import ReportedError, StoreAway, UserError
 
 Result = TypeVar("Result")
 
@@ -92,7 +92,7 @@ def attempt(uri: str, call: Callable[[], Result]) -> Result:
     for wait in (*_WAITS, None):
         try:
             return call()
-        except (FileNotFoundError, UserError):
+        except (FileNotFoundError, ReportedError):
             raise
         except Exception as error:  # each provider's client has errors of its own
             if not _may_pass(error):

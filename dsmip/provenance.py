@@ -21,7 +21,7 @@ import torch
 import dsmip
 from dsmip.atomic import sha256_file, write_json
 from dsmip.config import ExperimentConfig
-from dsmip.errors import UserError
+from dsmip.errors import ReportedError
 from dsmip.run_storage import RunStorage
 
 RECORDS = "records"
@@ -100,7 +100,7 @@ def recorded(
         raise
     finally:
         # A full disk or a store that is away must not hide behind this line why a command has failed.
-        with nullcontext() if outcome == "finished" else suppress(OSError, UserError):
+        with nullcontext() if outcome == "finished" else suppress(OSError, ReportedError):
             storage.write_json(name, {**record, "ended": _now(), "outcome": outcome})
 
 

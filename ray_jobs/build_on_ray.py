@@ -6,12 +6,12 @@ from itertools import islice
 from typing import Any
 
 from data_prep.runners import Result, Runner, Task, Tick
-from ray_jobs.environment import connected
+from ray_jobs.connection import connected
 
 # isort: split
 import ray
 
-from dsmip.errors import UserError
+from dsmip.errors import ReportedError
 from ray_jobs.failures import LOST_WORKERS, JobFailed
 from ray_jobs.resources import Request, WaitingLine, check_feasible
 
@@ -75,7 +75,7 @@ def _result(reference: "ray.ObjectRef[tuple[Result, int]]") -> tuple[Result, int
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, OSError | UserError):
+        if isinstance(error.cause, OSError | ReportedError):
             raise error.cause from None
         raise JobFailed(f"a shard could not be made: {error.cause!r}", 1) from error
     except ray.exceptions.RayError as error:

@@ -11,8 +11,8 @@ from ray_jobs.shares import run_shares, start_share
 
 # isort: split
 from dsmip.pieces import Pieces
-from ray_jobs.context import worker_device
 from ray_jobs.progress import Display
+from ray_jobs.workers import worker_device
 
 
 def build_on_ray(pieces: Pieces, workers: int, *, gpu: bool, display: Display) -> None:

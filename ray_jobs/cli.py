@@ -8,11 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from dsmip.errors import StoreAway, UserError
+from dsmip.errors import ReportedError, UserError
 from dsmip.manifest import REJECTS_FILE, SPLITS
 from dsmip.rank_options import BackendName, PrecisionName, PruneName, RankOptions
-from ray_jobs import environment  # noqa: F401  (before anything imports Ray)
-from ray_jobs.failures import JobFailed
+from ray_jobs import connection  # noqa: F401  (before anything imports Ray)
 
 app = typer.Typer(
     name="dsmip",
@@ -332,10 +331,7 @@ def run_script(command: str) -> None:
 def _exit_codes() -> Iterator[None]:
     try:
         yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, StoreAway) else 2)
-    except JobFailed as error:
+    except ReportedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:

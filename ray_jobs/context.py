@@ -17,50 +17,13 @@ from dsmip.loop import Left
 from dsmip.monitor import StepFigures, Watch
 from dsmip.run_storage import RunStorage
 from dsmip.trackers import PROGRESS, ProgressFile, Sent, Watched
+from ray_jobs.events import StepEvents, say
 from ray_jobs.gauges import Gauges
-from ray_jobs.progress import Event
 from ray_jobs.scratch import Scratch
 from ray_jobs.stalls import StallWatch, collect_stalled, stall_file
+from ray_jobs.workers import set_threads
 
-_STEP_EVENT_SECONDS = 0.5
 _NOTICE_SECONDS = 1.0  # between two looks for a notice that a machine will be taken away
-
-
-class StepEvents:
-    """Tells an `EventQueue` actor of steps (at most about two a second) and of every epoch.
-
-    The first event is sent at once: it says that the worker has started. None instead of a queue tells nobody.
-    """
-
-    def __init__(self, name: str, num_epochs: int, events: Any) -> None:
-        self._name, self._num_epochs, self._events = name, num_epochs, events
-        self._num_steps = 1
-        self._last = 0.0
-        self._send(0, 0, {})
-
-    def step_done(self, epoch: int, step: int, num_steps: int) -> None:
-        self._num_steps = num_steps
-        if time.monotonic() - self._last >= _STEP_EVENT_SECONDS:
-            self._send(epoch, epoch * num_steps + step + 1, {})
-
-    def epoch_done(self, metrics: Mapping[str, float]) -> None:
-        epoch = int(metrics["epoch"])
-        self._send(epoch, (epoch + 1) * self._num_steps, dict(metrics))
-
-    def warn(self, line: str) -> None:
-        """Has the driver print a line about this training."""
-        say(self._events, self._name, line)
-
-    def _send(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
-        if self._events is not None:
-            self._last = time.monotonic()
-            self._events.push.remote(Event(self._name, done, self._num_epochs * self._num_steps, epoch, metrics))
-
-
-def say(events: Any, name: str, line: str) -> None:
-    """Has the driver print a line about a training. None instead of an `EventQueue` actor tells nobody."""
-    if events is not None:
-        events.push.remote(Event(name, 0, 0, 0, note=line))
 
 
 class RayContext:
@@ -196,14 +159,3 @@ def open_watch(
     sent = [Sent(storage, file), Sent(watched.storage, watched.event_files)]
     progress_file = ProgressFile(storage.folder / file, num_epochs, where)
     return Watch([progress_file, gauges, *watched.writers(), *sent], device, told.warn)
-
-
-def worker_device() -> torch.device:
-    """The GPU that Ray gave to this task or trial, else the CPU."""
-    return torch.device("cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu")
-
-
-def set_threads() -> None:
-    """As many threads as whole CPUs were assigned to this worker, at least one."""
-    assigned: Mapping[str, float] = ray.get_runtime_context().get_assigned_resources()
-    torch.set_num_threads(max(int(assigned.get("CPU", 0.0)), 1))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.environment import connected
+from ray_jobs.connection import connected
 
 # isort: split
 import torch

@@ -1,7 +1,11 @@
-"""How work fails: what a training's failure is, and how a job says that it failed after it has told why."""
+"""Failures of trainings and tasks: their causes, their traces, and the error of a job that has failed."""
 
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from dsmip.errors import ReportedError, UserError, no_room
+from dsmip.run_storage import RunStorage
 
 LOST_WORKERS = 3  # how many times a task is done again after its process was lost
 
@@ -10,7 +14,7 @@ LOST_WORKERS = 3  # how many times a task is done again after its process was lo
 class Failure:
     """Why a training failed: `message` in one line; `user_error` when a user can mend it; `trace` for the log.
 
-    may_pass: not its own doing, but that of a machine, a disk or a store; the same training may succeed later.
+    may_pass: it came of a machine, a disk or a store; the same training may succeed later.
     """
 
     message: str
@@ -19,7 +23,7 @@ class Failure:
     may_pass: bool = False
 
 
-class JobFailed(Exception):
+class JobFailed(ReportedError):
     """A job ended without its result; every cause was printed. `exit_code`: see `exit_code_of`."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -30,3 +34,52 @@ class JobFailed(Exception):
 def exit_code_of(failures: Iterable[Failure]) -> int:
     """2 when all are users' mistakes, else 1."""
     return 2 if all(failure.user_error for failure in failures) else 1
+
+
+def failure_of(error: BaseException, storage: RunStorage) -> Failure:
+    """The failure that an error means.
+
+    Args:
+        error: what a training or a trial raised.
+        storage: of the checkpoints, for an error that does not say which disk is full.
+    """
+    may_pass = _may_pass(error)
+    if isinstance(error, ReportedError):
+        return Failure(str(error), user_error=isinstance(error, UserError), may_pass=may_pass)
+    if no_room(error):
+        full = getattr(error, "filename", None) or storage
+        return Failure(f"no space left on the disk of {full}; make room there", user_error=True, may_pass=may_pass)
+    lines = "".join(traceback.format_exception(error))
+    return Failure(_last_line(lines), trace=lines, may_pass=may_pass)
+
+
+def traced(failure: Failure, storage: RunStorage, name: str) -> str:
+    """Writes a failure's traceback, if it has one, to the file `name`; returns where it is, for the end of a line."""
+    if not failure.trace:
+        return ""
+    try:
+        storage.write_text(name, failure.trace)
+    except (ReportedError, OSError):  # a store that is away, a disk that is full: perhaps the failure's own cause
+        return ""
+    return f" (see {storage}/{name})"
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether it, or what it came of, is a fault of the machine, a disk or a store."""
+    if error is None:
+        return False
+    outside = isinstance(error, _machine_errors()) or (isinstance(error, ReportedError) and error.may_pass)
+    no_memory = "allocate memory" in str(error)  # torch's RuntimeError on the CPU
+    return outside or no_memory or no_room(error) or _may_pass(error.__cause__ or error.__context__)
+
+
+def _machine_errors() -> tuple[type[BaseException], ...]:
+    import torch  # seconds, which processes that only make shards need not spend
+
+    # A GPU may be used by others as well.
+    return (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
-from ray_jobs.environment import connected
+from ray_jobs.connection import connected
 
 # isort: split
 import ray
@@ -21,7 +21,7 @@ from dsmip.collate import PictureCollator
 from dsmip.dataset import Dataset
 from dsmip.dataset_storage import DatasetStorage
 from dsmip.encoders.image_networks import PictureNetwork, identity
-from dsmip.errors import StoreAway, UserError
+from dsmip.errors import ReportedError, UserError
 from dsmip.feature_cache import BATCH_SIZE
 from dsmip.image_features import (
     PARTS,
@@ -42,12 +42,13 @@ from dsmip.manifest import KB
 from dsmip.table import Table
 from dsmip.table_writer import TableWriter
 from dsmip.threads import map_alone
-from ray_jobs.context import StepEvents, set_threads, worker_device
+from ray_jobs.events import Event, StepEvents, start_event_queue
 from ray_jobs.failures import JobFailed
 from ray_jobs.feature_request import FeatureRequest
 from ray_jobs.lines import ProgressLines
-from ray_jobs.progress import Display, Event, run_watched, start_event_queue
+from ray_jobs.progress import Display, run_watched
 from ray_jobs.resources import Request, WaitingLine, check_feasible
+from ray_jobs.workers import set_threads, worker_device
 
 PIECE_ITEMS = BATCH_SIZE  # as many as the gate encodes at once: the last bits depend on the size of a batch
 NAME = "picture features"
@@ -180,12 +181,16 @@ def _run_pipeline(plan: Plan, pieces: Sequence[Piece], workers: int, gpus: int, 
     try:
         for row in pipeline.iter_rows():
             if row["failure"]:
-                raise UserError(row["failure"]) if row["is_mistake"] else JobFailed(f"{NAME}: {row['failure']}", 1)
+                raise _error(row["failure"], row["exit_code"])
             done += row["items"]
             lines(NAME, done, total)
             events.push.remote(Event(NAME, done, total, 0))
     except ray.exceptions.RayError as error:
         raise JobFailed(f"{NAME}: {error}", 1) from error
+
+
+def _error(message: str, exit_code: int) -> ReportedError:
+    return UserError(message) if exit_code == UserError.exit_code else JobFailed(f"{NAME}: {message}", exit_code)
 
 
 class _Encoder:
@@ -205,14 +210,14 @@ class _Encoder:
         An error is a result: raised, Ray Data would try again what fails again, and log it at length.
         """
         piece = Piece(*(_plain(batch[field.name][0]) for field in fields(Piece)))
-        failure, is_mistake = "", False
+        failure, exit_code = "", 1
         try:
             self._encode(piece)
-        except UserError as error:
-            failure, is_mistake = str(error), not isinstance(error, StoreAway)
+        except ReportedError as error:
+            failure, exit_code = str(error), error.exit_code
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
-        return {"items": [piece.stop - piece.start], "failure": [failure], "is_mistake": [is_mistake]}
+        return {"items": [piece.stop - piece.start], "failure": [failure], "exit_code": [exit_code]}
 
     def _encode(self, piece: Piece) -> None:
         def encode(rows: range) -> Table:

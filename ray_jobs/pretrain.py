@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.environment import connected
+from ray_jobs.connection import connected
 
 # isort: split
 from dsmip import distributed
@@ -26,7 +26,7 @@ from dsmip.text import Template, Tokenizer
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.progress import Display
-from ray_jobs.trainings import Training, run_trainings
+from ray_jobs.ray_train import Training, run_trainings
 
 
 def pretrain_backbone(

@@ -7,68 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from ray_jobs.failures import Failure
+from ray_jobs.events import Event
 
 _SHOWN = ("loss", "mrr", "hits@1", "accuracy")
 _LOOK_SECONDS = 0.3
 _PLAIN_LINE_SECONDS = 30.0
 _PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Progress of one training: `done` of `total` steps of all epochs; `metrics` when an epoch has ended.
-
-    `note`: a line to print, instead of progress.
-    """
-
-    name: str
-    done: int
-    total: int
-    epoch: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    note: str = ""
-
-
-class EventQueue:
-    """Holds events between a worker's push and the driver's next look; `start_event_queue` makes the actor.
-
-    It also keeps the failures that workers noted, for those that are started in their place.
-    """
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._failures: dict[str, Failure] = {}
-
-    def note_failure(self, name: str, failure: Failure) -> None:
-        self._failures.setdefault(name, failure)
-
-    def failure(self, name: str) -> Failure | None:
-        return self._failures.get(name)
-
-    def push(self, event: Event) -> None:
-        self._events.append(event)
-
-    def drain(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-
-def start_event_queue() -> Any:
-    """The handle of a new `EventQueue` actor, which costs no CPU share. It is on this process's node, and ends with it.
-
-    Elsewhere it could be lost with a node, and this process with it.
-    """
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}  # as Ray Train does with its controller
-    return ray.remote(num_cpus=0, label_selector=here)(EventQueue).remote()
 
 
 def run_watched(

@@ -15,8 +15,8 @@ from dsmip.evaluation import Ranking, check_golds
 from dsmip.merging import merge_gold_scores, merge_rankings
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles
-from ray_jobs.context import worker_device
 from ray_jobs.progress import Display
+from ray_jobs.workers import worker_device
 
 
 def rank_on_ray(stored: RankedFiles, workers: int, *, gpu: bool, options: RankOptions, display: Display) -> Ranking:

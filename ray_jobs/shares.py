@@ -4,17 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ray_jobs.environment import connected  # noqa: F401  (first: Ray reads its variables when it is imported)
+from ray_jobs.connection import connected  # noqa: F401  (first: Ray reads its variables when it is imported)
 
 # isort: split
 import ray
 
-from dsmip.errors import UserError
+from dsmip.errors import ReportedError
 from dsmip.evaluation import NotRankable
-from ray_jobs.context import StepEvents, set_threads
+from ray_jobs.events import StepEvents, start_event_queue
 from ray_jobs.failures import LOST_WORKERS, JobFailed
-from ray_jobs.progress import Display, run_watched, start_event_queue
+from ray_jobs.progress import Display, run_watched
 from ray_jobs.resources import Request, WaitingLine
+from ray_jobs.workers import set_threads
 
 
 def start_share(name: str, events: Any) -> StepEvents:
@@ -28,7 +29,7 @@ def run_shares(
 ) -> dict[str, Any]:
     """What `work(*share, name, events)` returns of each share, by name; a line every 30 s names those that wait.
 
-    Raises what says that a user or the data is at fault (UserError, NotRankable) as it is, JobFailed when a share
+    Raises what says that a user or the data is at fault (a ReportedError, NotRankable) as it is, JobFailed when a share
     fails in another way, or is lost again and again.
     """
     events = start_event_queue()
@@ -46,7 +47,7 @@ def _result(task: Any, share: Sequence[Any], name: str, events: Any) -> Any:
     try:
         return ray.get(task.remote(*share, name, events))
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, NotRankable | UserError):
+        if isinstance(error.cause, NotRankable | ReportedError):
             raise error.cause from None
         raise JobFailed(f"{name} failed: {error.cause!r}", 1) from error
     except ray.exceptions.RayError as error:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_jobs.environment import connected
+from ray_jobs.connection import connected
 
 # isort: split
 from dsmip.config import ExperimentConfig
@@ -16,7 +16,7 @@ from dsmip.stages import train_part
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.progress import Display
-from ray_jobs.trainings import Training, run_trainings
+from ray_jobs.ray_train import Training, run_trainings
 
 
 def train_experts(

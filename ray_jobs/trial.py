@@ -25,8 +25,10 @@ from dsmip.runs import WEIGHTS, Run, own_weights
 from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole
 from dsmip.table import Table
 from dsmip.trackers import PROGRESS, SEND_SECONDS, Watched
-from ray_jobs.causes import failure_of, traced
-from ray_jobs.context import StepEvents, open_watch, set_threads, worker_device
+from ray_jobs.context import open_watch
+from ray_jobs.events import StepEvents
+from ray_jobs.failures import failure_of, traced
+from ray_jobs.workers import set_threads, worker_device
 
 SPLITS = ("train", "validation", KB)
 RESULT = "result.json"

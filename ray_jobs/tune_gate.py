@@ -14,21 +14,22 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from ray_jobs.environment import connected
+from ray_jobs.connection import connected
 
 # isort: split
 import ray
 from ray import tune
 
 from dsmip.config import ExperimentConfig, Resources
-from dsmip.errors import UserError
+from dsmip.errors import ReportedError, UserError
 from dsmip.load_config import key_text, to_yaml
 from dsmip.runs import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.trackers import check_tools
+from ray_jobs.events import start_event_queue
 from ray_jobs.failures import LOST_WORKERS, Failure, JobFailed, exit_code_of
-from ray_jobs.progress import Display, run_watched, start_event_queue
+from ray_jobs.progress import Display, run_watched
 from ray_jobs.resources import Request, WaitingLine, check_feasible
-from ray_jobs.search import Trial, draw_trials, survivors
+from ray_jobs.sweep import Trial, draw_trials, survivors
 from ray_jobs.train_experts import train_parts
 from ray_jobs.trial import RESULT, PartTables, TrialTask, cache_features, guarded_trial, trial_name
 
@@ -157,12 +158,12 @@ def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> 
 
 
 def _outcome(name: str, call: "Future[PartTables]") -> PartTables:
-    """What a task returned; its UserError, or JobFailed for any other end."""
+    """What a task returned; its ReportedError, or JobFailed for any other end."""
     try:
         return call.result()
     except ray.exceptions.RayTaskError as error:
         raise (
-            error.cause if isinstance(error.cause, UserError) else JobFailed(f"{name}: {error.cause!r}", 1)
+            error.cause if isinstance(error.cause, ReportedError) else JobFailed(f"{name}: {error.cause!r}", 1)
         ) from error
     except ray.exceptions.RayError as error:
         raise JobFailed(f"{name}: {error}", 1) from error
@@ -237,7 +238,7 @@ def _run_rung(
 def _stopped(run: Run, rung: int, error: Exception) -> JobFailed:
     """Tune itself failed, not a trial."""
     log, seen = f"tune/rung-{rung}.error.txt", ""
-    with suppress(UserError):
+    with suppress(ReportedError):
         run.storage.write_text(log, "".join(traceback.format_exception(error)))
         seen = f" (see {run.storage}/{log})"
     reason = " ".join(str(error).split()) or type(error).__name__

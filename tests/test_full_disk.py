@@ -6,12 +6,11 @@ import pytest
 import torch
 from full_disk import fill, small_disk
 
-import ray_jobs.environment  # noqa: F401  (before Ray is imported)
+import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from dsmip.checkpoints import MANIFEST, Checkpoint, save_checkpoint
 from dsmip.errors import no_room
 from dsmip.locations import open_run_storage
-from ray_jobs.causes import failure_of
-from ray_jobs.failures import Failure
+from ray_jobs.failures import Failure, failure_of
 
 LARGE, SMALL = {"unit": torch.zeros(1 << 20)}, {"unit": torch.zeros(1)}
 

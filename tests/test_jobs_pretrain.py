@@ -15,7 +15,7 @@ from dsmip.local_context import LocalContext
 from ray_jobs import pretrain
 from ray_jobs.pretrain import pretrain_backbone
 from ray_jobs.progress import Display
-from ray_jobs.trainings import Training
+from ray_jobs.ray_train import Training
 
 
 class Lab:

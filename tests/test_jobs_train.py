@@ -27,9 +27,9 @@ from dsmip.stages import train_part
 from ray_jobs import resources
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed
+from ray_jobs.ray_train import Training, run_trainings
 from ray_jobs.resources import Request, check_feasible, describe_wait
 from ray_jobs.train_experts import train_experts, train_parts
-from ray_jobs.trainings import Training, run_trainings
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path

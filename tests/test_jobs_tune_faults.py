@@ -26,10 +26,10 @@ from dsmip.runs import WEIGHTS, Run
 from dsmip.stages import CPU, train_part
 from ray_jobs import trial
 from ray_jobs import tune_gate as job
-from ray_jobs.context import StepEvents
+from ray_jobs.events import StepEvents
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display
-from ray_jobs.search import draw_trials
+from ray_jobs.sweep import draw_trials
 from ray_jobs.trial import RESULT, TrialContext, TrialTask, guarded_trial
 from ray_jobs.tune_gate import tune_gate
 

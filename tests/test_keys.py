@@ -20,7 +20,7 @@ from dsmip.load_config import changed, parse_config
 from dsmip.models import find_system
 from dsmip.text import Template
 from ray_jobs.pretrain import weights_stamp
-from ray_jobs.search import draw_trials
+from ray_jobs.sweep import draw_trials
 from ray_jobs.tune_gate import sweep_key
 
 WEIGHTS = {"b": torch.ones(2), "a": torch.arange(3.0)}

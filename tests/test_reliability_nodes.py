@@ -23,7 +23,7 @@ from disturbed import (
 )
 from ray_heads import wait_until
 
-import ray_jobs.environment  # noqa: F401  (before Ray is imported)
+import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.runs import Run

@@ -15,7 +15,7 @@ import torch
 from ray_heads import processes_of, wait_until
 from typer.testing import CliRunner
 
-import ray_jobs.environment  # noqa: F401  (before Ray is imported)
+import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from dsmip import feature_cache
 from dsmip.atomic import sha256_file
 from dsmip.config import ExperimentConfig, TuneConfig, merged

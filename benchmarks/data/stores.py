@@ -33,7 +33,7 @@ from data_prep.publish import upload_dataset
 from data_prep.runners import run_in_processes
 from dsmip.atomic import write_json
 from dsmip.dataset import Dataset
-from dsmip.errors import UserError
+from dsmip.errors import ReportedError
 from tests.object_store import free_port, running_store, variables
 
 WORKS: dict[Work, int] = {"records": 0, "all": 4}  # batches read ahead
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             upload_dataset(folder, uri, work / "uploaded.json")
             os.environ["DSMIP_CACHE"] = str(work / "cache")
             rows = measure(Place(folder, uri, work / "cache"), options.batch_size, options.rounds)
-        except UserError as error:
+        except ReportedError as error:
             sys.exit(str(error))
     _show(rows, options)
     if options.json is not None:

@@ -45,12 +45,12 @@ def command(marks: str, options: Sequence[str]) -> None:
     sys.argv = ["train_experts.py", *options]
     from unittest.mock import patch
 
-    from ray_jobs import cli, environment, train_experts
+    from ray_jobs import cli, connection, train_experts
 
     @contextmanager
     def connected(**options: Any) -> Iterator[None]:
         _mark(marks, "ready")
-        with environment.connected(**options):
+        with connection.connected(**options):
             _mark(marks, "connected")
             yield
 

@@ -145,7 +145,7 @@ def in_ray_train(
     Every worker has one CPU, and a GPU where there are some.
     """
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve workers beside whatever else runs
-    from ray_jobs.environment import connected
+    from ray_jobs.connection import connected
 
     with TemporaryDirectory(dir=work) as folder, connected():
         return [_trained(config, dataset, part, Path(folder) / str(count), count) for count in workers]
@@ -153,7 +153,7 @@ def in_ray_train(
 
 def _trained(config: ExperimentConfig, dataset: Dataset, part: str, folder: Path, workers: int) -> Steps:
     from ray_jobs.progress import Display
-    from ray_jobs.trainings import Training, run_trainings
+    from ray_jobs.ray_train import Training, run_trainings
 
     run, num_gpus = Run.create(folder / "run", config, dataset), int(torch.cuda.is_available())
     training = Training(

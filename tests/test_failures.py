@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import ray_jobs.environment  # noqa: F401  (before Ray is imported)
+import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from dsmip.checkpoints import NoSoundCheckpoint
-from dsmip.errors import StoreAway, UserError
+from dsmip.errors import ReportedError, StoreAway, UserError
 from dsmip.object_store import attempt
-from ray_jobs.causes import failure_of, traced
-from ray_jobs.failures import Failure
+from ray_jobs.failures import Failure, failure_of, traced
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -26,7 +25,7 @@ def of_a_store(error: Exception) -> Exception:
 
     try:
         attempt("s3://x/a", call)
-    except UserError as raised:
+    except ReportedError as raised:
         return raised
     raise AssertionError
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from ray_jobs.environment import starts_own_cluster  # first: Ray reads its variables when it is imported
+from ray_jobs.connection import starts_own_cluster  # first: Ray reads its variables when it is imported
 
 # isort: split
 import ray
@@ -20,15 +20,15 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from dsmip import distributed
 from dsmip.checkpoints import KEPT
 from dsmip.config import Running
-from dsmip.errors import UserError, no_room
+from dsmip.errors import ReportedError, no_room
 from dsmip.locations import Location, open_run_storage
 from dsmip.loop import Left
 from dsmip.run_storage import LocalRun, RunStorage
 from dsmip.trackers import Watched
-from ray_jobs.causes import failure_of, traced
 from ray_jobs.context import RayContext
-from ray_jobs.failures import Failure, JobFailed, exit_code_of
-from ray_jobs.progress import Display, run_watched, start_event_queue
+from ray_jobs.events import start_event_queue
+from ray_jobs.failures import Failure, JobFailed, exit_code_of, failure_of, traced
+from ray_jobs.progress import Display, run_watched
 from ray_jobs.resources import Request, WaitingLine, check_feasible
 from ray_jobs.snapshots import mend_snapshot
 
@@ -192,4 +192,4 @@ def _worst(errors: Sequence[BaseException], storage: RunStorage) -> Failure:
 
 def _cause(error: BaseException) -> BaseException:
     inner: BaseException | None = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
-    return inner if inner and (isinstance(inner, UserError) or no_room(inner)) else error
+    return inner if inner and (isinstance(inner, ReportedError) or no_room(inner)) else error
