@@ -17,9 +17,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data_prep.finding_log import merged_counts
+from data_prep.formats.release import Release
 from data_prep.kb_table import join_pieces
 from data_prep.pictures import JPEG_QUALITY
-from data_prep.release import Release
 from data_prep.runners import Result, Runner, Task, run_serially
 from data_prep.staging import (
     SCAN_FINDINGS,

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from data_prep.release import Finding
+from data_prep.formats.release import Finding
 from dsmip.atomic import atomic_path
 
 Counts = dict[str, dict[str, int]]  # action: {reason: count}

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.io import encode_jpeg
 
+from data_prep.formats.image_files import MAX_FILE_BYTES
 from dsmip import images
 from dsmip.images import decode_jpeg, jpeg_header
 from dsmip.manifest import PictureSettings
 
 JPEG_QUALITY = 92
 MAX_PIXELS = images.MAX_PIXELS  # what is prepared must be readable in training
-MAX_FILE_BYTES = 1 << 28
 # A model sees the centre square, so what lies beyond this ratio of the sides is never looked at.
 MAX_ASPECT = 4
 _MAX_JPEG_SIDE = 65500

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_prep.release import RawEntity, RawMention, RawPicture
+from data_prep.formats.release import RawEntity, RawMention, RawPicture
 
 
 def write_entity(stream: TextIO, raw: RawEntity) -> int:

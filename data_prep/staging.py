@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.finding_log import Counts, finding_log
-from data_prep.release import RawEntity, RawMention, Release, UniqueIds, checked_entities, checked_mentions
+from data_prep.formats.release import RawEntity, RawMention, Release
+from data_prep.rules import UniqueIds, checked_entities, checked_mentions
 from data_prep.staged_records import write_entity, write_mention
 from dsmip.atomic import atomic_path, sha256_file, write_json
 from dsmip.errors import UserError

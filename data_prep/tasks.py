@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.finding_log import finding_log, merged_counts
+from data_prep.formats.image_files import read_picture
+from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture
 from data_prep.kb_table import KbPieces, StoredEntity, entity_key, join_moved, write_piece
-from data_prep.picture_files import read_picture
 from data_prep.pictures import MAX_FILE_BYTES, UnusablePicture, prepare_picture
-from data_prep.release import Finding, RawEntity, RawMention, RawPicture
 from data_prep.runners import Tick
 from data_prep.staged_records import read_entities, read_mentions
 from data_prep.staging import (

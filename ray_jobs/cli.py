@@ -69,7 +69,7 @@ def prepare(
     ] = False,
 ) -> None:
     """Makes a dataset directory from a raw release. Run again after an interruption it goes on where it was."""
-    from data_prep.formats import open_release
+    from data_prep.formats.registry import open_release
     from ray_jobs import prepare as job
     from ray_jobs.build_display import BuildDisplay
 

@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 from data_prep.demo.release import DemoConfig
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
 from data_prep.pictures import JPEG_QUALITY
 from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig

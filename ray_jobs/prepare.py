@@ -17,9 +17,9 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from data_prep.build import PICTURES, SHARD_BYTES, Progress, prepare
 from data_prep.demo.release import DemoConfig, write_demo_release
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
+from data_prep.formats.release import Release, ReleaseOptions
 from data_prep.publish import published_manifest, upload_dataset
-from data_prep.release import Release, ReleaseOptions
 from data_prep.runners import Runner, run_in_processes, run_serially
 from data_prep.view import make_view
 from dsmip.atomic import sha256_file

@@ -13,7 +13,7 @@ from object_store import ObjectStore, free_port, running_store, variables
 from small_release import picture, write_release
 
 from data_prep.build import prepare
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.load_config import parse_config

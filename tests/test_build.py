@@ -13,7 +13,7 @@ from small_release import NUM_INPUTS, faulty_release, plain_release
 
 from data_prep import staging
 from data_prep.build import prepare
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
 from data_prep.runners import Result, Task, Tick, run_in_processes, run_serially
 from data_prep.tasks import KbTask, SplitTask
 from dsmip.dataset import Dataset

@@ -13,7 +13,7 @@ import pytest
 from small_release import plain_release
 
 from data_prep.build import prepare
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
 from data_prep.runners import Tick
 from dsmip.provenance import RECORDS
 

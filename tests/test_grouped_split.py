@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.grouped_split import SplitItem, check_percentages, grouped_split
+from data_prep.formats.splits import SplitItem, check_percentages, grouped_split
 from dsmip.errors import UserError
 from dsmip.manifest import SPLITS
 

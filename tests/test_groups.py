@@ -7,7 +7,7 @@ import pytest
 from small_release import picture, write_release
 
 from data_prep.build import prepare
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
 from dsmip.dataset import Dataset
 from dsmip.groups import report_groups, rows_by_value
 

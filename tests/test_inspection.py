@@ -13,11 +13,11 @@ from planted import noise, planted_release
 from small_release import picture, write_release
 
 from data_prep.build import prepare
+from data_prep.formats.mimic import MimicRelease
 from data_prep.inspection.batches import same_gold_pairs
 from data_prep.inspection.image_hash import MAX_BITS, MAX_COLOUR, near_pairs, read_signature
 from data_prep.inspection.page import write_page
 from data_prep.inspection.report import Inspection, inspect_dataset
-from data_prep.mimic_release import MimicRelease
 from dsmip.dataset import Dataset
 from ray_jobs import cli
 

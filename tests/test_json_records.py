@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import json_records
-from data_prep.json_records import BrokenLine, array_records, line_records, object_records, opening
+from data_prep.formats import json_records
+from data_prep.formats.json_records import BrokenLine, array_records, line_records, object_records, opening
 from dsmip.errors import UserError
 
 TEXTS = st.text(st.characters(codec=None, categories=None), max_size=8)  # lone surrogates too

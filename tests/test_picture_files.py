@@ -9,10 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import zip_members
-from data_prep.picture_files import PictureFiles, base_name, read_picture
-from data_prep.picture_paths import PicturePaths
-from data_prep.release import RawPicture
+from data_prep.formats import image_files
+from data_prep.formats.image_files import PictureFiles, PicturePaths, base_name, read_picture
+from data_prep.formats.release import RawPicture
 from dsmip.errors import UserError
 
 LIMIT = 1 << 16
@@ -54,7 +53,7 @@ def hostile(tmp_path: Path) -> Path:
 
 
 def test_bad_members_are_refused_by_name(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zip_members, "MAX_FILE_BYTES", 2 << 20)
+    monkeypatch.setattr(image_files, "MAX_FILE_BYTES", 2 << 20)
     pictures = PictureFiles([hostile])
     assert [(each.source, each.record, each.action, each.detail) for each in pictures.refused] == [
         ("bad.zip", 1, "degraded", "../up.jpg: path with .."),

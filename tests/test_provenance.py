@@ -12,7 +12,7 @@ import pytest
 from small_release import plain_release
 
 import dsmip
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
 from dsmip import provenance
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset

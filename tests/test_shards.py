@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_release import faulty_release
 
 from data_prep.build import prepare
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.tar import read_shard, tar_header, write_shard

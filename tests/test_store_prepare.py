@@ -12,7 +12,7 @@ from object_store import ObjectStore
 from small_release import plain_release
 
 from data_prep.build import prepare
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
 from data_prep.publish import upload_dataset
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError

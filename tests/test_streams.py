@@ -10,7 +10,7 @@ from small_release import plain_release
 
 from data_prep import staging
 from data_prep.build import prepare
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
 from dsmip import sampler
 from dsmip.dataset import Dataset
 from dsmip.sampler import TrainingBatch, count_steps, draw, permutation, step_bounds, windows

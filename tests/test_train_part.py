@@ -10,7 +10,7 @@ from small_release import plain_release
 from workers import run_workers
 
 from data_prep.build import prepare
-from data_prep.mimic_release import MimicRelease
+from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError

@@ -7,9 +7,9 @@ import pytest
 from small_release import plain_release
 
 from data_prep.build import prepare
+from data_prep.formats.mimic import MimicRelease
 from data_prep.inspection.report import inspect_dataset
 from data_prep.inspection.verification import verify_dataset
-from data_prep.mimic_release import MimicRelease
 from data_prep.view import make_view
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError

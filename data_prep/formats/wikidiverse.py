@@ -8,8 +8,8 @@
 The README of wangxw5/wikiDiverse shows both forms and how the file of a picture is named: the MD5 of the url's base
 name, then its extension, where svg became png. Golds are addresses of Wikipedia; the authors' evaluation knows "nil"
 and damaged schemes of addresses ("nhttps://", "]https://"). Rules of our own: how an address finds its entity (see
-`data_prep.wiki_titles`; what finds none is an unknown gold), what is done about a span that does not fit (see
-`span_fault`), and that a picture may also keep its own name, as where people have loaded it themselves.
+`data_prep.formats.knowledge_base`; what finds none is an unknown gold), what is done about a span that does not
+fit (see `span_fault`), and that a picture may also keep its own name, as where people have loaded it themselves.
 
 An input is a mention: a passage counts once for each; a passage that cannot be read counts once.
 """
@@ -23,11 +23,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.json_records import array_records, opening
-from data_prep.knowledge_base import knowledge_base_file, open_knowledge_base
-from data_prep.picture_files import PictureFiles
-from data_prep.release import Action, Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
-from data_prep.wiki_titles import entities_by_title, wiki_title
+from data_prep.formats.image_files import PictureFiles
+from data_prep.formats.json_records import array_records, opening
+from data_prep.formats.knowledge_base import entities_by_title, knowledge_base_file, open_knowledge_base, wiki_title
+from data_prep.formats.release import (
+    Action,
+    Finding,
+    RawEntity,
+    RawMention,
+    RawPicture,
+    ReleaseOptions,
+    refuse_unknown_options,
+)
 from dsmip.errors import UserError
 
 _PICTURES = ("wikinewsImgs", "images")

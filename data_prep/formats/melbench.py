@@ -3,7 +3,7 @@
     Richpedia-MEL.json   {key: {id, sentence, mentions, entities, answer}, ...}
     Wikidata-MEL.json    the same with lists in mentions, entities and answer: one record, several mentions
     images/              (or image/, mention_image/, mention_images/, or a zip of that name) pictures, by record id
-    splits.json          or train_ids.txt, dev_ids.txt, test_ids.txt: see data_prep.split_files
+    splits.json          or train_ids.txt, dev_ids.txt, test_ids.txt: see data_prep.formats.splits
 
 `mentions` is the word, `answer` the gold entity id, `entities` the gold's name (not used). From public material: the
 fields and both forms are in the preparation code of the same group's GHMFC (there `id` is the picture's number in
@@ -20,13 +20,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.fields import Types, groups_of, text_of, type_problem
-from data_prep.grouped_split import SplitItem, check_percentages, grouped_split
-from data_prep.json_records import object_records, opening
-from data_prep.knowledge_base import knowledge_base_file, open_knowledge_base
-from data_prep.picture_files import PictureFiles, base_name
-from data_prep.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
-from data_prep.split_files import SplitFiles
+from data_prep.formats.fields import Types, groups_of, text_of, type_problem
+from data_prep.formats.image_files import PictureFiles, base_name
+from data_prep.formats.json_records import object_records, opening
+from data_prep.formats.knowledge_base import knowledge_base_file, open_knowledge_base
+from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
+from data_prep.formats.splits import SplitFiles, SplitItem, check_percentages, grouped_split
 from dsmip.errors import UserError
 from dsmip.manifest import SPLITS
 

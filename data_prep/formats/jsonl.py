@@ -15,10 +15,10 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from data_prep.fields import Types, groups_of, text_of, type_problem
-from data_prep.json_records import BrokenLine, line_records
-from data_prep.picture_paths import PicturePaths
-from data_prep.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
+from data_prep.formats.fields import Types, groups_of, text_of, type_problem
+from data_prep.formats.image_files import PicturePaths
+from data_prep.formats.json_records import BrokenLine, line_records
+from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
 from dsmip.errors import UserError
 
 ENTITY_FILES = ("entities.jsonl", "entities.parquet")

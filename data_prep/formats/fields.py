@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.release import Finding
+from data_prep.formats.release import Finding
 from dsmip.errors import UserError
 
 Types = Mapping[str, type | tuple[type, ...]]

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.jsonl_release import JsonlRelease
-from data_prep.melbench_release import MelbenchRelease
-from data_prep.mimic_release import MimicRelease
-from data_prep.release import Release, ReleaseOptions
-from data_prep.wikidiverse_release import WikidiverseRelease
+from data_prep.formats.jsonl import JsonlRelease
+from data_prep.formats.melbench import MelbenchRelease
+from data_prep.formats.mimic import MimicRelease
+from data_prep.formats.release import Release, ReleaseOptions
+from data_prep.formats.wikidiverse import WikidiverseRelease
 from dsmip.errors import UserError
 
 

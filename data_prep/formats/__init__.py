@@ -1,0 +1,1 @@
+"""Layouts of raw releases: one file per layout, and what layouts share."""
