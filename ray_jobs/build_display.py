@@ -21,7 +21,7 @@ from ray_jobs.lines import ProgressLines
 
 
 class BuildDisplay:
-    """Use as a context manager; `show` is what `data_prep.build.prepare` calls."""
+    """Use as a context manager; `show` is what `data_prep.build.build.prepare` calls."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)

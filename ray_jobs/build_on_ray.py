@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from data_prep.runners import Result, Runner, Task, Tick
+from data_prep.build.runners import Result, Runner, Task, Tick
 from ray_jobs.connection import connected
 
 # isort: split

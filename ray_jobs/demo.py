@@ -16,9 +16,9 @@ from ray_jobs.connection import connected
 import torch
 from rich.table import Table
 
+from data_prep.build.images import JPEG_QUALITY
 from data_prep.demo.release import DemoConfig
 from data_prep.formats.mimic import MimicRelease
-from data_prep.pictures import JPEG_QUALITY
 from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset

@@ -15,13 +15,13 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from data_prep.build import PICTURES, SHARD_BYTES, Progress, prepare
+from data_prep.build.build import PICTURES, SHARD_BYTES, Progress, prepare
+from data_prep.build.publish import published_manifest, upload_dataset
+from data_prep.build.runners import Runner, run_in_processes, run_serially
+from data_prep.build.view import make_view
 from data_prep.demo.release import DemoConfig, write_demo_release
 from data_prep.formats.mimic import MimicRelease
 from data_prep.formats.release import Release, ReleaseOptions
-from data_prep.publish import published_manifest, upload_dataset
-from data_prep.runners import Runner, run_in_processes, run_serially
-from data_prep.view import make_view
 from dsmip.atomic import sha256_file
 from dsmip.dataset import Dataset
 from dsmip.dataset_storage import MANIFEST_FILE

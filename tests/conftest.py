@@ -12,7 +12,7 @@ import torch
 from object_store import ObjectStore, free_port, running_store, variables
 from small_release import picture, write_release
 
-from data_prep.build import prepare
+from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset

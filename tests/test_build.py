@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from small_release import NUM_INPUTS, faulty_release, plain_release
 
-from data_prep import staging
-from data_prep.build import prepare
+from data_prep.build import plan
+from data_prep.build.build import prepare
+from data_prep.build.runners import Result, Task, Tick, run_in_processes, run_serially
+from data_prep.build.tasks import KbTask, SplitTask
 from data_prep.formats.mimic import MimicRelease
-from data_prep.runners import Result, Task, Tick, run_in_processes, run_serially
-from data_prep.tasks import KbTask, SplitTask
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.manifest import PictureSettings
@@ -109,7 +109,7 @@ def test_the_seed_orders_the_training_mentions(tmp_path: Path) -> None:
 
 
 def test_shards_of_training_are_many_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "MAX_MENTIONS_PER_SHARD", 2)
+    monkeypatch.setattr(plan, "MAX_MENTIONS_PER_SHARD", 2)
     release = MimicRelease(plain_release(tmp_path / "release", 7, 35))
     manifest = prepare(release, tmp_path / "data", name="plain", shard_bytes=4000)
     assert [shard.samples for shard in manifest.shards_of("kb")] == [1, 3, 3]
@@ -164,7 +164,7 @@ def test_an_interrupted_build_is_not_a_dataset_and_goes_on(
 def test_parts_of_a_shard_are_kept_and_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = MimicRelease(plain_release(tmp_path / "release", 7, 9))
     prepare(release, tmp_path / "whole", name="plain")
-    monkeypatch.setattr(staging, "MAX_RECORDS_PER_PART", 2)
+    monkeypatch.setattr(plan, "MAX_RECORDS_PER_PART", 2)
     parts: list[int] = []
 
     def counted(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from small_release import plain_release
 
-from data_prep.build import prepare
+from data_prep.build.build import prepare
+from data_prep.build.runners import Tick
 from data_prep.formats.mimic import MimicRelease
-from data_prep.runners import Tick
 from dsmip.provenance import RECORDS
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks.data import big_release, shards, stores
 from benchmarks.data import prepare as prepare_benchmark
 from benchmarks.data.big_release import BigRelease, write_big_release
-from data_prep.build import prepare
+from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError

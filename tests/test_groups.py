@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from small_release import picture, write_release
 
-from data_prep.build import prepare
+from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.dataset import Dataset
 from dsmip.groups import report_groups, rows_by_value

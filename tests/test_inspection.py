@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from planted import noise, planted_release
 from small_release import picture, write_release
 
-from data_prep.build import prepare
+from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from data_prep.inspection.batches import same_gold_pairs
 from data_prep.inspection.image_hash import MAX_BITS, MAX_COLOUR, near_pairs, read_signature

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from small_release import picture
 
+from data_prep.build.rules import MAX_GROUPS, UniqueIds, checked_entities, checked_mentions
 from data_prep.formats.jsonl import JsonlKb, JsonlRelease
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, RawEntity, RawMention, ReleaseOptions
-from data_prep.rules import MAX_GROUPS, UniqueIds, checked_entities, checked_mentions
 from dsmip.errors import UserError
 
 ROOT = Path(__file__).parents[1]

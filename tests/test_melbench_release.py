@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from data_prep.build.rules import checked_mentions
 from data_prep.formats.melbench import MelbenchRelease
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, RawMention, ReleaseOptions
-from data_prep.rules import checked_mentions
 from dsmip.errors import UserError
 from dsmip.manifest import SPLITS
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from small_release import KB, VALIDATION, faulty_release
 
+from data_prep.build.rules import checked_entities, checked_mentions
 from data_prep.formats.image_files import read_picture
 from data_prep.formats.mimic import MimicRelease
 from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions
-from data_prep.rules import checked_entities, checked_mentions
 from dsmip.errors import UserError
 
 SHARED = Path(__file__).parents[1].parent / "shared"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_release import picture
 
-from data_prep import pictures
-from data_prep.pictures import JPEG_QUALITY, UnusablePicture, prepare_picture
+from data_prep.build import images
+from data_prep.build.images import JPEG_QUALITY, UnusablePicture, prepare_picture
 from dsmip.images import UnreadablePicture, decode, jpeg_header
 from dsmip.manifest import PictureSettings
 
@@ -203,7 +203,7 @@ def test_too_large_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare_picture(picture((1, 70_000), form="PNG"), ORIGINAL)  # no JPEG is that long
     assert _opened(prepare_picture(picture((1, 70_000), form="PNG"), SETTINGS)).size == (1, 4)
     for name, limit in (("MAX_PIXELS", 99), ("MAX_FILE_BYTES", 600)):
-        monkeypatch.setattr(pictures, name, limit)
+        monkeypatch.setattr(images, name, limit)
         for content in (picture((10, 10)), READABLE["png"][0] + bytes(600)):
             with pytest.raises(UnusablePicture, match="too large"):
                 prepare_picture(content, SETTINGS)
@@ -232,7 +232,7 @@ def test_broken_bytes_give_a_jpeg_within_bounds_or_a_reason(
         content[place % len(content)] = value
     data = bytes(content[:cut])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "MAX_PIXELS", 1 << 20)  # keeps wild sizes cheap
+        patch.setattr(images, "MAX_PIXELS", 1 << 20)  # keeps wild sizes cheap
         prepared = _or_none(lambda: prepare_picture(data, settings), UnusablePicture)
         if cut is not None and cut < len(base) and not changes and jpeg_header(base):
             assert prepared is None

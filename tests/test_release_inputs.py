@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.build.rules import UniqueIds, checked_entities, checked_mentions
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, ReleaseOptions
-from data_prep.rules import UniqueIds, checked_entities, checked_mentions
 from dsmip.manifest import SPLITS
 
 _KB = [{"qid": f"Q{n}", "entity_name": f"Title {n}", "attr": "a"} for n in range(3)]

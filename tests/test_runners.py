@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.runners import Tick, run_in_processes
+from data_prep.build.runners import Tick, run_in_processes
 from dsmip.errors import UserError
 from dsmip.processes import map_tasks
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 from small_release import plain_release
 
-from data_prep.build import prepare
+from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.dataset import Dataset

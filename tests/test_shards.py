@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_release import faulty_release
 
-from data_prep.build import prepare
+from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError

@@ -13,9 +13,9 @@ import pytest
 from object_store import ObjectStore, free_port, running_store, variables
 from small_release import plain_release
 
-from data_prep.build import prepare
+from data_prep.build.build import prepare
+from data_prep.build.view import make_view
 from data_prep.formats.mimic import MimicRelease
-from data_prep.view import make_view
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.object_store import _system, filesystem

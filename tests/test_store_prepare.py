@@ -11,9 +11,9 @@ import torch
 from object_store import ObjectStore
 from small_release import plain_release
 
-from data_prep.build import prepare
+from data_prep.build.build import prepare
+from data_prep.build.publish import upload_dataset
 from data_prep.formats.mimic import MimicRelease
-from data_prep.publish import upload_dataset
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.image_features import PARTS, find_features

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_release import plain_release
 
-from data_prep import staging
-from data_prep.build import prepare
+from data_prep.build import plan
+from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip import sampler
 from dsmip.dataset import Dataset
@@ -24,7 +24,7 @@ DRAWS = [1, 2, 0, 0, 0, 0, 2, 0]
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("streams")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staging, "MIN_TRAIN_SHARDS", 9)
+        patch.setattr(plan, "MIN_TRAIN_SHARDS", 9)
         prepare(MimicRelease(plain_release(folder / "release", 5, NUM_TRAIN)), folder / "data", name="plain")
     return Dataset.open(folder / "data")
 

@@ -9,7 +9,7 @@ import torch
 from small_release import plain_release
 from workers import run_workers
 
-from data_prep.build import prepare
+from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.dataset import Dataset

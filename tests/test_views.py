@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from small_release import plain_release
 
-from data_prep.build import prepare
+from data_prep.build.build import prepare
+from data_prep.build.view import make_view
 from data_prep.formats.mimic import MimicRelease
 from data_prep.inspection.report import inspect_dataset
 from data_prep.inspection.verification import verify_dataset
-from data_prep.view import make_view
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 

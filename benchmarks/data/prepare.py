@@ -30,10 +30,10 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from benchmarks.data.big_release import BigRelease, positive, write_big_release
 from benchmarks.data.processes import Pace, Processes
 from benchmarks.measure import status_bytes
-from data_prep.build import prepare
+from data_prep.build.build import prepare
+from data_prep.build.images import JPEG_QUALITY
+from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
-from data_prep.pictures import JPEG_QUALITY
-from data_prep.runners import run_in_processes
 from dsmip.atomic import write_json
 
 WORKERS = (1, 2)

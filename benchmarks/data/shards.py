@@ -29,9 +29,9 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.data.big_release import BigRelease, positive, write_big_release
 from benchmarks.data.processes import Pace, Processes
-from data_prep.build import prepare
+from data_prep.build.build import prepare
+from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
-from data_prep.runners import run_in_processes
 from dsmip.atomic import write_json
 from dsmip.collate import Collator, ItemFormat, Modality
 from dsmip.dataset import Dataset

@@ -27,10 +27,10 @@ from rich.table import Table
 
 from benchmarks.data.big_release import BigRelease, positive, write_big_release
 from benchmarks.data.shards import Work, streaming
-from data_prep.build import prepare
+from data_prep.build.build import prepare
+from data_prep.build.publish import upload_dataset
+from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
-from data_prep.publish import upload_dataset
-from data_prep.runners import run_in_processes
 from dsmip.atomic import write_json
 from dsmip.dataset import Dataset
 from dsmip.errors import ReportedError

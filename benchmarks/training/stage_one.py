@@ -28,9 +28,9 @@ from benchmarks.training import first_step
 from benchmarks.training.stage_two_trial import Trials, trials
 from benchmarks.training.steps import WARM_UP, Steps, bare, in_ray_train, one_epoch
 from benchmarks.training.tower_rate import TowerRate, tower_rates
-from data_prep.build import prepare
+from data_prep.build.build import prepare
+from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
-from data_prep.runners import run_in_processes
 from dsmip.atomic import write_json, write_text
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset

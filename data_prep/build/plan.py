@@ -19,10 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data_prep.finding_log import Counts, finding_log
+from data_prep.build.findings import Counts, finding_log
+from data_prep.build.rules import UniqueIds, checked_entities, checked_mentions
+from data_prep.build.staged_records import write_entity, write_mention
 from data_prep.formats.release import RawEntity, RawMention, Release
-from data_prep.rules import UniqueIds, checked_entities, checked_mentions
-from data_prep.staged_records import write_entity, write_mention
 from dsmip.atomic import atomic_path, sha256_file, write_json
 from dsmip.errors import UserError
 from dsmip.manifest import KB, SPLITS, PictureSettings, ShardInfo, shard_path

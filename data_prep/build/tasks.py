@@ -7,14 +7,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.finding_log import finding_log, merged_counts
-from data_prep.formats.image_files import read_picture
-from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture
-from data_prep.kb_table import KbPieces, StoredEntity, entity_key, join_moved, write_piece
-from data_prep.pictures import MAX_FILE_BYTES, UnusablePicture, prepare_picture
-from data_prep.runners import Tick
-from data_prep.staged_records import read_entities, read_mentions
-from data_prep.staging import (
+from data_prep.build.findings import finding_log, merged_counts
+from data_prep.build.images import UnusablePicture, prepare_picture
+from data_prep.build.kb_table import KbPieces, StoredEntity, entity_key, join_moved, write_piece
+from data_prep.build.plan import (
     FinishedPart,
     FinishedShard,
     PlannedPart,
@@ -24,6 +20,10 @@ from data_prep.staging import (
     write_finished,
     write_finished_part,
 )
+from data_prep.build.runners import Tick
+from data_prep.build.staged_records import read_entities, read_mentions
+from data_prep.formats.image_files import MAX_FILE_BYTES, read_picture
+from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture
 from dsmip.atomic import join_files, sha256_file
 from dsmip.errors import UserError
 from dsmip.manifest import PictureSettings, ShardInfo

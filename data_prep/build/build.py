@@ -1,7 +1,7 @@
 """From a raw release to a dataset directory: read it once, make its shards, describe the result.
 
 The kb's shards come first, because the shards of mentions copy their gold entities' pictures from there. Any runner
-of tasks will do; the result does not depend on it. What is finished stays finished (see `data_prep.staging`).
+of tasks will do; the result does not depend on it. What is finished stays finished (see `data_prep.build.plan`).
 """
 
 import hashlib
@@ -16,12 +16,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data_prep.finding_log import merged_counts
-from data_prep.formats.release import Release
-from data_prep.kb_table import join_pieces
-from data_prep.pictures import JPEG_QUALITY
-from data_prep.runners import Result, Runner, Task, run_serially
-from data_prep.staging import (
+from data_prep.build.findings import merged_counts
+from data_prep.build.images import JPEG_QUALITY
+from data_prep.build.kb_table import join_pieces
+from data_prep.build.plan import (
     SCAN_FINDINGS,
     STAGE,
     FinishedShard,
@@ -33,7 +31,9 @@ from data_prep.staging import (
     read_plan,
     staged,
 )
-from data_prep.tasks import HashTask, JoinTask, KbTask, SplitTask
+from data_prep.build.runners import Result, Runner, Task, run_serially
+from data_prep.build.tasks import HashTask, JoinTask, KbTask, SplitTask
+from data_prep.formats.release import Release
 from dsmip import __version__
 from dsmip.atomic import join_files, sha256_file, write_json
 from dsmip.dataset import Dataset
