@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from object_store import ObjectStore, free_port, running_store, variables
-from small_release import picture, write_release
 
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
@@ -18,12 +16,11 @@ from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.load_config import parse_config
 from dsmip.runs import Run
+from tests.support.backbones import NARROW_BACKBONE
+from tests.support.object_store import ObjectStore, free_port, running_store, variables
+from tests.support.paths import ROOT
+from tests.support.small_release import picture, write_release
 
-NARROW_BACKBONE = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
-}
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "grey", "pink", "brown", "cyan", "white")
 
 
@@ -136,6 +133,7 @@ def ray_cluster() -> Iterator[None]:
 
     variables = pytest.MonkeyPatch()
     variables.delenv("RAY_ADDRESS", raising=False)
+    variables.setenv("PYTHONPATH", str(ROOT))  # workers find what tests give them
     variables.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     variables.setenv("RAY_worker_maximum_startup_concurrency", "16")
     if "RAY_worker_niceness" not in os.environ:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_heads import Head, free_ports, running_head, wait_until
 
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.runs import Run
 from ray_jobs.node_types import VARIABLE
+from tests.support.ray_heads import Head, free_ports, running_head, wait_until
 
 # isort: split
 from ray.util import get_node_ip_address

@@ -22,14 +22,14 @@ from dsmip.models.mimic import MimicMatcher
 from dsmip.ops.ranking import Counts
 from dsmip.table import Column, Ragged, Table
 from dsmip.unit_scorer import UnitScorer
+from tests.support.paths import MIMIC_UNITS
 
 CPU = torch.device("cpu")
 TOLERANCE = TOLERANCES["fp32"]
-GOLDEN = Path(__file__).parent / "data" / "mimic_units.npz"
 
 
 def golden_matcher_and_features() -> tuple[MimicMatcher, Table, Table, Tensor]:
-    golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN).items()}
+    golden = {name: torch.from_numpy(value) for name, value in np.load(MIMIC_UNITS).items()}
     matcher = MimicMatcher(UnitScorer(("text", "image"), FeatureSizes(64, 96, 64), 24, mask_padding=False))
     matcher.load_published_state_dict(
         {name.removeprefix("weights/"): t for name, t in golden.items() if name.startswith("weights/")}

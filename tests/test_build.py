@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from small_release import NUM_INPUTS, faulty_release, plain_release
 
 from data_prep.build import plan
 from data_prep.build.build import prepare
@@ -19,6 +18,7 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.manifest import PictureSettings
+from tests.support.small_release import NUM_INPUTS, faulty_release, plain_release
 
 
 @pytest.fixture

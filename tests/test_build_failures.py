@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_release import plain_release
 
 from data_prep.build.build import prepare
 from data_prep.build.runners import Tick
 from data_prep.formats.mimic import MimicRelease
 from dsmip.provenance import RECORDS
+from tests.support.paths import ROOT
+from tests.support.small_release import plain_release
 
-ROOT = Path(__file__).parents[1]
 WAIT_SECONDS = 60.0
 
 

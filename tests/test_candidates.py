@@ -11,10 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dsmip import features, seeded, with_system
-from test_evaluation import CPU, TableMatcher, numbered
-from test_ops_dual import direct, random_items, random_weights
-from test_units import random_features, random_units
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -38,6 +34,10 @@ from dsmip.text_unit import TextUnit
 from dsmip.unit_scorer import UnitScorer
 from dsmip.units import CrossUnit, DualUnit, VisualUnit
 from ray_jobs.cli import app
+from tests.support.dual_units import direct, random_items, random_weights
+from tests.support.matchers import CPU, TableMatcher, numbered
+from tests.support.matching_units import random_features, random_units
+from tests.support.systems import features, seeded, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 6, 13
 SYSTEMS = ["mimic", "dsmip pair", "dsmip mention"]

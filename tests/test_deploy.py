@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
-from kuberay import PersistentVolumeClaim, RayJob
 
 from dsmip.load_config import shipped_configs
 from ray_jobs.cli import app
 from ray_jobs.node_types import VARIABLE
+from tests.support.kuberay import PersistentVolumeClaim, RayJob
 
 # isort: split
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 KUBERAY = ROOT / "deploy" / "kuberay"
 STAGES = ("prepare", "train", "tune", "evaluate")
 PINS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]["constraint-dependencies"]

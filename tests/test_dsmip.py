@@ -9,57 +9,20 @@ from torch import Tensor, nn
 
 from dsmip.checkpoints import save_weights
 from dsmip.collate import Collator
-from dsmip.config import ExperimentConfig, merged
+from dsmip.config import ExperimentConfig
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.expert import feature_sizes
 from dsmip.load_config import parse_config
 from dsmip.models.base import BatchGold
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
 from dsmip.records import Mention
 from dsmip.runs import load_own_weights, own_weights
-from dsmip.table import Column, Ragged, Table
+from dsmip.table import Table
 from dsmip.text import Template, Tokenizer, mention_text
+from tests.support.systems import features, seeded, whole, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 5, 6
-
-
-def seeded(seed: int, build: Any) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
-
-
-def with_system(config: ExperimentConfig, **changes: Any) -> ExperimentConfig:
-    return config.model_copy(update={"system": merged(config.system, changes)})
-
-
-def whole(config: ExperimentConfig, **gate: Any) -> DsmipMatcher:
-    matcher = seeded(1, lambda: Dsmip.build_whole(with_system(config, gate=gate)))
-    assert isinstance(matcher, DsmipMatcher)
-    return matcher.eval()
-
-
-def features(config: ExperimentConfig, count: int, seed: int) -> Table:
-    """Random features of all experts and of the gate."""
-    sizes, generator = feature_sizes(config.backbone.architecture), torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 4, (count,), generator=generator)
-
-    def ragged(width: int) -> Ragged:
-        values = torch.randn(int(lengths.sum()), width, generator=generator)
-        return Ragged(values, lengths.cumsum(0) - lengths, lengths)
-
-    columns: dict[str, Column] = {
-        "gate.text": torch.randn(count, sizes.text_width, generator=generator),
-        "gate.picture": torch.randn(count, sizes.embed_width, generator=generator),
-    }
-    for part, kinds in {"text": ["text"], "visual": ["image"], "multimodal": ["text", "image"]}.items():
-        for kind in kinds:
-            width = sizes.text_width if kind == "text" else sizes.vision_width
-            columns[f"{part}.{kind}_global"] = torch.randn(count, sizes.embed_width, generator=generator)
-            columns[f"{part}.{kind}_tokens"] = ragged(width)
-    return Table(columns)
 
 
 def prepared(matcher: DsmipMatcher, config: ExperimentConfig) -> tuple[Table, Table]:

@@ -8,64 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from workers import run_workers
 
 from dsmip import distributed
-from dsmip.batches import ItemBatch
 from dsmip.evaluation import Ranking, TileSize, prepare_in_tiles, rank
 from dsmip.index import EntityIndex
 from dsmip.metrics import summarise
-from dsmip.models.base import BatchGold, Matcher, Scores
 from dsmip.ops.ranking import Counts
-from dsmip.table import Table
-
-CPU = torch.device("cpu")
-
-
-class TableMatcher(Matcher):
-    """Scores are looked up: `scores` [M, E] and, with `chosen`, the expert of each pair."""
-
-    def __init__(self, scores: Tensor, chosen: Tensor | None = None) -> None:
-        super().__init__()
-        self.scores_ME, self.chosen_ME = scores, chosen
-
-    def encode_mentions(self, batch: ItemBatch) -> Table:
-        raise NotImplementedError
-
-    def encode_entities(self, batch: ItemBatch) -> Table:
-        raise NotImplementedError
-
-    def prepare_mentions(self, features: Table) -> Table:
-        return features
-
-    def prepare_entities(self, features: Table) -> Table:
-        return features
-
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
-        rows, columns = mentions.dense("row")[:, None], entities.dense("row")[None]
-        return Scores(self.scores_ME[rows, columns], None if self.chosen_ME is None else self.chosen_ME[rows, columns])
-
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        raise NotImplementedError
-
-    def encoder_trains(self) -> bool:
-        return False
-
-
-def numbered(count: int, first: int = 0) -> Table:
-    return Table({"row": torch.arange(first, first + count)})
-
-
-def ranks_by_sorting(scores_ME: Tensor, gold_M: Tensor) -> list[float]:
-    """Mean place of the gold among all equal scores in a full sort."""
-    found = []
-    for scores, gold in zip(scores_ME, gold_M.tolist(), strict=True):
-        order = scores.argsort(descending=True).tolist()
-        equal = [place + 1 for place, column in enumerate(order) if scores[column] == scores[gold]]
-        found.append(sum(equal) / len(equal))
-    return found
+from tests.support.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
+from tests.support.workers import run_workers
 
 
 def ranked(scores_ME: Tensor, gold_M: Tensor, chosen_ME: Tensor | None = None, **options: Any) -> Ranking:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from full_disk import fill, small_disk
 
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from dsmip.checkpoints import MANIFEST, Checkpoint, save_checkpoint
 from dsmip.errors import no_room
 from dsmip.locations import open_run_storage
 from ray_jobs.failures import Failure, failure_of
+from tests.support.full_disk import fill, small_disk
 
 LARGE, SMALL = {"unit": torch.zeros(1 << 20)}, {"unit": torch.zeros(1)}
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from workers import run_workers
 
 from dsmip import distributed
 from dsmip.batches import ItemBatch
@@ -18,6 +17,7 @@ from dsmip.load_config import parse_config
 from dsmip.models import find_system
 from dsmip.models.base import BatchGold, Matcher, Scores
 from dsmip.table import Ragged, Table
+from tests.support.workers import run_workers
 
 CPU = torch.device("cpu")
 BACKBONE = {

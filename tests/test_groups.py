@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_release import picture, write_release
 
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.dataset import Dataset
 from dsmip.groups import report_groups, rows_by_value
+from tests.support.small_release import picture, write_release
 
 
 def entity(qid: str, name: str, image: str = "") -> dict[str, Any]:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import noise, planted_release
-from small_release import picture, write_release
 
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
@@ -20,6 +18,8 @@ from data_prep.inspection.page import write_page
 from data_prep.inspection.report import Inspection, inspect_dataset
 from dsmip.dataset import Dataset
 from ray_jobs import cli
+from tests.support.planted import noise, planted_release
+from tests.support.small_release import picture, write_release
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from ray import cloudpickle
 from typer.testing import CliRunner
 
 from dsmip.atomic import sha256_file
@@ -28,7 +26,6 @@ from ray_jobs.progress import Display
 from ray_jobs.rank_slices import rank_on_ray
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path
 CPU = torch.device("cpu")
 
 

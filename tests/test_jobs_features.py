@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NARROW_BACKBONE
-from ray_heads import processes_of
 from typer.testing import CliRunner, Result
 
 from dsmip.config import ExperimentConfig
@@ -30,6 +28,8 @@ from dsmip.runs import Run
 from dsmip.stages import CPU
 from dsmip.table import Table
 from ray_jobs.cli import app
+from tests.support.backbones import NARROW_BACKBONE
+from tests.support.ray_heads import processes_of
 
 OF_CLIP = ("--kind", "clip", "--random-weights", "0", "--config")
 

@@ -15,6 +15,7 @@ from dsmip.errors import UserError
 from ray_jobs import resources
 from ray_jobs.node_types import VARIABLE
 from ray_jobs.resources import NodeKind, Request, check_feasible, describe_wait, nodes_on_their_way
+from tests.support.paths import ROOT
 
 TWO_SMALL = [NodeKind({"CPU": 2.0}, 1.0), NodeKind({"CPU": 2.0, "GPU": 1.0}, 1.0)]
 UNLIMITED = [NodeKind({"CPU": 4.0}, math.inf)]  # a node type without a maximum
@@ -121,7 +122,7 @@ def test_node_types_are_read_where_they_were_configured(monkeypatch: pytest.Monk
     monkeypatch.setattr(state, "get_cluster_config", lambda: None)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert resources.cluster_kinds() == []
-    shutil.copy(Path(__file__).parents[1] / "cluster.yaml", tmp_path / "ray_bootstrap_config.yaml")
+    shutil.copy(ROOT / "cluster.yaml", tmp_path / "ray_bootstrap_config.yaml")
     assert resources.cluster_kinds() == [NodeKind({"CPU": 16}, 8), NodeKind({"CPU": 8, "GPU": 1}, 4)]
     path = tmp_path / "ray_bootstrap_config.yaml"
     path.write_text(path.read_text().replace("\nmax_workers: 12 ", "\nmax_workers: 2 "))  # the whole cluster's

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ray_jobs.scratch import Scratch
+from tests.support.paths import ROOT
 
 WORKER = """
 import sys
@@ -22,7 +23,7 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     mine = Scratch(root).folder("restored-")
     other = subprocess.Popen(
         [sys.executable, "-c", WORKER, str(root)],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         text=True,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

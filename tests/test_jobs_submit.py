@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_heads import Head, running_head, wait_until
 
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.dataset import Dataset
@@ -13,6 +12,7 @@ from dsmip.load_config import to_yaml
 from dsmip.local_context import LocalContext
 from dsmip.runs import Run
 from dsmip.stages import train_part
+from tests.support.ray_heads import Head, running_head, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

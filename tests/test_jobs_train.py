@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 import ray.train
 import torch
-from displays import Lines
-from ray import cloudpickle
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
@@ -30,9 +27,9 @@ from ray_jobs.failures import JobFailed
 from ray_jobs.ray_train import Training, run_trainings
 from ray_jobs.resources import Request, check_feasible, describe_wait
 from ray_jobs.train_experts import train_experts, train_parts
+from tests.support.displays import Lines
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path
 
 
 def count_epochs(context: RayContext, settings: Mapping[str, Any]) -> None:

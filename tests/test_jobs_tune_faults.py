@@ -6,15 +6,12 @@ import json
 import os
 import shutil
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from displays import Lines
-from ray import cloudpickle
 
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.dataset import Dataset
@@ -32,6 +29,7 @@ from ray_jobs.progress import Display
 from ray_jobs.sweep import draw_trials
 from ray_jobs.trial import RESULT, TrialContext, TrialTask, guarded_trial
 from ray_jobs.tune_gate import tune_gate
+from tests.support.displays import Lines
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 SPACE = {"system.gate.temperature": {"values": [0.1, 0.5, 1.0]}, "train.learning_rate": {"loguniform": [1e-3, 1e-2]}}
@@ -88,7 +86,6 @@ def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -
 def test_no_rung_is_decided_without_a_trial_that_could_not_run(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str, exit_code: int
 ) -> None:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests on their path
     monkeypatch.setattr(job, "_trainable", partial(faulty_trial, tmp_path / fault))
     run = opened(trained, tmp_path / "run")
     (tmp_path / fault).touch()
@@ -191,7 +188,6 @@ def test_features_are_made_again_after_their_process_was_lost(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = opened(trained, tmp_path / "run")
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     mark = tmp_path / "lost"
     monkeypatch.setattr(job, "cache_features", lambda *arguments: lost_once(mark, *arguments))
     features = job._cache_all_features(run, draw_trials(run.config, 0), Display())

@@ -8,15 +8,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_release import picture
 
 from data_prep.build.rules import MAX_GROUPS, UniqueIds, checked_entities, checked_mentions
 from data_prep.formats.jsonl import JsonlKb, JsonlRelease
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, RawEntity, RawMention, ReleaseOptions
 from dsmip.errors import UserError
+from tests.support.paths import ROOT
+from tests.support.small_release import picture
 
-ROOT = Path(__file__).parents[1]
 ENTITIES: list[dict[str, Any]] = [
     {
         "entity_id": 7,

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_text_unit_backends import Way, pairs
 
 from dsmip.errors import UserError
 from dsmip.ops.kernels import cpu
 from dsmip.ops.kernels.cpu import TokenRows
 from dsmip.text_unit import TextUnit, use_backend
+from tests.support.text_unit_pairs import Way, pairs
 
 CPU = torch.device("cpu")
 CPP = Way("cpp")

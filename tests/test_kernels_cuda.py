@@ -9,13 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-import test_text_unit_backends as backends
 import torch
-from test_evaluation import TableMatcher, ranks_by_sorting
-from test_text_unit_backends import CPU, INTERPRETED, Way, pairs
 from torch import Tensor
 
 from dsmip.errors import UserError
@@ -27,6 +23,9 @@ from dsmip.ops.kernels import cuda
 from dsmip.ops.kernels.rows import TokenRows
 from dsmip.table import Ragged, Table
 from dsmip.text_unit import HalfOverflow, TextUnit, use_backend, use_precision
+from tests.support.matchers import TableMatcher, ranks_by_sorting
+from tests.support.paths import ROOT
+from tests.support.text_unit_pairs import CPU, INTERPRETED, Way, pairs
 
 TRITON = Way("triton")
 DEVICE = TRITON.device
@@ -37,9 +36,10 @@ on_device = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available()
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="the interpreter's own process, or no Triton")
 @pytest.mark.slow
 def test_all_holds_in_the_interpreter() -> None:
+    (scores,) = (ROOT / "tests").rglob("test_text_unit_backends.py")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-rs", __file__, backends.__file__],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-rs", __file__, str(scores)],
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

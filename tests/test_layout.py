@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 PACKAGES = ("ray_jobs", "data_prep", "dsmip")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 70
 # data_prep is fed with records and writes shards: of the library it knows these modules only
@@ -80,3 +81,23 @@ def test_files_and_functions_fit_a_reader(path: Path) -> None:
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION_LINES, f"{path}:{node.lineno} {node.name}"
+
+
+TEST_MODULES = sorted((ROOT / "tests").rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TEST_MODULES, ids=[str(path.relative_to(ROOT)) for path in TEST_MODULES])
+def test_test_modules_share_by_way_of_support_alone(path: Path) -> None:
+    """A test module may be moved, renamed or left out without another one noticing."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            shared = parts[:2] == ["tests", "support"] or not {"tests", "conftest"} & set(parts)
+            shared = shared and not any(part.startswith("test_") for part in parts)
+            assert shared, f"{path} imports {name}"

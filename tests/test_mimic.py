@@ -1,7 +1,6 @@
 """MIMIC against its published scores, parameter names and text tower, and what is said of weights that do not fit."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +24,8 @@ from dsmip.records import Entity, Mention
 from dsmip.table import Ragged, Table
 from dsmip.text import Tokenizer
 from dsmip.unit_scorer import UnitScorer
+from tests.support.paths import MIMIC_UNITS
 
-GOLDEN = Path(__file__).parent / "data" / "mimic_units.npz"
 START, END = 49406, 49407
 NUM_TOKENS = 40
 LENGTHS = (4, 40, 12, 3)
@@ -34,7 +33,7 @@ LENGTHS = (4, 40, 12, 3)
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    return {name: torch.from_numpy(value) for name, value in np.load(GOLDEN).items()}
+    return {name: torch.from_numpy(value) for name, value in np.load(MIMIC_UNITS).items()}
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from small_release import KB, VALIDATION, faulty_release
 
 from data_prep.build.rules import checked_entities, checked_mentions
 from data_prep.formats.image_files import read_picture
 from data_prep.formats.mimic import MimicRelease
 from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions
 from dsmip.errors import UserError
+from tests.support.paths import ROOT
+from tests.support.small_release import KB, VALIDATION, faulty_release
 
-SHARED = Path(__file__).parents[1].parent / "shared"
+SHARED = ROOT.parent / "shared"
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_dsmip import features, whole
-from test_evaluation import CPU, ranks_by_sorting
 from torch import Tensor
 
 from dsmip.config import ExperimentConfig
@@ -20,6 +18,8 @@ from dsmip.models.dsmip import Dsmip
 from dsmip.refinement import GRID, PairScorer
 from dsmip.table import Column, Ragged, Repeated, Table
 from dsmip.units import DualUnit
+from tests.support.matchers import CPU, ranks_by_sorting
+from tests.support.systems import features, whole
 
 NUM_MENTIONS, NUM_ENTITIES = 6, 700  # more than one tile of preparing
 LACKING = torch.arange(NUM_ENTITIES) % 3 == 1

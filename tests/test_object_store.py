@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from object_store import ObjectStore
 
 from dsmip.errors import StoreAway, UserError
 from dsmip.locations import local_path
 from dsmip.object_store import attempt, cache_folder, filesystem, is_uri
+from tests.support.object_store import ObjectStore
 
 
 @pytest.mark.parametrize("location", ["s3://bucket", "gs://bucket/a b", "file:///tmp/x"])

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from small_release import picture
 
 from data_prep.build import images
 from data_prep.build.images import JPEG_QUALITY, UnusablePicture, prepare_picture
 from dsmip.images import UnreadablePicture, decode, jpeg_header
 from dsmip.manifest import PictureSettings
+from tests.support.small_release import picture
 
 SETTINGS = PictureSettings(size=224, quality=JPEG_QUALITY)
 ORIGINAL = SETTINGS.model_copy(update={"keep_original": True})

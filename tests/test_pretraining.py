@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from workers import run_workers
 
 from dsmip import distributed
 from dsmip.batches import ItemBatch
@@ -19,6 +18,7 @@ from dsmip.local_context import LocalContext
 from dsmip.monitor import StepFigures
 from dsmip.pretraining import MAX_LOGIT_SCALE, PairSource, contrast, pretrain
 from dsmip.text import Template, Tokenizer
+from tests.support.workers import run_workers
 
 CPU = torch.device("cpu")
 CONFIG = PretrainConfig(epochs=3, batch_size=4, learning_rate=3e-3, warmup_steps=2)

@@ -2,14 +2,12 @@
 
 import importlib
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsmip.load_config import shipped_configs
-
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
 
 
 def _text(name: str) -> str:

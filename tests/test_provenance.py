@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_release import plain_release
 
 import dsmip
 from data_prep.formats.mimic import MimicRelease
@@ -18,6 +17,8 @@ from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.runs import Run
 from ray_jobs.prepare import BuildOptions, prepare_release
+from tests.support.paths import ROOT
+from tests.support.small_release import plain_release
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -81,7 +82,7 @@ def test_the_digest_of_the_sources_is_that_of_the_command_in_the_docs(tmp_path: 
     (tmp_path / "dsmip" / "__pycache__").mkdir()
     for name in ("dsmip/__pycache__/a.pyc", "dsmip/.a.py.swp", "tests.py"):
         (tmp_path / name).write_text("not ours")
-    docs = (Path(__file__).parents[1] / "docs" / "watching.md").read_text()
+    docs = (ROOT / "docs" / "watching.md").read_text()
     (line,) = [line.strip() for line in docs.splitlines() if line.endswith("| sha256sum")]
     said = subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert said.split()[0] == provenance.source_sha256(tmp_path)

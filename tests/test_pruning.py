@@ -1,110 +1,32 @@
 """Pruned rankings are those that compute every pair: with systems of random weights, and with a double that prunes all
 that it may."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dsmip import features, whole
-from test_evaluation import CPU, ranks_by_sorting
-from test_refinement import NoisyMatcher, weighted
 from torch import Tensor
 
 from dsmip import evaluation
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation import NotRankable, Ranking, TileSize, rank
-from dsmip.expert import feature_sizes
 from dsmip.index import EntityIndex
 from dsmip.merging import merge_rankings
-from dsmip.models.base import Matcher, Scores
+from dsmip.models.base import Scores
 from dsmip.models.dsmip import Dsmip
-from dsmip.models.mimic import MimicMatcher
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedModel
 from dsmip.refinement import Floor, PairScorer
 from dsmip.reports import evaluate_model
 from dsmip.runs import Run
 from dsmip.table import Ragged, Table
-from dsmip.unit_scorer import UnitScorer
 from ray_jobs.evaluate import evaluate_run
+from tests.support.matchers import CPU, NoisyMatcher, ranks_by_sorting, weighted
+from tests.support.ranking_cases import FORMS, Case, assert_equal, case_of, random_matcher
+from tests.support.systems import features
 
 NUM_MENTIONS, NUM_ENTITIES = 9, 90
-
-
-def build_mimic(config: ExperimentConfig) -> Matcher:
-    sizes, masked = feature_sizes(config.backbone.architecture), config.system.mask_padding
-    return MimicMatcher(UnitScorer(("text", "image"), sizes, 8, mask_padding=masked))
-
-
-FORMS: dict[str, Callable[[ExperimentConfig], Matcher]] = {
-    "pair": lambda config: whole(config, final_activation="relu"),
-    "mention": lambda config: whole(config, choice="mention", calibration="scale"),
-    "text": lambda config: Dsmip.build_part("text", config, with_encoder=False),
-    "multimodal": lambda config: Dsmip.build_part("multimodal", config, with_encoder=False),
-    "mimic": build_mimic,
-}
-GATED = ("pair", "mention")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A matcher with prepared items. num_choices: experts of a gate."""
-
-    matcher: Matcher
-    mentions: Table
-    entities: Table
-    num_choices: int
-
-    @torch.no_grad()
-    def score(self, at_least_M: Tensor | None = None) -> Scores:
-        return self.matcher.score(self.matcher.with_bounds(self.mentions), self.entities, at_least_M=at_least_M)
-
-    def rank(self, gold_row_M: Tensor, tiles: TileSize, top_k: int, *, prune: bool) -> Ranking:
-        # several tables, as in an index on disk
-        index = EntityIndex([self.entities.rows(slice(0, 40)), self.entities.rows(slice(40, None))])
-        return rank(
-            self.matcher,
-            self.mentions,
-            index,
-            gold_row_M,
-            device=CPU,
-            top_k=top_k,
-            num_choices=self.num_choices,
-            refine=True,
-            prune=prune,
-            tile_size=tiles,
-        )
-
-    def golds(self) -> Tensor:
-        """Best entities, and for every third mention any."""
-        best_M, number_M = self.score().total_ME.argmax(dim=1), torch.arange(len(self.mentions))
-        return torch.where(number_M % 3 == 2, number_M * 7 % len(self.entities), best_M)
-
-
-@torch.no_grad()
-def random_matcher(form: str, config: ExperimentConfig, seed: int) -> Matcher:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        matcher = FORMS[form](config).eval()
-        for parameter in matcher.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return matcher
-
-
-def seen_by(form: str, table: Table) -> Table:
-    """What a matcher takes of the features of all experts and the gate."""
-    return table if form in GATED else table.under("multimodal" if form == "mimic" else form)
-
-
-@torch.no_grad()
-def case_of(form: str, matcher: Matcher, mentions: Table, entities: Table) -> Case:
-    """Of features of all experts and the gate."""
-    prepared = matcher.prepare_mentions(seen_by(form, mentions)), matcher.prepare_entities(seen_by(form, entities))
-    return Case(matcher, *prepared, 3 * (form in GATED))
 
 
 def make_case(form: str, config: ExperimentConfig, seed: int = 0) -> Case:
@@ -115,14 +37,6 @@ def make_case(form: str, config: ExperimentConfig, seed: int = 0) -> Case:
 @pytest.fixture(scope="module", params=FORMS)
 def case(request: pytest.FixtureRequest, small_config: ExperimentConfig) -> Case:
     return make_case(request.param, small_config)
-
-
-def assert_equal(found: Ranking, expected: Ranking) -> None:
-    assert torch.equal(found.counts.better_M, expected.counts.better_M)
-    assert torch.equal(found.counts.tied_M, expected.counts.tied_M)
-    for name in ("top_row_Mk", "top_score_Mk", "chosen_gold_M", "chosen_top_Mk", "chosen_pairs_MB", "tied_choices_M"):
-        a, b = getattr(found, name), getattr(expected, name)
-        assert a is b or torch.equal(a, b), name
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_dsmip import with_system
-from test_evaluation import CPU
-from test_pruning import FORMS, Case, assert_equal, case_of, random_matcher, seen_by
 from torch import Tensor
 
 from dsmip.config import ExperimentConfig, TrainConfig
@@ -22,6 +19,9 @@ from dsmip.local_context import LocalContext
 from dsmip.sources import CachedSource
 from dsmip.table import Column, Ragged, Table
 from dsmip.trainer import train
+from tests.support.matchers import CPU
+from tests.support.ranking_cases import FORMS, Case, assert_equal, case_of, random_matcher, seen_by
+from tests.support.systems import with_system
 
 pytestmark = pytest.mark.slow
 

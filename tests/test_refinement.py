@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluation import CPU, TableMatcher, numbered, ranks_by_sorting
 from torch import Tensor, nn
 
 from dsmip.evaluation import NotRankable, Ranking, TileSize, check_golds, rank
@@ -16,28 +15,7 @@ from dsmip.merging import merge_gold_scores, merge_rankings
 from dsmip.models.base import Scores
 from dsmip.refinement import GRID, PairScorer, _scored_together
 from dsmip.table import Table
-
-
-class NoisyMatcher(TableMatcher):
-    """Says `scores` in double precision, and in single precision errs by `errors` [M, E]."""
-
-    def __init__(self, scores_ME: Tensor, errors_ME: Tensor) -> None:
-        super().__init__(scores_ME)
-        self.errors_ME = errors_ME
-
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
-        exact = super().score(mentions, entities)
-        if mentions.dense("weight").dtype == torch.float64:
-            return exact
-        rows, columns = mentions.dense("row")[:, None], entities.dense("row")[None]
-        return Scores((exact.total_ME + self.errors_ME[rows, columns]).float())
-
-
-def weighted(count: int) -> Table:
-    """Numbered rows with a column whose precision tells what is asked for."""
-    return numbered(count).merged(Table({"weight": torch.ones(count)}))
+from tests.support.matchers import CPU, NoisyMatcher, TableMatcher, numbered, ranks_by_sorting, weighted
 
 
 def refined(matcher: TableMatcher, shape: tuple[int, int], gold_M: Tensor, **options: Any) -> Ranking:

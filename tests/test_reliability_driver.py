@@ -7,7 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from disturbed import (
+
+from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
+from dsmip.load_config import changed
+from dsmip.runs import Run
+from tests.support.disturbed import (
     WAIT_SECONDS,
     StepLog,
     assert_equal_parts,
@@ -20,13 +25,8 @@ from disturbed import (
     undisturbed,
     wait_stored,
 )
-from full_disk import fill, small_disk
-from ray_heads import processes_of, running_head, wait_until
-
-from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
-from dsmip.load_config import changed
-from dsmip.runs import Run
+from tests.support.full_disk import fill, small_disk
+from tests.support.ray_heads import processes_of, running_head, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORKERS = {"text": 1, "visual": 1}

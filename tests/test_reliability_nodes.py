@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disturbed import (
+
+import ray_jobs.connection  # noqa: F401  (before Ray is imported)
+from dsmip.config import ExperimentConfig
+from dsmip.dataset import Dataset
+from dsmip.runs import Run
+from tests.support.disturbed import (
     StepLog,
     assert_equal_parts,
     command,
@@ -21,12 +26,7 @@ from disturbed import (
     undisturbed,
     wait_stored,
 )
-from ray_heads import wait_until
-
-import ray_jobs.connection  # noqa: F401  (before Ray is imported)
-from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
-from dsmip.runs import Run
+from tests.support.ray_heads import wait_until
 
 # isort: split
 from ray.cluster_utils import Cluster

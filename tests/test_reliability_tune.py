@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-from disturbed import ROOT, WAIT_SECONDS, StepLog, command, descendants, ended, is_alive
-from ray_heads import wait_until
 
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.dataset import Dataset
@@ -17,6 +15,8 @@ from dsmip.runs import Run
 from dsmip.stages import train_part
 from ray_jobs.progress import Display
 from ray_jobs.tune_gate import tune_gate
+from tests.support.disturbed import NOTED_JOB, WAIT_SECONDS, StepLog, command, descendants, ended, is_alive
+from tests.support.ray_heads import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SPACE = {"system.gate.temperature": {"values": [0.1, 0.5, 1.0]}, "train.learning_rate": {"loguniform": [1e-3, 1e-2]}}
@@ -43,7 +43,7 @@ def test_only_what_a_killed_trial_and_a_killed_sweep_had_not_finished_is_done_ag
     name = f"trial {best}"
     log = StepLog(tmp_path / "log", holds=((0, 2), (1, 1)), only=name)
     log.folder.mkdir()
-    arguments = [str(ROOT / "tests" / "noted_job.py"), log.to_json(), "tune", "--run", str(run.folder)]
+    arguments = ["-m", NOTED_JOB, log.to_json(), "tune", "--run", str(run.folder)]
     trials = run.folder / "tune" / "trials"
     with command(arguments) as process:
         log.wait_held((0, 2), {name: 1}, ended=process.poll)

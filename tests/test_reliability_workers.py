@@ -10,16 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from displays import Lines
-from disturbed import (
-    StepLog,
-    assert_equal_parts,
-    checkpoints,
-    disturbed_config,
-    noted,
-    undisturbed,
-    wait_stored,
-)
 
 from dsmip.checkpoints import load_checkpoint
 from dsmip.config import ExperimentConfig
@@ -31,6 +21,16 @@ from ray_jobs import train_experts as job
 from ray_jobs.failures import JobFailed
 from ray_jobs.progress import Display
 from ray_jobs.train_experts import train_experts
+from tests.support.displays import Lines
+from tests.support.disturbed import (
+    StepLog,
+    assert_equal_parts,
+    checkpoints,
+    disturbed_config,
+    noted,
+    undisturbed,
+    wait_stored,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 WORKERS = {"text": 1, "visual": 2}

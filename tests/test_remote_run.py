@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from object_store import free_port, running_store, variables
 
 from dsmip import object_store, remote_run
 from dsmip.atomic import write_text
@@ -18,6 +17,7 @@ from dsmip.errors import StoreAway, UserError
 from dsmip.locations import open_run_storage
 from dsmip.processes import map_tasks
 from dsmip.run_storage import LocalRun, RunStorage
+from tests.support.object_store import free_port, running_store, variables
 
 OnMachine = Callable[[str], RunStorage]
 PROCESSES, ROUNDS = 4, 4

@@ -12,8 +12,7 @@ import pytest
 from data_prep.build.runners import Tick, run_in_processes
 from dsmip.errors import UserError
 from dsmip.processes import map_tasks
-
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,8 @@ def test_a_killed_process_is_said_in_one_line() -> None:
 def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    program = f"from pathlib import Path; from test_runners import hold; hold(Path({str(pipe)!r}))"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    parent = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": paths})
+    program = f"from pathlib import Path; from {__name__} import hold; hold(Path({str(pipe)!r}))"
+    parent = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)})
     with pipe.open("rb") as stream:  # once the task has opened it, too
         assert stream.read(5) == b"begun"
         parent.kill()

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_release import plain_release
 
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
@@ -16,6 +15,7 @@ from dsmip.errors import UserError
 from dsmip.load_config import changed, to_yaml
 from dsmip.run_storage import LocalRun
 from dsmip.runs import Run, own_weights
+from tests.support.small_release import plain_release
 
 
 @pytest.fixture

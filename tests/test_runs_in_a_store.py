@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray_heads import processes_of, wait_until
 from typer.testing import CliRunner
 
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
@@ -30,11 +29,13 @@ from dsmip.runs import Run
 from dsmip.stages import train_part
 from dsmip.status import read_status
 from ray_jobs.cli import app
+from tests.support.ray_heads import processes_of, wait_until
 
 # isort: split
 from ray.cluster_utils import Cluster
 
 from dsmip.load_config import changed, to_yaml
+from tests.support.paths import ROOT
 
 COMMAND = [sys.executable, "-c", "from ray_jobs.cli import main; main()"]
 
@@ -168,7 +169,7 @@ def driver(arguments: list[str], variables: Mapping[str, str]) -> Iterator[subpr
     folder = tempfile.mkdtemp(prefix="ds")
     own = {"RAY_ADDRESS": "", "RAY_TMPDIR": folder, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **own, **variables}
-    process = subprocess.Popen([*COMMAND, *arguments], env=environment, cwd=Path(__file__).parents[1])
+    process = subprocess.Popen([*COMMAND, *arguments], env=environment, cwd=ROOT)
     try:
         yield process
     finally:

@@ -12,13 +12,13 @@ import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
-from small_release import faulty_release
 
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.tar import read_shard, tar_header, write_shard
+from tests.support.small_release import faulty_release
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_heads import free_ports, running_head
 
-SCRIPT = Path(__file__).parents[1] / "deploy" / "spot_notice.py"
+from tests.support.paths import ROOT
+from tests.support.ray_heads import free_ports, running_head
+
+SCRIPT = ROOT / "deploy" / "spot_notice.py"
 IN_USE = """
 import json, subprocess, sys
 import ray

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_dsmip import NUM_ENTITIES, NUM_MENTIONS, features, whole
 
 from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig, TrainConfig
@@ -17,7 +16,9 @@ from dsmip.sources import StreamSource, is_held_out
 from dsmip.stages import held_out_rows, stage_two_split
 from dsmip.table import Table
 from dsmip.trainer import trained_state
+from tests.support.systems import features, whole
 
+NUM_MENTIONS, NUM_ENTITIES = 5, 6
 COLUMN_M = torch.tensor([0, 3, 1, 1, 5])
 
 

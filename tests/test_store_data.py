@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from object_store import ObjectStore, free_port, running_store, variables
-from small_release import plain_release
 
 from data_prep.build.build import prepare
 from data_prep.build.view import make_view
@@ -21,8 +19,10 @@ from dsmip.errors import UserError
 from dsmip.object_store import _system, filesystem
 from dsmip.processes import map_tasks
 from dsmip.sampler import TrainingBatch
+from tests.support.object_store import ObjectStore, free_port, running_store, variables
+from tests.support.paths import ROOT
+from tests.support.small_release import plain_release
 
-ROOT = Path(__file__).parents[1]
 SHARD = "train/train-000001.tar"
 
 

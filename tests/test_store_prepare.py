@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from object_store import ObjectStore
-from small_release import plain_release
 
 from data_prep.build.build import prepare
 from data_prep.build.publish import upload_dataset
@@ -22,6 +20,8 @@ from dsmip.object_store import filesystem
 from dsmip.provenance import RECORDS
 from dsmip.table import Table
 from ray_jobs import cli
+from tests.support.object_store import ObjectStore
+from tests.support.small_release import plain_release
 
 Command = Callable[..., tuple[int, str, str]]
 

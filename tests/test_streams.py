@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_release import plain_release
 
 from data_prep.build import plan
 from data_prep.build.build import prepare
@@ -14,6 +13,7 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip import sampler
 from dsmip.dataset import Dataset
 from dsmip.sampler import TrainingBatch, count_steps, draw, permutation, step_bounds, windows
+from tests.support.small_release import plain_release
 
 NUM_TRAIN = 53
 PERMUTATION_0_1 = [7, 5, 1, 4, 0, 6, 2, 3]

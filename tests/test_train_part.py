@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_release import plain_release
-from workers import run_workers
 
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
@@ -19,6 +17,8 @@ from dsmip.local_context import LocalContext
 from dsmip.monitor import StepFigures
 from dsmip.runs import Run
 from dsmip.stages import train_part
+from tests.support.small_release import plain_release
+from tests.support.workers import run_workers
 
 
 def train_in_worker(folder: Path, config_path: Path, data: Path, parts: list[str]) -> dict[str, Any]:

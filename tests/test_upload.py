@@ -10,8 +10,8 @@ import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from ray._private.runtime_env.packaging import create_package
 
 from dsmip.provenance import SOURCES, source_sha256
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 LEFT_OUT = (
     "data/mine/kb-000000.tar",
     "runs/mine/text/weights.safetensors",

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_release import plain_release
 
 from data_prep.build.build import prepare
 from data_prep.build.view import make_view
@@ -13,6 +12,7 @@ from data_prep.inspection.report import inspect_dataset
 from data_prep.inspection.verification import verify_dataset
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
+from tests.support.small_release import plain_release
 
 
 @pytest.fixture

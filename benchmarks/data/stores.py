@@ -34,7 +34,7 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.atomic import write_json
 from dsmip.dataset import Dataset
 from dsmip.errors import ReportedError
-from tests.object_store import free_port, running_store, variables
+from tests.support.object_store import free_port, running_store, variables
 
 WORKS: dict[Work, int] = {"records": 0, "all": 4}  # batches read ahead
 WAYS = ("folder", "cold", "warm")

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ray_heads import wait_until
-from workers import run_workers
 
 from dsmip.checkpoints import load_checkpoint
 from dsmip.config import ExperimentConfig
@@ -27,8 +25,11 @@ from dsmip.load_config import changed, parse_config, to_yaml
 from dsmip.local_context import LocalContext
 from dsmip.runs import Run
 from dsmip.stages import CPU, train_part
+from tests.support.paths import ROOT
+from tests.support.ray_heads import wait_until
+from tests.support.workers import run_workers
 
-ROOT = Path(__file__).parents[1]
+NOTED_JOB = "tests.support.noted_job"
 WAIT_SECONDS = 600.0  # of a machine that has much else to do
 HOLD_SECONDS = 900.0  # nobody came: the test has failed, and its workers must not stay
 Place = tuple[int, int]
@@ -105,7 +106,7 @@ class StepLog:
         wait_until(held, WAIT_SECONDS, f"not all of {', '.join(marks)}")
 
     def to_json(self) -> str:
-        """For `noted_job.py`."""
+        """For NOTED_JOB."""
         return json.dumps({**asdict(self), "folder": str(self.folder)})
 
     @staticmethod
@@ -200,10 +201,6 @@ def _block_reading(log: StepLog) -> None:
 
 def noted(log: StepLog, loop: Callable[..., None] = noted_loop) -> Any:
     """What a test puts in the place of `ray_jobs.train_experts._loop`, or of `ray_jobs.tune_gate._trainable`."""
-    from ray import cloudpickle
-
-    for module in (__name__, wait_until.__module__, run_workers.__module__):
-        cloudpickle.register_pickle_by_value(sys.modules[module])  # workers do not have the tests on their path
     log.folder.mkdir(parents=True, exist_ok=True)
     return partial(loop, log)
 
@@ -227,12 +224,12 @@ def disturbed_config(config: ExperimentConfig, **visual: Any) -> ExperimentConfi
 
 
 def train_arguments(log: StepLog, config: ExperimentConfig, dataset: Dataset, run: Path) -> list[str]:
-    """The script that notes steps, and the arguments for `dsmip train`."""
+    """The job that notes steps, and the arguments for `dsmip train`."""
     log.folder.mkdir(exist_ok=True)
     path = log.folder / "config.yaml"
     path.write_text(to_yaml(config))
     options = ["--config", str(path), "--data", str(dataset.folder), "--run", str(run)]
-    return [str(ROOT / "tests" / "noted_job.py"), log.to_json(), "train", *options]
+    return ["-m", NOTED_JOB, log.to_json(), "train", *options]
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
-"""`dsmip train` or `dsmip tune` whose workers note their steps: python noted_job.py '<StepLog>' <command> <options>."""
+"""`dsmip train` or `dsmip tune` whose workers note their steps.
+
+python -m tests.support.noted_job '<StepLog>' <command> <options>
+"""
 
 import sys
 
-from disturbed import StepLog, noted, noted_trial
-
 from ray_jobs import train_experts, tune_gate
 from ray_jobs.cli import run_script
+from tests.support.disturbed import StepLog, noted, noted_trial
 
 
 def main() -> None:

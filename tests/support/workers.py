@@ -11,7 +11,7 @@ from torch.multiprocessing.spawn import spawn
 
 
 def run_workers(function: Callable[..., Any], num_workers: int, folder: Path, *arguments: Any) -> list[Any]:
-    """Results by rank of `function(*arguments)`: a function of a test module that returns what torch.save takes."""
+    """Results by rank of `function(*arguments)`: a module's function that returns what torch.save takes."""
     folder.mkdir(parents=True, exist_ok=True)
     spawn(_worker, (function, num_workers, folder, arguments), nprocs=num_workers)  # type: ignore[no-untyped-call]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(num_workers)]

@@ -19,7 +19,8 @@ import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 # isort: split
 from ray.job_submission import JobSubmissionClient
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 START_SECONDS = 90.0
 _BINARIES = Path(sys.executable).parent
 _VARIABLES = {"RAY_worker_niceness": "0"}  # Ray's 15 starves the workers beside any other load

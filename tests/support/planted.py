@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from small_release import picture, write_release
+
+from tests.support.small_release import picture, write_release
 
 KB: list[Any] = [
     {"qid": "Q1", "entity_name": "Ash", "attr": "tree", "image_list": ["a.jpg"]},
