@@ -3,7 +3,7 @@
 rank = 1 + number of better entities + half the number of tied ones, the gold column excluded. The gold's score is
 read from the same scoring call as its column's, never from a second one: scores of two calls differ in the last bits.
 With `refine` close pairs are decided in float64 instead (see `dsmip.refinement`); without it they are counted, within a
-band that is measured on a sample. With `prune` pairs that cannot matter are not scored whole.
+band that is measured on a sample.
 Scores of one tile of mentions against the whole slice are held, not of all pairs. Shapes: M mentions, E entities of
 this worker's slice, B experts, k kept candidates.
 """
@@ -19,7 +19,7 @@ from dsmip.index import EntityIndex
 from dsmip.metrics import summarise
 from dsmip.models.base import Matcher, Scores
 from dsmip.ops import ranking as ops
-from dsmip.refinement import Floor, PairScorer, Refinement, Refiner, Unrefined, sample_errors
+from dsmip.refinement import PairScorer, Refinement, Refiner, Unrefined, sample_errors
 from dsmip.table import Table, concatenate
 from dsmip.text_unit import HalfOverflow, use_precision
 
@@ -33,9 +33,8 @@ class Ranking:
     counts: better and tied entities, int64 [M] each. top_row_Mk, top_score_Mk: best k entities. chosen_*: index of the
     expert that scored the gold pair, the top-k pairs, and the number of pairs per expert; None for a matcher that
     makes no choice (-1: the gold is of another slice). tied_choices_M: number of pairs for which another expert was as
-    good a choice. token_pairs_M2: as in `Scores`, of all tiles. pruned_pairs_M: number of pairs whose token-level
-    scores pruning spared; None without pruning. refinement: what scoring close pairs again took; None when they were
-    not, and then unrefined: how many there are.
+    good a choice. token_pairs_M2: as in `Scores`, of all tiles. refinement: what scoring close pairs
+    again took; None when they were not, and then unrefined: how many there are.
     """
 
     counts: ops.Counts
@@ -46,7 +45,6 @@ class Ranking:
     chosen_pairs_MB: Tensor | None = None
     tied_choices_M: Tensor | None = None
     token_pairs_M2: Tensor | None = None
-    pruned_pairs_M: Tensor | None = None
     refinement: Refinement | None = None
     unrefined: Unrefined | None = None
 
@@ -69,7 +67,6 @@ class TileSize:
     entities: int
 
 
-_FIRST_PRUNED = 64  # entities
 CPU_TILES, GPU_TILES = TileSize(128, 2048), TileSize(512, 8192)
 
 
@@ -100,7 +97,6 @@ def rank(
     top_k: int = 0,
     num_choices: int = 0,
     refine: bool = False,
-    prune: bool = False,
     gold_score_M: Tensor | None = None,
     tile_size: TileSize | None = None,
     notice: Callable[[str], None] = lambda text: None,
@@ -110,9 +106,7 @@ def rank(
 
     gold_row_M: kb rows int64 [M]. top_k: number of best entities to keep (at most all). num_choices: B when experts are
     chosen. refine: close pairs are scored again in float64, so that neither tiles nor slices of the kb change a rank.
-    prune: token-level scores are left out of pairs whose upper bound says that they cannot matter (`dsmip.ops.bounds`);
-    it changes nothing else, and needs `refine`, which knows the golds' scores before any tile is scored. Without
-    `refine` a rank may be off by the number of pairs within a band of the gold, which are counted (`Unrefined`).
+    Without it a rank may be off by the number of pairs within a band of the gold, which are counted (`Unrefined`).
 
     Slices of the kb: with a process group every worker passes all mentions and the index of its own slice, counts are
     added up, `top_k` must be 0 and `refine` off. Elsewhere each slice is ranked on its own, with `refine` and
@@ -121,17 +115,15 @@ def rank(
     tile_size: default: what suits the device. notice: takes lines about memory. progress: called with the number of
     mentions that are ranked.
 
-    Raises NotRankable when a score is NaN or infinite; ValueError when a gold is in no slice that is known of, for
-    `prune` without `refine`, and for no mentions or no entities.
+    Raises NotRankable when a score is NaN or infinite; ValueError when a gold is in no slice that is known of, and
+    for no mentions or no entities.
     """
     if not (len(mentions) and len(index)):
         raise ValueError(f"{len(mentions)} mentions against {len(index)} entities: nothing to rank")
-    if prune and not refine:
-        raise ValueError("prune needs refine")
     matcher.eval()
     index = _placed(index, device, notice)
     size = tile_size or _default_tiles(device, len(index) if refine else 0)
-    tiles = _Tiles(matcher, mentions, index, gold_row_M - index.first_row, device, size, prune, notice, progress)
+    tiles = _Tiles(matcher, mentions, index, gold_row_M - index.first_row, device, size, notice, progress)
     pairs = PairScorer(matcher, mentions, index, device, notice)
     if not refine:
         sample = sample_errors(pairs, tiles.score, tiles.gold_column_M, _SAMPLE_MENTIONS)
@@ -140,8 +132,6 @@ def rank(
     gold_score_M = pairs.gold_scores(gold_row_M) if gold_score_M is None else gold_score_M
     check_golds(gold_score_M, gold_row_M, index)
     refiner = Refiner(pairs, gold_score_M)
-    if prune:
-        refiner.measure(tiles.score, tiles.gold_column_M)
     columns = tiles.rank(top_k, num_choices, refiner)
     while not refiner.band_held:
         refiner.widen()
@@ -180,13 +170,12 @@ class _Tiles:
     gold_column_M: Tensor
     device: torch.device
     size: TileSize
-    prune: bool
     notice: Callable[[str], None]
     progress: Callable[[int], None]
 
     def score(self, mentions: Table, entities: Table) -> Tensor:
         """[m, e] of a few mentions and entities, as `rank` scores them."""
-        return torch.cat([scores.total_ME for scores in self._score_fitting(mentions, entities, None)], dim=1)
+        return torch.cat([scores.total_ME for scores in self._score_fitting(mentions, entities)], dim=1)
 
     def rank(self, top_k: int, num_choices: int, close: Refiner | float) -> dict[str, Tensor]:
         """Columns of a `Ranking` for all mentions, on the CPU; rows are places in the index.
@@ -200,11 +189,8 @@ class _Tiles:
         return {name: torch.cat([tile[name] for tile in tiles]).cpu() for name in tiles[0]}
 
     def _rank_tile(self, start: int, top_k: int, num_choices: int, close: Refiner | float) -> dict[str, Tensor]:
-        num_mentions, num_entities = min(self.size.mentions, len(self.mentions) - start), len(self.index)
-        floor = None
-        if self.prune and isinstance(close, Refiner):
-            floor = close.floor(start, num_mentions, min(top_k, num_entities))
-        scores_ME, chosen_ME, counted = self._score_all(start, floor)
+        num_entities = len(self.index)
+        scores_ME, chosen_ME, counted = self._score_all(start)
         gold_column_M = self.gold_column_M[start : start + len(scores_ME)].to(self.device)
         here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
         column_M = gold_column_M.clamp(0, num_entities - 1)
@@ -238,41 +224,22 @@ class _Tiles:
             row = int(self.gold_column_M[start + mention]) + self.index.first_row
             raise ValueError(f"mention {start + mention}: its gold, kb row {row}, is in no worker's index")
 
-    def _score_all(self, start: int, floor: Floor | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Scores [M, E], choices [M, E] or None, and columns of counts (`_counted`) of one tile of mentions.
-
-        Pairs that are certainly below the `floor` may have -inf for a score.
-        """
+    def _score_all(self, start: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Scores [M, E], choices [M, E] or None, and columns of counts (`_counted`) of one tile of mentions."""
         mentions = self.mentions.take(slice(start, start + self.size.mentions)).to(self.device)
-        if floor is not None:
-            mentions = self.matcher.with_bounds(mentions)
         totals, choices, counts, first = [], [], [], 0
-        for entities in self._entity_tiles(floor):
-            for scores in self._score_fitting(mentions, entities, floor):
-                _refuse_broken(scores, start, self.index.first_row + first, pruned=floor is not None)
+        for entities in self.index.tiles(self.size.entities):
+            for scores in self._score_fitting(mentions, entities):
+                _refuse_broken(scores, start, self.index.first_row + first)
                 first += scores.total_ME.shape[1]
                 totals.append(scores.total_ME)
                 if scores.chosen_ME is not None:
                     choices.append(scores.chosen_ME.to(torch.int8))
                 counts.append(_counted(scores))
-                if floor is not None:
-                    floor.rise(scores.total_ME)
-                    counts[-1]["pruned_pairs"] = (scores.total_ME == -torch.inf).sum(dim=1)
         counted = {name: torch.stack([each[name] for each in counts]).sum(dim=0) for name in counts[0]}
         return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, counted
 
-    def _entity_tiles(self, floor: Floor | None) -> Iterator[Table]:
-        """The index in tiles. Until k entities are scored nothing is below the floor, so it begins with a few."""
-        few = max(_FIRST_PRUNED, 4 * floor.k) if floor is not None and floor.k else 0
-        for tile in self.index.tiles(self.size.entities):
-            if 0 < few < len(tile):
-                yield tile.rows(slice(0, few))
-                yield tile.rows(slice(few, len(tile)))
-            else:
-                yield tile
-            few = 0
-
-    def _score_fitting(self, mentions: Table, entities: Table, floor: Floor | None) -> Iterator[Scores]:
+    def _score_fitting(self, mentions: Table, entities: Table) -> Iterator[Scores]:
         """Scores of a tile of entities, in parts of it where the device has no memory for all of it.
 
         Where half precision cannot hold token rows, this tile and all that follow are scored in single precision.
@@ -280,9 +247,8 @@ class _Tiles:
         start = 0
         while start < len(entities):
             part = entities.rows(slice(start, start + self.size.entities))
-            at_least_M = None if floor is None else floor.at_least_M
             try:
-                scores = self.matcher.score(mentions, part.to(self.device), at_least_M=at_least_M)
+                scores = self.matcher.score(mentions, part.to(self.device))
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
@@ -316,15 +282,12 @@ def check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) ->
         raise ValueError(f"mention {mention}: its gold, kb row {row}, is not in the index, and its score is not given")
 
 
-def _refuse_broken(scores: Scores, first_mention: int, first_row: int, *, pruned: bool) -> None:
-    """Raises NotRankable for a score that is no number; -inf is one only of pairs that were pruned."""
+def _refuse_broken(scores: Scores, first_mention: int, first_row: int) -> None:
+    """Raises NotRankable for a score that is NaN or infinite."""
     broken_ME = ~scores.total_ME.isfinite()
-    if pruned:
-        broken_ME &= scores.total_ME != -torch.inf
     if bool(broken_ME.any()):
         mention, entity = broken_ME.nonzero()[0].tolist()
-        part = None if scores.total_ME[mention, entity] == -torch.inf else scores.broken_part(mention, entity)
-        raise NotRankable(first_mention + mention, first_row + entity, part)
+        raise NotRankable(first_mention + mention, first_row + entity, scores.broken_part(mention, entity))
 
 
 def _ranking(columns: Mapping[str, Tensor], first_row: int, close: Refinement | float) -> Ranking:
@@ -338,7 +301,6 @@ def _ranking(columns: Mapping[str, Tensor], first_row: int, close: Refinement | 
         columns.get("chosen_pairs"),
         columns.get("tied_choices"),
         columns.get("token_pairs"),
-        columns.get("pruned_pairs"),
         close if isinstance(close, Refinement) else None,
         Unrefined(close, columns["close"]) if isinstance(close, float) else None,
     )

@@ -20,7 +20,7 @@ from dsmip.encoders.architecture import read_architecture, resolve_architecture
 from dsmip.encoders.clip import Backbone, TokenFeatures, Tower, Tuning, padded_with_end
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.errors import UserError
-from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores, Side, token_pairs
+from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores, Side
 from dsmip.ops.losses import contrastive_loss
 from dsmip.table import Ragged, Table
 from dsmip.unit_scorer import UnitScorer
@@ -144,23 +144,17 @@ class Expert(Matcher):
         """Whether it has the one unit that compares tokens with tokens."""
         return "text" in self.scorer.units
 
-    def with_bounds(self, mentions: Table) -> Table:
-        return self.scorer.with_bounds(mentions)
-
     def score(
         self,
         mentions: Table,
         entities: Table,
         *,
         noise: Tensor | None = None,
-        at_least_M: Tensor | None = None,
         wanted_ME: Tensor | None = None,
     ) -> Scores:
         """wanted_ME: bool [M, E]; scores of other pairs lack the text unit's token-level half (None: all are whole)."""
-        units = self.scorer.score(mentions, entities, wanted_ME, at_least_M)
-        total_ME = torch.stack(list(units.values())).mean(dim=0)
-        pruned = at_least_M is not None and self.scores_tokens
-        return Scores(total_ME, parts=units, token_pairs_M2=token_pairs([total_ME != -torch.inf]) if pruned else None)
+        units = self.scorer.score(mentions, entities, wanted_ME)
+        return Scores(torch.stack(list(units.values())).mean(dim=0), parts=units)
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         return self.scorer.global_vectors(prepared, side)

@@ -41,7 +41,6 @@ def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
         _summed(parts, "chosen_pairs_MB"),
         _summed(parts, "tied_choices_M"),
         _summed(parts, "token_pairs_M2"),
-        _summed(parts, "pruned_pairs_M"),
         Refinement(
             sum(each.num_pairs for each in refinements),
             sum(each.num_scored for each in refinements),

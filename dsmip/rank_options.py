@@ -5,7 +5,6 @@ from typing import Literal
 
 BackendName = Literal["auto", "torch", "cpp", "triton"]
 PrecisionName = Literal["auto", "fp32", "fp16"]
-PruneName = Literal["none", "hull"]
 
 
 @dataclass(frozen=True)
@@ -15,11 +14,8 @@ class RankOptions:
     backend: what computes token-level scores (see `dsmip.text_unit.use_backend`).
 
     precision: of the token rows that they are computed from (see `dsmip.text_unit.use_precision`).
-
-    prune: `hull` leaves them out of pairs that cannot matter (see `dsmip.ops.bounds`).
     """
 
     top_k: int = 20
     backend: BackendName = "auto"
     precision: PrecisionName = "auto"
-    prune: PruneName = "none"

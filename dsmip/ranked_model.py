@@ -86,7 +86,6 @@ class RankedModel:
             top_k=options.top_k,
             num_choices=len(self.choices),
             refine=True,
-            prune=options.prune == "hull",
             gold_score_M=gold_score_M,
             notice=notice,
             progress=lambda done: progress("ranked mentions", done, len(self.mentions)),

@@ -225,17 +225,8 @@ class Refiner:
         row_M = torch.arange(len(scores_ME), device=scores_ME.device)
         column_M = (first_mention + row_M) * _PROBE_STRIDE % scores_ME.shape[1]
         probed_ME = torch.zeros_like(scores_ME, dtype=torch.bool)
-        probed_ME[row_M, column_M] = scores_ME[row_M, column_M] > -torch.inf
+        probed_ME[row_M, column_M] = True
         return probed_ME
-
-    def measure(self, score: Callable[[Table, Table], Tensor], gold_column_M: Tensor) -> None:
-        """Sets the band before any tile is scored, as `floor` needs it; arguments as of `sample_errors`."""
-        self._set_band(sample_errors(self._pairs, score, gold_column_M, _SAMPLE_MENTIONS))
-
-    def floor(self, first_mention: int, num_mentions: int, k: int) -> "Floor":
-        """Below what scores of a tile of mentions need not be computed: neither `refine` nor a count would see them."""
-        gold_M = self._gold_score_M[first_mention : first_mention + num_mentions].to(self._pairs.device)
-        return Floor(gold_M, self._band, k)
 
     def _set_band(self, sample: SampleErrors) -> None:
         """By the errors of a sample of pairs, and of the golds that were seen."""
@@ -280,31 +271,6 @@ def _without_towers(matcher: Matcher) -> Matcher:
     """A copy for scoring alone: towers (submodules named `backbone`) would be most of what is copied."""
     towers = [module for name, module in matcher.named_modules() if name.split(".")[-1] == "backbone"]
     return copy.deepcopy(matcher, {id(tower): nn.Identity() for tower in towers})
-
-
-class Floor:
-    """The scores below which pairs of a tile of mentions matter neither to the golds' ranks nor to this slice's top-k.
-
-    That is two bands below the gold's score and the k-th best so far: one is refined, and the other one is for errors
-    of single precision in what bounds a score. gold_M: float64 [M]. Attribute k.
-    """
-
-    def __init__(self, gold_M: Tensor, band: float, k: int) -> None:
-        self.k = k
-        self._gold_M, self._margin = gold_M, 2 * band
-        self._best_Mk = gold_M.new_full((len(gold_M), k), -torch.inf)
-
-    @property
-    def at_least_M(self) -> Tensor:
-        """float32 [M], rounded down by more than a matcher can lose when it divides it among its parts."""
-        lowest_M = torch.cat([self._gold_M[:, None], self._best_Mk], dim=1).amin(dim=1) - self._margin
-        return (lowest_M - 2.0**-20 * lowest_M.abs()).float()
-
-    def rise(self, scores_ME: Tensor) -> None:
-        """Takes the scores of further entities into account."""
-        k = self._best_Mk.shape[1]
-        best_Mk = scores_ME.topk(min(k, scores_ME.shape[1]), dim=1).values.double()
-        self._best_Mk = torch.cat([self._best_Mk, best_Mk], dim=1).topk(k, dim=1).values
 
 
 def _spread(num_items: int, num_chosen: int) -> Tensor:

@@ -103,10 +103,7 @@ def evaluate_model(
 def _metrics(
     ranking: Ranking, groups: Sequence[Mapping[str, str]], choices: Sequence[str], num_entities: int
 ) -> dict[str, Any]:
-    """What metrics.json holds; `confidence`: 95 % bootstrap interval of each figure, the same at every run.
-
-    `survivor_rate`: of the pairs whose score has a token-level part, those for which pruning had to compute it.
-    """
+    """What metrics.json holds; `confidence`: 95 % bootstrap interval of each figure, the same at every run."""
     report: dict[str, Any] = {
         "overall": ranking.metrics(),
         "confidence": _confidence(ranking, [True] * len(groups)),
@@ -128,9 +125,6 @@ def _metrics(
     if ranking.token_pairs_M2 is not None:
         computed, of_all_parts = ranking.token_pairs_M2.sum(dim=0).tolist()
         report["token_pairs_skipped"] = 1 - computed / of_all_parts
-        if ranking.pruned_pairs_M is not None:
-            num_possible = computed + int(ranking.pruned_pairs_M.sum())
-            report["prune"] = {"method": "hull", "survivor_rate": computed / max(num_possible, 1)}
     if choices and ranking.chosen_pairs_MB is not None and ranking.chosen_gold_M is not None:
         report["experts"] = _expert_usage(ranking.chosen_pairs_MB, ranking.chosen_gold_M, groups, choices)
     if choices and ranking.tied_choices_M is not None:

@@ -70,16 +70,6 @@ class Ragged:
         starts_N[~alike_N] = own.starts
         return Ragged(torch.cat([own.values, shared.values]), starts_N, self.lengths)
 
-    def not_finite(self) -> Tensor:
-        """bool [N]: items with a NaN or an infinity among their token rows."""
-        if len(self.lengths) == 0:
-            return torch.zeros_like(self.lengths, dtype=torch.bool)
-        ends = self.starts + self.lengths
-        first, last = int(self.starts.min()), int(ends.max())  # a slice of a large table shares all its rows
-        is_broken = ~self.values[first:last].sum(dim=1).isfinite()
-        num_before = torch.cat([is_broken.new_zeros(1), is_broken]).cumsum(0)
-        return num_before[ends - first] > num_before[self.starts - first]
-
     def to(self, device: torch.device) -> "Ragged":
         return Ragged(self.values.to(device), self.starts.to(device), self.lengths.to(device))
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dsmip.errors import UserError
 from dsmip.models.base import Side
-from dsmip.ops import bounds, matching
+from dsmip.ops import matching
 from dsmip.ops.kernels import cpu, cuda
 from dsmip.ops.kernels.rows import TokenRows
 from dsmip.rank_options import BackendName, PrecisionName
@@ -75,47 +75,21 @@ class TextUnit(nn.Module):
         query = tokens.map_rows(lambda x: self.fc_query(x) * scale)
         return Table({"global": global_Nz, "local": self.fc_cls(global_Nz), "query": query})
 
-    def with_bounds(self, mentions: Table) -> Table:
-        """Prepared mentions with the column `least_norm` [M], which `at_least_ME` needs and trainings do without."""
-        value_MTd, mask_MT = mentions.ragged("value").padded()
-        centred_MTd = value_MTd.double() - value_MTd.double().mean(dim=-1, keepdim=True)
-        return mentions.merged(Table({"least_norm": bounds.least_norm(centred_MTd, mask_MT)}))
-
-    def score(
-        self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None, at_least_ME: Tensor | None = None
-    ) -> Tensor:
+    def score(self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None) -> Tensor:
         """S_T, float [M, E]. The token-level half, which costs the most, is left out of pairs not wanted (bool).
 
-        at_least_ME: float; pairs that certainly score less are not computed and get -inf (mentions `with_bounds`).
         Raises HalfOverflow for token rows too large for precision fp16.
         """
         local_query_Ed = entities.dense("local")
         direction_Ed = local_query_Ed * self.layer_norm.weight
-
-        def with_global(local_ME: Tensor) -> Tensor:
-            globals_ = mentions.dense("global"), entities.dense("global")
-            return matching.with_global(local_ME, *globals_, local_query_Ed, self.layer_norm.bias)
-
-        spared_ME = None
-        if at_least_ME is not None:
-            spared_ME = with_global(self._local_bound(mentions, entities, direction_Ed)) < at_least_ME
-            if bool(spared_ME.any()):  # all pairs at once cost less than lists of all pairs
-                wanted_ME = ~spared_ME if wanted_ME is None else wanted_ME & ~spared_ME
         if self._takes_kernel(mentions, direction_Ed):
             local_ME = self._local_compiled(mentions, entities, direction_Ed, wanted_ME)
         elif wanted_ME is None:
             local_ME = self._local_torch(mentions, entities, direction_Ed)
         else:
             local_ME = self._local_of_lists(mentions, entities, direction_Ed, wanted_ME)
-        scores_ME = with_global(local_ME)
-        return scores_ME if spared_ME is None else scores_ME.masked_fill(spared_ME, -torch.inf)
-
-    def _local_bound(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
-        """At least the token-level half [M, E]; NaN for entities whose tokens score NaN, so that they are computed."""
-        value_MTd, mask_MT = mentions.ragged("value").padded()
-        least_norm_M, eps = mentions.dense("least_norm"), self.layer_norm.eps
-        bound_ME = bounds.local_bound(value_MTd, mask_MT, least_norm_M, direction_Ed, eps)
-        return bound_ME.masked_fill(entities.ragged("query").not_finite(), torch.nan)
+        globals_ = mentions.dense("global"), entities.dense("global")
+        return matching.with_global(local_ME, *globals_, local_query_Ed, self.layer_norm.bias)
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         """[N, z + 1]; products are S_T without its token-level half (the score of pairs not wanted).

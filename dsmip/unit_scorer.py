@@ -40,36 +40,13 @@ class UnitScorer(nn.Module):
         """Everything that the units need of entities."""
         return self._prepare(features, "prepare_entities")
 
-    def with_bounds(self, mentions: Table) -> Table:
-        """The prepared mentions with what `score` needs to honour `at_least_M`."""
-        if "text" not in self.units:
-            return mentions
-        return mentions.merged(self._text().with_bounds(mentions.under("text")).prefixed("text"))
-
-    def score(
-        self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Each unit's scores [M, E], by name; the text unit's lack their token-level half where not wanted (bool).
-
-        at_least_M: float; the text unit's scores are -inf where the mean of all units is certainly less (mentions
-        `with_bounds`).
-        """
-        scores = {
-            name: _unit(unit).score(mentions.under(name), entities.under(name))
-            for name, unit in self.units.items()
-            if name != "text"
-        }
-        if "text" in self.units:
-            at_least_ME = None
-            if at_least_M is not None:
-                at_least_ME = len(self.units) * at_least_M[:, None] - sum(scores.values())
-            scores["text"] = self._text().score(mentions.under("text"), entities.under("text"), wanted_ME, at_least_ME)
-        return {name: scores[name] for name in self.units}
-
-    def _text(self) -> TextUnit:
-        unit = self.units["text"]
-        assert isinstance(unit, TextUnit)
-        return unit
+    def score(self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None) -> dict[str, Tensor]:
+        """Each unit's scores [M, E], by name; the text unit's lack their token-level half where not wanted (bool)."""
+        scores = {}
+        for name, unit in self.units.items():
+            sides = mentions.under(name), entities.under(name)
+            scores[name] = unit.score(*sides, wanted_ME) if isinstance(unit, TextUnit) else _unit(unit).score(*sides)
+        return scores
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         """The units' vectors side by side [N, g]: products are the mean over units of theirs."""

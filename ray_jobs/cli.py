@@ -10,7 +10,7 @@ import typer
 
 from dsmip.errors import ReportedError, UserError
 from dsmip.manifest import REJECTS_FILE, SPLITS
-from dsmip.rank_options import BackendName, PrecisionName, PruneName, RankOptions
+from dsmip.rank_options import BackendName, PrecisionName, RankOptions
 from ray_jobs import connection  # noqa: F401  (before anything imports Ray)
 
 app = typer.Typer(
@@ -259,14 +259,11 @@ def evaluate(
     precision: Annotated[
         PrecisionName, typer.Option("--precision", help="Of token rows while they are scored; auto: fp16 with triton.")
     ] = "auto",
-    prune: Annotated[
-        PruneName, typer.Option("--prune", help="hull: no token-level scores of pairs that cannot matter; same ranks.")
-    ] = "none",
 ) -> None:
     """Ranks the whole knowledge base for every mention of a split."""
     from ray_jobs.evaluate import evaluate_run
 
-    options = RankOptions(top_k=top_k, backend=backend, precision=precision, prune=prune)
+    options = RankOptions(top_k=top_k, backend=backend, precision=precision)
     evaluate_run(run, split, model, device, workers=workers, options=options, candidates=candidates)
 
 

@@ -57,11 +57,6 @@ def evaluate_run(
     )
     if "token_pairs_skipped" in metrics:
         print(f"  {metrics['token_pairs_skipped']:.0%} of the experts' token-level scores were not needed")
-    if "prune" in metrics:
-        method, rate = metrics["prune"]["method"], metrics["prune"]["survivor_rate"]
-        print(f"  pruned by {method}: token-level scores were computed for {rate:.1%} of the pairs that have them")
-    elif options.prune != "none":
-        print(f"  nothing to prune: {model} has no token-level scores")
     if "candidates" in metrics:
         _print_candidates(metrics["candidates"])
     print(f"  {run.storage}/{evaluation_name(split, model)}/metrics.json")

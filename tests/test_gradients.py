@@ -55,9 +55,7 @@ class BilinearMatcher(Matcher):
     def prepare_entities(self, features: Table) -> Table:
         return self.prepare_mentions(features)
 
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         return Scores(mentions.dense("vector") @ self.weight @ entities.dense("vector").T)
 
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:

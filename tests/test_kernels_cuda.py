@@ -142,9 +142,7 @@ class TextMatcher(TableMatcher):
         super().__init__(torch.zeros(0))
         self.unit = unit
 
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         return Scores(self.unit.score(mentions, entities))
 
 

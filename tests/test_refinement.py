@@ -226,9 +226,7 @@ def test_nan_is_named(refine: bool, gold: int) -> None:
 class SmallDevice(TableMatcher):
     """Has memory for a few entities at a time."""
 
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         if len(entities) > 3:
             raise torch.OutOfMemoryError("no memory left")
         return super().score(mentions, entities)
@@ -259,9 +257,7 @@ def test_exact_scores_are_made_in_parts_when_memory_runs_out() -> None:
 
 
 class NoMemory(TableMatcher):
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         raise torch.OutOfMemoryError("no memory left")
 
 

@@ -178,16 +178,6 @@ def test_to_moves_every_tensor() -> None:
     assert devices(table([1, 2]).to(torch.device("meta"))) == {"meta"}
 
 
-def test_items_with_a_broken_row_are_found() -> None:
-    values = torch.zeros(9, 2)
-    values[2, 1], values[5, 0] = torch.nan, torch.inf
-    starts, lengths = torch.tensor([0, 2, 3, 4, 1, 8]), torch.tensor([2, 1, 1, 3, 2, 0])
-    ragged = Ragged(values, starts, lengths)
-    assert ragged.not_finite().tolist() == [False, True, False, True, True, False]
-    assert ragged.rows(slice(2, 4)).not_finite().tolist() == [False, True]
-    assert ragged.rows(slice(0, 0)).not_finite().tolist() == []
-
-
 def test_a_transform_sees_only_token_rows_in_use() -> None:
     table = Ragged(torch.arange(10.0)[:, None], torch.tensor([0, 4, 7]), torch.tensor([4, 3, 3]))
     part = table.rows(slice(1, 2))

@@ -5,7 +5,6 @@ backend is asked again.
 """
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -140,16 +139,3 @@ def test_no_mention_or_no_entity(way: Way) -> None:
     case, none = pairs(way, [3, 5], [4, 6]), slice(0, 0)
     assert replace(case, mentions=case.mentions.rows(none)).scores(way).shape == (0, 2)
     assert replace(case, entities=case.entities.rows(none)).scores(way).shape == (2, 0)
-
-
-def test_pairs_below_a_floor_are_left_out_and_the_others_as_before(way: Way) -> None:
-    case = pairs(way, [3, 5, 9, 2], [4, 6, 17, 8, 1, 2, 3])
-    with torch.no_grad():
-        case = replace(case, mentions=case.unit.with_bounds(case.mentions))
-    expected_ME = case.twin()
-    floor_M1 = expected_ME.max(dim=1, keepdim=True).values - 0.5
-    found_ME = case.scores(way, None, floor_M1.expand_as(expected_ME))
-    left_out_ME = found_ME == -math.inf
-    assert bool((expected_ME < floor_M1)[left_out_ME].all())
-    assert 0 < int(left_out_ME.sum()) < expected_ME.numel()
-    torch.testing.assert_close(found_ME[~left_out_ME], expected_ME[~left_out_ME], atol=ATOL[way.precision], rtol=0)

@@ -50,9 +50,7 @@ class ToyMatcher(Matcher):
     def prepare_entities(self, features: Table) -> Table:
         return Table({"vector": features.dense("vector") * self.frozen})
 
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         return Scores(mentions.dense("vector") @ entities.dense("vector").T)
 
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
@@ -316,9 +314,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_mentions(tmp_path: Path) -> None:
     """Batches of 3, 3 and 2 mentions that all cost the same per mention: log of the number of columns."""
 
     class Constant(ToyMatcher):
-        def score(
-            self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-        ) -> Scores:
+        def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
             return Scores(0.0 * super().score(mentions, entities).total_ME)
 
     class Steps:

@@ -30,7 +30,7 @@ Side = Literal["mentions", "entities"]
 class Scores:
     """Scores of M x E pairs, higher is better.
 
-    total_ME: float [M, E]; -inf for pairs that were left out as too low to matter (`at_least_M` of `Matcher.score`).
+    total_ME: float [M, E].
     chosen_ME: int64 [M, E], index of the expert that scored the pair (None: no choice is made).
     parts: named [M, E] scores that the total is made of (units or experts), for losses and reports. Where a choice is
     made and no gradient asked for, only the chosen part of a pair is computed, and the others hold 0.
@@ -48,8 +48,7 @@ class Scores:
     def broken_part(self, mention: int, entity: int) -> str | None:
         """The first part whose score of a pair is NaN or infinite; where all are sound, the gate if there is one."""
         for name, part_ME in self.parts.items():
-            score = float(part_ME[mention, entity])
-            if math.isnan(score) or score == math.inf:  # -inf: left out
+            if not math.isfinite(float(part_ME[mention, entity])):
                 return name
         return "gate" if self.parts and self.chosen_ME is not None else None
 
@@ -115,19 +114,11 @@ class Matcher(nn.Module, ABC):
         Dense columns with the name part `image` (as in `visual.image.query`) depend on the entity's picture alone.
         """
 
-    def with_bounds(self, mentions: Table) -> Table:
-        """Prepared mentions with what `score` needs to honour `at_least_M`: none, where it computes every pair."""
-        return mentions
-
     @abstractmethod
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         """Scores of prepared mentions [M] against prepared entities [E].
 
         noise: Gumbel noise [M, E, B] while a gate is trained; None chooses without noise.
-        at_least_M: float [M]; pairs that certainly score less may get -inf and not be computed, and then mentions must
-            be `with_bounds`. None computes every pair. Not while training.
         """
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:

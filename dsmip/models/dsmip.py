@@ -78,24 +78,17 @@ class DsmipMatcher(Matcher):
     def prepare_entities(self, features: Table) -> Table:
         return self._prepare(features, "prepare_entities")
 
-    def with_bounds(self, mentions: Table) -> Table:
-        for name, expert in self._experts().items():
-            mentions = mentions.merged(expert.with_bounds(mentions.under(name)).prefixed(name))
-        return mentions
-
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         """Scores with the choice of each pair; gradients reach the gate straight through (eqs. 15, 16)."""
         log_pi_MEB = self.gate.log_pi(mentions.under(GATE), entities.under(GATE))
         if not torch.is_grad_enabled():
-            return self._chosen_scores(mentions, entities, log_pi_MEB, at_least_M)
+            return self._chosen_scores(mentions, entities, log_pi_MEB)
         parts = self._expert_scores(mentions, entities)
         scores_MEB = torch.stack(list(parts.values()), dim=-1)
         choice_MEB = hard_choice(log_pi_MEB, noise, self.gate.config.temperature)
         return Scores((choice_MEB * scores_MEB).sum(-1), choice_MEB.argmax(-1).expand(scores_MEB.shape[:2]), parts)
 
-    def _chosen_scores(self, mentions: Table, entities: Table, log_pi_MEB: Tensor, at_least_M: Tensor | None) -> Scores:
+    def _chosen_scores(self, mentions: Table, entities: Table, log_pi_MEB: Tensor) -> Scores:
         """Each pair scored by its likeliest expert alone, the first of equals."""
         shape = (len(mentions), len(entities))
         chosen_ME = log_pi_MEB.argmax(dim=-1).expand(shape)
@@ -103,35 +96,27 @@ class DsmipMatcher(Matcher):
         tied_ME = (best_ME2[..., 0] == best_ME2[..., 1]).expand(shape)
         score = self._mentions_of if self.gate.config.choice == "mention" else self._pairs_of
         wanted = {name: chosen_ME == b for b, name in enumerate(self.experts)}
-        at_least = self._uncalibrated(at_least_M)
-        parts = self._calibrated(
-            {name: score(name, mentions, entities, wanted[name], at_least[name]) for name in wanted}
-        )
+        parts = self._calibrated({name: score(name, mentions, entities, wanted[name]) for name in wanted})
         texts = [name for name, expert in self._experts().items() if expert.scores_tokens]
-        pairs_M2 = token_pairs([wanted[name] & (parts[name] != -torch.inf) for name in texts])
+        pairs_M2 = token_pairs([wanted[name] for name in texts])
         total_ME = torch.stack(list(parts.values()), dim=-1).gather(-1, chosen_ME[..., None])[..., 0]
         broken_ME = log_pi_MEB.isnan().any(dim=-1).expand(shape)  # argmax would choose all the same
         total_ME = total_ME.masked_fill(broken_ME, torch.nan)
         return Scores(total_ME, chosen_ME, parts, tied_ME, pairs_M2)
 
-    def _mentions_of(
-        self, name: str, mentions: Table, entities: Table, wanted_ME: Tensor, at_least_M: Tensor | None
-    ) -> Tensor:
+    def _mentions_of(self, name: str, mentions: Table, entities: Table, wanted_ME: Tensor) -> Tensor:
         """An expert's scores [M, E] in the rows of mentions that chose it, 0 in the others."""
         row_m = wanted_ME.any(dim=1).nonzero()[:, 0]
         if not len(row_m):
             return torch.zeros_like(wanted_ME, dtype=entities.dense(f"{GATE}.logits").dtype)
         own = mentions.under(name).rows(row_m)
-        at_least_m = None if at_least_M is None else at_least_M[row_m]
-        scores_mE = self._experts()[name].score(own, entities.under(name), at_least_M=at_least_m).total_ME
+        scores_mE = self._experts()[name].score(own, entities.under(name)).total_ME
         return scores_mE.new_zeros(wanted_ME.shape).index_copy(0, row_m, scores_mE)
 
-    def _pairs_of(
-        self, name: str, mentions: Table, entities: Table, wanted_ME: Tensor, at_least_M: Tensor | None
-    ) -> Tensor:
+    def _pairs_of(self, name: str, mentions: Table, entities: Table, wanted_ME: Tensor) -> Tensor:
         """An expert's scores [M, E] of pairs that chose it, 0 of others; its products that cost little are dense."""
         own = mentions.under(name), entities.under(name)
-        scores_ME = self._experts()[name].score(*own, at_least_M=at_least_M, wanted_ME=wanted_ME).total_ME
+        scores_ME = self._experts()[name].score(*own, wanted_ME=wanted_ME).total_ME
         return scores_ME.where(wanted_ME, 0.0)
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
@@ -188,12 +173,6 @@ class DsmipMatcher(Matcher):
         if self.gate.config.calibration == "none":
             return scores
         return {name: s * scale for (name, s), scale in zip(scores.items(), self.scale_B(), strict=True)}
-
-    def _uncalibrated(self, at_least_M: Tensor | None) -> dict[str, Tensor | None]:
-        """What each expert's own score must reach for the calibrated one to reach `at_least_M`."""
-        if at_least_M is None or self.gate.config.calibration == "none":
-            return dict.fromkeys(self.experts, at_least_M)
-        return {name: at_least_M / scale for name, scale in zip(self.experts, self.scale_B(), strict=True)}
 
     def encoder_trains(self) -> bool:
         return False

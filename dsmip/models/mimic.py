@@ -8,7 +8,6 @@ of ours: pairs with the same gold are no negatives, as in all systems here.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +20,7 @@ from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
 from dsmip.expert import feature_sizes
-from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System, token_pairs
+from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System
 from dsmip.ops.losses import contrastive_loss
 from dsmip.table import Ragged, Table
 from dsmip.text import Template
@@ -111,17 +110,10 @@ class MimicMatcher(Matcher):
     def prepare_entities(self, features: Table) -> Table:
         return self.scorer.prepare_entities(features)
 
-    def with_bounds(self, mentions: Table) -> Table:
-        return self.scorer.with_bounds(mentions)
-
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         """(S_T + S_V + S_C) / 3, with `parts` text, image and cross."""
-        units = self.scorer.score(mentions, entities, at_least_M=at_least_M)
-        total_ME = (units["text"] + units["image"] + units["cross"]) / 3
-        pairs_M2 = None if at_least_M is None else token_pairs([total_ME != -torch.inf])
-        return Scores(total_ME, parts=units, token_pairs_M2=pairs_M2)
+        units = self.scorer.score(mentions, entities)
+        return Scores((units["text"] + units["image"] + units["cross"]) / 3, parts=units)
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         return self.scorer.global_vectors(prepared, side)

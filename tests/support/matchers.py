@@ -29,9 +29,7 @@ class TableMatcher(Matcher):
     def prepare_entities(self, features: Table) -> Table:
         return features
 
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         rows, columns = mentions.dense("row")[:, None], entities.dense("row")[None]
         return Scores(self.scores_ME[rows, columns], None if self.chosen_ME is None else self.chosen_ME[rows, columns])
 
@@ -63,9 +61,7 @@ class NoisyMatcher(TableMatcher):
         super().__init__(scores_ME)
         self.errors_ME = errors_ME
 
-    def score(
-        self, mentions: Table, entities: Table, *, noise: Tensor | None = None, at_least_M: Tensor | None = None
-    ) -> Scores:
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         exact = super().score(mentions, entities)
         if mentions.dense("weight").dtype == torch.float64:
             return exact

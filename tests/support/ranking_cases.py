@@ -44,10 +44,10 @@ class Case:
     num_choices: int
 
     @torch.no_grad()
-    def score(self, at_least_M: Tensor | None = None) -> Scores:
-        return self.matcher.score(self.matcher.with_bounds(self.mentions), self.entities, at_least_M=at_least_M)
+    def score(self) -> Scores:
+        return self.matcher.score(self.mentions, self.entities)
 
-    def rank(self, gold_row_M: Tensor, tiles: TileSize, top_k: int, *, prune: bool) -> Ranking:
+    def rank(self, gold_row_M: Tensor, tiles: TileSize, top_k: int) -> Ranking:
         # several tables, as in an index on disk
         index = EntityIndex([self.entities.rows(slice(0, 40)), self.entities.rows(slice(40, None))])
         return rank(
@@ -59,7 +59,6 @@ class Case:
             top_k=top_k,
             num_choices=self.num_choices,
             refine=True,
-            prune=prune,
             tile_size=tiles,
         )
 

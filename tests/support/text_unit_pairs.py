@@ -45,7 +45,7 @@ class Pairs:
         key, value, query = (TokenRows(each.values, each.starts, each.lengths) for each in columns)
         return key, value, query, self.entities.dense("local")
 
-    def scores(self, way: Way, wanted_ME: Tensor | None = None, at_least_ME: Tensor | None = None) -> Tensor:
+    def scores(self, way: Way, wanted_ME: Tensor | None = None) -> Tensor:
         """Of the backend, on the CPU."""
         if INTERPRETED:
             self.unit.backend = "triton"  # on CPU tensors, which `use_backend` refuses
@@ -53,9 +53,9 @@ class Pairs:
             assert use_backend(self.unit, way.backend, way.device) == way.backend
         assert use_precision(self.unit, way.precision, way.backend) == way.precision
         sides = self.mentions.to(way.device), self.entities.to(way.device)
-        masks = (None if mask is None else mask.to(way.device) for mask in (wanted_ME, at_least_ME))
+        wanted_ME = None if wanted_ME is None else wanted_ME.to(way.device)
         with torch.no_grad():
-            scores_ME = self.unit.to(way.device).score(*sides, *masks)
+            scores_ME = self.unit.to(way.device).score(*sides, wanted_ME)
         self.unit.to(CPU)
         assert scores_ME.dtype == torch.float32
         return scores_ME.cpu()
