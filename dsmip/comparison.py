@@ -18,8 +18,8 @@ from dsmip.metrics import Difference, compare_counts, summarise
 from dsmip.ops.ranking import Counts
 from dsmip.ranked_model import model_names
 from dsmip.reports import KB_HASH, RANKS, evaluation_name
-from dsmip.run_storage import RunStorage
-from dsmip.runs import CONFIG, STAMP
+from dsmip.run_storage import STAMP, RunStorage
+from dsmip.runs import CONFIG
 
 _COLUMNS = ["mention_id", "gold", "better", "tied", *REPORTED]
 _NAMED_AT_MOST = 3

@@ -1,6 +1,5 @@
 """The files of a dataset in an object store: fetched whole when first needed, and kept on this node."""
 
-import glob
 import hashlib
 import posixpath
 import queue
@@ -14,7 +13,7 @@ from typing import TypeVar
 from dsmip.cache import LIMIT, checked_copy, data_cache, fresh_folder
 from dsmip.dataset_storage import MANIFEST_FILE, MISSING, Ahead, LocalDataset, StoredFile
 from dsmip.errors import UserError
-from dsmip.object_store import attempt, filesystem, is_uri, join
+from dsmip.object_store import ObjectStore, is_uri
 
 Result = TypeVar("Result")
 
@@ -24,19 +23,23 @@ _TRIES = 5
 
 @dataclass(frozen=True, slots=True)
 class RemoteDataset:
-    """The dataset at a URI; folder: the copies of its files. Opens connections when they are needed, in each process.
+    """The storage of the dataset at a URI. Opens connections when they are needed, in each process.
 
     It belongs to one version of the dataset: copies of another version lie in another folder.
+
+    Attributes:
+        location: The URI, without a slash at its end.
+        folder: Where the copies of its files lie.
     """
 
     location: str
     folder: Path
 
     def address(self, name: str) -> str:
-        return join(self.location, name)
+        return self._store.address(name)
 
     def read(self, name: str) -> bytes | None:
-        return _read(self.address(name))
+        return self._store.read(name)
 
     def use(self, file: StoredFile, opener: Callable[[Path], Result]) -> Result:
         for _ in range(_TRIES):
@@ -78,38 +81,35 @@ class RemoteDataset:
         with fresh_folder() as folder:
             path = folder / Path(name).name
             with suppress(FileNotFoundError):
-                self._download(name, path)
+                self._store.get(name, path)
             yield path
 
     def children(self, name: str) -> list[str]:
-        system, path = filesystem(self.address(name))
-        try:
-            found: list[str] = attempt(self.address(name), lambda: system.ls(path, detail=False))
-        except FileNotFoundError:
-            return []
-        return sorted(posixpath.basename(each.rstrip("/")) for each in found if each.rstrip("/") != path)
+        return self._store.children(name)
 
     def check_sizes(self, files: Sequence[StoredFile]) -> None:
-        """Every file is checked when it is fetched; to ask for all of them here would keep each worker waiting."""
+        """Does nothing: every file is checked when it is fetched; all of them here would keep each worker waiting."""
 
     def send(self, name: str) -> None:
-        system, path = filesystem(self.address(name))
-        attempt(self.address(name), lambda: system.put_file(str(self.folder / name), path))
+        self._store.put(self.folder / name, name)
 
     def remove(self, name: str) -> None:
         LocalDataset(self.folder).remove(name)
-        system, path = filesystem(self.address(name))
-        with suppress(FileNotFoundError):
-            attempt(self.address(name), lambda: system.rm(glob.escape(path), recursive=True))
+        self._store.remove_folder(name)
 
     def relative(self, address: str) -> str | Path:
         return address if is_uri(address) else _resolved(self.location, address)
 
+    @property
+    def _store(self) -> ObjectStore:
+        return ObjectStore(self.location)
+
     def _fetch(self, file: StoredFile) -> Path:
+        """The checked copy of a file; fetched when there is none."""
         address = self.address(file.path)
         try:
             return checked_copy(
-                self.folder / file.path, file, address, lambda target: self._download(file.path, target)
+                self.folder / file.path, file, address, lambda target: self._store.get(file.path, target)
             )
         except FileNotFoundError as error:
             raise UserError(f"{address}: the file is missing; prepare the dataset again") from error
@@ -117,35 +117,26 @@ class RemoteDataset:
             what = f"{error.filename or self.folder}: {error.strerror or error}"
             raise UserError(f"{what}, while {address} was copied here; make room, or set DSMIP_CACHE") from error
 
-    def _download(self, name: str, target: Path) -> None:
-        system, path = filesystem(self.address(name))
-        attempt(self.address(name), lambda: system.get_file(path, str(target)))
-
 
 def open_remote_dataset(uri: str) -> tuple[RemoteDataset, bytes]:
-    """The dataset at a URI and its manifest's content.
+    """The storage of the dataset at a URI, and its manifest's content.
 
     Raises:
-        UserError: there is none, or the store cannot be read.
+        UserError: There is none, or the store cannot be read.
     """
     uri = uri.rstrip("/")
-    content = _read(join(uri, MANIFEST_FILE))
+    content = ObjectStore(uri).read(MANIFEST_FILE)
     if content is None:
         raise UserError(f"{uri}: no such bucket, or {MISSING}")
     return RemoteDataset(uri, data_cache() / hashlib.sha256(content).hexdigest()[:32]), content
 
 
-def _read(uri: str) -> bytes | None:
-    system, path = filesystem(uri)
-    try:
-        content: bytes = attempt(uri, lambda: system.cat_file(path))
-    except FileNotFoundError:
-        return None
-    return content
-
-
 def _resolved(uri: str, address: str) -> str:
-    """Raises UserError for an address out of the bucket: whoever made the view chose it, not whoever reads it."""
+    """The URI of an address relative to another one.
+
+    Raises:
+        UserError: It leads out of the bucket: whoever made the view chose it, not whoever reads it.
+    """
     scheme, _, path = uri.partition("://")
     bucket = path.partition("/")[0]
     found = posixpath.normpath(posixpath.join(path, address))

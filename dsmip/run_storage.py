@@ -1,18 +1,18 @@
-"""Where a run lies: a folder that all nodes see, or an address in an object store with a copy on each node.
+"""The storage of a run: files by name, in a folder that all nodes see or in an object store, with copies on each node.
 
-A `RunStorage` has files by name (`text/part.json`). They are read and written in its `folder`, because tables are
-memory-mapped and files are replaced whole. For a `LocalRun` that is all. A `dsmip.remote_run.RemoteRun` fetches and
-sends:
+Names are relative, with slashes (`text/part.json`). Files are read and written in the storage's `folder`, because
+tables are memory-mapped and files are replaced whole. For a `LocalRun` that is all; a `dsmip.remote_run.RemoteRun`
+fetches and sends:
 
     refresh()             before reading: all small files
     pull(name)            before reading: a large file, or all below a folder
     with atomic(name)     writing: the store has the whole file before anybody here sees it
     push(name)            what other code wrote into the folder
 
-Code that works on a run calls these wherever they are needed and never asks which kind of place it is.
+Code that works on a run calls these wherever they are needed and never asks which kind of storage it has.
+`dsmip.locations.open_run_storage` opens what lies at a location.
 """
 
-import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -21,16 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmip.atomic import atomic_path
+from dsmip.atomic import atomic_path, json_text
+
+STAMP = "run.json"  # written once: another one at the same location is another run's
 
 
 class RunStorage(ABC):
-    """Names are relative, with slashes. `str()` is what a user calls it."""
+    """The files of a run, or of a folder of it. `str()` is what a user calls it."""
 
     @property
     @abstractmethod
     def location(self) -> str:
-        """Opens the same place (`open_run_storage`) in any process on any node."""
+        """Opens the same storage in any process on any node."""
 
     @property
     @abstractmethod
@@ -39,7 +41,7 @@ class RunStorage(ABC):
 
     @abstractmethod
     def __truediv__(self, name: str) -> "RunStorage":
-        """A folder of this place as a place of its own."""
+        """The storage of a folder of this one."""
 
     @abstractmethod
     def refresh(self) -> None:
@@ -71,11 +73,11 @@ class RunStorage(ABC):
 
     @abstractmethod
     def sizes(self) -> Mapping[str, int]:
-        """Bytes by file or folder directly in this place."""
+        """Bytes by file or folder directly in this storage."""
 
     @abstractmethod
     def arrow_filesystem(self) -> tuple[str, Any]:
-        """The place for Ray: a path, and the pyarrow file system that it is of (None: the nodes' own)."""
+        """The storage for Ray: a path, and the pyarrow file system that it is of (None: the nodes' own)."""
 
     def write_text(self, name: str, text: str) -> None:
         """Writes `text` (UTF-8) atomically."""
@@ -84,12 +86,12 @@ class RunStorage(ABC):
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes `value` as indented JSON with sorted keys, atomically."""
-        self.write_text(name, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        self.write_text(name, json_text(value))
 
 
 @dataclass(frozen=True)
 class LocalRun(RunStorage):
-    """A folder that every node sees under the same path."""
+    """A folder that every node sees under the same path: nothing is fetched or sent."""
 
     path: Path
 
@@ -111,19 +113,19 @@ class LocalRun(RunStorage):
         return self.path
 
     def refresh(self) -> None:
-        """There is nothing to do."""
+        """Does nothing: files are read in place."""
 
     def pull(self, *names: str) -> None:
-        """There is nothing to do."""
+        """Does nothing: files are read in place."""
 
     def atomic(self, name: str) -> AbstractContextManager[Path]:
         return atomic_path(self.path / name)
 
     def push(self, *names: str) -> None:
-        """There is nothing to do."""
+        """Does nothing: files are written in place."""
 
     def replace(self, name: str) -> None:
-        """There is nothing to do."""
+        """Does nothing: files are written in place."""
 
     def delete(self, name: str) -> None:
         target = self.path / name

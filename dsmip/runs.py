@@ -38,10 +38,10 @@ from dsmip.locations import Location, open_run_storage
 from dsmip.models import find_system
 from dsmip.models.base import FeatureEncoder, Matcher, System
 from dsmip.provenance import environment, recorded
-from dsmip.run_storage import RunStorage
+from dsmip.run_storage import STAMP, RunStorage
 from dsmip.text import Tokenizer
 
-STAMP, CONFIG, PART, WEIGHTS, TRAININGS = "run.json", "config.yaml", "part.json", "weights.safetensors", "ray"
+CONFIG, PART, WEIGHTS, TRAININGS = "config.yaml", "part.json", "weights.safetensors", "ray"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 

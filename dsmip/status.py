@@ -17,8 +17,8 @@ from dsmip.load_config import load_config
 from dsmip.locations import Location, open_run_storage
 from dsmip.models import find_system
 from dsmip.provenance import RECORDS, RUNNING
-from dsmip.run_storage import LocalRun, RunStorage
-from dsmip.runs import CONFIG, STAMP
+from dsmip.run_storage import STAMP, LocalRun, RunStorage
+from dsmip.runs import CONFIG
 from dsmip.trackers import PROGRESS
 
 State = Literal["finished", "training", "paused", "interrupted", "failed", "dropped", "not begun"]

@@ -75,6 +75,11 @@ def test_imports_go_down(path: Path) -> None:
             assert allowed or name.startswith("dsmip.ops"), f"{relative} imports {name}"
 
 
+def test_object_stores_have_one_client() -> None:
+    users = {path.name for path in SOURCES if any(name.split(".")[0] == "fsspec" for name in imported(path))}
+    assert users == {"object_store.py"}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=IDS)
 def test_files_and_functions_fit_a_reader(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES

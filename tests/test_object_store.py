@@ -2,13 +2,14 @@
 
 import errno
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from dsmip.errors import StoreAway, UserError
 from dsmip.locations import local_path
-from dsmip.object_store import attempt, cache_folder, filesystem, is_uri
+from dsmip.object_store import attempt, cache_folder, filesystem, is_uri, stored_object
 from tests.support.object_store import ObjectStore
 
 
@@ -81,6 +82,22 @@ def test_a_missing_object_or_bucket_is_not_tried_again(object_store: ObjectStore
         system, path = filesystem(uri)
         with pytest.raises(FileNotFoundError):
             attempt(uri, lambda system=system, path=path: system.info(path))
+
+
+def test_a_version_changes_with_the_content() -> None:
+    def version(info: dict[str, object]) -> str:
+        return stored_object(info).version
+
+    date = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    tagged = {"size": 1, "ETag": '"a"', "LastModified": date}
+    assert version(tagged) == version({**tagged, "LastModified": date.replace(minute=5)})
+    assert version(tagged) != version({**tagged, "ETag": '"b"'})
+    dated = {"size": 1, "mtime": date}
+    for same in (date.replace(microsecond=9), "2026-01-02 03:04:05.9Z"):
+        assert version(dated) == version({**dated, "mtime": same})
+    for other in ({"size": 2}, {"mtime": date.replace(second=6)}):
+        assert version(dated) != version({**dated, **other})
+    assert version({"size": 1, "created": 5.2}) == version({"size": 1, "created": 5.9})
 
 
 def test_missing_credentials_are_named(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:

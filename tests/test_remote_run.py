@@ -1,5 +1,6 @@
 """A run's files in a real object store, seen from several machines: each has a cache folder of its own."""
 
+import hashlib
 import os
 import pickle
 import shutil
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dsmip import object_store, remote_run
 from dsmip.atomic import write_text
 from dsmip.errors import StoreAway, UserError
 from dsmip.locations import open_run_storage
+from dsmip.object_store import ObjectStore, connected_system, filesystem
 from dsmip.processes import map_tasks
 from dsmip.run_storage import LocalRun, RunStorage
 from tests.support.object_store import free_port, running_store, variables
@@ -133,6 +134,14 @@ def test_a_folder_that_other_code_writes_is_sent_and_replaced(on: OnMachine) -> 
     assert there.glob("checkpoints/*") == ["checkpoints/2"]
 
 
+def forbid_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def transfer(*arguments: object, **options: object) -> None:
+        pytest.fail("a transfer")
+
+    for way in ("get", "put"):
+        monkeypatch.setattr(ObjectStore, way, transfer)
+
+
 def test_what_is_up_to_date_is_neither_fetched_nor_sent(on: OnMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     here = on("one")
     here.write_json("run.json", {})
@@ -141,13 +150,9 @@ def test_what_is_up_to_date_is_neither_fetched_nor_sent(on: OnMachine, monkeypat
     there.refresh()
     there.pull("index")
 
-    def transfer(*arguments: object, **options: object) -> None:
-        pytest.fail("a transfer")
-
+    forbid_transfers(monkeypatch)
     for machine in ("two", "one"):
         storage = on(machine)
-        monkeypatch.setattr(remote_run.RemoteRun, "_send", transfer)
-        monkeypatch.setattr(storage._fs, "get_file", transfer)  # type: ignore[attr-defined]
         storage.refresh()
         storage.pull("index")
         storage.push("index", "run.json")
@@ -156,7 +161,7 @@ def test_what_is_up_to_date_is_neither_fetched_nor_sent(on: OnMachine, monkeypat
 def test_a_listing_with_finer_dates_is_of_the_same_files(on: OnMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As MinIO's is: milliseconds in a listing, seconds for one file."""
     here = on("one")
-    system = here._fs  # type: ignore[attr-defined]
+    system, _ = filesystem(here.location)
     original = system.find
 
     def find(*arguments: object, **options: object) -> dict[str, dict[str, object]]:
@@ -166,22 +171,33 @@ def test_a_listing_with_finer_dates_is_of_the_same_files(on: OnMachine, monkeypa
     here.write_json("run.json", {"id": 1})
     (here.folder / "progress.bin").write_text("not sent yet")
     monkeypatch.setattr(system, "find", find)
-    monkeypatch.setattr(system, "get_file", lambda *arguments, **options: pytest.fail("a transfer"))
+    forbid_transfers(monkeypatch)
     here.refresh()
     assert files(here).keys() == {"run.json", "progress.bin"}
 
 
-def test_a_version_changes_with_the_content() -> None:
-    date = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    tagged = {"size": 1, "ETag": '"a"', "LastModified": date}
-    assert remote_run._version(tagged) == remote_run._version({**tagged, "LastModified": date.replace(minute=5)})
-    assert remote_run._version(tagged) != remote_run._version({**tagged, "ETag": '"b"'})
-    dated = {"size": 1, "mtime": date}
-    for same in (date.replace(microsecond=9), "2026-01-02 03:04:05.9Z"):
-        assert remote_run._version(dated) == remote_run._version({**dated, "mtime": same})
-    for other in ({"size": 2}, {"mtime": date.replace(second=6)}):
-        assert remote_run._version(dated) != remote_run._version({**dated, **other})
-    assert remote_run._version({"size": 1, "created": 5.2}) == remote_run._version({"size": 1, "created": 5.9})
+def test_a_copy_that_an_earlier_version_made_is_not_fetched_again(
+    on: OnMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is one whose notes are of no use taken for the store's file."""
+    here = on("one")
+    here.write_json("run.json", {"id": 1})
+    here.write_text("a.txt", "a")
+    there = on("two")
+    notes = there.folder.parent / "versions"
+    for name, content in (("run.json", '{\n  "id": 1\n}\n'), ("a.txt", "a")):
+        write_text(there.folder / name, content)
+        found = (there.folder / name).stat()
+        tag = hashlib.md5(content.encode()).hexdigest()
+        write_text(notes / name, f'{found.st_size} ETag "{tag}"\n{found.st_size} {found.st_mtime_ns} {found.st_ino}')
+    with monkeypatch.context() as patched:
+        forbid_transfers(patched)
+        there.refresh()
+        there.push("a.txt")
+    write_text(notes / "a.txt", "notes of another kind")
+    write_text(there.folder / "a.txt", "not the store's")
+    there.refresh()
+    assert files(there)["a.txt"] == "a"
 
 
 def refreshed(task: tuple[str, str, int]) -> list[str]:
@@ -200,7 +216,7 @@ def refreshed(task: tuple[str, str, int]) -> list[str]:
             time.sleep(0.001)
         try:
             storage.refresh()
-            found.append(" ".join(sorted(storage._files_below(""))))  # type: ignore[attr-defined]
+            found.append(" ".join(sorted(name for name in files(storage) if "/." not in f"/{name}")))
         except Exception as error:
             found.append(repr(error))
     return found
@@ -209,19 +225,20 @@ def refreshed(task: tuple[str, str, int]) -> list[str]:
 @pytest.mark.parametrize("used", [False, True])
 def test_processes_that_start_at_once_share_a_copy(on: OnMachine, bucket: str, tmp_path: Path, used: bool) -> None:
     """On a new node, or on one that knows another run of that address."""
-    here = on("one")
-    here.write_json("run.json", {"id": 1})
-    for number in range(8):
-        here.write_text(f"records/{number}.json", "{}")
-    expected = " ".join(sorted(files(here)))
     root = tmp_path / "nodes"
     for number in range(ROUNDS):
         (root / str(number)).mkdir(parents=True)
         if used:
             old = on(f"nodes/{number}/cache")
             for name in ("run.json", "gone.json", "records/0.json"):
-                write_text(old.folder / name, "old")
-                old._mark(name, "another version")  # type: ignore[attr-defined]
+                old.write_text(name, "old")
+    here = on("one")
+    for name in here.glob("*"):
+        here.delete(name)
+    here.write_json("run.json", {"id": 1})
+    for number in range(8):
+        here.write_text(f"records/{number}.json", "{}")
+    expected = " ".join(sorted(files(here)))
     tasks = [(f"{bucket}/run", str(root), process) for process in range(PROCESSES)]
     assert list(map_tasks(refreshed, tasks, workers=PROCESSES)) == [[expected] * ROUNDS] * PROCESSES
 
@@ -254,7 +271,7 @@ def test_half_written_files_are_not_sent(on: OnMachine) -> None:
 def test_no_name_in_the_store_leads_out_of_the_copy(on: OnMachine, bucket: str) -> None:
     here = on("one")
     here.write_json("run.json", {})
-    system, path = object_store.filesystem(f"{bucket}/run")
+    system, path = filesystem(f"{bucket}/run")
     for name in ("../escaped.json", "/escaped.json", "records/../../escaped.json"):
         system.pipe_file(f"{path}/{name}", b"{}")
     there = on("two")
@@ -275,21 +292,23 @@ def test_another_process_opens_a_connection_of_its_own(on: OnMachine) -> None:
 
 
 def test_a_store_that_is_gone_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "_WAITS", ())
+    monkeypatch.setattr("dsmip.object_store.RETRY_WAITS", ())
     monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     port = free_port()
     for name, value in variables(port, tmp_path).items():
         monkeypatch.setenv(name, value)
-    object_store._system.cache_clear()  # it knows the other server
+    connected_system.cache_clear()  # it knows the other server
     try:
         with running_store(port) as store:
             storage = open_run_storage(f"{store.uri}/run")
             storage.write_text("a.txt", "a")
             store.process.kill()
             store.process.wait()
-            with pytest.raises(StoreAway, match=r"^s3://dsmip-tests/run: .*cannot be reached.*run the command again$"):
+            with pytest.raises(
+                StoreAway, match=r"^s3://dsmip-tests/run/b\.txt: .*cannot be reached.*run the command again$"
+            ):
                 storage.write_text("b.txt", "b")
             assert files(storage) == {"a.txt": "a"}
     finally:
-        object_store._system.cache_clear()
+        connected_system.cache_clear()

@@ -16,7 +16,7 @@ from data_prep.build.view import make_view
 from data_prep.formats.mimic import MimicRelease
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.object_store import _system, filesystem
+from dsmip.object_store import connected_system, filesystem
 from dsmip.processes import map_tasks
 from dsmip.sampler import TrainingBatch
 from tests.support.object_store import ObjectStore, free_port, running_store, variables
@@ -213,10 +213,10 @@ def test_a_server_that_goes_away_is_said(
     """In the middle of an epoch: the first window is read, the next ones cannot be."""
     port = free_port()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr("dsmip.object_store._WAITS", (0.0,))
+    monkeypatch.setattr("dsmip.object_store.RETRY_WAITS", (0.0,))
     for name, value in variables(port, tmp_path).items():
         monkeypatch.setenv(name, value)
-    _system.cache_clear()
+    connected_system.cache_clear()
     try:
         with running_store(port) as store:
             remote = Dataset.open(uploaded(folder, f"{store.uri}/data"))
@@ -227,7 +227,7 @@ def test_a_server_that_goes_away_is_said(
             with pytest.raises(UserError, match=r"s3://\S+\.tar: the store failed or cannot be reached"):
                 list(remote.training_batches("train", 8, seed=3, epoch=1))
     finally:
-        _system.cache_clear()
+        connected_system.cache_clear()
 
 
 def test_a_full_disk_is_said_in_one_line(uri: str, cache: Path) -> None:

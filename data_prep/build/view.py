@@ -9,7 +9,7 @@ from dsmip.dataset_storage import MANIFEST_FILE
 from dsmip.errors import UserError
 from dsmip.locations import local_path
 from dsmip.manifest import SplitCounts
-from dsmip.object_store import attempt, filesystem, is_uri, join
+from dsmip.object_store import ObjectStore, is_uri
 from dsmip.views import TRAIN, View, draw_rows, parse_view
 
 
@@ -28,7 +28,7 @@ def make_view(base: str | Path, out: str | Path, fraction: float, seed: int) -> 
     images = [mention.image is not None for row, mention in enumerate(dataset.mentions(TRAIN)) if row in kept]
     folder = local_path(out)
     view = View(
-        view_of=_way(dataset.location, folder),
+        view_of=_relative_address(dataset.location, folder),
         base_sha256=dataset.manifest_hash,
         train_fraction=fraction,
         seed=seed,
@@ -42,8 +42,14 @@ def make_view(base: str | Path, out: str | Path, fraction: float, seed: int) -> 
     return Dataset.open(out)
 
 
-def _way(location: str, out: Path | None) -> str:
-    """To a dataset: a URI, or a path from `out`. Links are resolved: ".." leads up from where a link points to."""
+def _relative_address(location: str, out: Path | None) -> str:
+    """A dataset's address in a view at `out`: a URI, or a path from there.
+
+    Links are resolved: ".." leads up from where a link points to.
+
+    Raises:
+        UserError: The view goes into a store and the dataset lies in a folder.
+    """
     if is_uri(location):
         return location
     if out is None:
@@ -63,14 +69,10 @@ def _write(view: View, out: Path) -> None:
 
 
 def _put(view: View, uri: str) -> None:
-    """Into an object store."""
-    place = join(uri, MANIFEST_FILE)
-    system, path = filesystem(place)
-    if attempt(place, lambda: system.exists(path)):
-        if parse_view(attempt(place, lambda: system.cat_file(path)), place) != view:
-            raise UserError(f"{uri}: is not empty and no such view; choose another place")
-        return
-    try:
-        attempt(place, lambda: system.pipe_file(path, json_text(view.model_dump(mode="json")).encode()))
-    except FileNotFoundError as error:
-        raise UserError(f"{place}: cannot be written ({error})") from error
+    """Writes the view's manifest into an object store."""
+    store = ObjectStore(uri)
+    content = store.read(MANIFEST_FILE)
+    if content is None:
+        store.write(MANIFEST_FILE, json_text(view.model_dump(mode="json")).encode())
+    elif parse_view(content, store.address(MANIFEST_FILE)) != view:
+        raise UserError(f"{uri}: is not empty and no such view; choose another place")
