@@ -1,49 +1,228 @@
-"""What the encoders take: token ids and uint8 pictures of a batch of mentions or of entities."""
+"""Training batches: from streamed shards (towers train) or from the feature cache (towers frozen).
 
+Both are pure functions of (seed, epoch, step), split over workers by sample, with the same number of steps everywhere.
+The union of the workers' shares does not depend on how many they are: mentions, random entities and augmentation.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from dsmip import distributed
+from dsmip.collate import Collator, ItemBatch, stacked
+from dsmip.config import AugmentConfig, TrainConfig
+from dsmip.dataset import Dataset, TrainingBatch
+from dsmip.ops import augmentation
+from dsmip.ops.augmentation import Draws
+from dsmip.records import Entity, Mention
+from dsmip.sampler import draw, step_bounds
+from dsmip.table import Table
+
+Item = TypeVar("Item")
+Items = ItemBatch | Table
+_READ_AHEAD = 4
+_DRAWS = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
-class ItemBatch:
-    """N mentions or N entities before encoding.
+class Step:
+    """One worker's share of one batch: M mentions, their M gold entities in the same order, then extra negatives.
 
-    token_ids: int64 [N, L], start-of-text ... end-of-text, then zeros; L is at most the backbone's context length and
-        may be trimmed to the longest text of the batch.
-    pictures: uint8 [N, 3, S, S], all zero where `has_image` is False.
-    has_image: bool [N].
+    gold_row_M, entity_row_E: kb rows (E >= M).
     """
 
-    token_ids: Tensor
-    pictures: Tensor
-    has_image: Tensor
+    mentions: Items
+    entities: Items
+    gold_row_M: Tensor
+    entity_row_E: Tensor
 
-    def __len__(self) -> int:
-        return len(self.token_ids)
 
-    def to(self, device: torch.device) -> "ItemBatch":
-        """The same batch on `device`."""
-        return ItemBatch(
-            self.token_ids.to(device, non_blocking=True),
-            self.pictures.to(device, non_blocking=True),
-            self.has_image.to(device, non_blocking=True),
+class StreamSource:
+    """Batches read from a split's shards, tokenized, decoded and augmented in a background thread."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        collator: Collator,
+        config: TrainConfig,
+        seed: int,
+        held_out: float = 0.0,
+    ) -> None:
+        self.dataset, self.split, self.collator, self.config, self.seed = dataset, split, collator, config, seed
+        self.held_out = held_out
+
+    def num_steps(self) -> int:
+        return self.dataset.num_steps(self.split, self.config.batch_size)
+
+    def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
+        return read_ahead(self._steps(epoch, start), _READ_AHEAD)
+
+    def _steps(self, epoch: int, start: int) -> Iterator[Step]:
+        batches = self.dataset.training_batches(
+            self.split,
+            self.config.batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            start_step=start,
         )
+        for batch in batches:
+            yield self._step(epoch, batch)
 
-    def rows(self, start: int, stop: int) -> "ItemBatch":
-        """Items start..stop (views)."""
-        part = slice(start, stop)
-        return ItemBatch(self.token_ids[part], self.pictures[part], self.has_image[part])
+    def _step(self, epoch: int, batch: TrainingBatch) -> Step:
+        """This worker's share of a step: mentions, then self mentions; golds, self mentions' golds, random entities."""
+        config, width = self.config, self.collator.tokenizer.context_length
+        size, place_M = self._places(batch.step)
+        generator = _generator("entities", self.seed, epoch, batch.step)
+        place_S, own = self._random_entities(config.self_mentions, generator)
+        place_X, negatives = self._random_entities(config.extra_negatives, generator)
+        seen = [not is_held_out(mention.entity_id, self.held_out) for mention in batch.mentions]
+        real, place_M = list(compress(batch.mentions, seen)), place_M[torch.tensor(seen, dtype=torch.bool)]
+        columns = [*compress(batch.entities, seen), *own, *negatives]
+        place_E = torch.cat([place_M, size + place_S, size + config.self_mentions + place_X])
+
+        def draws(kind: str, total: int, place_N: Tensor) -> Draws:
+            return Draws(_generator(kind, self.seed, epoch, batch.step), total, place_N)
+
+        mentions = augmented(
+            self.collator.mentions(real), config.augment, draws("augment mentions", size, place_M), width
+        )
+        if config.self_mentions:
+            own_draws = draws("augment self mentions", config.self_mentions, place_S)
+            mentions = stacked(mentions, augmented(self.collator.entities(own), config.self_augment, own_draws, width))
+        all_columns = size + config.self_mentions + config.extra_negatives
+        entity_draws = draws("augment entities", all_columns, place_E)
+        entities = augmented(self.collator.entities(columns), config.augment, entity_draws, width)
+        return Step(mentions, entities, _rows([*real, *own]), _rows(columns))
+
+    def _places(self, step: int) -> tuple[int, Tensor]:
+        """How many mentions a step has over all workers, and which of them are this worker's (int64 [M])."""
+        count, steps = self.dataset.num_mentions(self.split), self.num_steps()
+        whole = step_bounds(count, steps, step, 0, 1)
+        share = step_bounds(count, steps, step, distributed.rank(), distributed.world_size())
+        return len(whole), torch.arange(share.start - whole.start, share.stop - whole.start)
+
+    def _random_entities(self, count: int, generator: torch.Generator) -> tuple[Tensor, Sequence[Entity]]:
+        """This worker's share of `count` random entities of the kb: their places among all, and they themselves."""
+        rows = torch.randint(self.dataset.num_entities, (count,), generator=generator)
+        places = torch.arange(count).tensor_split(distributed.world_size())[distributed.rank()]
+        return places, [self.dataset.entity(int(row)) for row in rows[places]]
 
 
-def stacked(first: ItemBatch, second: ItemBatch) -> ItemBatch:
-    """Items of both batches, texts padded with zeros to the longer of the two."""
-    length = max(first.token_ids.shape[1], second.token_ids.shape[1])
-    ids = [functional.pad(b.token_ids, (0, length - b.token_ids.shape[1])) for b in (first, second)]
-    return ItemBatch(
-        torch.cat(ids),
-        torch.cat([first.pictures, second.pictures]),
-        torch.cat([first.has_image, second.has_image]),
+class CachedSource:
+    """Batches of rows of cached features."""
+
+    def __init__(self, mentions: Table, entities: Table, gold_row_N: Tensor, config: TrainConfig, seed: int) -> None:
+        self.mentions, self.entities, self.gold_row_N = mentions, entities, gold_row_N
+        self.config, self.seed = config, seed
+
+    def num_steps(self) -> int:
+        return -(-len(self.gold_row_N) // self.config.batch_size)
+
+    def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
+        rank, world_size = distributed.rank(), distributed.world_size()
+        order = torch.randperm(len(self.gold_row_N), generator=_generator("order", self.seed, epoch))
+        for number, batch in enumerate(order.tensor_split(self.num_steps())):
+            if number < start:
+                continue
+            generator = _generator("entities", self.seed, epoch, number)
+            extra = torch.randperm(len(self.entities), generator=generator)[: self.config.extra_negatives]
+            mine, extra = batch.tensor_split(world_size)[rank], extra.tensor_split(world_size)[rank]
+            gold = self.gold_row_N[mine]
+            rows = torch.cat([gold, extra])
+            yield Step(self.mentions.take(mine), self.entities.take(rows), gold, rows)
+
+
+def _generator(*label: str | int) -> torch.Generator:
+    return torch.Generator().manual_seed(draw(2**63, *label))
+
+
+def _rows(records: Sequence[Mention | Entity]) -> Tensor:
+    """kb rows int64 [N], of an empty share as well."""
+    return torch.tensor([record.entity_row for record in records], dtype=torch.int64)
+
+
+def is_held_out(entity_id: str, share: float) -> bool:
+    """Whether an entity's training mentions are left to stage two: a fixed draw per entity."""
+    return draw(_DRAWS, "held out", entity_id) < share * _DRAWS
+
+
+def augmented(batch: ItemBatch, config: AugmentConfig, draws: Draws, width: int) -> ItemBatch:
+    """The batch with random changes of pictures and texts; the same object when all is off.
+
+    width: tokens that the longest text of any share may have, the same for all workers.
+    """
+    if config == AugmentConfig():
+        return batch
+    device = batch.token_ids.device
+    token_ids = augmentation.drop_tokens(batch.token_ids, config.drop_tokens, draws.unit(width, device=device))
+    has_image = batch.has_image & (draws.unit(device=device) >= config.drop_pictures)
+    if has_image.any():  # the last draws: whoever has no picture may leave them out
+        pictures = augmentation.augment_pictures(batch.pictures, has_image, _strength(config), draws)
+    else:
+        pictures = torch.zeros_like(batch.pictures)
+    return ItemBatch(_trimmed(token_ids), pictures, has_image)
+
+
+def _trimmed(token_ids: Tensor) -> Tensor:
+    """Without the places that no text uses any more: towers take as long as their longest text."""
+    if len(token_ids) == 0:
+        return token_ids
+    return token_ids[:, : int(token_ids.argmax(dim=1).max()) + 1]  # end-of-text is the highest id
+
+
+def _strength(config: AugmentConfig) -> augmentation.PictureAugmentation:
+    return augmentation.PictureAugmentation(
+        scale=(1 - config.scale, 1 / (1 - config.scale)),
+        shift=config.shift,
+        rotation=config.rotation,
+        flip=config.flip,
+        brightness=config.colour,
+        contrast=config.colour,
+        saturation=config.colour,
+        hue=config.hue,
+        grayscale=config.grayscale,
+        erase=config.erase,
+        padding=config.padding,
     )
+
+
+def read_ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
+    """The same items, made up to `depth` ahead by a thread; its exception is raised here."""
+    ready: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(value: tuple[Item] | BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(value, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((item,)):
+                    return
+            put(None)
+        except BaseException as error:  # handed over to the reader
+            put(error)
+
+    threading.Thread(target=produce, daemon=True).start()
+    try:
+        while (value := ready.get()) is not None:
+            if isinstance(value, BaseException):
+                raise value
+            yield value[0]
+    finally:
+        stop.set()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsmip.evaluation import NotRankable
 from dsmip.index import EntityIndex
-from dsmip.models.base import Matcher
+from dsmip.matcher import Matcher
 from dsmip.ops import ranking as ops
 from dsmip.refinement import PairScorer
 from dsmip.table import Ragged, Table

@@ -1,4 +1,4 @@
-"""From records to an `ItemBatch`: texts by the system's templates, one picture per item."""
+"""Records as tensors: batches of items with their texts and pictures, and the rows of golds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,14 +7,58 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from dsmip.batches import ItemBatch
+from dsmip.dataset import Dataset
+from dsmip.errors import UserError
 from dsmip.images import UnreadablePicture, decode, fit
 from dsmip.records import Entity, Mention
 from dsmip.text import Template, Tokenizer, entity_text, mention_text
 
 Modality = Literal["text", "image"]
 _KEPT_BYTES = 256 << 20  # decoded pictures that a collator keeps: all of a small data set, a sliver of a large one
+
+
+@dataclass(frozen=True, slots=True)
+class ItemBatch:
+    """N mentions or N entities before encoding.
+
+    token_ids: int64 [N, L], start-of-text ... end-of-text, then zeros; L is at most the backbone's context length and
+        may be trimmed to the longest text of the batch.
+    pictures: uint8 [N, 3, S, S], all zero where `has_image` is False.
+    has_image: bool [N].
+    """
+
+    token_ids: Tensor
+    pictures: Tensor
+    has_image: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def to(self, device: torch.device) -> "ItemBatch":
+        """The same batch on `device`."""
+        return ItemBatch(
+            self.token_ids.to(device, non_blocking=True),
+            self.pictures.to(device, non_blocking=True),
+            self.has_image.to(device, non_blocking=True),
+        )
+
+    def rows(self, start: int, stop: int) -> "ItemBatch":
+        """Items start..stop (views)."""
+        part = slice(start, stop)
+        return ItemBatch(self.token_ids[part], self.pictures[part], self.has_image[part])
+
+
+def stacked(first: ItemBatch, second: ItemBatch) -> ItemBatch:
+    """Items of both batches, texts padded with zeros to the longer of the two."""
+    length = max(first.token_ids.shape[1], second.token_ids.shape[1])
+    ids = [functional.pad(b.token_ids, (0, length - b.token_ids.shape[1])) for b in (first, second)]
+    return ItemBatch(
+        torch.cat(ids),
+        torch.cat([first.pictures, second.pictures]),
+        torch.cat([first.has_image, second.has_image]),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +105,7 @@ class Collator:
         if length is None:
             return self.tokenizer(texts, self.item_format.reserve)
         token_ids = self.tokenizer(texts, self.tokenizer.context_length - length)
-        return torch.nn.functional.pad(token_ids, (0, length - token_ids.shape[1]))
+        return functional.pad(token_ids, (0, length - token_ids.shape[1]))
 
 
 class PictureCollator:
@@ -82,6 +126,24 @@ class PictureCollator:
             if picture is not None:
                 pictures[row], has_image[row] = picture, True
         return pictures, has_image
+
+
+def gold_rows(dataset: Dataset, split: str) -> Tensor:
+    """kb row of each mention's gold, int64 [M], in shard order (the order of cached features).
+
+    Raises UserError for a split without mentions, or a gold that is no row of the kb.
+    """
+    rows = []
+    for mention in dataset.mentions(split):
+        if not 0 <= mention.entity_row < dataset.num_entities:
+            raise UserError(
+                f"{dataset.location}: the gold of mention {mention.mention_id} in '{split}' is row "
+                f"{mention.entity_row} of the kb, which has {dataset.num_entities} entities; prepare the data set again"
+            )
+        rows.append(mention.entity_row)
+    if not rows:
+        raise UserError(f"split '{split}' of {dataset.location} has no mentions")
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def _image(item: Mention | Entity | None) -> bytes | None:

@@ -13,6 +13,7 @@ import hashlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from dsmip.errors import UserError
 from dsmip.locations import open_dataset_storage
 from dsmip.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, parse_manifest
 from dsmip.records import Entity, Mention
-from dsmip.sampler import TrainingBatch, Window, count_steps, step_bounds, windows
+from dsmip.sampler import Window, count_steps, step_bounds, windows
 from dsmip.samples import make_entity, read_mention, read_pair
 from dsmip.tar import Sample, read_place, read_samples
 from dsmip.views import TRAIN, View, parse_view
@@ -50,6 +51,15 @@ _WINDOWS_AHEAD = 1
 
 Shards = Sequence[tuple[ShardInfo, Sequence[int]]]  # with the indices of their samples
 Positions = dict[int, dict[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """One rank's share of a step; entities[i] is the gold of mentions[i] and carries at most one picture."""
+
+    step: int
+    mentions: list[Mention]
+    entities: list[Entity]
 
 
 class Dataset:

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dsmip.table import Column, Ragged, Table
-
 
 def rank() -> int:
     """This worker's number, 0 without a process group."""
@@ -21,12 +19,6 @@ def rank() -> int:
 def world_size() -> int:
     """Number of workers, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    """Waits for all workers."""
-    if world_size() > 1:
-        dist.barrier()
 
 
 def any_worker(value: bool, device: torch.device) -> bool:
@@ -110,20 +102,3 @@ def sum_own_rows(gathered: Tensor, num_rows: int) -> Tensor:
     """This worker's `num_rows` rows of the sum over workers of a tensor laid out as by `gather_rows` (no gradient)."""
     start = sum(gather_ints(num_rows, gathered.device)[: rank()])
     return sum_over_workers(gathered)[start : start + num_rows]
-
-
-@torch.no_grad()
-def gather_table(table: Table) -> Table:
-    """Rows of all workers in rank order (no gradient)."""
-    if world_size() == 1:
-        return table
-    columns: dict[str, Column] = {}
-    for name, column in table.columns.items():
-        if not isinstance(column, Ragged):
-            columns[name] = gather_rows(table.dense(name))
-            continue
-        base = sum(gather_ints(len(column.values), column.values.device)[: rank()])
-        columns[name] = Ragged(
-            gather_rows(column.values), gather_rows(column.starts + base), gather_rows(column.lengths)
-        )
-    return Table(columns)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dsmip.distributed import max_over_workers, sum_over_workers
 from dsmip.index import EntityIndex
+from dsmip.matcher import Matcher, Scores
 from dsmip.metrics import summarise
-from dsmip.models.base import Matcher, Scores
 from dsmip.ops import ranking as ops
 from dsmip.refinement import PairScorer, Refinement, Refiner, Unrefined, sample_errors
 from dsmip.table import Table, concatenate

@@ -5,22 +5,18 @@ cross unit. Without an encoder an expert scores cached features.
 """
 
 from collections.abc import Mapping
-from functools import cache
-from operator import index
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dsmip.batches import ItemBatch
-from dsmip.collate import Modality
+from dsmip.collate import ItemBatch, Modality
 from dsmip.config import BackboneConfig, Frozen
-from dsmip.encoders.architecture import read_architecture, resolve_architecture
+from dsmip.encoders.base import Side, feature_sizes
 from dsmip.encoders.clip import Backbone, TokenFeatures, Tower, Tuning, padded_with_end
 from dsmip.encoders.prompts import InteractivePrompts
-from dsmip.errors import UserError
-from dsmip.models.base import BatchGold, FeatureSizes, Matcher, Scores, Side
+from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.ops.losses import contrastive_loss
 from dsmip.table import Ragged, Table
 from dsmip.unit_scorer import UnitScorer
@@ -45,20 +41,6 @@ class ExpertConfig(Frozen):
     def num_prompts(self) -> int:
         """Places that prompts take of a text: none without a layer to put them in."""
         return self.prompt_length if self.prompt_depth else 0
-
-
-@cache
-def feature_sizes(architecture: str) -> FeatureSizes:
-    """Widths of a backbone's features, from its configuration alone. Raises UserError when it does not state them."""
-    config = read_architecture(architecture).config
-    try:
-        return FeatureSizes(
-            *map(index, (config["text_cfg"]["width"], config["vision_cfg"]["width"], config["embed_dim"]))
-        )
-    except (KeyError, TypeError):
-        resolve_architecture(architecture)  # says what is wrong with it, if more than this
-        message = f"backbone {architecture} must state the integers embed_dim, vision_cfg.width and text_cfg.width"
-        raise UserError(message) from None
 
 
 class ExpertEncoder(nn.Module):

@@ -13,16 +13,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dsmip.batches import ItemBatch
-from dsmip.collate import Collator, ItemFormat
+from dsmip.collate import Collator, ItemBatch, ItemFormat
 from dsmip.dataset import Dataset
+from dsmip.encoders.base import FeatureEncoder
 from dsmip.keys import plain_text
 from dsmip.locations import Location, open_run_storage
 from dsmip.manifest import KB
-from dsmip.models.base import FeatureEncoder, Matcher
+from dsmip.matcher import Matcher
+from dsmip.parallel import map_alone
 from dsmip.table import Table, concatenate
 from dsmip.table_writer import TableWriter
-from dsmip.threads import map_alone
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]

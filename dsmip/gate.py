@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dsmip.batches import ItemBatch
+from dsmip.collate import ItemBatch
 from dsmip.config import BackboneConfig, Frozen
 from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone

@@ -13,25 +13,11 @@ import torch
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.batches import ItemBatch
+from dsmip.batches import Items, Step
+from dsmip.collate import ItemBatch
 from dsmip.config import TrainConfig
-from dsmip.models.base import BatchGold, Matcher
+from dsmip.matcher import BatchGold, Matcher
 from dsmip.table import Column, Ragged, Table, concatenate
-
-Items = ItemBatch | Table
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One worker's share of one batch: M mentions, their M gold entities in the same order, then extra negatives.
-
-    gold_row_M, entity_row_E: kb rows (E >= M).
-    """
-
-    mentions: Items
-    entities: Items
-    gold_row_M: Tensor
-    entity_row_E: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +53,7 @@ def batch_backward(
         column_M = column_M + sum(distributed.gather_ints(len(entity_row_E), device)[: distributed.rank()])
         entity_row_E = distributed.gather_rows(entity_row_E)
         if isinstance(step.entities, Table):
-            entities = distributed.gather_table(entities)
+            entities = _gather_table(entities)
         else:
             entities, hand_back = _gathered(entities)
     gold = BatchGold.from_rows(gold_row_M, entity_row_E, column_M)
@@ -111,7 +97,7 @@ def _gathered(own: Table) -> tuple[Table, Callable[[], None]]:
     The collectives stay out of the graph: a worker with an empty share uses fewer columns than the others, and they
     would wait for it.
     """
-    everyone = _as_leaves(distributed.gather_table(own))
+    everyone = _as_leaves(_gather_table(own))
 
     def hand_back() -> None:
         gradients = [leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad for leaf in _floats(everyone)]
@@ -119,6 +105,22 @@ def _gathered(own: Table) -> tuple[Table, Callable[[], None]]:
         _backward(own, [distributed.sum_own_rows(g, count) for g, count in zip(gradients, rows, strict=True)])
 
     return everyone, hand_back
+
+
+@torch.no_grad()
+def _gather_table(table: Table) -> Table:
+    """Rows of all workers in rank order (no gradient)."""
+    if distributed.world_size() == 1:
+        return table
+    columns: dict[str, Column] = {}
+    for name, column in table.columns.items():
+        if not isinstance(column, Ragged):
+            columns[name] = distributed.gather_rows(table.dense(name))
+            continue
+        base = sum(distributed.gather_ints(len(column.values), column.values.device)[: distributed.rank()])
+        parts = (column.values, column.starts + base, column.lengths)
+        columns[name] = Ragged(*map(distributed.gather_rows, parts))
+    return Table(columns)
 
 
 def _backward(features: Table, gradients: Sequence[Tensor | None]) -> None:

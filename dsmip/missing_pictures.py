@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsmip.evaluation import prepare_in_tiles
-from dsmip.models.base import Matcher
+from dsmip.matcher import Matcher
 from dsmip.table import Ragged, Repeated, Table
 
 

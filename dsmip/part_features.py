@@ -8,9 +8,9 @@ import torch
 
 from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig
+from dsmip.encoders.base import FeatureEncoder
 from dsmip.feature_cache import encode_rows, load_features
 from dsmip.manifest import KB
-from dsmip.models.base import FeatureEncoder
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.runs import Run
 from dsmip.table import Table

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsmip import distributed
-from dsmip.batches import ItemBatch
+from dsmip.batches import augmented, read_ahead
+from dsmip.collate import ItemBatch
 from dsmip.config import PretrainConfig, TrainConfig
 from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone
@@ -26,7 +27,6 @@ from dsmip.ops.augmentation import Draws
 from dsmip.optimizer import build_optimizer, learning_rate_factor
 from dsmip.records import Entity
 from dsmip.sampler import count_steps, draw, permutation, step_bounds
-from dsmip.sources import augmented, read_ahead
 from dsmip.text import Template, Tokenizer, entity_text
 
 MAX_LOGIT_SCALE = math.log(100)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.index import EntityIndex
-from dsmip.models.base import Matcher
+from dsmip.matcher import Matcher
 from dsmip.table import Table
 
 GRID = 2.0**-30

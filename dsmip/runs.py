@@ -30,13 +30,15 @@ from dsmip.checkpoints import save_weights
 from dsmip.collate import Collator, ItemFormat
 from dsmip.config import ExperimentConfig, flat
 from dsmip.dataset import Dataset
+from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.feature_cache import FeatureCache
 from dsmip.load_config import load_config, to_yaml
 from dsmip.locations import Location, open_run_storage
+from dsmip.matcher import Matcher
 from dsmip.models import find_system
-from dsmip.models.base import FeatureEncoder, Matcher, System
+from dsmip.models.base import System
 from dsmip.provenance import environment, recorded
 from dsmip.run_storage import STAMP, RunStorage
 from dsmip.text import Tokenizer

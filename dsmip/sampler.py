@@ -13,18 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dsmip.records import Entity, Mention
-
 WINDOW_SHARDS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingBatch:
-    """One rank's share of a step; entities[i] is the gold of mentions[i] and carries at most one picture."""
-
-    step: int
-    mentions: list[Mention]
-    entities: list[Entity]
 
 
 @dataclass(frozen=True, slots=True)

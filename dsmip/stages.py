@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from dsmip import distributed
+from dsmip.batches import CachedSource, StreamSource, is_held_out
+from dsmip.collate import gold_rows
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.dataset import Dataset
 from dsmip.encoders.clip import compile_towers
@@ -16,33 +18,14 @@ from dsmip.feature_cache import prepare_split
 from dsmip.index import EntityIndex
 from dsmip.loop import Context, StepSource
 from dsmip.manifest import KB
+from dsmip.matcher import Matcher
 from dsmip.missing_pictures import prepare_entities
-from dsmip.models.base import Matcher
 from dsmip.runs import Run
-from dsmip.sources import CachedSource, StreamSource, is_held_out
 from dsmip.table import Table
 from dsmip.text_unit import use_backend
 from dsmip.trainer import TrainResult, train
 
 CPU = torch.device("cpu")
-
-
-def gold_rows(dataset: Dataset, split: str) -> Tensor:
-    """kb row of each mention's gold, int64 [M], in shard order (the order of cached features).
-
-    Raises UserError for a split without mentions, or a gold that is no row of the kb.
-    """
-    rows = []
-    for mention in dataset.mentions(split):
-        if not 0 <= mention.entity_row < dataset.num_entities:
-            raise UserError(
-                f"{dataset.location}: the gold of mention {mention.mention_id} in '{split}' is row "
-                f"{mention.entity_row} of the kb, which has {dataset.num_entities} entities; prepare the data set again"
-            )
-        rows.append(mention.entity_row)
-    if not rows:
-        raise UserError(f"split '{split}' of {dataset.location} has no mentions")
-    return torch.tensor(rows, dtype=torch.int64)
 
 
 def held_out_rows(dataset: Dataset, share: float) -> Tensor:

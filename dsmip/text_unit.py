@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsmip.encoders.base import Side
 from dsmip.errors import UserError
-from dsmip.models.base import Side
-from dsmip.ops import matching
+from dsmip.ops import text_unit as ops
 from dsmip.ops.kernels import cpu, cuda
 from dsmip.ops.kernels.rows import TokenRows
 from dsmip.rank_options import BackendName, PrecisionName
@@ -35,7 +35,7 @@ class HalfOverflow(ValueError):
 
 
 class TextUnit(nn.Module):
-    """U_T, text against text. See `dsmip.ops.matching.text_unit`.
+    """U_T, text against text. See `dsmip.ops.text_unit`.
 
     mask_padding: True attends over each item's own tokens. False reproduces the published code, which attends over
     padding as well: the features must then hold all token places of every item, padding included.
@@ -89,7 +89,7 @@ class TextUnit(nn.Module):
         else:
             local_ME = self._local_of_lists(mentions, entities, direction_Ed, wanted_ME)
         globals_ = mentions.dense("global"), entities.dense("global")
-        return matching.with_global(local_ME, *globals_, local_query_Ed, self.layer_norm.bias)
+        return ops.with_global(local_ME, *globals_, local_query_Ed, self.layer_norm.bias)
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         """[N, z + 1]; products are S_T without its token-level half (the score of pairs not wanted).
@@ -127,9 +127,7 @@ class TextUnit(nn.Module):
         value_MTd, _ = mentions.ragged("value").padded()
         query_ESd, mask_ES = entities.ragged("query").padded()
         masks = (mask_MT, mask_ES) if self.mask_padding else (None, None)
-        return matching.local_scores(
-            key_MTd, value_MTd, masks[0], query_ESd, masks[1], direction_Ed, self.layer_norm.eps
-        )
+        return ops.local_scores(key_MTd, value_MTd, masks[0], query_ESd, masks[1], direction_Ed, self.layer_norm.eps)
 
     def _local_of_lists(self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor) -> Tensor:
         """`_local_torch` of each mention with its own list of entities; 0 elsewhere."""

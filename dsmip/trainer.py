@@ -1,6 +1,6 @@
 """The training of a `Matcher`: batches in, the best epoch's weights out.
 
-What one step computes is in `gradients.py`, the steps themselves in `loop.py`, where batches come from in `sources.py`.
+What one step computes is in `gradients.py`, the steps themselves in `loop.py`, where batches come from in `batches.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dsmip.config import TrainConfig
 from dsmip.gradients import batch_backward
 from dsmip.loop import BatchSums, Context, Loop, Objective, Scale, StepSource
-from dsmip.models.base import Matcher
+from dsmip.matcher import Matcher
 from dsmip.optimizer import build_optimizer, learning_rate_factor
 
 

@@ -9,10 +9,40 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.collate import Modality
-from dsmip.models.base import FeatureSizes, Side
+from dsmip.cross_unit import CrossUnit
+from dsmip.encoders.base import FeatureSizes, Side
 from dsmip.table import Ragged, Table
 from dsmip.text_unit import TextUnit
-from dsmip.units import CrossUnit, PictureNorm, TextNorm, VisualUnit
+from dsmip.visual_unit import VisualUnit
+
+
+class TextNorm(nn.Module):
+    """One LayerNorm for the pooled text and one for its tokens."""
+
+    def __init__(self, global_width: int, token_width: int) -> None:
+        super().__init__()
+        self.text_cls_layernorm = nn.LayerNorm(global_width)
+        self.text_tokens_layernorm = nn.LayerNorm(token_width)
+
+    def forward(self, global_Nz: Tensor, tokens: Ragged) -> tuple[Tensor, Ragged]:
+        """Same shapes and widths as given; padding is not touched."""
+        return self.text_cls_layernorm(global_Nz), tokens.map_rows(self.text_tokens_layernorm)
+
+
+class ImageNorm(nn.Module):
+    """Maps pooled picture and picture tokens to the unit width, then one LayerNorm each."""
+
+    def __init__(self, global_width: int, token_width: int, width: int) -> None:
+        super().__init__()
+        self.image_cls_fc = nn.Linear(global_width, width)
+        self.image_tokens_fc = nn.Linear(token_width, width)
+        self.image_cls_layernorm = nn.LayerNorm(width)
+        self.image_tokens_layernorm = nn.LayerNorm(width)
+
+    def forward(self, global_Nz: Tensor, tokens: Ragged) -> tuple[Tensor, Ragged]:
+        """([N, d], ragged rows of d)."""
+        global_Nd = self.image_cls_layernorm(self.image_cls_fc(global_Nz))
+        return global_Nd, tokens.map_rows(lambda x: self.image_tokens_layernorm(self.image_tokens_fc(x)))
 
 
 class UnitScorer(nn.Module):
@@ -27,7 +57,7 @@ class UnitScorer(nn.Module):
             self.text_norm = TextNorm(sizes.embed_width, sizes.text_width)
             self.units["text"] = TextUnit(sizes.embed_width, sizes.text_width, width, mask_padding=mask_padding)
         if "image" in modalities:
-            self.picture_norm = PictureNorm(sizes.embed_width, sizes.vision_width, width)
+            self.picture_norm = ImageNorm(sizes.embed_width, sizes.vision_width, width)
             self.units["image"] = VisualUnit(width)
         if len(modalities) == 2:
             self.units["cross"] = CrossUnit(sizes.embed_width, width)

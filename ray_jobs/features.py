@@ -39,9 +39,9 @@ from dsmip.image_features import (
     write_manifest,
 )
 from dsmip.manifest import KB
+from dsmip.parallel import map_alone
 from dsmip.table import Table
 from dsmip.table_writer import TableWriter
-from dsmip.threads import map_alone
 from ray_jobs.events import Event, StepEvents, start_event_queue
 from ray_jobs.failures import JobFailed
 from ray_jobs.feature_request import FeatureRequest

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from dsmip.checkpoints import save_weights
+from dsmip.collate import gold_rows
 from dsmip.config import ExperimentConfig
 from dsmip.errors import StoreAway
 from dsmip.feature_cache import load_features, whole_features
@@ -22,7 +23,7 @@ from dsmip.monitor import StepFigures
 from dsmip.part_features import PartFeatures
 from dsmip.run_storage import RunStorage
 from dsmip.runs import WEIGHTS, Run, own_weights
-from dsmip.stages import SplitFeatures, gold_rows, stage_two_split, start_whole, train_whole
+from dsmip.stages import SplitFeatures, stage_two_split, start_whole, train_whole
 from dsmip.table import Table
 from dsmip.trackers import PROGRESS, SEND_SECONDS, Watched
 from ray_jobs.context import open_watch

@@ -16,8 +16,9 @@ from benchmarks.ranking.against_published import available_backends, main
 from benchmarks.ranking.cases import CASES, build_matcher, feature_blocks
 from benchmarks.ranking.contest import TOLERANCE as TOLERANCES
 from benchmarks.ranking.contest import checked_difference
+from dsmip.encoders.base import FeatureSizes
 from dsmip.evaluation import Ranking
-from dsmip.models.base import FeatureSizes, Scores
+from dsmip.matcher import Scores
 from dsmip.models.mimic import MimicMatcher
 from dsmip.ops.ranking import Counts
 from dsmip.table import Column, Ragged, Table

@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 
 from dsmip.candidates import CandidateSearch, link
 from dsmip.config import ExperimentConfig
+from dsmip.cross_unit import CrossUnit
+from dsmip.encoders.base import Side
 from dsmip.errors import UserError
 from dsmip.evaluation import NotRankable, Ranking, rank
 from dsmip.index import EntityIndex
 from dsmip.load_config import parse_config
+from dsmip.matcher import Matcher
 from dsmip.metrics import HITS_AT
-from dsmip.models.base import Matcher, Side
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.models.mimic import Mimic
 from dsmip.ops import visual_unit
@@ -32,7 +34,7 @@ from dsmip.runs import Run
 from dsmip.table import Table
 from dsmip.text_unit import TextUnit
 from dsmip.unit_scorer import UnitScorer
-from dsmip.units import CrossUnit, DualUnit, VisualUnit
+from dsmip.visual_unit import DualUnit, VisualUnit
 from ray_jobs.cli import app
 from tests.support.dual_units import direct, random_items, random_weights
 from tests.support.matchers import CPU, TableMatcher, numbered

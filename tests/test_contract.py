@@ -16,16 +16,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsmip.batches import ItemBatch
 from dsmip.checkpoints import save_weights
+from dsmip.collate import ItemBatch
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation import Ranking, TileSize, prepare_in_tiles, rank
 from dsmip.feature_cache import whole_features
 from dsmip.index import EntityIndex
 from dsmip.load_config import parse_config
+from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.merging import merge_rankings
 from dsmip.models import systems
-from dsmip.models.base import BatchGold, Matcher, Scores, System
+from dsmip.models.base import System
 from dsmip.ops.ranking import count_against, top_k
 from dsmip.refinement import GRID, PairScorer
 from dsmip.runs import load_own_weights, own_weights

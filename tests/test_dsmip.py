@@ -13,7 +13,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.load_config import parse_config
-from dsmip.models.base import BatchGold
+from dsmip.matcher import BatchGold
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
 from dsmip.records import Mention

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dsmip import feature_cache
-from dsmip.batches import ItemBatch
-from dsmip.collate import Collator
+from dsmip.collate import Collator, ItemBatch
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
+from dsmip.encoders.base import FeatureEncoder
 from dsmip.feature_cache import (
     KB,
     FeatureCache,
@@ -23,7 +23,7 @@ from dsmip.feature_cache import (
     prepare_split,
     whole_features,
 )
-from dsmip.models.base import FeatureEncoder, Matcher
+from dsmip.matcher import Matcher
 from dsmip.runs import Run
 from dsmip.table import Ragged, Table
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import kept_for_backward
-from dsmip.batches import ItemBatch
+from dsmip.collate import ItemBatch
 from dsmip.config import BackboneConfig
 from dsmip.encoders.clip import Tuning
 from dsmip.expert import Expert, ExpertConfig

@@ -17,7 +17,7 @@ from torch import Tensor
 from dsmip.errors import UserError
 from dsmip.evaluation import rank
 from dsmip.index import EntityIndex
-from dsmip.models.base import Scores
+from dsmip.matcher import Scores
 from dsmip.ops import kernels
 from dsmip.ops.kernels import cuda
 from dsmip.ops.kernels.rows import TokenRows

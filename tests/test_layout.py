@@ -22,7 +22,7 @@ KNOWN_TO_DATA_PREP = {
     "locations",
     "manifest",
     "object_store",
-    "processes",
+    "parallel",
     "progress",
     "records",
     "sampler",

@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from dsmip.batches import ItemBatch
-from dsmip.collate import Collator
+from dsmip.collate import Collator, ItemBatch
 from dsmip.config import BackboneConfig, ExperimentConfig
 from dsmip.encoders.architecture import resolve_architecture
+from dsmip.encoders.base import FeatureSizes
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import load_weights
 from dsmip.errors import UserError
 from dsmip.load_config import load_config, parse_config
-from dsmip.models.base import BatchGold, FeatureSizes
+from dsmip.matcher import BatchGold
 from dsmip.models.mimic import Mimic, MimicConfig, MimicEncoder, MimicMatcher
 from dsmip.records import Entity, Mention
 from dsmip.table import Ragged, Table

@@ -11,13 +11,13 @@ from torch import Tensor
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation import prepare_in_tiles, rank
 from dsmip.index import EntityIndex, finish_index, index_slices
+from dsmip.matcher import Matcher
 from dsmip.merging import merge_rankings
 from dsmip.missing_pictures import prepare_entities, without_picture
-from dsmip.models.base import Matcher
 from dsmip.models.dsmip import Dsmip
 from dsmip.refinement import GRID, PairScorer
 from dsmip.table import Column, Ragged, Repeated, Table
-from dsmip.units import DualUnit
+from dsmip.visual_unit import DualUnit
 from tests.support.matchers import CPU, ranks_by_sorting
 from tests.support.systems import features, whole
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsmip.ops.matching import cross_vector, text_unit
+from dsmip.ops.cross_unit import cross_vector
+from dsmip.ops.text_unit import local_scores, with_global
 
 
 def direct_text_unit(
@@ -33,6 +34,28 @@ def direct_text_unit(
         pooled = (context * mask_ES[None, :, :, None]).sum(2) / mask_ES.sum(1)[None, :, None]
     normed = F.layer_norm(pooled, pooled.shape[-1:], norm_weight, norm_bias, eps)
     return (global_Mz @ global_Ez.T + (normed * local_query_Ed).sum(-1)) / 2
+
+
+def text_unit(
+    global_Mz: Tensor,
+    global_Ez: Tensor,
+    key_MTd: Tensor,
+    value_MTd: Tensor,
+    mask_MT: Tensor | None,
+    query_ESd: Tensor,
+    mask_ES: Tensor | None,
+    local_query_Ed: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    *,
+    max_elements: int | None = None,
+    kept_elements: int = 2**26,
+) -> Tensor:
+    tokens = key_MTd, value_MTd, mask_MT, query_ESd, mask_ES
+    sizes = {"max_elements": max_elements, "kept_elements": kept_elements}
+    local_ME = local_scores(*tokens, local_query_Ed * norm_weight, eps, **sizes)  # type: ignore[arg-type]
+    return with_global(local_ME, global_Mz, global_Ez, local_query_Ed, norm_bias)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor, Tensor, float]

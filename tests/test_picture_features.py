@@ -38,11 +38,11 @@ from dsmip.image_features import (
 from dsmip.load_config import parse_config
 from dsmip.manifest import KB
 from dsmip.models.dsmip import GATE
+from dsmip.parallel import map_alone
 from dsmip.part_features import PartFeatures
 from dsmip.pieces import plan_pieces
 from dsmip.runs import Run
 from dsmip.stages import CPU
-from dsmip.threads import map_alone
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.batches import ItemBatch
+from dsmip.collate import ItemBatch
 from dsmip.config import PretrainConfig
 from dsmip.dataset import Dataset
 from dsmip.encoders.clip import Backbone

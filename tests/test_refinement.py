@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dsmip.evaluation import NotRankable, Ranking, TileSize, check_golds, rank
 from dsmip.index import EntityIndex
+from dsmip.matcher import Scores
 from dsmip.merging import merge_gold_scores, merge_rankings
-from dsmip.models.base import Scores
 from dsmip.refinement import GRID, PairScorer, _scored_together
 from dsmip.table import Table
 from tests.support.matchers import CPU, NoisyMatcher, TableMatcher, numbered, ranks_by_sorting, weighted

@@ -16,7 +16,7 @@ from dsmip.atomic import write_text
 from dsmip.errors import StoreAway, UserError
 from dsmip.locations import open_run_storage
 from dsmip.object_store import ObjectStore, connected_system, filesystem
-from dsmip.processes import map_tasks
+from dsmip.parallel import map_tasks
 from dsmip.run_storage import LocalRun, RunStorage
 from tests.support.object_store import free_port, running_store, variables
 

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.build.runners import Tick, run_in_processes
 from dsmip.errors import UserError
-from dsmip.processes import map_tasks
+from dsmip.parallel import map_tasks
 from tests.support.paths import ROOT
 
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.batches import ItemBatch
+from dsmip.batches import CachedSource, Step, StreamSource, augmented, read_ahead
+from dsmip.collate import ItemBatch
 from dsmip.config import AugmentConfig, ExperimentConfig, TrainConfig
 from dsmip.dataset import Dataset
-from dsmip.gradients import Step
 from dsmip.ops.augmentation import Draws
 from dsmip.runs import Run
-from dsmip.sources import CachedSource, StreamSource, augmented, read_ahead
 from dsmip.table import Table
 
 Pretend = Callable[[int, int], None]

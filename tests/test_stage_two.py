@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsmip.batches import StreamSource, is_held_out
 from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import parse_config
-from dsmip.models.base import BatchGold
+from dsmip.matcher import BatchGold
 from dsmip.runs import Run
-from dsmip.sources import StreamSource, is_held_out
 from dsmip.stages import held_out_rows, stage_two_split
 from dsmip.table import Table
 from dsmip.trainer import trained_state

@@ -14,11 +14,10 @@ import pytest
 from data_prep.build.build import prepare
 from data_prep.build.view import make_view
 from data_prep.formats.mimic import MimicRelease
-from dsmip.dataset import Dataset
+from dsmip.dataset import Dataset, TrainingBatch
 from dsmip.errors import UserError
 from dsmip.object_store import connected_system, filesystem
-from dsmip.processes import map_tasks
-from dsmip.sampler import TrainingBatch
+from dsmip.parallel import map_tasks
 from tests.support.object_store import ObjectStore, free_port, running_store, variables
 from tests.support.paths import ROOT
 from tests.support.small_release import plain_release

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsmip.batches import ItemBatch
+from dsmip.batches import CachedSource, Step
 from dsmip.checkpoints import load_checkpoint
+from dsmip.collate import ItemBatch
 from dsmip.config import TrainConfig
 from dsmip.errors import UserError
-from dsmip.gradients import Step
 from dsmip.local_context import LocalContext
 from dsmip.loop import Left
-from dsmip.models.base import BatchGold, Matcher, Scores
+from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.monitor import StepFigures
-from dsmip.sources import CachedSource
 from dsmip.table import Table
 from dsmip.trainer import TrainResult, train, trained_state
 

@@ -33,11 +33,10 @@ from data_prep.build.build import prepare
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
 from dsmip.atomic import write_json
+from dsmip.batches import read_ahead
 from dsmip.collate import Collator, ItemFormat, Modality
-from dsmip.dataset import Dataset
+from dsmip.dataset import Dataset, TrainingBatch
 from dsmip.errors import UserError
-from dsmip.sampler import TrainingBatch
-from dsmip.sources import read_ahead
 from dsmip.text import Template, Tokenizer
 
 Decoder = Literal["torchvision", "Pillow"]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dsmip.collate import Modality
 from dsmip.config import ExperimentConfig
-from dsmip.expert import MODALITIES, feature_sizes
+from dsmip.encoders.base import FeatureSizes, feature_sizes
+from dsmip.expert import MODALITIES
 from dsmip.load_config import parse_config
+from dsmip.matcher import Matcher
 from dsmip.models import find_system
-from dsmip.models.base import FeatureSizes, Matcher
 from dsmip.models.dsmip import GATE, DsmipMatcher
 from dsmip.table import Column, Ragged, Table
 

@@ -20,7 +20,7 @@ from benchmarks.ranking.cases import Case, Side, build_matcher, feature_blocks
 from dsmip import evaluation
 from dsmip.evaluation import Ranking
 from dsmip.index import EntityIndex
-from dsmip.models.base import Matcher, Scores
+from dsmip.matcher import Matcher, Scores
 from dsmip.rank_options import PrecisionName, RankOptions
 from dsmip.table import Table, concatenate
 from dsmip.text_unit import Backend, Precision, use_backend, use_precision

@@ -18,14 +18,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dsmip.cross_unit import CrossUnit
 from dsmip.expert import Expert
-from dsmip.models.base import Matcher, Scores
+from dsmip.matcher import Matcher, Scores
 from dsmip.models.dsmip import GATE, DsmipMatcher
 from dsmip.models.mimic import MimicMatcher
 from dsmip.table import Table
 from dsmip.text_unit import TextUnit
 from dsmip.unit_scorer import UnitScorer
-from dsmip.units import CrossUnit, DualUnit, VisualUnit
+from dsmip.visual_unit import DualUnit, VisualUnit
 
 MENTION_BATCH, ENTITY_CHUNK = 20, 6000
 

@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import kept_for_backward, measured
 from benchmarks.roofline import matrix_rate
-from dsmip.batches import ItemBatch
+from dsmip.batches import Step
+from dsmip.collate import ItemBatch
 from dsmip.config import BackboneConfig, TrainConfig
 from dsmip.encoders.clip import Backbone, Tuning
 from dsmip.expert import Expert, ExpertConfig
-from dsmip.gradients import Step, batch_backward
+from dsmip.gradients import batch_backward
 from dsmip.optimizer import build_optimizer
 
 WIDTH = 96  # of the units, as in the paper

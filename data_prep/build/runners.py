@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from dsmip.errors import UserError
-from dsmip.processes import start_worker
+from dsmip.parallel import start_worker
 
 Result_co = TypeVar("Result_co", covariant=True)
 Result = TypeVar("Result")

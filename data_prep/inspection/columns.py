@@ -19,7 +19,7 @@ from data_prep.inspection.image_hash import GRID, read_signature
 from dsmip.dataset import Dataset
 from dsmip.dataset_storage import DatasetStorage, open_file
 from dsmip.manifest import KB, SPLITS, ShardInfo
-from dsmip.processes import map_tasks
+from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting
 from dsmip.records import Entity
 from dsmip.samples import read_mention

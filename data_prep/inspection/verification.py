@@ -16,7 +16,7 @@ from dsmip.dataset import Dataset
 from dsmip.dataset_storage import MANIFEST_FILE, DatasetStorage
 from dsmip.locations import open_dataset_storage
 from dsmip.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, parse_manifest
-from dsmip.processes import map_tasks
+from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.views import parse_view
 

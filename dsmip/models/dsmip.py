@@ -8,14 +8,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsmip.batches import ItemBatch
-from dsmip.collate import ItemFormat
+from dsmip.collate import ItemBatch, ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.dataset import Dataset
-from dsmip.expert import MODALITIES, Expert, ExpertConfig, ExpertName, feature_sizes
+from dsmip.encoders.base import FeatureEncoder, Side, StoredFeatures, feature_sizes
+from dsmip.expert import MODALITIES, Expert, ExpertConfig, ExpertName
 from dsmip.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_pictures
 from dsmip.keys import plain_text
-from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, StoredFeatures, System, token_pairs
+from dsmip.matcher import BatchGold, Matcher, Scores, token_pairs
+from dsmip.models.base import System
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.ops.losses import contrastive_loss, contrastive_losses
 from dsmip.table import Table

@@ -12,15 +12,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsmip.batches import ItemBatch
-from dsmip.collate import ItemFormat
+from dsmip.collate import ItemBatch, ItemFormat
 from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
+from dsmip.encoders.base import FeatureEncoder, Side, feature_sizes
 from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
 from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
-from dsmip.expert import feature_sizes
-from dsmip.models.base import BatchGold, FeatureEncoder, Matcher, Scores, Side, System
+from dsmip.matcher import BatchGold, Matcher, Scores
+from dsmip.models.base import System
 from dsmip.ops.losses import contrastive_loss
 from dsmip.table import Ragged, Table
 from dsmip.text import Template

@@ -185,7 +185,7 @@ def noted_trial(log: StepLog, config: dict[str, int], tasks: Any, events: Any) -
 
 def _block_reading(log: StepLog) -> None:
     from dsmip import distributed
-    from dsmip.sources import StreamSource
+    from dsmip.batches import StreamSource
 
     read = StreamSource._step
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from dsmip.batches import ItemBatch
-from dsmip.models.base import BatchGold, Matcher, Scores
+from dsmip.collate import ItemBatch
+from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.table import Table
 
 CPU = torch.device("cpu")

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from dsmip.cross_unit import CrossUnit
 from dsmip.table import Ragged, Table
 from dsmip.text_unit import TextUnit
-from dsmip.units import CrossUnit, PictureNorm, TextNorm, VisualUnit
+from dsmip.unit_scorer import ImageNorm, TextNorm
+from dsmip.visual_unit import VisualUnit
 
 
 class Units(nn.Module):
@@ -14,7 +16,7 @@ class Units(nn.Module):
     def __init__(self, text_width: int, picture_width: int, width: int) -> None:
         super().__init__()
         self.text_norm = TextNorm(text_width, text_width)
-        self.picture_norm = PictureNorm(text_width, picture_width, width)
+        self.picture_norm = ImageNorm(text_width, picture_width, width)
         self.text = TextUnit(text_width, text_width, width)
         self.image = VisualUnit(width)
         self.cross = CrossUnit(text_width, width)

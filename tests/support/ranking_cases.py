@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dsmip.config import ExperimentConfig
+from dsmip.encoders.base import feature_sizes
 from dsmip.evaluation import Ranking, TileSize, rank
-from dsmip.expert import feature_sizes
 from dsmip.index import EntityIndex
-from dsmip.models.base import Matcher, Scores
+from dsmip.matcher import Matcher, Scores
 from dsmip.models.dsmip import Dsmip
 from dsmip.models.mimic import MimicMatcher
 from dsmip.table import Table

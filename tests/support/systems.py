@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from dsmip.config import ExperimentConfig, merged
-from dsmip.expert import feature_sizes
+from dsmip.encoders.base import feature_sizes
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.table import Column, Ragged, Table
 

@@ -41,7 +41,7 @@ def local_scores(
     wanted_ME: Tensor | None = None,
     num_threads: int | None = None,
 ) -> Tensor:
-    """`dsmip.ops.matching.local_scores` of M mentions and E entities: float32 [M, E], 0 where not wanted (bool [M, E]).
+    """`dsmip.ops.text_unit.local_scores` of M mentions, E entities: float32 [M, E], 0 where not wanted (bool [M, E]).
 
     A pair's score depends on the pair alone, to the last bit: not on the other pairs, their order or the number of
     threads (default: torch's). NaN in, NaN out; an item without tokens scores NaN.

@@ -57,7 +57,7 @@ def local_scores(
     eps: float,
     wanted_ME: Tensor | None = None,
 ) -> Tensor:
-    """`dsmip.ops.matching.local_scores` of M mentions and E entities: float32 [M, E], 0 where not wanted (bool [M, E]).
+    """`dsmip.ops.text_unit.local_scores` of M mentions, E entities: float32 [M, E], 0 where not wanted (bool [M, E]).
 
     Rows are all float32, or all float16: then operands of products are, while sums and softmax stay float32. Pairs that
     are not wanted cost nothing. The last bits of a score depend on which entities a mention is asked for. NaN or

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Token-level scores of the text unit in Triton (see cuda.py for the interface, ../matching.py for the twin).
+"""Token-level scores of the text unit in Triton (see cuda.py for the interface, ../text_unit.py for the twin).
 
 One program scores one mention against a group of entities, for mention tokens t and an entity's query rows s:
   p_t   = mean over s of softmax over t of (query_s . key_t)

@@ -1,8 +1,7 @@
-"""Scores of the text unit and the fused vectors of the cross unit (MIMIC: Luo et al., KDD 2023, sections 4.2 and 4.4).
+"""Scores of the text unit (MIMIC: Luo et al., KDD 2023, section 4.2).
 
-M mentions, E entities, N items, T mention text tokens, S entity text tokens, P picture tokens, z global text width,
-d unit width. Lower-case m, e, t, s are blocks of the same. All functions are differentiable and keep their inputs'
-dtype.
+M mentions, E entities, T mention text tokens, S entity text tokens, z global text width, d unit width. Lower-case
+m, e, t, s are blocks of the same. All functions are differentiable and keep their inputs' dtype.
 """
 
 import torch
@@ -11,49 +10,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def text_unit(
-    global_Mz: Tensor,
-    global_Ez: Tensor,
-    key_MTd: Tensor,
-    value_MTd: Tensor,
-    mask_MT: Tensor | None,
-    query_ESd: Tensor,
-    mask_ES: Tensor | None,
-    local_query_Ed: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    max_elements: int | None = None,
-    kept_elements: int = 2**26,
-) -> Tensor:
-    """U_T: half of <t_m, t_e> + <W_c t_e, LN(mean over s of softmax(q_s K^T) V)>, float [M, E].
-
-    query_ESd must already be divided by sqrt(d). mask_MT and mask_ES are bool, True for real tokens, at least one per
-    item; None: all are real. local_query_Ed is W_c t_e; norm_weight [d], norm_bias [d] and eps are the LayerNorm's.
-
-    >>> key, value, query = torch.ones(1, 1, 2), torch.tensor([[[3.0, 1.0]]]), torch.ones(1, 1, 2)
-    >>> local_query, weight, bias = torch.tensor([[1.0, 0.0]]), torch.ones(2), torch.zeros(2)
-    >>> text_unit(key[0], query[0], key, value, None, query, None, local_query, weight, bias, 0.0)
-    tensor([[1.5000]])
-    """
-    local_ME = local_scores(
-        key_MTd,
-        value_MTd,
-        mask_MT,
-        query_ESd,
-        mask_ES,
-        local_query_Ed * norm_weight,
-        eps,
-        max_elements=max_elements,
-        kept_elements=kept_elements,
-    )
-    return with_global(local_ME, global_Mz, global_Ez, local_query_Ed, norm_bias)
-
-
 def with_global(
     local_ME: Tensor, global_Mz: Tensor, global_Ez: Tensor, local_query_Ed: Tensor, norm_bias: Tensor
 ) -> Tensor:
-    """U_T from its token-level scores (`local_scores` with the directions W_c t_e * norm_weight), float [M, E]."""
+    """U_T: half of <t_m, t_e> + <W_c t_e, LN(mean over s of softmax(q_s K^T) V)>, float [M, E].
+
+    local_ME: `local_scores` with the directions W_c t_e * norm_weight. local_query_Ed is W_c t_e; norm_bias [d] is the
+    LayerNorm's.
+
+    >>> key, value, query = torch.ones(1, 1, 2), torch.tensor([[[3.0, 1.0]]]), torch.ones(1, 1, 2)
+    >>> local_query, weight, bias = torch.tensor([[1.0, 0.0]]), torch.ones(2), torch.zeros(2)
+    >>> local = local_scores(key, value, None, query, None, local_query * weight, 0.0)
+    >>> with_global(local, key[0], query[0], local_query, bias)
+    tensor([[1.5000]])
+    """
     return (global_Mz @ global_Ez.T + local_ME + local_query_Ed @ norm_bias) / 2
 
 
@@ -71,7 +41,9 @@ def local_scores(
 ) -> Tensor:
     """<direction_e, c / sd(c)> with c = mean over s of softmax(q_s K^T) V, V centred over channels; float [M, E].
 
-    Arguments as in `text_unit`; `dsmip.ops.kernels.cpu` and `.cuda` have the same in C++ and Triton.
+    query_ESd must already be divided by sqrt(d). mask_MT and mask_ES are bool, True for real tokens, at least one per
+    item; None: all are real. eps is the LayerNorm's. `dsmip.ops.kernels.cpu` and `.cuda` have the same in C++ and
+    Triton.
 
     The mean over s is taken of the attention before it meets the values, so nothing of size [M, E, S, d] exists. Pairs
     are handled in blocks of items of like length whose [e, s, m, t] attention has at most `max_elements` elements (or
@@ -161,30 +133,3 @@ def _local_scores(
     context_med = torch.bmm(mean_emt.transpose(0, 1), centred_mtd)
     projection_me = torch.einsum("med,ed->me", context_med, direction_ed)
     return projection_me * (context_med.square().mean(dim=-1) + eps).rsqrt()
-
-
-def cross_vector(
-    text_Nd: Tensor,
-    tokens_NPd: Tensor,
-    mask_NP: Tensor | None,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-) -> Tensor:
-    """One side of U_C, float [N, d]: LN(tanh(w text + b) text + context); S_C is the dot product of two sides.
-
-    context: unscaled softmax attention of the text over the picture tokens. mask_NP: bool, True for real tokens, at
-    least one per item (None: all). gate_weight [1, d] and gate_bias [1]: the linear map to the gate.
-
-    >>> text = torch.tensor([[1.0, 3.0]])
-    >>> cross_vector(text, text[None], None, torch.zeros(1, 2), torch.zeros(1), torch.ones(2), torch.zeros(2), 0.0)
-    tensor([[-1.,  1.]])
-    """
-    logits_NP = torch.einsum("nd,npd->np", text_Nd, tokens_NPd)
-    if mask_NP is not None:
-        logits_NP = logits_NP.masked_fill(~mask_NP, -torch.inf)
-    context_Nd = torch.einsum("np,npd->nd", torch.softmax(logits_NP, dim=-1), tokens_NPd)
-    gate_N1 = torch.tanh(F.linear(text_Nd, gate_weight, gate_bias))
-    return F.layer_norm(gate_N1 * text_Nd + context_Nd, norm_weight.shape, norm_weight, norm_bias, eps)

@@ -1,0 +1,127 @@
+"""The contract of everything that scores pairs: encode once per item, prepare once per item, score per pair.
+
+    ItemBatch --encode--> features (Table) --prepare--> what a pair needs (Table) --score--> Scores [M, E]
+
+Training and evaluation use the same `score`. Shapes: M mentions, E entities, B experts, N items.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dsmip.collate import ItemBatch
+from dsmip.encoders.base import Side
+from dsmip.errors import UserError
+from dsmip.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Scores of M x E pairs, higher is better.
+
+    total_ME: float [M, E].
+    chosen_ME: int64 [M, E], index of the expert that scored the pair (None: no choice is made).
+    parts: named [M, E] scores that the total is made of (units or experts), for losses and reports. Where a choice is
+    made and no gradient asked for, only the chosen part of a pair is computed, and the others hold 0.
+    tied_choice_ME: bool [M, E], True where another expert was as good a choice; None: not asked, or no choice is made.
+    token_pairs_M2: int64 [M, 2], how many token-level scores, the costly ones, were computed, and how many all parts
+    together have; None: all were computed.
+    """
+
+    total_ME: Tensor
+    chosen_ME: Tensor | None = None
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    tied_choice_ME: Tensor | None = None
+    token_pairs_M2: Tensor | None = None
+
+    def broken_part(self, mention: int, entity: int) -> str | None:
+        """The first part whose score of a pair is NaN or infinite; where all are sound, the gate if there is one."""
+        for name, part_ME in self.parts.items():
+            if not math.isfinite(float(part_ME[mention, entity])):
+                return name
+        return "gate" if self.parts and self.chosen_ME is not None else None
+
+
+def token_pairs(computed: Sequence[Tensor]) -> Tensor:
+    """`Scores.token_pairs_M2` from which pairs were computed, bool [M, E] for each part that scores tokens."""
+    computed_PME = torch.stack(list(computed))
+    computed_M = computed_PME.sum(dim=(0, 2))
+    return torch.stack([computed_M, torch.full_like(computed_M, len(computed) * computed_PME.shape[2])], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchGold:
+    """Which entity column is right, and which columns must not count as negatives.
+
+    column_M: int64 [M], gold column of each mention. same_ME: bool [M, E], True where the entity is the mention's gold
+    in another column (the same entity drawn for another mention).
+    """
+
+    column_M: Tensor
+    same_ME: Tensor
+
+    @staticmethod
+    def from_rows(gold_row_M: Tensor, entity_row_E: Tensor, column_M: Tensor) -> "BatchGold":
+        """From kb rows of the mentions' golds and of the columns."""
+        same_ME = gold_row_M[:, None] == entity_row_E[None, :]
+        same_ME[torch.arange(len(gold_row_M), device=same_ME.device), column_M] = False
+        return BatchGold(column_M, same_ME)
+
+
+class Matcher(nn.Module, ABC):
+    """A trainable scorer of mention-entity pairs (a whole system or one of its parts).
+
+    Pretrained towers live in submodules named `backbone`: they have a learning rate of their own
+    (`train.tower_learning_rate`), and where they are frozen, checkpoints leave them out.
+    """
+
+    @abstractmethod
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        """Features of N mentions (towers run here, under autocast where configured; outputs are float32)."""
+
+    @abstractmethod
+    def encode_entities(self, batch: ItemBatch) -> Table:
+        """Features of N entities."""
+
+    @abstractmethod
+    def prepare_mentions(self, features: Table) -> Table:
+        """All that a pair needs of a mention, computed once; row n depends on features of row n alone."""
+
+    @abstractmethod
+    def prepare_entities(self, features: Table) -> Table:
+        """All that a pair needs of an entity, computed once; row n depends on features of row n alone.
+
+        Dense columns with the name part `image` (as in `visual.image.query`) depend on the entity's picture alone.
+        """
+
+    @abstractmethod
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        """Scores of prepared mentions [M] against prepared entities [E].
+
+        noise: Gumbel noise [M, E, B] while a gate is trained; None chooses without noise.
+        """
+
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        """Float [N, g] of prepared items: a mention's dot product with an entity stands for their score in a search.
+
+        It holds all of the score that is a dot product of one vector per item; every unit says what it leaves out.
+        Token rows (ragged columns) are not read. For candidates alone: no score and no rank is made from it.
+        Raises UserError for a matcher that has none.
+        """
+        raise UserError(f"{type(self).__name__} has no global vectors: candidates cannot be searched with it")
+
+    @abstractmethod
+    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+        """Training loss summed over the M mentions (a scalar): prepare, score, contrast."""
+
+    @abstractmethod
+    def encoder_trains(self) -> bool:
+        """True when encode_* has trainable parameters: features then change during training and cannot be cached."""
+
+    def encoder_state(self) -> Mapping[str, Tensor]:
+        """The tensors that features depend on (their hash keys the feature cache)."""
+        return self.state_dict()
