@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.measure import measured
-from dsmip.evaluation import Ranking
+from dsmip.ranking import Ranking
 from dsmip.table import Ragged, Table
 
 _EXPONENTIALS_PER_CLOCK = 16  # of a multiprocessor's special function units, since 2017

@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsmip.evaluation import NotRankable
 from dsmip.index import EntityIndex
 from dsmip.matcher import Matcher
 from dsmip.ops import ranking as ops
+from dsmip.ranking import NotRankable
 from dsmip.refinement import PairScorer
 from dsmip.table import Ragged, Table
 

@@ -17,7 +17,7 @@ from dsmip.locations import Location, open_run_storage
 from dsmip.metrics import Difference, compare_counts, summarise
 from dsmip.ops.ranking import Counts
 from dsmip.ranked_model import model_names
-from dsmip.reports import KB_HASH, RANKS, evaluation_name
+from dsmip.report import KB_HASH, RANKS, evaluation_name
 from dsmip.run_storage import STAMP, RunStorage
 from dsmip.runs import CONFIG
 

@@ -19,7 +19,6 @@ from dsmip.encoders.base import FeatureEncoder
 from dsmip.keys import plain_text
 from dsmip.locations import Location, open_run_storage
 from dsmip.manifest import KB
-from dsmip.matcher import Matcher
 from dsmip.parallel import map_alone
 from dsmip.table import Table, concatenate
 from dsmip.table_writer import TableWriter
@@ -161,7 +160,7 @@ def _encoded(
 ) -> Iterator[tuple[Table, Tensor]]:
     """Features batch by batch, and which items of the batch have a picture (bool [N], CPU)."""
     encode = encoder.encode_entities if split == KB else encoder.encode_mentions
-    batches = _batches(split, dataset, collator, rows)
+    batches = item_batches(split, dataset, collator, rows)
     return map_alone(lambda batch: (encode(batch.to(device)), batch.has_image), batches, device)
 
 
@@ -169,30 +168,8 @@ def _picture_columns(table: Table) -> list[str]:
     return [name for name in table.columns if name.split(".")[-1] == "image_tokens"]
 
 
-@torch.no_grad()
-def prepare_split(
-    split: str,
-    matcher: Matcher,
-    dataset: Dataset,
-    collator: Collator,
-    device: torch.device,
-    rows: range | None = None,
-    after_batch: Callable[[], None] = lambda: None,
-) -> Table:
-    """Encodes and prepares a split (or `rows` of the kb) batch by batch: features are never held as a whole."""
-    if split == KB:
-        encode, prepare = matcher.encode_entities, matcher.prepare_entities
-    else:
-        encode, prepare = matcher.encode_mentions, matcher.prepare_mentions
-    matcher.eval()
-    prepared = []
-    for batch in _batches(split, dataset, collator, rows):
-        prepared.append(prepare(encode(batch.to(device))))
-        after_batch()
-    return concatenate(prepared)
-
-
-def _batches(split: str, dataset: Dataset, collator: Collator, rows: range | None = None) -> Iterator[ItemBatch]:
+def item_batches(split: str, dataset: Dataset, collator: Collator, rows: range | None = None) -> Iterator[ItemBatch]:
+    """A split's mentions in shard order, or (split "kb") entities of `rows` or all, in batches of `BATCH_SIZE`."""
     if split == KB:
         return (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), BATCH_SIZE))
     return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), BATCH_SIZE))

@@ -13,13 +13,12 @@ from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.dataset import Dataset
 from dsmip.encoders.clip import compile_towers
 from dsmip.errors import UserError
-from dsmip.evaluation import prepare_in_tiles, rank
-from dsmip.feature_cache import prepare_split
 from dsmip.index import EntityIndex
 from dsmip.loop import Context, StepSource
 from dsmip.manifest import KB
 from dsmip.matcher import Matcher
-from dsmip.missing_pictures import prepare_entities
+from dsmip.preparation import prepare_entities, prepare_in_tiles, prepare_split
+from dsmip.ranking import rank
 from dsmip.runs import Run
 from dsmip.table import Table
 from dsmip.text_unit import use_backend

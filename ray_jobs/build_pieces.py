@@ -10,7 +10,7 @@ from typing import Any
 from ray_jobs.shares import run_shares, start_share
 
 # isort: split
-from dsmip.pieces import Pieces
+from dsmip.index_builder import Pieces
 from ray_jobs.progress import Display
 from ray_jobs.workers import worker_device
 

@@ -25,7 +25,7 @@ from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import changed, job_config
 from dsmip.manifest import PictureSettings
-from dsmip.reports import evaluate_model, oracle
+from dsmip.report import evaluate_model, oracle
 from dsmip.runs import Run
 from ray_jobs.evaluate import SHOWN
 from ray_jobs.prepare import BuildOptions, prepare_release, write_release_once

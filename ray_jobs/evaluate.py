@@ -9,7 +9,7 @@ from dsmip.errors import UserError
 from dsmip.locations import Location
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import model_names
-from dsmip.reports import Evaluated, evaluate_model, evaluation_name
+from dsmip.report import Evaluated, evaluate_model, evaluation_name
 from dsmip.runs import Run
 from ray_jobs.lines import ProgressLines
 

@@ -11,10 +11,10 @@ from ray_jobs.shares import run_shares, start_share
 # isort: split
 from torch import Tensor
 
-from dsmip.evaluation import Ranking, check_golds
-from dsmip.merging import merge_gold_scores, merge_rankings
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles
+from dsmip.ranking import Ranking, check_golds
+from dsmip.slices import merge_gold_scores, merge_rankings
 from ray_jobs.progress import Display
 from ray_jobs.workers import worker_device
 

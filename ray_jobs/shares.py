@@ -10,7 +10,7 @@ from ray_jobs.connection import connected  # noqa: F401  (first: Ray reads its v
 import ray
 
 from dsmip.errors import ReportedError
-from dsmip.evaluation import NotRankable
+from dsmip.ranking import NotRankable
 from ray_jobs.events import StepEvents, start_event_queue
 from ray_jobs.failures import LOST_WORKERS, JobFailed
 from ray_jobs.progress import Display, run_watched

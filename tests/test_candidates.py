@@ -19,7 +19,6 @@ from dsmip.config import ExperimentConfig
 from dsmip.cross_unit import CrossUnit
 from dsmip.encoders.base import Side
 from dsmip.errors import UserError
-from dsmip.evaluation import NotRankable, Ranking, rank
 from dsmip.index import EntityIndex
 from dsmip.load_config import parse_config
 from dsmip.matcher import Matcher
@@ -29,7 +28,8 @@ from dsmip.models.mimic import Mimic
 from dsmip.ops import visual_unit
 from dsmip.ops.ranking import largest_products, ranks_among, recall_at, top_k
 from dsmip.ranked_model import RankedFiles
-from dsmip.reports import Evaluated, evaluate_model
+from dsmip.ranking import NotRankable, Ranking, rank
+from dsmip.report import Evaluated, evaluate_model
 from dsmip.runs import Run
 from dsmip.table import Table
 from dsmip.text_unit import TextUnit

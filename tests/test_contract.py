@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from dsmip.checkpoints import save_weights
 from dsmip.collate import ItemBatch
 from dsmip.config import ExperimentConfig
-from dsmip.evaluation import Ranking, TileSize, prepare_in_tiles, rank
 from dsmip.feature_cache import whole_features
 from dsmip.index import EntityIndex
 from dsmip.load_config import parse_config
 from dsmip.matcher import BatchGold, Matcher, Scores
-from dsmip.merging import merge_rankings
 from dsmip.models import systems
 from dsmip.models.base import System
 from dsmip.ops.ranking import count_against, top_k
+from dsmip.preparation import prepare_in_tiles
+from dsmip.ranking import Ranking, TileSize, rank
 from dsmip.refinement import GRID, PairScorer
 from dsmip.runs import load_own_weights, own_weights
+from dsmip.slices import merge_rankings
 from dsmip.table import Ragged, Table, concatenate
 from dsmip.table_writer import TableWriter
 
@@ -302,7 +303,7 @@ def test_missing_pictures_may_be_stored_once(
 
 @torch.no_grad()
 def test_columns_of_a_picture_do_not_depend_on_the_text(subject: Subject, features: tuple[Table, Table]) -> None:
-    """What entities without a picture share (`dsmip.missing_pictures`)."""
+    """What entities without a picture share (`dsmip.preparation`)."""
     other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.pictures, ENTITIES.has_image)
     prepared, again = map(subject.matcher.prepare_entities, (features[1], subject.encode_entities(other)))
     for name in prepared.columns:

@@ -20,10 +20,10 @@ from dsmip.feature_cache import (
     encode_rows,
     encode_split,
     fingerprint,
-    prepare_split,
     whole_features,
 )
 from dsmip.matcher import Matcher
+from dsmip.preparation import prepare_split
 from dsmip.runs import Run
 from dsmip.table import Ragged, Table
 

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from dsmip.atomic import sha256_file
 from dsmip.errors import UserError
-from dsmip.evaluation import Ranking
-from dsmip.pieces import Pieces, plan_pieces
+from dsmip.index_builder import Pieces, plan_pieces
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles, RankedModel
+from dsmip.ranking import Ranking
 from dsmip.runs import Run
 from ray_jobs.build_pieces import build_on_ray
 from ray_jobs.cli import app

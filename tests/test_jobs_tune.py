@@ -12,7 +12,7 @@ from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import changed
 from dsmip.local_context import LocalContext
-from dsmip.reports import evaluate_model
+from dsmip.report import evaluate_model
 from dsmip.runs import Run
 from dsmip.stages import CPU, train_part
 from dsmip.status import read_status

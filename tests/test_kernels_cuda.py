@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from dsmip.errors import UserError
-from dsmip.evaluation import rank
 from dsmip.index import EntityIndex
 from dsmip.matcher import Scores
 from dsmip.ops import kernels
 from dsmip.ops.kernels import cuda
 from dsmip.ops.kernels.rows import TokenRows
+from dsmip.ranking import rank
 from dsmip.table import Ragged, Table
 from dsmip.text_unit import HalfOverflow, TextUnit, use_backend, use_precision
 from tests.support.matchers import TableMatcher, ranks_by_sorting

@@ -35,12 +35,12 @@ from dsmip.image_features import (
     picture_rows,
     write_manifest,
 )
+from dsmip.index_builder import plan_pieces
 from dsmip.load_config import parse_config
 from dsmip.manifest import KB
 from dsmip.models.dsmip import GATE
 from dsmip.parallel import map_alone
 from dsmip.part_features import PartFeatures
-from dsmip.pieces import plan_pieces
 from dsmip.runs import Run
 from dsmip.stages import CPU
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from dsmip.batches import CachedSource
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.encoders.base import feature_sizes
-from dsmip.evaluation import NotRankable, TileSize, rank
 from dsmip.index import EntityIndex
 from dsmip.local_context import LocalContext
-from dsmip.merging import merge_rankings
 from dsmip.ranked_model import RankedModel
+from dsmip.ranking import NotRankable, TileSize, rank
 from dsmip.refinement import PairScorer
+from dsmip.slices import merge_rankings
 from dsmip.table import Column, Ragged, Table
 from dsmip.trainer import train
 from tests.support.matchers import CPU

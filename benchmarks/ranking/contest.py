@@ -17,11 +17,11 @@ from benchmarks import roofline
 from benchmarks.measure import Cost, measured
 from benchmarks.ranking import published
 from benchmarks.ranking.cases import Case, Side, build_matcher, feature_blocks
-from dsmip import evaluation
-from dsmip.evaluation import Ranking
+from dsmip import ranking as exact_ranking
 from dsmip.index import EntityIndex
 from dsmip.matcher import Matcher, Scores
 from dsmip.rank_options import PrecisionName, RankOptions
+from dsmip.ranking import Ranking
 from dsmip.table import Table, concatenate
 from dsmip.text_unit import Backend, Precision, use_backend, use_precision
 
@@ -132,7 +132,7 @@ def run_case(
     theirs = Measured(len(stored_m) * len(stored_e), published_costs)
     twin = copy.deepcopy(matcher).double()
     doubled = (m.cast(torch.float64), EntityIndex([e.cast(torch.float64)]))
-    exact = evaluation.rank(twin, *doubled, gold_row_M, device=device)
+    exact = exact_ranking.rank(twin, *doubled, gold_row_M, device=device)
     ours: dict[str, Ours] = {}
     for name, own in matchers.items():
         mine = Measured(len(m) * len(e), costs[name])
@@ -179,7 +179,7 @@ def rank_ours(
     matcher: Matcher, case: Case, mentions: Table, entities: Table, gold_row_M: Tensor, device: torch.device
 ) -> Ranking:
     """What `dsmip evaluate` runs on prepared tables: close pairs are scored again in float64."""
-    return evaluation.rank(
+    return exact_ranking.rank(
         matcher,
         mentions,
         EntityIndex([entities]),

@@ -17,7 +17,7 @@ from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import parse_config
 from dsmip.ranked_model import model_names
-from dsmip.reports import Evaluated, evaluate_model, oracle
+from dsmip.report import Evaluated, evaluate_model, oracle
 from dsmip.runs import Run
 
 CPU = torch.device("cpu")

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from dsmip import feature_cache
-from dsmip import pieces as pieces_of_rankings
+from dsmip import index_builder as pieces_of_rankings
 from dsmip.atomic import sha256_file
 from dsmip.errors import UserError
+from dsmip.index_builder import Pieces, plan_pieces
 from dsmip.manifest import KB
 from dsmip.part_features import PartFeatures
-from dsmip.pieces import Pieces, plan_pieces
 from dsmip.runs import Run
 
 CPU = torch.device("cpu")

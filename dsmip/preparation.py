@@ -1,15 +1,53 @@
-"""Entities without a picture are alike in all that depends on the picture alone: it is prepared once and stored once.
+"""Preparation of a split's mentions or of the kb: all that a pair needs of an item, computed once.
 
+Entities without a picture are alike in all that depends on the picture alone: it is prepared once and stored once.
 Prepared in a matrix product with others, equal rows differ in their last bits from call to call, and entities that
 should tie would be ranked by rounding.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from dsmip.evaluation import prepare_in_tiles
+from dsmip.collate import Collator
+from dsmip.dataset import Dataset
+from dsmip.feature_cache import item_batches
+from dsmip.manifest import KB
 from dsmip.matcher import Matcher
-from dsmip.table import Ragged, Repeated, Table
+from dsmip.table import Ragged, Repeated, Table, concatenate
+
+
+@torch.no_grad()
+def prepare_in_tiles(matcher: Matcher, features: Table, side: str, device: torch.device, tile: int = 512) -> Table:
+    """`prepare_mentions` or `prepare_entities` (side: "mentions" | "entities") of a whole features table, by rows."""
+    matcher.eval()
+    prepare = matcher.prepare_mentions if side == "mentions" else matcher.prepare_entities
+    starts = range(0, len(features), tile)
+    return concatenate([prepare(features.take(slice(s, s + tile)).to(device)) for s in starts])
+
+
+@torch.no_grad()
+def prepare_split(
+    split: str,
+    matcher: Matcher,
+    dataset: Dataset,
+    collator: Collator,
+    device: torch.device,
+    rows: range | None = None,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Table:
+    """Encodes and prepares a split (or `rows` of the kb) batch by batch: features are never held as a whole."""
+    if split == KB:
+        encode, prepare = matcher.encode_entities, matcher.prepare_entities
+    else:
+        encode, prepare = matcher.encode_mentions, matcher.prepare_mentions
+    matcher.eval()
+    prepared = []
+    for batch in item_batches(split, dataset, collator, rows):
+        prepared.append(prepare(encode(batch.to(device))))
+        after_batch()
+    return concatenate(prepared)
 
 
 @torch.no_grad()

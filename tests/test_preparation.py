@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from dsmip.config import ExperimentConfig
-from dsmip.evaluation import prepare_in_tiles, rank
 from dsmip.index import EntityIndex, finish_index, index_slices
 from dsmip.matcher import Matcher
-from dsmip.merging import merge_rankings
-from dsmip.missing_pictures import prepare_entities, without_picture
 from dsmip.models.dsmip import Dsmip
+from dsmip.preparation import prepare_entities, prepare_in_tiles, without_picture
+from dsmip.ranking import rank
 from dsmip.refinement import GRID, PairScorer
+from dsmip.slices import merge_rankings
 from dsmip.table import Column, Ragged, Repeated, Table
 from dsmip.visual_unit import DualUnit
-from tests.support.matchers import CPU, ranks_by_sorting
+from tests.support.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
 from tests.support.systems import features, whole
 
 NUM_MENTIONS, NUM_ENTITIES = 6, 700  # more than one tile of preparing
@@ -115,3 +115,8 @@ def test_validation_without_refinement_ties_them_too(small_config: ExperimentCon
     index = EntityIndex([prepare_entities(matcher, kb, range(NUM_ENTITIES), CPU)])
     ranking = rank(matcher, mentions, index, torch.tensor([1, 0]), device=CPU)
     assert ranking.counts.tied_M.tolist() == [int(LACKING.sum()) - 1, 0]
+
+
+def test_preparing_in_tiles_keeps_rows() -> None:
+    table = prepare_in_tiles(TableMatcher(torch.zeros(1, 1)), numbered(7), "entities", CPU, tile=3)
+    assert table.dense("row").tolist() == list(range(7))

@@ -20,7 +20,7 @@ from dsmip.matcher import Matcher, Scores
 from dsmip.metrics import summarise
 from dsmip.ops import ranking as ops
 from dsmip.refinement import PairScorer, Refinement, Refiner, Unrefined, sample_errors
-from dsmip.table import Table, concatenate
+from dsmip.table import Table
 from dsmip.text_unit import HalfOverflow, use_precision
 
 _SAMPLE_MENTIONS = 4  # whose errors are measured where nothing is refined: training waits for it after every epoch
@@ -110,7 +110,7 @@ def rank(
 
     Slices of the kb: with a process group every worker passes all mentions and the index of its own slice, counts are
     added up, `top_k` must be 0 and `refine` off. Elsewhere each slice is ranked on its own, with `refine` and
-    `gold_score_M` (all golds' scores, from `PairScorer`), and `dsmip.merging` puts them together.
+    `gold_score_M` (all golds' scores, from `PairScorer`), and `dsmip.slices` puts them together.
 
     tile_size: default: what suits the device. notice: takes lines about memory. progress: called with the number of
     mentions that are ranked.
@@ -304,12 +304,3 @@ def _ranking(columns: Mapping[str, Tensor], first_row: int, close: Refinement | 
         close if isinstance(close, Refinement) else None,
         Unrefined(close, columns["close"]) if isinstance(close, float) else None,
     )
-
-
-@torch.no_grad()
-def prepare_in_tiles(matcher: Matcher, features: Table, side: str, device: torch.device, tile: int = 512) -> Table:
-    """`prepare_mentions` or `prepare_entities` (side: "mentions" | "entities") of a whole features table, by rows."""
-    matcher.eval()
-    prepare = matcher.prepare_mentions if side == "mentions" else matcher.prepare_entities
-    starts = range(0, len(features), tile)
-    return concatenate([prepare(features.take(slice(s, s + tile)).to(device)) for s in starts])

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from dsmip.collate import gold_rows
 from dsmip.config import ExperimentConfig
-from dsmip.evaluation import prepare_in_tiles
 from dsmip.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
 from dsmip.keys import Plain, plain_text
 from dsmip.manifest import KB
-from dsmip.missing_pictures import picture_columns, share_picture
 from dsmip.parallel import map_alone
 from dsmip.part_features import PartFeatures, rows_of
+from dsmip.preparation import picture_columns, prepare_in_tiles, share_picture
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.ranked_model import RankedFiles, load_model
 from dsmip.runs import Run

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from dsmip.errors import UserError
-from dsmip.evaluation import NotRankable, Ranking
 from dsmip.groups import KIND, REPORTED, report_groups, rows_by_value
+from dsmip.index_builder import Pieces, plan_pieces
 from dsmip.manifest import SPLITS
 from dsmip.metrics import HITS_AT, confidence
 from dsmip.ops import ranking as ops
-from dsmip.pieces import Pieces, plan_pieces
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles, RankedModel
+from dsmip.ranking import NotRankable, Ranking
 from dsmip.records import Mention
 from dsmip.runs import Run
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.evaluation import Ranking, TileSize, prepare_in_tiles, rank
 from dsmip.index import EntityIndex
 from dsmip.metrics import summarise
 from dsmip.ops.ranking import Counts
+from dsmip.ranking import Ranking, TileSize, rank
 from tests.support.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
 from tests.support.workers import run_workers
 
@@ -87,11 +87,6 @@ def test_choices_are_left_out_where_only_ranks_are_wanted() -> None:
     ranking = ranked(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), torch.tensor([[1, 0]]))
     assert ranking.rank_M.tolist() == [2.0]
     assert ranking.chosen_pairs_MB is None
-
-
-def test_preparing_in_tiles_keeps_rows() -> None:
-    table = prepare_in_tiles(TableMatcher(torch.zeros(1, 1)), numbered(7), "entities", CPU, tile=3)
-    assert table.dense("row").tolist() == list(range(7))
 
 
 SHAPE = (5, 11)

@@ -1,12 +1,12 @@
-"""One ranking from those of disjoint slices of the kb. Shapes as in `dsmip.evaluation`; S slices, C = S * k."""
+"""One ranking from those of disjoint slices of the kb. Shapes as in `dsmip.ranking`; S slices, C = S * k."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dsmip.evaluation import Ranking
 from dsmip.ops import ranking as ops
+from dsmip.ranking import Ranking
 from dsmip.refinement import Refinement
 
 
