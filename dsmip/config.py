@@ -7,6 +7,7 @@ Files and texts become configurations in `dsmip/load_config.py`.
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
@@ -16,6 +17,8 @@ from dsmip.errors import UserError
 
 Scalar = str | int | float | bool | None
 WatchTool = Literal["tensorboard", "mlflow", "wandb"]
+BackendName = Literal["auto", "torch", "cpp", "triton"]
+PrecisionName = Literal["auto", "fp32", "fp16"]
 Config = TypeVar("Config", bound=BaseModel)
 
 
@@ -243,6 +246,20 @@ class ExperimentConfig(Frozen):
     def tune_train(self) -> TrainConfig:
         """The training configuration of a stage-two trial."""
         return merged(self.train, self.tune.train)
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """How a ranking is computed; ranks do not depend on it.
+
+    top_k: how many of the best entities of each mention are kept.
+    backend: what computes token-level scores (see `dsmip.text_unit.use_backend`).
+    precision: of the token rows that they are computed from (see `dsmip.text_unit.use_precision`).
+    """
+
+    top_k: int = 20
+    backend: BackendName = "auto"
+    precision: PrecisionName = "auto"
 
 
 def merged(base: Config, overrides: Mapping[str, Any]) -> Config:

@@ -26,9 +26,8 @@ from dsmip.dataset_storage import MANIFEST_FILE, DatasetStorage, open_file
 from dsmip.errors import UserError
 from dsmip.locations import open_dataset_storage
 from dsmip.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, parse_manifest
-from dsmip.records import Entity, Mention
+from dsmip.records import Entity, Mention, make_entity, read_mention, read_pair
 from dsmip.sampler import Window, count_steps, step_bounds, windows
-from dsmip.samples import make_entity, read_mention, read_pair
 from dsmip.tar import Sample, read_place, read_samples
 from dsmip.views import TRAIN, View, parse_view
 

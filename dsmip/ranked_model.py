@@ -15,14 +15,13 @@ from torch import Tensor
 
 from dsmip.candidates import CandidateSearch, Links, link
 from dsmip.collate import gold_rows
-from dsmip.config import ExperimentConfig
+from dsmip.config import ExperimentConfig, RankOptions
 from dsmip.errors import UserError
 from dsmip.index import EntityIndex
 from dsmip.locations import open_run_storage
 from dsmip.matcher import Matcher
 from dsmip.models import find_system
 from dsmip.progress import Progress, no_progress
-from dsmip.rank_options import RankOptions
 from dsmip.ranking import Ranking, rank
 from dsmip.refinement import PairScorer
 from dsmip.run_storage import RunStorage

@@ -1,7 +1,15 @@
-"""The two records that everything else is about: plain frozen data, pictures as encoded bytes."""
+"""Mentions and entities, plain frozen data with pictures as encoded bytes, and how they lie in a sample of a shard."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from dsmip.errors import UserError
+from dsmip.sampler import draw
+from dsmip.tar import Fields, json_field
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +41,77 @@ class Mention:
     entity_row: int
     groups: Mapping[str, str] = field(default_factory=dict)
     image: bytes | None = None
+
+
+def entity_fields(entity: Entity) -> dict[str, bytes]:
+    """An entity: `json`, `0.jpg`, `1.jpg` ..."""
+    record = {
+        "entity_row": entity.entity_row,
+        "entity_id": entity.entity_id,
+        "name": entity.name,
+        "attributes": entity.attributes,
+        "num_images": len(entity.images),
+    }
+    return {"json": json_field(record)} | {f"{number}.jpg": image for number, image in enumerate(entity.images)}
+
+
+def mention_fields(mention: Mention, entity: Entity) -> dict[str, bytes]:
+    """A mention with its gold entity: `json`, `jpg` (absent: no picture), `entity.json`, `entity.0.jpg` ..."""
+    record = {
+        "mention_id": mention.mention_id,
+        "word": mention.word,
+        "sentence": mention.sentence,
+        "entity_id": mention.entity_id,
+        "entity_row": mention.entity_row,
+        "groups": dict(mention.groups),
+    }
+    fields = {"json": json_field(record)}
+    if mention.image is not None:
+        fields["jpg"] = mention.image
+    return fields | {f"entity.{field}": content for field, content in entity_fields(entity).items()}
+
+
+def read_mention(fields: Fields, source: str) -> Mention:
+    """The mention of a sample; `source` names its shard and key in errors.
+
+    Raises:
+        UserError: the sample is not what `mention_fields` makes.
+    """
+    return _checked(source, lambda: Mention(**_object(fields["json"]), image=fields.get("jpg")))
+
+
+def read_pair(fields: Fields, source: str, *label: str | int) -> tuple[Mention, Entity]:
+    """The mention of a sample and its gold entity with one of its pictures, drawn by (label, mention_id).
+
+    Raises:
+        UserError: the sample is not what `mention_fields` makes.
+    """
+    mention = read_mention(fields, source)
+    return mention, _checked(source, lambda: _entity_with_one_picture(fields, (*label, mention.mention_id)))
+
+
+def make_entity(record: Mapping[str, Any], images: tuple[bytes, ...]) -> Entity:
+    """An entity from a JSON object or a parquet row."""
+    return Entity(record["entity_row"], record["entity_id"], record["name"], record["attributes"], images)
+
+
+def _entity_with_one_picture(fields: Fields, label: tuple[str | int, ...]) -> Entity:
+    record = _object(fields["entity.json"])
+    if not record["num_images"]:
+        return make_entity(record, ())
+    number = draw(record["num_images"], "picture", *label)
+    return make_entity(record, (fields[f"entity.{number}.jpg"],))
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    value = json.loads(content)
+    if not isinstance(value, dict):
+        raise ValueError("a record is not an object")
+    return value
+
+
+def _checked(source: str, read: Callable[[], Result]) -> Result:
+    try:
+        return read()
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{source}: a sample is not as it was written ({error}); prepare the dataset again") from error

@@ -30,6 +30,7 @@ from dsmip.checkpoints import save_weights
 from dsmip.collate import Collator, ItemFormat
 from dsmip.config import ExperimentConfig, flat
 from dsmip.dataset import Dataset
+from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
@@ -41,7 +42,6 @@ from dsmip.models import find_system
 from dsmip.models.base import System
 from dsmip.provenance import environment, recorded
 from dsmip.run_storage import STAMP, RunStorage
-from dsmip.text import Tokenizer
 
 CONFIG, PART, WEIGHTS, TRAININGS = "config.yaml", "part.json", "weights.safetensors", "ray"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -171,7 +171,7 @@ class Run:
         """Makes batches of that form."""
         architecture = self.config.backbone.architecture
         size = Backbone.build(architecture, None, device="meta").image_size
-        return Collator(Tokenizer(architecture), item_format, size)
+        return Collator(build_tokenizer(architecture), item_format, size)
 
     def home(self, part: str, config: ExperimentConfig) -> "Run":
         """Where a part of that form lives: this run, or its variant with another stage one (a tuned prompt length)."""

@@ -19,7 +19,8 @@ from dsmip.models import find_system
 from dsmip.provenance import RECORDS, RUNNING
 from dsmip.run_storage import STAMP, LocalRun, RunStorage
 from dsmip.runs import CONFIG
-from dsmip.trackers import PROGRESS
+
+PROGRESS = "progress.json"  # of a running training, written by its trackers
 
 State = Literal["finished", "training", "paused", "interrupted", "failed", "dropped", "not begun"]
 _ENDED: dict[str, State] = {"failed": "failed", "finished": "paused"}  # a trial pauses between rungs

@@ -1,14 +1,15 @@
 """What the text tower reads: templates over a record's fields, and CLIP's byte-pair tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from string import Formatter
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
-from dsmip.encoders.architecture import resolve_architecture
 from dsmip.records import Entity, Mention
 
 _KEPT_TEXTS = 1 << 17
@@ -62,24 +63,20 @@ def entity_text(entity: Entity, template: Template) -> str:
 
 
 class Tokenizer:
-    """CLIP's byte-pair tokenizer for a backbone (the same vocabulary for all that are supported).
+    """CLIP's byte-pair tokenizer (the same vocabulary for all backbones that are supported).
 
     Args:
-        architecture: as in `Backbone.build`; only its context length and cleaning rule are used, never its weights.
-
-    Raises:
-        UserError: unknown or unsupported architecture.
+        context_length: positions of the text tower.
+        options: of open_clip's `SimpleTokenizer`, such as how texts are cleaned.
     """
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, context_length: int, options: Mapping[str, Any] = MappingProxyType({})) -> None:
         from open_clip.tokenizer import SimpleTokenizer
 
-        network = resolve_architecture(architecture)
-        options = network.config["text_cfg"].get("tokenizer_kwargs") or {}
-        self.context_length = network.context_length
+        self.context_length = context_length
         # training reads the same texts every epoch
         self._encode = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_anew)
-        self._bpe = SimpleTokenizer(context_length=self.context_length, **options)
+        self._bpe = SimpleTokenizer(context_length=context_length, **options)
         self.vocab_size: int = self._bpe.vocab_size
         self._start: int = self._bpe.sot_token_id
         self._end: int = self._bpe.eot_token_id

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dsmip.config import BackendName, PrecisionName
 from dsmip.encoders.base import Side
 from dsmip.errors import UserError
 from dsmip.ops import text_unit as ops
 from dsmip.ops.kernels import cpu, cuda
 from dsmip.ops.kernels.rows import TokenRows
-from dsmip.rank_options import BackendName, PrecisionName
 from dsmip.table import Ragged, Table
 
 Backend = Literal["torch", "cpp", "triton"]

@@ -26,7 +26,6 @@ from dsmip.locations import Location, open_run_storage
 from dsmip.monitor import Outcome, Position, Writer
 from dsmip.run_storage import RunStorage
 
-PROGRESS = "progress.json"
 _PROJECT = "dsmip"
 _PACKAGES: Mapping[WatchTool, str] = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 SEND_SECONDS = 15.0  # what a killed node may lose of a run in an object store, where every request is paid

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from dsmip.config import BackendName, PrecisionName, RankOptions
 from dsmip.errors import ReportedError, UserError
 from dsmip.manifest import REJECTS_FILE, SPLITS
-from dsmip.rank_options import BackendName, PrecisionName, RankOptions
 from ray_jobs import connection  # noqa: F401  (before anything imports Ray)
 
 app = typer.Typer(

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from dsmip.config import RankOptions
 from dsmip.errors import UserError
 from dsmip.locations import Location
-from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import model_names
 from dsmip.report import Evaluated, evaluate_model, evaluation_name
 from dsmip.runs import Run

@@ -15,6 +15,7 @@ from dsmip import distributed
 from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig, Running
 from dsmip.dataset import Dataset
+from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.keys import key_tree
@@ -22,7 +23,7 @@ from dsmip.load_config import read_config, to_yaml
 from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
 from dsmip.provenance import environment
-from dsmip.text import Template, Tokenizer
+from dsmip.text import Template
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.progress import Display
@@ -66,7 +67,7 @@ def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
     config = read_config(settings["config"])
     dataset = Dataset.open(settings["data"])
     backbone = Backbone.build(config.backbone.architecture, config.backbone.pretrained, seed=config.seed)
-    tokenizer = Tokenizer(config.backbone.architecture)
+    tokenizer = build_tokenizer(config.backbone.architecture)
     pairs = PairSource(dataset, tokenizer, _template(config), backbone.image_size, config.pretrain, config.seed)
     history = pretrain(backbone, pairs, config.pretrain, context, seed=config.seed)
     if distributed.rank() == 0:

@@ -11,7 +11,7 @@ from ray_jobs.shares import run_shares, start_share
 # isort: split
 from torch import Tensor
 
-from dsmip.rank_options import RankOptions
+from dsmip.config import RankOptions
 from dsmip.ranked_model import RankedFiles
 from dsmip.ranking import Ranking, check_golds
 from dsmip.slices import merge_gold_scores, merge_rankings

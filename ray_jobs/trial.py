@@ -24,8 +24,9 @@ from dsmip.part_features import PartFeatures
 from dsmip.run_storage import RunStorage
 from dsmip.runs import WEIGHTS, Run, own_weights
 from dsmip.stages import SplitFeatures, stage_two_split, start_whole, train_whole
+from dsmip.status import PROGRESS
 from dsmip.table import Table
-from dsmip.trackers import PROGRESS, SEND_SECONDS, Watched
+from dsmip.trackers import SEND_SECONDS, Watched
 from ray_jobs.context import open_watch
 from ray_jobs.events import StepEvents
 from ray_jobs.failures import failure_of, traced

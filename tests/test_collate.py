@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from dsmip.collate import Collator, ItemFormat
+from dsmip.encoders.architecture import build_tokenizer
 from dsmip.images import decode, fit
 from dsmip.records import Entity, Mention
 from dsmip.text import Template, Tokenizer
@@ -14,7 +15,7 @@ from dsmip.text import Template, Tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer("tiny")
+    return build_tokenizer("tiny")
 
 
 def _picture(colour: str) -> bytes:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dsmip.checkpoints import save_weights
 from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig
+from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.load_config import parse_config
@@ -19,7 +20,7 @@ from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
 from dsmip.records import Mention
 from dsmip.runs import load_own_weights, own_weights
 from dsmip.table import Table
-from dsmip.text import Template, Tokenizer, mention_text
+from dsmip.text import Template, mention_text
 from tests.support.systems import features, seeded, whole, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 5, 6
@@ -158,7 +159,7 @@ LONG = [Mention("m0", "word", "sentence " * 100, "Q1", 0), Mention("m1", "word",
 def encoded(config: ExperimentConfig, name: str) -> Table:
     """Features of a text that is too long and of a short one, as a job makes them."""
     architecture = config.backbone.architecture
-    items = Collator(Tokenizer(architecture), Dsmip.item_format(config.system, name), 16).mentions(LONG)
+    items = Collator(build_tokenizer(architecture), Dsmip.item_format(config.system, name), 16).mentions(LONG)
     with torch.no_grad():
         table: Table = part(config, name).encode_mentions(items)
     return table
@@ -182,7 +183,7 @@ def test_without_prompts_a_long_text_has_all_of_clips_places(
 ) -> None:
     table = encoded(with_system(small_config, experts={"multimodal": none}), "multimodal")
     architecture = small_config.backbone.architecture
-    token_ids = Tokenizer(architecture)([mention_text(mention, Template()) for mention in LONG])
+    token_ids = build_tokenizer(architecture)([mention_text(mention, Template()) for mention in LONG])
     assert token_ids.shape == (2, 77)
     with torch.no_grad():
         plain = Backbone.build(architecture, None).encode_text(token_ids)

@@ -13,10 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from dsmip.atomic import sha256_file
+from dsmip.config import RankOptions
 from dsmip.errors import UserError
 from dsmip.index_builder import Pieces, plan_pieces
 from dsmip.progress import Progress, no_progress
-from dsmip.rank_options import RankOptions
 from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.ranking import Ranking
 from dsmip.runs import Run

@@ -26,7 +26,6 @@ KNOWN_TO_DATA_PREP = {
     "progress",
     "records",
     "sampler",
-    "samples",
     "tar",
     "text",
     "views",

@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from dsmip.collate import Collator, ItemBatch
 from dsmip.config import BackboneConfig, ExperimentConfig
-from dsmip.encoders.architecture import resolve_architecture
+from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
 from dsmip.encoders.base import FeatureSizes
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.hugging_face import open_clip_names
@@ -22,7 +22,6 @@ from dsmip.matcher import BatchGold
 from dsmip.models.mimic import Mimic, MimicConfig, MimicEncoder, MimicMatcher
 from dsmip.records import Entity, Mention
 from dsmip.table import Ragged, Table
-from dsmip.text import Tokenizer
 from dsmip.unit_scorer import UnitScorer
 from tests.support.paths import MIMIC_UNITS
 
@@ -279,7 +278,7 @@ def test_unknown_tower_weights_are_named() -> None:
 
 
 def test_texts_are_written_and_cut_as_published(config: ExperimentConfig) -> None:
-    collator = Collator(Tokenizer(config.backbone.architecture), Mimic.item_format(config.system, "mimic"), 32)
+    collator = Collator(build_tokenizer(config.backbone.architecture), Mimic.item_format(config.system, "mimic"), 32)
     bpe = collator.tokenizer._bpe
     short = collator.entities([Entity(0, "Q1", "Otto", "Sex: male.")]).token_ids
     assert short.shape == (1, NUM_TOKENS)

@@ -12,12 +12,13 @@ from dsmip import distributed
 from dsmip.collate import ItemBatch
 from dsmip.config import PretrainConfig
 from dsmip.dataset import Dataset
+from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.local_context import LocalContext
 from dsmip.monitor import StepFigures
 from dsmip.pretraining import MAX_LOGIT_SCALE, PairSource, contrast, pretrain
-from dsmip.text import Template, Tokenizer
+from dsmip.text import Template
 from tests.support.workers import run_workers
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ CONFIG = PretrainConfig(epochs=3, batch_size=4, learning_rate=3e-3, warmup_steps
 
 
 def source(data: Dataset, backbone: Path, config: PretrainConfig = CONFIG, decoded_bytes: int = 1 << 20) -> PairSource:
-    return PairSource(data, Tokenizer(str(backbone)), Template(), 16, config, seed=3, decoded_bytes=decoded_bytes)
+    return PairSource(data, build_tokenizer(str(backbone)), Template(), 16, config, seed=3, decoded_bytes=decoded_bytes)
 
 
 def rows_of(batches: Iterable[ItemBatch], pairs: PairSource) -> list[int]:

@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dsmip.encoders.architecture import build_tokenizer
 from dsmip.errors import UserError
 from dsmip.records import Entity, Mention
-from dsmip.text import Template, Tokenizer, entity_text, mention_text
+from dsmip.text import Template, entity_text, mention_text
 
 START, END = 49406, 49407
-TOKENIZER = Tokenizer("tiny")
+TOKENIZER = build_tokenizer("tiny")
 
 MENTION = Mention("m1", "Jaguar", "A {fast} jaguar crossed the river.", "Q1", 0)
 ENTITY = Entity(0, "Q1", "jaguar", "")
@@ -80,13 +81,13 @@ def test_special_tokens_written_in_a_text_mean_nothing() -> None:
 
 
 def test_tokenizers_of_all_supported_names_agree() -> None:
-    other = Tokenizer("ViT-B-32")
+    other = build_tokenizer("ViT-B-32")
     assert (other.vocab_size, other.context_length) == (TOKENIZER.vocab_size, TOKENIZER.context_length) == (49408, 77)
     assert torch.equal(other(["a dog"]), TOKENIZER(["a dog"]))
 
 
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="tinny"):
-        Tokenizer("tinny")
+        build_tokenizer("tinny")
     with pytest.raises(ValueError, match="reserve 75"):
         TOKENIZER(["a"], 75)

@@ -36,8 +36,9 @@ from dsmip.atomic import write_json
 from dsmip.batches import read_ahead
 from dsmip.collate import Collator, ItemFormat, Modality
 from dsmip.dataset import Dataset, TrainingBatch
+from dsmip.encoders.architecture import build_tokenizer
 from dsmip.errors import UserError
-from dsmip.text import Template, Tokenizer
+from dsmip.text import Template
 
 Decoder = Literal["torchvision", "Pillow"]
 Work = Literal["records", "pictures", "all"]
@@ -112,7 +113,7 @@ def streaming(
     folder: str | Path, batch_size: int, samples: int, rank: int, world_size: int, kind: Work, ahead: int
 ) -> Callable[[], int]:
     """The work: makes a worker's batches, in a thread if `ahead` of their use."""
-    tokenizer = Tokenizer(ARCHITECTURE)
+    tokenizer = build_tokenizer(ARCHITECTURE)
     collator = Collator(tokenizer, ItemFormat(Template(), modalities=_MODALITIES[kind]), SIZE)
 
     def made() -> Iterator[int]:

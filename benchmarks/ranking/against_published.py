@@ -31,8 +31,8 @@ from benchmarks.ranking.contest import TOLERANCE, Ours, Outcome, Sizes, run_case
 from benchmarks.ranking.published import ENTITY_CHUNK, MENTION_BATCH
 from benchmarks.roofline import device_rates
 from dsmip.atomic import write_json
+from dsmip.config import PrecisionName
 from dsmip.ops.kernels import cpu
-from dsmip.rank_options import PrecisionName
 from dsmip.text_unit import Backend
 
 BACKENDS: Mapping[str, Sequence[Backend]] = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton")}

@@ -18,9 +18,9 @@ from benchmarks.measure import Cost, measured
 from benchmarks.ranking import published
 from benchmarks.ranking.cases import Case, Side, build_matcher, feature_blocks
 from dsmip import ranking as exact_ranking
+from dsmip.config import PrecisionName, RankOptions
 from dsmip.index import EntityIndex
 from dsmip.matcher import Matcher, Scores
-from dsmip.rank_options import PrecisionName, RankOptions
 from dsmip.ranking import Ranking
 from dsmip.table import Table, concatenate
 from dsmip.text_unit import Backend, Precision, use_backend, use_precision

@@ -27,8 +27,7 @@ from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture
 from dsmip.atomic import join_files, sha256_file
 from dsmip.errors import UserError
 from dsmip.manifest import PictureSettings, ShardInfo
-from dsmip.records import Entity, Mention
-from dsmip.samples import entity_fields, mention_fields
+from dsmip.records import Entity, Mention, entity_fields, mention_fields
 from dsmip.tar import Fields, WrittenShard, join_shards, read_place, write_shard
 
 Note = Callable[[Finding], None]

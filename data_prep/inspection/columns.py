@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from data_prep.inspection.image_hash import GRID, read_signature
 from dsmip.dataset import Dataset
 from dsmip.dataset_storage import DatasetStorage, open_file
+from dsmip.encoders.architecture import build_tokenizer
 from dsmip.manifest import KB, SPLITS, ShardInfo
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting
-from dsmip.records import Entity
-from dsmip.samples import read_mention
+from dsmip.records import Entity, read_mention
 from dsmip.tar import read_samples
 from dsmip.text import Template, Tokenizer, entity_text, mention_text
 
@@ -147,7 +147,7 @@ def _hash(content: bytes) -> int:
 
 @lru_cache(1)
 def _tokenizer() -> Tokenizer:
-    return Tokenizer(ARCHITECTURE)
+    return build_tokenizer(ARCHITECTURE)
 
 
 def _texts(table: Any) -> _Texts:

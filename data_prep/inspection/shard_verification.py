@@ -19,7 +19,7 @@ from dsmip.dataset import ENTITY_SCHEMA
 from dsmip.dataset_storage import DatasetStorage
 from dsmip.errors import UserError
 from dsmip.manifest import ENTITIES_FILE, KB, ShardInfo
-from dsmip.samples import read_mention
+from dsmip.records import read_mention
 from dsmip.tar import Fields, Sample, json_field, read_place, read_shard
 
 _TEXT_COLUMNS = ("entity_row", "entity_id", "name", "attributes", "num_images")

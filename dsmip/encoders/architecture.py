@@ -9,6 +9,7 @@ from typing import Any
 
 from dsmip.encoders.stem import STEM, check_stem
 from dsmip.errors import UserError
+from dsmip.text import Tokenizer
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "backbones"
 CLIP_VOCAB_SIZE = 49408
@@ -87,6 +88,16 @@ def read_architecture(architecture: str) -> Architecture:
     config = stored.get("model_cfg", stored)
     mean, std = pixel_statistics(stored.get("preprocess_cfg", {}))
     return Architecture(architecture, config, mean or CLIP_MEAN, std or CLIP_STD, is_open_clip)
+
+
+def build_tokenizer(architecture: str) -> Tokenizer:
+    """The tokenizer of a backbone: its context length and cleaning rule are read, never its weights.
+
+    Raises:
+        UserError: unknown or unsupported architecture.
+    """
+    network = resolve_architecture(architecture)
+    return Tokenizer(network.context_length, network.config["text_cfg"].get("tokenizer_kwargs") or {})
 
 
 def pixel_statistics(preprocess: Mapping[str, Any]) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
