@@ -15,7 +15,10 @@ _CHUNK_BYTES = 1 << 20
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `target`; on success it is renamed to `target`, on failure removed."""
+    """Yields a temporary path beside `target`; on success it is renamed to `target`, on failure removed.
+
+    The folder of `target` is made when it is missing.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not the process number: nodes that share the folder have equal ones.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -51,7 +54,7 @@ def join_files(parts: Iterable[Path], target: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file's content, read in blocks."""
+    """SHA-256 of a file's content in hexadecimal, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_CHUNK_BYTES):

@@ -36,13 +36,20 @@ def data_cache() -> Path:
     return cache_folder() / "data"
 
 
-def checked_copy(target: Path, file: StoredFile, place: str, download: Callable[[Path], None]) -> Path:
-    """`target`, which holds the file's content; `download(path)` writes it where there is none, or a damaged one.
+def checked_copy(target: Path, file: StoredFile, address: str, download: Callable[[Path], None]) -> Path:
+    """Downloads a file unless its copy is there and whole. Of several processes of a node one does, the others wait.
 
-    Of several processes of a node one downloads, the others wait for it.
+    Args:
+        target: Where the copy belongs.
+        file: What the manifest says of the file.
+        address: The file's name for messages.
+        download: Writes the store's bytes to a path.
+
+    Returns:
+        `target`, which holds the file's content.
 
     Raises:
-        UserError: the store's bytes are not the manifest's, also when fetched again; or `download` did.
+        UserError: The store's bytes are not the manifest's, also when fetched again; or `download` did.
     """
     if _is_checked(target, file):
         _mark(target)
@@ -65,7 +72,7 @@ def checked_copy(target: Path, file: StoredFile, place: str, download: Callable[
                 return target
             target.unlink()
     raise UserError(
-        f"{place}: not the bytes that the manifest names (fetched twice; SHA-256 {file.sha256[:12]}... expected); "
+        f"{address}: not the bytes that the manifest names (fetched twice; SHA-256 {file.sha256[:12]}... expected); "
         "was the dataset changed? Open it again, or upload it again"
     )
 
@@ -103,6 +110,9 @@ def _remove_abandoned() -> None:
 
 def _limit(held: int) -> float:
     """Bytes that copies may take.
+
+    Args:
+        held: Bytes that they take now.
 
     Raises:
         UserError: DSMIP_CACHE_GB is no number above 0.
@@ -148,7 +158,7 @@ def _is_right(path: Path, file: StoredFile) -> bool:
 
 
 def _mark(path: Path) -> None:
-    """Says of a copy that it was checked, and is asked for now."""
+    """Marks a copy as checked, and as asked for now."""
     try:
         os.utime(path, ns=(time.time_ns(), _CHECKED_NS))
     except FileNotFoundError:

@@ -1,6 +1,7 @@
-"""The files of a dataset, wherever they lie: in a folder, or in an object store with copies on this node.
+"""The storage of a dataset: its files by name, in a folder or in an object store with copies on this node.
 
-Whoever reads asks for an open file by its name below the dataset; whether it had to be fetched is settled here.
+Names are paths below the dataset, with slashes. Whoever reads asks for an open file; whether it had to be fetched is
+settled here and in `dsmip.remote_dataset`.
 `dsmip.locations.open_dataset_storage` opens what lies at a location.
 """
 
@@ -21,7 +22,13 @@ Result = TypeVar("Result")
 
 
 class StoredFile(Protocol):
-    """A file that a manifest names: path below the dataset's folder, size (None: not said), SHA-256."""
+    """A file that a manifest names.
+
+    Attributes:
+        path: Below the dataset's folder.
+        bytes: Its size; None when the manifest does not say.
+        sha256: Of its content, in hexadecimal.
+    """
 
     @property
     def path(self) -> str: ...
@@ -35,7 +42,7 @@ class StoredFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """Such a file that is no shard."""
+    """A `StoredFile` that is no shard."""
 
     path: str
     sha256: str
@@ -46,9 +53,11 @@ Ahead = Callable[[Sequence[StoredFile]], None]
 
 
 class DatasetStorage(Protocol):
-    """Names are paths below the dataset, with slashes. All of it pickles, for other processes of this node.
+    """The files of one dataset. It pickles, for other processes of this node.
 
-    location: what another node opens the dataset by. folder: where the files, or their copies, lie on this node.
+    Attributes:
+        location: What another node opens the dataset by.
+        folder: Where the files, or their copies, lie on this node.
     """
 
     @property
@@ -68,7 +77,8 @@ class DatasetStorage(Protocol):
     def use(self, file: StoredFile, opener: Callable[[Path], Result]) -> Result:
         """What `opener` makes of a file's path on this node; what it has opened stays readable.
 
-        Raises UserError when the file is missing or, from a store, not what the manifest says.
+        Raises:
+            UserError: The file is missing or, from a store, not what the manifest says.
         """
         ...
 
@@ -81,11 +91,15 @@ class DatasetStorage(Protocol):
         ...
 
     def children(self, name: str) -> list[str]:
-        """Names of the files and folders in a folder, without their way; none when there is no such folder."""
+        """Names of the files and folders directly in a folder; none when there is no such folder."""
         ...
 
     def check_sizes(self, files: Sequence[StoredFile]) -> None:
-        """Raises UserError for a file that is missing or of a wrong size, where that can be seen at once."""
+        """Checks that files are there in their sizes, where that can be seen at once.
+
+        Raises:
+            UserError: A file is missing or of a wrong size.
+        """
         ...
 
     def send(self, name: str) -> None:
@@ -147,7 +161,7 @@ class LocalDataset:
                 raise UserError(f"{path}: has {found} bytes instead of {file.bytes}; prepare the dataset again")
 
     def send(self, name: str) -> None:
-        """It is there."""
+        """Does nothing: files are written in place."""
 
     def remove(self, name: str) -> None:
         path = self.folder / name

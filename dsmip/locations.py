@@ -1,4 +1,4 @@
-"""Locations: what a path or an address stands for, and what is opened there."""
+"""Locations: the path or object store that one stands for, and the storage of the run or dataset that lies there."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def local_path(location: str | Path) -> Path | None:
     """The path that a location on this machine stands for, also of a `file://` URI; None for an object store.
 
     Raises:
-        UserError: a `file://` URI of another machine, or a URI that was mistyped or cannot be used.
+        UserError: A `file://` URI of another machine, or a URI that was mistyped or cannot be used.
     """
     if not is_uri(location):
         return path_here(Path(location))
@@ -33,7 +33,11 @@ def local_path(location: str | Path) -> Path | None:
 
 
 def path_here(path: Path) -> Path:
-    """The path itself. Raises UserError for what was meant as a URI; a Path of one has lost a slash."""
+    """The path itself.
+
+    Raises:
+        UserError: It was meant as a URI; a Path of one has lost a slash.
+    """
     if _ALMOST_URI.match(str(path)):
         how = "give s3://..., gs://... or file:///..., or the full path of a folder of this name"
         raise UserError(f"{path}: neither a path here nor a URI; {how}")
@@ -41,10 +45,10 @@ def path_here(path: Path) -> Path:
 
 
 def open_run_storage(location: Location) -> RunStorage:
-    """The storage of a run at a path or address; file:// is a folder.
+    """The storage of a run at a path or URI; a `file://` URI is a folder.
 
     Raises:
-        UserError: an address that nothing can open, as `dsmip.object_store.filesystem` does.
+        UserError: It is an address that nothing can open.
     """
     if isinstance(location, RunStorage):
         return location
@@ -54,10 +58,10 @@ def open_run_storage(location: Location) -> RunStorage:
 
 
 def open_dataset_storage(location: str | Path) -> tuple[DatasetStorage, bytes]:
-    """The storage of the dataset at a folder or address, and its manifest's content.
+    """The storage of the dataset at a folder or URI, and its manifest's content.
 
     Raises:
-        UserError: there is none, or the store cannot be read.
+        UserError: There is none, or the store cannot be read.
     """
     folder = local_path(location)
     if folder is None:

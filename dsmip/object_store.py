@@ -67,7 +67,7 @@ class ObjectStore:
         """An object, or all below a folder, by name; none when there is nothing.
 
         Raises:
-            FileNotFoundError: there is no such bucket.
+            FileNotFoundError: There is no such bucket.
         """
         system, root = self._system()
         found = self._call(name, lambda: system.find(self._path(name), detail=True))
@@ -107,7 +107,7 @@ class ObjectStore:
         """Copies an object into a file here.
 
         Raises:
-            FileNotFoundError: there is no such object.
+            FileNotFoundError: There is no such object.
         """
         system = self._system()[0]
         self._call(name, lambda: system.get_file(self._path(name), str(target)))
