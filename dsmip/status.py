@@ -28,7 +28,7 @@ _ALIVE_SECONDS = 300.0  # a training that has written nothing for so long is tak
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingState:
     """A part's training or a trial. `figures`: the latest of everything. `note`: what else there is to say."""
 
     name: str
@@ -62,8 +62,8 @@ class Status:
     folder: str
     model: str
     data: str
-    parts: list[Progress]
-    trials: list[Progress]
+    parts: list[TrainingState]
+    trials: list[TrainingState]
     evaluations: list[Evaluation]
     disk: dict[str, int]
     last_command: str
@@ -129,7 +129,7 @@ class _Reader:
             self.problems.append(f"{path} is damaged: {error!r}")
             return None
 
-    def _parts(self) -> list[Progress]:
+    def _parts(self) -> list[TrainingState]:
         """The system's parts, the gated whole, and the parts of other settings that a sweep asked for."""
         if self.config is not None:
             names = list(find_system(self.config.model).part_names(self.config.system))
@@ -144,32 +144,32 @@ class _Reader:
             found += [self._part(home, name, f"{name}-{home.name}") for name in sorted(named)]
         return found
 
-    def _part(self, home: Path, part: str, training: str) -> Progress:
+    def _part(self, home: Path, part: str, training: str) -> TrainingState:
         known = self.config is not None and part in find_system(self.config.model).part_names(self.config.system)
         epochs = self.config.train_of(part).epochs if self.config is not None and known else None
         best = self._json(home / part / "part.json", lambda report: (_numbers(report["best"]), len(report["history"])))
         if best is not None:
-            return Progress(training, "finished", best[1], epochs, figures=best[0])
+            return TrainingState(training, "finished", best[1], epochs, figures=best[0])
         progress = home / "ray" / f"{training}.{PROGRESS}"
         error = home / "ray" / f"{training}.error.txt"
         return self._training(training, progress, home / "ray" / training, error, epochs)
 
-    def _training(self, name: str, progress: Path, checkpoints: Path, error: Path, epochs: int | None) -> Progress:
+    def _training(self, name: str, progress: Path, checkpoints: Path, error: Path, epochs: int | None) -> TrainingState:
         """A training that is not finished, from its progress file and else from its newest checkpoint."""
         found = self._json(progress, _position)
         manifest = self._newest_manifest(checkpoints)
         if found is None and manifest is None:
-            return Progress(name, "not begun", num_epochs=epochs)
+            return TrainingState(name, "not begun", num_epochs=epochs)
         done = manifest["epoch"] if manifest else 0
         stored = _numbers(manifest["history"][-1]) if manifest and manifest["history"] else {}
         figures = {f"epoch/{key}": value for key, value in stored.items()}
         if found is None:
-            return Progress(name, "interrupted", done, epochs, figures=figures)
+            return TrainingState(name, "interrupted", done, epochs, figures=figures)
         age = (self.now - datetime.fromisoformat(found["updated"])).total_seconds()
         alive: State = "training" if age < _ALIVE_SECONDS else "interrupted"
         state = _ENDED.get(found["state"], alive)
         seconds = f"last sign of life {max(age, 0):.0f} s ago"
-        return Progress(
+        return TrainingState(
             name,
             state,
             max(done, found["epoch"]),
@@ -191,24 +191,24 @@ class _Reader:
                     self.problems.append(str(error))
         return None
 
-    def _trials(self) -> list[Progress]:
+    def _trials(self) -> list[TrainingState]:
         home = self.folder / "tune"
         changes = self._json(home / "sweep.json", lambda sweep: {int(n): c for n, c in sweep["trials"].items()}) or {}
         rungs = [rung for path in sorted(home.glob("rung-*.json")) if (rung := self._json(path, _rung)) is not None]
         return [self._trial(number, changes[number], rungs) for number in sorted(changes)]
 
-    def _trial(self, number: int, changes: Mapping[str, Any], rungs: list[dict[str, Any]]) -> Progress:
+    def _trial(self, number: int, changes: Mapping[str, Any], rungs: list[dict[str, Any]]) -> TrainingState:
         folder, name = self.folder / "tune" / "trials" / str(number), f"trial {number}"
         settings = ", ".join(f"{key}={value}" for key, value in changes.items()) or "the configuration unchanged"
         if self._swept() and rungs and number in rungs[-1]["mrr"]:
             figures = {"epoch/mrr": rungs[-1]["mrr"][number]}
-            return Progress(name, "finished", rungs[-1]["epochs"], figures=figures, note=settings)
+            return TrainingState(name, "finished", rungs[-1]["epochs"], figures=figures, note=settings)
         for rung in rungs:
             if number in rung["failed"]:
-                return Progress(name, "failed", note=f"{settings}; {rung['failed'][number]}")
+                return TrainingState(name, "failed", note=f"{settings}; {rung['failed'][number]}")
             if number in rung["mrr"] and number not in rung["survivors"]:
                 figures = {"epoch/mrr": rung["mrr"][number]}
-                return Progress(name, "dropped", rung["epochs"], figures=figures, note=settings)
+                return TrainingState(name, "dropped", rung["epochs"], figures=figures, note=settings)
         found = self._training(name, folder / PROGRESS, folder / "checkpoints", folder / "error.txt", None)
         return replace(found, note="; ".join(filter(None, (settings, found.note))))
 
@@ -234,8 +234,8 @@ class _Reader:
 
     def _next(
         self,
-        parts: list[Progress],
-        trials: list[Progress],
+        parts: list[TrainingState],
+        trials: list[TrainingState],
         evaluations: list[Evaluation],
         last: Mapping[str, str] | None,
     ) -> str:
@@ -252,7 +252,7 @@ class _Reader:
         return command
 
     def _next_command(
-        self, config: ExperimentConfig, parts: list[Progress], evaluations: list[Evaluation]
+        self, config: ExperimentConfig, parts: list[TrainingState], evaluations: list[Evaluation]
     ) -> str | None:
         run, system = self.storage.location, find_system(config.model)
         names = system.part_names(config.system)

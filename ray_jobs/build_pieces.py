@@ -7,11 +7,11 @@ it had finished.
 from collections.abc import Sequence
 from typing import Any
 
-from ray_jobs.shares import run_shares, start_share
+from ray_jobs.tasks import run_shares, start_share
 
 # isort: split
 from dsmip.index_builder import Pieces
-from ray_jobs.progress import Display
+from ray_jobs.display import Display
 from ray_jobs.workers import worker_device
 
 
@@ -29,7 +29,7 @@ def build_on_ray(pieces: Pieces, workers: int, *, gpu: bool, display: Display) -
 
 
 def _build(pieces: Pieces, names: Sequence[str], name: str, events: Any) -> None:
-    told = start_share(name, events)
+    step_events = start_share(name, events)
     pieces.files.storage.pull("")  # of a lost worker, perhaps on another node
-    pieces.make(names, worker_device(), lambda what, done, total: told.step_done(0, done - 1, total))
-    told.epoch_done({"epoch": 0})
+    pieces.make(names, worker_device(), lambda what, done, total: step_events.step_done(0, done - 1, total))
+    step_events.epoch_done({"epoch": 0})

@@ -71,7 +71,7 @@ def prepare(
     """Makes a dataset directory from a raw release. Run again after an interruption it goes on where it was."""
     from data_prep.formats.registry import open_release
     from ray_jobs import prepare as job
-    from ray_jobs.build_display import BuildDisplay
+    from ray_jobs.display import Display
 
     if train_fraction is not None:
         _refuse_given(context, {*context.params} - _OF_VIEWS, "a view (--train-fraction) has no such choice")
@@ -90,13 +90,13 @@ def prepare(
     if format == "demo":
         _refuse_given(context, _NOT_OF_DEMOS, "a demo has what SOURCE says: a seed, or a YAML file")
         world = job.demo_config(source)
-        with BuildDisplay() as display:
-            manifest = job.prepare_demo(world, out, options, display.show)
+        with Display() as display:
+            manifest = job.prepare_demo(world, out, options, display)
     else:
         chosen = job.release_options(entity_text, mention_text, kb, split, seed)
         release = open_release(Path(source), format, chosen)
-        with BuildDisplay() as display:
-            manifest = job.prepare_release(release, out, options, display.show)
+        with Display() as display:
+            manifest = job.prepare_release(release, out, options, display)
     rejects = f"{out.rstrip('/')}/{REJECTS_FILE}"
     for split in SPLITS:
         if not manifest.splits[split].mentions:
@@ -164,8 +164,8 @@ def pretrain(
     if path_here(out).suffix != ".safetensors":
         raise UserError(f"--out {out} must end in .safetensors")
     from dsmip.dataset import Dataset
+    from ray_jobs.display import Display
     from ray_jobs.pretrain import pretrain_backbone
-    from ray_jobs.progress import Display
 
     pretrain_backbone(settings, Dataset.open(data), out, Display(), verbose=verbose)
 
@@ -179,7 +179,7 @@ def train(
 
     settings = job_config(config, set or [])
     from dsmip.dataset import Dataset
-    from ray_jobs.progress import Display
+    from ray_jobs.display import Display
     from ray_jobs.train_experts import train_experts
 
     train_experts(settings, Dataset.open(data), run, Display(), verbose=verbose)
@@ -195,7 +195,7 @@ def tune(
     """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
     from dsmip.load_config import job_config
     from dsmip.runs import Run
-    from ray_jobs.progress import Display
+    from ray_jobs.display import Display
     from ray_jobs.tune_gate import tune_gate
 
     opened = Run.open(run)
@@ -221,12 +221,11 @@ def features(
     verbose: VerboseOption = False,
 ) -> None:
     """Computes the gate's picture features of all pictures beside the shards. Run again, it resumes."""
-    from ray_jobs.feature_request import feature_request
+    from ray_jobs.features import compute_features, feature_request
 
     asked = feature_request(kind, config, set or [], weights, random_weights)
     from dsmip.dataset import Dataset
-    from ray_jobs.features import compute_features
-    from ray_jobs.progress import Display
+    from ray_jobs.display import Display
 
     dataset, display = Dataset.open(data), Display()
     if random_weights is not None:

@@ -1,13 +1,11 @@
 """The job `dsmip compare`: two evaluations on the same mentions, with intervals and p-values. Knows no Ray."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dsmip.atomic import write_json
@@ -16,8 +14,7 @@ from dsmip.errors import UserError
 from dsmip.locations import Location
 from dsmip.manifest import SPLITS
 from dsmip.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
-
-_PLAIN_WIDTH = 110  # of tables that go to a file or a pipe
+from ray_jobs.display import result_console
 
 
 def compare_runs(
@@ -54,8 +51,8 @@ def _made(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _show(first: Evaluation, second: Evaluation, split: str, found: Comparison) -> None:
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-    console.print(f"{found.num_mentions} mentions of {split}\n  1: {first}\n  2: {second}", markup=False)
+    console = result_console()
+    console.print(f"{found.num_mentions} mentions of {split}\n  1: {first}\n  2: {second}", soft_wrap=True)
     metrics = Table("", "1", "2", "2 - 1", f"{LEVEL:.0%} interval", "p")
     for name, metric in found.metrics.items():
         low, high = metric.interval
@@ -64,7 +61,9 @@ def _show(first: Evaluation, second: Evaluation, split: str, found: Comparison) 
         figures = (f"{metric.first:.3f}", f"{metric.second:.3f}", f"{metric.difference:+.3f}")
         metrics.add_row(name, *figures, interval, p_value)
     console.print(metrics)
-    console.print(f"paired over mentions: {NUM_RESAMPLES} bootstrap resamples, {NUM_FLIPS} random sign flips")
+    console.print(
+        f"paired over mentions: {NUM_RESAMPLES} bootstrap resamples, {NUM_FLIPS} random sign flips", soft_wrap=True
+    )
     hits = Table("hits@1 of", "mentions", "1", "2", "2 - 1")
     for group, values in found.groups.items():
         hits.add_section()

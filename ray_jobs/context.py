@@ -41,10 +41,10 @@ class RayContext:
         self.device: torch.device = ray.train.torch.get_device()
         context = ray.train.get_context()
         rank, num_workers = context.get_world_rank(), context.get_world_size()
-        self._told = StepEvents(watched.name, num_epochs, events if rank == 0 else None)
+        self._events = StepEvents(watched.name, num_epochs, events if rank == 0 else None)
         progress = storage, f"{watched.name}.{PROGRESS}"
         self._watch = open_watch(
-            watched, self.device, num_epochs, progress, self._told, rank=rank, num_workers=num_workers
+            watched, self.device, num_epochs, progress, self._events, rank=rank, num_workers=num_workers
         )
         self._scratch = Scratch()
         self._restored = self._scratch.folder("restored-")
@@ -74,7 +74,7 @@ class RayContext:
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         self._stalls.alive()
-        self._told.step_done(epoch, step, num_steps)
+        self._events.step_done(epoch, step, num_steps)
         self._watch.step_done(epoch, step, num_steps, figures)
 
     def asked_to_leave(self) -> bool:
@@ -93,7 +93,7 @@ class RayContext:
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         self._stalls.alive()
-        self._told.epoch_done(metrics)
+        self._events.epoch_done(metrics)
         self._watch.epoch_done(metrics)
         self._report(metrics, checkpoint)
 
@@ -109,14 +109,14 @@ class RayContext:
         newest = ray.train.get_checkpoint()
         if newest is None:
             return None
-        found = newest_sound(self._fetched(newest), self.device, self._told.warn, str(self._checkpoints))
+        found = newest_sound(self._fetched(newest), self.device, self._events.warn, str(self._checkpoints))
         self._say_where(found)
         return found
 
     def _say_where(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
             found = read_manifest(checkpoint)
-            self._told.warn(f"goes on from its checkpoint: epoch {found['epoch'] + 1}, after {found['step']} steps")
+            self._events.warn(f"goes on from its checkpoint: epoch {found['epoch'] + 1}, after {found['step']} steps")
 
     def _fetched(self, newest: ray.train.Checkpoint) -> Iterator[Path]:
         """Local copies of the checkpoints that Ray keeps, newest first, each made when it is asked for."""
@@ -142,7 +142,7 @@ def open_watch(
     device: torch.device,
     num_epochs: int,
     progress: tuple[RunStorage, str],
-    told: StepEvents,
+    events: StepEvents,
     *,
     rank: int = 0,
     num_workers: int = 1,
@@ -153,10 +153,10 @@ def open_watch(
     """
     gauges = Gauges(watched.name, rank)
     if rank > 0:
-        return Watch([gauges], device, told.warn)
+        return Watch([gauges], device, events.warn)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     where = {"host": socket.gethostname(), "device": name, "workers": num_workers}
     storage, file = progress
     sent = [Sent(storage, file), Sent(watched.storage, watched.event_files)]
     progress_file = ProgressFile(storage.folder / file, num_epochs, where)
-    return Watch([progress_file, gauges, *watched.writers(), *sent], device, told.warn)
+    return Watch([progress_file, gauges, *watched.writers(), *sent], device, events.warn)

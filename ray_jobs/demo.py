@@ -27,10 +27,10 @@ from dsmip.load_config import changed, job_config
 from dsmip.manifest import PictureSettings
 from dsmip.report import evaluate_model, oracle
 from dsmip.runs import Run
+from ray_jobs.display import Display
 from ray_jobs.evaluate import SHOWN
 from ray_jobs.prepare import BuildOptions, prepare_release, write_release_once
 from ray_jobs.pretrain import pretrain_backbone
-from ray_jobs.progress import Display
 from ray_jobs.resources import cluster_kinds
 from ray_jobs.train_experts import train_experts
 from ray_jobs.tune_gate import tune_gate

@@ -11,7 +11,7 @@ from dsmip.locations import Location
 from dsmip.ranked_model import model_names
 from dsmip.report import Evaluated, evaluate_model, evaluation_name
 from dsmip.runs import Run
-from ray_jobs.lines import ProgressLines
+from ray_jobs.display import Display
 
 SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
 _SHOWN_OF_CANDIDATES = ("hits@1", "hits@5", "hits@20", "mrr")
@@ -41,10 +41,10 @@ def evaluate_run(
             evaluated = _evaluate_on_ray(run, split, model, place, workers, options, candidates)
         else:
             check_here(place)
-            progress = ProgressLines()
-            evaluated = evaluate_model(
-                run, split, model, place, options=options, progress=progress, candidates=candidates
-            )
+            with Display() as progress:
+                evaluated = evaluate_model(
+                    run, split, model, place, options=options, progress=progress, candidates=candidates
+                )
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
     refined = metrics["refinement"]
@@ -82,7 +82,6 @@ def _evaluate_on_ray(
         )
     from ray_jobs.build_pieces import build_on_ray  # these import Ray, which one worker does without
     from ray_jobs.connection import connected
-    from ray_jobs.progress import Display
     from ray_jobs.rank_slices import rank_on_ray
     from ray_jobs.resources import Request, check_feasible
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ray_jobs.connection import connected
@@ -20,12 +21,15 @@ import ray.data
 from dsmip.collate import PictureCollator
 from dsmip.dataset import Dataset
 from dsmip.dataset_storage import DatasetStorage
-from dsmip.encoders.image_networks import PictureNetwork, identity
+from dsmip.encoders.clip import Backbone
+from dsmip.encoders.image_networks import Kind, NetworkChoice, PictureNetwork, identity
+from dsmip.encoders.vgg import BY_HASH, SIDE, TORCHVISION
 from dsmip.errors import ReportedError, UserError
 from dsmip.feature_cache import BATCH_SIZE
 from dsmip.image_features import (
     PARTS,
     Data,
+    DTypeName,
     Origin,
     PictureFeatures,
     Pixels,
@@ -38,21 +42,31 @@ from dsmip.image_features import (
     read_features,
     write_manifest,
 )
+from dsmip.load_config import job_config
 from dsmip.manifest import KB
+from dsmip.models.dsmip import DsmipConfig
 from dsmip.parallel import map_alone
 from dsmip.table import Table
 from dsmip.table_writer import TableWriter
-from ray_jobs.events import Event, StepEvents, start_event_queue
+from ray_jobs.display import Display
+from ray_jobs.events import Event, StepEvents
 from ray_jobs.failures import JobFailed
-from ray_jobs.feature_request import FeatureRequest
-from ray_jobs.lines import ProgressLines
-from ray_jobs.progress import Display, run_watched
-from ray_jobs.resources import Request, WaitingLine, check_feasible
+from ray_jobs.resources import Request, check_feasible
+from ray_jobs.tasks import Call, run_watched
 from ray_jobs.workers import set_threads, worker_device
 
 PIECE_ITEMS = BATCH_SIZE  # as many as the gate encodes at once: the last bits depend on the size of a batch
 NAME = "picture features"
 _PIECES = "pieces-"
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRequest:
+    """size: side that pictures are fitted to before the network, as a run's gate does it."""
+
+    choice: NetworkChoice
+    size: int
+    dtype: DTypeName
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +85,59 @@ class Piece:
     start: int
     stop: int
     file: str
+
+
+def feature_request(
+    kind: Kind, config: str | None, overrides: Sequence[str], weights: str | None, random_seed: int | None
+) -> FeatureRequest:
+    """From the command line; what is not said there is the configuration's. UserError for what does not go together."""
+    if weights is not None and random_seed is not None:
+        raise UserError("--weights and --random-weights exclude each other")
+    if kind == "clip":
+        return _clip(config, overrides, weights, random_seed)
+    size, named = SIDE, TORCHVISION
+    dtype: DTypeName = "float32"
+    if config is not None:
+        settings = job_config(config, overrides)
+        size, dtype = _image_size(settings.backbone.architecture), settings.cache_dtype
+        if isinstance(settings.system, DsmipConfig):
+            named = settings.system.gate.vgg_weights
+    elif overrides:
+        raise UserError("--set changes a configuration: name one by --config")
+    if random_seed is not None:
+        return FeatureRequest(NetworkChoice("vgg16", None, seed=random_seed), size, dtype)
+    named = weights or named
+    if named.startswith(BY_HASH):
+        raise UserError(f"the configuration names VGG-16's weights by their hash ({named}); say where by --weights")
+    return FeatureRequest(NetworkChoice("vgg16", _absolute(named)), size, dtype)
+
+
+def _clip(config: str | None, overrides: Sequence[str], weights: str | None, random_seed: int | None) -> FeatureRequest:
+    if config is None:
+        raise UserError("--kind clip takes the backbone of a configuration: name one by --config")
+    if weights is not None:
+        raise UserError("--weights are VGG-16's; for --kind clip say --set backbone.pretrained=...")
+    settings = job_config(config, overrides)
+    backbone = settings.backbone
+    if backbone.pretrained is None and random_seed is None:
+        raise UserError(
+            f"the backbone of {config} has no weights: say --set backbone.pretrained=FILE (a tag, an hf-hub: id),"
+            " or --random-weights 0 for what a run with random weights has"
+        )
+    if backbone.pretrained is not None and random_seed is not None:
+        raise UserError(f"the backbone of {config} has weights ({backbone.pretrained}): leave out --random-weights")
+    architecture = _absolute(backbone.architecture)
+    choice = NetworkChoice("clip", backbone.pretrained, architecture, random_seed or 0)
+    return FeatureRequest(choice, _image_size(architecture), settings.cache_dtype)
+
+
+def _image_size(architecture: str) -> int:
+    return Backbone.build(architecture, None, device="meta").image_size
+
+
+def _absolute(name: str) -> str:
+    """File names as workers need them, which live in another folder."""
+    return str(Path(name).resolve()) if Path(name).is_file() else name
 
 
 def compute_features(
@@ -158,15 +225,12 @@ def _encode_on_ray(
     workers = min(workers, len(pieces))
     request = Request(NAME, workers, 1, gpus)
     check_feasible([request])
-    events = start_event_queue()
-    encode = partial(_run_pipeline, plan, pieces, workers, gpus, events, verbose=verbose)
-    waiting = WaitingLine({NAME: request}, display.say)
-    with display:
-        for _, call in run_watched({NAME: encode}, events, display, lambda running: waiting(running - display.started)):
-            call.result()
+    encode = Call(partial(_run_pipeline, plan, pieces, workers, gpus, verbose), [request])
+    for _, call in run_watched({NAME: encode}, display):
+        call.result()
 
 
-def _run_pipeline(plan: Plan, pieces: Sequence[Piece], workers: int, gpus: int, events: Any, *, verbose: bool) -> None:
+def _run_pipeline(plan: Plan, pieces: Sequence[Piece], workers: int, gpus: int, verbose: bool, events: Any) -> None:
     """Only names of pieces travel through Ray's object store: pictures and features go from and to files."""
     _quieten(verbose)
     pipeline = ray.data.from_items([asdict(piece) for piece in pieces], override_num_blocks=len(pieces)).map_batches(
@@ -177,13 +241,12 @@ def _run_pipeline(plan: Plan, pieces: Sequence[Piece], workers: int, gpus: int, 
         num_gpus=gpus,
         compute=ray.data.ActorPoolStrategy(size=workers),
     )
-    done, total, lines = 0, sum(piece.stop - piece.start for piece in pieces), ProgressLines()
+    done, total = 0, sum(piece.stop - piece.start for piece in pieces)
     try:
         for row in pipeline.iter_rows():
             if row["failure"]:
                 raise _error(row["failure"], row["exit_code"])
             done += row["items"]
-            lines(NAME, done, total)
             events.push.remote(Event(NAME, done, total, 0))
     except ray.exceptions.RayError as error:
         raise JobFailed(f"{NAME}: {error}", 1) from error

@@ -10,7 +10,7 @@ from data_prep.inspection.report import Inspection, inspect_dataset
 from data_prep.inspection.tables import tables
 from dsmip.atomic import write_json
 from dsmip.dataset import Dataset
-from ray_jobs.bars import plain_console, progress_bars
+from ray_jobs.display import Display
 
 
 def inspect_data(data: str, *, html: Path | None, json_file: Path | None, pictures: bool, workers: int) -> Inspection:
@@ -18,14 +18,14 @@ def inspect_data(data: str, *, html: Path | None, json_file: Path | None, pictur
 
     Raises UserError for what is no dataset, or a damaged one.
     """
-    with progress_bars() as progress:
-        found = inspect_dataset(Dataset.open(data), pictures=pictures, workers=workers, progress=progress)
+    with Display(transient=True) as display:
+        found = inspect_dataset(Dataset.open(data), pictures=pictures, workers=workers, progress=display)
     if json_file is not None:
         write_json(json_file, found.to_json())
     if html is not None:
         write_page(found, html)
-    console = plain_console()
-    console.print(f"{found.name} ({data})", markup=False)
+    console = display.console
+    console.print(f"{found.name} ({data})")
     for table in tables(found):
         shown = Table(table.header[0], title=table.title, title_justify="left")
         for name in table.header[1:]:
@@ -35,8 +35,8 @@ def inspect_data(data: str, *, html: Path | None, json_file: Path | None, pictur
         if table.rows:
             console.print(shown)
         if table.note:
-            console.print(table.note if table.rows else f"{table.title}: {table.note}", markup=False)
-    console.print(f"page: {html}" if html else "give --html FILE for a page with samples and examples", markup=False)
+            console.print(table.note if table.rows else f"{table.title}: {table.note}")
+    console.print(f"page: {html}" if html else "give --html FILE for a page with samples and examples")
     return found
 
 

@@ -3,10 +3,11 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -17,7 +18,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from data_prep.build.build import PICTURES, SHARD_BYTES, Progress, prepare
 from data_prep.build.publish import published_manifest, upload_dataset
-from data_prep.build.runners import Runner, run_in_processes, run_serially
+from data_prep.build.runners import Result, Runner, Task, Tick, run_in_processes, run_serially
 from data_prep.build.view import make_view
 from data_prep.demo.release import DemoConfig, write_demo_release
 from data_prep.formats.mimic import MimicRelease
@@ -130,10 +131,45 @@ def prepare_view(base: str, out: str, fraction: float, seed: int) -> Dataset:
 
 def _runner(options: BuildOptions) -> AbstractContextManager[Runner]:
     if options.on_ray:
-        from ray_jobs.build_on_ray import run_on_ray
-
-        return run_on_ray(options.workers)
+        return run_on_ray(options.workers, partial(print, flush=True))
     return run_in_processes(options.workers) if options.workers > 1 else nullcontext(run_serially)
+
+
+@contextmanager
+def run_on_ray(num_workers: int, say: Callable[[str], None], *, verbose: bool = False) -> Iterator[Runner]:
+    """A runner with `num_workers` tasks of one CPU at a time on the cluster of RAY_ADDRESS, or on a local one.
+
+    All nodes see the release and the dataset's folder under the same paths.
+    say: gets a line from time to time while no task can begin.
+    """
+    from ray_jobs.connection import connected  # these import Ray, which a build in processes does without
+
+    # isort: split
+    from ray_jobs.resources import Request, check_feasible
+    from ray_jobs.tasks import run_each
+
+    request = Request("prepare", 1, 1, 0, most=num_workers)
+    with connected(verbose=verbose):
+        check_feasible([request])
+
+        def run(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+            if tasks:  # else no node need be started
+                for result, count in run_each(_made, tasks, request, say, "a shard could not be made"):
+                    tick(count)
+                    yield result
+
+        yield run
+
+
+def _made(task: Task[Result]) -> tuple[Result, int]:
+    """What the task made, and of how many items."""
+    count = 0
+
+    def tick(items: int) -> None:
+        nonlocal count
+        count += items
+
+    return task.run(tick), count
 
 
 def picture_settings(size: int, *, keep_original: bool) -> PictureSettings:

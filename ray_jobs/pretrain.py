@@ -26,7 +26,7 @@ from dsmip.provenance import environment
 from dsmip.text import Template
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
-from ray_jobs.progress import Display
+from ray_jobs.display import Display
 from ray_jobs.ray_train import Training, run_trainings
 
 

@@ -6,16 +6,16 @@ the run; of a run in an object store every node has a copy of the whole index.
 
 from typing import Any
 
-from ray_jobs.shares import run_shares, start_share
+from ray_jobs.tasks import run_shares, start_share
 
 # isort: split
 from torch import Tensor
 
 from dsmip.config import RankOptions
 from dsmip.ranked_model import RankedFiles
-from dsmip.ranking import Ranking, check_golds
+from dsmip.ranking import NotRankable, Ranking, check_golds
 from dsmip.slices import merge_gold_scores, merge_rankings
-from ray_jobs.progress import Display
+from ray_jobs.display import Display
 from ray_jobs.workers import worker_device
 
 
@@ -26,12 +26,18 @@ def rank_on_ray(stored: RankedFiles, workers: int, *, gpu: bool, options: RankOp
     """
     numbers = {f"slice {number + 1}": number for number in range(workers)}
     golds: dict[str, Tensor] = run_shares(
-        _gold_scores, {name: (stored, workers, number) for name, number in numbers.items()}, gpu=gpu, display=display
+        _gold_scores,
+        {name: (stored, workers, number) for name, number in numbers.items()},
+        gpu=gpu,
+        display=display,
+        expected=(NotRankable,),
     )
     gold_score_M, model = merge_gold_scores(list(golds.values())), stored.open()
     check_golds(gold_score_M, model.gold_row_M, model.index)
     shares = {name: (stored, workers, gold_score_M, options, number) for name, number in numbers.items()}
-    ranked: dict[str, tuple[Ranking, list[str]]] = run_shares(_rank_slice, shares, gpu=gpu, display=display)
+    ranked: dict[str, tuple[Ranking, list[str]]] = run_shares(
+        _rank_slice, shares, gpu=gpu, display=display, expected=(NotRankable,)
+    )
     for line in dict.fromkeys(line for _, notices in ranked.values() for line in notices):
         display.say(line)
     return merge_rankings([ranking for ranking, _ in ranked.values()], options.top_k)

@@ -26,11 +26,11 @@ from dsmip.loop import Left
 from dsmip.run_storage import LocalRun, RunStorage
 from dsmip.trackers import Watched
 from ray_jobs.context import RayContext
-from ray_jobs.events import start_event_queue
+from ray_jobs.display import Display
 from ray_jobs.failures import Failure, JobFailed, exit_code_of, failure_of, traced
-from ray_jobs.progress import Display, run_watched
-from ray_jobs.resources import Request, WaitingLine, check_feasible
+from ray_jobs.resources import Request, check_feasible
 from ray_jobs.snapshots import mend_snapshot
+from ray_jobs.tasks import Call, run_watched
 
 _RESIZE_SECONDS = 30.0  # how often an elastic training looks whether there is room for more workers
 
@@ -81,17 +81,14 @@ def run_trainings(trainings: Sequence[Training], display: Display) -> None:
             continue  # a store has no half files
         if mended := mend_snapshot(training.storage.folder / training.name):
             display.say(f"  {training.name}: warning: {mended}")
-    events = start_event_queue()
     failures: dict[str, Failure] = {}
     storages = {training.name: training.storage for training in trainings}
-    waiting = WaitingLine({training.name: training.request for training in trainings}, display.say)
-    with display:
-        calls = {training.name: partial(_fit, training, events) for training in trainings}
-        for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
-            if failure := call.result():
-                failures[name] = failure
-                where = traced(failure, storages[name], f"{name}.error.txt")
-                display.say(f"  {name}: failed: {failure.message}{where}")
+    calls = {training.name: Call(partial(_fit, training), [training.request]) for training in trainings}
+    for name, call in run_watched(calls, display):
+        if failure := call.result():
+            failures[name] = failure
+            where = traced(failure, storages[name], f"{name}.error.txt")
+            display.say(f"  {name}: failed: {failure.message}{where}")
     if failures:
         message = f"failed: {', '.join(failures)}; run the same command again to resume"
         raise JobFailed(message, exit_code_of(failures.values()))

@@ -8,18 +8,16 @@ from rich.table import Table
 
 from dsmip.atomic import write_json
 from dsmip.locations import Location
-from dsmip.status import Progress, Status, read_status
+from dsmip.status import Status, TrainingState, read_status
+from ray_jobs.display import result_console
 
 _SHOWN = ("loss", "mrr", "hits_at_1", "samples_per_second", "data_wait_share")
-_PLAIN_WIDTH = 140  # of tables that go to a file or a pipe
 
 
 def show_status(location: Location, json_file: Path | None = None) -> Status:
     """Prints the state of a run and, with `json_file`, writes all of it there. UserError when there is no run."""
     status = read_status(location)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
+    console = result_console()
     console.print(f"{status.folder}: {status.model} on {status.data}", soft_wrap=True)
     console.print(f"last command: {status.last_command}", soft_wrap=True)
     _print_progress(console, "part", status.parts)
@@ -41,7 +39,7 @@ def show_status(location: Location, json_file: Path | None = None) -> Status:
     return status
 
 
-def _print_progress(console: Console, what: str, rows: list[Progress]) -> None:
+def _print_progress(console: Console, what: str, rows: list[TrainingState]) -> None:
     table = _table(what, "state", "epoch", "step", "figures", "")
     for row in rows:
         epoch = f"{row.epochs_done}" + (f" of {row.num_epochs}" if row.num_epochs else "")
@@ -50,7 +48,7 @@ def _print_progress(console: Console, what: str, rows: list[Progress]) -> None:
     console.print(table)
 
 
-def _figures(row: Progress) -> str:
+def _figures(row: TrainingState) -> str:
     """The main ones, whether of a step, of an epoch or of a finished part."""
     plain = {name.rpartition("/")[2].replace("@", "_at_"): value for name, value in row.figures.items()}
     return "  ".join(f"{name.replace('_at_', '@')} {plain[name]:.3f}" for name in _SHOWN if name in plain)

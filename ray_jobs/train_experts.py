@@ -15,7 +15,7 @@ from dsmip.runs import Run
 from dsmip.stages import train_part
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
-from ray_jobs.progress import Display
+from ray_jobs.display import Display
 from ray_jobs.ray_train import Training, run_trainings
 
 

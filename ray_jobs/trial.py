@@ -30,6 +30,7 @@ from dsmip.trackers import SEND_SECONDS, Watched
 from ray_jobs.context import open_watch
 from ray_jobs.events import StepEvents
 from ray_jobs.failures import failure_of, traced
+from ray_jobs.tasks import start_share
 from ray_jobs.workers import set_threads, worker_device
 
 SPLITS = ("train", "validation", KB)
@@ -73,19 +74,15 @@ def trial_name(number: int) -> str:
 
 
 def cache_features(root: str, config: str, part: str, name: str, events: Any) -> PartTables:
-    """Computes what a part's encoder says of the splits that trials need.
-
-    Progress goes to `events` under `name`.
-    """
-    set_threads()
+    """Computes a part's features of the splits that trials need. Progress goes to `events` under `name`."""
+    step_events = start_share(name, events)
     run = Run.open(root)
-    told = StepEvents(name, 1, events)
     total = run.dataset.num_entities + sum(run.dataset.num_mentions(split) for split in SPLITS if split != KB)
     done_of: dict[str, int] = {}
 
     def count(what: str, done: int, _: int) -> None:
         done_of[what] = done
-        told.step_done(0, sum(done_of.values()) - 1, total)
+        step_events.step_done(0, sum(done_of.values()) - 1, total)
 
     settings, device = read_config(config), worker_device()
     features = PartFeatures(run.home(part, settings), part, settings)
@@ -167,11 +164,11 @@ class TrialContext(LocalContext):
         device: torch.device,
     ) -> None:
         name = f"trial {task.number}"
-        self._told = StepEvents(name, num_epochs, events)
+        self._events = StepEvents(name, num_epochs, events)
         self._storage, self._sent, self._away = task.storage, time.monotonic(), False
-        super().__init__(self._storage.folder / _CHECKPOINTS, device, warn=self._told.warn)
+        super().__init__(self._storage.folder / _CHECKPOINTS, device, warn=self._events.warn)
         watched = Watched(run, name, config.watch, config.model_dump(mode="json"))
-        self._watch = open_watch(watched, device, num_epochs, (self._storage, PROGRESS), self._told)
+        self._watch = open_watch(watched, device, num_epochs, (self._storage, PROGRESS), self._events)
         self.alive()
 
     def __enter__(self) -> Self:
@@ -194,7 +191,7 @@ class TrialContext(LocalContext):
         return super().restore()
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
-        self._told.step_done(epoch, step, num_steps)
+        self._events.step_done(epoch, step, num_steps)
         self._watch.step_done(epoch, step, num_steps, figures)
 
     def step_saved(self, epoch: int, step: int, checkpoint: Path | None) -> None:
@@ -204,7 +201,7 @@ class TrialContext(LocalContext):
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         super().epoch_done(metrics, checkpoint)
         self._send()
-        self._told.epoch_done(metrics)
+        self._events.epoch_done(metrics)
         self._watch.epoch_done(metrics)
 
     def _send(self) -> None:
@@ -216,7 +213,7 @@ class TrialContext(LocalContext):
             self._away = False
         except StoreAway:
             if not self._away:
-                self._told.warn(f"warning: {self._storage} cannot be reached; checkpoints are sent there later")
+                self._events.warn(f"warning: {self._storage} cannot be reached; checkpoints are sent there later")
             self._away = True
         self._sent = time.monotonic()
 

@@ -7,35 +7,25 @@ import hashlib
 import json
 import shutil
 import time
-import traceback
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from ray_jobs.connection import connected
 
 # isort: split
-import ray
-from ray import tune
-
-from dsmip.config import ExperimentConfig, Resources
-from dsmip.errors import ReportedError, UserError
+from dsmip.config import ExperimentConfig
+from dsmip.errors import UserError
 from dsmip.load_config import key_text, to_yaml
 from dsmip.runs import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.trackers import check_tools
-from ray_jobs.events import start_event_queue
-from ray_jobs.failures import LOST_WORKERS, Failure, JobFailed, exit_code_of
-from ray_jobs.progress import Display, run_watched
-from ray_jobs.resources import Request, WaitingLine, check_feasible
-from ray_jobs.sweep import Trial, draw_trials, survivors
+from ray_jobs.display import Display
+from ray_jobs.resources import check_feasible
+from ray_jobs.sweep import Trial, decided, draw_trials, run_rung, survivors, trial_request
+from ray_jobs.tasks import run_shares
 from ray_jobs.train_experts import train_parts
-from ray_jobs.trial import RESULT, PartTables, TrialTask, cache_features, guarded_trial, trial_name
+from ray_jobs.trial import RESULT, PartTables, TrialTask, cache_features, trial_name
 
 _CLAIM = "tune/sweep.json"
-_SYNC_SECONDS = 60  # for Tune's few notes about trials; its own 30 min would be waited for when a store is away
-_LOST_TRIALS = 2  # how many times a trial restarts from its checkpoint after its process was lost
 
 
 def tune_gate(
@@ -57,7 +47,7 @@ def tune_gate(
         return run.part_report(run.system.name)
     started = time.monotonic()
     with run.recorded("tune", config, seed=seed), connected(verbose=verbose):
-        check_feasible([_request("a trial", config.tune.resources)])
+        check_feasible([trial_request("a trial", config.tune.resources)])
         _train_variants(run, trials, display, verbose=verbose)
         features = _cache_all_features(run, trials, display)
         _claim_folder(run, trials, seed, stamp)
@@ -130,43 +120,19 @@ def _train_variants(run: Run, trials: Sequence[Trial], display: Display, *, verb
 def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> dict[tuple[str, str], PartTables]:
     """Computes all feature tables before the trials start; returns their files by (home's location, part)."""
     resources = trials[0].config.tune.resources
-    remote = ray.remote(max_retries=LOST_WORKERS, num_cpus=resources.cpu, num_gpus=resources.gpu)(cache_features)
     used = {
         f"{part} features" if home.folder == run.folder else f"{part} features {home.folder.name}": (home, part)
         for home, part in _used_parts(run, trials)
     }
-    events = start_event_queue()
-
-    def compute(name: str) -> PartTables:
-        home, part = used[name]
-        tables: PartTables = ray.get(remote.remote(run.storage.location, to_yaml(home.config), part, name, events))
-        return tables
-
-    features = {}
-    waiting = WaitingLine({name: _request(name, resources) for name in used}, display.say)
-    with display:
-        calls = {name: partial(compute, name) for name in used}
-        for name, call in run_watched(calls, events, display, lambda running: waiting(running - display.started)):
-            home, part = used[name]
-            features[home.storage.location, part] = _outcome(name, call)
+    shares = {name: (run.storage.location, to_yaml(home.config), part) for name, (home, part) in used.items()}
+    made = run_shares(cache_features, shares, cpu=resources.cpu, gpu=resources.gpu, display=display)
+    features = {(home.storage.location, part): made[name] for name, (home, part) in used.items()}
     sizes = {name: size for tables in features.values() for name, size in tables.num_bytes.items()}
     num_bytes = sum(sizes.values())
     for folder in sorted({tables.beside for tables in features.values() if tables.beside}):
         display.say(f"  the gate reads {folder}")
     display.say(f"  feature tables of {len(used)} encoders: {num_bytes / 2**20:.0f} MiB, shared by all trials")
     return features
-
-
-def _outcome(name: str, call: "Future[PartTables]") -> PartTables:
-    """What a task returned; its ReportedError, or JobFailed for any other end."""
-    try:
-        return call.result()
-    except ray.exceptions.RayTaskError as error:
-        raise (
-            error.cause if isinstance(error.cause, ReportedError) else JobFailed(f"{name}: {error.cause!r}", 1)
-        ) from error
-    except ray.exceptions.RayError as error:
-        raise JobFailed(f"{name}: {error}", 1) from error
 
 
 def _halve(
@@ -180,7 +146,7 @@ def _halve(
         name = f"tune/rung-{rung}.json"
         if not (run.folder / name).is_file():
             tasks = {n: _task(run, trials[n], epochs, features) for n in numbers}
-            outcome = _decided(_run_rung(run, rung, tasks, plan.resources, display), display)
+            outcome = decided(run_rung(run, rung, tasks, plan.resources, display), display)
             left = survivors(outcome["mrr"], plan.reduction)
             run.storage.write_json(name, {"epochs": epochs, **outcome, "survivors": left})
         stored = json.loads((run.folder / name).read_text(encoding="utf-8"))
@@ -197,85 +163,6 @@ def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str]
     parts = run.system.feature_parts(trial.config.system)
     tables = {part: features[run.home(part, trial.config).storage.location, part] for part in parts}
     return TrialTask(trial.number, run.storage.location, to_yaml(trial.config), epochs, tables)
-
-
-def _run_rung(
-    run: Run, rung: int, tasks: Mapping[int, TrialTask], resources: Resources, display: Display
-) -> dict[int, float | Failure]:
-    """One Ray Tune run over the given trials; returns the validation MRR of each, or why it has none."""
-    storage = run.storage / "tune/ray"
-    storage.delete(f"rung-{rung}")  # of an interrupted sweep: trials have own checkpoints
-    path, file_system = storage.arrow_filesystem()
-    events = start_event_queue()
-    trainable = tune.with_parameters(_trainable, tasks=dict(tasks), events=events)
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, {"CPU": resources.cpu, "GPU": resources.gpu}),
-        param_space={"number": tune.grid_search(list(tasks))},
-        tune_config=tune.TuneConfig(reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=f"rung-{rung}",
-            storage_path=path,
-            storage_filesystem=file_system,
-            sync_config=tune.SyncConfig(sync_timeout=_SYNC_SECONDS),
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=_LOST_TRIALS),
-        ),
-    )
-    names = {f"trial {number}" for number in tasks}
-    waiting = WaitingLine({name: _request(name, resources) for name in names}, display.say)
-    with display:
-        for _, call in run_watched(
-            {"rung": tuner.fit}, events, display, lambda _: waiting(set() if names & display.started else names)
-        ):
-            try:
-                grid: Any = call.result()
-            except Exception as error:  # a store that is away comes as whatever its client raises
-                raise _stopped(run, rung, error) from error
-    found = {result.config["number"]: result for result in grid}
-    return {number: _end(found[number]) for number in tasks}
-
-
-def _stopped(run: Run, rung: int, error: Exception) -> JobFailed:
-    """Tune itself failed, not a trial."""
-    log, seen = f"tune/rung-{rung}.error.txt", ""
-    with suppress(ReportedError):
-        run.storage.write_text(log, "".join(traceback.format_exception(error)))
-        seen = f" (see {run.storage}/{log})"
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return JobFailed(f"rung {rung + 1} stopped: {reason}{seen}; run the same command again to resume", 1)
-
-
-def _end(result: Any) -> float | Failure:
-    """A trial's validation MRR, or why it has none."""
-    metrics = result.metrics or {}
-    if "mrr" in metrics:
-        mrr: float = metrics["mrr"]
-        return mrr
-    if "failure" in metrics:
-        return Failure(**metrics["failure"])
-    return Failure(f"its process was lost: {' '.join(str(result.error).split())}", may_pass=True)
-
-
-def _decided(ends: Mapping[int, float | Failure], display: Display) -> dict[str, Any]:
-    """A rung's `mrr` and messages of those that `failed`, by trial number.
-
-    Raises JobFailed when a trial failed of what may pass, for the winner would depend on it; and when all failed.
-    """
-    failures = {number: end for number, end in ends.items() if isinstance(end, Failure)}
-    if may_pass := {number: failure for number, failure in failures.items() if failure.may_pass}:
-        for number, failure in may_pass.items():
-            display.say(f"  trial {number}: failed: {failure.message}")
-        names = ", ".join(f"trial {number}" for number in may_pass)
-        raise JobFailed(f"failed: {names}; run the same command again to resume", exit_code_of(may_pass.values()))
-    mrr = {number: end for number, end in ends.items() if not isinstance(end, Failure)}
-    if not mrr:
-        number, first = next(iter(failures.items()))
-        raise JobFailed(f"all trials failed; trial {number}: {first.message}", exit_code_of(failures.values()))
-    return {"mrr": mrr, "failed": {number: failure.message for number, failure in failures.items()}}
-
-
-def _trainable(config: dict[str, int], tasks: Mapping[int, TrialTask], events: Any) -> None:
-    tune.report(guarded_trial(tasks[config["number"]], events))
 
 
 def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float], stamp: str) -> dict[str, Any]:
@@ -302,10 +189,6 @@ def _sentence(report: Mapping[str, Any]) -> str:
     changes = ", ".join(f"{key}={value}" for key, value in report["changes"].items()) or "the configuration unchanged"
     best = report["best"]
     return f"best is trial {report['trial']} ({changes}): validation hits@1 {best['hits@1']:.3f}, MRR {best['mrr']:.3f}"
-
-
-def _request(name: str, resources: Resources) -> Request:
-    return Request(name, 1, resources.cpu, resources.gpu)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path, PurePath
 
 from data_prep.inspection.verification import Verification, verify_dataset
 from dsmip.atomic import write_json
-from ray_jobs.bars import progress_bars
+from ray_jobs.display import Display
 
 
 def verify_data(data: str, *, json_file: Path | None, workers: int) -> Verification:
@@ -13,7 +13,7 @@ def verify_data(data: str, *, json_file: Path | None, workers: int) -> Verificat
 
     Raises UserError when there is no manifest to compare with.
     """
-    with progress_bars() as progress:
+    with Display(transient=True) as progress:
         found = verify_dataset(data, workers=workers, progress=progress)
     if json_file is not None:
         write_json(json_file, {"data": PurePath(data).name, "ok": found.ok, **asdict(found)})

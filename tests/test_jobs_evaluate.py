@@ -22,7 +22,7 @@ from dsmip.ranking import Ranking
 from dsmip.runs import Run
 from ray_jobs.build_pieces import build_on_ray
 from ray_jobs.cli import app
-from ray_jobs.progress import Display
+from ray_jobs.display import Display
 from ray_jobs.rank_slices import rank_on_ray
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]

@@ -13,8 +13,8 @@ from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.local_context import LocalContext
 from ray_jobs import pretrain
+from ray_jobs.display import Display
 from ray_jobs.pretrain import pretrain_backbone
-from ray_jobs.progress import Display
 from ray_jobs.ray_train import Training
 
 

@@ -17,7 +17,7 @@ from dsmip.runs import Run
 from dsmip.stages import CPU, train_part
 from dsmip.status import read_status
 from ray_jobs import tune_gate as job
-from ray_jobs.progress import Display
+from ray_jobs.display import Display
 from ray_jobs.tune_gate import tune_gate
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
@@ -62,17 +62,17 @@ def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption
     class Interrupted(Exception):
         pass
 
-    run_rung = job._run_rung
+    run_rung = job.run_rung
 
     def stop_after_the_first(run: Run, rung: int, *arguments: Any) -> dict[str, Any]:
         if rung == 1:
             raise Interrupted
         return run_rung(run, rung, *arguments)
 
-    monkeypatch.setattr(job, "_run_rung", stop_after_the_first)
+    monkeypatch.setattr(job, "run_rung", stop_after_the_first)
     with pytest.raises(Interrupted):
         tune_gate(second, second.config, Display(), seed=4)
-    monkeypatch.setattr(job, "_run_rung", run_rung)
+    monkeypatch.setattr(job, "run_rung", run_rung)
     assert not second.is_finished("dsmip")
     assert tune_gate(second, second.config, Display(), seed=4) == report
     assert rungs(second) == found

@@ -21,12 +21,12 @@ from dsmip.local_context import LocalContext
 from dsmip.run_storage import LocalRun
 from dsmip.runs import WEIGHTS, Run
 from dsmip.stages import CPU, train_part
-from ray_jobs import trial
+from ray_jobs import sweep, trial
 from ray_jobs import tune_gate as job
+from ray_jobs.display import Display
 from ray_jobs.events import StepEvents
 from ray_jobs.failures import JobFailed
-from ray_jobs.progress import Display
-from ray_jobs.sweep import draw_trials
+from ray_jobs.sweep import decided, draw_trials
 from ray_jobs.trial import RESULT, TrialContext, TrialTask, guarded_trial
 from ray_jobs.tune_gate import tune_gate
 from tests.support.displays import Lines
@@ -58,7 +58,7 @@ def task_of(run: Run, number: int) -> TrialTask:
 
 def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -> None:
     """A sweep's own trial. While the file is there trial 1 fails in the way that the file's name says."""
-    from ray_jobs import trial, tune_gate
+    from ray_jobs import sweep, trial
 
     run_trial = trial.run_trial
 
@@ -70,7 +70,7 @@ def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -
             os.kill(os.getpid(), signal.SIGKILL)
         trial.run_trial = full  # type: ignore[assignment]
     try:
-        tune_gate._trainable(config, tasks, events)
+        sweep._trainable(config, tasks, events)
     finally:
         trial.run_trial = run_trial  # the process may have other trials
 
@@ -86,7 +86,7 @@ def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -
 def test_no_rung_is_decided_without_a_trial_that_could_not_run(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str, exit_code: int
 ) -> None:
-    monkeypatch.setattr(job, "_trainable", partial(faulty_trial, tmp_path / fault))
+    monkeypatch.setattr(sweep, "_trainable", partial(faulty_trial, tmp_path / fault))
     run = opened(trained, tmp_path / "run")
     (tmp_path / fault).touch()
     with pytest.raises(JobFailed, match=r"^failed: trial 1; run the same command again to resume$") as failed:
@@ -120,9 +120,9 @@ def test_whose_doing_a_failure_is_decides(trained: Path, tmp_path: Path, monkeyp
     said = f"RuntimeError: no such shape (see {run.folder}/tune/trials/1/error.txt)"
     ends = {0: end({"mrr": 0.5}), 1: wrong, 2: diverged}
     failed = {1: said, 2: "the training has diverged"}
-    assert job._decided(ends, Display()) == {"mrr": {0: 0.5}, "failed": failed}
+    assert decided(ends, Display()) == {"mrr": {0: 0.5}, "failed": failed}
     with pytest.raises(JobFailed, match="all trials failed; trial 2: the training has diverged") as ended:
-        job._decided({2: diverged}, Display())
+        decided({2: diverged}, Display())
     assert ended.value.exit_code == 2
 
     away = failing(StoreAway("s3://b/run: cannot be reached"))
@@ -130,7 +130,7 @@ def test_whose_doing_a_failure_is_decides(trained: Path, tmp_path: Path, monkeyp
     for passing in ({3: away}, {3: lost}, {3: lost, 4: away}):
         names = ", ".join(f"trial {number}" for number in passing)
         with pytest.raises(JobFailed, match=f"failed: {names}; run the same command again") as ended:
-            job._decided({**ends, **passing}, display := Lines())
+            decided({**ends, **passing}, display := Lines())
         assert ended.value.exit_code == 1
         assert len(display.lines) == len(passing)
     assert display.lines[0] == "  trial 3: failed: its process was lost: The actor died. actor_id: 1"

@@ -17,7 +17,7 @@ from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.locations import open_run_storage
 from dsmip.runs import Run
-from dsmip.status import Progress, Status, read_status
+from dsmip.status import Status, TrainingState, read_status
 
 NOW = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)
 METRICS = {"epoch": 1.0, "loss": 0.25, "mrr": 0.5, "hits@1": 0.375}
@@ -53,7 +53,7 @@ def checkpoint(folder: Path, epoch: int) -> Path:
     return folder
 
 
-def rows(status: Status) -> dict[str, Progress]:
+def rows(status: Status) -> dict[str, TrainingState]:
     return {each.name: each for each in [*status.parts, *status.trials]}
 
 
@@ -75,7 +75,7 @@ def test_parts_in_all_states(folder: Path) -> None:
     checkpoint(folder / "ray" / "multimodal" / "checkpoint_a", 1)
     status = read_status(folder, NOW)
     found = rows(status)
-    assert found["text"] == Progress("text", "finished", 2, 2, figures=METRICS)
+    assert found["text"] == TrainingState("text", "finished", 2, 2, figures=METRICS)
     visual = found["visual"]
     assert (visual.state, visual.epochs_done, visual.step, visual.num_steps) == ("training", 1, 3, 9)
     assert visual.figures == {"step/loss": 0.5, "epoch/mrr": 0.25}

@@ -5,7 +5,7 @@ python -m tests.support.noted_job '<StepLog>' <command> <options>
 
 import sys
 
-from ray_jobs import train_experts, tune_gate
+from ray_jobs import sweep, train_experts
 from ray_jobs.cli import run_script
 from tests.support.disturbed import StepLog, noted, noted_trial
 
@@ -13,7 +13,7 @@ from tests.support.disturbed import StepLog, noted, noted_trial
 def main() -> None:
     log, command = StepLog.from_json(sys.argv.pop(1)), sys.argv.pop(1)
     train_experts._loop = noted(log)
-    tune_gate._trainable = noted(log, noted_trial)
+    sweep._trainable = noted(log, noted_trial)
     run_script(command)
 
 

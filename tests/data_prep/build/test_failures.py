@@ -85,11 +85,11 @@ def test_no_room_left_is_said_and_nothing_is_lost(release: Path, undisturbed: di
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_makes_the_same(release: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    from ray_jobs.build_on_ray import run_on_ray
+    from ray_jobs.prepare import run_on_ray
 
     seen: list[tuple[str, int, int]] = []
     progress = lambda *step: seen.append(step)  # noqa: E731
-    with run_on_ray(2) as run:
+    with run_on_ray(2, print) as run:
         prepare(MimicRelease(release), tmp_path / "data", name="plain", run=run, progress=progress)
     assert _contents(tmp_path / "data") == undisturbed
     assert seen[-1] == ("mentions", 4004, 4004)
@@ -101,7 +101,7 @@ def test_a_build_that_cannot_begin_says_what_it_waits_for(tmp_path: Path, monkey
     import ray
 
     from ray_jobs import resources
-    from ray_jobs.build_on_ray import run_on_ray
+    from ray_jobs.prepare import run_on_ray
 
     taken, said = tmp_path / "taken", tmp_path / "said"
 

@@ -1,0 +1,130 @@
+"""Progress, lines and tables of a command: bars on a terminal, plain lines elsewhere. Knows no Ray."""
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+_FIGURES = ("loss", "mrr", "hits@1", "accuracy")  # of an epoch, beside its bar
+_PLAIN_LINE_SECONDS = 30.0
+_PLAIN_WIDTH = 140  # of tables that go to a file or a pipe
+
+
+def result_console() -> Console:
+    """Where a command's tables and results are printed: stdout, as wide as the terminal."""
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(file=sys.stdout, highlight=False, markup=False, width=width)
+
+
+class Display:
+    """A `dsmip.progress.Progress` that shows works side by side, and prints lines above them.
+
+    On a terminal each work has a bar. Elsewhere there is a line at an epoch's or a work's end, and one where none was
+    printed for 30 s. Use as a context manager around every wait: it starts with no bars.
+    """
+
+    def __init__(self, console: Console | None = None, *, transient: bool = False) -> None:
+        """
+        Args:
+            console: where everything is printed; stdout by default.
+            transient: progress goes to stderr and its bars vanish at the end, for commands whose output is a result.
+        """
+        self.console = console or result_console()
+        shown = Console(stderr=True, highlight=False, markup=False) if transient else self.console
+        self._live, self._transient = shown.is_terminal, transient
+        columns = (TextColumn("  {task.description:<18}"), BarColumn(30), MofNCompleteColumn(), _Rate())
+        self._bars = Bars(
+            *columns,
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[figures]}"),
+            console=shown,
+            transient=transient,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._printed: dict[str, float] = {}
+        self._ended: set[str] = set()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks.clear()
+        self._ended.clear()
+        self._started = time.monotonic()
+        if self._live:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._bars.stop()
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and not self._transient:
+            self.say("interrupted; run the command again to go on")
+
+    @property
+    def started(self) -> set[str]:
+        """Names of the works that have shown progress since the display was entered."""
+        return set(self._tasks)
+
+    def say(self, line: str) -> None:
+        """Prints one line above the bars."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` are done; `total` 0: not known."""
+        self._move(what, done, total)
+        if self._live or what in self._ended:
+            return
+        if total and done >= total:
+            self._ended.add(what)
+            self._line(what, str(total))
+        else:
+            self._line_in_time(what, done, total)
+
+    def show_steps(self, name: str, done: int, total: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Shows a training that has made `done` of `total` steps; `metrics`: of `epoch`, which has just ended."""
+        figures = "  ".join(f"{key} {metrics[key]:.3f}" for key in _FIGURES if key in metrics)
+        if figures:
+            self._move(name, done, total, figures=f"epoch {epoch + 1}  {figures}")
+        else:
+            self._move(name, done, total)
+        if self._live:
+            return
+        if figures:
+            self._line(name, f"epoch {epoch + 1:>3}  {figures}")
+        else:
+            self._line_in_time(name, done, total)
+
+    def _move(self, name: str, done: int, total: int, **fields: Any) -> None:
+        if name not in self._tasks:
+            self._printed[name] = time.monotonic()
+            self._tasks[name] = self._bars.add_task(name, total=total or None, figures="")
+        self._bars.update(self._tasks[name], completed=done, total=total or None, **fields)
+
+    def _line_in_time(self, name: str, done: int, total: int) -> None:
+        if time.monotonic() - self._printed[name] >= _PLAIN_LINE_SECONDS:
+            self._line(name, f"{done} of {total}" if total else f"{done}")
+
+    def _line(self, name: str, text: str) -> None:
+        self._printed[name] = time.monotonic()
+        line = f"  {name:<12} {text}  [{self._printed[name] - self._started:.0f} s]"
+        if self._transient:
+            self._bars.console.print(line, markup=False, soft_wrap=True)
+        else:
+            self.say(line)
+
+
+class _Rate(ProgressColumn):
+    """Items or steps a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed else "")
