@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.atomic import atomic_path, sha256_file, write_json
 from dsmip.errors import UserError, no_room
+from dsmip.storage.atomic import atomic_path, sha256_file, write_json
 
 MANIFEST = "checkpoint.json"
 KEPT = 2  # checkpoints of a training: the newest, and one to fall back on when that is damaged

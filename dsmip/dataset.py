@@ -1,6 +1,6 @@
 """The dataset directory: the records of a prepared release, streamed from tar shards, and how they are laid out there.
 
-It lies in a folder or, with copies on each node, in an object store: see `dsmip.dataset_storage`.
+It lies in a folder or, with copies on each node, in an object store: see `dsmip.storage.dataset_storage`.
 
 <data>/manifest.json               see dsmip.manifest
 <data>/kb/entities.parquet         one row per entity, with the place of each picture in the kb's shards
@@ -22,12 +22,12 @@ from typing import Any, BinaryIO
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from dsmip.dataset_storage import MANIFEST_FILE, DatasetStorage, open_file
 from dsmip.errors import UserError
-from dsmip.locations import open_dataset_storage
 from dsmip.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, parse_manifest
 from dsmip.records import Entity, Mention, make_entity, read_mention, read_pair
 from dsmip.sampler import Window, count_steps, step_bounds, windows
+from dsmip.storage.dataset_storage import MANIFEST_FILE, DatasetStorage, open_file
+from dsmip.storage.locations import open_dataset_storage
 from dsmip.tar import Sample, read_place, read_samples
 from dsmip.views import TRAIN, View, parse_view
 

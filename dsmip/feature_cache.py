@@ -17,9 +17,9 @@ from dsmip.collate import Collator, ItemBatch, ItemFormat
 from dsmip.dataset import Dataset
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.keys import plain_text
-from dsmip.locations import Location, open_run_storage
 from dsmip.manifest import KB
 from dsmip.parallel import map_alone
+from dsmip.storage.locations import Location, open_run_storage
 from dsmip.table import Table, concatenate
 from dsmip.table_writer import TableWriter
 

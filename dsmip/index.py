@@ -16,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dsmip.atomic import write_json
 from dsmip.errors import UserError
+from dsmip.storage.atomic import write_json
 from dsmip.table import Table, concatenate
 
 MANIFEST = "index.json"

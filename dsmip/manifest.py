@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from dsmip.dataset_storage import MANIFEST_FILE, MISSING, FileInfo
 from dsmip.errors import UserError
+from dsmip.storage.dataset_storage import MANIFEST_FILE, MISSING, FileInfo
 
 SPLITS = ("train", "validation", "test")
 KB = "kb"

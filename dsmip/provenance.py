@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import dsmip
-from dsmip.atomic import sha256_file, write_json
 from dsmip.config import ExperimentConfig
 from dsmip.errors import ReportedError
-from dsmip.run_storage import RunStorage
+from dsmip.storage.atomic import sha256_file, write_json
+from dsmip.storage.run_storage import RunStorage
 
 RECORDS = "records"
 RUNNING = "running"  # the outcome of a command that has not ended, or was killed

@@ -18,14 +18,14 @@ from dsmip.collate import gold_rows
 from dsmip.config import ExperimentConfig, RankOptions
 from dsmip.errors import UserError
 from dsmip.index import EntityIndex
-from dsmip.locations import open_run_storage
 from dsmip.matcher import Matcher
 from dsmip.models import find_system
 from dsmip.progress import Progress, no_progress
 from dsmip.ranking import Ranking, rank
 from dsmip.refinement import PairScorer
-from dsmip.run_storage import RunStorage
 from dsmip.runs import Run
+from dsmip.storage.locations import open_run_storage
+from dsmip.storage.run_storage import RunStorage
 from dsmip.table import Table
 from dsmip.text_unit import use_backend, use_precision
 

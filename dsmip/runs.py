@@ -1,6 +1,6 @@
 """A run: one configuration on one data set, its trained parts, features, trials and evaluations.
 
-It lies in a folder or in an object store (`dsmip.run_storage`):
+It lies in a folder or in an object store (`dsmip.storage.run_storage`):
 
 <run>/run.json                    written first: data hash and folder; a run of other data is refused. And what made it
 <run>/records/                    what each command was run on, and how it ended
@@ -36,12 +36,12 @@ from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.feature_cache import FeatureCache
 from dsmip.load_config import load_config, to_yaml
-from dsmip.locations import Location, open_run_storage
 from dsmip.matcher import Matcher
 from dsmip.models import find_system
 from dsmip.models.base import System
 from dsmip.provenance import environment, recorded
-from dsmip.run_storage import STAMP, RunStorage
+from dsmip.storage.locations import Location, open_run_storage
+from dsmip.storage.run_storage import STAMP, RunStorage
 
 CONFIG, PART, WEIGHTS, TRAININGS = "config.yaml", "part.json", "weights.safetensors", "ray"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}

@@ -14,11 +14,11 @@ from dsmip.checkpoints import MANIFEST, read_manifest
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.load_config import load_config
-from dsmip.locations import Location, open_run_storage
 from dsmip.models import find_system
 from dsmip.provenance import RECORDS, RUNNING
-from dsmip.run_storage import STAMP, LocalRun, RunStorage
 from dsmip.runs import CONFIG
+from dsmip.storage.locations import Location, open_run_storage
+from dsmip.storage.run_storage import STAMP, LocalRun, RunStorage
 
 PROGRESS = "progress.json"  # of a running training, written by its trackers
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsmip.atomic import atomic_path
+from dsmip.storage.atomic import atomic_path
 
 Rows = slice | Tensor
 

@@ -15,7 +15,7 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
-from dsmip.atomic import atomic_path
+from dsmip.storage.atomic import atomic_path
 from dsmip.table import Ragged, Table
 
 _DTYPES = {

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dsmip.atomic import atomic_path
 from dsmip.errors import UserError
+from dsmip.storage.atomic import atomic_path
 
 Fields = Mapping[str, bytes]
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import yaml
 
-from dsmip.atomic import write_json
 from dsmip.config import WatchTool, flat
 from dsmip.errors import UserError
-from dsmip.locations import Location, open_run_storage
 from dsmip.monitor import Outcome, Position, Writer
-from dsmip.run_storage import RunStorage
+from dsmip.storage.atomic import write_json
+from dsmip.storage.locations import Location, open_run_storage
+from dsmip.storage.run_storage import RunStorage
 
 _PROJECT = "dsmip"
 _PACKAGES: Mapping[WatchTool, str] = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}

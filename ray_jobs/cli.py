@@ -158,7 +158,7 @@ def pretrain(
 ) -> None:
     """Trains the backbone on the knowledge base's own picture-text pairs."""
     from dsmip.load_config import job_config
-    from dsmip.locations import path_here
+    from dsmip.storage.locations import path_here
 
     settings = job_config(config, set or [])
     if path_here(out).suffix != ".safetensors":
@@ -305,7 +305,7 @@ def demo(
 ) -> None:
     """Draws a data set and goes all the way to a comparison of experts, gate and oracle, in a few minutes."""
     from data_prep.demo.release import DemoConfig
-    from dsmip.locations import path_here
+    from dsmip.storage.locations import path_here
     from ray_jobs.demo import run_demo
 
     run_demo(path_here(out), DemoConfig(seed=seed), verbose=verbose)

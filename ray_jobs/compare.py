@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dsmip.atomic import write_json
 from dsmip.comparison import Comparison, Evaluation, compare, read_evaluation
 from dsmip.errors import UserError
-from dsmip.locations import Location
 from dsmip.manifest import SPLITS
 from dsmip.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
+from dsmip.storage.atomic import write_json
+from dsmip.storage.locations import Location
 from ray_jobs.display import result_console
 
 

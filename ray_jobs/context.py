@@ -15,8 +15,8 @@ from dsmip import distributed
 from dsmip.checkpoints import newest_sound, read_manifest
 from dsmip.loop import Left
 from dsmip.monitor import StepFigures, Watch
-from dsmip.run_storage import RunStorage
 from dsmip.status import PROGRESS
+from dsmip.storage.run_storage import RunStorage
 from dsmip.trackers import ProgressFile, Sent, Watched
 from ray_jobs.events import StepEvents, say
 from ray_jobs.gauges import Gauges

@@ -19,7 +19,6 @@ from rich.table import Table
 from data_prep.build.images import JPEG_QUALITY
 from data_prep.demo.release import DemoConfig
 from data_prep.formats.mimic import MimicRelease
-from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
@@ -27,6 +26,7 @@ from dsmip.load_config import changed, job_config
 from dsmip.manifest import PictureSettings
 from dsmip.report import evaluate_model, oracle
 from dsmip.runs import Run
+from dsmip.storage.atomic import write_json
 from ray_jobs.display import Display
 from ray_jobs.evaluate import SHOWN
 from ray_jobs.prepare import BuildOptions, prepare_release, write_release_once

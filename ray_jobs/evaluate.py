@@ -7,10 +7,10 @@ import torch
 
 from dsmip.config import RankOptions
 from dsmip.errors import UserError
-from dsmip.locations import Location
 from dsmip.ranked_model import model_names
 from dsmip.report import Evaluated, evaluate_model, evaluation_name
 from dsmip.runs import Run
+from dsmip.storage.locations import Location
 from ray_jobs.display import Display
 
 SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dsmip.errors import ReportedError, UserError, no_room
-from dsmip.run_storage import RunStorage
+from dsmip.storage.run_storage import RunStorage
 
 LOST_WORKERS = 3  # how many times a task is done again after its process was lost
 

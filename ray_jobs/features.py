@@ -20,7 +20,6 @@ import ray.data
 
 from dsmip.collate import PictureCollator
 from dsmip.dataset import Dataset
-from dsmip.dataset_storage import DatasetStorage
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_networks import Kind, NetworkChoice, PictureNetwork, identity
 from dsmip.encoders.vgg import BY_HASH, SIDE, TORCHVISION
@@ -46,6 +45,7 @@ from dsmip.load_config import job_config
 from dsmip.manifest import KB
 from dsmip.models.dsmip import DsmipConfig
 from dsmip.parallel import map_alone
+from dsmip.storage.dataset_storage import DatasetStorage
 from dsmip.table import Table
 from dsmip.table_writer import TableWriter
 from ray_jobs.display import Display

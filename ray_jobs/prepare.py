@@ -23,14 +23,14 @@ from data_prep.build.view import make_view
 from data_prep.demo.release import DemoConfig, write_demo_release
 from data_prep.formats.mimic import MimicRelease
 from data_prep.formats.release import Release, ReleaseOptions
-from dsmip.atomic import sha256_file
 from dsmip.dataset import Dataset
-from dsmip.dataset_storage import MANIFEST_FILE
 from dsmip.errors import UserError
-from dsmip.locations import local_path
 from dsmip.manifest import Manifest, PictureSettings
-from dsmip.object_store import cache_folder
 from dsmip.provenance import write_record
+from dsmip.storage.atomic import sha256_file
+from dsmip.storage.dataset_storage import MANIFEST_FILE
+from dsmip.storage.locations import local_path
+from dsmip.storage.object_store import cache_folder
 
 
 @dataclass(frozen=True)

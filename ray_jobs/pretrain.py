@@ -12,7 +12,6 @@ from ray_jobs.connection import connected
 
 # isort: split
 from dsmip import distributed
-from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig, Running
 from dsmip.dataset import Dataset
 from dsmip.encoders.architecture import build_tokenizer
@@ -23,6 +22,7 @@ from dsmip.load_config import read_config, to_yaml
 from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
 from dsmip.provenance import environment
+from dsmip.storage.atomic import write_json
 from dsmip.text import Template
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext

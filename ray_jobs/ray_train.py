@@ -21,9 +21,9 @@ from dsmip import distributed
 from dsmip.checkpoints import KEPT
 from dsmip.config import Running
 from dsmip.errors import ReportedError, no_room
-from dsmip.locations import Location, open_run_storage
 from dsmip.loop import Left
-from dsmip.run_storage import LocalRun, RunStorage
+from dsmip.storage.locations import Location, open_run_storage
+from dsmip.storage.run_storage import LocalRun, RunStorage
 from dsmip.trackers import Watched
 from ray_jobs.context import RayContext
 from ray_jobs.display import Display

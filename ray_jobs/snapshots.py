@@ -10,9 +10,9 @@ from typing import Any
 
 import ray
 
-from dsmip.atomic import write_json
 from dsmip.checkpoints import verify_checkpoint
 from dsmip.errors import UserError
+from dsmip.storage.atomic import write_json
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 

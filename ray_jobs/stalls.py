@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from dsmip.run_storage import RunStorage
+from dsmip.storage.run_storage import RunStorage
 
 _MOST_REARMING_SECONDS = 1.0
 

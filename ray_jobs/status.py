@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dsmip.atomic import write_json
-from dsmip.locations import Location
 from dsmip.status import Status, TrainingState, read_status
+from dsmip.storage.atomic import write_json
+from dsmip.storage.locations import Location
 from ray_jobs.display import result_console
 
 _SHOWN = ("loss", "mrr", "hits_at_1", "samples_per_second", "data_wait_share")

@@ -10,9 +10,9 @@ from ray_jobs.connection import connected
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.load_config import read_config, to_yaml
-from dsmip.locations import Location
 from dsmip.runs import Run
 from dsmip.stages import train_part
+from dsmip.storage.locations import Location
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.display import Display

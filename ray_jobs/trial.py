@@ -17,14 +17,14 @@ from dsmip.errors import StoreAway
 from dsmip.feature_cache import load_features, whole_features
 from dsmip.load_config import read_config
 from dsmip.local_context import LocalContext
-from dsmip.locations import open_run_storage
 from dsmip.manifest import KB
 from dsmip.monitor import StepFigures
 from dsmip.part_features import PartFeatures
-from dsmip.run_storage import RunStorage
 from dsmip.runs import WEIGHTS, Run, own_weights
 from dsmip.stages import SplitFeatures, stage_two_split, start_whole, train_whole
 from dsmip.status import PROGRESS
+from dsmip.storage.locations import open_run_storage
+from dsmip.storage.run_storage import RunStorage
 from dsmip.table import Table
 from dsmip.trackers import SEND_SECONDS, Watched
 from ray_jobs.context import open_watch

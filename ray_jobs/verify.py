@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePath
 
 from data_prep.inspection.verification import Verification, verify_dataset
-from dsmip.atomic import write_json
+from dsmip.storage.atomic import write_json
 from ray_jobs.display import Display
 
 

@@ -11,7 +11,7 @@ import torch
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from dsmip.checkpoints import NoSoundCheckpoint
 from dsmip.errors import ReportedError, StoreAway, UserError
-from dsmip.object_store import attempt
+from dsmip.storage.object_store import attempt
 from ray_jobs.failures import Failure, failure_of, traced
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -68,7 +68,7 @@ def test_a_store_is_never_a_trials_own_doing(
 
 
 def test_a_trace_that_cannot_be_written_is_left_out(tmp_path: Path) -> None:
-    from dsmip.run_storage import LocalRun
+    from dsmip.storage.run_storage import LocalRun
 
     failure = Failure("RuntimeError: x", trace="Traceback")
     assert traced(failure, LocalRun(tmp_path), "error.txt") == f" (see {tmp_path}/error.txt)"

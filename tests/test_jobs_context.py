@@ -18,9 +18,9 @@ import torch
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.load_config import to_yaml
-from dsmip.locations import open_run_storage
 from dsmip.monitor import StepFigures
-from dsmip.run_storage import LocalRun, RunStorage
+from dsmip.storage.locations import open_run_storage
+from dsmip.storage.run_storage import LocalRun, RunStorage
 from dsmip.trackers import Watched
 from ray_jobs import context as contexts
 from ray_jobs import trial as trials

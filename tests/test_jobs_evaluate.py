@@ -12,7 +12,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsmip.atomic import sha256_file
 from dsmip.config import RankOptions
 from dsmip.errors import UserError
 from dsmip.index_builder import Pieces, plan_pieces
@@ -20,6 +19,7 @@ from dsmip.progress import Progress, no_progress
 from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.ranking import Ranking
 from dsmip.runs import Run
+from dsmip.storage.atomic import sha256_file
 from ray_jobs.build_pieces import build_on_ray
 from ray_jobs.cli import app
 from ray_jobs.display import Display

@@ -18,9 +18,9 @@ from dsmip.dataset import Dataset
 from dsmip.errors import StoreAway
 from dsmip.load_config import to_yaml
 from dsmip.local_context import LocalContext
-from dsmip.run_storage import LocalRun
 from dsmip.runs import WEIGHTS, Run
 from dsmip.stages import CPU, train_part
+from dsmip.storage.run_storage import LocalRun
 from ray_jobs import sweep, trial
 from ray_jobs import tune_gate as job
 from ray_jobs.display import Display

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsmip.errors import StoreAway, UserError
-from dsmip.locations import local_path
-from dsmip.object_store import attempt, cache_folder, filesystem, is_uri, stored_object
+from dsmip.storage.locations import local_path
+from dsmip.storage.object_store import attempt, cache_folder, filesystem, is_uri, stored_object
 from tests.support.object_store import ObjectStore
 
 

@@ -7,8 +7,8 @@ import pytest
 from data_prep.build.build import prepare
 from data_prep.build.publish import upload_dataset
 from data_prep.formats.mimic import MimicRelease
-from dsmip.locations import open_dataset_storage, open_run_storage
-from dsmip.object_store import ObjectStore
+from dsmip.storage.locations import open_dataset_storage, open_run_storage
+from dsmip.storage.object_store import ObjectStore
 from tests.support.small_release import plain_release
 
 

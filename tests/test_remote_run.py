@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from dsmip.atomic import write_text
 from dsmip.errors import StoreAway, UserError
-from dsmip.locations import open_run_storage
-from dsmip.object_store import ObjectStore, connected_system, filesystem
 from dsmip.parallel import map_tasks
-from dsmip.run_storage import LocalRun, RunStorage
+from dsmip.storage.atomic import write_text
+from dsmip.storage.locations import open_run_storage
+from dsmip.storage.object_store import ObjectStore, connected_system, filesystem
+from dsmip.storage.run_storage import LocalRun, RunStorage
 from tests.support.object_store import free_port, running_store, variables
 
 OnMachine = Callable[[str], RunStorage]
@@ -292,7 +292,7 @@ def test_another_process_opens_a_connection_of_its_own(on: OnMachine) -> None:
 
 
 def test_a_store_that_is_gone_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmip.object_store.RETRY_WAITS", ())
+    monkeypatch.setattr("dsmip.storage.object_store.RETRY_WAITS", ())
     monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     port = free_port()

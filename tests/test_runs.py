@@ -13,8 +13,8 @@ from dsmip.config import ExperimentConfig, merged
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import changed, to_yaml
-from dsmip.run_storage import LocalRun
 from dsmip.runs import Run, own_weights
+from dsmip.storage.run_storage import LocalRun
 from tests.support.small_release import plain_release
 
 

@@ -16,18 +16,18 @@ from typer.testing import CliRunner
 
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from dsmip import feature_cache
-from dsmip.atomic import sha256_file
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.local_context import LocalContext
-from dsmip.locations import open_run_storage
 from dsmip.manifest import KB
-from dsmip.object_store import filesystem
 from dsmip.part_features import PartFeatures
 from dsmip.runs import Run
 from dsmip.stages import train_part
 from dsmip.status import read_status
+from dsmip.storage.atomic import sha256_file
+from dsmip.storage.locations import open_run_storage
+from dsmip.storage.object_store import filesystem
 from ray_jobs.cli import app
 from tests.support.ray_heads import processes_of, wait_until
 

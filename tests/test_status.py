@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from dsmip.atomic import write_json
 from dsmip.checkpoints import Checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.locations import open_run_storage
 from dsmip.runs import Run
 from dsmip.status import Status, TrainingState, read_status
+from dsmip.storage.atomic import write_json
+from dsmip.storage.locations import open_run_storage
 
 NOW = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)
 METRICS = {"epoch": 1.0, "loss": 0.25, "mrr": 0.5, "hits@1": 0.375}

@@ -16,8 +16,8 @@ from data_prep.build.view import make_view
 from data_prep.formats.mimic import MimicRelease
 from dsmip.dataset import Dataset, TrainingBatch
 from dsmip.errors import UserError
-from dsmip.object_store import connected_system, filesystem
 from dsmip.parallel import map_tasks
+from dsmip.storage.object_store import connected_system, filesystem
 from tests.support.object_store import ObjectStore, free_port, running_store, variables
 from tests.support.paths import ROOT
 from tests.support.small_release import plain_release
@@ -212,7 +212,7 @@ def test_a_server_that_goes_away_is_said(
     """In the middle of an epoch: the first window is read, the next ones cannot be."""
     port = free_port()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr("dsmip.object_store.RETRY_WAITS", (0.0,))
+    monkeypatch.setattr("dsmip.storage.object_store.RETRY_WAITS", (0.0,))
     for name, value in variables(port, tmp_path).items():
         monkeypatch.setenv(name, value)
     connected_system.cache_clear()

@@ -16,8 +16,8 @@ from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.image_features import PARTS, find_features
 from dsmip.manifest import KB
-from dsmip.object_store import filesystem
 from dsmip.provenance import RECORDS
+from dsmip.storage.object_store import filesystem
 from dsmip.table import Table
 from ray_jobs import cli
 from tests.support.object_store import ObjectStore

@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 
 from benchmarks.data.big_images import BROKEN_PICTURES, ODD_PICTURES, PictureDrawer
-from dsmip.atomic import atomic_path
 from dsmip.errors import UserError
+from dsmip.storage.atomic import atomic_path
 
 MISSING = "missing"
 ENTITY_FAULTS = ("duplicate entity", "no entity id", "wrong type", "empty attributes")

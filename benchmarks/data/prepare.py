@@ -34,7 +34,7 @@ from data_prep.build.build import prepare
 from data_prep.build.images import JPEG_QUALITY
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
-from dsmip.atomic import write_json
+from dsmip.storage.atomic import write_json
 
 WORKERS = (1, 2)
 SIZE = 224

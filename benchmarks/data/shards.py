@@ -32,12 +32,12 @@ from benchmarks.data.processes import Pace, Processes
 from data_prep.build.build import prepare
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
-from dsmip.atomic import write_json
 from dsmip.batches import read_ahead
 from dsmip.collate import Collator, ItemFormat, Modality
 from dsmip.dataset import Dataset, TrainingBatch
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.errors import UserError
+from dsmip.storage.atomic import write_json
 from dsmip.text import Template
 
 Decoder = Literal["torchvision", "Pillow"]

@@ -31,9 +31,9 @@ from data_prep.build.build import prepare
 from data_prep.build.publish import upload_dataset
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
-from dsmip.atomic import write_json
 from dsmip.dataset import Dataset
 from dsmip.errors import ReportedError
+from dsmip.storage.atomic import write_json
 from tests.support.object_store import free_port, running_store, variables
 
 WORKS: dict[Work, int] = {"records": 0, "all": 4}  # batches read ahead

@@ -30,9 +30,9 @@ from benchmarks.ranking.cases import CASES, MEAN_TOKENS
 from benchmarks.ranking.contest import TOLERANCE, Ours, Outcome, Sizes, run_case
 from benchmarks.ranking.published import ENTITY_CHUNK, MENTION_BATCH
 from benchmarks.roofline import device_rates
-from dsmip.atomic import write_json
 from dsmip.config import PrecisionName
 from dsmip.ops.kernels import cpu
+from dsmip.storage.atomic import write_json
 from dsmip.text_unit import Backend
 
 BACKENDS: Mapping[str, Sequence[Backend]] = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton")}

@@ -31,12 +31,12 @@ from benchmarks.training.tower_rate import TowerRate, tower_rates
 from data_prep.build.build import prepare
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
-from dsmip.atomic import write_json, write_text
 from dsmip.config import ExperimentConfig
 from dsmip.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import changed, load_config, to_yaml
 from dsmip.models import find_system
+from dsmip.storage.atomic import write_json, write_text
 
 WORKERS = (1, 2)
 MIB = 2**20

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dsmip.atomic import write_json
 from dsmip.config import ExperimentConfig, Running
 from dsmip.dataset import Dataset
 from dsmip.load_config import changed
@@ -29,6 +28,7 @@ from dsmip.models import find_system
 from dsmip.monitor import StepFigures
 from dsmip.runs import Run
 from dsmip.stages import train_part
+from dsmip.storage.atomic import write_json
 
 WARM_UP = 2  # steps that are not counted: memory is laid out, the first batch waited for
 

@@ -35,9 +35,7 @@ from data_prep.build.runners import Result, Runner, Task, run_serially
 from data_prep.build.tasks import HashTask, JoinTask, KbTask, SplitTask
 from data_prep.formats.release import Release
 from dsmip import __version__
-from dsmip.atomic import join_files, sha256_file, write_json
 from dsmip.dataset import Dataset
-from dsmip.dataset_storage import MANIFEST_FILE
 from dsmip.errors import UserError
 from dsmip.manifest import (
     ENTITIES_FILE,
@@ -50,6 +48,8 @@ from dsmip.manifest import (
     SplitCounts,
     read_manifest,
 )
+from dsmip.storage.atomic import join_files, sha256_file, write_json
+from dsmip.storage.dataset_storage import MANIFEST_FILE
 
 Progress = Callable[[str, int, int], None]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data_prep.formats.release import Finding
-from dsmip.atomic import atomic_path
+from dsmip.storage.atomic import atomic_path
 
 Counts = dict[str, dict[str, int]]  # action: {reason: count}
 

@@ -15,8 +15,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from dsmip.atomic import atomic_path
 from dsmip.dataset import ENTITY_SCHEMA
+from dsmip.storage.atomic import atomic_path
 
 _ROWS_AT_ONCE = 4096
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from dsmip.atomic import sha256_file, write_json
-from dsmip.dataset_storage import MANIFEST_FILE, FileInfo, StoredFile
 from dsmip.errors import UserError
 from dsmip.manifest import ENTITIES_FILE, REJECTS_FILE, Manifest, is_shard_path, parse_manifest, read_manifest
-from dsmip.object_store import ObjectStore, StoredObject
 from dsmip.progress import Progress, counting, no_progress
+from dsmip.storage.atomic import sha256_file, write_json
+from dsmip.storage.dataset_storage import MANIFEST_FILE, FileInfo, StoredFile
+from dsmip.storage.object_store import ObjectStore, StoredObject
 
 _AT_ONCE = 4
 

@@ -3,13 +3,13 @@
 import os
 from pathlib import Path, PurePath
 
-from dsmip.atomic import json_text, write_json
 from dsmip.dataset import Dataset
-from dsmip.dataset_storage import MANIFEST_FILE
 from dsmip.errors import UserError
-from dsmip.locations import local_path
 from dsmip.manifest import SplitCounts
-from dsmip.object_store import ObjectStore, is_uri
+from dsmip.storage.atomic import json_text, write_json
+from dsmip.storage.dataset_storage import MANIFEST_FILE
+from dsmip.storage.locations import local_path
+from dsmip.storage.object_store import ObjectStore, is_uri
 from dsmip.views import TRAIN, View, draw_rows, parse_view
 
 

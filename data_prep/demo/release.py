@@ -17,8 +17,8 @@ from data_prep.demo.drawing import photograph, plate
 from data_prep.demo.mentions import KINDS, Kind, MentionDrawer, MentionPlan, MentionRates
 from data_prep.demo.text import attributes
 from data_prep.demo.world import MAX_HOUSES, Evidence, House, make_houses
-from dsmip.atomic import write_text
 from dsmip.errors import UserError
+from dsmip.storage.atomic import write_text
 
 Progress = Callable[[int, int], None]
 

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from data_prep.inspection.image_hash import GRID, read_signature
 from dsmip.dataset import Dataset
-from dsmip.dataset_storage import DatasetStorage, open_file
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.manifest import KB, SPLITS, ShardInfo
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting
 from dsmip.records import Entity, read_mention
+from dsmip.storage.dataset_storage import DatasetStorage, open_file
 from dsmip.tar import read_samples
 from dsmip.text import Template, Tokenizer, entity_text, mention_text
 

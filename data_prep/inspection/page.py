@@ -10,8 +10,8 @@ from PIL import Image
 
 from data_prep.inspection.report import Example, Inspection
 from data_prep.inspection.tables import tables
-from dsmip.atomic import write_text
 from dsmip.records import Entity, Mention
+from dsmip.storage.atomic import write_text
 
 _PICTURE_SIDE = 128
 _PICTURE_QUALITY = 75

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.inspection.shard_verification import Copy, Problem, ShardTask, check_shard, readable_table
-from dsmip.atomic import sha256_file
 from dsmip.dataset import Dataset
-from dsmip.dataset_storage import MANIFEST_FILE, DatasetStorage
-from dsmip.locations import open_dataset_storage
 from dsmip.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, parse_manifest
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting, no_progress
+from dsmip.storage.atomic import sha256_file
+from dsmip.storage.dataset_storage import MANIFEST_FILE, DatasetStorage
+from dsmip.storage.locations import open_dataset_storage
 from dsmip.views import parse_view
 
 MAX_PROBLEMS = 100

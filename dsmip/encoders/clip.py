@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dsmip.atomic import atomic_path
 from dsmip.encoders.architecture import Architecture, resolve_architecture
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.encoders.stem import STEM, conv_stem
 from dsmip.encoders.weights import load_weights, locate_weights, read_weights, statistics_metadata
 from dsmip.errors import UserError
+from dsmip.storage.atomic import atomic_path
 
 Tuning = Literal["frozen", "projection", "full"]
 Tower = Literal["text", "vision"]

@@ -19,9 +19,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from dsmip.atomic import atomic_path, write_text
-from dsmip.object_store import ObjectStore, StoredObject, cache_folder
-from dsmip.run_storage import STAMP, RunStorage
+from dsmip.storage.atomic import atomic_path, write_text
+from dsmip.storage.object_store import ObjectStore, StoredObject, cache_folder
+from dsmip.storage.run_storage import STAMP, RunStorage
 
 _SMALL = (".json", ".yaml", ".txt")
 _NOT_BELOW = {"", ".", ".."}  # a store takes any text for a name; a folder would lead out of the copy

@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from dsmip.dataset_storage import MANIFEST_FILE, MISSING, DatasetStorage, LocalDataset
 from dsmip.errors import UserError
-from dsmip.object_store import is_uri, split_uri
-from dsmip.remote_dataset import open_remote_dataset
-from dsmip.remote_run import RemoteRun
-from dsmip.run_storage import LocalRun, RunStorage
+from dsmip.storage.dataset_storage import MANIFEST_FILE, MISSING, DatasetStorage, LocalDataset
+from dsmip.storage.object_store import is_uri, split_uri
+from dsmip.storage.remote_dataset import open_remote_dataset
+from dsmip.storage.remote_run import RemoteRun
+from dsmip.storage.run_storage import LocalRun, RunStorage
 
 Location = str | Path | RunStorage
 

@@ -1,7 +1,7 @@
 """The storage of a run: files by name, in a folder that all nodes see or in an object store, with copies on each node.
 
 Names are relative, with slashes (`text/part.json`). Files are read and written in the storage's `folder`, because
-tables are memory-mapped and files are replaced whole. For a `LocalRun` that is all; a `dsmip.remote_run.RemoteRun`
+tables are memory-mapped and files are replaced whole. For a `LocalRun` that is all; a `dsmip.storage.remote_run.RemoteRun`
 fetches and sends:
 
     refresh()             before reading: all small files
@@ -10,7 +10,7 @@ fetches and sends:
     push(name)            what other code wrote into the folder
 
 Code that works on a run calls these wherever they are needed and never asks which kind of storage it has.
-`dsmip.locations.open_run_storage` opens what lies at a location.
+`dsmip.storage.locations.open_run_storage` opens what lies at a location.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmip.atomic import atomic_path, json_text
+from dsmip.storage.atomic import atomic_path, json_text
 
 STAMP = "run.json"  # written once: another one at the same location is another run's
 

@@ -1,8 +1,8 @@
 """The storage of a dataset: its files by name, in a folder or in an object store with copies on this node.
 
 Names are paths below the dataset, with slashes. Whoever reads asks for an open file; whether it had to be fetched is
-settled here and in `dsmip.remote_dataset`.
-`dsmip.locations.open_dataset_storage` opens what lies at a location.
+settled here and in `dsmip.storage.remote_dataset`.
+`dsmip.storage.locations.open_dataset_storage` opens what lies at a location.
 """
 
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
 from dsmip.errors import UserError
-from dsmip.object_store import is_uri
+from dsmip.storage.object_store import is_uri
 
 MANIFEST_FILE = "manifest.json"
 MISSING = f"no {MANIFEST_FILE}, so this is no complete dataset; prepare it (again)"

@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 
 from filelock import FileLock
 
-from dsmip.atomic import atomic_path, sha256_file
-from dsmip.dataset_storage import StoredFile
 from dsmip.errors import UserError
-from dsmip.object_store import cache_folder
+from dsmip.storage.atomic import atomic_path, sha256_file
+from dsmip.storage.dataset_storage import StoredFile
+from dsmip.storage.object_store import cache_folder
 
 LIMIT = "DSMIP_CACHE_GB"
 _CHECKED_NS = 86_400_000_000_000  # one day after the epoch: nothing written now has it

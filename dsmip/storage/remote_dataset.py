@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from dsmip.cache import LIMIT, checked_copy, data_cache, fresh_folder
-from dsmip.dataset_storage import MANIFEST_FILE, MISSING, Ahead, LocalDataset, StoredFile
 from dsmip.errors import UserError
-from dsmip.object_store import ObjectStore, is_uri
+from dsmip.storage.cache import LIMIT, checked_copy, data_cache, fresh_folder
+from dsmip.storage.dataset_storage import MANIFEST_FILE, MISSING, Ahead, LocalDataset, StoredFile
+from dsmip.storage.object_store import ObjectStore, is_uri
 
 Result = TypeVar("Result")
 
