@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.collate import Collator, ItemBatch, stacked
 from dsmip.config import AugmentConfig, TrainConfig
-from dsmip.dataset import Dataset, TrainingBatch
+from dsmip.data.collate import Collator, ItemBatch, stacked
+from dsmip.data.dataset import Dataset, TrainingBatch
+from dsmip.data.records import Entity, Mention
+from dsmip.data.sampler import draw, step_bounds
+from dsmip.data.table import Table
 from dsmip.ops import augmentation
 from dsmip.ops.augmentation import Draws
-from dsmip.records import Entity, Mention
-from dsmip.sampler import draw, step_bounds
-from dsmip.table import Table
 
 Item = TypeVar("Item")
 Items = ItemBatch | Table

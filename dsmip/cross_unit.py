@@ -6,9 +6,9 @@ z global text width, d unit width. Everything is float32: call it outside autoca
 
 from torch import Tensor, nn
 
+from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side
 from dsmip.ops.cross_unit import cross_vector
-from dsmip.table import Ragged, Table
 
 
 class CrossUnit(nn.Module):

@@ -11,14 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dsmip.collate import ItemBatch, Modality
 from dsmip.config import BackboneConfig, Frozen
+from dsmip.data.collate import ItemBatch, Modality
+from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side, feature_sizes
 from dsmip.encoders.clip import Backbone, TokenFeatures, Tower, Tuning, padded_with_end
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.ops.losses import contrastive_loss
-from dsmip.table import Ragged, Table
 from dsmip.unit_scorer import UnitScorer
 
 ExpertName = Literal["text", "visual", "multimodal"]

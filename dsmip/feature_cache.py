@@ -13,15 +13,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dsmip.collate import Collator, ItemBatch, ItemFormat
-from dsmip.dataset import Dataset
+from dsmip.data.collate import Collator, ItemBatch, ItemFormat
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB
+from dsmip.data.table import Table, concatenate
+from dsmip.data.table_writer import TableWriter
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.keys import plain_text
-from dsmip.manifest import KB
 from dsmip.parallel import map_alone
 from dsmip.storage.locations import Location, open_run_storage
-from dsmip.table import Table, concatenate
-from dsmip.table_writer import TableWriter
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]

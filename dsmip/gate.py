@@ -12,14 +12,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dsmip.collate import ItemBatch
 from dsmip.config import BackboneConfig, Frozen
-from dsmip.dataset import Dataset
+from dsmip.data.collate import ItemBatch
+from dsmip.data.dataset import Dataset
+from dsmip.data.table import Table
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_networks import TORCHVISION_WEIGHTS, NetworkChoice, identity, picture_vectors
 from dsmip.encoders.vgg import BY_HASH, TORCHVISION, Vgg16Features
 from dsmip.image_features import DTypeName, PictureFeatures, Weights, find_features, network_hash
-from dsmip.table import Table
 
 _HASH = re.compile(rf"{BY_HASH}[0-9a-f]{{16,64}}")
 _SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the usual 1e-5 would swallow them

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dsmip import distributed
 from dsmip.batches import Items, Step
-from dsmip.collate import ItemBatch
 from dsmip.config import TrainConfig
+from dsmip.data.collate import ItemBatch
+from dsmip.data.table import Column, Ragged, Table, concatenate
 from dsmip.matcher import BatchGold, Matcher
-from dsmip.table import Column, Ragged, Table, concatenate
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from dsmip.dataset import Dataset
-from dsmip.manifest import SPLITS
-from dsmip.records import Mention
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import SPLITS
+from dsmip.data.records import Mention
 
 KIND = "kind"
 GOLD_SEEN, PICTURE, WORD = "gold_seen", "picture", "word"

@@ -16,16 +16,16 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, ValidationError
 
-from dsmip.collate import PictureCollator
-from dsmip.dataset import Dataset
+from dsmip.data.collate import PictureCollator
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB, SPLITS, Count, Digest, Part
+from dsmip.data.table import Table
 from dsmip.encoders.image_networks import Identity, Kind, PictureNetwork, picture_vectors
 from dsmip.errors import UserError
 from dsmip.feature_cache import fingerprint
 from dsmip.keys import plain_text
-from dsmip.manifest import KB, SPLITS, Count, Digest, Part
 from dsmip.storage.atomic import sha256_file, write_json
 from dsmip.storage.dataset_storage import DatasetStorage, FileInfo
-from dsmip.table import Table
 
 PARTS = (KB, *SPLITS)
 DTypeName = Literal["float32", "float16"]

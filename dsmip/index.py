@@ -16,9 +16,9 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dsmip.data.table import Table, concatenate
 from dsmip.errors import UserError
 from dsmip.storage.atomic import write_json
-from dsmip.table import Table, concatenate
 
 MANIFEST = "index.json"
 SLICE_ROWS = 4096

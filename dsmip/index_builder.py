@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsmip.collate import gold_rows
 from dsmip.config import ExperimentConfig
+from dsmip.data.collate import gold_rows
+from dsmip.data.manifest import KB
+from dsmip.data.table import Table, concatenate
 from dsmip.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
 from dsmip.keys import Plain, plain_text
-from dsmip.manifest import KB
 from dsmip.parallel import map_alone
 from dsmip.part_features import PartFeatures, rows_of
 from dsmip.preparation import picture_columns, prepare_in_tiles, share_picture
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.ranked_model import RankedFiles, load_model
 from dsmip.runs import Run
-from dsmip.table import Table, concatenate
 
 CPU = torch.device("cpu")
 _TILE = 512  # rows; two batches of the encoders

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dsmip.collate import ItemBatch
+from dsmip.data.collate import ItemBatch
+from dsmip.data.table import Table
 from dsmip.encoders.base import Side
 from dsmip.errors import UserError
-from dsmip.table import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig
+from dsmip.data.collate import Collator
+from dsmip.data.manifest import KB
+from dsmip.data.table import Table
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.feature_cache import encode_rows, load_features
-from dsmip.manifest import KB
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.runs import Run
-from dsmip.table import Table
 
 
 class PartFeatures:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsmip.collate import Collator
-from dsmip.dataset import Dataset
+from dsmip.data.collate import Collator
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB
+from dsmip.data.table import Ragged, Repeated, Table, concatenate
 from dsmip.feature_cache import item_batches
-from dsmip.manifest import KB
 from dsmip.matcher import Matcher
-from dsmip.table import Ragged, Repeated, Table, concatenate
 
 
 @torch.no_grad()

@@ -16,18 +16,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsmip import distributed
 from dsmip.batches import augmented, read_ahead
-from dsmip.collate import ItemBatch
 from dsmip.config import PretrainConfig, TrainConfig
-from dsmip.dataset import Dataset
+from dsmip.data.collate import ItemBatch
+from dsmip.data.dataset import Dataset
+from dsmip.data.images import decode, fit
+from dsmip.data.records import Entity
+from dsmip.data.sampler import count_steps, draw, permutation, step_bounds
+from dsmip.data.text import Template, Tokenizer, entity_text
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.images import decode, fit
 from dsmip.loop import BatchSums, Context, Loop, Objective, Scale
 from dsmip.ops.augmentation import Draws
 from dsmip.optimizer import build_optimizer, learning_rate_factor
-from dsmip.records import Entity
-from dsmip.sampler import count_steps, draw, permutation, step_bounds
-from dsmip.text import Template, Tokenizer, entity_text
 
 MAX_LOGIT_SCALE = math.log(100)
 DECODED_BYTES = 1 << 30  # pictures of a smaller kb are decoded once per worker and kept

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dsmip.candidates import CandidateSearch, Links, link
-from dsmip.collate import gold_rows
 from dsmip.config import ExperimentConfig, RankOptions
+from dsmip.data.collate import gold_rows
+from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.index import EntityIndex
 from dsmip.matcher import Matcher
@@ -26,7 +27,6 @@ from dsmip.refinement import PairScorer
 from dsmip.runs import Run
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import RunStorage
-from dsmip.table import Table
 from dsmip.text_unit import use_backend, use_precision
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dsmip.data.table import Table
 from dsmip.index import EntityIndex
 from dsmip.matcher import Matcher
-from dsmip.table import Table
 
 GRID = 2.0**-30
 """Scores in double precision are compared on this grid: pairs of equal features tie whatever call they were in."""

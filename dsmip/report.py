@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from dsmip.config import RankOptions
+from dsmip.data.manifest import SPLITS
+from dsmip.data.records import Mention
 from dsmip.errors import UserError
 from dsmip.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.index_builder import Pieces, plan_pieces
-from dsmip.manifest import SPLITS
 from dsmip.metrics import HITS_AT, confidence
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
 from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.ranking import NotRankable, Ranking
-from dsmip.records import Mention
 from dsmip.runs import Run
 
 RANKS = "ranks.parquet"

@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dsmip.checkpoints import save_weights
-from dsmip.collate import Collator, ItemFormat
 from dsmip.config import ExperimentConfig, flat
-from dsmip.dataset import Dataset
+from dsmip.data.collate import Collator, ItemFormat
+from dsmip.data.dataset import Dataset
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.clip import Backbone

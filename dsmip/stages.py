@@ -8,19 +8,19 @@ from torch import Tensor
 
 from dsmip import distributed
 from dsmip.batches import CachedSource, StreamSource, is_held_out
-from dsmip.collate import gold_rows
 from dsmip.config import ExperimentConfig, TrainConfig
-from dsmip.dataset import Dataset
+from dsmip.data.collate import gold_rows
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB
+from dsmip.data.table import Table
 from dsmip.encoders.clip import compile_towers
 from dsmip.errors import UserError
 from dsmip.index import EntityIndex
 from dsmip.loop import Context, StepSource
-from dsmip.manifest import KB
 from dsmip.matcher import Matcher
 from dsmip.preparation import prepare_entities, prepare_in_tiles, prepare_split
 from dsmip.ranking import rank
 from dsmip.runs import Run
-from dsmip.table import Table
 from dsmip.text_unit import use_backend
 from dsmip.trainer import TrainResult, train
 

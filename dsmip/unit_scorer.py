@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dsmip.collate import Modality
 from dsmip.cross_unit import CrossUnit
+from dsmip.data.collate import Modality
+from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import FeatureSizes, Side
-from dsmip.table import Ragged, Table
 from dsmip.text_unit import TextUnit
 from dsmip.visual_unit import VisualUnit
 

@@ -7,9 +7,9 @@ z global text width, d unit width. Everything is float32: call it outside autoca
 import torch
 from torch import Tensor, nn
 
+from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side
 from dsmip.ops import visual_unit as ops
-from dsmip.table import Ragged, Table
 
 
 class DualUnit(nn.Module):

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from dsmip.config import BackendName, PrecisionName, RankOptions
+from dsmip.data.manifest import REJECTS_FILE, SPLITS
 from dsmip.errors import ReportedError, UserError
-from dsmip.manifest import REJECTS_FILE, SPLITS
 from ray_jobs import connection  # noqa: F401  (before anything imports Ray)
 
 app = typer.Typer(
@@ -163,7 +163,7 @@ def pretrain(
     settings = job_config(config, set or [])
     if path_here(out).suffix != ".safetensors":
         raise UserError(f"--out {out} must end in .safetensors")
-    from dsmip.dataset import Dataset
+    from dsmip.data.dataset import Dataset
     from ray_jobs.display import Display
     from ray_jobs.pretrain import pretrain_backbone
 
@@ -178,7 +178,7 @@ def train(
     from dsmip.load_config import job_config
 
     settings = job_config(config, set or [])
-    from dsmip.dataset import Dataset
+    from dsmip.data.dataset import Dataset
     from ray_jobs.display import Display
     from ray_jobs.train_experts import train_experts
 
@@ -224,7 +224,7 @@ def features(
     from ray_jobs.features import compute_features, feature_request
 
     asked = feature_request(kind, config, set or [], weights, random_weights)
-    from dsmip.dataset import Dataset
+    from dsmip.data.dataset import Dataset
     from ray_jobs.display import Display
 
     dataset, display = Dataset.open(data), Display()

@@ -9,8 +9,8 @@ import torch
 from rich.table import Table
 
 from dsmip.comparison import Comparison, Evaluation, compare, read_evaluation
+from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
-from dsmip.manifest import SPLITS
 from dsmip.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
 from dsmip.storage.atomic import write_json
 from dsmip.storage.locations import Location

@@ -20,10 +20,10 @@ from data_prep.build.images import JPEG_QUALITY
 from data_prep.demo.release import DemoConfig
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import PictureSettings
 from dsmip.errors import UserError
 from dsmip.load_config import changed, job_config
-from dsmip.manifest import PictureSettings
 from dsmip.report import evaluate_model, oracle
 from dsmip.runs import Run
 from dsmip.storage.atomic import write_json

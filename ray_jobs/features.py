@@ -18,8 +18,11 @@ from ray_jobs.connection import connected
 import ray
 import ray.data
 
-from dsmip.collate import PictureCollator
-from dsmip.dataset import Dataset
+from dsmip.data.collate import PictureCollator
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB
+from dsmip.data.table import Table
+from dsmip.data.table_writer import TableWriter
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_networks import Kind, NetworkChoice, PictureNetwork, identity
 from dsmip.encoders.vgg import BY_HASH, SIDE, TORCHVISION
@@ -42,12 +45,9 @@ from dsmip.image_features import (
     write_manifest,
 )
 from dsmip.load_config import job_config
-from dsmip.manifest import KB
 from dsmip.models.dsmip import DsmipConfig
 from dsmip.parallel import map_alone
 from dsmip.storage.dataset_storage import DatasetStorage
-from dsmip.table import Table
-from dsmip.table_writer import TableWriter
 from ray_jobs.display import Display
 from ray_jobs.events import Event, StepEvents
 from ray_jobs.failures import JobFailed

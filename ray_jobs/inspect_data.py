@@ -8,7 +8,7 @@ from rich.text import Text
 from data_prep.inspection.page import write_page
 from data_prep.inspection.report import Inspection, inspect_dataset
 from data_prep.inspection.tables import tables
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.storage.atomic import write_json
 from ray_jobs.display import Display
 

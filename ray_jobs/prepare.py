@@ -23,9 +23,9 @@ from data_prep.build.view import make_view
 from data_prep.demo.release import DemoConfig, write_demo_release
 from data_prep.formats.mimic import MimicRelease
 from data_prep.formats.release import Release, ReleaseOptions
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import Manifest, PictureSettings
 from dsmip.errors import UserError
-from dsmip.manifest import Manifest, PictureSettings
 from dsmip.provenance import write_record
 from dsmip.storage.atomic import sha256_file
 from dsmip.storage.dataset_storage import MANIFEST_FILE

@@ -13,7 +13,8 @@ from ray_jobs.connection import connected
 # isort: split
 from dsmip import distributed
 from dsmip.config import ExperimentConfig, Running
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.text import Template
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
@@ -23,7 +24,6 @@ from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
 from dsmip.provenance import environment
 from dsmip.storage.atomic import write_json
-from dsmip.text import Template
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.display import Display

@@ -8,7 +8,7 @@ from ray_jobs.connection import connected
 
 # isort: split
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.load_config import read_config, to_yaml
 from dsmip.runs import Run
 from dsmip.stages import train_part

@@ -11,13 +11,14 @@ from typing import Any, Self
 import torch
 
 from dsmip.checkpoints import save_weights
-from dsmip.collate import gold_rows
 from dsmip.config import ExperimentConfig
+from dsmip.data.collate import gold_rows
+from dsmip.data.manifest import KB
+from dsmip.data.table import Table
 from dsmip.errors import StoreAway
 from dsmip.feature_cache import load_features, whole_features
 from dsmip.load_config import read_config
 from dsmip.local_context import LocalContext
-from dsmip.manifest import KB
 from dsmip.monitor import StepFigures
 from dsmip.part_features import PartFeatures
 from dsmip.runs import WEIGHTS, Run, own_weights
@@ -25,7 +26,6 @@ from dsmip.stages import SplitFeatures, stage_two_split, start_whole, train_whol
 from dsmip.status import PROGRESS
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import RunStorage
-from dsmip.table import Table
 from dsmip.trackers import SEND_SECONDS, Watched
 from ray_jobs.context import open_watch
 from ray_jobs.events import StepEvents

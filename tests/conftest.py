@@ -13,7 +13,7 @@ import torch
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.load_config import parse_config
 from dsmip.runs import Run
 from tests.support.backbones import NARROW_BACKBONE

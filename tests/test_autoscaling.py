@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.runs import Run
 from ray_jobs.node_types import VARIABLE
 from tests.support.ray_heads import Head, free_ports, running_head, wait_until

@@ -16,12 +16,12 @@ from benchmarks.ranking.against_published import available_backends, main
 from benchmarks.ranking.cases import CASES, build_matcher, feature_blocks
 from benchmarks.ranking.contest import TOLERANCE as TOLERANCES
 from benchmarks.ranking.contest import checked_difference
+from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import FeatureSizes
 from dsmip.matcher import Scores
 from dsmip.models.mimic import MimicMatcher
 from dsmip.ops.ranking import Counts
 from dsmip.ranking import Ranking
-from dsmip.table import Column, Ragged, Table
 from dsmip.unit_scorer import UnitScorer
 from tests.support.paths import MIMIC_UNITS
 

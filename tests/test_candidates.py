@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from dsmip.candidates import CandidateSearch, link
 from dsmip.config import ExperimentConfig
 from dsmip.cross_unit import CrossUnit
+from dsmip.data.table import Table
 from dsmip.encoders.base import Side
 from dsmip.errors import UserError
 from dsmip.index import EntityIndex
@@ -31,7 +32,6 @@ from dsmip.ranked_model import RankedFiles
 from dsmip.ranking import NotRankable, Ranking, rank
 from dsmip.report import Evaluated, evaluate_model
 from dsmip.runs import Run
-from dsmip.table import Table
 from dsmip.text_unit import TextUnit
 from dsmip.unit_scorer import UnitScorer
 from dsmip.visual_unit import DualUnit, VisualUnit

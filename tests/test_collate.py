@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dsmip.collate import Collator, ItemFormat
+from dsmip.data.collate import Collator, ItemFormat
+from dsmip.data.images import decode, fit
+from dsmip.data.records import Entity, Mention
+from dsmip.data.text import Template, Tokenizer
 from dsmip.encoders.architecture import build_tokenizer
-from dsmip.images import decode, fit
-from dsmip.records import Entity, Mention
-from dsmip.text import Template, Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.checkpoints import save_weights
-from dsmip.collate import ItemBatch
 from dsmip.config import ExperimentConfig
+from dsmip.data.collate import ItemBatch
+from dsmip.data.table import Ragged, Table, concatenate
+from dsmip.data.table_writer import TableWriter
 from dsmip.feature_cache import whole_features
 from dsmip.index import EntityIndex
 from dsmip.load_config import parse_config
@@ -31,8 +33,6 @@ from dsmip.ranking import Ranking, TileSize, rank
 from dsmip.refinement import GRID, PairScorer
 from dsmip.runs import load_own_weights, own_weights
 from dsmip.slices import merge_rankings
-from dsmip.table import Ragged, Table, concatenate
-from dsmip.table_writer import TableWriter
 
 FORMS: dict[str, list[dict[str, Any]]] = {
     "dsmip": [

@@ -14,7 +14,7 @@ from benchmarks.data import prepare as prepare_benchmark
 from benchmarks.data.big_release import BigRelease, write_big_release
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 
 LOST = {

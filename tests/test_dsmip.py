@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.checkpoints import save_weights
-from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig
+from dsmip.data.collate import Collator
+from dsmip.data.records import Mention
+from dsmip.data.table import Table
+from dsmip.data.text import Template, mention_text
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
@@ -17,10 +20,7 @@ from dsmip.load_config import parse_config
 from dsmip.matcher import BatchGold
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
-from dsmip.records import Mention
 from dsmip.runs import load_own_weights, own_weights
-from dsmip.table import Table
-from dsmip.text import Template, mention_text
 from tests.support.systems import features, seeded, whole, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 5, 6

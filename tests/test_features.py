@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dsmip import feature_cache
-from dsmip.collate import Collator, ItemBatch
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.collate import Collator, ItemBatch
+from dsmip.data.dataset import Dataset
+from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.feature_cache import (
     KB,
@@ -25,7 +26,6 @@ from dsmip.feature_cache import (
 from dsmip.matcher import Matcher
 from dsmip.preparation import prepare_split
 from dsmip.runs import Run
-from dsmip.table import Ragged, Table
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import kept_for_backward
-from dsmip.collate import ItemBatch
 from dsmip.config import BackboneConfig
+from dsmip.data.collate import ItemBatch
+from dsmip.data.table import Table
 from dsmip.encoders.clip import Tuning
 from dsmip.expert import Expert, ExpertConfig
-from dsmip.table import Table
 
 NUM_ITEMS, NUM_TOKENS, SIZE = 6, 11, 16
 

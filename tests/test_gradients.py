@@ -11,13 +11,13 @@ from torch.nn import functional
 
 from dsmip import distributed
 from dsmip.batches import Step
-from dsmip.collate import ItemBatch
 from dsmip.config import ExperimentConfig, TrainConfig
+from dsmip.data.collate import ItemBatch
+from dsmip.data.table import Ragged, Table
 from dsmip.gradients import batch_backward
 from dsmip.load_config import parse_config
 from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.models import find_system
-from dsmip.table import Ragged, Table
 from tests.support.workers import run_workers
 
 CPU = torch.device("cpu")

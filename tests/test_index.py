@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dsmip.data.table import Ragged, Table, concatenate
 from dsmip.errors import UserError
 from dsmip.index import EntityIndex, finish_index, index_slices
-from dsmip.table import Ragged, Table, concatenate
 
 MADE_FROM: dict[str, Any] = {"model": "text", "data": "abc"}
 NUM_ENTITIES = 10

@@ -7,9 +7,9 @@ import torch
 
 from dsmip import feature_cache
 from dsmip import index_builder as pieces_of_rankings
+from dsmip.data.manifest import KB
 from dsmip.errors import UserError
 from dsmip.index_builder import Pieces, plan_pieces
-from dsmip.manifest import KB
 from dsmip.part_features import PartFeatures
 from dsmip.runs import Run
 from dsmip.storage.atomic import sha256_file

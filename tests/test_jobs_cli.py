@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway
 from dsmip.runs import Run
 from ray_jobs import cli

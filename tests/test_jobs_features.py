@@ -16,17 +16,17 @@ import torch
 from typer.testing import CliRunner, Result
 
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB
+from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.feature_cache import load_features
 from dsmip.image_features import PARTS
 from dsmip.load_config import to_yaml
-from dsmip.manifest import KB
 from dsmip.models.dsmip import GATE
 from dsmip.part_features import PartFeatures
 from dsmip.runs import Run
 from dsmip.stages import CPU
-from dsmip.table import Table
 from ray_jobs.cli import app
 from tests.support.backbones import NARROW_BACKBONE
 from tests.support.ray_heads import processes_of

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dsmip.config import ExperimentConfig, merged
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.local_context import LocalContext

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsmip.config import ExperimentConfig, TuneConfig, merged
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.load_config import to_yaml
 from dsmip.local_context import LocalContext
 from dsmip.runs import Run

@@ -14,7 +14,7 @@ from ray.train.v2._internal.execution.storage import StorageContext
 
 from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig, Resources, Running
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway, UserError
 from dsmip.load_config import changed, parse_config
 from dsmip.local_context import LocalContext

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dsmip.config import ExperimentConfig, TuneConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import changed
 from dsmip.local_context import LocalContext

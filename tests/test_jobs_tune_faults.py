@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dsmip.config import ExperimentConfig, TuneConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway
 from dsmip.load_config import to_yaml
 from dsmip.local_context import LocalContext

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
+from dsmip.data.collate import ItemFormat
+from dsmip.data.text import Template
 from dsmip.expert import ExpertConfig
 from dsmip.feature_cache import feature_key, fingerprint
 from dsmip.keys import key_tree, plain_text
 from dsmip.load_config import changed, parse_config
 from dsmip.models import find_system
-from dsmip.text import Template
 from ray_jobs.pretrain import weights_stamp
 from ray_jobs.sweep import draw_trials
 from ray_jobs.tune_gate import sweep_key

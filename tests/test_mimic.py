@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from dsmip.collate import Collator, ItemBatch
 from dsmip.config import BackboneConfig, ExperimentConfig
+from dsmip.data.collate import Collator, ItemBatch
+from dsmip.data.records import Entity, Mention
+from dsmip.data.table import Ragged, Table
 from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
 from dsmip.encoders.base import FeatureSizes
 from dsmip.encoders.clip import Backbone
@@ -20,8 +22,6 @@ from dsmip.errors import UserError
 from dsmip.load_config import load_config, parse_config
 from dsmip.matcher import BatchGold
 from dsmip.models.mimic import Mimic, MimicConfig, MimicEncoder, MimicMatcher
-from dsmip.records import Entity, Mention
-from dsmip.table import Ragged, Table
 from dsmip.unit_scorer import UnitScorer
 from tests.support.paths import MIMIC_UNITS
 

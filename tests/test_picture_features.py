@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.vgg import VGG, make_layers
 
-from dsmip.collate import PictureCollator
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.collate import PictureCollator
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_networks import NetworkChoice, PictureNetwork, identity
 from dsmip.encoders.vgg import Vgg16Features
@@ -37,7 +38,6 @@ from dsmip.image_features import (
 )
 from dsmip.index_builder import plan_pieces
 from dsmip.load_config import parse_config
-from dsmip.manifest import KB
 from dsmip.models.dsmip import GATE
 from dsmip.parallel import map_alone
 from dsmip.part_features import PartFeatures

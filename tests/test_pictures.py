@@ -9,8 +9,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from dsmip import images
-from dsmip.images import JpegHeader, UnreadablePicture, decode, fit, jpeg_header
+from dsmip.data import images
+from dsmip.data.images import JpegHeader, UnreadablePicture, decode, fit, jpeg_header
 
 
 def smooth_picture(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.collate import ItemBatch
 from dsmip.config import PretrainConfig
-from dsmip.dataset import Dataset
+from dsmip.data.collate import ItemBatch
+from dsmip.data.dataset import Dataset
+from dsmip.data.text import Template
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.local_context import LocalContext
 from dsmip.monitor import StepFigures
 from dsmip.pretraining import MAX_LOGIT_SCALE, PairSource, contrast, pretrain
-from dsmip.text import Template
 from tests.support.workers import run_workers
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ import dsmip
 from data_prep.formats.mimic import MimicRelease
 from dsmip import provenance
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.runs import Run
 from ray_jobs.prepare import BuildOptions, prepare_release
 from tests.support.paths import ROOT

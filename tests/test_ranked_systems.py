@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsmip.batches import CachedSource
 from dsmip.config import ExperimentConfig, TrainConfig
+from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import feature_sizes
 from dsmip.index import EntityIndex
 from dsmip.local_context import LocalContext
@@ -21,7 +22,6 @@ from dsmip.ranked_model import RankedModel
 from dsmip.ranking import NotRankable, TileSize, rank
 from dsmip.refinement import PairScorer
 from dsmip.slices import merge_rankings
-from dsmip.table import Column, Ragged, Table
 from dsmip.trainer import train
 from tests.support.matchers import CPU
 from tests.support.ranking_cases import FORMS, Case, assert_equal, case_of, random_matcher, seen_by

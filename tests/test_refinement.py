@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dsmip.data.table import Table
 from dsmip.index import EntityIndex
 from dsmip.matcher import Scores
 from dsmip.ranking import NotRankable, Ranking, TileSize, check_golds, rank
 from dsmip.refinement import GRID, PairScorer, _scored_together
 from dsmip.slices import merge_gold_scores, merge_rankings
-from dsmip.table import Table
 from tests.support.matchers import CPU, NoisyMatcher, TableMatcher, numbered, ranks_by_sorting, weighted
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.load_config import changed
 from dsmip.runs import Run
 from tests.support.disturbed import (

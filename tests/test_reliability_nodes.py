@@ -13,7 +13,7 @@ import pytest
 
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.runs import Run
 from tests.support.disturbed import (
     StepLog,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsmip.config import ExperimentConfig, TuneConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.local_context import LocalContext
 from dsmip.runs import Run
 from dsmip.stages import train_part

@@ -13,7 +13,7 @@ import torch
 
 from dsmip.checkpoints import load_checkpoint
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.load_config import changed
 from dsmip.runs import Run
 from dsmip.stages import CPU

@@ -13,7 +13,7 @@ import torch
 
 from dsmip.comparison import compare, read_evaluation
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import parse_config
 from dsmip.ranked_model import model_names

@@ -10,7 +10,7 @@ import yaml
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import changed, to_yaml
 from dsmip.runs import Run, own_weights

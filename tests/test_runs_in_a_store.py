@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from dsmip import feature_cache
 from dsmip.config import ExperimentConfig, TuneConfig, merged
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB
 from dsmip.errors import UserError
 from dsmip.local_context import LocalContext
-from dsmip.manifest import KB
 from dsmip.part_features import PartFeatures
 from dsmip.runs import Run
 from dsmip.stages import train_part

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.tar import read_shard, tar_header, write_shard
 from dsmip.errors import UserError
-from dsmip.tar import read_shard, tar_header, write_shard
 from tests.support.small_release import faulty_release
 
 

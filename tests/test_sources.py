@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dsmip import distributed
 from dsmip.batches import CachedSource, Step, StreamSource, augmented, read_ahead
-from dsmip.collate import ItemBatch
 from dsmip.config import AugmentConfig, ExperimentConfig, TrainConfig
-from dsmip.dataset import Dataset
+from dsmip.data.collate import ItemBatch
+from dsmip.data.dataset import Dataset
+from dsmip.data.table import Table
 from dsmip.ops.augmentation import Draws
 from dsmip.runs import Run
-from dsmip.table import Table
 
 Pretend = Callable[[int, int], None]
 

@@ -12,7 +12,7 @@ from benchmarks.training.stage_two_trial import trials
 from benchmarks.training.steps import WARM_UP, Stopwatch, one_epoch
 from benchmarks.training.tower_rate import CASES, count_operations, drawn_items, tower_rates, training_step
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.load_config import changed, to_yaml
 from dsmip.monitor import StepFigures

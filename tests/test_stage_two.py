@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from dsmip.batches import StreamSource, is_held_out
-from dsmip.collate import Collator
 from dsmip.config import ExperimentConfig, TrainConfig
-from dsmip.dataset import Dataset
+from dsmip.data.collate import Collator
+from dsmip.data.dataset import Dataset
+from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.load_config import parse_config
 from dsmip.matcher import BatchGold
 from dsmip.runs import Run
 from dsmip.stages import held_out_rows, stage_two_split
-from dsmip.table import Table
 from dsmip.trainer import trained_state
 from tests.support.systems import features, whole
 

@@ -12,7 +12,7 @@ import pytest
 
 from dsmip.checkpoints import Checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.runs import Run
 from dsmip.status import Status, TrainingState, read_status

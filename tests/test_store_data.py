@@ -14,7 +14,7 @@ import pytest
 from data_prep.build.build import prepare
 from data_prep.build.view import make_view
 from data_prep.formats.mimic import MimicRelease
-from dsmip.dataset import Dataset, TrainingBatch
+from dsmip.data.dataset import Dataset, TrainingBatch
 from dsmip.errors import UserError
 from dsmip.parallel import map_tasks
 from dsmip.storage.object_store import connected_system, filesystem

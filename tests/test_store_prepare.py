@@ -12,13 +12,13 @@ import torch
 from data_prep.build.build import prepare
 from data_prep.build.publish import upload_dataset
 from data_prep.formats.mimic import MimicRelease
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB
+from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.image_features import PARTS, find_features
-from dsmip.manifest import KB
 from dsmip.provenance import RECORDS
 from dsmip.storage.object_store import filesystem
-from dsmip.table import Table
 from ray_jobs import cli
 from tests.support.object_store import ObjectStore
 from tests.support.small_release import plain_release

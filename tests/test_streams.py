@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from data_prep.build import plan
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
-from dsmip import sampler
-from dsmip.dataset import Dataset, TrainingBatch
-from dsmip.sampler import count_steps, draw, permutation, step_bounds, windows
+from dsmip.data import sampler
+from dsmip.data.dataset import Dataset, TrainingBatch
+from dsmip.data.sampler import count_steps, draw, permutation, step_bounds, windows
 from tests.support.small_release import plain_release
 
 NUM_TRAIN = 53

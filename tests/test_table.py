@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmip.table import Ragged, Repeated, Table, concatenate
+from dsmip.data.table import Ragged, Repeated, Table, concatenate
 
 Rows = list[list[float]]
 WIDTH = 2

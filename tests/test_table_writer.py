@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmip.table import Ragged, Table, concatenate
-from dsmip.table_writer import TableWriter
+from dsmip.data.table import Ragged, Table, concatenate
+from dsmip.data.table_writer import TableWriter
 
 
 def piece(count: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Table:

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dsmip.data.records import Entity, Mention
+from dsmip.data.text import Template, entity_text, mention_text
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.errors import UserError
-from dsmip.records import Entity, Mention
-from dsmip.text import Template, entity_text, mention_text
 
 START, END = 49406, 49407
 TOKENIZER = build_tokenizer("tiny")

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsmip.data.table import Ragged, Table
 from dsmip.ops.kernels import cpu
-from dsmip.table import Ragged, Table
 from tests.support.text_unit_pairs import ATOL, INTERPRETED, Pairs, Way, as_seen, changed, pairs
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=6)

@@ -10,7 +10,7 @@ import torch
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import changed, load_config, to_yaml
 from dsmip.local_context import LocalContext

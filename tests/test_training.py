@@ -12,14 +12,14 @@ from torch.nn import functional
 
 from dsmip.batches import CachedSource, Step
 from dsmip.checkpoints import load_checkpoint
-from dsmip.collate import ItemBatch
 from dsmip.config import TrainConfig
+from dsmip.data.collate import ItemBatch
+from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.local_context import LocalContext
 from dsmip.loop import Left
 from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.monitor import StepFigures
-from dsmip.table import Table
 from dsmip.trainer import TrainResult, train, trained_state
 
 CPU = torch.device("cpu")

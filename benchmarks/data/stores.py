@@ -31,7 +31,7 @@ from data_prep.build.build import prepare
 from data_prep.build.publish import upload_dataset
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import ReportedError
 from dsmip.storage.atomic import write_json
 from tests.support.object_store import free_port, running_store, variables

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dsmip.collate import Modality
 from dsmip.config import ExperimentConfig
+from dsmip.data.collate import Modality
+from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import FeatureSizes, feature_sizes
 from dsmip.expert import MODALITIES
 from dsmip.load_config import parse_config
 from dsmip.matcher import Matcher
 from dsmip.models import find_system
 from dsmip.models.dsmip import GATE, DsmipMatcher
-from dsmip.table import Column, Ragged, Table
 
 PICTURE_TOKENS = 50  # 7 x 7 patches and the class token
 FEWEST_TOKENS, MEAN_TOKENS = 4, 22

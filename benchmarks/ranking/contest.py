@@ -19,10 +19,10 @@ from benchmarks.ranking import published
 from benchmarks.ranking.cases import Case, Side, build_matcher, feature_blocks
 from dsmip import ranking as exact_ranking
 from dsmip.config import PrecisionName, RankOptions
+from dsmip.data.table import Table, concatenate
 from dsmip.index import EntityIndex
 from dsmip.matcher import Matcher, Scores
 from dsmip.ranking import Ranking
-from dsmip.table import Table, concatenate
 from dsmip.text_unit import Backend, Precision, use_backend, use_precision
 
 TOLERANCE: Mapping[Precision, float] = {"fp32": 5e-4, "fp16": 5e-2}

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from dsmip.cross_unit import CrossUnit
+from dsmip.data.table import Table
 from dsmip.expert import Expert
 from dsmip.matcher import Matcher, Scores
 from dsmip.models.dsmip import GATE, DsmipMatcher
 from dsmip.models.mimic import MimicMatcher
-from dsmip.table import Table
 from dsmip.text_unit import TextUnit
 from dsmip.unit_scorer import UnitScorer
 from dsmip.visual_unit import DualUnit, VisualUnit

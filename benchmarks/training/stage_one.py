@@ -32,7 +32,7 @@ from data_prep.build.build import prepare
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.load_config import changed, load_config, to_yaml
 from dsmip.models import find_system

@@ -16,16 +16,16 @@ from tempfile import TemporaryDirectory
 import torch
 
 from dsmip.batches import CachedSource, Step
-from dsmip.collate import gold_rows
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.collate import gold_rows
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB
+from dsmip.data.table import Table
 from dsmip.feature_cache import load_features, whole_features
 from dsmip.local_context import LocalContext
-from dsmip.manifest import KB
 from dsmip.part_features import PartFeatures
 from dsmip.runs import Run
 from dsmip.stages import SplitFeatures, stage_two_split, start_whole, train_whole, validate_on
-from dsmip.table import Table
 from dsmip.trainer import train
 
 _SPLITS = ("train", "validation", KB)

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from dsmip.config import ExperimentConfig, Running
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.load_config import changed
 from dsmip.local_context import LocalContext
 from dsmip.loop import Context

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import kept_for_backward, measured
 from benchmarks.roofline import matrix_rate
 from dsmip.batches import Step
-from dsmip.collate import ItemBatch
 from dsmip.config import BackboneConfig, TrainConfig
+from dsmip.data.collate import ItemBatch
 from dsmip.encoders.clip import Backbone, Tuning
 from dsmip.expert import Expert, ExpertConfig
 from dsmip.gradients import batch_backward

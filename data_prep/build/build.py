@@ -35,9 +35,8 @@ from data_prep.build.runners import Result, Runner, Task, run_serially
 from data_prep.build.tasks import HashTask, JoinTask, KbTask, SplitTask
 from data_prep.formats.release import Release
 from dsmip import __version__
-from dsmip.dataset import Dataset
-from dsmip.errors import UserError
-from dsmip.manifest import (
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import (
     ENTITIES_FILE,
     KB,
     REJECTS_FILE,
@@ -48,6 +47,7 @@ from dsmip.manifest import (
     SplitCounts,
     read_manifest,
 )
+from dsmip.errors import UserError
 from dsmip.storage.atomic import join_files, sha256_file, write_json
 from dsmip.storage.dataset_storage import MANIFEST_FILE
 

@@ -16,9 +16,9 @@ from torch.nn import functional
 from torchvision.io import encode_jpeg
 
 from data_prep.formats.image_files import MAX_FILE_BYTES
-from dsmip import images
-from dsmip.images import decode_jpeg, jpeg_header
-from dsmip.manifest import PictureSettings
+from dsmip.data import images
+from dsmip.data.images import decode_jpeg, jpeg_header
+from dsmip.data.manifest import PictureSettings
 
 JPEG_QUALITY = 92
 MAX_PIXELS = images.MAX_PIXELS  # what is prepared must be readable in training

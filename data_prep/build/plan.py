@@ -23,9 +23,9 @@ from data_prep.build.findings import Counts, finding_log
 from data_prep.build.rules import UniqueIds, checked_entities, checked_mentions
 from data_prep.build.staged_records import write_entity, write_mention
 from data_prep.formats.release import RawEntity, RawMention, Release
+from dsmip.data.manifest import KB, SPLITS, PictureSettings, ShardInfo, shard_path
+from dsmip.data.sampler import permutation
 from dsmip.errors import UserError
-from dsmip.manifest import KB, SPLITS, PictureSettings, ShardInfo, shard_path
-from dsmip.sampler import permutation
 from dsmip.storage.atomic import atomic_path, sha256_file, write_json
 
 STAGE = ".unfinished"

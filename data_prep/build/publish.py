@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from dsmip.data.manifest import ENTITIES_FILE, REJECTS_FILE, Manifest, is_shard_path, parse_manifest, read_manifest
 from dsmip.errors import UserError
-from dsmip.manifest import ENTITIES_FILE, REJECTS_FILE, Manifest, is_shard_path, parse_manifest, read_manifest
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.storage.atomic import sha256_file, write_json
 from dsmip.storage.dataset_storage import MANIFEST_FILE, FileInfo, StoredFile

@@ -24,11 +24,11 @@ from data_prep.build.runners import Tick
 from data_prep.build.staged_records import read_entities, read_mentions
 from data_prep.formats.image_files import MAX_FILE_BYTES, read_picture
 from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture
+from dsmip.data.manifest import PictureSettings, ShardInfo
+from dsmip.data.records import Entity, Mention, entity_fields, mention_fields
+from dsmip.data.tar import Fields, WrittenShard, join_shards, read_place, write_shard
 from dsmip.errors import UserError
-from dsmip.manifest import PictureSettings, ShardInfo
-from dsmip.records import Entity, Mention, entity_fields, mention_fields
 from dsmip.storage.atomic import join_files, sha256_file
-from dsmip.tar import Fields, WrittenShard, join_shards, read_place, write_shard
 
 Note = Callable[[Finding], None]
 

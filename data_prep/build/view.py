@@ -3,14 +3,14 @@
 import os
 from pathlib import Path, PurePath
 
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import SplitCounts
+from dsmip.data.views import TRAIN, View, draw_rows, parse_view
 from dsmip.errors import UserError
-from dsmip.manifest import SplitCounts
 from dsmip.storage.atomic import json_text, write_json
 from dsmip.storage.dataset_storage import MANIFEST_FILE
 from dsmip.storage.locations import local_path
 from dsmip.storage.object_store import ObjectStore, is_uri
-from dsmip.views import TRAIN, View, draw_rows, parse_view
 
 
 def make_view(base: str | Path, out: str | Path, fraction: float, seed: int) -> Dataset:

@@ -26,8 +26,8 @@ from data_prep.formats.json_records import object_records, opening
 from data_prep.formats.knowledge_base import knowledge_base_file, open_knowledge_base
 from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
 from data_prep.formats.splits import SplitFiles, SplitItem, check_percentages, grouped_split
+from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
-from dsmip.manifest import SPLITS
 
 _FILES = "*-MEL.json"
 _PICTURES = ("images", "image", "mention_image", "mention_images")

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.formats.json_records import object_records
+from dsmip.data.manifest import SPLITS
+from dsmip.data.sampler import permutation
 from dsmip.errors import UserError
-from dsmip.manifest import SPLITS
-from dsmip.sampler import permutation
 
 _NAMES = {"train": ("train",), "validation": ("dev", "valid", "val", "validation"), "test": ("test",)}
 _TABLE = "splits.json"

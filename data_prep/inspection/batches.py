@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.inspection.columns import Ints
-from dsmip.sampler import count_steps, step_bounds, windows
+from dsmip.data.sampler import count_steps, step_bounds, windows
 
 BATCH_SIZE = 128
 

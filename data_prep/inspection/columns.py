@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.inspection.image_hash import GRID, read_signature
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB, SPLITS, ShardInfo
+from dsmip.data.records import Entity, read_mention
+from dsmip.data.tar import read_samples
+from dsmip.data.text import Template, Tokenizer, entity_text, mention_text
 from dsmip.encoders.architecture import build_tokenizer
-from dsmip.manifest import KB, SPLITS, ShardInfo
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting
-from dsmip.records import Entity, read_mention
 from dsmip.storage.dataset_storage import DatasetStorage, open_file
-from dsmip.tar import read_samples
-from dsmip.text import Template, Tokenizer, entity_text, mention_text
 
 ARCHITECTURE = "ViT-B-32"  # its tokenizer and context length of 77 are those of every CLIP
 _ENTITIES_AT_ONCE = 4096

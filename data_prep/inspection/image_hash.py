@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dsmip.images import MAX_PIXELS
+from dsmip.data.images import MAX_PIXELS
 
 MAX_BITS = 4
 MAX_COLOUR = 16

@@ -7,7 +7,7 @@ import numpy as np
 from data_prep.inspection.checks import NOBODY, Check, groups_of
 from data_prep.inspection.columns import Columns, Flags, Ints, PictureColumns, joined
 from data_prep.inspection.image_hash import are_near, near_pairs
-from dsmip.manifest import SPLITS
+from dsmip.data.manifest import SPLITS
 
 _NO_OWNER = np.iinfo(np.int64).max
 

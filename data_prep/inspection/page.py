@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_prep.inspection.report import Example, Inspection
 from data_prep.inspection.tables import tables
-from dsmip.records import Entity, Mention
+from dsmip.data.records import Entity, Mention
 from dsmip.storage.atomic import write_text
 
 _PICTURE_SIDE = 128

@@ -11,10 +11,10 @@ from data_prep.inspection.checks import NOBODY, Check
 from data_prep.inspection.columns import Columns, Flags, Ints, read_columns
 from data_prep.inspection.images import picture_checks
 from data_prep.inspection.texts import entity_checks, mention_checks
-from dsmip.dataset import Dataset
-from dsmip.manifest import SPLITS
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import SPLITS
+from dsmip.data.records import Entity, Mention
 from dsmip.progress import Progress, no_progress
-from dsmip.records import Entity, Mention
 
 _EXAMPLES_OF_A_CHECK = 3
 _SAMPLES_OF_A_SPLIT = 3

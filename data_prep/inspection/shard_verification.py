@@ -14,13 +14,13 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
-from dsmip.dataset import ENTITY_SCHEMA
+from dsmip.data.dataset import ENTITY_SCHEMA
+from dsmip.data.manifest import ENTITIES_FILE, KB, ShardInfo
+from dsmip.data.records import read_mention
+from dsmip.data.tar import Fields, Sample, json_field, read_place, read_shard
 from dsmip.errors import UserError
-from dsmip.manifest import ENTITIES_FILE, KB, ShardInfo
-from dsmip.records import read_mention
 from dsmip.storage.atomic import sha256_file
 from dsmip.storage.dataset_storage import DatasetStorage
-from dsmip.tar import Fields, Sample, json_field, read_place, read_shard
 
 _TEXT_COLUMNS = ("entity_row", "entity_id", "name", "attributes", "num_images")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_prep.inspection.report import Count, Inspection, Row
-from dsmip.manifest import SPLITS
+from dsmip.data.manifest import SPLITS
 
 _FLAWS_LISTED = 12
 

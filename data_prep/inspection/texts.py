@@ -4,7 +4,7 @@ import numpy as np
 
 from data_prep.inspection.checks import NOBODY, Check, combine, first_of_group, groups_of, other_of_group
 from data_prep.inspection.columns import Columns, EntityColumns, Flags, Ints
-from dsmip.manifest import SPLITS
+from dsmip.data.manifest import SPLITS
 
 
 def mention_checks(columns: Columns) -> list[Check]:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.inspection.shard_verification import Copy, Problem, ShardTask, check_shard, readable_table
-from dsmip.dataset import Dataset
-from dsmip.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, parse_manifest
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, parse_manifest
+from dsmip.data.views import parse_view
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.storage.atomic import sha256_file
 from dsmip.storage.dataset_storage import MANIFEST_FILE, DatasetStorage
 from dsmip.storage.locations import open_dataset_storage
-from dsmip.views import parse_view
 
 MAX_PROBLEMS = 100
 _ACTIONS = {"rejected": "rejects", "repaired": "repaired", "degraded": "degraded"}

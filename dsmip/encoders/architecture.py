@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dsmip.data.text import Tokenizer
 from dsmip.encoders.stem import STEM, check_stem
 from dsmip.errors import UserError
-from dsmip.text import Tokenizer
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "backbones"
 CLIP_VOCAB_SIZE = 49408

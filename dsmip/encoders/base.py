@@ -10,10 +10,10 @@ from typing import Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from dsmip.collate import ItemBatch, ItemFormat
+from dsmip.data.collate import ItemBatch, ItemFormat
+from dsmip.data.table import Table
 from dsmip.encoders.architecture import read_architecture, resolve_architecture
 from dsmip.errors import UserError
-from dsmip.table import Table
 
 Side = Literal["mentions", "entities"]
 

@@ -159,7 +159,7 @@ class Backbone(nn.Module):
         """Text tower (eqs. 3, 6, 7): tokens [N, L (+r), d_t] after the final norm, prompts right after start-of-text.
 
         Args:
-            token_ids: int64 [N, L] as `dsmip.text.Tokenizer` makes them, with L + r <= context length.
+            token_ids: int64 [N, L] as `dsmip.data.text.Tokenizer` makes them, with L + r <= context length.
             hide_padding: no place attends to padding, as Hugging Face's towers do with an attention mask. Only the
                 outputs at padding places change: the causal mask hides padding from all others.
 

@@ -6,9 +6,9 @@ A system is made of parts that are trained one after the other or side by side; 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-from dsmip.collate import ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
-from dsmip.dataset import Dataset
+from dsmip.data.collate import ItemFormat
+from dsmip.data.dataset import Dataset
 from dsmip.encoders.base import FeatureEncoder, StoredFeatures
 from dsmip.matcher import Matcher
 

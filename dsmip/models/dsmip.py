@@ -8,9 +8,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsmip.collate import ItemBatch, ItemFormat
 from dsmip.config import ExperimentConfig, Frozen
-from dsmip.dataset import Dataset
+from dsmip.data.collate import ItemBatch, ItemFormat
+from dsmip.data.dataset import Dataset
+from dsmip.data.table import Table
+from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureEncoder, Side, StoredFeatures, feature_sizes
 from dsmip.expert import MODALITIES, Expert, ExpertConfig, ExpertName
 from dsmip.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_pictures
@@ -19,8 +21,6 @@ from dsmip.matcher import BatchGold, Matcher, Scores, token_pairs
 from dsmip.models.base import System
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.ops.losses import contrastive_loss, contrastive_losses
-from dsmip.table import Table
-from dsmip.text import Template
 
 GATE = "gate"
 _VGG_WIDTH = 4096

@@ -12,8 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsmip.collate import ItemBatch, ItemFormat
 from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
+from dsmip.data.collate import ItemBatch, ItemFormat
+from dsmip.data.table import Ragged, Table
+from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureEncoder, Side, feature_sizes
 from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
 from dsmip.encoders.hugging_face import open_clip_names
@@ -22,8 +24,6 @@ from dsmip.errors import UserError
 from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.models.base import System
 from dsmip.ops.losses import contrastive_loss
-from dsmip.table import Ragged, Table
-from dsmip.text import Template
 from dsmip.unit_scorer import UnitScorer
 
 # Where the scorer's parameters are in a published state dict (beginnings of names).

@@ -20,7 +20,7 @@ import torch
 
 from dsmip.checkpoints import load_checkpoint
 from dsmip.config import ExperimentConfig
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.load_config import changed, parse_config, to_yaml
 from dsmip.local_context import LocalContext
 from dsmip.runs import Run

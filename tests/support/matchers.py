@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from dsmip.collate import ItemBatch
+from dsmip.data.collate import ItemBatch
+from dsmip.data.table import Table
 from dsmip.matcher import BatchGold, Matcher, Scores
-from dsmip.table import Table
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.cross_unit import CrossUnit
-from dsmip.table import Ragged, Table
+from dsmip.data.table import Ragged, Table
 from dsmip.text_unit import TextUnit
 from dsmip.unit_scorer import ImageNorm, TextNorm
 from dsmip.visual_unit import VisualUnit

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from dsmip.config import ExperimentConfig, merged
+from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import feature_sizes
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
-from dsmip.table import Column, Ragged, Table
 
 
 def seeded(seed: int, build: Any) -> Any:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dsmip.data.table import Ragged, Table
 from dsmip.ops.kernels.rows import TokenRows
-from dsmip.table import Ragged, Table
 from dsmip.text_unit import Backend, Precision, TextUnit, use_backend, use_precision
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

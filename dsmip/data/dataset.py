@@ -2,7 +2,7 @@
 
 It lies in a folder or, with copies on each node, in an object store: see `dsmip.storage.dataset_storage`.
 
-<data>/manifest.json               see dsmip.manifest
+<data>/manifest.json               see dsmip.data.manifest
 <data>/kb/entities.parquet         one row per entity, with the place of each picture in the kb's shards
 <data>/kb/kb-000000.tar            <row>.json, <row>.0.jpg, <row>.1.jpg ...
 <data>/<split>/<split>-000000.tar  <key>.json, <key>.jpg, <key>.entity.json, <key>.entity.0.jpg ...
@@ -22,14 +22,14 @@ from typing import Any, BinaryIO
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from dsmip.data.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, parse_manifest
+from dsmip.data.records import Entity, Mention, make_entity, read_mention, read_pair
+from dsmip.data.sampler import Window, count_steps, step_bounds, windows
+from dsmip.data.tar import Sample, read_place, read_samples
+from dsmip.data.views import TRAIN, View, parse_view
 from dsmip.errors import UserError
-from dsmip.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, parse_manifest
-from dsmip.records import Entity, Mention, make_entity, read_mention, read_pair
-from dsmip.sampler import Window, count_steps, step_bounds, windows
 from dsmip.storage.dataset_storage import MANIFEST_FILE, DatasetStorage, open_file
 from dsmip.storage.locations import open_dataset_storage
-from dsmip.tar import Sample, read_place, read_samples
-from dsmip.views import TRAIN, View, parse_view
 
 ENTITY_SCHEMA = pa.schema(
     [
@@ -65,7 +65,7 @@ class Dataset:
     """A prepared release. Open it with `Dataset.open`; reading is lazy and every record comes from the files.
 
     Attributes: manifest; manifest_hash (SHA-256 of manifest.json: equal hashes mean equal data); own (the files beside
-    the manifest); files (those of the shards: of a view, of the dataset that it is a view of, see `dsmip.views`).
+    the manifest); files (those of the shards: of a view, of the dataset that it is a view of, see `dsmip.data.views`).
     """
 
     def __init__(

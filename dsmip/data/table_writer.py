@@ -15,8 +15,8 @@ from typing import BinaryIO, Self
 import torch
 from torch import Tensor
 
+from dsmip.data.table import Ragged, Table
 from dsmip.storage.atomic import atomic_path
-from dsmip.table import Ragged, Table
 
 _DTYPES = {
     torch.int64: "I64",

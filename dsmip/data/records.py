@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from dsmip.data.sampler import draw
+from dsmip.data.tar import Fields, json_field
 from dsmip.errors import UserError
-from dsmip.sampler import draw
-from dsmip.tar import Fields, json_field
 
 Result = TypeVar("Result")
 

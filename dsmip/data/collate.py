@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.images import UnreadablePicture, decode, fit
+from dsmip.data.records import Entity, Mention
+from dsmip.data.text import Template, Tokenizer, entity_text, mention_text
 from dsmip.errors import UserError
-from dsmip.images import UnreadablePicture, decode, fit
-from dsmip.records import Entity, Mention
-from dsmip.text import Template, Tokenizer, entity_text, mention_text
 
 Modality = Literal["text", "image"]
 _KEPT_BYTES = 256 << 20  # decoded pictures that a collator keeps: all of a small data set, a sliver of a large one

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
-from dsmip.records import Entity, Mention
+from dsmip.data.records import Entity, Mention
 
 _KEPT_TEXTS = 1 << 17
 

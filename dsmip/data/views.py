@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from dsmip.data.manifest import FORMAT, Digest, Manifest, Part, SplitCounts, parse_json_object
+from dsmip.data.sampler import permutation
 from dsmip.errors import UserError
-from dsmip.manifest import FORMAT, Digest, Manifest, Part, SplitCounts, parse_json_object
-from dsmip.sampler import permutation
 
 TRAIN = "train"
 _BASE = "view_of"
