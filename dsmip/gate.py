@@ -17,9 +17,9 @@ from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.encoders.clip import Backbone
+from dsmip.encoders.image_features import DTypeName, PictureFeatures, Weights, find_features, network_hash
 from dsmip.encoders.image_networks import TORCHVISION_WEIGHTS, NetworkChoice, identity, picture_vectors
 from dsmip.encoders.vgg import BY_HASH, TORCHVISION, Vgg16Features
-from dsmip.image_features import DTypeName, PictureFeatures, Weights, find_features, network_hash
 
 _HASH = re.compile(rf"{BY_HASH}[0-9a-f]{{16,64}}")
 _SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the usual 1e-5 would swallow them

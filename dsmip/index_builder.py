@@ -17,7 +17,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.collate import gold_rows
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table, concatenate
-from dsmip.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
+from dsmip.encoders.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
 from dsmip.keys import Plain, plain_text
 from dsmip.parallel import map_alone

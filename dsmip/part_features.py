@@ -11,7 +11,7 @@ from dsmip.data.collate import Collator
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.base import FeatureEncoder
-from dsmip.feature_cache import encode_rows, load_features
+from dsmip.encoders.feature_cache import encode_rows, load_features
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.runs import Run
 

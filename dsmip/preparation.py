@@ -14,7 +14,7 @@ from dsmip.data.collate import Collator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Ragged, Repeated, Table, concatenate
-from dsmip.feature_cache import item_batches
+from dsmip.encoders.feature_cache import item_batches
 from dsmip.matcher import Matcher
 
 

@@ -33,8 +33,8 @@ from dsmip.data.dataset import Dataset
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.clip import Backbone
+from dsmip.encoders.feature_cache import FeatureCache
 from dsmip.errors import UserError
-from dsmip.feature_cache import FeatureCache
 from dsmip.load_config import load_config, to_yaml
 from dsmip.matcher import Matcher
 from dsmip.models import find_system

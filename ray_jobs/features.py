@@ -24,11 +24,8 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.data.table_writer import TableWriter
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.image_networks import Kind, NetworkChoice, PictureNetwork, identity
-from dsmip.encoders.vgg import BY_HASH, SIDE, TORCHVISION
-from dsmip.errors import ReportedError, UserError
-from dsmip.feature_cache import BATCH_SIZE
-from dsmip.image_features import (
+from dsmip.encoders.feature_cache import BATCH_SIZE
+from dsmip.encoders.image_features import (
     PARTS,
     Data,
     DTypeName,
@@ -44,6 +41,9 @@ from dsmip.image_features import (
     read_features,
     write_manifest,
 )
+from dsmip.encoders.image_networks import Kind, NetworkChoice, PictureNetwork, identity
+from dsmip.encoders.vgg import BY_HASH, SIDE, TORCHVISION
+from dsmip.errors import ReportedError, UserError
 from dsmip.load_config import job_config
 from dsmip.models.dsmip import DsmipConfig
 from dsmip.parallel import map_alone

@@ -15,8 +15,8 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.collate import gold_rows
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
+from dsmip.encoders.feature_cache import load_features, whole_features
 from dsmip.errors import StoreAway
-from dsmip.feature_cache import load_features, whole_features
 from dsmip.load_config import read_config
 from dsmip.local_context import LocalContext
 from dsmip.monitor import StepFigures

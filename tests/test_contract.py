@@ -21,7 +21,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Ragged, Table, concatenate
 from dsmip.data.table_writer import TableWriter
-from dsmip.feature_cache import whole_features
+from dsmip.encoders.feature_cache import whole_features
 from dsmip.index import EntityIndex
 from dsmip.load_config import parse_config
 from dsmip.matcher import BatchGold, Matcher, Scores

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmip import feature_cache
 from dsmip.config import ExperimentConfig
 from dsmip.data.collate import Collator, ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Ragged, Table
+from dsmip.encoders import feature_cache
 from dsmip.encoders.base import FeatureEncoder
-from dsmip.feature_cache import (
+from dsmip.encoders.feature_cache import (
     KB,
     FeatureCache,
     chunked,

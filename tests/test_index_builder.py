@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
-from dsmip import feature_cache
 from dsmip import index_builder as pieces_of_rankings
 from dsmip.data.manifest import KB
+from dsmip.encoders import feature_cache
 from dsmip.errors import UserError
 from dsmip.index_builder import Pieces, plan_pieces
 from dsmip.part_features import PartFeatures

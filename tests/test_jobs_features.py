@@ -19,9 +19,9 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
+from dsmip.encoders.feature_cache import load_features
+from dsmip.encoders.image_features import PARTS
 from dsmip.errors import UserError
-from dsmip.feature_cache import load_features
-from dsmip.image_features import PARTS
 from dsmip.load_config import to_yaml
 from dsmip.models.dsmip import GATE
 from dsmip.part_features import PartFeatures

@@ -14,8 +14,8 @@ import torch
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
 from dsmip.data.text import Template
+from dsmip.encoders.feature_cache import feature_key, fingerprint
 from dsmip.expert import ExpertConfig
-from dsmip.feature_cache import feature_key, fingerprint
 from dsmip.keys import key_tree, plain_text
 from dsmip.load_config import changed, parse_config
 from dsmip.models import find_system

@@ -17,12 +17,8 @@ from dsmip.data.collate import PictureCollator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.image_networks import NetworkChoice, PictureNetwork, identity
-from dsmip.encoders.vgg import Vgg16Features
-from dsmip.errors import UserError
-from dsmip.feature_cache import load_features
-from dsmip.gate import GateConfig, stored_pictures
-from dsmip.image_features import (
+from dsmip.encoders.feature_cache import load_features
+from dsmip.encoders.image_features import (
     PARTS,
     Data,
     DTypeName,
@@ -36,6 +32,10 @@ from dsmip.image_features import (
     picture_rows,
     write_manifest,
 )
+from dsmip.encoders.image_networks import NetworkChoice, PictureNetwork, identity
+from dsmip.encoders.vgg import Vgg16Features
+from dsmip.errors import UserError
+from dsmip.gate import GateConfig, stored_pictures
 from dsmip.index_builder import plan_pieces
 from dsmip.load_config import parse_config
 from dsmip.models.dsmip import GATE

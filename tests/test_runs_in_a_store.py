@@ -15,10 +15,10 @@ import torch
 from typer.testing import CliRunner
 
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
-from dsmip import feature_cache
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
+from dsmip.encoders import feature_cache
 from dsmip.errors import UserError
 from dsmip.local_context import LocalContext
 from dsmip.part_features import PartFeatures

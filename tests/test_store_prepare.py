@@ -15,8 +15,8 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
+from dsmip.encoders.image_features import PARTS, find_features
 from dsmip.errors import UserError
-from dsmip.image_features import PARTS, find_features
 from dsmip.provenance import RECORDS
 from dsmip.storage.object_store import filesystem
 from ray_jobs import cli

@@ -21,7 +21,7 @@ from dsmip.data.collate import gold_rows
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
-from dsmip.feature_cache import load_features, whole_features
+from dsmip.encoders.feature_cache import load_features, whole_features
 from dsmip.local_context import LocalContext
 from dsmip.part_features import PartFeatures
 from dsmip.runs import Run

@@ -20,9 +20,9 @@ from dsmip.data.collate import PictureCollator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB, SPLITS, Count, Digest, Part
 from dsmip.data.table import Table
+from dsmip.encoders.feature_cache import fingerprint
 from dsmip.encoders.image_networks import Identity, Kind, PictureNetwork, picture_vectors
 from dsmip.errors import UserError
-from dsmip.feature_cache import fingerprint
 from dsmip.keys import plain_text
 from dsmip.storage.atomic import sha256_file, write_json
 from dsmip.storage.dataset_storage import DatasetStorage, FileInfo
@@ -126,7 +126,7 @@ def features_file(name: str, part: str) -> str:
 
 
 def network_hash(identity: Identity) -> str:
-    """Hex digest of a network, version 1 (as `dsmip.feature_cache.feature_key`)."""
+    """Hex digest of a network, version 1 (as `dsmip.encoders.feature_cache.feature_key`)."""
     return fingerprint(identity.tensors, plain_text((identity.form, identity.mean, identity.std, identity.side)))
 
 
