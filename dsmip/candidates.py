@@ -17,10 +17,10 @@ from torch import Tensor
 
 from dsmip.data.table import Ragged, Table
 from dsmip.index import EntityIndex
-from dsmip.matcher import Matcher
 from dsmip.ops import ranking as ops
 from dsmip.ranking import NotRankable
 from dsmip.refinement import PairScorer
+from dsmip.units.matcher import Matcher
 
 SearchMethod = Literal["gemm", "faiss"]
 _TILE = 4096

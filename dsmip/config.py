@@ -253,8 +253,8 @@ class RankOptions:
     """How a ranking is computed; ranks do not depend on it.
 
     top_k: how many of the best entities of each mention are kept.
-    backend: what computes token-level scores (see `dsmip.text_unit.use_backend`).
-    precision: of the token rows that they are computed from (see `dsmip.text_unit.use_precision`).
+    backend: what computes token-level scores (see `dsmip.units.text_unit.use_backend`).
+    precision: of the token rows that they are computed from (see `dsmip.units.text_unit.use_precision`).
     """
 
     top_k: int = 20

@@ -17,7 +17,7 @@ from dsmip.batches import Items, Step
 from dsmip.config import TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Column, Ragged, Table, concatenate
-from dsmip.matcher import BatchGold, Matcher
+from dsmip.units.matcher import BatchGold, Matcher
 
 
 @dataclass(frozen=True, slots=True)

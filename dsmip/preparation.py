@@ -15,7 +15,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Ragged, Repeated, Table, concatenate
 from dsmip.encoders.feature_cache import item_batches
-from dsmip.matcher import Matcher
+from dsmip.units.matcher import Matcher
 
 
 @torch.no_grad()

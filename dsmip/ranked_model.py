@@ -19,7 +19,6 @@ from dsmip.data.collate import gold_rows
 from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.index import EntityIndex
-from dsmip.matcher import Matcher
 from dsmip.models import find_system
 from dsmip.progress import Progress, no_progress
 from dsmip.ranking import Ranking, rank
@@ -27,7 +26,8 @@ from dsmip.refinement import PairScorer
 from dsmip.runs import Run
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import RunStorage
-from dsmip.text_unit import use_backend, use_precision
+from dsmip.units.matcher import Matcher
+from dsmip.units.text_unit import use_backend, use_precision
 
 
 @dataclass(frozen=True)

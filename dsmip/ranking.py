@@ -17,11 +17,11 @@ from torch import Tensor
 from dsmip.data.table import Table
 from dsmip.distributed import max_over_workers, sum_over_workers
 from dsmip.index import EntityIndex
-from dsmip.matcher import Matcher, Scores
 from dsmip.metrics import summarise
 from dsmip.ops import ranking as ops
 from dsmip.refinement import PairScorer, Refinement, Refiner, Unrefined, sample_errors
-from dsmip.text_unit import HalfOverflow, use_precision
+from dsmip.units.matcher import Matcher, Scores
+from dsmip.units.text_unit import HalfOverflow, use_precision
 
 _SAMPLE_MENTIONS = 4  # whose errors are measured where nothing is refined: training waits for it after every epoch
 

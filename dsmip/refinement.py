@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsmip.data.table import Table
 from dsmip.index import EntityIndex
-from dsmip.matcher import Matcher
+from dsmip.units.matcher import Matcher
 
 GRID = 2.0**-30
 """Scores in double precision are compared on this grid: pairs of equal features tie whatever call they were in."""

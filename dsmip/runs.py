@@ -36,12 +36,12 @@ from dsmip.encoders.clip import Backbone
 from dsmip.encoders.feature_cache import FeatureCache
 from dsmip.errors import UserError
 from dsmip.load_config import load_config, to_yaml
-from dsmip.matcher import Matcher
 from dsmip.models import find_system
 from dsmip.models.base import System
 from dsmip.provenance import environment, recorded
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import STAMP, RunStorage
+from dsmip.units.matcher import Matcher
 
 CONFIG, PART, WEIGHTS, TRAININGS = "config.yaml", "part.json", "weights.safetensors", "ray"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}

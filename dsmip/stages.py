@@ -17,12 +17,12 @@ from dsmip.encoders.clip import compile_towers
 from dsmip.errors import UserError
 from dsmip.index import EntityIndex
 from dsmip.loop import Context, StepSource
-from dsmip.matcher import Matcher
 from dsmip.preparation import prepare_entities, prepare_in_tiles, prepare_split
 from dsmip.ranking import rank
 from dsmip.runs import Run
-from dsmip.text_unit import use_backend
 from dsmip.trainer import TrainResult, train
+from dsmip.units.matcher import Matcher
+from dsmip.units.text_unit import use_backend
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dsmip.config import TrainConfig
 from dsmip.gradients import batch_backward
 from dsmip.loop import BatchSums, Context, Loop, Objective, Scale, StepSource
-from dsmip.matcher import Matcher
 from dsmip.optimizer import build_optimizer, learning_rate_factor
+from dsmip.units.matcher import Matcher
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,11 @@ from typer.testing import CliRunner
 
 from dsmip.candidates import CandidateSearch, link
 from dsmip.config import ExperimentConfig
-from dsmip.cross_unit import CrossUnit
 from dsmip.data.table import Table
 from dsmip.encoders.base import Side
 from dsmip.errors import UserError
 from dsmip.index import EntityIndex
 from dsmip.load_config import parse_config
-from dsmip.matcher import Matcher
 from dsmip.metrics import HITS_AT
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.models.mimic import Mimic
@@ -32,9 +30,11 @@ from dsmip.ranked_model import RankedFiles
 from dsmip.ranking import NotRankable, Ranking, rank
 from dsmip.report import Evaluated, evaluate_model
 from dsmip.runs import Run
-from dsmip.text_unit import TextUnit
-from dsmip.unit_scorer import UnitScorer
-from dsmip.visual_unit import DualUnit, VisualUnit
+from dsmip.units.cross_unit import CrossUnit
+from dsmip.units.matcher import Matcher
+from dsmip.units.text_unit import TextUnit
+from dsmip.units.unit_scorer import UnitScorer
+from dsmip.units.visual_unit import DualUnit, VisualUnit
 from ray_jobs.cli import app
 from tests.support.dual_units import direct, random_items, random_weights
 from tests.support.matchers import CPU, TableMatcher, numbered

@@ -10,7 +10,7 @@ from benchmarks.training.tower_rate import drawn_items
 from dsmip.config import BackboneConfig
 from dsmip.encoders.clip import Tuning, compile_towers
 from dsmip.errors import UserError
-from dsmip.expert import Expert, ExpertConfig
+from dsmip.units.expert import Expert, ExpertConfig
 
 SIZES = ((6, 11), (5, 9), (7, 13))  # items, tokens
 

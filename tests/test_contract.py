@@ -24,7 +24,6 @@ from dsmip.data.table_writer import TableWriter
 from dsmip.encoders.feature_cache import whole_features
 from dsmip.index import EntityIndex
 from dsmip.load_config import parse_config
-from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.models import systems
 from dsmip.models.base import System
 from dsmip.ops.ranking import count_against, top_k
@@ -33,6 +32,7 @@ from dsmip.ranking import Ranking, TileSize, rank
 from dsmip.refinement import GRID, PairScorer
 from dsmip.runs import load_own_weights, own_weights
 from dsmip.slices import merge_rankings
+from dsmip.units.matcher import BatchGold, Matcher, Scores
 
 FORMS: dict[str, list[dict[str, Any]]] = {
     "dsmip": [

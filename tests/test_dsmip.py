@@ -17,10 +17,10 @@ from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.load_config import parse_config
-from dsmip.matcher import BatchGold
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
 from dsmip.runs import load_own_weights, own_weights
+from dsmip.units.matcher import BatchGold
 from tests.support.systems import features, seeded, whole, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 5, 6

@@ -23,9 +23,9 @@ from dsmip.encoders.feature_cache import (
     fingerprint,
     whole_features,
 )
-from dsmip.matcher import Matcher
 from dsmip.preparation import prepare_split
 from dsmip.runs import Run
+from dsmip.units.matcher import Matcher
 
 CPU = torch.device("cpu")
 

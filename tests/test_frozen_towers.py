@@ -12,7 +12,7 @@ from dsmip.config import BackboneConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Table
 from dsmip.encoders.clip import Tuning
-from dsmip.expert import Expert, ExpertConfig
+from dsmip.units.expert import Expert, ExpertConfig
 
 NUM_ITEMS, NUM_TOKENS, SIZE = 6, 11, 16
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.data.table import Table
-from dsmip.gate import Gate, GateConfig
 from dsmip.ops.gumbel import hard_choice, relaxed_choice, sample_gumbel
+from dsmip.units.gate import Gate, GateConfig
 
 M, E, B, TEXT, PICTURE = 4, 5, 3, 6, 7
 

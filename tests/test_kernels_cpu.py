@@ -9,7 +9,7 @@ import torch
 from dsmip.errors import UserError
 from dsmip.ops.kernels import cpu
 from dsmip.ops.kernels.cpu import TokenRows
-from dsmip.text_unit import TextUnit, use_backend
+from dsmip.units.text_unit import TextUnit, use_backend
 from tests.support.text_unit_pairs import Way, pairs
 
 CPU = torch.device("cpu")

@@ -15,10 +15,10 @@ from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
 from dsmip.data.text import Template
 from dsmip.encoders.feature_cache import feature_key, fingerprint
-from dsmip.expert import ExpertConfig
 from dsmip.keys import key_tree, plain_text
 from dsmip.load_config import changed, parse_config
 from dsmip.models import find_system
+from dsmip.units.expert import ExpertConfig
 from ray_jobs.pretrain import weights_stamp
 from ray_jobs.sweep import draw_trials
 from ray_jobs.tune_gate import sweep_key

@@ -20,9 +20,9 @@ from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import load_weights
 from dsmip.errors import UserError
 from dsmip.load_config import load_config, parse_config
-from dsmip.matcher import BatchGold
 from dsmip.models.mimic import Mimic, MimicConfig, MimicEncoder, MimicMatcher
-from dsmip.unit_scorer import UnitScorer
+from dsmip.units.matcher import BatchGold
+from dsmip.units.unit_scorer import UnitScorer
 from tests.support.paths import MIMIC_UNITS
 
 START, END = 49406, 49407

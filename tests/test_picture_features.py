@@ -35,7 +35,6 @@ from dsmip.encoders.image_features import (
 from dsmip.encoders.image_networks import NetworkChoice, PictureNetwork, identity
 from dsmip.encoders.vgg import Vgg16Features
 from dsmip.errors import UserError
-from dsmip.gate import GateConfig, stored_pictures
 from dsmip.index_builder import plan_pieces
 from dsmip.load_config import parse_config
 from dsmip.models.dsmip import GATE
@@ -43,6 +42,7 @@ from dsmip.parallel import map_alone
 from dsmip.part_features import PartFeatures
 from dsmip.runs import Run
 from dsmip.stages import CPU
+from dsmip.units.gate import GateConfig, stored_pictures
 
 
 @pytest.fixture

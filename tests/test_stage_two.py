@@ -12,10 +12,10 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.load_config import parse_config
-from dsmip.matcher import BatchGold
 from dsmip.runs import Run
 from dsmip.stages import held_out_rows, stage_two_split
 from dsmip.trainer import trained_state
+from dsmip.units.matcher import BatchGold
 from tests.support.systems import features, whole
 
 NUM_MENTIONS, NUM_ENTITIES = 5, 6

@@ -18,9 +18,9 @@ from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.local_context import LocalContext
 from dsmip.loop import Left
-from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.monitor import StepFigures
 from dsmip.trainer import TrainResult, train, trained_state
+from dsmip.units.matcher import BatchGold, Matcher, Scores
 
 CPU = torch.device("cpu")
 WIDTH = 4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsmip.data.table import Ragged, Table
-from dsmip.text_unit import TextUnit
+from dsmip.units.text_unit import TextUnit
 from tests.support.matching_units import Units, random_features, random_units
 from tests.support.paths import MIMIC_UNITS
 

@@ -33,7 +33,7 @@ from benchmarks.roofline import device_rates
 from dsmip.config import PrecisionName
 from dsmip.ops.kernels import cpu
 from dsmip.storage.atomic import write_json
-from dsmip.text_unit import Backend
+from dsmip.units.text_unit import Backend
 
 BACKENDS: Mapping[str, Sequence[Backend]] = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton")}
 PLAIN_WIDTH = 150

@@ -14,11 +14,11 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.collate import Modality
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import FeatureSizes, feature_sizes
-from dsmip.expert import MODALITIES
 from dsmip.load_config import parse_config
-from dsmip.matcher import Matcher
 from dsmip.models import find_system
 from dsmip.models.dsmip import GATE, DsmipMatcher
+from dsmip.units.expert import MODALITIES
+from dsmip.units.matcher import Matcher
 
 PICTURE_TOKENS = 50  # 7 x 7 patches and the class token
 FEWEST_TOKENS, MEAN_TOKENS = 4, 22

@@ -21,9 +21,9 @@ from dsmip import ranking as exact_ranking
 from dsmip.config import PrecisionName, RankOptions
 from dsmip.data.table import Table, concatenate
 from dsmip.index import EntityIndex
-from dsmip.matcher import Matcher, Scores
 from dsmip.ranking import Ranking
-from dsmip.text_unit import Backend, Precision, use_backend, use_precision
+from dsmip.units.matcher import Matcher, Scores
+from dsmip.units.text_unit import Backend, Precision, use_backend, use_precision
 
 TOLERANCE: Mapping[Precision, float] = {"fp32": 5e-4, "fp16": 5e-2}
 """Largest difference allowed between scores that should be equal (the other side is float32; they spread by tens)."""

@@ -18,15 +18,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dsmip.cross_unit import CrossUnit
 from dsmip.data.table import Table
-from dsmip.expert import Expert
-from dsmip.matcher import Matcher, Scores
 from dsmip.models.dsmip import GATE, DsmipMatcher
 from dsmip.models.mimic import MimicMatcher
-from dsmip.text_unit import TextUnit
-from dsmip.unit_scorer import UnitScorer
-from dsmip.visual_unit import DualUnit, VisualUnit
+from dsmip.units.cross_unit import CrossUnit
+from dsmip.units.expert import Expert
+from dsmip.units.matcher import Matcher, Scores
+from dsmip.units.text_unit import TextUnit
+from dsmip.units.unit_scorer import UnitScorer
+from dsmip.units.visual_unit import DualUnit, VisualUnit
 
 MENTION_BATCH, ENTITY_CHUNK = 20, 6000
 

@@ -17,9 +17,9 @@ from dsmip.batches import Step
 from dsmip.config import BackboneConfig, TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.encoders.clip import Backbone, Tuning
-from dsmip.expert import Expert, ExpertConfig
 from dsmip.gradients import batch_backward
 from dsmip.optimizer import build_optimizer
+from dsmip.units.expert import Expert, ExpertConfig
 
 WIDTH = 96  # of the units, as in the paper
 _DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -10,7 +10,7 @@ from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.base import FeatureEncoder, StoredFeatures
-from dsmip.matcher import Matcher
+from dsmip.units.matcher import Matcher
 
 
 class System(ABC):

@@ -14,13 +14,13 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureEncoder, Side, StoredFeatures, feature_sizes
-from dsmip.expert import MODALITIES, Expert, ExpertConfig, ExpertName
-from dsmip.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_pictures
 from dsmip.keys import plain_text
-from dsmip.matcher import BatchGold, Matcher, Scores, token_pairs
 from dsmip.models.base import System
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.ops.losses import contrastive_loss, contrastive_losses
+from dsmip.units.expert import MODALITIES, Expert, ExpertConfig, ExpertName
+from dsmip.units.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_pictures
+from dsmip.units.matcher import BatchGold, Matcher, Scores, token_pairs
 
 GATE = "gate"
 _VGG_WIDTH = 4096

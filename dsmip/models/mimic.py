@@ -21,10 +21,10 @@ from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
 from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
-from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.models.base import System
 from dsmip.ops.losses import contrastive_loss
-from dsmip.unit_scorer import UnitScorer
+from dsmip.units.matcher import BatchGold, Matcher, Scores
+from dsmip.units.unit_scorer import UnitScorer
 
 # Where the scorer's parameters are in a published state dict (beginnings of names).
 _PUBLISHED = {

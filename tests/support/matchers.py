@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Table
-from dsmip.matcher import BatchGold, Matcher, Scores
+from dsmip.units.matcher import BatchGold, Matcher, Scores
 
 CPU = torch.device("cpu")
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from dsmip.cross_unit import CrossUnit
 from dsmip.data.table import Ragged, Table
-from dsmip.text_unit import TextUnit
-from dsmip.unit_scorer import ImageNorm, TextNorm
-from dsmip.visual_unit import VisualUnit
+from dsmip.units.cross_unit import CrossUnit
+from dsmip.units.text_unit import TextUnit
+from dsmip.units.unit_scorer import ImageNorm, TextNorm
+from dsmip.units.visual_unit import VisualUnit
 
 
 class Units(nn.Module):

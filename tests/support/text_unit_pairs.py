@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsmip.data.table import Ragged, Table
 from dsmip.ops.kernels.rows import TokenRows
-from dsmip.text_unit import Backend, Precision, TextUnit, use_backend, use_precision
+from dsmip.units.text_unit import Backend, Precision, TextUnit, use_backend, use_precision
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")

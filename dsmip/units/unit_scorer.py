@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dsmip.cross_unit import CrossUnit
 from dsmip.data.collate import Modality
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import FeatureSizes, Side
-from dsmip.text_unit import TextUnit
-from dsmip.visual_unit import VisualUnit
+from dsmip.units.cross_unit import CrossUnit
+from dsmip.units.text_unit import TextUnit
+from dsmip.units.visual_unit import VisualUnit
 
 
 class TextNorm(nn.Module):

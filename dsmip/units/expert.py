@@ -17,9 +17,9 @@ from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side, feature_sizes
 from dsmip.encoders.clip import Backbone, TokenFeatures, Tower, Tuning, padded_with_end
 from dsmip.encoders.prompts import InteractivePrompts
-from dsmip.matcher import BatchGold, Matcher, Scores
 from dsmip.ops.losses import contrastive_loss
-from dsmip.unit_scorer import UnitScorer
+from dsmip.units.matcher import BatchGold, Matcher, Scores
+from dsmip.units.unit_scorer import UnitScorer
 
 ExpertName = Literal["text", "visual", "multimodal"]
 MODALITIES: Mapping[str, tuple[Modality, ...]] = {
