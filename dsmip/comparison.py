@@ -12,12 +12,12 @@ import torch
 
 from dsmip.errors import UserError
 from dsmip.groups import REPORTED, rows_by_value
-from dsmip.load_config import load_config
 from dsmip.metrics import Difference, compare_counts, summarise
 from dsmip.ops.ranking import Counts
 from dsmip.ranked_model import model_names
 from dsmip.report import KB_HASH, RANKS, evaluation_name
-from dsmip.runs import CONFIG
+from dsmip.runs.load_config import load_config
+from dsmip.runs.run import CONFIG
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import STAMP, RunStorage
 

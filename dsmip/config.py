@@ -1,7 +1,7 @@
 """The schema of an experiment configuration: frozen, validated, errors name the key and the nearest valid one.
 
 A system (a file in `dsmip/models/`) owns the class that validates its `system:` section; this file owns the rest.
-Files and texts become configurations in `dsmip/load_config.py`.
+Files and texts become configurations in `dsmip/runs/load_config.py`.
 """
 
 import difflib
@@ -210,7 +210,7 @@ class PretrainConfig(Running):
 
 
 class ExperimentConfig(Frozen):
-    """Everything that decides a run's figures, besides the data. Made by `dsmip.load_config`, which validates `system`.
+    """Everything that decides a run's figures, besides the data. Made by `dsmip.runs.load_config`, which validates `system`.
 
     held_out: share of the golds whose training mentions stage one never sees and stage two trains on. 0 is the paper:
     both stages see all, and a gate then judges experts on mentions that they know by heart.

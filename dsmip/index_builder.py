@@ -21,11 +21,11 @@ from dsmip.encoders.feature_cache import BATCH_SIZE, fingerprint, load_features,
 from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
 from dsmip.keys import Plain, plain_text
 from dsmip.parallel import map_alone
-from dsmip.part_features import PartFeatures, rows_of
 from dsmip.preparation import picture_columns, prepare_in_tiles, share_picture
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.ranked_model import RankedFiles, load_model
-from dsmip.runs import Run
+from dsmip.runs.part_features import PartFeatures, rows_of
+from dsmip.runs.run import Run
 
 CPU = torch.device("cpu")
 _TILE = 512  # rows; two batches of the encoders

@@ -23,7 +23,7 @@ from dsmip.models import find_system
 from dsmip.progress import Progress, no_progress
 from dsmip.ranking import Ranking, rank
 from dsmip.refinement import PairScorer
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import RunStorage
 from dsmip.units.matcher import Matcher

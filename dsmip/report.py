@@ -22,7 +22,7 @@ from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
 from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.ranking import NotRankable, Ranking
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 
 RANKS = "ranks.parquet"
 KB_HASH = b"kb_sha256"  # in the schema's metadata of ranks.parquet

@@ -19,7 +19,7 @@ from dsmip.index import EntityIndex
 from dsmip.loop import Context, StepSource
 from dsmip.preparation import prepare_entities, prepare_in_tiles, prepare_split
 from dsmip.ranking import rank
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 from dsmip.trainer import TrainResult, train
 from dsmip.units.matcher import Matcher
 from dsmip.units.text_unit import use_backend

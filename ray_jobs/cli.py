@@ -157,7 +157,7 @@ def pretrain(
     verbose: VerboseOption = False,
 ) -> None:
     """Trains the backbone on the knowledge base's own picture-text pairs."""
-    from dsmip.load_config import job_config
+    from dsmip.runs.load_config import job_config
     from dsmip.storage.locations import path_here
 
     settings = job_config(config, set or [])
@@ -175,7 +175,7 @@ def train(
     config: ConfigOption, data: DataOption, run: RunOption, set: SetOption = None, verbose: VerboseOption = False
 ) -> None:
     """Stage one: trains all parts of the system at once. Run again, it resumes."""
-    from dsmip.load_config import job_config
+    from dsmip.runs.load_config import job_config
 
     settings = job_config(config, set or [])
     from dsmip.data.dataset import Dataset
@@ -193,8 +193,8 @@ def tune(
     verbose: VerboseOption = False,
 ) -> None:
     """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
-    from dsmip.load_config import job_config
-    from dsmip.runs import Run
+    from dsmip.runs.load_config import job_config
+    from dsmip.runs.run import Run
     from ray_jobs.display import Display
     from ray_jobs.tune_gate import tune_gate
 

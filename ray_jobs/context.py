@@ -12,10 +12,10 @@ import ray.train.torch
 import torch
 
 from dsmip import distributed
-from dsmip.checkpoints import newest_sound, read_manifest
 from dsmip.loop import Left
 from dsmip.monitor import StepFigures, Watch
-from dsmip.status import PROGRESS
+from dsmip.runs.checkpoints import newest_sound, read_manifest
+from dsmip.runs.status import PROGRESS
 from dsmip.storage.run_storage import RunStorage
 from dsmip.trackers import ProgressFile, Sent, Watched
 from ray_jobs.events import StepEvents, say

@@ -23,9 +23,9 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import PictureSettings
 from dsmip.errors import UserError
-from dsmip.load_config import changed, job_config
 from dsmip.report import evaluate_model, oracle
-from dsmip.runs import Run
+from dsmip.runs.load_config import changed, job_config
+from dsmip.runs.run import Run
 from dsmip.storage.atomic import write_json
 from ray_jobs.display import Display
 from ray_jobs.evaluate import SHOWN

@@ -44,9 +44,9 @@ from dsmip.encoders.image_features import (
 from dsmip.encoders.image_networks import Kind, NetworkChoice, PictureNetwork, identity
 from dsmip.encoders.vgg import BY_HASH, SIDE, TORCHVISION
 from dsmip.errors import ReportedError, UserError
-from dsmip.load_config import job_config
 from dsmip.models.dsmip import DsmipConfig
 from dsmip.parallel import map_alone
+from dsmip.runs.load_config import job_config
 from dsmip.storage.dataset_storage import DatasetStorage
 from ray_jobs.display import Display
 from ray_jobs.events import Event, StepEvents

@@ -26,7 +26,7 @@ from data_prep.formats.release import Release, ReleaseOptions
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import Manifest, PictureSettings
 from dsmip.errors import UserError
-from dsmip.provenance import write_record
+from dsmip.runs.provenance import write_record
 from dsmip.storage.atomic import sha256_file
 from dsmip.storage.dataset_storage import MANIFEST_FILE
 from dsmip.storage.locations import local_path

@@ -19,10 +19,10 @@ from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.keys import key_tree
-from dsmip.load_config import read_config, to_yaml
 from dsmip.models import find_system
 from dsmip.pretraining import PairSource, pretrain
-from dsmip.provenance import environment
+from dsmip.runs.load_config import read_config, to_yaml
+from dsmip.runs.provenance import environment
 from dsmip.storage.atomic import write_json
 from dsmip.trackers import Watched, check_tools
 from ray_jobs.context import RayContext

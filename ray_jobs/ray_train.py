@@ -18,10 +18,10 @@ from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from dsmip import distributed
-from dsmip.checkpoints import KEPT
 from dsmip.config import Running
 from dsmip.errors import ReportedError, no_room
 from dsmip.loop import Left
+from dsmip.runs.checkpoints import KEPT
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import LocalRun, RunStorage
 from dsmip.trackers import Watched

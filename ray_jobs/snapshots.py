@@ -10,8 +10,8 @@ from typing import Any
 
 import ray
 
-from dsmip.checkpoints import verify_checkpoint
 from dsmip.errors import UserError
+from dsmip.runs.checkpoints import verify_checkpoint
 from dsmip.storage.atomic import write_json
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"

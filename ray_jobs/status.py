@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dsmip.status import Status, TrainingState, read_status
+from dsmip.runs.status import Status, TrainingState, read_status
 from dsmip.storage.atomic import write_json
 from dsmip.storage.locations import Location
 from ray_jobs.display import result_console

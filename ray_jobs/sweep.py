@@ -15,8 +15,8 @@ from ray import tune
 
 from dsmip.config import Choice, ExperimentConfig, Resources
 from dsmip.errors import ReportedError
-from dsmip.load_config import swept, to_yaml
-from dsmip.runs import Run
+from dsmip.runs.load_config import swept, to_yaml
+from dsmip.runs.run import Run
 from ray_jobs.display import Display
 from ray_jobs.failures import Failure, JobFailed, exit_code_of
 from ray_jobs.resources import Request

@@ -9,8 +9,8 @@ from ray_jobs.connection import connected
 # isort: split
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
-from dsmip.load_config import read_config, to_yaml
-from dsmip.runs import Run
+from dsmip.runs.load_config import read_config, to_yaml
+from dsmip.runs.run import Run
 from dsmip.stages import train_part
 from dsmip.storage.locations import Location
 from dsmip.trackers import Watched, check_tools

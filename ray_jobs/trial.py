@@ -10,20 +10,20 @@ from typing import Any, Self
 
 import torch
 
-from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig
 from dsmip.data.collate import gold_rows
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features, whole_features
 from dsmip.errors import StoreAway
-from dsmip.load_config import read_config
 from dsmip.local_context import LocalContext
 from dsmip.monitor import StepFigures
-from dsmip.part_features import PartFeatures
-from dsmip.runs import WEIGHTS, Run, own_weights
+from dsmip.runs.checkpoints import save_weights
+from dsmip.runs.load_config import read_config
+from dsmip.runs.part_features import PartFeatures
+from dsmip.runs.run import WEIGHTS, Run, own_weights
+from dsmip.runs.status import PROGRESS
 from dsmip.stages import SplitFeatures, stage_two_split, start_whole, train_whole
-from dsmip.status import PROGRESS
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import RunStorage
 from dsmip.trackers import SEND_SECONDS, Watched

@@ -15,8 +15,8 @@ from ray_jobs.connection import connected
 # isort: split
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.load_config import key_text, to_yaml
-from dsmip.runs import CONFIG, PART, WEIGHTS, Run, first_difference
+from dsmip.runs.load_config import key_text, to_yaml
+from dsmip.runs.run import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.trackers import check_tools
 from ray_jobs.display import Display
 from ray_jobs.resources import check_feasible

@@ -14,8 +14,8 @@ from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
-from dsmip.load_config import parse_config
-from dsmip.runs import Run
+from dsmip.runs.load_config import parse_config
+from dsmip.runs.run import Run
 from tests.support.backbones import NARROW_BACKBONE
 from tests.support.object_store import ObjectStore, free_port, running_store, variables
 from tests.support.paths import ROOT

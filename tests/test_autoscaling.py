@@ -12,7 +12,7 @@ import pytest
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 from ray_jobs.node_types import VARIABLE
 from tests.support.ray_heads import Head, free_ports, running_head, wait_until
 
@@ -20,7 +20,7 @@ from tests.support.ray_heads import Head, free_ports, running_head, wait_until
 from ray.util import get_node_ip_address
 from ray.util.state import list_nodes
 
-from dsmip.load_config import to_yaml
+from dsmip.runs.load_config import to_yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HEAD_ID = "f" * 51 + "00000"  # the fake provider numbers its nodes from here

@@ -20,7 +20,6 @@ from dsmip.data.table import Table
 from dsmip.encoders.base import Side
 from dsmip.errors import UserError
 from dsmip.index import EntityIndex
-from dsmip.load_config import parse_config
 from dsmip.metrics import HITS_AT
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.models.mimic import Mimic
@@ -29,7 +28,8 @@ from dsmip.ops.ranking import largest_products, ranks_among, recall_at, top_k
 from dsmip.ranked_model import RankedFiles
 from dsmip.ranking import NotRankable, Ranking, rank
 from dsmip.report import Evaluated, evaluate_model
-from dsmip.runs import Run
+from dsmip.runs.load_config import parse_config
+from dsmip.runs.run import Run
 from dsmip.units.cross_unit import CrossUnit
 from dsmip.units.matcher import Matcher
 from dsmip.units.text_unit import TextUnit

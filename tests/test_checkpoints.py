@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsmip.checkpoints import Checkpoint, load_checkpoint, newest_sound, save_checkpoint
 from dsmip.errors import UserError
+from dsmip.runs.checkpoints import Checkpoint, load_checkpoint, newest_sound, save_checkpoint
 
 CPU = torch.device("cpu")
 FILES = ["weights.safetensors", "best.safetensors", "optimizer.pt", "checkpoint.json"]

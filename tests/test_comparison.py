@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from dsmip.config import ExperimentConfig
-from dsmip.load_config import parse_config, to_yaml
 from dsmip.metrics import summarise
 from dsmip.ops.ranking import Counts
 from dsmip.report import KB_HASH, evaluation_name, kb_hash
+from dsmip.runs.load_config import parse_config, to_yaml
 from ray_jobs import cli
 
 IDS = ["m1", "m2", "m3", "m4", "m5", "m6"]

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from dsmip.config import ExperimentConfig, TrainConfig, Workers, merged
 from dsmip.errors import UserError
-from dsmip.load_config import load_config, parse_config, shipped_configs, to_yaml
+from dsmip.runs.load_config import load_config, parse_config, shipped_configs, to_yaml
 
 MINIMAL: dict[str, Any] = {
     "model": "dsmip",

@@ -16,21 +16,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Ragged, Table, concatenate
 from dsmip.data.table_writer import TableWriter
 from dsmip.encoders.feature_cache import whole_features
 from dsmip.index import EntityIndex
-from dsmip.load_config import parse_config
 from dsmip.models import systems
 from dsmip.models.base import System
 from dsmip.ops.ranking import count_against, top_k
 from dsmip.preparation import prepare_in_tiles
 from dsmip.ranking import Ranking, TileSize, rank
 from dsmip.refinement import GRID, PairScorer
-from dsmip.runs import load_own_weights, own_weights
+from dsmip.runs.checkpoints import save_weights
+from dsmip.runs.load_config import parse_config
+from dsmip.runs.run import load_own_weights, own_weights
 from dsmip.slices import merge_rankings
 from dsmip.units.matcher import BatchGold, Matcher, Scores
 

@@ -12,7 +12,7 @@ import pytest
 import typer.main
 import yaml
 
-from dsmip.load_config import shipped_configs
+from dsmip.runs.load_config import shipped_configs
 from ray_jobs.cli import app
 from ray_jobs.node_types import VARIABLE
 from tests.support.kuberay import PersistentVolumeClaim, RayJob

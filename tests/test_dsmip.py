@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig
 from dsmip.data.collate import Collator
 from dsmip.data.records import Mention
@@ -16,10 +15,11 @@ from dsmip.data.text import Template, mention_text
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.load_config import parse_config
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
-from dsmip.runs import load_own_weights, own_weights
+from dsmip.runs.checkpoints import save_weights
+from dsmip.runs.load_config import parse_config
+from dsmip.runs.run import load_own_weights, own_weights
 from dsmip.units.matcher import BatchGold
 from tests.support.systems import features, seeded, whole, with_system
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
-from dsmip.checkpoints import NoSoundCheckpoint
 from dsmip.errors import ReportedError, StoreAway, UserError
+from dsmip.runs.checkpoints import NoSoundCheckpoint
 from dsmip.storage.object_store import attempt
 from ray_jobs.failures import Failure, failure_of, traced
 

@@ -24,7 +24,7 @@ from dsmip.encoders.feature_cache import (
     whole_features,
 )
 from dsmip.preparation import prepare_split
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 from dsmip.units.matcher import Matcher
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
-from dsmip.checkpoints import MANIFEST, Checkpoint, save_checkpoint
 from dsmip.errors import no_room
+from dsmip.runs.checkpoints import MANIFEST, Checkpoint, save_checkpoint
 from dsmip.storage.locations import open_run_storage
 from ray_jobs.failures import Failure, failure_of
 from tests.support.full_disk import fill, small_disk

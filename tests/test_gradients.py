@@ -15,8 +15,8 @@ from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Ragged, Table
 from dsmip.gradients import batch_backward
-from dsmip.load_config import parse_config
 from dsmip.models import find_system
+from dsmip.runs.load_config import parse_config
 from dsmip.units.matcher import BatchGold, Matcher, Scores
 from tests.support.workers import run_workers
 

@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dsmip",),
     ("dsmip.training",),
     ("dsmip.ranking",),
-    ("dsmip.runs",),
+    ("dsmip.runs.run",),
     ("dsmip.models",),
     ("dsmip.units",),
     ("dsmip.encoders",),

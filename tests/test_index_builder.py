@@ -10,8 +10,8 @@ from dsmip.data.manifest import KB
 from dsmip.encoders import feature_cache
 from dsmip.errors import UserError
 from dsmip.index_builder import Pieces, plan_pieces
-from dsmip.part_features import PartFeatures
-from dsmip.runs import Run
+from dsmip.runs.part_features import PartFeatures
+from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
 
 CPU = torch.device("cpu")

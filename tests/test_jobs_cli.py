@@ -9,7 +9,7 @@ import pytest
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 from ray_jobs import cli
 
 

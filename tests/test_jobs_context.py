@@ -17,8 +17,8 @@ import torch
 
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.load_config import to_yaml
 from dsmip.monitor import StepFigures
+from dsmip.runs.load_config import to_yaml
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import LocalRun, RunStorage
 from dsmip.trackers import Watched

@@ -18,7 +18,7 @@ from dsmip.index_builder import Pieces, plan_pieces
 from dsmip.progress import Progress, no_progress
 from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.ranking import Ranking
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
 from ray_jobs.build_pieces import build_on_ray
 from ray_jobs.cli import app

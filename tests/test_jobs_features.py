@@ -22,10 +22,10 @@ from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features
 from dsmip.encoders.image_features import PARTS
 from dsmip.errors import UserError
-from dsmip.load_config import to_yaml
 from dsmip.models.dsmip import GATE
-from dsmip.part_features import PartFeatures
-from dsmip.runs import Run
+from dsmip.runs.load_config import to_yaml
+from dsmip.runs.part_features import PartFeatures
+from dsmip.runs.run import Run
 from dsmip.stages import CPU
 from ray_jobs.cli import app
 from tests.support.backbones import NARROW_BACKBONE

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
-from dsmip.checkpoints import Checkpoint, save_checkpoint
+from dsmip.runs.checkpoints import Checkpoint, save_checkpoint
 from ray_jobs.snapshots import SNAPSHOT, mend_snapshot
 
 # isort: split

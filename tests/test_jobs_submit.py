@@ -8,9 +8,9 @@ import pytest
 
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.data.dataset import Dataset
-from dsmip.load_config import to_yaml
 from dsmip.local_context import LocalContext
-from dsmip.runs import Run
+from dsmip.runs.load_config import to_yaml
+from dsmip.runs.run import Run
 from dsmip.stages import train_part
 from tests.support.ray_heads import Head, running_head, wait_until
 

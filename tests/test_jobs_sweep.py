@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.errors import UserError
-from dsmip.load_config import parse_config, to_yaml
+from dsmip.runs.load_config import parse_config, to_yaml
 from ray_jobs.sweep import draw_trials, survivors
 
 
@@ -81,7 +81,7 @@ def test_survivors_are_the_best_and_ties_go_to_the_lower_number(mrr: dict[int, f
 
 
 def test_the_configuration_with_drawn_lists_survives_its_yaml(small_config: ExperimentConfig) -> None:
-    from dsmip.load_config import read_config
+    from dsmip.runs.load_config import read_config
 
     config = with_space(small_config, {"system.use": {"values": [["text", "visual"]]}})
     drawn = draw_trials(config, seed=0)[1].config

@@ -12,14 +12,14 @@ import ray.train
 import torch
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from dsmip.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig, Resources, Running
 from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway, UserError
-from dsmip.load_config import changed, parse_config
 from dsmip.local_context import LocalContext
 from dsmip.monitor import StepFigures
-from dsmip.runs import Run
+from dsmip.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dsmip.runs.load_config import changed, parse_config
+from dsmip.runs.run import Run
 from dsmip.stages import train_part
 from ray_jobs import resources
 from ray_jobs.context import RayContext

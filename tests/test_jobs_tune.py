@@ -10,12 +10,12 @@ import pytest
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.load_config import changed
 from dsmip.local_context import LocalContext
 from dsmip.report import evaluate_model
-from dsmip.runs import Run
+from dsmip.runs.load_config import changed
+from dsmip.runs.run import Run
+from dsmip.runs.status import read_status
 from dsmip.stages import CPU, train_part
-from dsmip.status import read_status
 from ray_jobs import tune_gate as job
 from ray_jobs.display import Display
 from ray_jobs.tune_gate import tune_gate

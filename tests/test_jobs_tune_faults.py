@@ -16,9 +16,9 @@ import pytest
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway
-from dsmip.load_config import to_yaml
 from dsmip.local_context import LocalContext
-from dsmip.runs import WEIGHTS, Run
+from dsmip.runs.load_config import to_yaml
+from dsmip.runs.run import WEIGHTS, Run
 from dsmip.stages import CPU, train_part
 from dsmip.storage.run_storage import LocalRun
 from ray_jobs import sweep, trial

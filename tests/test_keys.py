@@ -16,8 +16,8 @@ from dsmip.data.collate import ItemFormat
 from dsmip.data.text import Template
 from dsmip.encoders.feature_cache import feature_key, fingerprint
 from dsmip.keys import key_tree, plain_text
-from dsmip.load_config import changed, parse_config
 from dsmip.models import find_system
+from dsmip.runs.load_config import changed, parse_config
 from dsmip.units.expert import ExpertConfig
 from ray_jobs.pretrain import weights_stamp
 from ray_jobs.sweep import draw_trials

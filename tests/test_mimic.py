@@ -19,8 +19,8 @@ from dsmip.encoders.clip import Backbone
 from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import load_weights
 from dsmip.errors import UserError
-from dsmip.load_config import load_config, parse_config
 from dsmip.models.mimic import Mimic, MimicConfig, MimicEncoder, MimicMatcher
+from dsmip.runs.load_config import load_config, parse_config
 from dsmip.units.matcher import BatchGold
 from dsmip.units.unit_scorer import UnitScorer
 from tests.support.paths import MIMIC_UNITS

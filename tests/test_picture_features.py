@@ -36,11 +36,11 @@ from dsmip.encoders.image_networks import NetworkChoice, PictureNetwork, identit
 from dsmip.encoders.vgg import Vgg16Features
 from dsmip.errors import UserError
 from dsmip.index_builder import plan_pieces
-from dsmip.load_config import parse_config
 from dsmip.models.dsmip import GATE
 from dsmip.parallel import map_alone
-from dsmip.part_features import PartFeatures
-from dsmip.runs import Run
+from dsmip.runs.load_config import parse_config
+from dsmip.runs.part_features import PartFeatures
+from dsmip.runs.run import Run
 from dsmip.stages import CPU
 from dsmip.units.gate import GateConfig, stored_pictures
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsmip.load_config import shipped_configs
+from dsmip.runs.load_config import shipped_configs
 from tests.support.paths import ROOT
 
 

@@ -12,10 +12,10 @@ import pytest
 
 import dsmip
 from data_prep.formats.mimic import MimicRelease
-from dsmip import provenance
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
-from dsmip.runs import Run
+from dsmip.runs import provenance
+from dsmip.runs.run import Run
 from ray_jobs.prepare import BuildOptions, prepare_release
 from tests.support.paths import ROOT
 from tests.support.small_release import plain_release

@@ -10,8 +10,8 @@ import pytest
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
-from dsmip.load_config import changed
-from dsmip.runs import Run
+from dsmip.runs.load_config import changed
+from dsmip.runs.run import Run
 from tests.support.disturbed import (
     WAIT_SECONDS,
     StepLog,

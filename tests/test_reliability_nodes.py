@@ -14,7 +14,7 @@ import pytest
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 from tests.support.disturbed import (
     StepLog,
     assert_equal_parts,
@@ -31,7 +31,7 @@ from tests.support.ray_heads import wait_until
 # isort: split
 from ray.cluster_utils import Cluster
 
-from dsmip.load_config import changed
+from dsmip.runs.load_config import changed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 WORKERS = {"text": 1, "visual": 1}

@@ -11,7 +11,7 @@ import pytest
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
 from dsmip.local_context import LocalContext
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 from dsmip.stages import train_part
 from ray_jobs.display import Display
 from ray_jobs.tune_gate import tune_gate

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmip.checkpoints import load_checkpoint
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
-from dsmip.load_config import changed
-from dsmip.runs import Run
+from dsmip.runs.checkpoints import load_checkpoint
+from dsmip.runs.load_config import changed
+from dsmip.runs.run import Run
 from dsmip.stages import CPU
 from ray_jobs import train_experts as job
 from ray_jobs.display import Display

@@ -15,10 +15,10 @@ from dsmip.comparison import compare, read_evaluation
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.load_config import parse_config
 from dsmip.ranked_model import model_names
 from dsmip.report import Evaluated, evaluate_model, oracle
-from dsmip.runs import Run
+from dsmip.runs.load_config import parse_config
+from dsmip.runs.run import Run
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.load_config import changed, to_yaml
-from dsmip.runs import Run, own_weights
+from dsmip.runs.load_config import changed, to_yaml
+from dsmip.runs.run import Run, own_weights
 from dsmip.storage.run_storage import LocalRun
 from tests.support.small_release import plain_release
 

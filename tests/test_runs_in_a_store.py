@@ -21,10 +21,10 @@ from dsmip.data.manifest import KB
 from dsmip.encoders import feature_cache
 from dsmip.errors import UserError
 from dsmip.local_context import LocalContext
-from dsmip.part_features import PartFeatures
-from dsmip.runs import Run
+from dsmip.runs.part_features import PartFeatures
+from dsmip.runs.run import Run
+from dsmip.runs.status import read_status
 from dsmip.stages import train_part
-from dsmip.status import read_status
 from dsmip.storage.atomic import sha256_file
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.object_store import filesystem
@@ -34,7 +34,7 @@ from tests.support.ray_heads import processes_of, wait_until
 # isort: split
 from ray.cluster_utils import Cluster
 
-from dsmip.load_config import changed, to_yaml
+from dsmip.runs.load_config import changed, to_yaml
 from tests.support.paths import ROOT
 
 COMMAND = [sys.executable, "-c", "from ray_jobs.cli import main; main()"]

@@ -16,7 +16,7 @@ from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.ops.augmentation import Draws
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 
 Pretend = Callable[[int, int], None]
 

@@ -11,8 +11,8 @@ from dsmip.data.collate import Collator
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.errors import UserError
-from dsmip.load_config import parse_config
-from dsmip.runs import Run
+from dsmip.runs.load_config import parse_config
+from dsmip.runs.run import Run
 from dsmip.stages import held_out_rows, stage_two_split
 from dsmip.trainer import trained_state
 from dsmip.units.matcher import BatchGold

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from dsmip.checkpoints import Checkpoint, save_checkpoint
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.runs import Run
-from dsmip.status import Status, TrainingState, read_status
+from dsmip.runs.checkpoints import Checkpoint, save_checkpoint
+from dsmip.runs.run import Run
+from dsmip.runs.status import Status, TrainingState, read_status
 from dsmip.storage.atomic import write_json
 from dsmip.storage.locations import open_run_storage
 

@@ -17,7 +17,7 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.image_features import PARTS, find_features
 from dsmip.errors import UserError
-from dsmip.provenance import RECORDS
+from dsmip.runs.provenance import RECORDS
 from dsmip.storage.object_store import filesystem
 from ray_jobs import cli
 from tests.support.object_store import ObjectStore

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dsmip.batches import CachedSource, Step
-from dsmip.checkpoints import load_checkpoint
 from dsmip.config import TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Table
@@ -19,6 +18,7 @@ from dsmip.errors import UserError
 from dsmip.local_context import LocalContext
 from dsmip.loop import Left
 from dsmip.monitor import StepFigures
+from dsmip.runs.checkpoints import load_checkpoint
 from dsmip.trainer import TrainResult, train, trained_state
 from dsmip.units.matcher import BatchGold, Matcher, Scores
 

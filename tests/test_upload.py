@@ -9,7 +9,7 @@ import ray_jobs.connection  # noqa: F401  (before Ray is imported)
 # isort: split
 from ray._private.runtime_env.packaging import create_package
 
-from dsmip.provenance import SOURCES, source_sha256
+from dsmip.runs.provenance import SOURCES, source_sha256
 from tests.support.paths import ROOT
 
 LEFT_OUT = (

@@ -14,9 +14,9 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.collate import Modality
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import FeatureSizes, feature_sizes
-from dsmip.load_config import parse_config
 from dsmip.models import find_system
 from dsmip.models.dsmip import GATE, DsmipMatcher
+from dsmip.runs.load_config import parse_config
 from dsmip.units.expert import MODALITIES
 from dsmip.units.matcher import Matcher
 

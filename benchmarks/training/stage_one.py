@@ -34,8 +34,8 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.load_config import changed, load_config, to_yaml
 from dsmip.models import find_system
+from dsmip.runs.load_config import changed, load_config, to_yaml
 from dsmip.storage.atomic import write_json, write_text
 
 WORKERS = (1, 2)

@@ -23,8 +23,8 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features, whole_features
 from dsmip.local_context import LocalContext
-from dsmip.part_features import PartFeatures
-from dsmip.runs import Run
+from dsmip.runs.part_features import PartFeatures
+from dsmip.runs.run import Run
 from dsmip.stages import SplitFeatures, stage_two_split, start_whole, train_whole, validate_on
 from dsmip.trainer import train
 

@@ -21,12 +21,12 @@ from rich.console import Console
 
 from dsmip.config import ExperimentConfig, Running
 from dsmip.data.dataset import Dataset
-from dsmip.load_config import changed
 from dsmip.local_context import LocalContext
 from dsmip.loop import Context
 from dsmip.models import find_system
 from dsmip.monitor import StepFigures
-from dsmip.runs import Run
+from dsmip.runs.load_config import changed
+from dsmip.runs.run import Run
 from dsmip.stages import train_part
 from dsmip.storage.atomic import write_json
 

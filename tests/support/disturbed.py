@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from dsmip.checkpoints import load_checkpoint
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
-from dsmip.load_config import changed, parse_config, to_yaml
 from dsmip.local_context import LocalContext
-from dsmip.runs import Run
+from dsmip.runs.checkpoints import load_checkpoint
+from dsmip.runs.load_config import changed, parse_config, to_yaml
+from dsmip.runs.run import Run
 from dsmip.stages import CPU, train_part
 from tests.support.paths import ROOT
 from tests.support.ray_heads import wait_until

@@ -13,7 +13,7 @@ from dsmip.data.table import Table
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import encode_rows, load_features
 from dsmip.progress import Progress, counting, no_progress
-from dsmip.runs import Run
+from dsmip.runs.run import Run
 
 
 class PartFeatures:

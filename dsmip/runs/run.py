@@ -26,7 +26,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dsmip.checkpoints import save_weights
 from dsmip.config import ExperimentConfig, flat
 from dsmip.data.collate import Collator, ItemFormat
 from dsmip.data.dataset import Dataset
@@ -35,10 +34,11 @@ from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.feature_cache import FeatureCache
 from dsmip.errors import UserError
-from dsmip.load_config import load_config, to_yaml
 from dsmip.models import find_system
 from dsmip.models.base import System
-from dsmip.provenance import environment, recorded
+from dsmip.runs.checkpoints import save_weights
+from dsmip.runs.load_config import load_config, to_yaml
+from dsmip.runs.provenance import environment, recorded
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import STAMP, RunStorage
 from dsmip.units.matcher import Matcher

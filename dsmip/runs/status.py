@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dsmip.checkpoints import MANIFEST, read_manifest
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.load_config import load_config
 from dsmip.models import find_system
-from dsmip.provenance import RECORDS, RUNNING
-from dsmip.runs import CONFIG
+from dsmip.runs.checkpoints import MANIFEST, read_manifest
+from dsmip.runs.load_config import load_config
+from dsmip.runs.provenance import RECORDS, RUNNING
+from dsmip.runs.run import CONFIG
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import STAMP, LocalRun, RunStorage
 
