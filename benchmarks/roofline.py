@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.measure import measured
 from dsmip.data.table import Ragged, Table
-from dsmip.ranking import Ranking
+from dsmip.evaluation.ranking import Ranking
 
 _EXPONENTIALS_PER_CLOCK = 16  # of a multiprocessor's special function units, since 2017
 _MATRIX, _CPU_MATRIX, _ROUNDS = 8192, 1024, 10

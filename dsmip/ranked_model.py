@@ -1,6 +1,6 @@
 """What an evaluation ranks: a run's model, a split's mentions and the entity index, in memory and on disk.
 
-<run>/index/<model>-<hash>/                     the entity index (see `dsmip.index`)
+<run>/index/<model>-<hash>/                     the entity index (see `dsmip.evaluation.index`)
 <run>/index/<model>-<hash>/<split>.safetensors  prepared mentions, so that all workers score the very same numbers
 """
 
@@ -13,16 +13,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dsmip.candidates import CandidateSearch, Links, link
 from dsmip.config import ExperimentConfig, RankOptions
 from dsmip.data.collate import gold_rows
 from dsmip.data.table import Table
 from dsmip.errors import UserError
-from dsmip.index import EntityIndex
+from dsmip.evaluation.candidates import CandidateSearch, Links, link
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranking import Ranking, rank
+from dsmip.evaluation.refinement import PairScorer
 from dsmip.models import find_system
 from dsmip.progress import Progress, no_progress
-from dsmip.ranking import Ranking, rank
-from dsmip.refinement import PairScorer
 from dsmip.runs.run import Run
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import RunStorage

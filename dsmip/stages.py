@@ -15,10 +15,10 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.clip import compile_towers
 from dsmip.errors import UserError
-from dsmip.index import EntityIndex
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, prepare_split
+from dsmip.evaluation.ranking import rank
 from dsmip.loop import Context, StepSource
-from dsmip.preparation import prepare_entities, prepare_in_tiles, prepare_split
-from dsmip.ranking import rank
 from dsmip.runs.run import Run
 from dsmip.trainer import TrainResult, train
 from dsmip.units.matcher import Matcher

@@ -10,7 +10,7 @@ from typing import Any
 from ray_jobs.tasks import run_shares, start_share
 
 # isort: split
-from dsmip.index_builder import Pieces
+from dsmip.evaluation.index_builder import Pieces
 from ray_jobs.display import Display
 from ray_jobs.workers import worker_device
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from dsmip.comparison import Comparison, Evaluation, compare, read_evaluation
 from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
-from dsmip.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
+from dsmip.evaluation.comparison import Comparison, Evaluation, compare, read_evaluation
+from dsmip.evaluation.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
 from dsmip.storage.atomic import write_json
 from dsmip.storage.locations import Location
 from ray_jobs.display import result_console

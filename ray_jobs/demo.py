@@ -23,7 +23,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import PictureSettings
 from dsmip.errors import UserError
-from dsmip.report import evaluate_model, oracle
+from dsmip.evaluation.report import evaluate_model, oracle
 from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import write_json

@@ -7,8 +7,8 @@ import torch
 
 from dsmip.config import RankOptions
 from dsmip.errors import UserError
+from dsmip.evaluation.report import Evaluated, evaluate_model, evaluation_name
 from dsmip.ranked_model import model_names
-from dsmip.report import Evaluated, evaluate_model, evaluation_name
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from ray_jobs.display import Display

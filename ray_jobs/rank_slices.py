@@ -12,9 +12,9 @@ from ray_jobs.tasks import run_shares, start_share
 from torch import Tensor
 
 from dsmip.config import RankOptions
+from dsmip.evaluation.ranking import NotRankable, Ranking, check_golds
+from dsmip.evaluation.slices import merge_gold_scores, merge_rankings
 from dsmip.ranked_model import RankedFiles
-from dsmip.ranking import NotRankable, Ranking, check_golds
-from dsmip.slices import merge_gold_scores, merge_rankings
 from ray_jobs.display import Display
 from ray_jobs.workers import worker_device
 

@@ -18,9 +18,9 @@ from benchmarks.ranking.contest import TOLERANCE as TOLERANCES
 from benchmarks.ranking.contest import checked_difference
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import FeatureSizes
+from dsmip.evaluation.ranking import Ranking
 from dsmip.models.mimic import MimicMatcher
 from dsmip.ops.ranking import Counts
-from dsmip.ranking import Ranking
 from dsmip.units.matcher import Scores
 from dsmip.units.unit_scorer import UnitScorer
 from tests.support.paths import MIMIC_UNITS

@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from dsmip.candidates import CandidateSearch, link
 from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
 from dsmip.encoders.base import Side
 from dsmip.errors import UserError
-from dsmip.index import EntityIndex
-from dsmip.metrics import HITS_AT
+from dsmip.evaluation.candidates import CandidateSearch, link
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.metrics import HITS_AT
+from dsmip.evaluation.ranking import NotRankable, Ranking, rank
+from dsmip.evaluation.report import Evaluated, evaluate_model
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.models.mimic import Mimic
 from dsmip.ops import visual_unit
 from dsmip.ops.ranking import largest_products, ranks_among, recall_at, top_k
 from dsmip.ranked_model import RankedFiles
-from dsmip.ranking import NotRankable, Ranking, rank
-from dsmip.report import Evaluated, evaluate_model
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import Run
 from dsmip.units.cross_unit import CrossUnit

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dsmip.config import ExperimentConfig
-from dsmip.metrics import summarise
+from dsmip.evaluation.metrics import summarise
+from dsmip.evaluation.report import KB_HASH, evaluation_name, kb_hash
 from dsmip.ops.ranking import Counts
-from dsmip.report import KB_HASH, evaluation_name, kb_hash
 from dsmip.runs.load_config import parse_config, to_yaml
 from ray_jobs import cli
 

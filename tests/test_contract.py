@@ -21,17 +21,17 @@ from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Ragged, Table, concatenate
 from dsmip.data.table_writer import TableWriter
 from dsmip.encoders.feature_cache import whole_features
-from dsmip.index import EntityIndex
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.preparation import prepare_in_tiles
+from dsmip.evaluation.ranking import Ranking, TileSize, rank
+from dsmip.evaluation.refinement import GRID, PairScorer
+from dsmip.evaluation.slices import merge_rankings
 from dsmip.models import systems
 from dsmip.models.base import System
 from dsmip.ops.ranking import count_against, top_k
-from dsmip.preparation import prepare_in_tiles
-from dsmip.ranking import Ranking, TileSize, rank
-from dsmip.refinement import GRID, PairScorer
 from dsmip.runs.checkpoints import save_weights
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import load_own_weights, own_weights
-from dsmip.slices import merge_rankings
 from dsmip.units.matcher import BatchGold, Matcher, Scores
 
 FORMS: dict[str, list[dict[str, Any]]] = {
@@ -303,7 +303,7 @@ def test_missing_pictures_may_be_stored_once(
 
 @torch.no_grad()
 def test_columns_of_a_picture_do_not_depend_on_the_text(subject: Subject, features: tuple[Table, Table]) -> None:
-    """What entities without a picture share (`dsmip.preparation`)."""
+    """What entities without a picture share (`dsmip.evaluation.preparation`)."""
     other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.pictures, ENTITIES.has_image)
     prepared, again = map(subject.matcher.prepare_entities, (features[1], subject.encode_entities(other)))
     for name in prepared.columns:

@@ -23,7 +23,7 @@ from dsmip.encoders.feature_cache import (
     fingerprint,
     whole_features,
 )
-from dsmip.preparation import prepare_split
+from dsmip.evaluation.preparation import prepare_split
 from dsmip.runs.run import Run
 from dsmip.units.matcher import Matcher
 

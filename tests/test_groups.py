@@ -8,7 +8,7 @@ import pytest
 from data_prep.build.build import prepare
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset
-from dsmip.groups import report_groups, rows_by_value
+from dsmip.evaluation.groups import report_groups, rows_by_value
 from tests.support.small_release import picture, write_release
 
 

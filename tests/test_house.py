@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data_prep",),
     ("dsmip",),
     ("dsmip.training",),
-    ("dsmip.ranking",),
+    ("dsmip.evaluation.ranking",),
     ("dsmip.runs.run",),
     ("dsmip.models",),
     ("dsmip.units",),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsmip.data.table import Ragged, Table, concatenate
 from dsmip.errors import UserError
-from dsmip.index import EntityIndex, finish_index, index_slices
+from dsmip.evaluation.index import EntityIndex, finish_index, index_slices
 
 MADE_FROM: dict[str, Any] = {"model": "text", "data": "abc"}
 NUM_ENTITIES = 10

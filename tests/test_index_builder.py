@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 
-from dsmip import index_builder as pieces_of_rankings
 from dsmip.data.manifest import KB
 from dsmip.encoders import feature_cache
 from dsmip.errors import UserError
-from dsmip.index_builder import Pieces, plan_pieces
+from dsmip.evaluation import index_builder as pieces_of_rankings
+from dsmip.evaluation.index_builder import Pieces, plan_pieces
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from dsmip.config import RankOptions
 from dsmip.errors import UserError
-from dsmip.index_builder import Pieces, plan_pieces
+from dsmip.evaluation.index_builder import Pieces, plan_pieces
+from dsmip.evaluation.ranking import Ranking
 from dsmip.progress import Progress, no_progress
 from dsmip.ranked_model import RankedFiles, RankedModel
-from dsmip.ranking import Ranking
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
 from ray_jobs.build_pieces import build_on_ray

@@ -10,8 +10,8 @@ import pytest
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.evaluation.report import evaluate_model
 from dsmip.local_context import LocalContext
-from dsmip.report import evaluate_model
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
 from dsmip.runs.status import read_status

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dsmip.data.table import Ragged, Table
 from dsmip.errors import UserError
-from dsmip.index import EntityIndex
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranking import rank
 from dsmip.ops import kernels
 from dsmip.ops.kernels import cuda
 from dsmip.ops.kernels.rows import TokenRows
-from dsmip.ranking import rank
 from dsmip.units.matcher import Scores
 from dsmip.units.text_unit import HalfOverflow, TextUnit, use_backend, use_precision
 from tests.support.matchers import TableMatcher, ranks_by_sorting

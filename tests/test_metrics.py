@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmip.metrics import HITS_AT, Difference, compare_counts, confidence, measure, summarise
+from dsmip.evaluation.metrics import HITS_AT, Difference, compare_counts, confidence, measure, summarise
 from dsmip.ops.ranking import Counts, count_against
 from dsmip.ops.significance import resamples
 

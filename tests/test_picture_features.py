@@ -35,7 +35,7 @@ from dsmip.encoders.image_features import (
 from dsmip.encoders.image_networks import NetworkChoice, PictureNetwork, identity
 from dsmip.encoders.vgg import Vgg16Features
 from dsmip.errors import UserError
-from dsmip.index_builder import plan_pieces
+from dsmip.evaluation.index_builder import plan_pieces
 from dsmip.models.dsmip import GATE
 from dsmip.parallel import map_alone
 from dsmip.runs.load_config import parse_config

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.table import Column, Ragged, Repeated, Table
-from dsmip.index import EntityIndex, finish_index, index_slices
+from dsmip.evaluation.index import EntityIndex, finish_index, index_slices
+from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, without_picture
+from dsmip.evaluation.ranking import rank
+from dsmip.evaluation.refinement import GRID, PairScorer
+from dsmip.evaluation.slices import merge_rankings
 from dsmip.models.dsmip import Dsmip
-from dsmip.preparation import prepare_entities, prepare_in_tiles, without_picture
-from dsmip.ranking import rank
-from dsmip.refinement import GRID, PairScorer
-from dsmip.slices import merge_rankings
 from dsmip.units.matcher import Matcher
 from dsmip.units.visual_unit import DualUnit
 from tests.support.matchers import CPU, TableMatcher, numbered, ranks_by_sorting

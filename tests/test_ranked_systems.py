@@ -16,12 +16,12 @@ from dsmip.batches import CachedSource
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import feature_sizes
-from dsmip.index import EntityIndex
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranking import NotRankable, TileSize, rank
+from dsmip.evaluation.refinement import PairScorer
+from dsmip.evaluation.slices import merge_rankings
 from dsmip.local_context import LocalContext
 from dsmip.ranked_model import RankedModel
-from dsmip.ranking import NotRankable, TileSize, rank
-from dsmip.refinement import PairScorer
-from dsmip.slices import merge_rankings
 from dsmip.trainer import train
 from tests.support.matchers import CPU
 from tests.support.ranking_cases import FORMS, Case, assert_equal, case_of, random_matcher, seen_by

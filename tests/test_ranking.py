@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.index import EntityIndex
-from dsmip.metrics import summarise
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.metrics import summarise
+from dsmip.evaluation.ranking import Ranking, TileSize, rank
 from dsmip.ops.ranking import Counts
-from dsmip.ranking import Ranking, TileSize, rank
 from tests.support.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
 from tests.support.workers import run_workers
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dsmip.data.table import Table
-from dsmip.index import EntityIndex
-from dsmip.ranking import NotRankable, Ranking, TileSize, check_golds, rank
-from dsmip.refinement import GRID, PairScorer, _scored_together
-from dsmip.slices import merge_gold_scores, merge_rankings
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranking import NotRankable, Ranking, TileSize, check_golds, rank
+from dsmip.evaluation.refinement import GRID, PairScorer, _scored_together
+from dsmip.evaluation.slices import merge_gold_scores, merge_rankings
 from dsmip.units.matcher import Scores
 from tests.support.matchers import CPU, NoisyMatcher, TableMatcher, numbered, ranks_by_sorting, weighted
 

@@ -25,8 +25,8 @@ from rich.table import Table as Printed
 from benchmarks.measure import measured, status_bytes
 from benchmarks.ranking.cases import BLOCK, Case, build_matcher, feature_blocks
 from dsmip.data.table import Table, concatenate
-from dsmip.index import SLICE_ROWS, EntityIndex, finish_index, index_slices
-from dsmip.preparation import prepare_in_tiles
+from dsmip.evaluation.index import SLICE_ROWS, EntityIndex, finish_index, index_slices
+from dsmip.evaluation.preparation import prepare_in_tiles
 from dsmip.ranked_model import RankedModel
 
 CPU = torch.device("cpu")

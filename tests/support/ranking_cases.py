@@ -9,10 +9,10 @@ from torch import Tensor
 from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
 from dsmip.encoders.base import feature_sizes
-from dsmip.index import EntityIndex
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranking import Ranking, TileSize, rank
 from dsmip.models.dsmip import Dsmip
 from dsmip.models.mimic import MimicMatcher
-from dsmip.ranking import Ranking, TileSize, rank
 from dsmip.units.matcher import Matcher, Scores
 from dsmip.units.unit_scorer import UnitScorer
 from tests.support.matchers import CPU

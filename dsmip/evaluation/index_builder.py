@@ -18,10 +18,10 @@ from dsmip.data.collate import gold_rows
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table, concatenate
 from dsmip.encoders.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
-from dsmip.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
+from dsmip.evaluation.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
+from dsmip.evaluation.preparation import picture_columns, prepare_in_tiles, share_picture
 from dsmip.keys import Plain, plain_text
 from dsmip.parallel import map_alone
-from dsmip.preparation import picture_columns, prepare_in_tiles, share_picture
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.ranked_model import RankedFiles, load_model
 from dsmip.runs.part_features import PartFeatures, rows_of

@@ -15,13 +15,13 @@ from dsmip.config import RankOptions
 from dsmip.data.manifest import SPLITS
 from dsmip.data.records import Mention
 from dsmip.errors import UserError
-from dsmip.groups import KIND, REPORTED, report_groups, rows_by_value
-from dsmip.index_builder import Pieces, plan_pieces
-from dsmip.metrics import HITS_AT, confidence
+from dsmip.evaluation.groups import KIND, REPORTED, report_groups, rows_by_value
+from dsmip.evaluation.index_builder import Pieces, plan_pieces
+from dsmip.evaluation.metrics import HITS_AT, confidence
+from dsmip.evaluation.ranking import NotRankable, Ranking
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
 from dsmip.ranked_model import RankedFiles, RankedModel
-from dsmip.ranking import NotRankable, Ranking
 from dsmip.runs.run import Run
 
 RANKS = "ranks.parquet"

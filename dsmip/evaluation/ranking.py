@@ -2,7 +2,7 @@
 
 rank = 1 + number of better entities + half the number of tied ones, the gold column excluded. The gold's score is
 read from the same scoring call as its column's, never from a second one: scores of two calls differ in the last bits.
-With `refine` close pairs are decided in float64 instead (see `dsmip.refinement`); without it they are counted, within a
+With `refine` close pairs are decided in float64 instead (see `dsmip.evaluation.refinement`); without it they are counted, within a
 band that is measured on a sample.
 Scores of one tile of mentions against the whole slice are held, not of all pairs. Shapes: M mentions, E entities of
 this worker's slice, B experts, k kept candidates.
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dsmip.data.table import Table
 from dsmip.distributed import max_over_workers, sum_over_workers
-from dsmip.index import EntityIndex
-from dsmip.metrics import summarise
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.metrics import summarise
+from dsmip.evaluation.refinement import PairScorer, Refinement, Refiner, Unrefined, sample_errors
 from dsmip.ops import ranking as ops
-from dsmip.refinement import PairScorer, Refinement, Refiner, Unrefined, sample_errors
 from dsmip.units.matcher import Matcher, Scores
 from dsmip.units.text_unit import HalfOverflow, use_precision
 
@@ -110,7 +110,7 @@ def rank(
 
     Slices of the kb: with a process group every worker passes all mentions and the index of its own slice, counts are
     added up, `top_k` must be 0 and `refine` off. Elsewhere each slice is ranked on its own, with `refine` and
-    `gold_score_M` (all golds' scores, from `PairScorer`), and `dsmip.slices` puts them together.
+    `gold_score_M` (all golds' scores, from `PairScorer`), and `dsmip.evaluation.slices` puts them together.
 
     tile_size: default: what suits the device. notice: takes lines about memory. progress: called with the number of
     mentions that are ranked.

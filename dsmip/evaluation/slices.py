@@ -1,13 +1,13 @@
-"""One ranking from those of disjoint slices of the kb. Shapes as in `dsmip.ranking`; S slices, C = S * k."""
+"""One ranking from those of disjoint slices of the kb. Shapes as in `dsmip.evaluation.ranking`; S slices, C = S * k."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dsmip.evaluation.ranking import Ranking
+from dsmip.evaluation.refinement import Refinement
 from dsmip.ops import ranking as ops
-from dsmip.ranking import Ranking
-from dsmip.refinement import Refinement
 
 
 def merge_gold_scores(parts: Sequence[Tensor]) -> Tensor:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dsmip.data.table import Ragged, Table
-from dsmip.index import EntityIndex
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranking import NotRankable
+from dsmip.evaluation.refinement import PairScorer
 from dsmip.ops import ranking as ops
-from dsmip.ranking import NotRankable
-from dsmip.refinement import PairScorer
 from dsmip.units.matcher import Matcher
 
 SearchMethod = Literal["gemm", "faiss"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.data.table import Table
-from dsmip.index import EntityIndex
+from dsmip.evaluation.index import EntityIndex
 from dsmip.units.matcher import Matcher
 
 GRID = 2.0**-30
