@@ -214,7 +214,7 @@ class ExperimentConfig(Frozen):
 
     held_out: share of the golds whose training mentions stage one never sees and stage two trains on. 0 is the paper:
     both stages see all, and a gate then judges experts on mentions that they know by heart.
-    watch: tools that show figures while trainings run (`dsmip/trackers.py`); they change no result.
+    watch: tools that show figures while trainings run (`dsmip/training/trackers.py`); they change no result.
     """
 
     model: str

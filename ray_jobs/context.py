@@ -12,12 +12,12 @@ import ray.train.torch
 import torch
 
 from dsmip import distributed
-from dsmip.loop import Left
-from dsmip.monitor import StepFigures, Watch
 from dsmip.runs.checkpoints import newest_sound, read_manifest
 from dsmip.runs.status import PROGRESS
 from dsmip.storage.run_storage import RunStorage
-from dsmip.trackers import ProgressFile, Sent, Watched
+from dsmip.training.loop import Left
+from dsmip.training.monitor import StepFigures, Watch
+from dsmip.training.trackers import ProgressFile, Sent, Watched
 from ray_jobs.events import StepEvents, say
 from ray_jobs.gauges import Gauges
 from ray_jobs.scratch import Scratch
@@ -28,7 +28,7 @@ _NOTICE_SECONDS = 1.0  # between two looks for a notice that a machine will be t
 
 
 class RayContext:
-    """`dsmip.loop.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
+    """`dsmip.training.loop.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
 
     events: an `EventQueue` actor. storage: of the files beside the checkpoints: `<name>.progress.json` for
     `dsmip status`, and where each worker was when it was ended because it made no step for `stall_seconds`.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-from dsmip.monitor import Outcome, Position, Writer
+from dsmip.training.monitor import Outcome, Position, Writer
 
 
 class Gauges(Writer):

@@ -20,11 +20,11 @@ from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.keys import key_tree
 from dsmip.models import find_system
-from dsmip.pretraining import PairSource, pretrain
 from dsmip.runs.load_config import read_config, to_yaml
 from dsmip.runs.provenance import environment
 from dsmip.storage.atomic import write_json
-from dsmip.trackers import Watched, check_tools
+from dsmip.training.pretraining import PairSource, pretrain
+from dsmip.training.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.display import Display
 from ray_jobs.ray_train import Training, run_trainings

@@ -20,11 +20,11 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from dsmip import distributed
 from dsmip.config import Running
 from dsmip.errors import ReportedError, no_room
-from dsmip.loop import Left
 from dsmip.runs.checkpoints import KEPT
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import LocalRun, RunStorage
-from dsmip.trackers import Watched
+from dsmip.training.loop import Left
+from dsmip.training.trackers import Watched
 from ray_jobs.context import RayContext
 from ray_jobs.display import Display
 from ray_jobs.failures import Failure, JobFailed, exit_code_of, failure_of, traced

@@ -11,9 +11,9 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs.load_config import read_config, to_yaml
 from dsmip.runs.run import Run
-from dsmip.stages import train_part
 from dsmip.storage.locations import Location
-from dsmip.trackers import Watched, check_tools
+from dsmip.training.stages import train_part
+from dsmip.training.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
 from ray_jobs.display import Display
 from ray_jobs.ray_train import Training, run_trainings

@@ -16,17 +16,17 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features, whole_features
 from dsmip.errors import StoreAway
-from dsmip.local_context import LocalContext
-from dsmip.monitor import StepFigures
 from dsmip.runs.checkpoints import save_weights
 from dsmip.runs.load_config import read_config
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import WEIGHTS, Run, own_weights
 from dsmip.runs.status import PROGRESS
-from dsmip.stages import SplitFeatures, stage_two_split, start_whole, train_whole
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import RunStorage
-from dsmip.trackers import SEND_SECONDS, Watched
+from dsmip.training.local_context import LocalContext
+from dsmip.training.monitor import StepFigures
+from dsmip.training.stages import SplitFeatures, stage_two_split, start_whole, train_whole
+from dsmip.training.trackers import SEND_SECONDS, Watched
 from ray_jobs.context import open_watch
 from ray_jobs.events import StepEvents
 from ray_jobs.failures import failure_of, traced

@@ -17,7 +17,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.runs.load_config import key_text, to_yaml
 from dsmip.runs.run import CONFIG, PART, WEIGHTS, Run, first_difference
-from dsmip.trackers import check_tools
+from dsmip.training.trackers import check_tools
 from ray_jobs.display import Display
 from ray_jobs.resources import check_feasible
 from ray_jobs.sweep import Trial, decided, draw_trials, run_rung, survivors, trial_request

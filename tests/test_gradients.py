@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from dsmip import distributed
-from dsmip.batches import Step
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Ragged, Table
-from dsmip.gradients import batch_backward
 from dsmip.models import find_system
 from dsmip.runs.load_config import parse_config
+from dsmip.training.batches import Step
+from dsmip.training.gradients import batch_backward
 from dsmip.units.matcher import BatchGold, Matcher, Scores
 from tests.support.workers import run_workers
 

@@ -17,11 +17,11 @@ import torch
 
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
-from dsmip.monitor import StepFigures
 from dsmip.runs.load_config import to_yaml
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import LocalRun, RunStorage
-from dsmip.trackers import Watched
+from dsmip.training.monitor import StepFigures
+from dsmip.training.trackers import Watched
 from ray_jobs import context as contexts
 from ray_jobs import trial as trials
 from ray_jobs.context import RayContext

@@ -26,7 +26,7 @@ from dsmip.models.dsmip import GATE
 from dsmip.runs.load_config import to_yaml
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
-from dsmip.stages import CPU
+from dsmip.training.stages import CPU
 from ray_jobs.cli import app
 from tests.support.backbones import NARROW_BACKBONE
 from tests.support.ray_heads import processes_of

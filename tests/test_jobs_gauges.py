@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 
-from dsmip.monitor import StepFigures, Watch
+from dsmip.training.monitor import StepFigures, Watch
 from ray_jobs.gauges import Gauges
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]

@@ -11,7 +11,7 @@ from dsmip.config import ExperimentConfig, merged
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.local_context import LocalContext
+from dsmip.training.local_context import LocalContext
 from ray_jobs import pretrain
 from ray_jobs.display import Display
 from ray_jobs.pretrain import pretrain_backbone

@@ -8,10 +8,10 @@ import pytest
 
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.data.dataset import Dataset
-from dsmip.local_context import LocalContext
 from dsmip.runs.load_config import to_yaml
 from dsmip.runs.run import Run
-from dsmip.stages import train_part
+from dsmip.training.local_context import LocalContext
+from dsmip.training.stages import train_part
 from tests.support.ray_heads import Head, running_head, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -15,12 +15,12 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from dsmip.config import ExperimentConfig, Resources, Running
 from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway, UserError
-from dsmip.local_context import LocalContext
-from dsmip.monitor import StepFigures
 from dsmip.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from dsmip.runs.load_config import changed, parse_config
 from dsmip.runs.run import Run
-from dsmip.stages import train_part
+from dsmip.training.local_context import LocalContext
+from dsmip.training.monitor import StepFigures
+from dsmip.training.stages import train_part
 from ray_jobs import resources
 from ray_jobs.context import RayContext
 from ray_jobs.failures import JobFailed

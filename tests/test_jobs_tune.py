@@ -11,11 +11,11 @@ from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.evaluation.report import evaluate_model
-from dsmip.local_context import LocalContext
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
 from dsmip.runs.status import read_status
-from dsmip.stages import CPU, train_part
+from dsmip.training.local_context import LocalContext
+from dsmip.training.stages import CPU, train_part
 from ray_jobs import tune_gate as job
 from ray_jobs.display import Display
 from ray_jobs.tune_gate import tune_gate

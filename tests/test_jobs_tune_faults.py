@@ -16,11 +16,11 @@ import pytest
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway
-from dsmip.local_context import LocalContext
 from dsmip.runs.load_config import to_yaml
 from dsmip.runs.run import WEIGHTS, Run
-from dsmip.stages import CPU, train_part
 from dsmip.storage.run_storage import LocalRun
+from dsmip.training.local_context import LocalContext
+from dsmip.training.stages import CPU, train_part
 from ray_jobs import sweep, trial
 from ray_jobs import tune_gate as job
 from ray_jobs.display import Display

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from dsmip.config import TrainConfig
-from dsmip.optimizer import build_optimizer, learning_rate_factor
+from dsmip.training.optimizer import build_optimizer, learning_rate_factor
 
 
 def test_the_first_step_of_warm_up_trains() -> None:

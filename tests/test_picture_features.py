@@ -41,7 +41,7 @@ from dsmip.parallel import map_alone
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
-from dsmip.stages import CPU
+from dsmip.training.stages import CPU
 from dsmip.units.gate import GateConfig, stored_pictures
 
 

@@ -16,9 +16,9 @@ from dsmip.data.text import Template
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.local_context import LocalContext
-from dsmip.monitor import StepFigures
-from dsmip.pretraining import MAX_LOGIT_SCALE, PairSource, contrast, pretrain
+from dsmip.training.local_context import LocalContext
+from dsmip.training.monitor import StepFigures
+from dsmip.training.pretraining import MAX_LOGIT_SCALE, PairSource, contrast, pretrain
 from tests.support.workers import run_workers
 
 CPU = torch.device("cpu")

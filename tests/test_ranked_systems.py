@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmip.batches import CachedSource
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import feature_sizes
@@ -20,9 +19,10 @@ from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranking import NotRankable, TileSize, rank
 from dsmip.evaluation.refinement import PairScorer
 from dsmip.evaluation.slices import merge_rankings
-from dsmip.local_context import LocalContext
 from dsmip.ranked_model import RankedModel
-from dsmip.trainer import train
+from dsmip.training.batches import CachedSource
+from dsmip.training.local_context import LocalContext
+from dsmip.training.trainer import train
 from tests.support.matchers import CPU
 from tests.support.ranking_cases import FORMS, Case, assert_equal, case_of, random_matcher, seen_by
 from tests.support.systems import features, with_system

@@ -10,9 +10,9 @@ import pytest
 
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
-from dsmip.local_context import LocalContext
 from dsmip.runs.run import Run
-from dsmip.stages import train_part
+from dsmip.training.local_context import LocalContext
+from dsmip.training.stages import train_part
 from ray_jobs.display import Display
 from ray_jobs.tune_gate import tune_gate
 from tests.support.disturbed import NOTED_JOB, WAIT_SECONDS, StepLog, command, descendants, ended, is_alive

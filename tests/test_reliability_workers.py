@@ -16,7 +16,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.runs.checkpoints import load_checkpoint
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
-from dsmip.stages import CPU
+from dsmip.training.stages import CPU
 from ray_jobs import train_experts as job
 from ray_jobs.display import Display
 from ray_jobs.failures import JobFailed

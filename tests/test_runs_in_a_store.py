@@ -20,14 +20,14 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.encoders import feature_cache
 from dsmip.errors import UserError
-from dsmip.local_context import LocalContext
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
 from dsmip.runs.status import read_status
-from dsmip.stages import train_part
 from dsmip.storage.atomic import sha256_file
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.object_store import filesystem
+from dsmip.training.local_context import LocalContext
+from dsmip.training.stages import train_part
 from ray_jobs.cli import app
 from tests.support.ray_heads import processes_of, wait_until
 

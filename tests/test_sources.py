@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.batches import CachedSource, Step, StreamSource, augmented, read_ahead
 from dsmip.config import AugmentConfig, ExperimentConfig, TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.ops.augmentation import Draws
 from dsmip.runs.run import Run
+from dsmip.training.batches import CachedSource, Step, StreamSource, augmented, read_ahead
 
 Pretend = Callable[[int, int], None]
 

@@ -14,8 +14,8 @@ from benchmarks.training.tower_rate import CASES, count_operations, drawn_items,
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
-from dsmip.monitor import StepFigures
 from dsmip.runs.load_config import changed, to_yaml
+from dsmip.training.monitor import StepFigures
 
 CPU = torch.device("cpu")
 BATCH, TOKENS, PATCHES = 4, 77, 4

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmip.batches import StreamSource, is_held_out
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.collate import Collator
 from dsmip.data.dataset import Dataset
@@ -13,8 +12,9 @@ from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import Run
-from dsmip.stages import held_out_rows, stage_two_split
-from dsmip.trainer import trained_state
+from dsmip.training.batches import StreamSource, is_held_out
+from dsmip.training.stages import held_out_rows, stage_two_split
+from dsmip.training.trainer import trained_state
 from dsmip.units.matcher import BatchGold
 from tests.support.systems import features, whole
 

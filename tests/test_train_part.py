@@ -12,11 +12,11 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.local_context import LocalContext
-from dsmip.monitor import StepFigures
 from dsmip.runs.load_config import changed, load_config, to_yaml
 from dsmip.runs.run import Run
-from dsmip.stages import train_part
+from dsmip.training.local_context import LocalContext
+from dsmip.training.monitor import StepFigures
+from dsmip.training.stages import train_part
 from tests.support.small_release import plain_release
 from tests.support.workers import run_workers
 

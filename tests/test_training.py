@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsmip.batches import CachedSource, Step
 from dsmip.config import TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Table
 from dsmip.errors import UserError
-from dsmip.local_context import LocalContext
-from dsmip.loop import Left
-from dsmip.monitor import StepFigures
 from dsmip.runs.checkpoints import load_checkpoint
-from dsmip.trainer import TrainResult, train, trained_state
+from dsmip.training.batches import CachedSource, Step
+from dsmip.training.local_context import LocalContext
+from dsmip.training.loop import Left
+from dsmip.training.monitor import StepFigures
+from dsmip.training.trainer import TrainResult, train, trained_state
 from dsmip.units.matcher import BatchGold, Matcher, Scores
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 from dsmip.config import WatchTool
 from dsmip.errors import UserError
-from dsmip.monitor import Outcome, Position, StepFigures, Watch, Writer, step_means, timed
 from dsmip.runs.load_config import load_config
-from dsmip.trackers import ProgressFile, Watched, check_tools
+from dsmip.training.monitor import Outcome, Position, StepFigures, Watch, Writer, step_means, timed
+from dsmip.training.trackers import ProgressFile, Watched, check_tools
 
 CPU = torch.device("cpu")
 CONFIG = {"model": "dsmip", "train": {"epochs": 2}}

@@ -32,13 +32,13 @@ from benchmarks.data.processes import Pace, Processes
 from data_prep.build.build import prepare
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
-from dsmip.batches import read_ahead
 from dsmip.data.collate import Collator, ItemFormat, Modality
 from dsmip.data.dataset import Dataset, TrainingBatch
 from dsmip.data.text import Template
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.errors import UserError
 from dsmip.storage.atomic import write_json
+from dsmip.training.batches import read_ahead
 
 Decoder = Literal["torchvision", "Pillow"]
 Work = Literal["records", "pictures", "all"]

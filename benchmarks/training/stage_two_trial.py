@@ -15,18 +15,18 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from dsmip.batches import CachedSource, Step
 from dsmip.config import ExperimentConfig
 from dsmip.data.collate import gold_rows
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features, whole_features
-from dsmip.local_context import LocalContext
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
-from dsmip.stages import SplitFeatures, stage_two_split, start_whole, train_whole, validate_on
-from dsmip.trainer import train
+from dsmip.training.batches import CachedSource, Step
+from dsmip.training.local_context import LocalContext
+from dsmip.training.stages import SplitFeatures, stage_two_split, start_whole, train_whole, validate_on
+from dsmip.training.trainer import train
 
 _SPLITS = ("train", "validation", KB)
 _TOLERANCE = 1e-3  # of losses: a text's batch decides its padding, and so the last bits of its features; a GPU adds

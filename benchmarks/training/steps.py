@@ -1,6 +1,6 @@
 """The steps of one stage-one training, in a bare process or in workers of Ray Train: what they cost.
 
-Both run `dsmip.stages.train_part` on the same batches; what differs is the `Context` and the processes around it.
+Both run `dsmip.training.stages.train_part` on the same batches; what differs is the `Context` and the processes around it.
 """
 
 import json
@@ -21,14 +21,14 @@ from rich.console import Console
 
 from dsmip.config import ExperimentConfig, Running
 from dsmip.data.dataset import Dataset
-from dsmip.local_context import LocalContext
-from dsmip.loop import Context
 from dsmip.models import find_system
-from dsmip.monitor import StepFigures
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
-from dsmip.stages import train_part
 from dsmip.storage.atomic import write_json
+from dsmip.training.local_context import LocalContext
+from dsmip.training.loop import Context
+from dsmip.training.monitor import StepFigures
+from dsmip.training.stages import train_part
 
 WARM_UP = 2  # steps that are not counted: memory is laid out, the first batch waited for
 

@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import kept_for_backward, measured
 from benchmarks.roofline import matrix_rate
-from dsmip.batches import Step
 from dsmip.config import BackboneConfig, TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.encoders.clip import Backbone, Tuning
-from dsmip.gradients import batch_backward
-from dsmip.optimizer import build_optimizer
+from dsmip.training.batches import Step
+from dsmip.training.gradients import batch_backward
+from dsmip.training.optimizer import build_optimizer
 from dsmip.units.expert import Expert, ExpertConfig
 
 WIDTH = 96  # of the units, as in the paper

@@ -20,11 +20,11 @@ import torch
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
-from dsmip.local_context import LocalContext
 from dsmip.runs.checkpoints import load_checkpoint
 from dsmip.runs.load_config import changed, parse_config, to_yaml
 from dsmip.runs.run import Run
-from dsmip.stages import CPU, train_part
+from dsmip.training.local_context import LocalContext
+from dsmip.training.stages import CPU, train_part
 from tests.support.paths import ROOT
 from tests.support.ray_heads import wait_until
 from tests.support.workers import run_workers
@@ -185,7 +185,7 @@ def noted_trial(log: StepLog, config: dict[str, int], tasks: Any, events: Any) -
 
 def _block_reading(log: StepLog) -> None:
     from dsmip import distributed
-    from dsmip.batches import StreamSource
+    from dsmip.training.batches import StreamSource
 
     read = StreamSource._step
 

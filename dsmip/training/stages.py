@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.batches import CachedSource, StreamSource, is_held_out
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.collate import gold_rows
 from dsmip.data.dataset import Dataset
@@ -18,9 +17,10 @@ from dsmip.errors import UserError
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, prepare_split
 from dsmip.evaluation.ranking import rank
-from dsmip.loop import Context, StepSource
 from dsmip.runs.run import Run
-from dsmip.trainer import TrainResult, train
+from dsmip.training.batches import CachedSource, StreamSource, is_held_out
+from dsmip.training.loop import Context, StepSource
+from dsmip.training.trainer import TrainResult, train
 from dsmip.units.matcher import Matcher
 from dsmip.units.text_unit import use_backend
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from dsmip import distributed
 from dsmip.data.sampler import draw
 from dsmip.errors import UserError
-from dsmip.monitor import StepFigures, timed
-from dsmip.optimizer import clip_gradients
 from dsmip.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from dsmip.training.monitor import StepFigures, timed
+from dsmip.training.optimizer import clip_gradients
 
 Scale = Callable[[Tensor], Tensor]
 _LEAST_SCALE = 1.0  # of fp16 losses: halved at each overflow from 65,536 on, so a sound training never comes here

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dsmip import distributed
-from dsmip.batches import augmented, read_ahead
 from dsmip.config import PretrainConfig, TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
@@ -25,9 +24,10 @@ from dsmip.data.sampler import count_steps, draw, permutation, step_bounds
 from dsmip.data.text import Template, Tokenizer, entity_text
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.loop import BatchSums, Context, Loop, Objective, Scale
 from dsmip.ops.augmentation import Draws
-from dsmip.optimizer import build_optimizer, learning_rate_factor
+from dsmip.training.batches import augmented, read_ahead
+from dsmip.training.loop import BatchSums, Context, Loop, Objective, Scale
+from dsmip.training.optimizer import build_optimizer, learning_rate_factor
 
 MAX_LOGIT_SCALE = math.log(100)
 DECODED_BYTES = 1 << 30  # pictures of a smaller kb are decoded once per worker and kept

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.config import TrainConfig
-from dsmip.gradients import batch_backward
-from dsmip.loop import BatchSums, Context, Loop, Objective, Scale, StepSource
-from dsmip.optimizer import build_optimizer, learning_rate_factor
+from dsmip.training.gradients import batch_backward
+from dsmip.training.loop import BatchSums, Context, Loop, Objective, Scale, StepSource
+from dsmip.training.optimizer import build_optimizer, learning_rate_factor
 from dsmip.units.matcher import Matcher
 
 

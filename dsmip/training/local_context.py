@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dsmip.monitor import StepFigures
 from dsmip.runs.checkpoints import KEPT, MANIFEST, newest_sound
+from dsmip.training.monitor import StepFigures
 
 Report = Callable[[Mapping[str, float]], None]
 

@@ -21,10 +21,10 @@ import yaml
 
 from dsmip.config import WatchTool, flat
 from dsmip.errors import UserError
-from dsmip.monitor import Outcome, Position, Writer
 from dsmip.storage.atomic import write_json
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import RunStorage
+from dsmip.training.monitor import Outcome, Position, Writer
 
 _PROJECT = "dsmip"
 _PACKAGES: Mapping[WatchTool, str] = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}

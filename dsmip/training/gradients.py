@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.batches import Items, Step
 from dsmip.config import TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Column, Ragged, Table, concatenate
+from dsmip.training.batches import Items, Step
 from dsmip.units.matcher import BatchGold, Matcher
 
 
