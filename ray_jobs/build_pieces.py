@@ -11,7 +11,7 @@ from ray_jobs.tasks import run_shares, start_share
 
 # isort: split
 from dsmip.evaluation.index_builder import Pieces
-from ray_jobs.display import Display
+from ray_jobs.terminal.display import Display
 from ray_jobs.workers import worker_device
 
 

@@ -71,7 +71,7 @@ def prepare(
     """Makes a dataset directory from a raw release. Run again after an interruption it goes on where it was."""
     from data_prep.formats.registry import open_release
     from ray_jobs import prepare as job
-    from ray_jobs.display import Display
+    from ray_jobs.terminal.display import Display
 
     if train_fraction is not None:
         _refuse_given(context, {*context.params} - _OF_VIEWS, "a view (--train-fraction) has no such choice")
@@ -164,8 +164,8 @@ def pretrain(
     if path_here(out).suffix != ".safetensors":
         raise UserError(f"--out {out} must end in .safetensors")
     from dsmip.data.dataset import Dataset
-    from ray_jobs.display import Display
     from ray_jobs.pretrain import pretrain_backbone
+    from ray_jobs.terminal.display import Display
 
     pretrain_backbone(settings, Dataset.open(data), out, Display(), verbose=verbose)
 
@@ -179,7 +179,7 @@ def train(
 
     settings = job_config(config, set or [])
     from dsmip.data.dataset import Dataset
-    from ray_jobs.display import Display
+    from ray_jobs.terminal.display import Display
     from ray_jobs.train_experts import train_experts
 
     train_experts(settings, Dataset.open(data), run, Display(), verbose=verbose)
@@ -195,7 +195,7 @@ def tune(
     """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
     from dsmip.runs.load_config import job_config
     from dsmip.runs.run import Run
-    from ray_jobs.display import Display
+    from ray_jobs.terminal.display import Display
     from ray_jobs.tune_gate import tune_gate
 
     opened = Run.open(run)
@@ -225,7 +225,7 @@ def features(
 
     asked = feature_request(kind, config, set or [], weights, random_weights)
     from dsmip.data.dataset import Dataset
-    from ray_jobs.display import Display
+    from ray_jobs.terminal.display import Display
 
     dataset, display = Dataset.open(data), Display()
     if random_weights is not None:

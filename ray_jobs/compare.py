@@ -14,7 +14,7 @@ from dsmip.evaluation.comparison import Comparison, Evaluation, compare, read_ev
 from dsmip.evaluation.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
 from dsmip.storage.atomic import write_json
 from dsmip.storage.locations import Location
-from ray_jobs.display import result_console
+from ray_jobs.terminal.display import result_console
 
 
 def compare_runs(

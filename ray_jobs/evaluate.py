@@ -11,7 +11,7 @@ from dsmip.evaluation.report import Evaluated, evaluate_model, evaluation_name
 from dsmip.ranked_model import model_names
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
-from ray_jobs.display import Display
+from ray_jobs.terminal.display import Display
 
 SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
 _SHOWN_OF_CANDIDATES = ("hits@1", "hits@5", "hits@20", "mrr")

@@ -10,7 +10,7 @@ from data_prep.inspection.report import Inspection, inspect_dataset
 from data_prep.inspection.tables import tables
 from dsmip.data.dataset import Dataset
 from dsmip.storage.atomic import write_json
-from ray_jobs.display import Display
+from ray_jobs.terminal.display import Display
 
 
 def inspect_data(data: str, *, html: Path | None, json_file: Path | None, pictures: bool, workers: int) -> Inspection:

@@ -26,8 +26,8 @@ from dsmip.storage.atomic import write_json
 from dsmip.training.pretraining import PairSource, pretrain
 from dsmip.training.trackers import Watched, check_tools
 from ray_jobs.context import RayContext
-from ray_jobs.display import Display
 from ray_jobs.ray_train import Training, run_trainings
+from ray_jobs.terminal.display import Display
 
 
 def pretrain_backbone(

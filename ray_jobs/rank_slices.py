@@ -15,7 +15,7 @@ from dsmip.config import RankOptions
 from dsmip.evaluation.ranking import NotRankable, Ranking, check_golds
 from dsmip.evaluation.slices import merge_gold_scores, merge_rankings
 from dsmip.ranked_model import RankedFiles
-from ray_jobs.display import Display
+from ray_jobs.terminal.display import Display
 from ray_jobs.workers import worker_device
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from dsmip.runs.status import Status, TrainingState, read_status
 from dsmip.storage.atomic import write_json
 from dsmip.storage.locations import Location
-from ray_jobs.display import result_console
+from ray_jobs.terminal.display import result_console
 
 _SHOWN = ("loss", "mrr", "hits_at_1", "samples_per_second", "data_wait_share")
 

@@ -17,10 +17,10 @@ from dsmip.config import Choice, ExperimentConfig, Resources
 from dsmip.errors import ReportedError
 from dsmip.runs.load_config import swept, to_yaml
 from dsmip.runs.run import Run
-from ray_jobs.display import Display
 from ray_jobs.failures import Failure, JobFailed, exit_code_of
 from ray_jobs.resources import Request
 from ray_jobs.tasks import Call, run_watched
+from ray_jobs.terminal.display import Display
 from ray_jobs.trial import TrialTask, guarded_trial
 
 _SYNC_SECONDS = 60  # for Tune's few notes about trials; its own 30 min would be waited for when a store is away

@@ -13,10 +13,10 @@ from ray_jobs import connection  # noqa: F401  (first: Ray reads its variables w
 import ray
 
 from dsmip.errors import ReportedError
-from ray_jobs.display import Display
 from ray_jobs.events import StepEvents, start_event_queue
 from ray_jobs.failures import LOST_WORKERS, JobFailed
 from ray_jobs.resources import Request, WaitingLine
+from ray_jobs.terminal.display import Display
 from ray_jobs.workers import set_threads
 
 _LOOK_SECONDS = 0.3

@@ -5,7 +5,7 @@ from pathlib import Path, PurePath
 
 from data_prep.inspection.verification import Verification, verify_dataset
 from dsmip.storage.atomic import write_json
-from ray_jobs.display import Display
+from ray_jobs.terminal.display import Display
 
 
 def verify_data(data: str, *, json_file: Path | None, workers: int) -> Verification:

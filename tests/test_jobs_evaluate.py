@@ -22,8 +22,8 @@ from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
 from ray_jobs.build_pieces import build_on_ray
 from ray_jobs.cli import app
-from ray_jobs.display import Display
 from ray_jobs.rank_slices import rank_on_ray
+from ray_jobs.terminal.display import Display
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 CPU = torch.device("cpu")

@@ -1,7 +1,7 @@
 """What commands say, for tests that read it."""
 
 import ray_jobs.connection  # noqa: F401  (before Ray is imported)
-from ray_jobs.display import Display
+from ray_jobs.terminal.display import Display
 
 
 class Lines(Display):
