@@ -7,12 +7,12 @@ it had finished.
 from collections.abc import Sequence
 from typing import Any
 
-from ray_jobs.tasks import run_shares, start_share
+from ray_jobs.cluster.tasks import run_shares, start_share
 
 # isort: split
 from dsmip.evaluation.index_builder import Pieces
+from ray_jobs.cluster.workers import worker_device
 from ray_jobs.terminal.display import Display
-from ray_jobs.workers import worker_device
 
 
 def build_on_ray(pieces: Pieces, workers: int, *, gpu: bool, display: Display) -> None:

@@ -11,7 +11,7 @@ import typer
 from dsmip.config import BackendName, PrecisionName, RankOptions
 from dsmip.data.manifest import REJECTS_FILE, SPLITS
 from dsmip.errors import ReportedError, UserError
-from ray_jobs import connection  # noqa: F401  (before anything imports Ray)
+from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
 
 app = typer.Typer(
     name="dsmip",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.connection import connected
+from ray_jobs.cluster.connection import connected
 
 # isort: split
 import torch
@@ -27,10 +27,10 @@ from dsmip.evaluation.report import evaluate_model, oracle
 from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import write_json
+from ray_jobs.cluster.resources import cluster_kinds
 from ray_jobs.evaluate import SHOWN
 from ray_jobs.prepare import BuildOptions, prepare_release, write_release_once
 from ray_jobs.pretrain import pretrain_backbone
-from ray_jobs.resources import cluster_kinds
 from ray_jobs.terminal.display import Display
 from ray_jobs.train_experts import train_experts
 from ray_jobs.tune_gate import tune_gate

@@ -81,9 +81,9 @@ def _evaluate_on_ray(
             f"--device {device} with {workers} workers: Ray gives each worker its device; say {device.type}"
         )
     from ray_jobs.build_pieces import build_on_ray  # these import Ray, which one worker does without
-    from ray_jobs.connection import connected
+    from ray_jobs.cluster.connection import connected
+    from ray_jobs.cluster.resources import Request, check_feasible
     from ray_jobs.rank_slices import rank_on_ray
-    from ray_jobs.resources import Request, check_feasible
 
     gpu, display = device.type == "cuda", Display()
     with connected():

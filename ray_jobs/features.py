@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.connection import connected
+from ray_jobs.cluster.connection import connected
 
 # isort: split
 import ray
@@ -48,12 +48,12 @@ from dsmip.models.dsmip import DsmipConfig
 from dsmip.parallel import map_alone
 from dsmip.runs.load_config import job_config
 from dsmip.storage.dataset_storage import DatasetStorage
-from ray_jobs.events import Event, StepEvents
-from ray_jobs.failures import JobFailed
-from ray_jobs.resources import Request, check_feasible
-from ray_jobs.tasks import Call, run_watched
+from ray_jobs.cluster.events import Event, StepEvents
+from ray_jobs.cluster.failures import JobFailed
+from ray_jobs.cluster.resources import Request, check_feasible
+from ray_jobs.cluster.tasks import Call, run_watched
+from ray_jobs.cluster.workers import set_threads, worker_device
 from ray_jobs.terminal.display import Display
-from ray_jobs.workers import set_threads, worker_device
 
 PIECE_ITEMS = BATCH_SIZE  # as many as the gate encodes at once: the last bits depend on the size of a batch
 NAME = "picture features"

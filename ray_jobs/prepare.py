@@ -142,11 +142,11 @@ def run_on_ray(num_workers: int, say: Callable[[str], None], *, verbose: bool = 
     All nodes see the release and the dataset's folder under the same paths.
     say: gets a line from time to time while no task can begin.
     """
-    from ray_jobs.connection import connected  # these import Ray, which a build in processes does without
+    from ray_jobs.cluster.connection import connected  # these import Ray, which a build in processes does without
 
     # isort: split
-    from ray_jobs.resources import Request, check_feasible
-    from ray_jobs.tasks import run_each
+    from ray_jobs.cluster.resources import Request, check_feasible
+    from ray_jobs.cluster.tasks import run_each
 
     request = Request("prepare", 1, 1, 0, most=num_workers)
     with connected(verbose=verbose):

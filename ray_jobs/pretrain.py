@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.connection import connected
+from ray_jobs.cluster.connection import connected
 
 # isort: split
 from dsmip import distributed

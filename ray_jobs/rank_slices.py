@@ -6,7 +6,7 @@ the run; of a run in an object store every node has a copy of the whole index.
 
 from typing import Any
 
-from ray_jobs.tasks import run_shares, start_share
+from ray_jobs.cluster.tasks import run_shares, start_share
 
 # isort: split
 from torch import Tensor
@@ -15,8 +15,8 @@ from dsmip.config import RankOptions
 from dsmip.evaluation.ranking import NotRankable, Ranking, check_golds
 from dsmip.evaluation.slices import merge_gold_scores, merge_rankings
 from dsmip.ranked_model import RankedFiles
+from ray_jobs.cluster.workers import worker_device
 from ray_jobs.terminal.display import Display
-from ray_jobs.workers import worker_device
 
 
 def rank_on_ray(stored: RankedFiles, workers: int, *, gpu: bool, options: RankOptions, display: Display) -> Ranking:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from ray_jobs.connection import starts_own_cluster  # first: Ray reads its variables when it is imported
+from ray_jobs.cluster.connection import starts_own_cluster  # first: Ray reads its variables when it is imported
 
 # isort: split
 import ray
@@ -25,11 +25,11 @@ from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import LocalRun, RunStorage
 from dsmip.training.loop import Left
 from dsmip.training.trackers import Watched
+from ray_jobs.cluster.failures import Failure, JobFailed, exit_code_of, failure_of, traced
+from ray_jobs.cluster.resources import Request, check_feasible
+from ray_jobs.cluster.tasks import Call, run_watched
 from ray_jobs.context import RayContext
-from ray_jobs.failures import Failure, JobFailed, exit_code_of, failure_of, traced
-from ray_jobs.resources import Request, check_feasible
 from ray_jobs.snapshots import mend_snapshot
-from ray_jobs.tasks import Call, run_watched
 from ray_jobs.terminal.display import Display
 
 _RESIZE_SECONDS = 30.0  # how often an elastic training looks whether there is room for more workers

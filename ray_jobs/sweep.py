@@ -8,7 +8,7 @@ from math import ceil, exp, log
 from random import Random
 from typing import Any
 
-from ray_jobs import connection  # noqa: F401  (first: Ray reads its variables when it is imported)
+from ray_jobs.cluster import connection  # noqa: F401  (first: Ray reads its variables when it is imported)
 
 # isort: split
 from ray import tune
@@ -17,9 +17,9 @@ from dsmip.config import Choice, ExperimentConfig, Resources
 from dsmip.errors import ReportedError
 from dsmip.runs.load_config import swept, to_yaml
 from dsmip.runs.run import Run
-from ray_jobs.failures import Failure, JobFailed, exit_code_of
-from ray_jobs.resources import Request
-from ray_jobs.tasks import Call, run_watched
+from ray_jobs.cluster.failures import Failure, JobFailed, exit_code_of
+from ray_jobs.cluster.resources import Request
+from ray_jobs.cluster.tasks import Call, run_watched
 from ray_jobs.terminal.display import Display
 from ray_jobs.trial import TrialTask, guarded_trial
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_jobs.connection import connected
+from ray_jobs.cluster.connection import connected
 
 # isort: split
 from dsmip.config import ExperimentConfig

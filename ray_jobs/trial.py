@@ -27,11 +27,11 @@ from dsmip.training.local_context import LocalContext
 from dsmip.training.monitor import StepFigures
 from dsmip.training.stages import SplitFeatures, stage_two_split, start_whole, train_whole
 from dsmip.training.trackers import SEND_SECONDS, Watched
+from ray_jobs.cluster.events import StepEvents
+from ray_jobs.cluster.failures import failure_of, traced
+from ray_jobs.cluster.tasks import start_share
+from ray_jobs.cluster.workers import set_threads, worker_device
 from ray_jobs.context import open_watch
-from ray_jobs.events import StepEvents
-from ray_jobs.failures import failure_of, traced
-from ray_jobs.tasks import start_share
-from ray_jobs.workers import set_threads, worker_device
 
 SPLITS = ("train", "validation", KB)
 RESULT = "result.json"

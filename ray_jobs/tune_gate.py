@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ray_jobs.connection import connected
+from ray_jobs.cluster.connection import connected
 
 # isort: split
 from dsmip.config import ExperimentConfig
@@ -18,9 +18,9 @@ from dsmip.errors import UserError
 from dsmip.runs.load_config import key_text, to_yaml
 from dsmip.runs.run import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.training.trackers import check_tools
-from ray_jobs.resources import check_feasible
+from ray_jobs.cluster.resources import check_feasible
+from ray_jobs.cluster.tasks import run_shares
 from ray_jobs.sweep import Trial, decided, draw_trials, run_rung, survivors, trial_request
-from ray_jobs.tasks import run_shares
 from ray_jobs.terminal.display import Display
 from ray_jobs.train_experts import train_parts
 from ray_jobs.trial import RESULT, PartTables, TrialTask, cache_features, trial_name

@@ -126,7 +126,7 @@ def bucket(object_store: ObjectStore) -> str:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A quiet Ray of this process with 4 CPUs, whatever the machine has; jobs use it instead of starting one."""
-    import ray_jobs.connection  # noqa: F401  (before Ray is imported)
+    import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 
     # isort: split
     import ray

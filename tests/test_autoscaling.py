@@ -13,7 +13,7 @@ import pytest
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs.run import Run
-from ray_jobs.node_types import VARIABLE
+from ray_jobs.cluster.node_types import VARIABLE
 from tests.support.ray_heads import Head, free_ports, running_head, wait_until
 
 # isort: split

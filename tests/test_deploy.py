@@ -14,7 +14,7 @@ import yaml
 
 from dsmip.runs.load_config import shipped_configs
 from ray_jobs.cli import app
-from ray_jobs.node_types import VARIABLE
+from ray_jobs.cluster.node_types import VARIABLE
 from tests.support.kuberay import PersistentVolumeClaim, RayJob
 
 # isort: split

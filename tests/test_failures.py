@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import ray_jobs.connection  # noqa: F401  (before Ray is imported)
+import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 from dsmip.errors import ReportedError, StoreAway, UserError
 from dsmip.runs.checkpoints import NoSoundCheckpoint
 from dsmip.storage.object_store import attempt
-from ray_jobs.failures import Failure, failure_of, traced
+from ray_jobs.cluster.failures import Failure, failure_of, traced
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

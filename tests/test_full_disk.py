@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import ray_jobs.connection  # noqa: F401  (before Ray is imported)
+import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 from dsmip.errors import no_room
 from dsmip.runs.checkpoints import MANIFEST, Checkpoint, save_checkpoint
 from dsmip.storage.locations import open_run_storage
-from ray_jobs.failures import Failure, failure_of
+from ray_jobs.cluster.failures import Failure, failure_of
 from tests.support.full_disk import fill, small_disk
 
 LARGE, SMALL = {"unit": torch.zeros(1 << 20)}, {"unit": torch.zeros(1)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import ray_jobs.connection  # noqa: F401  (before Ray is imported)
+import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 
 # isort: split
 import ray.train

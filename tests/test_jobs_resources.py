@@ -12,9 +12,9 @@ from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 
 from dsmip.errors import UserError
-from ray_jobs import resources
-from ray_jobs.node_types import VARIABLE
-from ray_jobs.resources import NodeKind, Request, check_feasible, describe_wait, nodes_on_their_way
+from ray_jobs.cluster import resources
+from ray_jobs.cluster.node_types import VARIABLE
+from ray_jobs.cluster.resources import NodeKind, Request, check_feasible, describe_wait, nodes_on_their_way
 from tests.support.paths import ROOT
 
 TWO_SMALL = [NodeKind({"CPU": 2.0}, 1.0), NodeKind({"CPU": 2.0, "GPU": 1.0}, 1.0)]

@@ -4,13 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ray_jobs.scratch import Scratch
+from ray_jobs.cluster.scratch import Scratch
 from tests.support.paths import ROOT
 
 WORKER = """
 import sys
 from pathlib import Path
-from ray_jobs.scratch import Scratch
+from ray_jobs.cluster.scratch import Scratch
 folder = Scratch(Path(sys.argv[1])).folder("epoch-")
 (folder / "weights").write_bytes(bytes(1000))
 print(folder, flush=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import ray_jobs.connection  # noqa: F401  (before Ray is imported)
+import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 from dsmip.runs.checkpoints import Checkpoint, save_checkpoint
 from ray_jobs.snapshots import SNAPSHOT, mend_snapshot
 

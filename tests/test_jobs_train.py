@@ -21,11 +21,11 @@ from dsmip.runs.run import Run
 from dsmip.training.local_context import LocalContext
 from dsmip.training.monitor import StepFigures
 from dsmip.training.stages import train_part
-from ray_jobs import resources
+from ray_jobs.cluster import resources
+from ray_jobs.cluster.failures import JobFailed
+from ray_jobs.cluster.resources import Request, check_feasible, describe_wait
 from ray_jobs.context import RayContext
-from ray_jobs.failures import JobFailed
 from ray_jobs.ray_train import Training, run_trainings
-from ray_jobs.resources import Request, check_feasible, describe_wait
 from ray_jobs.train_experts import train_experts, train_parts
 from tests.support.displays import Lines
 

@@ -23,8 +23,8 @@ from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import CPU, train_part
 from ray_jobs import sweep, trial
 from ray_jobs import tune_gate as job
-from ray_jobs.events import StepEvents
-from ray_jobs.failures import JobFailed
+from ray_jobs.cluster.events import StepEvents
+from ray_jobs.cluster.failures import JobFailed
 from ray_jobs.sweep import decided, draw_trials
 from ray_jobs.terminal.display import Display
 from ray_jobs.trial import RESULT, TrialContext, TrialTask, guarded_trial

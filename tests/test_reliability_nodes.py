@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import ray_jobs.connection  # noqa: F401  (before Ray is imported)
+import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs.run import Run

@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import ray_jobs.connection  # noqa: F401  (before Ray is imported)
+import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB

@@ -45,7 +45,8 @@ def command(marks: str, options: Sequence[str]) -> None:
     sys.argv = ["train_experts.py", *options]
     from unittest.mock import patch
 
-    from ray_jobs import cli, connection, train_experts
+    from ray_jobs import cli, train_experts
+    from ray_jobs.cluster import connection
 
     @contextmanager
     def connected(**options: Any) -> Iterator[None]:

@@ -145,7 +145,7 @@ def in_ray_train(
     Every worker has one CPU, and a GPU where there are some.
     """
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would starve workers beside whatever else runs
-    from ray_jobs.connection import connected
+    from ray_jobs.cluster.connection import connected
 
     with TemporaryDirectory(dir=work) as folder, connected():
         return [_trained(config, dataset, part, Path(folder) / str(count), count) for count in workers]

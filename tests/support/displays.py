@@ -1,6 +1,6 @@
 """What commands say, for tests that read it."""
 
-import ray_jobs.connection  # noqa: F401  (before Ray is imported)
+import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 from ray_jobs.terminal.display import Display
 
 

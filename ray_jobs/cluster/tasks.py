@@ -7,17 +7,17 @@ from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from ray_jobs import connection  # noqa: F401  (first: Ray reads its variables when it is imported)
+from ray_jobs.cluster import connection  # noqa: F401  (first: Ray reads its variables when it is imported)
 
 # isort: split
 import ray
 
 from dsmip.errors import ReportedError
-from ray_jobs.events import StepEvents, start_event_queue
-from ray_jobs.failures import LOST_WORKERS, JobFailed
-from ray_jobs.resources import Request, WaitingLine
+from ray_jobs.cluster.events import StepEvents, start_event_queue
+from ray_jobs.cluster.failures import LOST_WORKERS, JobFailed
+from ray_jobs.cluster.resources import Request, WaitingLine
+from ray_jobs.cluster.workers import set_threads
 from ray_jobs.terminal.display import Display
-from ray_jobs.workers import set_threads
 
 _LOOK_SECONDS = 0.3
 Item = TypeVar("Item")

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ray_jobs import connection  # noqa: F401  (first: Ray reads its variables when it is imported)
+from ray_jobs.cluster import connection  # noqa: F401  (first: Ray reads its variables when it is imported)
 
 # isort: split
 import ray
 
 if TYPE_CHECKING:  # the queue's process holds failures and never looks into them
-    from ray_jobs.failures import Failure
+    from ray_jobs.cluster.failures import Failure
 
 _STEP_EVENT_SECONDS = 0.5
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_jobs.connection import starts_own_cluster  # first: Ray reads its variables when it is imported
+from ray_jobs.cluster.connection import starts_own_cluster  # first: Ray reads its variables when it is imported
 
 # isort: split
 import ray
@@ -16,7 +16,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 
 from dsmip.config import Workers
 from dsmip.errors import UserError
-from ray_jobs.node_types import configured_node_types
+from ray_jobs.cluster.node_types import configured_node_types
 
 _WAIT_LINE_SECONDS = 30.0
 _SLACK = 1e-6  # fractions of CPUs are floats

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ray_jobs import connection  # noqa: F401  (first: Ray reads its variables when it is imported)
+from ray_jobs.cluster import connection  # noqa: F401  (first: Ray reads its variables when it is imported)
 
 # isort: split
 import ray
