@@ -25,9 +25,9 @@ from dsmip.runs.provenance import environment
 from dsmip.storage.atomic import write_json
 from dsmip.training.pretraining import PairSource, pretrain
 from dsmip.training.trackers import Watched, check_tools
-from ray_jobs.context import RayContext
-from ray_jobs.ray_train import Training, run_trainings
 from ray_jobs.terminal.display import Display
+from ray_jobs.training.context import RayContext
+from ray_jobs.training.ray_train import Training, run_trainings
 
 
 def pretrain_backbone(

@@ -14,9 +14,9 @@ from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from dsmip.training.stages import train_part
 from dsmip.training.trackers import Watched, check_tools
-from ray_jobs.context import RayContext
-from ray_jobs.ray_train import Training, run_trainings
 from ray_jobs.terminal.display import Display
+from ray_jobs.training.context import RayContext
+from ray_jobs.training.ray_train import Training, run_trainings
 
 
 def train_experts(

@@ -22,11 +22,11 @@ from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import LocalRun, RunStorage
 from dsmip.training.monitor import StepFigures
 from dsmip.training.trackers import Watched
-from ray_jobs import context as contexts
-from ray_jobs import trial as trials
-from ray_jobs.context import RayContext
-from ray_jobs.stalls import collect_stalled, stall_file
-from ray_jobs.trial import TrialContext, TrialTask
+from ray_jobs.training import context as contexts
+from ray_jobs.training import trial as trials
+from ray_jobs.training.context import RayContext
+from ray_jobs.training.stalls import collect_stalled, stall_file
+from ray_jobs.training.trial import TrialContext, TrialTask
 
 CPU = torch.device("cpu")
 STALL_SECONDS = 1000.0

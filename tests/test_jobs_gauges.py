@@ -9,7 +9,7 @@ import ray
 import torch
 
 from dsmip.training.monitor import StepFigures, Watch
-from ray_jobs.gauges import Gauges
+from ray_jobs.training.gauges import Gauges
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 _DEADLINE_SECONDS = 90  # Ray hands metrics on every ten seconds

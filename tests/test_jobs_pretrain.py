@@ -14,8 +14,8 @@ from dsmip.errors import UserError
 from dsmip.training.local_context import LocalContext
 from ray_jobs import pretrain
 from ray_jobs.pretrain import pretrain_backbone
-from ray_jobs.ray_train import Training
 from ray_jobs.terminal.display import Display
+from ray_jobs.training.ray_train import Training
 
 
 class Lab:

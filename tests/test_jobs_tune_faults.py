@@ -21,13 +21,13 @@ from dsmip.runs.run import WEIGHTS, Run
 from dsmip.storage.run_storage import LocalRun
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import CPU, train_part
-from ray_jobs import sweep, trial
 from ray_jobs import tune_gate as job
 from ray_jobs.cluster.events import StepEvents
 from ray_jobs.cluster.failures import JobFailed
-from ray_jobs.sweep import decided, draw_trials
 from ray_jobs.terminal.display import Display
-from ray_jobs.trial import RESULT, TrialContext, TrialTask, guarded_trial
+from ray_jobs.training import sweep, trial
+from ray_jobs.training.sweep import decided, draw_trials
+from ray_jobs.training.trial import RESULT, TrialContext, TrialTask, guarded_trial
 from ray_jobs.tune_gate import tune_gate
 from tests.support.displays import Lines
 
@@ -58,7 +58,7 @@ def task_of(run: Run, number: int) -> TrialTask:
 
 def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -> None:
     """A sweep's own trial. While the file is there trial 1 fails in the way that the file's name says."""
-    from ray_jobs import sweep, trial
+    from ray_jobs.training import sweep, trial
 
     run_trial = trial.run_trial
 
@@ -176,7 +176,7 @@ def test_checkpoints_wait_for_a_store_that_is_away_until_the_rung_ends(
 
 def lost_once(mark: Path, *arguments: Any) -> Any:
     """Computes features; the process is lost the first time."""
-    from ray_jobs.trial import cache_features
+    from ray_jobs.training.trial import cache_features
 
     with contextlib.suppress(FileExistsError):
         mark.touch(exist_ok=False)

@@ -152,8 +152,8 @@ def in_ray_train(
 
 
 def _trained(config: ExperimentConfig, dataset: Dataset, part: str, folder: Path, workers: int) -> Steps:
-    from ray_jobs.ray_train import Training, run_trainings
     from ray_jobs.terminal.display import Display
+    from ray_jobs.training.ray_train import Training, run_trainings
 
     run, num_gpus = Run.create(folder / "run", config, dataset), int(torch.cuda.is_available())
     training = Training(

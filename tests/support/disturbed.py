@@ -168,7 +168,7 @@ def noted_loop(log: StepLog, context: Any, settings: Mapping[str, Any]) -> None:
 
 def noted_trial(log: StepLog, config: dict[str, int], tasks: Any, events: Any) -> None:
     """A sweep's own trial, in a process of Ray Tune."""
-    from ray_jobs import sweep, trial
+    from ray_jobs.training import sweep, trial
 
     step_done = trial.TrialContext.step_done
 
@@ -200,7 +200,7 @@ def _block_reading(log: StepLog) -> None:
 
 
 def noted(log: StepLog, loop: Callable[..., None] = noted_loop) -> Any:
-    """What a test puts in the place of `ray_jobs.train_experts._loop`, or of `ray_jobs.sweep._trainable`."""
+    """What a test puts in the place of `ray_jobs.train_experts._loop`, or of `ray_jobs.training.sweep._trainable`."""
     log.folder.mkdir(parents=True, exist_ok=True)
     return partial(loop, log)
 

@@ -31,7 +31,7 @@ from ray_jobs.cluster.events import StepEvents
 from ray_jobs.cluster.failures import failure_of, traced
 from ray_jobs.cluster.tasks import start_share
 from ray_jobs.cluster.workers import set_threads, worker_device
-from ray_jobs.context import open_watch
+from ray_jobs.training.context import open_watch
 
 SPLITS = ("train", "validation", KB)
 RESULT = "result.json"

@@ -21,7 +21,7 @@ from ray_jobs.cluster.failures import Failure, JobFailed, exit_code_of
 from ray_jobs.cluster.resources import Request
 from ray_jobs.cluster.tasks import Call, run_watched
 from ray_jobs.terminal.display import Display
-from ray_jobs.trial import TrialTask, guarded_trial
+from ray_jobs.training.trial import TrialTask, guarded_trial
 
 _SYNC_SECONDS = 60  # for Tune's few notes about trials; its own 30 min would be waited for when a store is away
 _LOST_TRIALS = 2  # how many times a trial restarts from its checkpoint after its process was lost

@@ -21,8 +21,8 @@ from dsmip.training.trackers import ProgressFile, Sent, Watched
 from ray_jobs.cluster.events import StepEvents, say
 from ray_jobs.cluster.scratch import Scratch
 from ray_jobs.cluster.workers import set_threads
-from ray_jobs.gauges import Gauges
-from ray_jobs.stalls import StallWatch, collect_stalled, stall_file
+from ray_jobs.training.gauges import Gauges
+from ray_jobs.training.stalls import StallWatch, collect_stalled, stall_file
 
 _NOTICE_SECONDS = 1.0  # between two looks for a notice that a machine will be taken away
 
