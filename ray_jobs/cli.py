@@ -70,7 +70,7 @@ def prepare(
 ) -> None:
     """Makes a dataset directory from a raw release. Run again after an interruption it goes on where it was."""
     from data_prep.formats.registry import open_release
-    from ray_jobs import prepare as job
+    from ray_jobs.jobs import prepare as job
     from ray_jobs.terminal.display import Display
 
     if train_fraction is not None:
@@ -128,7 +128,7 @@ def inspect(
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
 ) -> None:
     """Shows what a dataset holds and its flaws: coverage, ambiguity, duplicates, and what its splits share."""
-    from ray_jobs.inspect_data import inspect_data
+    from ray_jobs.jobs.inspect_data import inspect_data
 
     inspect_data(data, html=html, json_file=json_file, pictures=pictures, workers=workers)
 
@@ -142,7 +142,7 @@ def verify(
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
 ) -> None:
     """Reads every file of a dataset and checks it against the manifest; exit code 1 when something is wrong."""
-    from ray_jobs.verify import verify_data
+    from ray_jobs.jobs.verify import verify_data
 
     if not verify_data(data, json_file=json_file, workers=workers).ok:
         raise typer.Exit(1)
@@ -164,7 +164,7 @@ def pretrain(
     if path_here(out).suffix != ".safetensors":
         raise UserError(f"--out {out} must end in .safetensors")
     from dsmip.data.dataset import Dataset
-    from ray_jobs.pretrain import pretrain_backbone
+    from ray_jobs.jobs.pretrain import pretrain_backbone
     from ray_jobs.terminal.display import Display
 
     pretrain_backbone(settings, Dataset.open(data), out, Display(), verbose=verbose)
@@ -179,8 +179,8 @@ def train(
 
     settings = job_config(config, set or [])
     from dsmip.data.dataset import Dataset
+    from ray_jobs.jobs.train_experts import train_experts
     from ray_jobs.terminal.display import Display
-    from ray_jobs.train_experts import train_experts
 
     train_experts(settings, Dataset.open(data), run, Display(), verbose=verbose)
 
@@ -195,8 +195,8 @@ def tune(
     """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
     from dsmip.runs.load_config import job_config
     from dsmip.runs.run import Run
+    from ray_jobs.jobs.tune_gate import tune_gate
     from ray_jobs.terminal.display import Display
-    from ray_jobs.tune_gate import tune_gate
 
     opened = Run.open(run)
     tune_gate(opened, job_config(str(opened.folder / "config.yaml"), set or []), Display(), seed=seed, verbose=verbose)
@@ -221,7 +221,7 @@ def features(
     verbose: VerboseOption = False,
 ) -> None:
     """Computes the gate's picture features of all pictures beside the shards. Run again, it resumes."""
-    from ray_jobs.features import compute_features, feature_request
+    from ray_jobs.jobs.features import compute_features, feature_request
 
     asked = feature_request(kind, config, set or [], weights, random_weights)
     from dsmip.data.dataset import Dataset
@@ -260,7 +260,7 @@ def evaluate(
     ] = "auto",
 ) -> None:
     """Ranks the whole knowledge base for every mention of a split."""
-    from ray_jobs.evaluate import evaluate_run
+    from ray_jobs.jobs.evaluate import evaluate_run
 
     options = RankOptions(top_k=top_k, backend=backend, precision=precision)
     evaluate_run(run, split, model, device, workers=workers, options=options, candidates=candidates)
@@ -274,7 +274,7 @@ def status(
     ] = None,
 ) -> None:
     """Says how far a run is and what to do next, from its files alone; also while it is being trained."""
-    from ray_jobs.status import show_status
+    from ray_jobs.jobs.status import show_status
 
     show_status(run, json_file)
 
@@ -292,7 +292,7 @@ def compare(
     ] = None,
 ) -> None:
     """Says whether RUN2 differs from RUN1 by more than luck, from what 'dsmip evaluate' wrote of both."""
-    from ray_jobs.compare import compare_runs
+    from ray_jobs.jobs.compare import compare_runs
 
     compare_runs(run1, run2, split=split, model1=model1, model2=model2, seed=seed, json_file=json_file)
 
@@ -306,7 +306,7 @@ def demo(
     """Draws a data set and goes all the way to a comparison of experts, gate and oracle, in a few minutes."""
     from data_prep.demo.release import DemoConfig
     from dsmip.storage.locations import path_here
-    from ray_jobs.demo import run_demo
+    from ray_jobs.jobs.demo import run_demo
 
     run_demo(path_here(out), DemoConfig(seed=seed), verbose=verbose)
 

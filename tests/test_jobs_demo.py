@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.demo.release import DemoConfig
 from dsmip.errors import UserError
-from ray_jobs.demo import covered, run_demo
+from ray_jobs.jobs.demo import covered, run_demo
 
 WORLD = DemoConfig(seed=3, num_entities=100, num_train=96, num_validation=24, num_test=40)
 SHORT = ["pretrain.epochs=1", "tune.trials=2", "tune.rungs=[1,2]", "tune.train.epochs=2"]

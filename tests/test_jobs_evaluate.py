@@ -20,9 +20,9 @@ from dsmip.progress import Progress, no_progress
 from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
-from ray_jobs.build_pieces import build_on_ray
 from ray_jobs.cli import app
-from ray_jobs.rank_slices import rank_on_ray
+from ray_jobs.jobs.build_pieces import build_on_ray
+from ray_jobs.jobs.rank_slices import rank_on_ray
 from ray_jobs.terminal.display import Display
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]

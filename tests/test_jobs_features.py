@@ -107,7 +107,13 @@ def test_a_killed_job_goes_on_and_ends_the_same(dataset: Dataset, config: Path, 
     temporary = Path(tempfile.mkdtemp(prefix="df"))
     variables = {**os.environ, "RAY_TMPDIR": str(temporary)}
     variables.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "ray_jobs.features", str(tmp_path / "killed"), *options]  # a cluster of its own
+    command = [
+        sys.executable,
+        "-m",
+        "ray_jobs.jobs.features",
+        str(tmp_path / "killed"),
+        *options,
+    ]  # a cluster of its own
     job = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         while not list((tmp_path / "killed").glob("features/*/pieces-*/kb-*")):

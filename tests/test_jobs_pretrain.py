@@ -12,8 +12,8 @@ from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.training.local_context import LocalContext
-from ray_jobs import pretrain
-from ray_jobs.pretrain import pretrain_backbone
+from ray_jobs.jobs import pretrain
+from ray_jobs.jobs.pretrain import pretrain_backbone
 from ray_jobs.terminal.display import Display
 from ray_jobs.training.ray_train import Training
 

@@ -24,7 +24,7 @@ from dsmip.training.stages import train_part
 from ray_jobs.cluster import resources
 from ray_jobs.cluster.failures import JobFailed
 from ray_jobs.cluster.resources import Request, check_feasible, describe_wait
-from ray_jobs.train_experts import train_experts, train_parts
+from ray_jobs.jobs.train_experts import train_experts, train_parts
 from ray_jobs.training.context import RayContext
 from ray_jobs.training.ray_train import Training, run_trainings
 from tests.support.displays import Lines

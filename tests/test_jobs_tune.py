@@ -16,9 +16,9 @@ from dsmip.runs.run import Run
 from dsmip.runs.status import read_status
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import CPU, train_part
-from ray_jobs import tune_gate as job
+from ray_jobs.jobs import tune_gate as job
+from ray_jobs.jobs.tune_gate import tune_gate
 from ray_jobs.terminal.display import Display
-from ray_jobs.tune_gate import tune_gate
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 SPACE = {

@@ -21,14 +21,14 @@ from dsmip.runs.run import WEIGHTS, Run
 from dsmip.storage.run_storage import LocalRun
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import CPU, train_part
-from ray_jobs import tune_gate as job
 from ray_jobs.cluster.events import StepEvents
 from ray_jobs.cluster.failures import JobFailed
+from ray_jobs.jobs import tune_gate as job
+from ray_jobs.jobs.tune_gate import tune_gate
 from ray_jobs.terminal.display import Display
 from ray_jobs.training import sweep, trial
 from ray_jobs.training.sweep import decided, draw_trials
 from ray_jobs.training.trial import RESULT, TrialContext, TrialTask, guarded_trial
-from ray_jobs.tune_gate import tune_gate
 from tests.support.displays import Lines
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]

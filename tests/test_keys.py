@@ -19,9 +19,9 @@ from dsmip.keys import key_tree, plain_text
 from dsmip.models import find_system
 from dsmip.runs.load_config import changed, parse_config
 from dsmip.units.expert import ExpertConfig
-from ray_jobs.pretrain import weights_stamp
+from ray_jobs.jobs.pretrain import weights_stamp
+from ray_jobs.jobs.tune_gate import sweep_key
 from ray_jobs.training.sweep import draw_trials
-from ray_jobs.tune_gate import sweep_key
 
 WEIGHTS = {"b": torch.ones(2), "a": torch.arange(3.0)}
 PLAIN_FORMAT = ItemFormat(Template())

@@ -16,7 +16,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs import provenance
 from dsmip.runs.run import Run
-from ray_jobs.prepare import BuildOptions, prepare_release
+from ray_jobs.jobs.prepare import BuildOptions, prepare_release
 from tests.support.paths import ROOT
 from tests.support.small_release import plain_release
 

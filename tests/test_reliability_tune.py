@@ -13,8 +13,8 @@ from dsmip.data.dataset import Dataset
 from dsmip.runs.run import Run
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import train_part
+from ray_jobs.jobs.tune_gate import tune_gate
 from ray_jobs.terminal.display import Display
-from ray_jobs.tune_gate import tune_gate
 from tests.support.disturbed import NOTED_JOB, WAIT_SECONDS, StepLog, command, descendants, ended, is_alive
 from tests.support.ray_heads import wait_until
 

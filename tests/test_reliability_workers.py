@@ -17,10 +17,10 @@ from dsmip.runs.checkpoints import load_checkpoint
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
 from dsmip.training.stages import CPU
-from ray_jobs import train_experts as job
 from ray_jobs.cluster.failures import JobFailed
+from ray_jobs.jobs import train_experts as job
+from ray_jobs.jobs.train_experts import train_experts
 from ray_jobs.terminal.display import Display
-from ray_jobs.train_experts import train_experts
 from tests.support.displays import Lines
 from tests.support.disturbed import (
     StepLog,

@@ -45,8 +45,9 @@ def command(marks: str, options: Sequence[str]) -> None:
     sys.argv = ["train_experts.py", *options]
     from unittest.mock import patch
 
-    from ray_jobs import cli, train_experts
+    from ray_jobs import cli
     from ray_jobs.cluster import connection
+    from ray_jobs.jobs import train_experts
 
     @contextmanager
     def connected(**options: Any) -> Iterator[None]:
@@ -67,7 +68,7 @@ class _FirstStep(Exception):
 
 
 def _loop(marks: str, context: Any, settings: Mapping[str, Any]) -> None:
-    from ray_jobs import train_experts
+    from ray_jobs.jobs import train_experts
 
     part = settings["part"]
     _mark(marks, "in the loop", part)

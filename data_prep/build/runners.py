@@ -1,4 +1,4 @@
-"""Ways to do many tasks: one after the other, or in processes of this machine. `ray_jobs.prepare` adds a cluster."""
+"""Ways to do many tasks: one after the other, or in processes of this machine. `ray_jobs.jobs.prepare` adds a cluster."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence

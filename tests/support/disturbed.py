@@ -159,7 +159,7 @@ class NotingContext:
 
 def noted_loop(log: StepLog, context: Any, settings: Mapping[str, Any]) -> None:
     """The training's own loop, in a worker."""
-    from ray_jobs import train_experts
+    from ray_jobs.jobs import train_experts
 
     if log.block:
         _block_reading(log)
@@ -200,7 +200,7 @@ def _block_reading(log: StepLog) -> None:
 
 
 def noted(log: StepLog, loop: Callable[..., None] = noted_loop) -> Any:
-    """What a test puts in the place of `ray_jobs.train_experts._loop`, or of `ray_jobs.training.sweep._trainable`."""
+    """What a test puts in the place of `ray_jobs.jobs.train_experts._loop`, or of `ray_jobs.training.sweep._trainable`."""
     log.folder.mkdir(parents=True, exist_ok=True)
     return partial(loop, log)
 

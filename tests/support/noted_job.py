@@ -5,8 +5,8 @@ python -m tests.support.noted_job '<StepLog>' <command> <options>
 
 import sys
 
-from ray_jobs import train_experts
 from ray_jobs.cli import run_script
+from ray_jobs.jobs import train_experts
 from ray_jobs.training import sweep
 from tests.support.disturbed import StepLog, noted, noted_trial
 

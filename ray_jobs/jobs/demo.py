@@ -28,12 +28,12 @@ from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import write_json
 from ray_jobs.cluster.resources import cluster_kinds
-from ray_jobs.evaluate import SHOWN
-from ray_jobs.prepare import BuildOptions, prepare_release, write_release_once
-from ray_jobs.pretrain import pretrain_backbone
+from ray_jobs.jobs.evaluate import SHOWN
+from ray_jobs.jobs.prepare import BuildOptions, prepare_release, write_release_once
+from ray_jobs.jobs.pretrain import pretrain_backbone
+from ray_jobs.jobs.train_experts import train_experts
+from ray_jobs.jobs.tune_gate import tune_gate
 from ray_jobs.terminal.display import Display
-from ray_jobs.train_experts import train_experts
-from ray_jobs.tune_gate import tune_gate
 
 ORACLE = "oracle"
 

@@ -80,10 +80,10 @@ def _evaluate_on_ray(
         raise UserError(
             f"--device {device} with {workers} workers: Ray gives each worker its device; say {device.type}"
         )
-    from ray_jobs.build_pieces import build_on_ray  # these import Ray, which one worker does without
     from ray_jobs.cluster.connection import connected
     from ray_jobs.cluster.resources import Request, check_feasible
-    from ray_jobs.rank_slices import rank_on_ray
+    from ray_jobs.jobs.build_pieces import build_on_ray  # these import Ray, which one worker does without
+    from ray_jobs.jobs.rank_slices import rank_on_ray
 
     gpu, display = device.type == "cuda", Display()
     with connected():

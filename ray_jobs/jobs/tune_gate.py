@@ -20,8 +20,8 @@ from dsmip.runs.run import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.training.trackers import check_tools
 from ray_jobs.cluster.resources import check_feasible
 from ray_jobs.cluster.tasks import run_shares
+from ray_jobs.jobs.train_experts import train_parts
 from ray_jobs.terminal.display import Display
-from ray_jobs.train_experts import train_parts
 from ray_jobs.training.sweep import Trial, decided, draw_trials, run_rung, survivors, trial_request
 from ray_jobs.training.trial import RESULT, PartTables, TrialTask, cache_features, trial_name
 
