@@ -1,7 +1,7 @@
 """The text unit's token-level score in Triton (text_unit_triton.py) on a GPU; float32 or float16 rows, no gradients.
 
 M mentions, E entities, R token rows, d unit width. Triton is imported when it is first needed: not every platform has
-it. Tests run the same code on CPU tensors, in Triton's interpreter (see `tests/test_kernels_cuda.py`).
+it. Tests run the same code on CPU tensors, in Triton's interpreter (see `tests/ops/test_kernels_cuda.py`).
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """The rules of the source tree: rooms and their floors, no circles of modules, sizes of rooms, files and functions.
 
-`uv run pytest tests/test_house.py -s` prints the figures of the import graph.
+`uv run pytest tests/project/test_house.py -s` prints the figures of the import graph.
 """
 
 import ast
