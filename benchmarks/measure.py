@@ -1,4 +1,4 @@
-"""What a piece of work costs: processor time, time on the clock, and memory beside what was in use before.
+"""Costs of a piece of work: processor time, time on the clock, and memory beside what was in use before.
 
 On a CPU memory is the growth of the process's resident memory from the start of the work to its peak, as Linux counts
 it. Before that the peak is reset and freed memory that the allocator still holds is given back, so that no earlier

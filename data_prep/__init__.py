@@ -1,0 +1,1 @@
+"""Raw releases to dataset directories, their inspection, and the demo's world."""

@@ -210,7 +210,7 @@ class PretrainConfig(Running):
 
 
 class ExperimentConfig(Frozen):
-    """Everything that decides a run's figures, besides the data. Made by `dsmip.runs.load_config`, which validates `system`.
+    """Everything that decides a run's figures, besides the data; made and validated by `dsmip.runs.load_config`.
 
     held_out: share of the golds whose training mentions stage one never sees and stage two trains on. 0 is the paper:
     both stages see all, and a gate then judges experts on mentions that they know by heart.

@@ -1,4 +1,4 @@
-"""What the published MIMIC evaluator does, as the yardstick: the same scores from the same weights, without any care.
+"""The published MIMIC evaluator's logic, as the yardstick: the same scores from the same weights, without any care.
 
 For every batch of 20 mentions and every chunk of 6,000 entities all items are normed and projected again; the text
 attention exists as [M, E, S, T] and its context as [M, E, S, d]; LayerNorms run per pair; the dual units hold

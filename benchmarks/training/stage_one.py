@@ -1,4 +1,4 @@
-"""What training costs: stage one bare and in Ray Train, on one and two workers; the first step; the feature cache.
+"""Costs of training: stage one bare and in Ray Train, on one and two workers; the first step; the feature cache.
 
     uv run python -m benchmarks.stage_one [--config demo] [--data DIR] [--rounds 3] [--json FILE]
 

@@ -1,6 +1,7 @@
 """The steps of one stage-one training, in a bare process or in workers of Ray Train: what they cost.
 
-Both run `dsmip.training.stages.train_part` on the same batches; what differs is the `Context` and the processes around it.
+Both run `dsmip.training.stages.train_part` on the same batches; what differs is the `Context` and the processes around
+it.
 """
 
 import json

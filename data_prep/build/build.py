@@ -34,7 +34,6 @@ from data_prep.build.plan import (
 from data_prep.build.runners import Result, Runner, Task, run_serially
 from data_prep.build.tasks import HashTask, JoinTask, KbTask, SplitTask
 from data_prep.formats.release import Release
-from dsmip import __version__
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import (
     ENTITIES_FILE,
@@ -50,6 +49,7 @@ from dsmip.data.manifest import (
 from dsmip.errors import UserError
 from dsmip.storage.atomic import join_files, sha256_file, write_json
 from dsmip.storage.dataset_storage import MANIFEST_FILE
+from dsmip.version import VERSION
 
 Progress = Callable[[str, int, int], None]
 
@@ -93,7 +93,7 @@ def prepare(
         ),
         "layout": source.layout,
         "choices": dict(source.choices),
-        "tool_version": __version__,
+        "tool_version": VERSION,
         "seed": seed,
         "shard_bytes": shard_bytes,
         "image": pictures,

@@ -1,4 +1,4 @@
-"""What was found, as lines of a file, and how many findings there are of each kind."""
+"""The log of findings: lines of a file, and how many there are of each kind."""
 
 import json
 from collections import Counter

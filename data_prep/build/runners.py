@@ -1,4 +1,4 @@
-"""Ways to do many tasks: one after the other, or in processes of this machine. `ray_jobs.jobs.prepare` adds a cluster."""
+"""Runners of many tasks: one after the other, in processes of this machine, or (`ray_jobs`) on a cluster."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What is kept of a dataset while it is inspected: numbers per mention, entity and picture, read shard by shard.
+"""Columns of an inspection: numbers per mention, entity and picture, read shard by shard.
 
 Texts are 64-bit hashes of what is left when case, width of letters and spaces do not count. M: mentions of all splits
 one after the other, in shard order; N: entities by row; P: pictures of one side, a mention's or an entity's side by

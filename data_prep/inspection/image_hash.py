@@ -1,4 +1,4 @@
-"""Which pictures look the same: a 64-bit difference hash, a coarse grid of colours, and all pairs that are close.
+"""Hashes of pictures: a 64-bit difference hash, a coarse grid of colours, and all pairs that are close.
 
 Two pictures are near duplicates when their hashes differ in at most MAX_BITS of 64 and no cell of their 4 x 4 colour
 grids differs by more than MAX_COLOUR of 255: the hash alone takes the red heart for the blue one. A bit of the hash

@@ -1,4 +1,4 @@
-"""What is wrong with one shard of a dataset: its digest, its samples, and what the table of entities says of them."""
+"""Verification of one shard: its digest, its samples, and what the table of entities says of them."""
 
 import hashlib
 import io

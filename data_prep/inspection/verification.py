@@ -1,4 +1,4 @@
-"""Whether a dataset directory is what its manifest says: every digest, every count, every record and picture.
+"""Verification of a dataset directory against its manifest: every digest, count, record and picture.
 
 Shards are read one by one, so memory holds one sample, and of the kb one digest per picture. All problems are
 collected: a damaged file does not hide the next one.

@@ -1,4 +1,4 @@
-"""What the text tower reads: templates over a record's fields, and CLIP's byte-pair tokens."""
+"""Texts of items: templates over a record's fields, and CLIP's byte-pair tokens."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Which network a backbone name means: an open_clip name, a shipped JSON, or a JSON file of the user's."""
+"""Architectures by name: an open_clip name, a shipped JSON, or a JSON file of the user's."""
 
 import difflib
 import json

@@ -1,4 +1,4 @@
-"""What every encoder gives: features of one side's items, their widths, and those stored beside the shards."""
+"""The contract of encoders: features of one side's items, their widths, and those stored beside the shards."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where a backbone's weights come from, and whether they fit. Nothing here unpickles code."""
+"""A backbone's weights: where they come from, and whether they fit. Nothing here unpickles code."""
 
 import json
 import pickle

@@ -3,8 +3,8 @@
 <folder>/slice-000000.safetensors   prepared entities (a `Table`), a fixed number of kb rows each, memory-mapped
 <folder>/index.json                 written last: what it was made from, and rows and bytes of each slice
 
-Slices do not depend on each other: whoever builds them (`dsmip.evaluation.index_builder`) may do so in any order, and goes on from
-those that are there.
+Slices do not depend on each other: whoever builds them (`dsmip.evaluation.index_builder`) may do so in any order, and
+goes on from those that are there.
 """
 
 import json

@@ -20,10 +20,10 @@ from dsmip.data.table import Table, concatenate
 from dsmip.encoders.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.evaluation.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
 from dsmip.evaluation.preparation import picture_columns, prepare_in_tiles, share_picture
+from dsmip.evaluation.ranked_model import RankedFiles, load_model
 from dsmip.keys import Plain, plain_text
 from dsmip.parallel import map_alone
 from dsmip.progress import Progress, counting, no_progress
-from dsmip.ranked_model import RankedFiles, load_model
 from dsmip.runs.part_features import PartFeatures, rows_of
 from dsmip.runs.run import Run
 

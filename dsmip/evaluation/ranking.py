@@ -2,8 +2,8 @@
 
 rank = 1 + number of better entities + half the number of tied ones, the gold column excluded. The gold's score is
 read from the same scoring call as its column's, never from a second one: scores of two calls differ in the last bits.
-With `refine` close pairs are decided in float64 instead (see `dsmip.evaluation.refinement`); without it they are counted, within a
-band that is measured on a sample.
+With `refine` close pairs are decided in float64 instead (see `dsmip.evaluation.refinement`); without it they are
+counted, within a band that is measured on a sample.
 Scores of one tile of mentions against the whole slice are held, not of all pairs. Shapes: M mentions, E entities of
 this worker's slice, B experts, k kept candidates.
 """

@@ -18,10 +18,10 @@ from dsmip.errors import UserError
 from dsmip.evaluation.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.evaluation.index_builder import Pieces, plan_pieces
 from dsmip.evaluation.metrics import HITS_AT, confidence
+from dsmip.evaluation.ranked_model import RankedFiles, RankedModel
 from dsmip.evaluation.ranking import NotRankable, Ranking
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
-from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.runs.run import Run
 
 RANKS = "ranks.parquet"

@@ -1,4 +1,4 @@
-"""Where figures come from: source revision, package versions and machine; and a record of each command on a run.
+"""Provenance of figures: source revision, package versions and machine; and a record of each command on a run.
 
 <run>/records/<start>-<command>.json   one per command, written when it starts and again when it ends
 <data>/records/<start>-prepare.json    of the command that made a dataset directory, written when it was complete
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-import dsmip
 from dsmip.config import ExperimentConfig
 from dsmip.errors import ReportedError
 from dsmip.storage.atomic import sha256_file, write_json
 from dsmip.storage.run_storage import RunStorage
+from dsmip.version import VERSION
 
 RECORDS = "records"
 RUNNING = "running"  # the outcome of a command that has not ended, or was killed
@@ -37,9 +37,9 @@ _TOOL_SECONDS = 20  # git and nvidia-smi may hang on a broken disk or driver
 
 def environment() -> dict[str, Any]:
     """The source revision (None outside a checkout), versions and hardware of this process, as plain values."""
-    root = Path(dsmip.__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     return {
-        "dsmip": dsmip.__version__,
+        "dsmip": VERSION,
         "git": _git(root),
         "source_sha256": source_sha256(root),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},

@@ -1,4 +1,4 @@
-"""How far a run is, read from its files alone: while it is trained, when it was interrupted, when it is finished.
+"""The status of a run, read from its files alone: while it is trained, when it was interrupted, when it is finished.
 
 Damaged files are named among the problems and passed over; nothing is changed, and the data set is not opened.
 """

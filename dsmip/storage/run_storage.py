@@ -1,8 +1,8 @@
 """The storage of a run: files by name, in a folder that all nodes see or in an object store, with copies on each node.
 
 Names are relative, with slashes (`text/part.json`). Files are read and written in the storage's `folder`, because
-tables are memory-mapped and files are replaced whole. For a `LocalRun` that is all; a `dsmip.storage.remote_run.RemoteRun`
-fetches and sends:
+tables are memory-mapped and files are replaced whole. For a `LocalRun` that is all; a
+`dsmip.storage.remote_run.RemoteRun` fetches and sends:
 
     refresh()             before reading: all small files
     pull(name)            before reading: a large file, or all below a folder

@@ -1,0 +1,1 @@
+"""Cluster: the connection, resources, tasks, failures and events."""

@@ -1,4 +1,4 @@
-"""What trainings ask of a cluster: whether it can ever be fulfilled, and what to say while it is not."""
+"""Resources that trainings ask of a cluster: whether they can ever be had, and the line that is printed while not."""
 
 import math
 import time

@@ -74,9 +74,3 @@ def _show(first: Evaluation, second: Evaluation, split: str, found: Comparison) 
             )
     if found.groups:
         console.print(hits)
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import run_script
-
-    run_script("compare")

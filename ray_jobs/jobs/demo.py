@@ -185,9 +185,3 @@ class Journal:
 
     def _write(self) -> None:
         write_json(self.path, {"world": self.world.model_dump(mode="json"), "seconds": self.seconds})
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import run_script
-
-    run_script("demo")

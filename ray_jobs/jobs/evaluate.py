@@ -7,8 +7,8 @@ import torch
 
 from dsmip.config import RankOptions
 from dsmip.errors import UserError
+from dsmip.evaluation.ranked_model import model_names
 from dsmip.evaluation.report import Evaluated, evaluate_model, evaluation_name
-from dsmip.ranked_model import model_names
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from ray_jobs.terminal.display import Display
@@ -115,9 +115,3 @@ def check_here(device: torch.device) -> None:
     """Raises UserError when this machine does not have the device."""
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs")
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import run_script
-
-    run_script("evaluate")

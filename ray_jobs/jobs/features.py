@@ -314,9 +314,3 @@ def _quieten(verbose: bool) -> None:
     context.enable_progress_bars = False
     if not verbose:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import run_script
-
-    run_script("features")

@@ -38,9 +38,3 @@ def inspect_data(data: str, *, html: Path | None, json_file: Path | None, pictur
             console.print(table.note if table.rows else f"{table.title}: {table.note}")
     console.print(f"page: {html}" if html else "give --html FILE for a page with samples and examples")
     return found
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import run_script
-
-    run_script("inspect")

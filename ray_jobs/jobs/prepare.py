@@ -240,9 +240,3 @@ def demo_config(source: str) -> DemoConfig:
         where = ".".join(str(part) for part in first["loc"])
         known = ", ".join(DemoConfig.model_fields)
         raise UserError(f"{path}: {where}: {first['msg']} (keys: {known})") from error
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import run_script
-
-    run_script("prepare")

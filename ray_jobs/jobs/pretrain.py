@@ -107,9 +107,3 @@ def _finished(out: Path, stamp: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _report_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.json")
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import run_script
-
-    run_script("pretrain")

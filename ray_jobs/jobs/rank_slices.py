@@ -12,9 +12,9 @@ from ray_jobs.cluster.tasks import run_shares, start_share
 from torch import Tensor
 
 from dsmip.config import RankOptions
+from dsmip.evaluation.ranked_model import RankedFiles
 from dsmip.evaluation.ranking import NotRankable, Ranking, check_golds
 from dsmip.evaluation.slices import merge_gold_scores, merge_rankings
-from dsmip.ranked_model import RankedFiles
 from ray_jobs.cluster.workers import worker_device
 from ray_jobs.terminal.display import Display
 

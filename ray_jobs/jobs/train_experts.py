@@ -76,9 +76,3 @@ def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
 def _figures(home: Run, part: str) -> str:
     best = home.part_report(part)["best"]
     return f"validation hits@1 {best['hits@1']:.3f}, MRR {best['mrr']:.3f} after epoch {int(best['epoch']) + 1}"
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import run_script
-
-    run_script("train")

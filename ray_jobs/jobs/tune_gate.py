@@ -189,9 +189,3 @@ def _sentence(report: Mapping[str, Any]) -> str:
     changes = ", ".join(f"{key}={value}" for key, value in report["changes"].items()) or "the configuration unchanged"
     best = report["best"]
     return f"best is trial {report['trial']} ({changes}): validation hits@1 {best['hits@1']:.3f}, MRR {best['mrr']:.3f}"
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import run_script
-
-    run_script("tune")

@@ -25,9 +25,3 @@ def verify_data(data: str, *, json_file: Path | None, workers: int) -> Verificat
     verdict = "all as the manifest says" if found.ok else f"{found.num_problems} problems; prepare the dataset again"
     print(f"{data}: {read}: {verdict}")
     return found
-
-
-if __name__ == "__main__":
-    from ray_jobs.cli import run_script
-
-    run_script("verify")

@@ -1,0 +1,1 @@
+"""Terminal: how commands show progress, tables and lines."""

@@ -1,0 +1,1 @@
+"""Training on Ray: Ray Train and Ray Tune, checkpoints, restarts, hanging workers."""

@@ -1,4 +1,4 @@
-"""What a training inside a Ray worker knows of its outside world: device, threads, checkpoints and whom to tell."""
+"""The context of a training inside a Ray worker: device, threads, checkpoints and whom to tell."""
 
 import shutil
 import socket
@@ -28,7 +28,7 @@ _NOTICE_SECONDS = 1.0  # between two looks for a notice that a machine will be t
 
 
 class RayContext:
-    """`dsmip.training.loop.Context` on Ray Train. Use as a context manager: it removes what it copied and ends the watch.
+    """`dsmip.training.loop.Context` on Ray Train; a context manager that removes what it copied and ends the watch.
 
     events: an `EventQueue` actor. storage: of the files beside the checkpoints: `<name>.progress.json` for
     `dsmip status`, and where each worker was when it was ended because it made no step for `stall_seconds`.

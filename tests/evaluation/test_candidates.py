@@ -21,13 +21,13 @@ from dsmip.errors import UserError
 from dsmip.evaluation.candidates import CandidateSearch, link
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.metrics import HITS_AT
+from dsmip.evaluation.ranked_model import RankedFiles
 from dsmip.evaluation.ranking import NotRankable, Ranking, rank
 from dsmip.evaluation.report import Evaluated, evaluate_model
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.models.mimic import Mimic
 from dsmip.ops import visual_unit
 from dsmip.ops.ranking import largest_products, ranks_among, recall_at, top_k
-from dsmip.ranked_model import RankedFiles
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import Run
 from dsmip.units.cross_unit import CrossUnit

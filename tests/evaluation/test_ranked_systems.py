@@ -16,10 +16,10 @@ from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import feature_sizes
 from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranked_model import RankedModel
 from dsmip.evaluation.ranking import NotRankable, TileSize, rank
 from dsmip.evaluation.refinement import PairScorer
 from dsmip.evaluation.slices import merge_rankings
-from dsmip.ranked_model import RankedModel
 from dsmip.training.batches import CachedSource
 from dsmip.training.local_context import LocalContext
 from dsmip.training.trainer import train

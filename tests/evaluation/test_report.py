@@ -15,8 +15,8 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.evaluation.comparison import compare, read_evaluation
+from dsmip.evaluation.ranked_model import model_names
 from dsmip.evaluation.report import Evaluated, evaluate_model, oracle
-from dsmip.ranked_model import model_names
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import Run
 

@@ -11,6 +11,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway
 from dsmip.runs.run import Run
 from ray_jobs import cli
+from tests.support.paths import ROOT
 
 
 @pytest.fixture
@@ -134,21 +135,18 @@ def test_help_needs_neither_ray_nor_torch() -> None:
     assert said.rstrip().endswith("[]")
 
 
-@pytest.mark.parametrize(
-    "job",
-    [
-        "prepare",
-        "inspect_data",
-        "verify",
-        "features",
-        "pretrain",
-        "train_experts",
-        "tune_gate",
-        "evaluate",
-        "compare",
-        "demo",
-    ],
-)
-def test_every_job_file_is_a_script(job: str) -> None:
+@pytest.mark.parametrize("job", ["prepare", "features", "pretrain", "train_experts", "tune_gate", "evaluate"])
+def test_jobs_are_scripts_for_ray_job_submit(job: str) -> None:
     source = (Path(cli.__file__).parent / f"{job}.py").read_text(encoding="utf-8")
     assert source.rstrip().splitlines()[-1].startswith('    run_script("')
+    asked = [sys.executable, f"ray_jobs/{job}.py", "--help"]
+    by_script = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT).stdout
+    assert "Usage:" in by_script
+
+
+def test_the_package_is_the_command() -> None:
+    said = [
+        subprocess.run([*command, "evaluate", "--help"], capture_output=True, text=True, timeout=60, check=True).stdout
+        for command in ([sys.executable, "-m", "ray_jobs"], [str(Path(sys.executable).with_name("dsmip"))])
+    ]
+    assert said[0].partition("\n\n")[2] == said[1].partition("\n\n")[2] != ""

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-import dsmip
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs import provenance
 from dsmip.runs.run import Run
+from dsmip.version import VERSION
 from ray_jobs.jobs.prepare import BuildOptions, prepare_release
 from tests.support.paths import ROOT
 from tests.support.small_release import plain_release
@@ -86,7 +86,7 @@ def test_the_digest_of_the_sources_is_that_of_the_command_in_the_docs(tmp_path: 
     (line,) = [line.strip() for line in docs.splitlines() if line.endswith("| sha256sum")]
     said = subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert said.split()[0] == provenance.source_sha256(tmp_path)
-    assert provenance.environment()["source_sha256"] == provenance.source_sha256(Path(dsmip.__file__).parents[1])
+    assert provenance.environment()["source_sha256"] == provenance.source_sha256(ROOT)
 
 
 def test_a_prepared_data_set_says_what_made_it(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_prepared_data_set_says_what_made_it(tmp_path: Path) -> None:
 def test_a_run_says_what_made_it(tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset) -> None:
     run = Run.create(tmp_path / "run", small_config, small_data)
     stamp = json.loads((run.folder / "run.json").read_text())
-    assert stamp["made"]["dsmip"] == dsmip.__version__
+    assert stamp["made"]["dsmip"] == VERSION
     assert stamp["seed"] == small_config.seed
 
 

@@ -200,7 +200,7 @@ def _block_reading(log: StepLog) -> None:
 
 
 def noted(log: StepLog, loop: Callable[..., None] = noted_loop) -> Any:
-    """What a test puts in the place of `ray_jobs.jobs.train_experts._loop`, or of `ray_jobs.training.sweep._trainable`."""
+    """Stands in for `ray_jobs.jobs.train_experts._loop`, or for `ray_jobs.training.sweep._trainable`."""
     log.folder.mkdir(parents=True, exist_ok=True)
     return partial(loop, log)
 

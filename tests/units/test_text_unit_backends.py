@@ -1,7 +1,7 @@
 """Every backend of the text unit under the same tests: its scores are those of a slow twin in float64.
 
-Triton runs here on a GPU; `tests/ops/test_kernels_cuda.py` runs this file once more in Triton's interpreter, where no other
-backend is asked again.
+Triton runs here on a GPU; `tests/ops/test_kernels_cuda.py` runs this file once more in Triton's interpreter, where no
+other backend is asked again.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""What the compiled text units score, and the checks before it: a kernel itself does not look where it reads.
+"""Rows that the compiled text units score, checked before: a kernel itself does not look where it reads.
 
 M mentions, E entities, N items of either side, R token rows, d unit width.
 """

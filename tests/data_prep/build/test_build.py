@@ -15,9 +15,9 @@ from data_prep.build.build import prepare
 from data_prep.build.runners import Result, Task, Tick, run_in_processes, run_serially
 from data_prep.build.tasks import KbTask, SplitTask
 from data_prep.formats.mimic import MimicRelease
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import PictureSettings
 from dsmip.errors import UserError
-from dsmip.manifest import PictureSettings
 from tests.support.small_release import NUM_INPUTS, faulty_release, plain_release
 
 

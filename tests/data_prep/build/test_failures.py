@@ -14,7 +14,7 @@ import pytest
 from data_prep.build.build import prepare
 from data_prep.build.runners import Tick
 from data_prep.formats.mimic import MimicRelease
-from dsmip.provenance import RECORDS
+from dsmip.runs.provenance import RECORDS
 from tests.support.paths import ROOT
 from tests.support.small_release import plain_release
 
@@ -85,7 +85,7 @@ def test_no_room_left_is_said_and_nothing_is_lost(release: Path, undisturbed: di
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_makes_the_same(release: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    from ray_jobs.prepare import run_on_ray
+    from ray_jobs.jobs.prepare import run_on_ray
 
     seen: list[tuple[str, int, int]] = []
     progress = lambda *step: seen.append(step)  # noqa: E731
@@ -100,8 +100,8 @@ def test_a_build_that_cannot_begin_says_what_it_waits_for(tmp_path: Path, monkey
     """All CPUs are taken until it has said so."""
     import ray
 
-    from ray_jobs import resources
-    from ray_jobs.prepare import run_on_ray
+    from ray_jobs.cluster import resources
+    from ray_jobs.jobs.prepare import run_on_ray
 
     taken, said = tmp_path / "taken", tmp_path / "said"
 

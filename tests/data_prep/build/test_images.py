@@ -13,8 +13,8 @@ from PIL import Image
 
 from data_prep.build import images
 from data_prep.build.images import JPEG_QUALITY, UnusablePicture, prepare_picture
-from dsmip.images import UnreadablePicture, decode, jpeg_header
-from dsmip.manifest import PictureSettings
+from dsmip.data.images import UnreadablePicture, decode, jpeg_header
+from dsmip.data.manifest import PictureSettings
 from tests.support.small_release import picture
 
 SETTINGS = PictureSettings(size=224, quality=JPEG_QUALITY)
@@ -241,7 +241,7 @@ def test_broken_bytes_give_a_jpeg_within_bounds_or_a_reason(
             short, long = sorted(image.size)
             assert settings.keep_original or (short <= 16 and long <= 4 * short)
             assert decode(prepared).shape == (3, image.height, image.width)
-        patch.setattr("dsmip.images.MAX_PIXELS", 1 << 20)
+        patch.setattr("dsmip.data.images.MAX_PIXELS", 1 << 20)
         _or_none(lambda: decode(data), UnreadablePicture)
 
 

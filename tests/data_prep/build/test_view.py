@@ -10,7 +10,7 @@ from data_prep.build.view import make_view
 from data_prep.formats.mimic import MimicRelease
 from data_prep.inspection.report import inspect_dataset
 from data_prep.inspection.verification import verify_dataset
-from dsmip.dataset import Dataset
+from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from tests.support.small_release import plain_release
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from data_prep.build.rules import UniqueIds, checked_entities, checked_mentions
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, ReleaseOptions
-from dsmip.manifest import SPLITS
+from dsmip.data.manifest import SPLITS
 
 _KB = [{"qid": f"Q{n}", "entity_name": f"Title {n}", "attr": "a"} for n in range(3)]
 _ODD = st.sampled_from([None, True, 3, 1.5, "", " ", "\ud800", "%", "nil", [], ["a"], [None, "Q1"], {}, {"a": 1}])

@@ -11,8 +11,8 @@ from data_prep.build.rules import checked_mentions
 from data_prep.formats.melbench import MelbenchRelease
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, RawMention, ReleaseOptions
+from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
-from dsmip.manifest import SPLITS
 
 KB = [{"qid": f"Q{n}", "entity_name": f"Name {n}", "attr": "", "image_list": [f"Q{n}.jpg"]} for n in range(1, 5)]
 SCALAR: dict[str, Any] = {

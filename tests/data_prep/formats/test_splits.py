@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.formats.splits import SplitItem, check_percentages, grouped_split
+from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
-from dsmip.manifest import SPLITS
 
 _ITEMS = st.lists(
     st.builds(

@@ -16,8 +16,8 @@ from data_prep.formats.knowledge_base import wiki_title
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, RawMention, ReleaseOptions
 from data_prep.formats.wikidiverse import WikidiverseRelease, picture_names, span_fault
+from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
-from dsmip.manifest import SPLITS
 
 WIKI, UPLOAD = "https://en.wikipedia.org/wiki/", "https://upload.wikimedia.org/wikipedia/commons"
 KB = [

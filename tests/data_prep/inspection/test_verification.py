@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.inspection.verification import verify_dataset
-from dsmip.atomic import sha256_file
-from dsmip.dataset import Dataset
-from dsmip.tar import read_shard, write_shard
+from dsmip.data.dataset import Dataset
+from dsmip.data.tar import read_shard, write_shard
+from dsmip.storage.atomic import sha256_file
 from ray_jobs import cli
 
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from dsmip.config import RankOptions
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import Pieces, plan_pieces
+from dsmip.evaluation.ranked_model import RankedFiles, RankedModel
 from dsmip.evaluation.ranking import Ranking
 from dsmip.progress import Progress, no_progress
-from dsmip.ranked_model import RankedFiles, RankedModel
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
 from ray_jobs.cli import app

@@ -1,4 +1,4 @@
-"""What an evaluation ranks: a run's model, a split's mentions and the entity index, in memory and on disk.
+"""A model with its index and mentions, ready to rank, in memory and on disk.
 
 <run>/index/<model>-<hash>/                     the entity index (see `dsmip.evaluation.index`)
 <run>/index/<model>-<hash>/<split>.safetensors  prepared mentions, so that all workers score the very same numbers
