@@ -58,7 +58,7 @@ def command(marks: str, options: Sequence[str]) -> None:
 
     with (
         patch.object(train_experts, "connected", connected),
-        patch.object(train_experts, "_loop", partial(_loop, marks)),
+        patch.object(train_experts, "worker_loop", partial(_loop, marks)),
     ):
         cli.run_script("train")  # ends with an error: no part is finished
 
@@ -84,7 +84,7 @@ def _loop(marks: str, context: Any, settings: Mapping[str, Any]) -> None:
 
     context.step_done = step_done
     try:
-        train_experts._loop(context, settings)
+        train_experts.worker_loop(context, settings)
     except _FirstStep:
         return
 

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, NoReturn
 
 from dsmip.errors import UserError
 
-_CHUNK = 1 << 20
-_MAX_RECORD = 1 << 26  # characters; of a file of lines, bytes
+CHUNK = 1 << 20
+MAX_RECORD = 1 << 26  # characters; of a file of lines, bytes
 _SPACE = " \t\n\r"
 
 
@@ -64,16 +64,16 @@ def line_records(path: Path) -> Iterator[Any]:
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
     """Lines, each at most a byte longer than the longest record; of a longer one, its beginning."""
-    while line := stream.readline(_MAX_RECORD + 1):
+    while line := stream.readline(MAX_RECORD + 1):
         rest = line
-        while len(rest) > _MAX_RECORD and not rest.endswith(b"\n"):
-            rest = stream.readline(_MAX_RECORD + 1)
+        while len(rest) > MAX_RECORD and not rest.endswith(b"\n"):
+            rest = stream.readline(MAX_RECORD + 1)
         yield line
 
 
 def _line_value(line: bytes, number: int) -> Any:
-    if len(line) > _MAX_RECORD:
-        return BrokenLine(f"line {number}: longer than {_MAX_RECORD} bytes")
+    if len(line) > MAX_RECORD:
+        return BrokenLine(f"line {number}: longer than {MAX_RECORD} bytes")
     try:
         return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
@@ -118,7 +118,7 @@ class _Text:
                 if self._buffer[self._at] not in _SPACE:
                     return self._buffer[self._at]
                 self._at += 1
-            if not self._read_on(_CHUNK):
+            if not self._read_on(CHUNK):
                 return ""
 
     def expect_opening(self, bracket: str, kind: str) -> None:
@@ -164,7 +164,7 @@ class _Text:
                 value, end = self._decoder.raw_decode(self._buffer, self._at)
             except json.JSONDecodeError as error:
                 ahead = error.pos - self._at
-                if len(self._buffer) - self._at > _MAX_RECORD or not self._read_on(len(self._buffer)):
+                if len(self._buffer) - self._at > MAX_RECORD or not self._read_on(len(self._buffer)):
                     self._refuse(error.msg, self._at + ahead)
                 continue
             except RecursionError as error:
@@ -173,7 +173,7 @@ class _Text:
                 raise UserError(f"{self._path}: line {self._line}: a number of too many digits") from error
             # A number at the buffer's end may go on, with "." or "e+" in between.
             length, left = end - self._at, len(self._buffer) - end
-            if isinstance(value, int | float) and left < 3 and self._read_on(_CHUNK):
+            if isinstance(value, int | float) and left < 3 and self._read_on(CHUNK):
                 continue
             self._at += length
             return value
@@ -186,7 +186,7 @@ class _Text:
         self._column = len(done) - done.rfind("\n") - 1 if lines else self._column + len(done)
         self._line += lines
         try:
-            more = self._stream.read(max(count, _CHUNK))
+            more = self._stream.read(max(count, CHUNK))
         except UnicodeDecodeError:
             _refuse_bytes(self._path)
         self._buffer, self._at, self._complete = self._buffer[self._at :] + more, 0, not more

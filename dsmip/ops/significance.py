@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_DRAWS_AT_ONCE = 1 << 20  # bounds memory: R x M draws are made in pieces of about this size
+DRAWS_AT_ONCE = 1 << 20  # bounds memory: R x M draws are made in pieces of about this size
 
 
 def resamples(num_mentions: int, num_resamples: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -68,7 +68,7 @@ def randomisation_p_values(differences_MK: Tensor, num_flips: int, generator: to
 
 
 def _pieces(num_mentions: int, num_draws: int) -> Iterator[int]:
-    size = max(_DRAWS_AT_ONCE // max(num_mentions, 1), 1)
+    size = max(DRAWS_AT_ONCE // max(num_mentions, 1), 1)
     for start in range(0, num_draws, size):
         yield min(size, num_draws - start)
 

@@ -18,7 +18,7 @@ from dsmip.config import Workers
 from dsmip.errors import UserError
 from ray_jobs.cluster.node_types import configured_node_types
 
-_WAIT_LINE_SECONDS = 30.0
+WAIT_LINE_SECONDS = 30.0
 _SLACK = 1e-6  # fractions of CPUs are floats
 
 
@@ -96,11 +96,11 @@ class WaitingLine:
 
     def __init__(self, requests: Mapping[str, Request], say: Callable[[str], None]) -> None:
         self._requests, self._say = requests, say
-        self._next = time.monotonic() + _WAIT_LINE_SECONDS
+        self._next = time.monotonic() + WAIT_LINE_SECONDS
 
     def __call__(self, waiting: set[str]) -> None:
         if time.monotonic() >= self._next:
-            self._next += _WAIT_LINE_SECONDS
+            self._next += WAIT_LINE_SECONDS
             if waiting:
                 self._say(f"  {describe_wait([self._requests[name] for name in sorted(waiting)])}")
 

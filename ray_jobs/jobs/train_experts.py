@@ -58,7 +58,7 @@ def _training(root: Run, home: Run, part: str) -> Training:
     name = part if home.folder == root.folder else f"{part}-{home.folder.name}"
     return Training(
         name=name,
-        loop=_loop,
+        loop=worker_loop,
         settings={"root": root.storage.location, "config": to_yaml(home.config), "part": part},
         num_epochs=home.config.train_of(part).epochs,
         location=home.trainings,
@@ -67,7 +67,7 @@ def _training(root: Run, home: Run, part: str) -> Training:
     )
 
 
-def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
+def worker_loop(context: RayContext, settings: Mapping[str, Any]) -> None:
     root = Run.open(settings["root"])
     home = root.home(settings["part"], read_config(settings["config"]))
     train_part(home, settings["part"], context)

@@ -74,7 +74,7 @@ def run_rung(
     path, file_system = storage.arrow_filesystem()
 
     def fit(events: Any) -> Any:
-        trainable = tune.with_parameters(_trainable, tasks=dict(tasks), events=events)
+        trainable = tune.with_parameters(tune_trial, tasks=dict(tasks), events=events)
         return tune.Tuner(
             tune.with_resources(trainable, {"CPU": resources.cpu, "GPU": resources.gpu}),
             param_space={"number": tune.grid_search(list(tasks))},
@@ -138,7 +138,7 @@ def decided(ends: Mapping[int, float | Failure], display: Display) -> dict[str, 
     return {"mrr": mrr, "failed": {number: failure.message for number, failure in failures.items()}}
 
 
-def _trainable(config: dict[str, int], tasks: Mapping[int, TrialTask], events: Any) -> None:
+def tune_trial(config: dict[str, int], tasks: Mapping[int, TrialTask], events: Any) -> None:
     tune.report(guarded_trial(tasks[config["number"]], events))
 
 

@@ -214,12 +214,11 @@ def test_a_platform_without_triton_is_told_so(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.usefixtures("forgetful")
 @pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 def test_what_goes_wrong_at_the_first_call_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> Tensor:
+    def fail(*_: object, **__: object) -> Tensor:
         raise RuntimeError("no C compiler\nand a long story")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "_device_type", lambda: "cpu")
-    monkeypatch.setattr(cuda, "_scores", fail)
+    monkeypatch.setattr(torch, "ones", fail)
     assert cuda.why_unavailable() == "Triton does not work here: no C compiler"
 
 

@@ -163,7 +163,7 @@ def noted_loop(log: StepLog, context: Any, settings: Mapping[str, Any]) -> None:
 
     if log.block:
         _block_reading(log)
-    train_experts._loop(NotingContext(context, log, settings["part"]), settings)  # type: ignore[arg-type]
+    train_experts.worker_loop(NotingContext(context, log, settings["part"]), settings)  # type: ignore[arg-type]
 
 
 def noted_trial(log: StepLog, config: dict[str, int], tasks: Any, events: Any) -> None:
@@ -178,29 +178,29 @@ def noted_trial(log: StepLog, config: dict[str, int], tasks: Any, events: Any) -
 
     trial.TrialContext.step_done = noting  # type: ignore[assignment, method-assign]
     try:
-        sweep._trainable(config, tasks, events)
+        sweep.tune_trial(config, tasks, events)
     finally:
         trial.TrialContext.step_done = step_done  # type: ignore[method-assign]  # the process may have other trials
 
 
 def _block_reading(log: StepLog) -> None:
     from dsmip import distributed
-    from dsmip.training.batches import StreamSource
 
-    read = StreamSource._step
+    read = Dataset.training_batches
 
-    def blocking(source: StreamSource, epoch: int, batch: Any) -> Any:
-        if (epoch, batch.step) == log.block and distributed.rank() == distributed.world_size() - 1:
-            with contextlib.suppress(FileExistsError):
-                log.blocked.touch(exist_ok=False)
-                threading.Event().wait()
-        return read(source, epoch, batch)
+    def blocking(*arguments: Any, epoch: int, **options: Any) -> Iterator[Any]:
+        for batch in read(*arguments, epoch=epoch, **options):
+            if (epoch, batch.step) == log.block and distributed.rank() == distributed.world_size() - 1:
+                with contextlib.suppress(FileExistsError):
+                    log.blocked.touch(exist_ok=False)
+                    threading.Event().wait()
+            yield batch
 
-    StreamSource._step = blocking  # type: ignore[method-assign]
+    Dataset.training_batches = blocking  # type: ignore[method-assign, assignment]
 
 
 def noted(log: StepLog, loop: Callable[..., None] = noted_loop) -> Any:
-    """Stands in for `ray_jobs.jobs.train_experts._loop`, or for `ray_jobs.training.sweep._trainable`."""
+    """Stands in for `ray_jobs.jobs.train_experts.worker_loop`, or for `ray_jobs.training.sweep.tune_trial`."""
     log.folder.mkdir(parents=True, exist_ok=True)
     return partial(loop, log)
 

@@ -13,8 +13,8 @@ from tests.support.disturbed import StepLog, noted, noted_trial
 
 def main() -> None:
     log, command = StepLog.from_json(sys.argv.pop(1)), sys.argv.pop(1)
-    train_experts._loop = noted(log)
-    sweep._trainable = noted(log, noted_trial)
+    train_experts.worker_loop = noted(log)
+    sweep.tune_trial = noted(log, noted_trial)
     run_script(command)
 
 

@@ -116,7 +116,7 @@ def test_a_build_that_cannot_begin_says_what_it_waits_for(tmp_path: Path, monkey
             tick(1)
             return 7
 
-    monkeypatch.setattr(resources, "_WAIT_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(resources, "WAIT_LINE_SECONDS", 0.0)
     lines: list[str] = []
 
     def say(line: str) -> None:

@@ -41,7 +41,7 @@ def _write(path: Path, value: Any, layout: dict[str, Any], plain: bool) -> None:
 @given(values=st.lists(VALUES, max_size=5), layout=LAYOUTS, chunk=st.integers(1, 9), plain=st.booleans())
 def test_any_array_comes_back(values: list[Any], layout: dict[str, Any], chunk: int, plain: bool, path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_records, "_CHUNK", chunk)
+        patch.setattr(json_records, "CHUNK", chunk)
         _write(path, values, layout, plain)
         read = list(array_records(path))
         assert read == values
@@ -69,7 +69,7 @@ def test_errors_are_where_the_standard_library_sees_them(
     broken = text[:cut] + junk + text[cut:]
     path.write_text(broken)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_records, "_CHUNK", chunk)
+        patch.setattr(json_records, "CHUNK", chunk)
         try:
             expected = json.loads(broken)
         except json.JSONDecodeError as error:
@@ -100,7 +100,7 @@ def test_what_is_no_array_is_named(content: bytes, message: str, path: Path) -> 
 
 
 def test_a_broken_line_does_not_stop_the_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_records, "_MAX_RECORD", 5000)
+    monkeypatch.setattr(json_records, "MAX_RECORD", 5000)
     bad = [b"{'a'}", b'"\xff"', b"[1] 2", b"1" * 4500, b'"' + b"x" * 20_000 + b'"', b"[" * 4900]
     path.write_bytes(b"\xef\xbb\xbf1\r\n\n" + b"\n".join(bad) + b'\n{"a": "\\ud800"}')
     problems = [

@@ -180,7 +180,7 @@ def test_three_trainings_that_fit_only_one_at_a_time_queue_and_all_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two workers with 2 CPUs on 4 CPUs: were workers placed one by one, two trainings could hold one each for ever."""
-    monkeypatch.setattr(resources, "_WAIT_LINE_SECONDS", 1.0)
+    monkeypatch.setattr(resources, "WAIT_LINE_SECONDS", 1.0)
     log, display = tmp_path / "log", Lines()
     trainings = [
         Training(

@@ -70,7 +70,7 @@ def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -
             os.kill(os.getpid(), signal.SIGKILL)
         trial.run_trial = full  # type: ignore[assignment]
     try:
-        sweep._trainable(config, tasks, events)
+        sweep.tune_trial(config, tasks, events)
     finally:
         trial.run_trial = run_trial  # the process may have other trials
 
@@ -86,7 +86,7 @@ def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -
 def test_no_rung_is_decided_without_a_trial_that_could_not_run(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str, exit_code: int
 ) -> None:
-    monkeypatch.setattr(sweep, "_trainable", partial(faulty_trial, tmp_path / fault))
+    monkeypatch.setattr(sweep, "tune_trial", partial(faulty_trial, tmp_path / fault))
     run = opened(trained, tmp_path / "run")
     (tmp_path / fault).touch()
     with pytest.raises(JobFailed, match=r"^failed: trial 1; run the same command again to resume$") as failed:

@@ -58,7 +58,7 @@ def test_killed_workers_go_on_from_their_checkpoints(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = StepLog(tmp_path / "log", holds=((1, 3),))
-    monkeypatch.setattr(job, "_loop", noted(log))
+    monkeypatch.setattr(job, "worker_loop", noted(log))
     with in_background(config, small_data, tmp_path / "run", Lines()) as training:
         log.wait_held((1, 3), WORKERS, ended=training.done)
         wait_stored(tmp_path / "run", {"text": (1, 0), "visual": (1, 2)})
@@ -75,7 +75,7 @@ def test_hanging_workers_are_ended_and_go_on(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = StepLog(tmp_path / "log", holds=((1, 3),), block=(2, 4))
-    monkeypatch.setattr(job, "_loop", noted(log))
+    monkeypatch.setattr(job, "worker_loop", noted(log))
     quick = changed(config, {"parts": {"visual": {"stall_minutes": 0.25}}})
     with in_background(quick, small_data, tmp_path / "run", display := Lines()) as training:
         log.wait_held((1, 3), WORKERS, ended=training.done)
@@ -99,7 +99,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_a_sound_checkpoint(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = StepLog(tmp_path / "log")
-    monkeypatch.setattr(job, "_loop", noted(log))
+    monkeypatch.setattr(job, "worker_loop", noted(log))
     wild = config.changed(
         {"train": {"learning_rate": 1e30}, "parts": {name: {"checkpoint_steps": 1} for name in WORKERS}}
     )
