@@ -26,6 +26,7 @@ from dsmip.version import VERSION
 
 RECORDS = "records"
 RUNNING = "running"  # the outcome of a command that has not ended, or was killed
+ROOT = Path(__file__).resolve().parents[2]  # of the packages, and of the checkout if it is one
 SOURCES = ("data_prep", "dsmip", "ray_jobs")
 # What figures depend on; of the others the pins tell.
 _PACKAGES = (
@@ -37,11 +38,10 @@ _TOOL_SECONDS = 20  # git and nvidia-smi may hang on a broken disk or driver
 
 def environment() -> dict[str, Any]:
     """The source revision (None outside a checkout), versions and hardware of this process, as plain values."""
-    root = Path(__file__).resolve().parents[2]
     return {
         "dsmip": VERSION,
-        "git": _git(root),
-        "source_sha256": source_sha256(root),
+        "git": _git(ROOT),
+        "source_sha256": source_sha256(ROOT),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -33,7 +33,7 @@ def package_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     source = folder / "dsmip" / "__init__.py"
     source.parent.mkdir(parents=True)
     source.write_text("")
-    monkeypatch.setattr(dsmip, "__file__", str(source))
+    monkeypatch.setattr(provenance, "ROOT", folder)
     return source
 
 
