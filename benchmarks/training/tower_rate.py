@@ -117,7 +117,7 @@ def training_step(
     matcher = Expert.build("multimodal", expert_config, backbone, WIDTH, mask_padding=True, with_encoder=True)
     matcher.to(device).train()
     config = TrainConfig.model_validate({"batch_size": batch_size, "precision": precision})
-    optimizer = build_optimizer(matcher, config)
+    optimizer = build_optimizer(matcher, config, matcher.tower_tensors())
     length = sizes.context_length - expert_config.num_prompts
     mentions, entities = (drawn_items(batch_size, length, sizes.image_size, seed).to(device) for seed in range(2))
     rows = torch.arange(batch_size, device=device)

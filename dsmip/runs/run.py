@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from dsmip.config import ExperimentConfig, flat
 from dsmip.data.collate import Collator, ItemFormat
@@ -191,7 +190,7 @@ class Run:
         report: dict[str, Any] = json.loads((self.folder / part / PART).read_text(encoding="utf-8"))
         return report
 
-    def save_part(self, part: str, matcher: nn.Module, report: dict[str, Any]) -> None:
+    def save_part(self, part: str, matcher: Matcher, report: dict[str, Any]) -> None:
         """Writes a finished part: the weights that are not the untouched pretrained tower's, then part.json."""
         with self.storage.atomic(f"{part}/{WEIGHTS}") as path:
             save_weights(path, own_weights(matcher))
@@ -232,14 +231,15 @@ class Run:
         return self.folder / part / WEIGHTS
 
 
-def own_weights(matcher: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything but frozen backbone tensors, which the configuration's `backbone` brings back."""
+def own_weights(matcher: Matcher) -> dict[str, torch.Tensor]:
+    """Everything but frozen tensors of pretrained towers, which the configuration's `backbone` brings back."""
+    towers = matcher.tower_tensors()
     trained = {name for name, parameter in matcher.named_parameters() if parameter.requires_grad}
     state = matcher.state_dict()
-    return {name: tensor for name, tensor in state.items() if name in trained or ".backbone." not in f".{name}"}
+    return {name: tensor for name, tensor in state.items() if name in trained or name not in towers}
 
 
-def load_own_weights(matcher: nn.Module, path: Path) -> None:
+def load_own_weights(matcher: Matcher, path: Path) -> None:
     """Loads what `own_weights` saved; tensors of an encoder that this matcher was built without are passed over.
 
     Raises UserError when a tensor of the matcher is missing or has another shape.

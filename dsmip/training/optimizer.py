@@ -1,6 +1,7 @@
 """Optimizer, learning rate schedule and gradient clipping of a training."""
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,17 @@ def clip_gradients(module: nn.Module, clip_norm: float | None) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
-def build_optimizer(matcher: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Adam when `weight_decay` is 0); tower parameters may have a learning rate of their own.
+def build_optimizer(module: nn.Module, config: TrainConfig, towers: Collection[str] = ()) -> torch.optim.Optimizer:
+    """AdamW (Adam when `weight_decay` is 0). Weight decay spares vectors (norms and biases), as is usual.
 
-    Weight decay spares vectors (norms and biases), as is usual.
+    Args:
+        module: its parameters that require gradients are trained.
+        towers: names of those that may have a learning rate of their own (`Matcher.tower_tensors`).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in matcher.named_parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            in_tower = ".backbone." in f".{name}"
-            rate = (config.tower_learning_rate or config.learning_rate) if in_tower else config.learning_rate
+            rate = (config.tower_learning_rate or config.learning_rate) if name in towers else config.learning_rate
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     return torch.optim.AdamW([{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()])

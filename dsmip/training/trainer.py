@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsmip.config import TrainConfig
 from dsmip.training.gradients import batch_backward
@@ -53,7 +53,7 @@ def train(
     total_steps = config.epochs * source.num_steps()
     loop = Loop(
         MatcherObjective(matcher, config),
-        build_optimizer(matcher, config),
+        build_optimizer(matcher, config, matcher.tower_tensors()),
         lambda step: learning_rate_factor(step, total_steps, config),
         context,
         seed=seed,
@@ -97,10 +97,11 @@ class MatcherObjective(Objective):
         """No parameter is kept in bounds."""
 
 
-def trained_state(matcher: nn.Module) -> dict[str, Tensor]:
-    """The tensors that training changes: parameters with gradients, and all buffers but a backbone's."""
+def trained_state(matcher: Matcher) -> dict[str, Tensor]:
+    """The tensors that training changes: parameters with gradients, and all buffers but the towers'."""
+    towers = matcher.tower_tensors()
     trained = {name: parameter.data for name, parameter in matcher.named_parameters() if parameter.requires_grad}
-    return trained | {name: buffer for name, buffer in matcher.named_buffers() if ".backbone." not in f".{name}"}
+    return trained | {name: buffer for name, buffer in matcher.named_buffers() if name not in towers}
 
 
 def _best_epoch(history: list[dict[str, float]]) -> int:

@@ -5,6 +5,7 @@
 Training and evaluation use the same `score`. Shapes: M mentions, E entities, B experts, N items.
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Table
 from dsmip.encoders.base import Side
+from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 
 
@@ -73,11 +75,7 @@ class BatchGold:
 
 
 class Matcher(nn.Module, ABC):
-    """A trainable scorer of mention-entity pairs (a whole system or one of its parts).
-
-    Pretrained towers live in submodules named `backbone`: they have a learning rate of their own
-    (`train.tower_learning_rate`), and where they are frozen, checkpoints leave them out.
-    """
+    """A trainable scorer of mention-entity pairs (a whole system or one of its parts)."""
 
     @abstractmethod
     def encode_mentions(self, batch: ItemBatch) -> Table:
@@ -122,6 +120,25 @@ class Matcher(nn.Module, ABC):
     def encoder_trains(self) -> bool:
         """True when encode_* has trainable parameters: features then change during training and cannot be cached."""
 
+    def pretrained_towers(self) -> Sequence[nn.Module]:
+        """Its modules whose weights come pretrained: every `Backbone`. A matcher with other towers names them here.
+
+        They have a learning rate of their own (`train.tower_learning_rate`), and what is frozen of them is in no
+        checkpoint.
+        """
+        return [module for module in self.modules() if isinstance(module, Backbone)]
+
+    def tower_tensors(self) -> set[str]:
+        """Names of the parameters and buffers of `pretrained_towers`, as in `state_dict`."""
+        owned = {id(tensor) for tower in self.pretrained_towers() for tensor in _tensors(tower).values()}
+        return {name for name, tensor in _tensors(self).items() if id(tensor) in owned}
+
     def encoder_state(self) -> Mapping[str, Tensor]:
         """The tensors that features depend on (their hash keys the feature cache)."""
         return self.state_dict()
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers; one that has two names is under both."""
+    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return dict(itertools.chain(*named))

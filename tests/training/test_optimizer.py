@@ -34,7 +34,7 @@ def test_parameter_groups() -> None:
     """Towers have their rate, vectors no decay, frozen parameters no place."""
     towers = Towers()
     config = TrainConfig(learning_rate=0.1, tower_learning_rate=0.01, weight_decay=0.5)
-    groups = build_optimizer(towers, config).param_groups
+    groups = build_optimizer(towers, config, {"encoder.backbone.weight", "encoder.backbone.bias"}).param_groups
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     backbone = towers.encoder["backbone"]
     assert isinstance(backbone, nn.Linear)
