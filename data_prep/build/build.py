@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -47,11 +47,10 @@ from dsmip.data.manifest import (
     read_manifest,
 )
 from dsmip.errors import UserError
+from dsmip.progress import Progress, no_progress
 from dsmip.storage.atomic import join_files, sha256_file, write_json
 from dsmip.storage.dataset_storage import MANIFEST_FILE
 from dsmip.version import VERSION
-
-Progress = Callable[[str, int, int], None]
 
 SHARD_BYTES = 256_000_000
 PICTURES = PictureSettings(size=224, quality=JPEG_QUALITY)
@@ -68,7 +67,7 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     seed: int = 0,
     run: Runner = run_serially,
-    progress: Progress = lambda part, done, total: None,
+    progress: Progress = no_progress,
     published: tuple[str, Manifest] | None = None,
 ) -> Manifest:
     """Builds the dataset directory `out` and returns its manifest; a complete one of equal source and settings is kept.

@@ -6,7 +6,7 @@ answers of validation and of test are never an answer in training, and the two h
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Self
@@ -18,9 +18,8 @@ from data_prep.demo.mentions import KINDS, Kind, MentionDrawer, MentionPlan, Men
 from data_prep.demo.text import attributes
 from data_prep.demo.world import MAX_HOUSES, Evidence, House, make_houses
 from dsmip.errors import UserError
+from dsmip.progress import Progress, no_progress
 from dsmip.storage.atomic import write_text
-
-Progress = Callable[[int, int], None]
 
 
 class KindRates(BaseModel):
@@ -87,10 +86,10 @@ def draw_demo(config: DemoConfig) -> tuple[list[House], dict[str, list[MentionPl
     return houses, plans
 
 
-def write_demo_release(config: DemoConfig, folder: Path, progress: Progress | None = None) -> None:
+def write_demo_release(config: DemoConfig, folder: Path, progress: Progress = no_progress) -> None:
     """Writes the release: kb_entity.json, qid2id.json, DEMO_{train,dev,test}.json, kb_image/ and mention_image/.
 
-    The same configuration gives the same bytes. `progress(done, total)` is called after every picture. Raises UserError
+    The same configuration gives the same bytes. `progress` is called after every picture. Raises UserError
     when the folder already holds something or the world is too small for the mentions asked.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -106,8 +105,7 @@ def write_demo_release(config: DemoConfig, folder: Path, progress: Progress | No
         nonlocal done
         path.write_bytes(picture)
         done += 1
-        if progress is not None:
-            progress(done, total)
+        progress("pictures", done, total)
 
     for row, house in enumerate(houses):
         if house.pictured:

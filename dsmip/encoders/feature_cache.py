@@ -24,7 +24,7 @@ from dsmip.parallel import map_alone
 from dsmip.storage.locations import Location, open_run_storage
 
 Item = TypeVar("Item")
-Progress = Callable[[int], None]
+CountRows = Callable[[int], None]  # gets how many more rows are encoded
 BATCH_SIZE = 256  # rows that an encoder takes at once
 _DTYPES = {torch.float32: "torch.float32", torch.float16: "torch.float16"}  # words of a key
 
@@ -50,7 +50,7 @@ class FeatureCache:
         dataset: Dataset,
         collator: Collator,
         device: torch.device,
-        progress: Progress = lambda count: None,
+        progress: CountRows = lambda count: None,
     ) -> Table:
         """Features of a split's mentions (in shard order) or of the kb (split "kb", in row order)."""
         return Table.load(self.ensure(part, split, encoder, dataset, collator, device, progress))
@@ -63,7 +63,7 @@ class FeatureCache:
         dataset: Dataset,
         collator: Collator,
         device: torch.device,
-        progress: Progress = lambda count: None,
+        progress: CountRows = lambda count: None,
     ) -> Path:
         """The file of those features, computed unless it is there."""
         path = self.path(part, split, encoder, dataset, collator)
@@ -118,7 +118,7 @@ def encode_split(
     collator: Collator,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    progress: Progress = lambda count: None,
+    progress: CountRows = lambda count: None,
 ) -> None:
     """Encodes a whole split (or the kb) batch by batch into a table file; a missing picture's tokens are kept once.
 

@@ -96,7 +96,7 @@ class Objective(ABC):
 
 
 @dataclass
-class Progress:
+class LoopState:
     """How far a training is: what `Checkpoint` says of its position, history and best weights."""
 
     epoch: int = 0
@@ -142,19 +142,19 @@ class Loop:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
         self.scaler = torch.amp.GradScaler(context.device.type, enabled=precision == "fp16")
 
-    def resume(self) -> Progress:
+    def resume(self) -> LoopState:
         """Goes back to the checkpoint of `Context.restore`, if there is one."""
         folder = self.context.restore()
         if folder is None:
-            return Progress()
+            return LoopState()
         stored = load_checkpoint(folder, self.context.device)
         self.objective.load_state(stored.weights)
         self.optimizer.load_state_dict(stored.optimizer)
         self.schedule.load_state_dict(stored.schedule)
         self.scaler.load_state_dict(stored.scaler)
-        return Progress(stored.epoch, stored.step, stored.sums, stored.count, stored.history, stored.best)
+        return LoopState(stored.epoch, stored.step, stored.sums, stored.count, stored.history, stored.best)
 
-    def save(self, progress: Progress) -> Path | None:
+    def save(self, progress: LoopState) -> Path | None:
         """A finished checkpoint on the first worker, None on the others."""
         if distributed.rank() > 0:
             return None
@@ -174,7 +174,7 @@ class Loop:
         save_checkpoint(folder, checkpoint)
         return folder
 
-    def epoch(self, source: StepSource, progress: Progress) -> None:
+    def epoch(self, source: StepSource, progress: LoopState) -> None:
         """What is left of an epoch. Raises Left after saving, and UserError when the training diverges."""
         self.objective.module.train()
         num_steps = source.num_steps()
@@ -191,7 +191,7 @@ class Loop:
             self.context.step_done(progress.epoch, progress.step - 1, num_steps, figures)
             self._save_within_epoch(progress, num_steps)
 
-    def _save_within_epoch(self, progress: Progress, num_steps: int) -> None:
+    def _save_within_epoch(self, progress: LoopState, num_steps: int) -> None:
         leave = self.context.asked_to_leave()
         every = self.checkpoint_steps
         if leave or (every is not None and progress.step % every == 0 and progress.step < num_steps):
@@ -199,7 +199,7 @@ class Loop:
         if leave:
             raise Left
 
-    def _update(self, batch: Any, progress: Progress) -> tuple[BatchSums, Tensor]:
+    def _update(self, batch: Any, progress: LoopState) -> tuple[BatchSums, Tensor]:
         """One step; returns the batch's sums and the gradient's norm. UserError, on all workers, when it diverges."""
         module = self.objective.module
         self.optimizer.zero_grad(set_to_none=True)
@@ -220,7 +220,7 @@ class Loop:
         return sums, gradient_norm
 
 
-def _diverged(what: str, progress: Progress) -> UserError:
+def _diverged(what: str, progress: LoopState) -> UserError:
     return UserError(
         f"{what} in epoch {progress.epoch + 1}, step {progress.step + 1}: the training has diverged and stops before "
         "its weights are lost; train anew with a lower learning_rate, with warmup_steps or with clip_norm"

@@ -16,7 +16,7 @@ _held: list[FileLock] = []  # until the process ends: Ray stores the last checkp
 
 
 class Scratch:
-    """A place that belongs to this process as long as it lives: the system lets go of its lock however it ends."""
+    """A folder that belongs to this process as long as it lives: the system lets go of its lock however it ends."""
 
     def __init__(self, root: Path | None = None) -> None:
         """root: where all processes of this user have theirs (default: a folder in the temporary one).

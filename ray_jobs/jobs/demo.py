@@ -24,6 +24,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import PictureSettings
 from dsmip.errors import UserError
 from dsmip.evaluation.report import evaluate_model, oracle
+from dsmip.progress import no_progress
 from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import write_json
@@ -59,7 +60,7 @@ def run_demo(
             journal.step("release", "Drawing a world of heraldic houses while Ray starts"),
             ThreadPoolExecutor(1) as pool,
         ):
-            drawing = pool.submit(write_release_once, world, out / "release", lambda done, total: None)
+            drawing = pool.submit(write_release_once, world, out / "release")
             ray_runs.enter_context(connected(verbose=verbose))
             drawing.result()
         with journal.step("prepare", "Preparing the data set"):
@@ -136,7 +137,7 @@ def show_results(results: Mapping[str, Any], out: Path, display: Display) -> Non
 def _prepare(out: Path, world: DemoConfig) -> Dataset:
     pictures = PictureSettings(size=world.picture_size, quality=JPEG_QUALITY)
     options = BuildOptions(name=f"demo-{world.seed}", pictures=pictures, seed=world.seed)
-    prepare_release(MimicRelease(out / "release"), out / "data", options, lambda part, done, total: None)
+    prepare_release(MimicRelease(out / "release"), out / "data", options, no_progress)
     return Dataset.open(out / "data")
 
 

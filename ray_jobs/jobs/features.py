@@ -1,7 +1,7 @@
 """The job `dsmip features`: picture features of a whole data set beside its shards, as a Ray Data pipeline.
 
-Pieces of the data set go to actors that hold the network; each piece's features become a file. A job that is started
-again keeps the finished pieces; the driver joins them, so that memory holds one piece.
+Chunks of the data set go to actors that hold the network; each chunk's features become a file. A job that is started
+again keeps the finished chunks; the driver joins them, so that memory holds one chunk.
 """
 
 import logging
@@ -55,9 +55,9 @@ from ray_jobs.cluster.tasks import Call, run_watched
 from ray_jobs.cluster.workers import set_threads, worker_device
 from ray_jobs.terminal.display import Display
 
-PIECE_ITEMS = BATCH_SIZE  # as many as the gate encodes at once: the last bits depend on the size of a batch
+CHUNK_ITEMS = BATCH_SIZE  # as many as the gate encodes at once: the last bits depend on the size of a batch
 NAME = "picture features"
-_PIECES = "pieces-"
+_CHUNKS = "pieces-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,10 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """Rows start .. stop of a split or of the kb, and the file of their features, below the data set."""
 
-    part: str
+    split: str
     start: int
     stop: int
     file: str
@@ -163,19 +163,19 @@ def compute_features(
         return found
     started = time.monotonic()
     forget(files, name)
-    pieces_name = f"{name}/{_PIECES}{origin.data.sha256[:16]}"
-    pieces = _pieces(dataset, pieces_name)
-    _drop_outdated(files, name, pieces_name)
-    there = {f"{pieces_name}/{each}" for each in files.children(pieces_name)}
-    missing = [piece for piece in pieces if piece.file not in there]
-    if len(missing) < len(pieces):
-        display.say(f"  {len(pieces) - len(missing)} of {len(pieces)} pieces are there already")
+    chunks_name = f"{name}/{_CHUNKS}{origin.data.sha256[:16]}"
+    chunks = _chunks(dataset, chunks_name)
+    _drop_outdated(files, name, chunks_name)
+    there = {f"{chunks_name}/{each}" for each in files.children(chunks_name)}
+    missing = [chunk for chunk in chunks if chunk.file not in there]
+    if len(missing) < len(chunks):
+        display.say(f"  {len(chunks) - len(missing)} of {len(chunks)} pieces are there already")
     if missing:
         plan = Plan(dataset.location, request)
         with connected(verbose=verbose):
             _encode_on_ray(plan, missing, workers, device, display, verbose=verbose)
-    finished = _join(files, origin, pieces)
-    files.remove(pieces_name)
+    finished = _join(files, origin, chunks)
+    files.remove(chunks_name)
     display.say(f"{place}: {_figures(finished)} in {time.monotonic() - started:.0f} s")
     return finished
 
@@ -201,39 +201,39 @@ def _origin(dataset: Dataset, request: FeatureRequest) -> Origin:
     )
 
 
-def _pieces(dataset: Dataset, name: str) -> list[Piece]:
-    pieces = []
-    for part in PARTS:
-        total = dataset.num_entities if part == KB else dataset.num_mentions(part)
-        for start in range(0, max(total, 1), PIECE_ITEMS):  # of an empty split, one empty piece
-            file = f"{name}/{part}-{start:010d}.safetensors"
-            pieces.append(Piece(part, start, min(start + PIECE_ITEMS, total), file))
-    return pieces
+def _chunks(dataset: Dataset, name: str) -> list[Chunk]:
+    chunks = []
+    for split in PARTS:
+        total = dataset.num_entities if split == KB else dataset.num_mentions(split)
+        for start in range(0, max(total, 1), CHUNK_ITEMS):  # of an empty split, one empty chunk
+            file = f"{name}/{split}-{start:010d}.safetensors"
+            chunks.append(Chunk(split, start, min(start + CHUNK_ITEMS, total), file))
+    return chunks
 
 
 def _drop_outdated(files: DatasetStorage, name: str, own: str) -> None:
-    """Pieces of data that was prepared anew."""
+    """Chunks of data that was prepared anew."""
     for each in files.children(name):
-        if each.startswith(_PIECES) and f"{name}/{each}" != own:
+        if each.startswith(_CHUNKS) and f"{name}/{each}" != own:
             files.remove(f"{name}/{each}")
 
 
 def _encode_on_ray(
-    plan: Plan, pieces: Sequence[Piece], workers: int, device: str, display: Display, *, verbose: bool
+    plan: Plan, chunks: Sequence[Chunk], workers: int, device: str, display: Display, *, verbose: bool
 ) -> None:
     gpus = int(device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1))
-    workers = min(workers, len(pieces))
+    workers = min(workers, len(chunks))
     request = Request(NAME, workers, 1, gpus)
     check_feasible([request])
-    encode = Call(partial(_run_pipeline, plan, pieces, workers, gpus, verbose), [request])
+    encode = Call(partial(_run_pipeline, plan, chunks, workers, gpus, verbose), [request])
     for _, call in run_watched({NAME: encode}, display):
         call.result()
 
 
-def _run_pipeline(plan: Plan, pieces: Sequence[Piece], workers: int, gpus: int, verbose: bool, events: Any) -> None:
-    """Only names of pieces travel through Ray's object store: pictures and features go from and to files."""
+def _run_pipeline(plan: Plan, chunks: Sequence[Chunk], workers: int, gpus: int, verbose: bool, events: Any) -> None:
+    """Only names of chunks travel through Ray's object store: pictures and features go from and to files."""
     _quieten(verbose)
-    pipeline = ray.data.from_items([asdict(piece) for piece in pieces], override_num_blocks=len(pieces)).map_batches(
+    pipeline = ray.data.from_items([asdict(chunk) for chunk in chunks], override_num_blocks=len(chunks)).map_batches(
         _Encoder,
         fn_constructor_args=(plan, events),
         batch_size=1,
@@ -241,7 +241,7 @@ def _run_pipeline(plan: Plan, pieces: Sequence[Piece], workers: int, gpus: int, 
         num_gpus=gpus,
         compute=ray.data.ActorPoolStrategy(size=workers),
     )
-    done, total = 0, sum(piece.stop - piece.start for piece in pieces)
+    done, total = 0, sum(chunk.stop - chunk.start for chunk in chunks)
     try:
         for row in pipeline.iter_rows():
             if row["failure"]:
@@ -268,43 +268,43 @@ class _Encoder:
         self._network: PictureNetwork = plan.request.choice.build(self._device)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Encodes one piece, given as columns of its fields; tells how many items it has, or what went wrong.
+        """Encodes one chunk, given as columns of its fields; tells how many items it has, or what went wrong.
 
         An error is a result: raised, Ray Data would try again what fails again, and log it at length.
         """
-        piece = Piece(*(_plain(batch[field.name][0]) for field in fields(Piece)))
+        chunk = Chunk(*(_plain(batch[field.name][0]) for field in fields(Chunk)))
         failure, exit_code = "", 1
         try:
-            self._encode(piece)
+            self._encode(chunk)
         except ReportedError as error:
             failure, exit_code = str(error), error.exit_code
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
-        return {"items": [piece.stop - piece.start], "failure": [failure], "exit_code": [exit_code]}
+        return {"items": [chunk.stop - chunk.start], "failure": [failure], "exit_code": [exit_code]}
 
-    def _encode(self, piece: Piece) -> None:
+    def _encode(self, chunk: Chunk) -> None:
         def encode(rows: range) -> Table:
             dtype = self._request.dtype
-            return picture_rows(self._network, self._dataset, piece.part, rows, self._pictures, dtype, self._device)
+            return picture_rows(self._network, self._dataset, chunk.split, rows, self._pictures, dtype, self._device)
 
         # as the gate's own encoder computes, to the last bit
-        for table in map_alone(encode, [range(piece.start, piece.stop)], self._device):
+        for table in map_alone(encode, [range(chunk.start, chunk.stop)], self._device):
             files = self._dataset.own
-            table.save(files.folder / piece.file)
-            files.send(piece.file)
+            table.save(files.folder / chunk.file)
+            files.send(chunk.file)
 
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, str) else int(value)
 
 
-def _join(files: DatasetStorage, origin: Origin, pieces: Sequence[Piece]) -> PictureFeatures:
-    """The pieces become one table per split; the manifest comes last."""
-    for part in PARTS:
-        with TableWriter(files.folder / features_file(features_name(origin), part)) as writer:
-            for piece in pieces:
-                if piece.part == part:
-                    with files.fresh(piece.file) as path:
+def _join(files: DatasetStorage, origin: Origin, chunks: Sequence[Chunk]) -> PictureFeatures:
+    """The chunks become one table per split; the manifest comes last."""
+    for split in PARTS:
+        with TableWriter(files.folder / features_file(features_name(origin), split)) as writer:
+            for chunk in chunks:
+                if chunk.split == split:
+                    with files.fresh(chunk.file) as path:
                         writer.append(Table.load(path))
     return write_manifest(files, origin)
 

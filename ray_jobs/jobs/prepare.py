@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from data_prep.build.build import PICTURES, SHARD_BYTES, Progress, prepare
+from data_prep.build.build import PICTURES, SHARD_BYTES, prepare
 from data_prep.build.publish import published_manifest, upload_dataset
 from data_prep.build.runners import Result, Runner, Task, Tick, run_in_processes, run_serially
 from data_prep.build.view import make_view
@@ -26,6 +26,7 @@ from data_prep.formats.release import Release, ReleaseOptions
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import Manifest, PictureSettings
 from dsmip.errors import UserError
+from dsmip.progress import Progress
 from dsmip.runs.provenance import write_record
 from dsmip.storage.atomic import sha256_file
 from dsmip.storage.dataset_storage import MANIFEST_FILE
@@ -63,7 +64,7 @@ def prepare_demo(config: DemoConfig, out: str | Path, options: BuildOptions, pro
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out.absolute().parent, prefix=".release-") as folder:
             release = Path(folder) / f"demo-{config.seed}"
-            write_demo_release(config, release, lambda done, total: progress("pictures", done, total))
+            write_demo_release(config, release, progress)
             return _build(MimicRelease(release), out, options, progress, published)
 
     return _built(out, progress, build)
@@ -207,13 +208,13 @@ def release_options(
     return ReleaseOptions(entity_text, mention_text, kb, (train, validation, test), seed)
 
 
-def write_release_once(config: DemoConfig, folder: Path, progress: Callable[[int, int], None]) -> None:
+def write_release_once(config: DemoConfig, folder: Path) -> None:
     """Draws the demo release into `folder`, or keeps what is there: a release under that name is complete."""
     if folder.exists():
         return
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    write_demo_release(config, unfinished, progress)
+    write_demo_release(config, unfinished)
     unfinished.rename(folder)
 
 

@@ -25,7 +25,7 @@ def mend_snapshot(folder: Path) -> str:
     path = folder / SNAPSHOT
     if not path.is_file() or not (problem := _problem(path)):
         return ""
-    sound = [(place, each.name) for each in folder.glob("checkpoint_*") if (place := _place(each))]
+    sound = [(position, each.name) for each in folder.glob("checkpoint_*") if (position := _position(each))]
     names = [name for _, name in sorted(sound)]
     if names:
         write_json(path, _snapshot(names))
@@ -43,7 +43,7 @@ def _problem(path: Path) -> str:
     return f"names {lost[0]}, which is lost" if lost else ""
 
 
-def _place(checkpoint: Path) -> tuple[int, int] | None:
+def _position(checkpoint: Path) -> tuple[int, int] | None:
     """Epoch and step of a complete checkpoint, None of another one."""
     try:
         manifest = verify_checkpoint(checkpoint)  # reads all of it: there are few, and lists are seldom broken

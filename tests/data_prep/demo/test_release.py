@@ -168,7 +168,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def test_the_seed_decides_every_byte(release: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    write_demo_release(CONFIG, tmp_path / "again", lambda done, total: seen.append((done, total)))
+    write_demo_release(CONFIG, tmp_path / "again", lambda what, done, total: seen.append((done, total)))
     first, again = _files(release), _files(tmp_path / "again")
     assert first == again
     num_pictures = sum(name.endswith(".jpg") for name in first)
