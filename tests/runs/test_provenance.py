@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import dsmip
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
