@@ -81,7 +81,7 @@ def prepare(
     options = job.BuildOptions(
         name=name,
         licence=licence,
-        pictures=job.picture_settings(image_size, keep_original=keep_original),
+        images=job.picture_settings(image_size, keep_original=keep_original),
         shard_bytes=job.parse_size(shard_size),
         seed=seed,
         workers=workers,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
@@ -53,7 +54,9 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         )
         files[f"mention_image/m{number}.jpg"] = picture((20, 16), COLOURS[row])
     records: dict[str, list[Any]] = {"kb": kb, "train": mentions[:23], "dev": mentions[23:30], "test": mentions[30:]}
-    prepare(MimicRelease(write_release(folder / "release", records, files)), folder / "data", name="small")
+    prepare(
+        MimicRelease(write_release(folder / "release", records, files)), folder / "data", DatasetOptions(name="small")
+    )
     return Dataset.open(folder / "data")
 
 

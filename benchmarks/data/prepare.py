@@ -32,6 +32,7 @@ from benchmarks.data.processes import Pace, Processes
 from benchmarks.measure import status_bytes
 from data_prep.build.build import prepare
 from data_prep.build.images import JPEG_QUALITY
+from data_prep.build.plan import DatasetOptions
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
 from dsmip.storage.atomic import write_json
@@ -129,7 +130,7 @@ def _build(release: Path, out: Path, workers: int) -> Prepared:
     before, start = _children_cpu(), time.perf_counter()
     source = MimicRelease(release)
     with run_in_processes(workers) as run:
-        manifest = prepare(source, out, name="big", run=run, progress=note)
+        manifest = prepare(source, out, DatasetOptions(name="big"), run=run, progress=note)
     wall = time.perf_counter() - start
     pictured = manifest.entities_with_image + sum(counts.with_image for counts in manifest.splits.values())
     count = manifest.entities + sum(counts.mentions for counts in manifest.splits.values())

@@ -30,6 +30,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from benchmarks.data.big_release import BigRelease, positive, write_big_release
 from benchmarks.data.processes import Pace, Processes
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.collate import Collator, ItemFormat, Modality
@@ -140,7 +141,7 @@ def _made(options: argparse.Namespace, place: Path) -> Path:
     workers = max(WORKERS)
     write_big_release(BigRelease(options.entities, options.mentions), place / "release", workers)
     with run_in_processes(workers) as run:
-        prepare(MimicRelease(place / "release"), place / "data", name="big", run=run)
+        prepare(MimicRelease(place / "release"), place / "data", DatasetOptions(name="big"), run=run)
     return place / "data"
 
 

@@ -28,6 +28,7 @@ from rich.table import Table
 from benchmarks.data.big_release import BigRelease, positive, write_big_release
 from benchmarks.data.shards import Work, streaming
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.build.publish import upload_dataset
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
@@ -118,7 +119,7 @@ def _made(options: argparse.Namespace, work: Path) -> Path:
     print("writing and preparing a release ...", file=sys.stderr, flush=True)
     write_big_release(BigRelease(options.entities, options.mentions), work / "release", 2)
     with run_in_processes(2) as run:
-        prepare(MimicRelease(work / "release"), work / "data", name="big", run=run)
+        prepare(MimicRelease(work / "release"), work / "data", DatasetOptions(name="big"), run=run)
     return work / "data"
 
 

@@ -29,6 +29,7 @@ from benchmarks.training.stage_two_trial import Trials, trials
 from benchmarks.training.steps import WARM_UP, Steps, bare, in_ray_train, one_epoch
 from benchmarks.training.tower_rate import TowerRate, tower_rates
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
@@ -264,7 +265,7 @@ def _made(options: argparse.Namespace, place: Path) -> Path:
     mentions = int((options.steps + WARM_UP) * options.batch_size / _TRAIN_SHARE)
     write_big_release(BigRelease(options.entities, mentions, size=224), place / "release", max(WORKERS))
     with run_in_processes(max(WORKERS)) as run:
-        prepare(MimicRelease(place / "release"), place / "data", name="big", run=run)
+        prepare(MimicRelease(place / "release"), place / "data", DatasetOptions(name="big"), run=run)
     return place / "data"
 
 

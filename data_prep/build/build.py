@@ -1,7 +1,7 @@
-"""From a raw release to a dataset directory: read it once, make its shards, describe the result.
+"""The build of a dataset directory from a raw release: read it once, make its shards, write the manifest.
 
-The kb's shards come first, because the shards of mentions copy their gold entities' pictures from there. Any runner
-of tasks will do; the result does not depend on it. What is finished stays finished (see `data_prep.build.plan`).
+The kb's shards come first, because the shards of mentions copy their gold entities' images from there. Any runner of
+tasks will do; the result does not depend on it. What is finished stays finished (see `data_prep.build.plan`).
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data_prep.build.findings import merged_counts
-from data_prep.build.images import JPEG_QUALITY
-from data_prep.build.kb_table import join_pieces
+from data_prep.build.kb_table import write_entities_file
 from data_prep.build.plan import (
     SCAN_FINDINGS,
     STAGE,
+    DatasetOptions,
     FinishedShard,
     Plan,
     PlannedShard,
     make_plan,
     read_finished,
-    read_finished_part,
+    read_finished_chunk,
     read_plan,
     staged,
 )
@@ -52,54 +52,44 @@ from dsmip.storage.atomic import join_files, sha256_file, write_json
 from dsmip.storage.dataset_storage import MANIFEST_FILE
 from dsmip.version import VERSION
 
-SHARD_BYTES = 256_000_000
-PICTURES = PictureSettings(size=224, quality=JPEG_QUALITY)
 _FILES_PER_TASK = 10_000
 
 
 def prepare(
     source: Release,
     out: Path,
+    options: DatasetOptions,
     *,
-    name: str,
-    licence: str = "unknown",
-    pictures: PictureSettings = PICTURES,
-    shard_bytes: int = SHARD_BYTES,
-    seed: int = 0,
     run: Runner = run_serially,
     progress: Progress = no_progress,
     published: tuple[str, Manifest] | None = None,
 ) -> Manifest:
-    """Builds the dataset directory `out` and returns its manifest; a complete one of equal source and settings is kept.
+    """Builds a dataset directory; a complete one of equal source and options is kept.
 
-    `shard_bytes` is about the size of the kb's shards. `progress(part, done, total)` is called while files of the
-    source are hashed, records are read (total 0: not known) and samples are made. `seed` orders the training mentions.
     Equal inputs give equal bytes, however often the build was interrupted and run again: it goes on from the shards
-    that are finished. The manifest is written last. `published`: where the dataset is complete already, and its
-    manifest, which is returned.
+    that are finished. The manifest is written last.
+
+    Args:
+        source: The release.
+        out: The folder to build.
+        options: How, and what the manifest says of it.
+        run: Does the tasks.
+        progress: Called while files of the source are hashed, records are read (total 0: not known) and samples made.
+        published: Where the dataset is complete already, and its manifest, which is checked and returned.
+
+    Returns:
+        The manifest.
 
     Raises:
-        UserError: the release is wrong, `published` or `out` holds something else, `out` is being built, or it cannot
+        UserError: The release is wrong, `published` or `out` holds something else, `out` is being built, or it cannot
             be written.
     """
     # Absolute: a runner's workers may live in another folder.
     out = out.absolute()
-    settings: dict[str, Any] = {
-        "name": _written(name),
-        "licence": _written(licence),
-        "source": Source(
-            name=_written(Path(os.path.abspath(source.folder)).name), sha256=_source_digest(source, run, progress)
-        ),
-        "layout": source.layout,
-        "choices": dict(source.choices),
-        "tool_version": VERSION,
-        "seed": seed,
-        "shard_bytes": shard_bytes,
-        "image": pictures,
-    }
+    settings = _settings(source, options, _source_digest(source, run, progress))
     if published is not None:
-        place, complete = published
-        _refuse_others(complete, settings, place)
+        location, complete = published
+        _refuse_others(complete, settings, location)
         return complete
     try:
         if (finished := _finished(out, settings)) is not None and not (out / STAGE).exists():
@@ -108,8 +98,8 @@ def prepare(
         with _locked(out):
             manifest = _finished(out, settings)  # perhaps since a moment ago
             if manifest is None:
-                plan = _plan(source, out, settings, progress)
-                built = _build(out, plan, pictures, run, progress)
+                plan = _plan(source, out, options, settings, progress)
+                built = _build(out, plan, options.images, run, progress)
                 manifest = _describe(out, settings, plan, built)
             # Under the lock, or another build would lose the plan that it has just begun with.
             shutil.rmtree(out / STAGE, ignore_errors=True)
@@ -121,7 +111,22 @@ def prepare(
         ) from error
 
 
-def _written(name: str) -> str:
+def _settings(source: Release, options: DatasetOptions, source_sha256: str) -> dict[str, Any]:
+    """The fields of the manifest that are known before anything is built; datasets of equal ones are equal."""
+    return {
+        "name": _writable(options.name),
+        "licence": _writable(options.licence),
+        "source": Source(name=_writable(Path(os.path.abspath(source.folder)).name), sha256=source_sha256),
+        "layout": source.layout,
+        "choices": dict(source.choices),
+        "tool_version": VERSION,
+        "seed": options.seed,
+        "shard_bytes": options.shard_bytes,
+        "image": options.images,
+    }
+
+
+def _writable(name: str) -> str:
     """A name as a file can hold it: names of folders may be no UTF-8."""
     return name.encode("utf-8", "replace").decode()
 
@@ -132,10 +137,10 @@ def _source_digest(source: Release, run: Runner, progress: Progress) -> str:
     starts = range(0, len(files), _FILES_PER_TASK)
     tasks = [HashTask(start, tuple(path for _, path in files[start : start + _FILES_PER_TASK])) for start in starts]
     try:
-        parts = sorted(_ticking(run, tasks, "source files", len(files), progress))
+        hashed = sorted(_ticking(run, tasks, "source files", len(files), progress))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
-    digests = (digest for _, part in parts for digest in part)
+    digests = (digest for _, of_task in hashed for digest in of_task)
     whole = hashlib.sha256()
     for (name, _), digest in zip(files, digests, strict=True):
         encoded = name.encode("utf-8", "surrogateescape")
@@ -143,11 +148,12 @@ def _source_digest(source: Release, run: Runner, progress: Progress) -> str:
     return whole.hexdigest()
 
 
-def _plan(source: Release, out: Path, settings: dict[str, Any], progress: Progress) -> Plan:
+def _plan(source: Release, out: Path, options: DatasetOptions, settings: dict[str, Any], progress: Progress) -> Plan:
     """The plan that an interrupted build left, or a new one in an empty folder."""
-    place = str(source.folder.absolute())  # of the files that the plan names
+    # The plan names the source's files, so its folder belongs to the key.
     values = {name: value.model_dump() if hasattr(value, "model_dump") else value for name, value in settings.items()}
-    key = hashlib.sha256(json.dumps([values, place], sort_keys=True).encode()).hexdigest()
+    key_text = json.dumps([values, str(source.folder.absolute())], sort_keys=True)
+    key = hashlib.sha256(key_text.encode()).hexdigest()
     plan = read_plan(out, key)
     if plan is None:
         _empty(out)
@@ -155,30 +161,30 @@ def _plan(source: Release, out: Path, settings: dict[str, Any], progress: Progre
             source,
             out,
             key=key,
-            pictures=settings["image"],
-            shard_bytes=settings["shard_bytes"],
-            seed=settings["seed"],
-            scanned=lambda part, count: progress(f"reading {part}", count, 0),
+            options=options,
+            scanned=lambda split, count: progress(f"reading {split}", count, 0),
         )
-    for part in (KB, *SPLITS):
-        (out / part).mkdir(exist_ok=True)
-    for folder in (out, *(out / part for part in (KB, *SPLITS))):
+    for split in (KB, *SPLITS):
+        (out / split).mkdir(exist_ok=True)
+    for folder in (out, *(out / split for split in (KB, *SPLITS))):
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
     return plan
 
 
-def _build(
-    out: Path, plan: Plan, pictures: PictureSettings, run: Runner, progress: Progress
-) -> dict[str, FinishedShard]:
-    """Makes the shards that are not finished, then the kb's table; all shards by path."""
+def _build(out: Path, plan: Plan, images: PictureSettings, run: Runner, progress: Progress) -> dict[str, FinishedShard]:
+    """Makes the shards that are not finished, and the kb's table.
+
+    Returns:
+        All shards by path.
+    """
     finished = {shard.path: done for shard in plan.shards if (done := read_finished(out, shard))}
-    _build_kb(out, plan.of(KB), finished, pictures, run, progress)
+    _build_kb(out, plan.of(KB), finished, images, run, progress)
     kb = tuple(plan.of(KB))
-    join_pieces((staged(out, shard.path, "rows") for shard in kb), out / ENTITIES_FILE)
+    write_entities_file((staged(out, shard.path, "rows") for shard in kb), out / ENTITIES_FILE)
     shards = plan.of(*SPLITS)
     total = sum(shard.count for shard in shards)
-    tasks = [SplitTask(out, shard, pictures, kb) for shard in shards if shard.path not in finished]
+    tasks = [SplitTask(out, shard, images, kb) for shard in shards if shard.path not in finished]
     before = total - sum(task.shard.count for task in tasks)
     finished |= {made.info.path: made for made in _ticking(run, tasks, "mentions", total, progress, before)}
     return finished
@@ -188,48 +194,48 @@ def _build_kb(
     out: Path,
     shards: Sequence[PlannedShard],
     finished: dict[str, FinishedShard],
-    pictures: PictureSettings,
+    images: PictureSettings,
     run: Runner,
     progress: Progress,
 ) -> None:
-    """Makes the parts that are not finished, then the shards of them; adds to `finished`."""
-    parts = [part for shard in shards if shard.path not in finished for part in shard.parts]
-    ready = [made for part in parts if (made := read_finished_part(out, part))]
-    there = {(part.path, part.number) for part in ready}
-    tasks = [KbTask(out, part, pictures) for part in parts if (part.path, part.number) not in there]
+    """Makes the chunks that are not finished, then the shards of them; adds to `finished`."""
+    chunks = [chunk for shard in shards if shard.path not in finished for chunk in shard.chunks]
+    ready = [made for chunk in chunks if (made := read_finished_chunk(out, chunk))]
+    there = {(chunk.path, chunk.number) for chunk in ready}
+    tasks = [KbTask(out, chunk, images) for chunk in chunks if (chunk.path, chunk.number) not in there]
     total = sum(shard.count for shard in shards)
-    done = total - sum(task.part.count for task in tasks)
+    done = total - sum(task.chunk.count for task in tasks)
     ready += _ticking(run, tasks, "entities", total, progress, done)
     of_shard = {
-        path: tuple(sorted(parts, key=lambda part: part.number))
-        for path, parts in groupby(sorted(ready, key=lambda part: part.path), lambda part: part.path)
+        path: tuple(sorted(made, key=lambda chunk: chunk.number))
+        for path, made in groupby(sorted(ready, key=lambda chunk: chunk.path), lambda chunk: chunk.path)
     }
     joins = [JoinTask(out, shard, of_shard[shard.path]) for shard in shards if shard.path not in finished]
     finished |= {made.info.path: made for made in run(joins, lambda count: None)}
 
 
 def _ticking(
-    run: Runner, tasks: Sequence[Task[Result]], part: str, total: int, progress: Progress, done: int = 0
+    run: Runner, tasks: Sequence[Task[Result]], stage: str, total: int, progress: Progress, done: int = 0
 ) -> Iterator[Result]:
-    """What the tasks make, while `progress` is told how far they are."""
+    """What the tasks make, while `progress` is called with the stage and how far it is."""
 
     def tick(count: int) -> None:
         nonlocal done
         done += count
-        progress(part, done, total)
+        progress(stage, done, total)
 
     if total:
-        progress(part, done, total)
+        progress(stage, done, total)
     return run(tasks, tick)
 
 
 def _describe(out: Path, settings: dict[str, Any], plan: Plan, built: dict[str, FinishedShard]) -> Manifest:
-    """Writes the findings, then the manifest."""
+    """Writes the findings, then the manifest, and returns it."""
     findings = [staged(out, shard.path, "findings") for shard in plan.shards]
     join_files([out / STAGE / SCAN_FINDINGS, *findings], out / REJECTS_FILE)
     counts = merged_counts([plan.findings, *(shard.findings for shard in built.values())])
-    samples = {part: sum(shard.count for shard in plan.of(part)) for part in (KB, *SPLITS)}
-    with_image = {part: sum(built[shard.path].num_with_image for shard in plan.of(part)) for part in (KB, *SPLITS)}
+    samples = {split: sum(shard.count for shard in plan.of(split)) for split in (KB, *SPLITS)}
+    with_image = {split: sum(built[shard.path].num_with_image for shard in plan.of(split)) for split in (KB, *SPLITS)}
     manifest = Manifest.model_validate(
         settings
         | {
@@ -263,18 +269,28 @@ def _finished(out: Path, settings: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
-def _refuse_others(manifest: Manifest, settings: dict[str, Any], place: str) -> None:
-    """Raises UserError unless a manifest is of this source and these settings."""
+def _refuse_others(manifest: Manifest, settings: dict[str, Any], location: str) -> None:
+    """Checks that a manifest is of this source and these settings.
+
+    Raises:
+        UserError: It is not.
+    """
     # The folder's name and the tool's version say where the data came from; the content does not depend on them.
     found = {key: getattr(manifest, key) for key in settings} | {"source": manifest.source.sha256}
     asked = settings | {"source": settings["source"].sha256, "tool_version": manifest.tool_version}
     different = [key for key in asked if found[key] != asked[key]]
     if different:
-        raise UserError(f"{place}: holds another dataset ({', '.join(different)} differ); remove it or choose another")
+        raise UserError(
+            f"{location}: holds another dataset ({', '.join(different)} differ); remove it or choose another"
+        )
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Only what this tool has made is ever removed."""
+    """Checks that a folder is empty or of this tool: nothing else is ever removed.
+
+    Raises:
+        UserError: It is not.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; choose another folder")
     ours = (out / STAGE).is_dir() or (out / MANIFEST_FILE).exists()
@@ -284,6 +300,7 @@ def _refuse_foreign(out: Path) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
+    """Holds the lock of a build; UserError if another process has it."""
     (out / STAGE).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / STAGE / "lock", blocking=False):
@@ -296,8 +313,8 @@ def _empty(out: Path) -> None:
     """Removes what an earlier build made, but for the lock that this one holds."""
     for file in (MANIFEST_FILE, REJECTS_FILE):
         (out / file).unlink(missing_ok=True)
-    for part in (KB, *SPLITS):
-        shutil.rmtree(out / part, ignore_errors=True)
+    for split in (KB, *SPLITS):
+        shutil.rmtree(out / split, ignore_errors=True)
     for path in (out / STAGE).iterdir():
         if path.name != "lock":
             path.unlink()

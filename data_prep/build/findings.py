@@ -1,4 +1,4 @@
-"""The log of findings: lines of a file, and how many there are of each kind."""
+"""Findings of a build: a line of a file each, and counts of each kind."""
 
 import json
 from collections import Counter
@@ -15,20 +15,24 @@ Counts = dict[str, dict[str, int]]  # action: {reason: count}
 
 
 class FindingLog:
-    """Findings as lines of a file, and how many there are of each kind."""
+    """Findings, written as lines and counted.
+
+    Args:
+        stream: Takes a line of JSON each.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def note(self, finding: Finding) -> None:
-        """Adds one."""
+        """Writes and counts a finding."""
         self._stream.write(json.dumps(asdict(finding), sort_keys=True, ensure_ascii=False) + "\n")
         self._counts[finding.action, finding.reason] += 1
 
     @property
     def counts(self) -> Counts:
-        """By action and reason."""
+        """How many there are, by action and reason."""
         return merged_counts([{action: {reason: count}} for (action, reason), count in self._counts.items()])
 
 

@@ -1,4 +1,4 @@
-"""One raw picture to one prepared JPEG: bounded, upright, RGB, never enlarged; or the reason why not.
+"""Preparation of an image: a JPEG that is bounded, upright, RGB and never enlarged; or the reason why not.
 
 torchvision decodes and encodes, torch resizes: twice as fast as Pillow here, which does what only it can do (other
 formats and colour spaces, EXIF rotation, decoding at a fraction of the size). torch resizes with all threads it is
@@ -29,32 +29,36 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION = 0x0112
 
 
-class UnusablePicture(Exception):
+class UnusableImage(Exception):
     """`args[0]` is the reason: "picture unreadable" or "picture too large"."""
 
 
-def prepare_picture(content: bytes, settings: PictureSettings) -> bytes:
+def prepare_image(content: bytes, settings: PictureSettings) -> bytes:
     """JPEG bytes whose shorter side is at most `settings.size` pixels; a small upright RGB JPEG is kept as it is.
 
     With `keep_original` nothing is resized, and every upright RGB or grey JPEG is kept as it is. What is kept decodes.
-    Transparent parts become white, the first frame of a moving picture counts. Damaged pixels inside a whole JPEG are
-    no fault: decoders replace them, and most such pictures still show what they show.
+    What is transparent becomes white, the first frame of a moving image counts. Damaged pixels inside a whole JPEG
+    are no fault: decoders replace them, and most such images still show what they show.
+
+    Args:
+        content: The bytes of the release's file.
+        settings: How images are stored.
 
     Raises:
-        UnusablePicture: the bytes are no picture, it is cut short, or it has more than MAX_PIXELS pixels.
+        UnusableImage: The bytes are no image, it is cut short, or it has more than MAX_PIXELS pixels.
     """
     if len(content) > MAX_FILE_BYTES:
-        raise UnusablePicture("picture too large")
+        raise UnusableImage("picture too large")
     try:
         return _prepare(content, settings)
-    except (UnusablePicture, MemoryError):
+    except (UnusableImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise UnusablePicture("picture too large") from error
+        raise UnusableImage("picture too large") from error
     except Exception as error:  # decoders raise whatever broken bytes lead them to
         if isinstance(error, RuntimeError) and "allocate memory" in str(error):
             raise MemoryError(str(error)) from error  # torch has no error of its own for it
-        raise UnusablePicture("picture unreadable") from error
+        raise UnusableImage("picture unreadable") from error
 
 
 def _prepare(content: bytes, settings: PictureSettings) -> bytes:
@@ -66,32 +70,32 @@ def _prepare(content: bytes, settings: PictureSettings) -> bytes:
     kept = _is_kept(len(content), width, height, header.channels, settings)
     if not kept and min(width, height) >= 4 * settings.size and not settings.keep_original:
         return _prepare_with_pillow(content, settings)  # which decodes it at a fraction of its size
-    picture = decode_jpeg(content)
-    return content if kept else _encoded(picture, settings)
+    image = decode_jpeg(content)
+    return content if kept else _encoded(image, settings)
 
 
 def _prepare_with_pillow(content: bytes, settings: PictureSettings) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size is checked here; doubtful metadata does not matter
-        with Image.open(BytesIO(content), formats=_FORMATS) as picture:
-            _check_size(*picture.size)
-            is_jpeg, turned = picture.format in ("JPEG", "MPO"), _orientation(picture) != 1
-            channels = {"RGB": 3, "L": 1}.get(picture.mode, 0)
-            if is_jpeg and not turned and _is_kept(len(content), *picture.size, channels, settings):
-                picture.load()
+        with Image.open(BytesIO(content), formats=_FORMATS) as image:
+            _check_size(*image.size)
+            is_jpeg, turned = image.format in ("JPEG", "MPO"), _orientation(image) != 1
+            channels = {"RGB": 3, "L": 1}.get(image.mode, 0)
+            if is_jpeg and not turned and _is_kept(len(content), *image.size, channels, settings):
+                image.load()
                 return content
             if is_jpeg and not settings.keep_original:
                 # Decodes at 1/2, 1/4 or 1/8 where that still leaves twice the wanted size.
-                scale = 2 * settings.size / min(picture.size)
-                picture.draft("RGB", (max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
-            upright = ImageOps.exif_transpose(picture) if turned else picture
+                scale = 2 * settings.size / min(image.size)
+                image.draft("RGB", (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+            upright = ImageOps.exif_transpose(image) if turned else image
             pixels_HWC = np.array(_on_white(upright))
     return _encoded(torch.from_numpy(pixels_HWC).permute(2, 0, 1), settings)
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise UnusablePicture("picture too large")
+        raise UnusableImage("picture too large")
 
 
 def _is_kept(num_bytes: int, width: int, height: int, channels: int, settings: PictureSettings) -> bool:
@@ -106,48 +110,48 @@ def _is_kept(num_bytes: int, width: int, height: int, channels: int, settings: P
 def _is_turned(content: bytes) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(BytesIO(content), formats=_FORMATS) as picture:
-            return _orientation(picture) != 1
+        with Image.open(BytesIO(content), formats=_FORMATS) as image:
+            return _orientation(image) != 1
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1 (upright) where there is none or it is not one of 2 .. 8."""
     try:
-        value = picture.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # broken metadata costs no picture
         return 1
     return value if value in range(2, 9) else 1
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image) -> Image.Image:
     # Older Pillows have 16-bit PNGs in mode I. Of both modes PIL makes white by clipping.
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
-        return picture.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
-    if picture.has_transparency_data:
-        with_alpha = picture.convert("RGBA")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        with_alpha = image.convert("RGBA")
         white = Image.new("RGBA", with_alpha.size, "white")
         return Image.alpha_composite(white, with_alpha).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def _encoded(picture: Tensor, settings: PictureSettings) -> bytes:
+def _encoded(image: Tensor, settings: PictureSettings) -> bytes:
     """JPEG bytes of a uint8 [3, H, W], resized unless the original size is wanted."""
     if not settings.keep_original:
-        picture = _shrunk(picture, settings.size)
-    if max(picture.shape) > _MAX_JPEG_SIDE:
-        raise UnusablePicture("picture too large")
-    encoded: Tensor = encode_jpeg(picture, settings.quality)
+        image = _shrunk(image, settings.size)
+    if max(image.shape) > _MAX_JPEG_SIDE:
+        raise UnusableImage("picture too large")
+    encoded: Tensor = encode_jpeg(image, settings.quality)
     return encoded.numpy().tobytes()
 
 
-def _shrunk(picture: Tensor, size: int) -> Tensor:
-    height, width = picture.shape[1:]
+def _shrunk(image: Tensor, size: int) -> Tensor:
+    height, width = image.shape[1:]
     limit = MAX_ASPECT * min(width, height)
     left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
-    picture = picture[:, top : top + limit, left : left + limit]
-    height, width = picture.shape[1:]
+    image = image[:, top : top + limit, left : left + limit]
+    height, width = image.shape[1:]
     short = min(width, height)
     if short <= size:
-        return picture
+        return image
     new_size = (max(1, round(height * size / short)), max(1, round(width * size / short)))
-    return functional.interpolate(picture[None], size=new_size, mode="bicubic", antialias=True)[0]
+    return functional.interpolate(image[None], size=new_size, mode="bicubic", antialias=True)[0]

@@ -1,14 +1,14 @@
 """The plan of a build, on disk: which shard holds which records, checked, and which shards are finished.
 
-<data>/.unfinished/<part>.records    the records of a part of a shard to make, a JSON line each
+<data>/.unfinished/<chunk>.records   the records of a chunk of a shard to make, a JSON line each
 <data>/.unfinished/plan.json         the shards and what was found while reading; written last
-<data>/.unfinished/<part>.tar        a part of a kb shard, with <part>.rows of the kb's table, <part>.findings and,
-                                     written last, <part>.done
+<data>/.unfinished/<chunk>.tar       a chunk of a kb shard, with <chunk>.rows of the kb's table, <chunk>.findings and,
+                                     written last, <chunk>.done
 <data>/.unfinished/<shard>.done      what a finished shard became, written after the shard itself; with <shard>.findings
                                      and, of a kb shard, <shard>.rows
 
-A part of a kb shard has at most 1,000 records; splits have small shards, which are made whole. The folder is there
-until the manifest is: a build that stopped anywhere goes on from the parts and shards that are finished.
+A chunk of a kb shard has at most 1,000 records; splits have small shards, which are made whole. The folder is there
+until the manifest is: a build that stopped anywhere goes on from the chunks and shards that are finished.
 """
 
 import json
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.build.findings import Counts, finding_log
+from data_prep.build.images import JPEG_QUALITY
 from data_prep.build.rules import UniqueIds, checked_entities, checked_mentions
 from data_prep.build.staged_records import write_entity, write_mention
 from data_prep.formats.release import RawEntity, RawMention, Release
@@ -32,17 +33,44 @@ STAGE = ".unfinished"
 PLAN_FILE = "plan.json"
 SCAN_FINDINGS = "scan.findings"
 
-MAX_RECORDS_PER_PART = 1000
+MAX_RECORDS_PER_CHUNK = 1000
 MAX_MENTIONS_PER_SHARD = 1000
 MIN_TRAIN_SHARDS = 16
+SHARD_BYTES = 256_000_000
+IMAGES = PictureSettings(size=224, quality=JPEG_QUALITY)
 _BLOCK = 512  # of a tar: each member takes a header and is rounded up
 
 Scanned = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class DatasetOptions:
+    """How a dataset directory is made, and what its manifest says about where it is from.
+
+    Attributes:
+        name: Its name.
+        licence: Its licence.
+        images: How images are stored.
+        shard_bytes: About the size of the kb's shards.
+        seed: Orders the training mentions.
+    """
+
+    name: str
+    licence: str = "unknown"
+    images: PictureSettings = IMAGES
+    shard_bytes: int = SHARD_BYTES
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """One shard to make: path below the dataset's folder, the position of its first record, how many."""
+    """A shard to make.
+
+    Attributes:
+        path: Its path below the dataset's folder.
+        start: Position of its first record.
+        count: How many records it has.
+    """
 
     path: str
     start: int
@@ -54,18 +82,25 @@ class PlannedShard:
         return self.path.split("/")[0]
 
     @property
-    def parts(self) -> "list[PlannedPart]":
-        """Its parts, in order."""
-        starts = range(0, self.count, MAX_RECORDS_PER_PART)
+    def chunks(self) -> "list[PlannedChunk]":
+        """Its chunks, in order."""
+        starts = range(0, self.count, MAX_RECORDS_PER_CHUNK)
         return [
-            PlannedPart(self.path, number, self.start + start, min(MAX_RECORDS_PER_PART, self.count - start))
+            PlannedChunk(self.path, number, self.start + start, min(MAX_RECORDS_PER_CHUNK, self.count - start))
             for number, start in enumerate(starts)
         ]
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedPart:
-    """Some records of the shard `path`: the how manieth part, the position of its first record, how many."""
+class PlannedChunk:
+    """Some records of a shard.
+
+    Attributes:
+        path: The shard's path.
+        number: Which chunk of it, from 0.
+        start: Position of the first record.
+        count: How many records.
+    """
 
     path: str
     number: int
@@ -73,13 +108,21 @@ class PlannedPart:
     count: int
 
     def staged(self, out: Path, suffix: str) -> Path:
-        """The part's file of that kind."""
+        """The chunk's file of a kind."""
         return staged(out, self.path, f"{self.number:04d}.{suffix}")
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedPart:
-    """What a planned part of the shard `path` became. end: where its samples end in its tar."""
+class FinishedChunk:
+    """A chunk that is made.
+
+    Attributes:
+        path: The shard's path.
+        number: Which chunk of it, from 0.
+        end: Where its samples end in its tar, in bytes.
+        num_with_image: How many of its entities have an image.
+        findings: What was found while it was made.
+    """
 
     path: str
     number: int
@@ -90,7 +133,13 @@ class FinishedPart:
 
 @dataclass(frozen=True, slots=True)
 class FinishedShard:
-    """What a planned shard became."""
+    """A shard that is made.
+
+    Attributes:
+        info: What the manifest says of it.
+        num_with_image: How many of its records have an image.
+        findings: What was found while it was made.
+    """
 
     info: ShardInfo
     num_with_image: int
@@ -99,7 +148,12 @@ class FinishedShard:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All shards, in order, and what reading the release found."""
+    """All shards of a dataset.
+
+    Attributes:
+        shards: In order.
+        findings: What was found while the release was read.
+    """
 
     shards: tuple[PlannedShard, ...]
     findings: Counts
@@ -110,26 +164,26 @@ class Plan:
 
 
 def staged(out: Path, shard: str, suffix: str) -> Path:
-    """The file of that kind for a shard."""
+    """The staged file of a kind, for a shard."""
     return out / STAGE / f"{Path(shard).stem}.{suffix}"
 
 
 def make_plan(
-    source: Release,
-    out: Path,
-    *,
-    key: str,
-    pictures: PictureSettings,
-    shard_bytes: int,
-    seed: int,
-    scanned: Scanned = lambda part, count: None,
+    source: Release, out: Path, *, key: str, options: DatasetOptions, scanned: Scanned = lambda split, count: None
 ) -> Plan:
-    """Reads the release once and writes the records of every shard, then the plan. `key` names what it is a plan of.
+    """Reads the release once and writes the records of every shard, then the plan.
 
-    Memory: the ids of entities and mentions, and what the release holds itself.
+    Memory holds the ids of entities and mentions, and what the release holds itself.
+
+    Args:
+        source: The release.
+        out: The dataset's folder.
+        key: Names what it is a plan of.
+        options: How the dataset is made.
+        scanned: Called with the kb or a split and the number of its records that were read so far.
 
     Raises:
-        UserError: the release is wrong or has no usable entity.
+        UserError: The release is wrong or has no usable entity.
     """
     (out / STAGE).mkdir(parents=True, exist_ok=True)
     with finding_log(out / STAGE / SCAN_FINDINGS) as log:
@@ -141,7 +195,7 @@ def make_plan(
                 row_of[entity.entity_id] = len(row_of)
                 yield entity
 
-        shards = _stage_kb(out, noted(checked_entities(source.entities(), log.note)), pictures, shard_bytes)
+        shards = _stage_kb(out, noted(checked_entities(source.entities(), log.note)), options)
         if not row_of:
             reasons = ", ".join(f"{reason} {count}" for reason, count in log.counts.get("rejected", {}).items())
             raise UserError(
@@ -151,7 +205,7 @@ def make_plan(
         for split in SPLITS:
             mentions = checked_mentions(source.mentions(split), row_of, log.note, ids)
             rows = ((mention, row_of[mention.gold or ""]) for mention in mentions)
-            shards += _stage_split(out, split, rows, seed, scanned)
+            shards += _stage_split(out, split, rows, options.seed, scanned)
         counts = log.counts
     plan = Plan(tuple(shards), counts)
     write_json(out / STAGE / PLAN_FILE, {"key": key, "shards": [asdict(shard) for shard in shards], "findings": counts})
@@ -172,18 +226,18 @@ def read_plan(out: Path, key: str) -> Plan | None:
     return Plan(tuple(PlannedShard(**shard) for shard in content["shards"]), content["findings"])
 
 
-def write_finished_part(out: Path, finished: FinishedPart) -> None:
-    """Marks a part as finished."""
+def write_finished_chunk(out: Path, finished: FinishedChunk) -> None:
+    """Marks a chunk as finished."""
     write_json(staged(out, finished.path, f"{finished.number:04d}.done"), asdict(finished))
 
 
-def read_finished_part(out: Path, part: PlannedPart) -> FinishedPart | None:
-    """What a part became, if it is finished and its tar is still there."""
-    tar = part.staged(out, "tar")
-    content = _read_done(part.staged(out, "done"))
+def read_finished_chunk(out: Path, chunk: PlannedChunk) -> FinishedChunk | None:
+    """A chunk, if it is finished and its tar is still there."""
+    tar = chunk.staged(out, "tar")
+    content = _read_done(chunk.staged(out, "done"))
     if content is None or not tar.is_file() or tar.stat().st_size < content["end"]:
         return None
-    return FinishedPart(**content)
+    return FinishedChunk(**content)
 
 
 def write_finished(out: Path, finished: FinishedShard) -> None:
@@ -197,7 +251,7 @@ def write_finished(out: Path, finished: FinishedShard) -> None:
 
 
 def read_finished(out: Path, shard: PlannedShard) -> FinishedShard | None:
-    """What a shard became, if it is finished and its file is still what it was."""
+    """A shard, if it is finished and its file is still what it was."""
     content = _read_done(staged(out, shard.path, "done"))
     if content is None:
         return None
@@ -209,7 +263,7 @@ def read_finished(out: Path, shard: PlannedShard) -> FinishedShard | None:
 
 
 def _read_done(path: Path) -> dict[str, Any] | None:
-    """None where there is none, or one that a power cut left empty."""
+    """The content of a .done file; None where there is none, or one that a power cut left empty."""
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -217,37 +271,31 @@ def _read_done(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _stage_kb(
-    out: Path, entities: Iterable[RawEntity], pictures: PictureSettings, shard_bytes: int
-) -> list[PlannedShard]:
-    """Shards of about `shard_bytes`, by what the pictures will take at most, more or less."""
+def _stage_kb(out: Path, entities: Iterable[RawEntity], options: DatasetOptions) -> list[PlannedShard]:
+    """Shards of about `shard_bytes`, by what the images will take at most, more or less."""
     shards: list[PlannedShard] = []
     remaining = iter(entities)
     entity = next(remaining, None)
     start = 0
     while entity is not None:
         path, count, size = shard_path(KB, len(shards)), 0, 0
-        while entity is not None and (count == 0 or size < shard_bytes):
-            part = PlannedPart(path, count // MAX_RECORDS_PER_PART, start + count, MAX_RECORDS_PER_PART)
-            with atomic_path(part.staged(out, "records")) as path_now, path_now.open("w", encoding="ascii") as stream:
-                for _ in range(MAX_RECORDS_PER_PART):
+        while entity is not None and (count == 0 or size < options.shard_bytes):
+            chunk = PlannedChunk(path, count // MAX_RECORDS_PER_CHUNK, start + count, MAX_RECORDS_PER_CHUNK)
+            with atomic_path(chunk.staged(out, "records")) as path_now, path_now.open("w", encoding="ascii") as stream:
+                for _ in range(MAX_RECORDS_PER_CHUNK):
                     write_entity(stream, entity)
-                    count, size, entity = count + 1, size + _stored_size(entity, pictures), next(remaining, None)
-                    if entity is None or size >= shard_bytes:
+                    count, size, entity = count + 1, size + _stored_size(entity, options.images), next(remaining, None)
+                    if entity is None or size >= options.shard_bytes:
                         break
         shards.append(PlannedShard(path, start, count))
         start += count
     return shards
 
 
-def _stored_size(entity: RawEntity, pictures: PictureSettings) -> int:
-    """Bytes in a shard, roughly: a picture of s x s pixels that is encoded again takes about s * s / 3."""
-    limit = pictures.size**2 // 3
-    sizes = [
-        picture.size if pictures.keep_original else min(picture.size, limit)
-        for picture in entity.pictures
-        if picture.path
-    ]
+def _stored_size(entity: RawEntity, settings: PictureSettings) -> int:
+    """Bytes in a shard, roughly: an image of s x s pixels that is encoded again takes about s * s / 3."""
+    limit = settings.size**2 // 3
+    sizes = [image.size if settings.keep_original else min(image.size, limit) for image in entity.images if image.path]
     return len(entity.name) + len(entity.attributes) + sum(sizes) + 2 * _BLOCK * (1 + len(sizes))
 
 
@@ -279,8 +327,8 @@ def _stage_split(
     return shards
 
 
-def _cut(count: int, max_size: int, min_parts: int) -> list[range]:
-    """`count` items in parts of nearly equal size: none above `max_size`, at least `min_parts` where counts allow."""
-    num_parts = max(-(-count // max_size), min(min_parts, count))
-    bounds = [count * part // num_parts for part in range(num_parts + 1)] if num_parts else []
+def _cut(count: int, max_size: int, min_ranges: int) -> list[range]:
+    """`count` items in ranges of nearly equal size: none above `max_size`, at least `min_ranges` where counts allow."""
+    num_ranges = max(-(-count // max_size), min(min_ranges, count))
+    bounds = [count * index // num_ranges for index in range(num_ranges + 1)] if num_ranges else []
     return [range(start, stop) for start, stop in pairwise(bounds)]

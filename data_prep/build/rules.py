@@ -34,11 +34,15 @@ class UniqueIds:
 
 
 def checked_entities(items: Iterable[RawEntity | Finding], note: Note) -> Iterator[RawEntity]:
-    """Entities to keep, in release order: their place is their kb row. `note` takes the findings.
+    """Entities to keep, in release order: the position of one is its kb row.
 
     Rejected: text with lone surrogates, no entity id, one that is too long or has control characters, an id that came
     before. Repaired: control characters (a space each). Degraded: a text that is too long (cut), empty name, empty
     attributes.
+
+    Args:
+        items: What a release delivers.
+        note: Takes the findings.
     """
     known: set[str] = set()
     for item in items:
@@ -57,12 +61,18 @@ def checked_entities(items: Iterable[RawEntity | Finding], note: Note) -> Iterat
 def checked_mentions(
     items: Iterable[RawMention | Finding], row_of: Mapping[str, int], note: Note, ids: UniqueIds | None = None
 ) -> Iterator[RawMention]:
-    """Mentions to keep, in release order. `note` takes the findings. `ids`: the same for all splits of a release.
+    """Mentions to keep, in release order.
 
     Rejected: text with lone surrogates, empty word, nil, null or unknown gold. Repaired: no id, one that is too long or
     has control characters (file and position make one), an id that came before (a number is put behind it), control
     characters (a space each). Degraded: a text that is too long (cut), groups that are too many or too long (left out),
     empty sentence.
+
+    Args:
+        items: What a release delivers.
+        row_of: The kb row of each entity id.
+        note: Takes the findings.
+        ids: Those given out so far: the same for all splits of a release.
     """
     ids = UniqueIds() if ids is None else ids
     for item in items:

@@ -1,4 +1,4 @@
-"""Runners of many tasks: one after the other, in processes of this machine, or (`ray_jobs`) on a cluster."""
+"""Runners of tasks: one after the other, or in processes of this machine. The jobs add one for a cluster."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -21,26 +21,27 @@ _POLL_SECONDS = 0.2
 
 
 class Task(Protocol[Result_co]):
-    """Everything that a piece of work needs, so that it can be done anywhere that sees the files."""
+    """A task with all that it needs, so that it can be done anywhere that sees the files."""
 
     def run(self, tick: Tick) -> Result_co:
-        """Does it; `tick(n)` is called after every n items."""
+        """Does it and returns what it made; `tick(n)` is called after every n items."""
 
 
 class Runner(Protocol):
-    """Does tasks in any order and yields what each made; `tick` takes the number of items done since its last call."""
+    """Does tasks in any order."""
 
-    def __call__(self, tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]: ...
+    def __call__(self, tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
+        """Yields what each task made; `tick` takes the number of items done since its last call."""
 
 
 def run_serially(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
-    """One task after the other, in this process."""
+    """Does one task after the other, in this process."""
     return (task.run(tick) for task in tasks)
 
 
 @contextmanager
 def run_in_processes(num_workers: int) -> Iterator[Runner]:
-    """A runner with a pool of `num_workers` processes of its own, until the block ends."""
+    """A runner with a pool of processes of its own, until the block ends."""
     # Forking a process that has loaded torch or Ray may hang.
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)

@@ -1,4 +1,4 @@
-"""The pieces of work of a build: make one shard, hash some files. All that a task needs is in it or in the stage."""
+"""Tasks of a build: hash some files, make one shard. All that a task needs is in it or in the folder of the plan."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.build.findings import finding_log, merged_counts
-from data_prep.build.images import UnusablePicture, prepare_picture
-from data_prep.build.kb_table import KbPieces, StoredEntity, entity_key, join_moved, write_piece
+from data_prep.build.images import UnusableImage, prepare_image
+from data_prep.build.kb_table import KbRows, StoredEntity, entity_key, join_shifted, write_rows
 from data_prep.build.plan import (
-    FinishedPart,
+    FinishedChunk,
     FinishedShard,
-    PlannedPart,
+    PlannedChunk,
     PlannedShard,
     read_finished,
     staged,
     write_finished,
-    write_finished_part,
+    write_finished_chunk,
 )
 from data_prep.build.runners import Tick
 from data_prep.build.staged_records import read_entities, read_mentions
-from data_prep.formats.image_files import MAX_FILE_BYTES, read_picture
-from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture
+from data_prep.formats.image_files import MAX_FILE_BYTES, read_image
+from data_prep.formats.release import Finding, RawEntity, RawImage, RawMention
 from dsmip.data.manifest import PictureSettings, ShardInfo
 from dsmip.data.records import Entity, Mention, entity_fields, mention_fields
 from dsmip.data.tar import Fields, WrittenShard, join_shards, read_place, write_shard
@@ -35,13 +35,18 @@ Note = Callable[[Finding], None]
 
 @dataclass(frozen=True, slots=True)
 class HashTask:
-    """Digests of some files, which stand at `start` in a longer list."""
+    """Hashes some files.
+
+    Attributes:
+        start: Position of the first one in a longer list.
+        files: The files.
+    """
 
     start: int
     files: tuple[Path, ...]
 
     def run(self, tick: Tick) -> tuple[int, list[bytes]]:
-        """The start, and the files' SHA-256."""
+        """The start, and the SHA-256 of each file."""
         digests = []
         for path in self.files:
             digests.append(bytes.fromhex(sha256_file(path)))
@@ -51,44 +56,56 @@ class HashTask:
 
 @dataclass(frozen=True, slots=True)
 class KbTask:
-    """Makes a part of a kb shard."""
+    """Makes a chunk of a kb shard.
+
+    Attributes:
+        out: The dataset's folder.
+        chunk: What to make.
+        images: How images are stored.
+    """
 
     out: Path
-    part: PlannedPart
-    pictures: PictureSettings
+    chunk: PlannedChunk
+    images: PictureSettings
 
-    def run(self, tick: Tick) -> FinishedPart:
-        """Writes the part, its rows of the kb's table, its findings, and that it is finished."""
-        with finding_log(self.part.staged(self.out, "findings")) as log:
-            written = write_shard(self.part.staged(self.out, "tar"), self._samples(log.note, tick))
+    def run(self, tick: Tick) -> FinishedChunk:
+        """Writes the chunk, its rows of the kb's table, its findings, and that it is finished."""
+        with finding_log(self.chunk.staged(self.out, "findings")) as log:
+            written = write_shard(self.chunk.staged(self.out, "tar"), self._samples(log.note, tick))
             counts = log.counts
-        write_piece(self.part.staged(self.out, "rows"), self._stored(written))
-        num_with_image = sum(len(places) > 1 for places in written.places)
-        finished = FinishedPart(self.part.path, self.part.number, written.end, num_with_image, counts)
-        write_finished_part(self.out, finished)
+        write_rows(self.chunk.staged(self.out, "rows"), self._stored(written))
+        num_with_image = sum(len(spans) > 1 for spans in written.places)
+        finished = FinishedChunk(self.chunk.path, self.chunk.number, written.end, num_with_image, counts)
+        write_finished_chunk(self.out, finished)
         return finished
 
     def _samples(self, note: Note, tick: Tick) -> Iterator[tuple[str, Fields]]:
-        for row, raw in enumerate(read_entities(self.part.staged(self.out, "records")), start=self.part.start):
-            prepared = (_prepared(picture, raw, self.pictures, note) for picture in raw.pictures)
+        for row, raw in enumerate(read_entities(self.chunk.staged(self.out, "records")), start=self.chunk.start):
+            prepared = (_prepared(image, raw, self.images, note) for image in raw.images)
             images = tuple(image for image in prepared if image is not None)
             yield entity_key(row), entity_fields(Entity(row, raw.entity_id, raw.name, raw.attributes, images))
             tick(1)
 
     def _stored(self, written: WrittenShard) -> Iterator[StoredEntity]:
-        raws = read_entities(self.part.staged(self.out, "records"))
-        for row, (raw, places) in enumerate(zip(raws, written.places, strict=True), start=self.part.start):
-            pictures = tuple(places[f"{number}.jpg"] for number in range(len(places) - 1))
-            yield StoredEntity(row, raw.entity_id, raw.name, raw.attributes, self.part.path, pictures)
+        raws = read_entities(self.chunk.staged(self.out, "records"))
+        for row, (raw, spans) in enumerate(zip(raws, written.places, strict=True), start=self.chunk.start):
+            image_spans = tuple(spans[f"{number}.jpg"] for number in range(len(spans) - 1))
+            yield StoredEntity(row, raw.entity_id, raw.name, raw.attributes, self.chunk.path, image_spans)
 
 
 @dataclass(frozen=True, slots=True)
 class JoinTask:
-    """Makes a kb shard of its finished parts, and removes them."""
+    """Makes a kb shard of its finished chunks, and removes them.
+
+    Attributes:
+        out: The dataset's folder.
+        shard: What to make.
+        chunks: The shard's chunks, in order.
+    """
 
     out: Path
     shard: PlannedShard
-    parts: tuple[FinishedPart, ...]
+    chunks: tuple[FinishedChunk, ...]
 
     def run(self, tick: Tick) -> FinishedShard:
         """Writes the shard, its rows of the kb's table, its findings, and that it is finished.
@@ -97,19 +114,17 @@ class JoinTask:
         """
         if (finished := read_finished(self.out, self.shard)) is not None:
             return finished
-        planned = self.shard.parts
-        ends = [part.end for part in self.parts]
-        tars = [part.staged(self.out, "tar") for part in planned]
+        planned = self.shard.chunks
+        ends = [chunk.end for chunk in self.chunks]
+        tars = [chunk.staged(self.out, "tar") for chunk in planned]
         num_bytes, digest = join_shards(self.out / self.shard.path, zip(tars, ends, strict=True))
-        rows = [part.staged(self.out, "rows") for part in planned]
-        join_moved(zip(rows, accumulate(ends, initial=0), strict=False), staged(self.out, self.shard.path, "rows"))
-        join_files(
-            [part.staged(self.out, "findings") for part in planned], staged(self.out, self.shard.path, "findings")
-        )
+        rows = [chunk.staged(self.out, "rows") for chunk in planned]
+        join_shifted(zip(rows, accumulate(ends, initial=0), strict=False), staged(self.out, self.shard.path, "rows"))
+        findings = [chunk.staged(self.out, "findings") for chunk in planned]
+        join_files(findings, staged(self.out, self.shard.path, "findings"))
         info = ShardInfo(path=self.shard.path, samples=self.shard.count, bytes=num_bytes, sha256=digest)
-        finished = FinishedShard(
-            info, sum(part.num_with_image for part in self.parts), merged_counts(part.findings for part in self.parts)
-        )
+        num_with_image = sum(chunk.num_with_image for chunk in self.chunks)
+        finished = FinishedShard(info, num_with_image, merged_counts(chunk.findings for chunk in self.chunks))
         write_finished(self.out, finished)
         for path in tars:
             path.unlink(missing_ok=True)
@@ -118,11 +133,18 @@ class JoinTask:
 
 @dataclass(frozen=True, slots=True)
 class SplitTask:
-    """Makes a shard of a split. Pictures of gold entities are copied from the kb's shards, which are made before."""
+    """Makes a shard of a split; images of gold entities are copied from the kb's shards, which are made before.
+
+    Attributes:
+        out: The dataset's folder.
+        shard: What to make.
+        images: How images are stored.
+        kb: The kb's shards.
+    """
 
     out: Path
     shard: PlannedShard
-    pictures: PictureSettings
+    images: PictureSettings
     kb: tuple[PlannedShard, ...]
 
     def run(self, tick: Tick) -> FinishedShard:
@@ -130,7 +152,7 @@ class SplitTask:
         with finding_log(staged(self.out, self.shard.path, "findings")) as log:
             written = write_shard(self.out / self.shard.path, self._samples(log.note, tick))
             counts = log.counts
-        num_with_image = sum("jpg" in places for places in written.places)
+        num_with_image = sum("jpg" in spans for spans in written.places)
         info = ShardInfo(path=self.shard.path, samples=written.samples, bytes=written.bytes, sha256=written.sha256)
         finished = FinishedShard(info, num_with_image, counts)
         write_finished(self.out, finished)
@@ -146,37 +168,35 @@ class SplitTask:
             kb: dict[str, BinaryIO] = {}
             for position, (raw, row) in enumerate(read_mentions(self._records), start=self.shard.start):
                 gold = golds[row]
-                if gold.places and gold.shard not in kb:
+                if gold.image_spans and gold.shard not in kb:
                     kb[gold.shard] = open_files.enter_context((self.out / gold.shard).open("rb"))
-                images = tuple(read_place(kb[gold.shard], offset, size) for offset, size in gold.places)
+                images = tuple(read_place(kb[gold.shard], offset, size) for offset, size in gold.image_spans)
                 entity = Entity(row, gold.entity_id, gold.name, gold.attributes, images)
-                image = _prepared(raw.picture, raw, self.pictures, note) if raw.picture else None
+                image = _prepared(raw.image, raw, self.images, note) if raw.image else None
                 mention = Mention(raw.mention_id, raw.word, raw.sentence, gold.entity_id, row, raw.groups, image)
                 yield f"{self.shard.split}-{position:08d}", mention_fields(mention, entity)
                 tick(1)
 
     def _golds(self) -> dict[int, StoredEntity]:
         paths = tuple(staged(self.out, shard.path, "rows") for shard in self.kb)
-        pieces = KbPieces(paths, tuple(shard.start for shard in self.kb))
-        return pieces.entities(row for _, row in read_mentions(self._records))
+        kb = KbRows(paths, tuple(shard.start for shard in self.kb))
+        return kb.entities(row for _, row in read_mentions(self._records))
 
 
-def _prepared(
-    picture: RawPicture, owner: RawEntity | RawMention, settings: PictureSettings, note: Note
-) -> bytes | None:
-    """The prepared picture, or None and a finding."""
+def _prepared(image: RawImage, owner: RawEntity | RawMention, settings: PictureSettings, note: Note) -> bytes | None:
+    """The prepared image, or None and a finding."""
     reason = "picture missing"
-    if picture.path is not None:
+    if image.path is not None:
         try:
-            return prepare_picture(read_picture(picture, MAX_FILE_BYTES), settings)
-        except UnusablePicture as error:
+            return prepare_image(read_image(image, MAX_FILE_BYTES), settings)
+        except UnusableImage as error:
             reason = str(error)
         except OSError as error:
-            if picture.member is None:  # it was read before, for the digest of the source: no fault of the release
+            if image.member is None:  # it was read before, for the digest of the source: no fault of the release
                 raise UserError(
-                    f"{picture.path}: cannot be read any more: {error.strerror}; run the command again to go on"
+                    f"{image.path}: cannot be read any more: {error.strerror}; run the command again to go on"
                 ) from error
             reason = "picture unreadable"
-    detail = picture.name.encode("utf-8", "replace").decode()
+    detail = image.name.encode("utf-8", "replace").decode()
     note(Finding(owner.source, owner.record, reason, "degraded", detail))
     return None

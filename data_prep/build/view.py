@@ -1,4 +1,4 @@
-"""Makes a view of a dataset directory that keeps a share of its training mentions; nothing is copied."""
+"""Views of a dataset directory that keep a share of its training mentions; nothing is copied."""
 
 import os
 from pathlib import Path, PurePath
@@ -14,7 +14,13 @@ from dsmip.storage.object_store import ObjectStore, is_uri
 
 
 def make_view(base: str | Path, out: str | Path, fraction: float, seed: int) -> Dataset:
-    """A view at `out` of the dataset at `base`, opened; an equal one that is there already stays.
+    """Makes a view and opens it; an equal one that is there already stays.
+
+    Args:
+        base: Where the dataset is, a folder or a URI.
+        out: Where the view goes, a folder or a URI.
+        fraction: The share of training mentions to keep.
+        seed: Draws them; the view of a smaller share lies in that of a larger one.
 
     Raises:
         UserError: `base` is no dataset or itself a view, or lies in a folder though `out` does not, or `out` holds
@@ -58,6 +64,7 @@ def _relative_address(location: str, out: Path | None) -> str:
 
 
 def _write(view: View, out: Path) -> None:
+    """Writes the view's manifest into a folder."""
     if out.is_dir() and any(out.iterdir()):
         path = out / MANIFEST_FILE
         if not path.is_file() or parse_view(path.read_bytes(), str(path)) != view:

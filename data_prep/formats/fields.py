@@ -14,7 +14,7 @@ _ESCAPES = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 
 
 def type_problem(record: Any, types: Types) -> str:
-    """What is wrong with a record's types, or an empty text. Absent and null are left to the rules of all releases."""
+    """What is wrong with a record's types, or an empty text; absent and null are left to the rules of all layouts."""
     if not isinstance(record, dict):
         return f"record is {type(record).__name__}"
     for name, expected in sorted(types.items()):
@@ -39,7 +39,7 @@ def groups_of(record: Mapping[str, Any], known: Collection[str]) -> dict[str, st
 
 
 def percent_decoded(text: str) -> str:
-    """`text` without percent escapes. A run of escapes that is no UTF-8 stays, and so does a bare "%"."""
+    """A text without percent escapes; a run of escapes that is no UTF-8 stays, and so does a bare "%"."""
 
     def decoded(run: re.Match[str]) -> str:
         try:
@@ -51,7 +51,12 @@ def percent_decoded(text: str) -> str:
 
 
 class ChosenField:
-    """A text that a user asked for: records without it are degraded; if all are, asking was a mistake."""
+    """A text that a user asked for: records without it are degraded; if all are, asking was a mistake.
+
+    Args:
+        path: The file of the records.
+        name: The text's field.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
@@ -66,6 +71,10 @@ class ChosenField:
             yield Finding(self._path.name, position, f"no {self._name}", "degraded")
 
     def finish(self) -> None:
-        """Raises UserError if no record has it."""
+        """Ends the count.
+
+        Raises:
+            UserError: No record has the text.
+        """
         if self._records and not self._present:
             raise UserError(f'{self._path}: no record has the key "{self._name}"; choose another text of the release')

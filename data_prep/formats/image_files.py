@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
-from data_prep.formats.release import Finding, RawPicture
+from data_prep.formats.release import Finding, RawImage
 from dsmip.errors import UserError
 
 MAX_FILE_BYTES = 1 << 28
 MAX_RATIO = 200  # pictures hardly shrink; white ones do, so small members may
 _SMALL_BYTES = 1 << 20
 _OPEN_ZIPS = 4
+_FOLDER, _ZIP = "images/", "images.zip"  # of `ImagePaths`
+_KNOWN_PARENTS = 1 << 12
 _ENCRYPTED = 0x1
 # What zipfile raises for wrong bytes; RuntimeError: encrypted, NotImplementedError (one of them): an unknown method.
 _DAMAGED = (
@@ -36,13 +38,13 @@ _DAMAGED = (
 )
 
 
-def zip_members(path: Path) -> tuple[list[RawPicture], list[Finding]]:
+def zip_members(path: Path) -> tuple[list[RawImage], list[Finding]]:
     """The files in a zip, named by their paths there, and a finding for each member that is refused.
 
-    Nothing is ever unpacked to a path that a zip names; refused are members that such a zip is known by.
+    Nothing is ever unpacked to a path that a zip names; refused are members that hostile zips are known by.
 
     Raises:
-        UserError: it is no zip, or damaged.
+        UserError: It is no zip, or damaged.
     """
     try:
         archive = _opened_zip(path)
@@ -59,7 +61,7 @@ def zip_members(path: Path) -> tuple[list[RawPicture], list[Finding]]:
             detail = f"{info.filename}: {fault}"
             refused.append(Finding(path.name, position, "archive member refused", "degraded", detail))
         else:
-            members.append(RawPicture(info.filename, path, info.filename, info.file_size))
+            members.append(RawImage(info.filename, path, info.filename, info.file_size))
     return members, refused
 
 
@@ -67,7 +69,7 @@ def read_member(path: Path, member: str, max_bytes: int) -> bytes:
     """At most `max_bytes` + 1 bytes of a member.
 
     Raises:
-        OSError: it is not there, damaged, encrypted, or compressed in an unknown way.
+        OSError: It is not there, damaged, encrypted, or compressed in an unknown way.
     """
     try:
         with _opened_zip(path).open(member) as stream:
@@ -106,53 +108,60 @@ def _opened_zip(path: Path) -> zipfile.ZipFile:
 
 @lru_cache(_OPEN_ZIPS)
 def _opened(path: Path, _mtime_ns: int, _size: int) -> zipfile.ZipFile:
-    """Kept open, as reading the list of a large zip takes seconds; a zip that changes is opened anew."""
+    """An open zip, kept open as reading the list of a large one takes seconds; one that changes is opened anew."""
     return zipfile.ZipFile(path)
 
 
-class PictureFiles:
-    """All files of some folders and zips, by base name; the first place that has a name wins.
+class ImageFiles:
+    """All files of some folders and zips, found by base name; the first of them that has a name wins.
 
-    refused: a finding for each member of a zip that is not read. A parser delivers them once.
+    Args:
+        containers: The folders and zips; those that are missing do not count.
+
+    Attributes:
+        containers: Those that exist.
+        refused: A finding for each member of a zip that is not read; a release delivers them once.
 
     Raises:
-        UserError: a zip is damaged.
+        UserError: A zip is damaged.
     """
 
-    def __init__(self, places: Sequence[Path]) -> None:
-        self.places = tuple(place for place in places if place.exists())
-        self._found: dict[str, RawPicture] = {}
+    def __init__(self, containers: Sequence[Path]) -> None:
+        self.containers = tuple(path for path in containers if path.exists())
+        self._found: dict[str, RawImage] = {}
         refused: list[Finding] = []
-        for place in self.places:
-            if place.is_dir():
-                pictures = _folder(place)
+        for path in self.containers:
+            if path.is_dir():
+                images = _folder(path)
             else:
-                members, faults = zip_members(place)
-                pictures = [replace(member, name=base_name(member.name)) for member in members]
+                members, faults = zip_members(path)
+                images = [replace(member, name=base_name(member.name)) for member in members]
                 refused += faults
-            for picture in pictures:
+            for image in images:
                 # Archives from some systems hold decomposed names.
-                for name in (picture.name, unicodedata.normalize("NFC", picture.name)):
-                    self._found.setdefault(name, picture)
+                for name in (image.name, unicodedata.normalize("NFC", image.name)):
+                    self._found.setdefault(name, image)
         self.refused = tuple(refused)
 
-    def find(self, name: str, candidates: Iterable[str]) -> RawPicture:
+    def find(self, name: str, candidates: Iterable[str]) -> RawImage:
         """The first candidate, as it is or percent-decoded, that is a file here; folders in a name do not count.
 
-        name: what the record calls the picture; it stays the name of what is found, or of what is lost.
+        Args:
+            name: What the record calls the image; it stays the name of what is found, or of what is lost.
+            candidates: Names that its file may have.
         """
         candidates = list(candidates)
         for candidate in [*candidates, *map(unquote, candidates)]:
             base = base_name(candidate)
             found = self._found.get(base) or self._found.get(unicodedata.normalize("NFC", base))
             if found:
-                return RawPicture(name, found.path, found.member, found.size)
-        return RawPicture(name, None)
+                return RawImage(name, found.path, found.member, found.size)
+        return RawImage(name, None)
 
     def files(self) -> list[Path]:
-        """The files that the pictures are in: a zip, or every file of a folder; in a fixed order."""
-        zips = {place for place in self.places if not place.is_dir()}
-        return sorted(zips | {picture.path for picture in self._found.values() if picture.path})
+        """The files that the images are in: a zip, or every file of a folder; in a fixed order."""
+        zips = {path for path in self.containers if not path.is_dir()}
+        return sorted(zips | {image.path for image in self._found.values() if image.path})
 
 
 def base_name(name: str) -> str:
@@ -160,37 +169,38 @@ def base_name(name: str) -> str:
     return name.replace("\\", "/").rsplit("/", 1)[-1]
 
 
-def read_picture(picture: RawPicture, max_bytes: int) -> bytes:
-    """At most `max_bytes` + 1 bytes of a picture that was found.
+def read_image(image: RawImage, max_bytes: int) -> bytes:
+    """At most `max_bytes` + 1 bytes of an image that was found.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: It cannot be read.
     """
-    if picture.path is None:
-        raise FileNotFoundError(picture.name)
-    if picture.member is None:
-        with picture.path.open("rb") as stream:
+    if image.path is None:
+        raise FileNotFoundError(image.name)
+    if image.member is None:
+        with image.path.open("rb") as stream:
             return stream.read(max_bytes + 1)
-    return read_member(picture.path, picture.member, max_bytes)
+    return read_member(image.path, image.member, max_bytes)
 
 
-def _folder(folder: Path) -> list[RawPicture]:
+def _folder(folder: Path) -> list[RawImage]:
     with os.scandir(folder) as entries:
         found = [(entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
-    return [RawPicture(name, folder / name, None, size) for name, size in sorted(found)]
+    return [RawImage(name, folder / name, None, size) for name, size in sorted(found)]
 
 
-_FOLDER, _ZIP = "images/", "images.zip"
-_KNOWN_PARENTS = 1 << 12
+class ImagePaths:
+    """Images found by path: below a folder, else in its images.zip, whose members are named images/x.jpg or x.jpg.
 
+    Args:
+        folder: The release's folder.
 
-class PicturePaths:
-    """What lies below `folder`, and in images.zip for what does not; members are named `images/x.jpg` or `x.jpg`.
-
-    refused: a finding for each member of the zip that is not read. A parser delivers them once.
+    Attributes:
+        zips: The zip, if there is one.
+        refused: A finding for each member of the zip that is not read; a release delivers them once.
 
     Raises:
-        UserError: the zip is damaged.
+        UserError: The zip is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -202,19 +212,19 @@ class PicturePaths:
         self._members = {unicodedata.normalize("NFC", _plain(member.name)): member for member in members}
         self.refused = tuple(refused)
 
-    def find(self, name: str) -> RawPicture | None:
-        """The picture at a path (or what is lost there); None for a path or a link that leads out of the folder."""
+    def find(self, name: str) -> RawImage | None:
+        """The image at a path (or what is lost there); None for a path or a link that leads out of the folder."""
         if path_fault(name):
             return None
         plain = _plain(name)
         found = self._file(plain)
         if isinstance(found, int):
-            return RawPicture(name, self._folder / plain, None, found)
+            return RawImage(name, self._folder / plain, None, found)
         if found == "outside":
             return None
         plain = unicodedata.normalize("NFC", plain)
         member = self._members.get(plain) or self._members.get(plain.removeprefix(_FOLDER))
-        return RawPicture(name, member.path, member.member, member.size) if member else RawPicture(name, None)
+        return RawImage(name, member.path, member.member, member.size) if member else RawImage(name, None)
 
     def _file(self, plain: str) -> int | Literal["outside", "lost"]:
         """The size of the file at a path below the folder, or why it does not count."""
@@ -232,7 +242,7 @@ class PicturePaths:
         return status.st_size if stat.S_ISREG(status.st_mode) else "lost"
 
     def _is_inside(self, parent: str) -> bool:
-        """Whether a folder, all links followed, is in the release's; most pictures share one."""
+        """Whether a folder, all links followed, is in the release's; most images share one."""
         if parent not in self._parents:
             if len(self._parents) == _KNOWN_PARENTS:
                 self._parents.clear()
@@ -241,5 +251,5 @@ class PicturePaths:
 
 
 def _plain(name: str) -> str:
-    """Without needless dots and slashes."""
+    """A path without needless dots and slashes."""
     return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))

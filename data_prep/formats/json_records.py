@@ -21,7 +21,7 @@ def array_records(path: Path) -> Iterator[Any]:
     """The elements of a file that is one JSON array.
 
     Raises:
-        UserError: the file is missing, no UTF-8, no array or wrong JSON; names line and column.
+        UserError: The file is missing, no UTF-8, no array or wrong JSON; names line and column.
     """
     with _Text(path) as text:
         text.expect_opening("[", "array")
@@ -30,7 +30,11 @@ def array_records(path: Path) -> Iterator[Any]:
 
 
 def object_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Keys and values of a file that is one JSON object. Raises UserError like `array_records`."""
+    """Keys and values of a file that is one JSON object.
+
+    Raises:
+        UserError: The file is missing, no UTF-8, no object or wrong JSON; names line and column.
+    """
     with _Text(path) as text:
         text.expect_opening("{", "object")
         while not text.closes("}"):
@@ -51,7 +55,7 @@ def line_records(path: Path) -> Iterator[Any]:
     Empty lines do not count.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: The file cannot be read.
     """
     try:
         with path.open("rb") as stream:
@@ -87,7 +91,7 @@ def _line_value(line: bytes, number: int) -> Any:
 
 
 def opening(path: Path) -> str:
-    """The first character of a JSON file that is no space: says what its value is, without reading on; "" if none."""
+    """The first character of a JSON file that is no space ("" if none): says what its value is, without reading on."""
     with _Text(path) as text:
         return text.peek()
 

@@ -1,4 +1,4 @@
-"""Parser of the layout for one's own data (docs/data.md has an example).
+"""The layout for one's own data (docs/data.md has an example).
 
     entities.jsonl   {entity_id, name, attributes: text or {key: value}, images: [path, ...]}
     mentions.jsonl   {mention_id, word, sentence, entity_id or null, image: path, split, ...}
@@ -16,9 +16,18 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from data_prep.formats.fields import Types, groups_of, text_of, type_problem
-from data_prep.formats.image_files import PicturePaths
+from data_prep.formats.image_files import ImagePaths
 from data_prep.formats.json_records import BrokenLine, line_records
-from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
+from data_prep.formats.release import (
+    Finding,
+    KnowledgeBaseReader,
+    Layout,
+    RawEntity,
+    RawImage,
+    RawMention,
+    ReleaseOptions,
+    refuse_unknown_options,
+)
 from dsmip.errors import UserError
 
 ENTITY_FILES = ("entities.jsonl", "entities.parquet")
@@ -41,7 +50,14 @@ _BATCH_ROWS = 256
 
 
 class JsonlKb:
-    """Entities of `file`, whose pictures lie in its folder.
+    """The knowledge base of this layout.
+
+    Args:
+        file: An entities.jsonl or entities.parquet; its images lie in its folder.
+        options: Of the release; none of them counts.
+
+    Attributes:
+        images: The images of the folder.
 
     Raises:
         UserError: images.zip is damaged.
@@ -49,16 +65,20 @@ class JsonlKb:
 
     def __init__(self, file: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
         self._file = file
-        self.pictures = PicturePaths(file.parent)
+        self.images = ImagePaths(file.parent)
 
     def files(self) -> list[tuple[str, Path]]:
-        """The file, the zip, and every picture that an entity names, by their names below the folder."""
-        found = _picture_files(picture for item in self.entities() for picture in _pictures(item))
-        return _named(self._file.parent, [self._file, *self.pictures.zips, *found])
+        """The file, the zip, and every image that an entity names, by their names below the folder."""
+        found = _image_files(image for item in self.entities() for image in _images(item))
+        return _named(self._file.parent, [self._file, *self.images.zips, *found])
 
     def entities(self) -> Iterator[RawEntity | Finding]:
-        """Entities in the order of the file, and findings, also those of the zip. Raises UserError: wrong parquet."""
-        yield from self.pictures.refused
+        """Entities in the order of the file, and findings, also those of the zip.
+
+        Raises:
+            UserError: Wrong parquet.
+        """
+        yield from self.images.refused
         source = self._file.name
         for position, record in enumerate(_records(self._file)):
             if isinstance(record, BrokenLine):
@@ -66,14 +86,14 @@ class JsonlKb:
             elif problem := type_problem(record, _ENTITY_TYPES) or _nested(record.get("attributes")):
                 yield Finding(source, position, "wrong type", "rejected", problem)
             else:
-                pictures = []
+                images = []
                 for name in filter(None, record.get("images") or []):
-                    if picture := self.pictures.find(name):
-                        pictures.append(picture)
+                    if image := self.images.find(name):
+                        images.append(image)
                     else:
                         yield _outside(source, position, name)
                 entity_id, name, text = text_of(record, "entity_id"), text_of(record, "name"), attribute_text(record)
-                yield RawEntity(source, position, entity_id, name, text, tuple(pictures))
+                yield RawEntity(source, position, entity_id, name, text, tuple(images))
 
     def records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Entity ids and records as they are, of all records that have an id."""
@@ -85,9 +105,12 @@ class JsonlKb:
 class JsonlRelease:
     """A folder in the layout for one's own data.
 
+    Args:
+        folder: Where it lies.
+        options: This layout has no choices.
+
     Raises:
-        UserError: a file is missing or there twice, images.zip is damaged, or an option is set that this layout does
-            not have.
+        UserError: A file is missing or there twice, images.zip is damaged, or an option is set.
     """
 
     layout: str = "jsonl"
@@ -105,21 +128,22 @@ class JsonlRelease:
         return any((folder / name).is_file() for name in ENTITY_FILES)
 
     def files(self) -> list[tuple[str, Path]]:
-        """The two files, the zip, and every picture that a record names."""
-        images = (text_of(record, "image") for _, record in self._typed_records() if not isinstance(record, Finding))
-        found = _picture_files(self._kb.pictures.find(name) for name in images if name)
-        # A picture may be an entity's and a mention's.
+        """The two files, the zip, and every image that a record names."""
+        records = (record for _, record in self._typed_records() if not isinstance(record, Finding))
+        names = (text_of(record, "image") for record in records)
+        found = _image_files(self._kb.images.find(name) for name in names if name)
+        # An image may be an entity's and a mention's.
         return sorted({*self._kb.files(), *_named(self.folder, [self._mentions, *found])})
 
     def entities(self) -> Iterator[RawEntity | Finding]:
-        """Entities in the order of the file. Raises UserError: wrong parquet."""
+        """Entities in the order of the file; see `JsonlKb.entities`."""
         return self._kb.entities()
 
     def mentions(self, split: str) -> Iterator[RawMention | Finding]:
         """Mentions of a split in the order of the file; findings of records without a split come with train.
 
         Raises:
-            UserError: wrong parquet.
+            UserError: Wrong parquet.
         """
         source = self._mentions.name
         for position, record in self._typed_records():
@@ -127,9 +151,9 @@ class JsonlRelease:
                 if split == "train":
                     yield record
             elif _SPLIT_OF[text_of(record, "split").lower()] == split:
-                picture, image = None, text_of(record, "image")
-                if image and (picture := self._kb.pictures.find(image)) is None:
-                    yield _outside(source, position, image)
+                image, name = None, text_of(record, "image")
+                if name and (image := self._kb.images.find(name)) is None:
+                    yield _outside(source, position, name)
                 yield RawMention(
                     source,
                     position,
@@ -138,7 +162,7 @@ class JsonlRelease:
                     text_of(record, "sentence"),
                     text_of(record, "entity_id") or None,
                     groups_of(record, _MENTION_TYPES.keys()),
-                    picture,
+                    image,
                 )
 
     def _typed_records(self) -> Iterator[tuple[int, Any]]:
@@ -168,6 +192,7 @@ def attribute_text(record: Mapping[str, Any]) -> str:
 
 
 def _nested(attributes: Any) -> str:
+    """What is wrong with attributes that hold more than texts and numbers, or an empty text."""
     values = attributes.values() if isinstance(attributes, dict) else ()
     items = [item for value in values for item in (value if isinstance(value, list) else [value])]
     return (
@@ -176,15 +201,16 @@ def _nested(attributes: Any) -> str:
 
 
 def _outside(source: str, position: int, name: str) -> Finding:
+    """The finding for an image whose path leads out of the folder."""
     return Finding(source, position, "picture outside the folder", "degraded", name)
 
 
-def _pictures(item: RawEntity | Finding) -> Sequence[RawPicture]:
-    return item.pictures if isinstance(item, RawEntity) else ()
+def _images(item: RawEntity | Finding) -> Sequence[RawImage]:
+    return item.images if isinstance(item, RawEntity) else ()
 
 
-def _picture_files(pictures: Iterable[RawPicture | None]) -> set[Path]:
-    return {picture.path for picture in pictures if picture and picture.path}
+def _image_files(images: Iterable[RawImage | None]) -> set[Path]:
+    return {image.path for image in images if image and image.path}
 
 
 def _named(folder: Path, paths: Iterable[Path]) -> list[tuple[str, Path]]:
@@ -192,6 +218,7 @@ def _named(folder: Path, paths: Iterable[Path]) -> list[tuple[str, Path]]:
 
 
 def _one_of(folder: Path, names: Sequence[str]) -> Path:
+    """The only file of some names."""
     found = [folder / name for name in names if (folder / name).is_file()]
     if len(found) != 1:
         problem = "both are there; keep one" if found else "neither is there"
@@ -210,3 +237,13 @@ def _records(path: Path) -> Iterator[Any]:
                 yield from batch.to_pylist()
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as parquet: {error}") from error
+
+
+# After all others: its entities may be their knowledge base.
+LAYOUT = Layout(
+    JsonlRelease.layout,
+    JsonlRelease,
+    JsonlRelease.fits,
+    dict.fromkeys(ENTITY_FILES, KnowledgeBaseReader(JsonlKb)),
+    precedence=90,
+)

@@ -2,74 +2,64 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
 from urllib.parse import unquote
 
-from data_prep.formats.jsonl import ENTITY_FILES, JsonlKb
-from data_prep.formats.mimic import KB_FILE, MimicKb
-from data_prep.formats.release import Finding, RawEntity, ReleaseOptions
+from data_prep.formats.registry import layouts
+from data_prep.formats.release import KnowledgeBase, KnowledgeBaseReader, RawEntity, ReleaseOptions
 from dsmip.errors import UserError
 
-
-class KnowledgeBase(Protocol):
-    """The entities of a layout, without its mentions."""
-
-    def files(self) -> Sequence[tuple[str, Path]]:
-        """Every file that they are made from, under its name in its folder."""
-
-    def entities(self) -> Iterator[RawEntity | Finding]:
-        """Entities in the order of the file, and findings of records that could not be read."""
-
-    def records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Entity ids and records as they are, of all records that have an id."""
-
-
-_READERS: Mapping[str, Callable[[Path, ReleaseOptions], KnowledgeBase]] = {
-    KB_FILE: MimicKb,
-    **dict.fromkeys(ENTITY_FILES, JsonlKb),
-}
+_PAGE_FIELDS = ("wiki_url", "url", "title")
 
 
 def knowledge_base_file(folder: Path, options: ReleaseOptions) -> Path:
     """The file of the knowledge base: `options.kb` or in that folder, else in the release's folder.
 
+    Args:
+        folder: The release's folder.
+        options: Their `kb` counts.
+
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
-    names = ", ".join(_READERS)
-    place = folder if options.kb is None else options.kb
-    if place.is_file():
-        if place.name not in _READERS:
-            raise UserError(f"{place}: no knowledge base; known are files named {names}")
-        return place
-    for name in _READERS:
-        if (place / name).is_file():
-            return place / name
+    readers = _readers()
+    names = ", ".join(readers)
+    path = folder if options.kb is None else options.kb
+    if path.is_file():
+        if path.name not in readers:
+            raise UserError(f"{path}: no knowledge base; known are files named {names}")
+        return path
+    for name in readers:
+        if (path / name).is_file():
+            return path / name
     if options.kb is None:
         raise UserError(
             f"{folder}: has no knowledge base ({names}); say by --kb where it is: such a file or its folder"
         )
-    raise UserError(f"{place}: looked for a knowledge base ({names}), found none")
+    raise UserError(f"{path}: looked for a knowledge base ({names}), found none")
 
 
 def open_knowledge_base(file: Path, options: ReleaseOptions) -> KnowledgeBase:
-    """The reader of a file that `knowledge_base_file` has found; the file's name says its layout.
+    """Opens a file that `knowledge_base_file` has found; the file's name says its layout.
 
     Raises:
-        UserError: a text is chosen that only the MIMIC layout has, or a part of the knowledge base is damaged.
+        UserError: A text is chosen that its layout does not have, or a part of the knowledge base is damaged.
     """
-    if file.name != KB_FILE and options.entity_text != ReleaseOptions().entity_text:
-        raise UserError(f"{file}: has one text of each entity; leave --entity-text out, or bring a {KB_FILE}")
-    return _READERS[file.name](file, options)
+    readers = _readers()
+    reader = readers[file.name]
+    if options.entity_text != ReleaseOptions().entity_text and not reader.has_descriptions:
+        others = " or ".join(name for name, other in readers.items() if other.has_descriptions)
+        raise UserError(f"{file}: has one text of each entity; leave --entity-text out, or bring a {others}")
+    return reader.open(file, options)
 
 
-_PAGE_FIELDS = ("wiki_url", "url", "title")
+def _readers() -> Mapping[str, KnowledgeBaseReader]:
+    return {name: reader for layout in layouts().values() for name, reader in layout.knowledge_bases.items()}
 
 
 def wiki_title(reference: str) -> str:
-    """The title that an address or a title means; "" if none.
+    """The title that a reference means, an address or a title; "" if none.
 
     Of an address it is what follows /wiki/, up to ? or #: neither the damaged schemes of WikiDiverse's addresses
     ("nhttps://", "]https://") nor the language of a Wikipedia count. Both are percent-decoded; underscores are spaces,
@@ -82,7 +72,7 @@ def wiki_title(reference: str) -> str:
 
 
 def entities_by_title(titles: Collection[str], kb: KnowledgeBase) -> Mapping[str, str]:
-    """The entity id for each of `titles` that the knowledge base can tell.
+    """The entity id for each of some titles that the knowledge base can tell.
 
     An entity has a title by its entity id, else by its record's field wiki_url, url or title, else by its name. What
     comes first in this order decides; a title that two entities have in the same way belongs to none.

@@ -1,4 +1,4 @@
-"""Parser of the layout of MELBench's Richpedia-MEL and Wikidata-MEL: one file of all records, by key.
+"""The layout of MELBench's Richpedia-MEL and Wikidata-MEL: one file of all records, by key.
 
     Richpedia-MEL.json   {key: {id, sentence, mentions, entities, answer}, ...}
     Wikidata-MEL.json    the same with lists in mentions, entities and answer: one record, several mentions
@@ -21,16 +21,24 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.formats.fields import Types, groups_of, text_of, type_problem
-from data_prep.formats.image_files import PictureFiles, base_name
+from data_prep.formats.image_files import ImageFiles, base_name
 from data_prep.formats.json_records import object_records, opening
 from data_prep.formats.knowledge_base import knowledge_base_file, open_knowledge_base
-from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
+from data_prep.formats.release import (
+    Finding,
+    Layout,
+    RawEntity,
+    RawImage,
+    RawMention,
+    ReleaseOptions,
+    refuse_unknown_options,
+)
 from data_prep.formats.splits import SplitFiles, SplitItem, check_percentages, grouped_split
 from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
 
 _FILES = "*-MEL.json"
-_PICTURES = ("images", "image", "mention_image", "mention_images")
+_IMAGES = ("images", "image", "mention_image", "mention_images")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".gif", ".webp")
 _TEXTS = ("mentions", "entities", "answer")
 _TYPES: Types = {"id": (str, int), "sentence": str, "imgPath": str}
@@ -44,8 +52,12 @@ class MelbenchRelease:
     `options.split` cuts by groups of equal sentences and pictures (see `grouped_split`); by ids, a mention goes where
     its own id is listed or else its record's `id` or key. What is in no list is rejected.
 
+    Args:
+        folder: Where it lies.
+        options: Which text of entities to read, where the knowledge base is, and the split.
+
     Raises:
-        UserError: a part is missing, comes twice or is wrong, or an option is chosen that the layout does not have.
+        UserError: A file is missing, comes twice or is wrong, or an option is chosen that the layout does not have.
     """
 
     layout: str = "melbench"
@@ -79,8 +91,8 @@ class MelbenchRelease:
         return any(opening(path) == "{" for path in folder.glob(_FILES) if path.is_file())
 
     def files(self) -> list[tuple[str, Path]]:
-        """The mentions, the files of ids if they are used, the pictures, and below kb/ the knowledge base."""
-        paths = [self._file, *(self._ids.paths if self._ids else ()), *self._pictures.files()]
+        """The mentions, the files of ids if they are used, the images, and below kb/ the knowledge base."""
+        paths = [self._file, *(self._ids.paths if self._ids else ()), *self._images.files()]
         return [
             *((path.relative_to(self.folder).as_posix(), path) for path in paths),
             *((f"kb/{name}", path) for name, path in self._kb.files()),
@@ -93,14 +105,14 @@ class MelbenchRelease:
     def mentions(self, split: str) -> Iterator[RawMention | Finding]:
         """Mentions in the file's order. What belongs to no split comes with training's, as findings."""
         if split == SPLITS[0]:
-            yield from self._pictures.refused
+            yield from self._images.refused
         for position, (key, record) in enumerate(object_records(self._file)):
             for item in self._read(position, key, record):
-                place = None if isinstance(item, Finding) else self._split_of(item, key, record)
-                if place == split:
+                own_split = None if isinstance(item, Finding) else self._split_of(item, key, record)
+                if own_split == split:
                     yield item
-                elif place is None and split == SPLITS[0]:
-                    yield item if isinstance(item, Finding) else _unplaced(item)
+                elif own_split is None and split == SPLITS[0]:
+                    yield item if isinstance(item, Finding) else _in_no_split(item)
 
     def _split_of(self, mention: RawMention, key: str, record: Mapping[str, Any]) -> str | None:
         if self._ids is None:
@@ -122,7 +134,7 @@ class MelbenchRelease:
             mentions = [item for item in self._read(position, key, record) if isinstance(item, RawMention)]
             if mentions:
                 positions.append(position)
-                yield SplitItem(mentions[0].sentence, _file_of(mentions[0].picture), len(mentions))
+                yield SplitItem(mentions[0].sentence, _file_of(mentions[0].image), len(mentions))
 
     def _read(self, position: int, key: str, record: Any) -> Iterator[RawMention | Finding]:
         source = self._file.name
@@ -140,7 +152,7 @@ class MelbenchRelease:
             yield Finding(source, position, "no mentions", "rejected", key)
             return
         groups = groups_of(record, _NO_GROUPS)
-        picture = self._picture(text_of(record, "imgPath"), text_of(record, "id") or key)
+        image = self._image(text_of(record, "imgPath"), text_of(record, "id") or key)
         words, golds = columns["mentions"], columns["answer"] or [None] * length
         for number, (word, gold) in enumerate(zip(words, golds, strict=True)):
             if not isinstance(word, str | None) or not isinstance(gold, str | None):
@@ -154,21 +166,21 @@ class MelbenchRelease:
                 text_of(record, "sentence"),
                 (gold or "").strip() or None,
                 groups,
-                picture,
+                image,
             )
 
-    def _picture(self, path: str, record_id: str) -> RawPicture | None:
+    def _image(self, path: str, record_id: str) -> RawImage | None:
         """By its path's base name, also as a JPEG, else by the id; None where nothing names a picture."""
         base = base_name(path)
         stem = base.split(".")[0]
         by_path = [base, f"{stem}.jpg"] if stem else []
-        if not by_path and not self._pictures.places:
+        if not by_path and not self._images.containers:
             return None
-        return self._pictures.find(path or record_id, [*by_path, *(record_id + suffix for suffix in _SUFFIXES)])
+        return self._images.find(path or record_id, [*by_path, *(record_id + suffix for suffix in _SUFFIXES)])
 
     @cached_property
-    def _pictures(self) -> PictureFiles:
-        return PictureFiles([self.folder / (name + form) for name in _PICTURES for form in ("", ".zip")])
+    def _images(self) -> ImageFiles:
+        return ImageFiles([self.folder / (name + form) for name in _IMAGES for form in ("", ".zip")])
 
 
 def _mention_file(folder: Path) -> Path:
@@ -181,15 +193,15 @@ def _mention_file(folder: Path) -> Path:
     return found[0]
 
 
-def _unplaced(mention: RawMention) -> Finding:
+def _in_no_split(mention: RawMention) -> Finding:
     return Finding(mention.source, mention.record, "in no split", "rejected", mention.mention_id)
 
 
-def _file_of(picture: RawPicture | None) -> str | None:
+def _file_of(image: RawImage | None) -> str | None:
     """The file of a picture that was found, else its name."""
-    if picture is None:
+    if image is None:
         return None
-    return f"{picture.path}:{picture.member or ''}" if picture.path else base_name(picture.name)
+    return f"{image.path}:{image.member or ''}" if image.path else base_name(image.name)
 
 
 def _problem(record: Any) -> str:
@@ -202,4 +214,8 @@ def _problem(record: Any) -> str:
 
 
 def _column(value: Any, lists: bool) -> list[Any]:
+    """A field as a list, one item a mention."""
     return (value or []) if lists else [value]
+
+
+LAYOUT = Layout(MelbenchRelease.layout, MelbenchRelease, MelbenchRelease.fits, precedence=20)

@@ -16,9 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.formats.fields import ChosenField, Types, groups_of, percent_decoded, text_of, type_problem
-from data_prep.formats.image_files import PictureFiles, base_name
+from data_prep.formats.image_files import ImageFiles, base_name
 from data_prep.formats.json_records import array_records, object_records
-from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions, refuse_unknown_options
+from data_prep.formats.release import (
+    Finding,
+    KnowledgeBaseReader,
+    Layout,
+    RawEntity,
+    RawImage,
+    RawMention,
+    ReleaseOptions,
+    refuse_unknown_options,
+)
 from dsmip.errors import UserError
 
 KB_FILE = "kb_entity.json"
@@ -26,24 +35,29 @@ _ROWS_FILE = "qid2id.json"
 
 
 class MimicKb:
-    """Entities of `file`, which lies beside its pictures (folder kb_image or kb_image.zip)."""
+    """The knowledge base of this layout.
+
+    Args:
+        file: A kb_entity.json; its images lie beside it, in the folder kb_image or in kb_image.zip.
+        options: Their `entity_text` counts.
+    """
 
     def __init__(self, file: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
         self._file, self._text = file, options.entity_text
         self._rows_file = file.with_name(_ROWS_FILE)
 
     def files(self) -> list[tuple[str, Path]]:
-        """The JSON files and what the pictures are in, by their names below the folder."""
-        paths = [self._file, *[self._rows_file] * self._rows_file.is_file(), *self._pictures.files()]
+        """The JSON files and what the images are in, by their names below the folder."""
+        paths = [self._file, *[self._rows_file] * self._rows_file.is_file(), *self._images.files()]
         return [(path.relative_to(self._file.parent).as_posix(), path) for path in paths]
 
     def entities(self) -> Iterator[RawEntity | Finding]:
-        """Entities in the order of the list, and findings, also those of the pictures' zip.
+        """Entities in the order of the list, and findings, also those of the images' zip.
 
         Raises:
-            UserError: wrong JSON; no record has the text that was chosen; qid2id.json agrees with no record.
+            UserError: Wrong JSON; no record has the text that was chosen; qid2id.json agrees with no record.
         """
-        yield from self._pictures.refused
+        yield from self._images.refused
         rows = _Rows(self._rows_file, self._file)
         text = ChosenField(self._file, self._text) if self._text == "desc" else None
         types = {"qid": str, "entity_name": str, self._text: str, "image_list": list}
@@ -55,8 +69,8 @@ class MimicKb:
                 yield from text.findings(position, record)
             qid, name, attributes = (text_of(record, field) for field in ("qid", "entity_name", self._text))
             yield from rows.findings(position, qid, record.get("id"))
-            pictures = tuple(self._pictures.find(file, [file]) for file in record.get("image_list") or [] if file)
-            yield RawEntity(self._file.name, position, qid, percent_decoded(name).strip(), attributes, pictures)
+            images = tuple(self._images.find(file, [file]) for file in record.get("image_list") or [] if file)
+            yield RawEntity(self._file.name, position, qid, percent_decoded(name).strip(), attributes, images)
         if text:
             text.finish()
         yield from rows.finish()
@@ -68,8 +82,8 @@ class MimicKb:
                 yield record["qid"].strip(), record
 
     @cached_property
-    def _pictures(self) -> PictureFiles:
-        return PictureFiles([self._file.parent / "kb_image", self._file.parent / "kb_image.zip"])
+    def _images(self) -> ImageFiles:
+        return ImageFiles([self._file.parent / "kb_image", self._file.parent / "kb_image.zip"])
 
 
 class _Rows:
@@ -97,7 +111,11 @@ class _Rows:
             yield Finding(self._kb.name, position, f"{_ROWS_FILE} disagrees", "repaired", f"{qid} {said}")
 
     def finish(self) -> Iterator[Finding]:
-        """What the file has and the list has not. Raises UserError where it is another release's."""
+        """What the file has and the list has not.
+
+        Raises:
+            UserError: The file is another release's.
+        """
         if self._compared and not self._agreed:
             raise UserError(
                 f"{self._path}: agrees with no record of {self._kb.name}; bring the one of this release or remove it "
@@ -108,7 +126,7 @@ class _Rows:
                 yield Finding(self._path.name, position, f"not in {self._kb.name}", "repaired", qid)
 
 
-_MENTION_PICTURES = ("mention_image", "mention_images")
+_MENTION_IMAGES = ("mention_image", "mention_images")
 _SUFFIX = {"train": "_train.json", "validation": "_dev.json", "test": "_test.json"}
 _MENTION_TYPES: Types = {"id": (str, int), **dict.fromkeys(("sentence", "mentions", "imgPath", "answer"), str)}
 # The gold's name, texts, and what releases with negatives add: nothing to report by.
@@ -118,8 +136,12 @@ _NO_GROUPS = frozenset({"entities", "desc", "instance", "type", "negative"})
 class MimicRelease:
     """A folder in the MIMIC layout.
 
+    Args:
+        folder: Where it lies.
+        options: Which texts to read.
+
     Raises:
-        UserError: the folder or one of its JSON files is missing, it has two folders of mention pictures, or an option
+        UserError: The folder or one of its JSON files is missing, it has two folders of mention images, or an option
             is set that this layout does not have.
     """
 
@@ -132,7 +154,7 @@ class MimicRelease:
         self.folder = folder
         self.choices: Mapping[str, str] = {"entity_text": options.entity_text, "mention_text": options.mention_text}
         self._with_desc = options.mention_text == "sentence+desc"
-        self._mention_places = _mention_places(folder)
+        self._image_folders = _image_folders(folder)
         self._files = {split: _mention_file(folder, suffix) for split, suffix in _SUFFIX.items()}
         if not (folder / KB_FILE).is_file():
             raise UserError(f"{folder}: looked for {KB_FILE}, found {_listing(folder)}")
@@ -144,22 +166,22 @@ class MimicRelease:
         return (folder / KB_FILE).is_file() and any(folder.glob(f"*{_SUFFIX['train']}"))
 
     def files(self) -> list[tuple[str, Path]]:
-        """The JSON files and what the pictures are in: a zip, or all files of a folder."""
-        paths = [*self._files.values(), *self._mention_pictures.files()]
+        """The JSON files and what the images are in: a zip, or all files of a folder."""
+        paths = [*self._files.values(), *self._mention_images.files()]
         return [*self._kb.files(), *((path.relative_to(self.folder).as_posix(), path) for path in paths)]
 
     def entities(self) -> Iterator[RawEntity | Finding]:
-        """Entities in the order of kb_entity.json. Raises UserError like `MimicKb.entities`."""
+        """Entities in the order of kb_entity.json; see `MimicKb.entities`."""
         return self._kb.entities()
 
     def mentions(self, split: str) -> Iterator[RawMention | Finding]:
-        """Mentions in the order of the split's file; those of train come with the findings of the pictures' zip.
+        """Mentions in the order of the split's file; those of train come with the findings of the images' zip.
 
         Raises:
-            UserError: wrong JSON, or no record has the text that was chosen.
+            UserError: Wrong JSON, or no record has the text that was chosen.
         """
         if split == "train":
-            yield from self._mention_pictures.refused
+            yield from self._mention_images.refused
         path = self._files[split]
         desc = ChosenField(path, "desc") if self._with_desc else None
         types = {**_MENTION_TYPES, "desc": str} if desc else _MENTION_TYPES
@@ -185,28 +207,28 @@ class MimicRelease:
             sentence,
             text_of(record, "answer") or None,
             groups_of(record, _NO_GROUPS | _MENTION_TYPES.keys()),
-            self._mention_picture(text_of(record, "imgPath")),
+            self._mention_image(text_of(record, "imgPath")),
         )
 
-    def _mention_picture(self, name: str) -> RawPicture | None:
+    def _mention_image(self, name: str) -> RawImage | None:
         """The release names the original upload; its file is a JPEG named by what comes before the first dot."""
         base = base_name(name)
         if not base:
             return None
-        return self._mention_pictures.find(name, [base.split(".")[0] + ".jpg", base])
+        return self._mention_images.find(name, [base.split(".")[0] + ".jpg", base])
 
     @cached_property
-    def _mention_pictures(self) -> PictureFiles:
-        return PictureFiles(self._mention_places)
+    def _mention_images(self) -> ImageFiles:
+        return ImageFiles(self._image_folders)
 
 
-def _mention_places(folder: Path) -> list[Path]:
-    """The folder, then the zips: what was unpacked goes before what was not."""
-    found = [folder / name for name in _MENTION_PICTURES if (folder / name).is_dir()]
+def _image_folders(folder: Path) -> list[Path]:
+    """The folder of mention images, then the zips: what was unpacked goes before what was not."""
+    found = [folder / name for name in _MENTION_IMAGES if (folder / name).is_dir()]
     if len(found) > 1:
         names = " and ".join(f"{path.name}/" for path in found)
         raise UserError(f"{folder}: has both {names}; keep the one that holds the mentions' pictures")
-    return [*found, *(folder / f"{name}.zip" for name in _MENTION_PICTURES)]
+    return [*found, *(folder / f"{name}.zip" for name in _MENTION_IMAGES)]
 
 
 def _mention_file(folder: Path, suffix: str) -> Path:
@@ -221,3 +243,12 @@ def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     return shown or "an empty folder"
+
+
+LAYOUT = Layout(
+    MimicRelease.layout,
+    MimicRelease,
+    MimicRelease.fits,
+    {KB_FILE: KnowledgeBaseReader(MimicKb, has_descriptions=True)},
+    precedence=10,
+)

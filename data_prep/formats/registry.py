@@ -1,49 +1,49 @@
-"""The layouts that `dsmip prepare` takes: which parser reads which, and which one a folder holds."""
+"""Registry of layouts: each module of this package that declares a `LAYOUT` is one, found by being there."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.formats.jsonl import JsonlRelease
-from data_prep.formats.melbench import MelbenchRelease
-from data_prep.formats.mimic import MimicRelease
-from data_prep.formats.release import Release, ReleaseOptions
-from data_prep.formats.wikidiverse import WikidiverseRelease
+from data_prep import formats
+from data_prep.formats.release import Layout, Release, ReleaseOptions
 from dsmip.errors import UserError
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A parser, and whether a folder looks like what it reads."""
-
-    open: Callable[[Path, ReleaseOptions], Release]
-    fits: Callable[[Path], bool]
-
-
-LAYOUTS: Mapping[str, Layout] = {
-    "mimic": Layout(MimicRelease, MimicRelease.fits),
-    "melbench": Layout(MelbenchRelease, MelbenchRelease.fits),
-    "wikidiverse": Layout(WikidiverseRelease, WikidiverseRelease.fits),
-    "jsonl": Layout(JsonlRelease, JsonlRelease.fits),
-}
+def layouts() -> Mapping[str, Layout]:
+    """All layouts by name, in the order in which a folder is compared with them."""
+    found: list[Layout] = []
+    for info in pkgutil.iter_modules(formats.__path__, f"{formats.__name__}."):
+        layout = getattr(importlib.import_module(info.name), "LAYOUT", None)
+        if isinstance(layout, Layout):
+            found.append(layout)
+    found.sort(key=lambda layout: (layout.precedence, layout.name))
+    return {layout.name: layout for layout in found}
 
 
 def open_release(
     folder: Path, layout: str | None, options: ReleaseOptions, notice: Callable[[str], None] = print
 ) -> Release:
-    """The release in `folder`, in the layout of that name or (None) in the first one that fits; `notice` is told.
+    """Opens a release.
+
+    Args:
+        folder: Where it lies.
+        layout: Name of its layout; None: the first one that fits.
+        options: What to take of it.
+        notice: Called with a line that names the layout, where it was found.
 
     Raises:
-        UserError: no such folder, no such layout, or nothing fits.
+        UserError: There is no such folder or layout, nothing fits, or the release is wrong.
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise UserError(f"--format {layout} is unknown; known: {', '.join(LAYOUTS)}, demo")
+    known = layouts()
+    if layout is not None and layout not in known:
+        raise UserError(f"--format {layout} is unknown; known: {', '.join(known)}, demo")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if layout is None:
-        fitting = [name for name, candidate in LAYOUTS.items() if candidate.fits(folder)]
+        fitting = [name for name, candidate in known.items() if candidate.fits(folder)]
         if not fitting:
-            raise UserError(f"{folder}: no layout that is known ({', '.join(LAYOUTS)}); choose one by --format")
+            raise UserError(f"{folder}: no layout that is known ({', '.join(known)}); choose one by --format")
         layout, others = fitting[0], fitting[1:]
         notice(f"{folder}: layout {layout}" + (f" ({', '.join(others)} would fit too: --format)" if others else ""))
-    return LAYOUTS[layout].open(folder, options)
+    return known[layout].open(folder, options)

@@ -1,14 +1,14 @@
-"""The contract of a layout: an open release, what it delivers, and what a user may choose of it.
+"""The contract of a layout: how it is declared, what an open release delivers, what a user may choose of it.
 
 A layout reads its files and checks types; `data_prep.build.rules` decides what is kept (docs/data.md tells users how).
 Nothing is lost silently: every record that is left out, repaired or degraded leaves a `Finding`, and each one is either
 yielded or rejected once, so that inputs = in shards + rejected.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from dsmip.errors import UserError
 
@@ -19,9 +19,16 @@ _MAX_DETAIL = 200
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One touched record: `source` is the file, `record` its position there, `detail` what it was about.
+    """A record that was touched.
 
     Whatever a release holds, a finding can be written: lone surrogates become "?", a long detail is cut.
+
+    Attributes:
+        source: Name of the file.
+        record: Position of the record there.
+        reason: What was wrong, in a few words that are counted.
+        action: What was done about it.
+        detail: What it was about: an id, a name, a field.
     """
 
     source: str
@@ -37,36 +44,14 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class RawEntity:
-    """An entity of a release. `pictures` are files named by the record; those that do not exist are None."""
+class RawImage:
+    """An image that a record names.
 
-    source: str
-    record: int
-    entity_id: str
-    name: str
-    attributes: str
-    pictures: tuple["RawPicture", ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RawMention:
-    """A mention of a release; `gold` is an entity id, or None where the release has none."""
-
-    source: str
-    record: int
-    mention_id: str
-    word: str
-    sentence: str
-    gold: str | None
-    groups: Mapping[str, str] = field(default_factory=dict)
-    picture: "RawPicture | None" = None
-
-
-@dataclass(frozen=True, slots=True)
-class RawPicture:
-    """A picture that a record names, and the file that was found for it (None: lost).
-
-    member: its name in the zip `path`, or None for a plain file. size: in bytes, as stored outside of the zip.
+    Attributes:
+        name: What the record calls it.
+        path: The file that was found for it; None: lost.
+        member: Its name in the zip `path`; None: `path` is a plain file.
+        size: Bytes, as stored outside of the zip.
     """
 
     name: str
@@ -76,11 +61,61 @@ class RawPicture:
 
 
 @dataclass(frozen=True, slots=True)
-class ReleaseOptions:
-    """What a user chose of a release; a parser refuses (UserError) what its layout does not have.
+class RawEntity:
+    """An entity of a release.
 
-    entity_text: field of the attributes. mention_text: what the sentence is made of. kb: where the knowledge base is,
-    for layouts without one. split: percentages of train, validation and test, for layouts without splits.
+    Attributes:
+        source: Name of the file that it stands in.
+        record: Position there.
+        entity_id: Its id, as mentions name it.
+        name: Its name.
+        attributes: Its text.
+        images: The images that the record names, also those that are lost.
+    """
+
+    source: str
+    record: int
+    entity_id: str
+    name: str
+    attributes: str
+    images: tuple[RawImage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RawMention:
+    """A mention of a release.
+
+    Attributes:
+        source: Name of the file that it stands in.
+        record: Position there.
+        mention_id: Its id, or "" where it has none.
+        word: The word to link.
+        sentence: The sentence around it.
+        gold: Id of the entity that it means; None where the release has none.
+        groups: Values to report by, by name.
+        image: Its image, if the record names one.
+    """
+
+    source: str
+    record: int
+    mention_id: str
+    word: str
+    sentence: str
+    gold: str | None
+    groups: Mapping[str, str] = field(default_factory=dict)
+    image: RawImage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseOptions:
+    """What a user chose of a release; a layout refuses what it does not have.
+
+    Attributes:
+        entity_text: Field of the attributes.
+        mention_text: What the sentence is made of.
+        kb: Where the knowledge base is, for layouts without one.
+        split: Percentages of train, validation and test, for layouts without splits.
+        seed: Orders the groups of `split`.
     """
 
     entity_text: Literal["attr", "desc"] = "attr"
@@ -91,10 +126,12 @@ class ReleaseOptions:
 
 
 class Release(Protocol):
-    """A raw release on disk. Both iterators also deliver findings of records that they could not read.
+    """A raw release on disk.
 
-    folder: its name goes into the manifest. layout: the parser's name. choices: what was chosen of the release (which
-    text, which split); goes into the manifest.
+    Attributes:
+        folder: Where it lies; its name goes into the manifest.
+        layout: Name of the layout.
+        choices: What was chosen of the release (which text, which split); goes into the manifest.
     """
 
     folder: Path
@@ -105,14 +142,69 @@ class Release(Protocol):
         """Every file that a dataset made from this release depends on, under a name that is the same everywhere."""
 
     def entities(self) -> Iterator[RawEntity | Finding]:
-        """Entities in release order."""
+        """Entities in release order, and findings of records that could not be read."""
 
     def mentions(self, split: str) -> Iterator[RawMention | Finding]:
-        """Mentions of "train", "validation" or "test" in release order."""
+        """Mentions of "train", "validation" or "test" in release order, and findings of records without any."""
+
+
+class KnowledgeBase(Protocol):
+    """The entities of a layout, without its mentions."""
+
+    def files(self) -> Sequence[tuple[str, Path]]:
+        """Every file that they are made from, under its name in its folder."""
+
+    def entities(self) -> Iterator[RawEntity | Finding]:
+        """Entities in the order of the file, and findings of records that could not be read."""
+
+    def records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Entity ids and records as they are, of all records that have an id."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnowledgeBaseReader:
+    """How a file is read that is a knowledge base.
+
+    Attributes:
+        open: Opens it.
+        has_descriptions: Whether `ReleaseOptions.entity_text` may be "desc".
+    """
+
+    open: Callable[[Path, ReleaseOptions], KnowledgeBase]
+    has_descriptions: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a release lies in its folder. A module of this package declares its own as `LAYOUT`.
+
+    Attributes:
+        name: What `--format` calls it.
+        open: Opens a folder; raises UserError where something is missing or wrong, or an option is set that the layout
+            does not have.
+        fits: Whether a folder looks like it, by a quick look.
+        knowledge_bases: Readers of its entities by file name, for layouts that have none of their own.
+        precedence: Of several layouts that fit a folder the one of the lowest precedence is taken.
+    """
+
+    name: str
+    open: Callable[[Path, ReleaseOptions], Release]
+    fits: Callable[[Path], bool]
+    knowledge_bases: Mapping[str, KnowledgeBaseReader] = field(default_factory=dict)
+    precedence: int = 50
 
 
 def refuse_unknown_options(options: ReleaseOptions, layout: str, known: Sequence[str]) -> None:
-    """Raises UserError where an option is set that the layout does not have."""
+    """Checks that only options are set that a layout has.
+
+    Args:
+        options: What was chosen.
+        layout: Name of the layout.
+        known: Names of the options that it has.
+
+    Raises:
+        UserError: Another one is set.
+    """
     for name in ("entity_text", "mention_text", "kb", "split"):
         if name not in known and getattr(options, name) != getattr(ReleaseOptions(), name):
             raise UserError(f"--{name.replace('_', '-')}: the layout {layout} has no such choice; leave it out")

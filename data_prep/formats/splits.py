@@ -30,10 +30,14 @@ _TABLE = "splits.json"
 
 
 class SplitFiles:
-    """The files of ids in a folder: `paths`, none if it has none; `split_of` says where an id belongs.
+    """The files of ids in a folder.
+
+    Attributes:
+        paths: The files; none if the folder has none.
+        split_of: The split of each id.
 
     Raises:
-        UserError: a split is missing or comes twice, an id is in two splits or no text or whole number, or a file
+        UserError: A split is missing or comes twice, an id is in two splits or no text or whole number, or a file
             cannot be read.
     """
 
@@ -86,44 +90,62 @@ def _line_ids(path: Path) -> Iterator[str]:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from error
 
 
-def _by_id(place: Path, ids: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def _by_id(path: Path, ids: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The split of each id; `path` is named where an id has two."""
     split_of: dict[str, str] = {}
     for split, members in ids.items():
         for one in members:
             if split_of.setdefault(one, split) != split:
-                raise UserError(f"{place}: id {one!r} is in {split_of[one]} and in {split}")
+                raise UserError(f"{path}: id {one!r} is in {split_of[one]} and in {split}")
     return split_of
 
 
 @dataclass(frozen=True, slots=True)
 class SplitItem:
-    """A record to be placed. picture: what tells its file from others, None: none. size: its mentions, at least 1."""
+    """A record to be put into a split.
+
+    Attributes:
+        sentence: Its sentence.
+        image: What tells its image's file from others; None: it has none.
+        size: How many mentions it has, at least 1.
+    """
 
     sentence: str
-    picture: str | None
+    image: str | None
     size: int
 
 
 def check_percentages(percentages: tuple[int, int, int]) -> None:
-    """Raises UserError unless they are shares of a whole, some of it for training."""
+    """Checks percentages of train, validation and test.
+
+    Raises:
+        UserError: They are no shares of a whole, or training has none.
+    """
     if sum(percentages) != 100 or min(percentages) < 0 or percentages[0] == 0:
         shown = "/".join(map(str, percentages))
         raise UserError(f"--split {shown}: takes percentages of train/validation/test that sum to 100, as 70/10/20")
 
 
 def grouped_split(items: Iterable[SplitItem], percentages: tuple[int, int, int], seed: int) -> list[str]:
-    """The split of each item; depends on the items, their order and the seed alone. Only hashes are kept of the items.
+    """The split of each item; depends on the items, their order and the seed alone.
+
+    Only hashes are kept of the items.
 
     Sentences are equal here when they differ only in case, width and white space; empty ones join nothing. Large groups
-    are placed first, equal ones in the seed's order, each where most mentions are wanting: no split exceeds its share
-    of the mentions by as much as the largest group.
+    come first, equal ones in the seed's order, each into the split where most mentions are wanting: no split exceeds
+    its share of the mentions by as much as the largest group.
+
+    Args:
+        items: The records.
+        percentages: Shares of train, validation and test.
+        seed: Orders groups of equal size.
     """
     roots, sizes = _groups(items)
     group_sizes = dict.fromkeys(roots, 0)
     for root, size in zip(roots, sizes, strict=True):
         group_sizes[root] += size
     groups = list(group_sizes)
-    order = [groups[place] for place in permutation(len(groups), "grouped split", seed).tolist()]
+    order = [groups[index] for index in permutation(len(groups), "grouped split", seed).tolist()]
     split_of = {}
     wanting = [sum(sizes) * percentage for percentage in percentages]  # hundredths of mentions
     for root in sorted(order, key=group_sizes.__getitem__, reverse=True):
@@ -158,8 +180,8 @@ def _keys(item: SplitItem) -> Iterator[bytes]:
     sentence = " ".join(unicodedata.normalize("NFKC", item.sentence).casefold().split())
     if sentence:
         yield _digest("sentence", sentence)
-    if item.picture is not None:
-        yield _digest("picture", item.picture)
+    if item.image is not None:
+        yield _digest("picture", item.image)
 
 
 def _digest(*parts: str) -> bytes:

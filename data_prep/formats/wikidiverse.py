@@ -1,4 +1,4 @@
-"""Parser of WikiDiverse as its authors released it, in either of two forms.
+"""The layout of WikiDiverse as its authors released it, in either of two forms.
 
     train.json valid.json test.json    [[sentence, img_url, topic, [[mention, type, start, end, url], ...]], ...]
     train_w_10cands.json valid_... test_...    [[sentence, img_url, mention, type, left context, right context, url,
@@ -23,21 +23,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats.image_files import PictureFiles
+from data_prep.formats.image_files import ImageFiles
 from data_prep.formats.json_records import array_records, opening
 from data_prep.formats.knowledge_base import entities_by_title, knowledge_base_file, open_knowledge_base, wiki_title
 from data_prep.formats.release import (
     Action,
     Finding,
+    Layout,
     RawEntity,
+    RawImage,
     RawMention,
-    RawPicture,
     ReleaseOptions,
     refuse_unknown_options,
 )
 from dsmip.errors import UserError
 
-_PICTURES = ("wikinewsImgs", "images")
+_IMAGES = ("wikinewsImgs", "images")
 _NAMES = {"train": "train", "validation": "valid", "test": "test"}
 _FORMS = {"passages": ".json", "mentions": "_w_10cands.json"}
 _TEXT = (str, type(None))
@@ -53,7 +54,7 @@ class _Annotation:
     position: int
     mention_id: str
     sentence: str
-    picture: str
+    image: str
     topic: str
     word: str
     type: str
@@ -65,8 +66,12 @@ class _Annotation:
 class WikidiverseRelease:
     """A folder with the three files of either form; where it has both, passages are read.
 
+    Args:
+        folder: Where it lies.
+        options: Which text of entities to read, and where the knowledge base is.
+
     Raises:
-        UserError: a file or the knowledge base is missing, or an option is chosen that the layout does not have.
+        UserError: A file or the knowledge base is missing, or an option is chosen that the layout does not have.
     """
 
     layout: str = "wikidiverse"
@@ -91,8 +96,8 @@ class WikidiverseRelease:
         return any(_starts_with_list(path) for path in files if path.is_file())
 
     def files(self) -> list[tuple[str, Path]]:
-        """The mentions, the pictures, and below kb/ the knowledge base."""
-        paths = [*self._files.values(), *self._pictures.files()]
+        """The mentions, the images, and below kb/ the knowledge base."""
+        paths = [*self._files.values(), *self._images.files()]
         return [
             *((path.relative_to(self.folder).as_posix(), path) for path in paths),
             *((f"kb/{name}", path) for name, path in self._kb.files()),
@@ -105,7 +110,7 @@ class WikidiverseRelease:
     def mentions(self, split: str) -> Iterator[RawMention | Finding]:
         """Mentions in the order of the split's file, a passage's in the passage's order; groups: topic, type."""
         if split == "train":
-            yield from self._pictures.refused
+            yield from self._images.refused
         source = self._files[split].name
         for item in self._annotations(split):
             if isinstance(item, Finding):
@@ -125,7 +130,7 @@ class WikidiverseRelease:
                 item.sentence.strip(),
                 gold or item.gold or None,
                 {name: text for name, text in (("topic", item.topic), ("type", item.type)) if text},
-                self._picture(item.picture),
+                self._image(item.image),
             )
 
     def _annotations(self, split: str) -> Iterator[_Annotation | Finding]:
@@ -144,16 +149,16 @@ class WikidiverseRelease:
         }
         return entities_by_title(golds - {""}, self._kb)
 
-    def _picture(self, url: str) -> RawPicture | None:
-        return self._pictures.find(url, picture_names(url)) if url else None
+    def _image(self, url: str) -> RawImage | None:
+        return self._images.find(url, image_names(url)) if url else None
 
     @cached_property
-    def _pictures(self) -> PictureFiles:
-        return PictureFiles([self.folder / (name + form) for name in _PICTURES for form in ("", ".zip")])
+    def _images(self) -> ImageFiles:
+        return ImageFiles([self.folder / (name + form) for name in _IMAGES for form in ("", ".zip")])
 
 
-def picture_names(url: str) -> list[str]:
-    """The names that the file of a picture may have, the authors' first.
+def image_names(url: str) -> list[str]:
+    """The names that the file of an image may have, the authors' first.
 
     Where the extension is not one of theirs, their expression leaves the base name whole: the MD5 is put before it.
     """
@@ -167,9 +172,16 @@ def picture_names(url: str) -> list[str]:
 def span_fault(sentence: str, word: str, start: object, end: object) -> Action | None:
     """What is to be noted of a mention's span; the word is taken as it is, because a span is never needed again.
 
-    None: the word stands at [start, end) or at [start, end], white space around it aside; releases of both conventions
-    circulate. "repaired": it does not, but occurs once in the sentence, so that its place is known. "degraded": its
-    place is not known. word: not empty.
+    Args:
+        sentence: The mention's sentence.
+        word: Its word, not empty.
+        start: Where the release says that it begins.
+        end: Where the release says that it ends.
+
+    Returns:
+        None: the word stands at [start, end) or at [start, end], white space around it aside; releases of both
+        conventions circulate. "repaired": it does not, but occurs once in the sentence, so that its position is known.
+        "degraded": its position is not known.
     """
     word = word.strip()
     if type(start) is int and type(end) is int and 0 <= start <= end:
@@ -184,26 +196,26 @@ def _passage(path: Path, position: int, record: Any) -> Iterator[_Annotation | F
     if problem := _problem(record, _PASSAGE):
         yield Finding(path.name, position, "wrong type", "rejected", problem)
         return
-    sentence, picture, topic, mentions = record
+    sentence, image, topic, mentions = record
     if not mentions:
         yield Finding(path.name, position, "no mentions", "rejected")
     for number, mention in enumerate(mentions):
         if problem := _problem(mention, _MENTION):
             yield Finding(path.name, position, "wrong type", "rejected", f"mention {number}: {problem}")
         else:
-            yield _annotation(path, position, f"{position}-{number}", (sentence, picture, topic), mention)
+            yield _annotation(path, position, f"{position}-{number}", (sentence, image, topic), mention)
 
 
 def _flat(path: Path, position: int, record: Any) -> Iterator[_Annotation | Finding]:
     if not isinstance(record, list) or len(record) != _FLAT:
         yield Finding(path.name, position, "wrong type", "rejected", f"record is no list of {_FLAT}")
         return
-    sentence, picture, word, kind, _left, _right, gold, _candidates, topic, start, end = record
-    passage, mention = [sentence, picture, topic, []], [word, kind, start, end, gold]
+    sentence, image, word, kind, _left, _right, gold, _candidates, topic, start, end = record
+    passage, mention = [sentence, image, topic, []], [word, kind, start, end, gold]
     if problem := _problem(passage, _PASSAGE) or _problem(mention, _MENTION):
         yield Finding(path.name, position, "wrong type", "rejected", problem)
     else:
-        yield _annotation(path, position, str(position), (sentence, picture, topic), mention)
+        yield _annotation(path, position, str(position), (sentence, image, topic), mention)
 
 
 _READERS: Mapping[str, Callable[[Path, int, Any], Iterator[_Annotation | Finding]]] = {
@@ -213,16 +225,16 @@ _READERS: Mapping[str, Callable[[Path, int, Any], Iterator[_Annotation | Finding
 
 
 def _annotation(
-    path: Path, position: int, place: str, passage: tuple[str | None, str | None, str | None], mention: list[Any]
+    path: Path, position: int, number: str, passage: tuple[str | None, str | None, str | None], mention: list[Any]
 ) -> _Annotation:
-    """place: of the mention in its file."""
-    sentence, picture, topic = passage
+    """A mention of a passage (sentence, image, topic); `number` tells it from others of its file."""
+    sentence, image, topic = passage
     word, kind, start, end, gold = mention
     return _Annotation(
         position,
-        f"{path.stem.partition('_')[0]}-{place}",
+        f"{path.stem.partition('_')[0]}-{number}",
         sentence or "",
-        (picture or "").strip(),
+        (image or "").strip(),
         (topic or "").strip(),
         word or "",
         (kind or "").strip(),
@@ -257,3 +269,6 @@ def _split_files(folder: Path) -> tuple[str, dict[str, Path]]:
 
 def _starts_with_list(path: Path) -> bool:
     return opening(path) == "[" and any(isinstance(record, list) for record in islice(array_records(path), 1))
+
+
+LAYOUT = Layout(WikidiverseRelease.layout, WikidiverseRelease, WikidiverseRelease.fits, precedence=30)

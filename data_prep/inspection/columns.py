@@ -21,12 +21,11 @@ from dsmip.data.manifest import KB, SPLITS, ShardInfo
 from dsmip.data.records import Entity, read_mention
 from dsmip.data.tar import read_samples
 from dsmip.data.text import Template, Tokenizer, entity_text, mention_text
-from dsmip.encoders.architecture import build_tokenizer
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting
 from dsmip.storage.dataset_storage import DatasetStorage, open_file
 
-ARCHITECTURE = "ViT-B-32"  # its tokenizer and context length of 77 are those of every CLIP
+CONTEXT_LENGTH = 77  # of every CLIP
 _ENTITIES_AT_ONCE = 4096
 _NUM_COLOURS = GRID * GRID * 3
 
@@ -147,7 +146,7 @@ def _hash(content: bytes) -> int:
 
 @lru_cache(1)
 def _tokenizer() -> Tokenizer:
-    return build_tokenizer(ARCHITECTURE)
+    return Tokenizer(CONTEXT_LENGTH)
 
 
 def _texts(table: Any) -> _Texts:

@@ -16,7 +16,8 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from data_prep.build.build import PICTURES, SHARD_BYTES, prepare
+from data_prep.build.build import prepare
+from data_prep.build.plan import IMAGES, SHARD_BYTES, DatasetOptions
 from data_prep.build.publish import published_manifest, upload_dataset
 from data_prep.build.runners import Result, Runner, Task, Tick, run_in_processes, run_serially
 from data_prep.build.view import make_view
@@ -36,11 +37,21 @@ from dsmip.storage.object_store import cache_folder
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a dataset directory is made. workers: processes, or with `on_ray` tasks of a cluster at a time."""
+    """How a dataset directory is made, as the command line has it.
+
+    Attributes:
+        name: Its name; None: that of the release's folder.
+        licence: Its licence.
+        images: How images are stored.
+        shard_bytes: About the size of the kb's shards.
+        seed: Orders the training mentions.
+        workers: Processes, or with `on_ray` tasks of a cluster at a time.
+        on_ray: Whether a Ray cluster does the work.
+    """
 
     name: str | None = None
     licence: str = "unknown"
-    pictures: PictureSettings = PICTURES
+    images: PictureSettings = IMAGES
     shard_bytes: int = SHARD_BYTES
     seed: int = 0
     workers: int = 1
@@ -57,8 +68,8 @@ def prepare_release(release: Release, out: str | Path, options: BuildOptions, pr
 
 def prepare_demo(config: DemoConfig, out: str | Path, options: BuildOptions, progress: Progress) -> Manifest:
     """Draws the demo release beside `out` (of a URI: on this node), builds `out` from it and removes the release."""
-    pictures = options.pictures.model_copy(update={"size": config.picture_size})
-    options = replace(options, name=options.name or f"demo-{config.seed}", pictures=pictures, seed=config.seed)
+    images = options.images.model_copy(update={"size": config.picture_size})
+    options = replace(options, name=options.name or f"demo-{config.seed}", images=images, seed=config.seed)
 
     def build(out: Path, published: Published) -> Manifest:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -103,19 +114,15 @@ def _manifest_sha256(data: Path) -> str | None:
 
 
 def _build(release: Release, out: Path, options: BuildOptions, progress: Progress, published: Published) -> Manifest:
+    dataset = DatasetOptions(
+        name=options.name or Path(os.path.abspath(release.folder)).name,
+        licence=options.licence,
+        images=options.images,
+        shard_bytes=options.shard_bytes,
+        seed=options.seed,
+    )
     with _runner(options) as run:
-        return prepare(
-            release,
-            out,
-            name=options.name or Path(os.path.abspath(release.folder)).name,
-            licence=options.licence,
-            pictures=options.pictures,
-            shard_bytes=options.shard_bytes,
-            seed=options.seed,
-            run=run,
-            progress=progress,
-            published=published,
-        )
+        return prepare(release, out, dataset, run=run, progress=progress, published=published)
 
 
 def prepare_view(base: str, out: str, fraction: float, seed: int) -> Dataset:
@@ -175,7 +182,7 @@ def _made(task: Task[Result]) -> tuple[Result, int]:
 
 def picture_settings(size: int, *, keep_original: bool) -> PictureSettings:
     """How pictures are stored."""
-    return PictureSettings(size=size, quality=PICTURES.quality, keep_original=keep_original)
+    return PictureSettings(size=size, quality=IMAGES.quality, keep_original=keep_original)
 
 
 def parse_size(text: str) -> int:

@@ -13,6 +13,7 @@ from benchmarks.data import big_release, shards, stores
 from benchmarks.data import prepare as prepare_benchmark
 from benchmarks.data.big_release import BigRelease, write_big_release
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
@@ -49,7 +50,7 @@ def test_every_fault_of_a_release_is_found_and_counted_by_prepare(tmp_path: Path
     faults = write_big_release(BigRelease(entities=120, mentions=120, size=40, faults=45), tmp_path / "release")
     for part, kinds in big_release.FAULTS.items():
         assert set(faults[part]) == set(kinds), "a draw without one of the faults shows nothing"
-    manifest = prepare(MimicRelease(tmp_path / "release"), tmp_path / "data", name="big")
+    manifest = prepare(MimicRelease(tmp_path / "release"), tmp_path / "data", DatasetOptions(name="big"))
     everything = faults["kb"] + faults["mentions"]
     rejected = {*big_release.ENTITY_FAULTS, *big_release.MENTION_FAULTS} - {"empty attributes", "no mention id"}
     assert manifest.rejects == {kind: everything[kind] for kind in sorted(rejected)}

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset
 from dsmip.data.tar import read_shard, tar_header, write_shard
@@ -23,7 +24,7 @@ from tests.support.small_release import faulty_release
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    prepare(MimicRelease(faulty_release(tmp_path / "release")), tmp_path / "data", name="small")
+    prepare(MimicRelease(faulty_release(tmp_path / "release")), tmp_path / "data", DatasetOptions(name="small"))
     return tmp_path / "data"
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from data_prep.build import plan
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data import sampler
 from dsmip.data.dataset import Dataset, TrainingBatch
@@ -25,7 +26,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("streams")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "MIN_TRAIN_SHARDS", 9)
-        prepare(MimicRelease(plain_release(folder / "release", 5, NUM_TRAIN)), folder / "data", name="plain")
+        prepare(
+            MimicRelease(plain_release(folder / "release", 5, NUM_TRAIN)), folder / "data", DatasetOptions(name="plain")
+        )
     return Dataset.open(folder / "data")
 
 
@@ -123,7 +126,7 @@ def test_ranks_and_resumes_give_the_same_batches(
 def test_another_epoch_may_draw_another_picture(tmp_path: Path) -> None:
     release = MimicRelease(plain_release(tmp_path / "release", 1, 1))
     (release.folder / "kb_image/0-1.jpg").write_bytes((release.folder / "kb_image/0-1.jpg").read_bytes() + b"\0")
-    prepare(release, tmp_path / "data", name="plain")
+    prepare(release, tmp_path / "data", DatasetOptions(name="plain"))
     dataset = Dataset.open(tmp_path / "data")
     drawn = [next(dataset.training_batches("train", 1, seed=0, epoch=epoch)).entities[0].images for epoch in range(12)]
     assert set(drawn) == {(image,) for image in dataset.entity_images(0)}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset
 from dsmip.evaluation.groups import report_groups, rows_by_value
@@ -42,7 +43,9 @@ TEST = [
 def prepared(folder: Path, test: list[dict[str, Any]]) -> Dataset:
     files = {"kb_image/one.jpg": picture((8, 8)), "mention_image/m.jpg": picture((8, 8))}
     records: dict[str, list[Any]] = {"kb": list(KB), "train": list(TRAIN), "dev": list(VALIDATION), "test": list(test)}
-    prepare(MimicRelease(write_release(folder / "release", records, files)), folder / "data", name="groups")
+    prepare(
+        MimicRelease(write_release(folder / "release", records, files)), folder / "data", DatasetOptions(name="groups")
+    )
     return Dataset.open(folder / "data")
 
 

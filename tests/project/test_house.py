@@ -59,7 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
     ("dsmip.ops",),
 )
-DATA_PREP_KNOWS = ("dsmip.data", "dsmip.storage", "dsmip.encoders.architecture", *GROUND)
+DATA_PREP_KNOWS = ("dsmip.data", "dsmip.storage", *GROUND)
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.data.dataset import Dataset
@@ -25,7 +26,7 @@ def run(small_data: Dataset, small_config: ExperimentConfig, tmp_path: Path) -> 
 
 @pytest.fixture
 def other_data(tmp_path: Path) -> Dataset:
-    prepare(MimicRelease(plain_release(tmp_path / "release", 3, 4)), tmp_path / "other", name="other")
+    prepare(MimicRelease(plain_release(tmp_path / "release", 3, 4)), tmp_path / "other", DatasetOptions(name="other"))
     return Dataset.open(tmp_path / "other")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.build.publish import upload_dataset
 from data_prep.formats.mimic import MimicRelease
 from dsmip.storage.locations import open_dataset_storage, open_run_storage
@@ -43,7 +44,7 @@ def test_a_run_fetches_the_other_object(bucket: str) -> None:
 
 def test_a_dataset_is_read_afresh_and_an_upload_sends_its_own(bucket: str, tmp_path: Path) -> None:
     folder, journal = tmp_path / "data", tmp_path / "uploaded.json"
-    manifest = prepare(MimicRelease(plain_release(tmp_path / "release", 7, 10)), folder, name="plain")
+    manifest = prepare(MimicRelease(plain_release(tmp_path / "release", 7, 10)), folder, DatasetOptions(name="plain"))
     upload_dataset(folder, bucket, journal)
     shard = manifest.shards[0]
     own, other = (folder / shard.path).read_bytes(), bytes(shard.bytes)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.build.view import make_view
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset, TrainingBatch
@@ -29,7 +30,7 @@ SHARD = "train/train-000001.tar"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """16 shards of training mentions: windows enough to fetch ahead."""
     place = tmp_path_factory.mktemp("plain")
-    prepare(MimicRelease(plain_release(place / "release", 7, 160)), place / "data", name="plain")
+    prepare(MimicRelease(plain_release(place / "release", 7, 160)), place / "data", DatasetOptions(name="plain"))
     return Dataset.open(place / "data")
 
 
@@ -153,7 +154,7 @@ def test_a_missing_shard_is_refused_by_its_uri(uri: str) -> None:
 
 def test_a_changed_dataset_is_another_one(folder: Dataset, uri: str, tmp_path: Path, cache: Path) -> None:
     batches(Dataset.open(uri))
-    prepare(MimicRelease(plain_release(tmp_path / "release", 7, 150)), tmp_path / "other", name="other")
+    prepare(MimicRelease(plain_release(tmp_path / "release", 7, 150)), tmp_path / "other", DatasetOptions(name="other"))
     other = Dataset.open(tmp_path / "other")
     uploaded(other, uri)
     assert batches(Dataset.open(uri)) == batches(other)

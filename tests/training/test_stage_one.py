@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.data.dataset import Dataset
@@ -40,7 +41,7 @@ def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConf
 
     Five mentions in batches of one or two: the first worker's share of a batch of one is empty.
     """
-    prepare(MimicRelease(plain_release(tmp_path / "release", 6, 5)), tmp_path / "data", name="tiny")
+    prepare(MimicRelease(plain_release(tmp_path / "release", 6, 5)), tmp_path / "data", DatasetOptions(name="tiny"))
     settings = {
         "batch_size": 2,
         "epochs": 2,
@@ -95,7 +96,7 @@ def test_a_resumed_part_ends_within_the_tolerance_of_gpus(
 def test_a_split_without_mentions_is_named(tmp_path: Path, small_config: ExperimentConfig) -> None:
     release = plain_release(tmp_path / "release", 3, 2)
     (release / "T_dev.json").write_text("[]")
-    prepare(MimicRelease(release), tmp_path / "data", name="tiny")
+    prepare(MimicRelease(release), tmp_path / "data", DatasetOptions(name="tiny"))
     run = Run(tmp_path / "run", small_config, Dataset.open(tmp_path / "data"))
     with pytest.raises(UserError, match=r"split 'validation' of .* has no mentions"):
         train_part(run, "text", LocalContext(tmp_path / "checkpoints"))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from data_prep.build import plan
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.build.runners import Result, Task, Tick, run_in_processes, run_serially
 from data_prep.build.tasks import KbTask, SplitTask
 from data_prep.formats.mimic import MimicRelease
@@ -36,7 +37,7 @@ def _size(content: bytes) -> tuple[int, int]:
 
 
 def test_every_input_is_in_a_shard_or_rejected(release: MimicRelease, tmp_path: Path) -> None:
-    manifest = prepare(release, tmp_path / "data", name="small", licence="CC0")
+    manifest = prepare(release, tmp_path / "data", DatasetOptions(name="small", licence="CC0"))
     in_shards = sum(shard.samples for shard in manifest.shards)
     lines = [json.loads(line) for line in (tmp_path / "data/rejects.jsonl").read_text().splitlines()]
     rejected = [line for line in lines if line["action"] == "rejected"]
@@ -59,7 +60,7 @@ def test_every_input_is_in_a_shard_or_rejected(release: MimicRelease, tmp_path: 
 
 
 def test_records_come_back(release: MimicRelease, tmp_path: Path) -> None:
-    prepare(release, tmp_path / "data", name="small", pictures=PictureSettings(size=100, quality=92))
+    prepare(release, tmp_path / "data", DatasetOptions(name="small", images=PictureSettings(size=100, quality=92)))
     dataset = Dataset.open(tmp_path / "data")
     entities = list(dataset.entities())
     assert [entity.entity_id for entity in entities] == ["Q1", "Q2", "Q3", "Q6"]
@@ -81,15 +82,15 @@ def test_records_come_back(release: MimicRelease, tmp_path: Path) -> None:
 def test_the_result_does_not_depend_on_runner_or_folder(
     release: MimicRelease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(release, tmp_path / "first", name="small")
+    prepare(release, tmp_path / "first", DatasetOptions(name="small"))
 
     def backwards(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
         return (task.run(tick) for task in reversed(tasks))
 
     monkeypatch.chdir(tmp_path)
-    prepare(release, Path("second"), name="small", run=backwards)
+    prepare(release, Path("second"), DatasetOptions(name="small"), run=backwards)
     with run_in_processes(2) as run:
-        prepare(release, tmp_path / "third", name="small", run=run)
+        prepare(release, tmp_path / "third", DatasetOptions(name="small"), run=run)
     first = _contents(tmp_path / "first")
     assert first == _contents(tmp_path / "second") == _contents(tmp_path / "third")
     assert str(tmp_path).encode() not in first["manifest.json"]
@@ -99,7 +100,7 @@ def test_the_seed_orders_the_training_mentions(tmp_path: Path) -> None:
     release = MimicRelease(plain_release(tmp_path / "release", 5, 40))
 
     def order(seed: int) -> list[str]:
-        prepare(release, tmp_path / str(seed), name="plain", seed=seed)
+        prepare(release, tmp_path / str(seed), DatasetOptions(name="plain", seed=seed))
         return [mention.mention_id for mention in Dataset.open(tmp_path / str(seed)).mentions("train")]
 
     first, second = order(0), order(1)
@@ -111,7 +112,7 @@ def test_the_seed_orders_the_training_mentions(tmp_path: Path) -> None:
 def test_shards_of_training_are_many_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "MAX_MENTIONS_PER_SHARD", 2)
     release = MimicRelease(plain_release(tmp_path / "release", 7, 35))
-    manifest = prepare(release, tmp_path / "data", name="plain", shard_bytes=4000)
+    manifest = prepare(release, tmp_path / "data", DatasetOptions(name="plain", shard_bytes=4000))
     assert [shard.samples for shard in manifest.shards_of("kb")] == [1, 3, 3]
     assert sum(shard.samples for shard in manifest.shards_of("train")) == 35
     assert len(manifest.shards_of("train")) == 18
@@ -119,7 +120,9 @@ def test_shards_of_training_are_many_and_small(tmp_path: Path, monkeypatch: pyte
     entities = list(Dataset.open(tmp_path / "data").entities(range(1, 7)))
     assert [entity.entity_id for entity in entities] == [f"Q{row}" for row in range(1, 7)]
     assert [len(entity.images) for entity in entities] == [0, 0, 1, 0, 0, 1]
-    few = prepare(MimicRelease(plain_release(tmp_path / "few", 2, 20)), tmp_path / "few_data", name="plain")
+    few = prepare(
+        MimicRelease(plain_release(tmp_path / "few", 2, 20)), tmp_path / "few_data", DatasetOptions(name="plain")
+    )
     assert len(few.shards_of("train")) == 16
 
 
@@ -148,37 +151,37 @@ def test_an_interrupted_build_is_not_a_dataset_and_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(release, out, name="small", run=interrupted, progress=stop)
+        prepare(release, out, DatasetOptions(name="small"), run=interrupted, progress=stop)
     with pytest.raises(UserError, match="no complete dataset"):
         Dataset.open(out)
     (out / "train").mkdir(exist_ok=True)
     for leftover in ("train/.train-000003.tar.1.tmp", ".manifest.json.1.tmp"):
         (out / leftover).write_bytes(b"left over")
     finished, made[:] = list(made), []
-    manifest = prepare(release, out, name="small", run=counted)
+    manifest = prepare(release, out, DatasetOptions(name="small"), run=counted)
     assert sorted(finished + made) == sorted(shard.path for shard in manifest.shards)
-    prepare(release, tmp_path / "fresh", name="small")
+    prepare(release, tmp_path / "fresh", DatasetOptions(name="small"))
     assert _contents(out) == _contents(tmp_path / "fresh")
 
 
-def test_parts_of_a_shard_are_kept_and_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_a_shard_are_kept_and_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = MimicRelease(plain_release(tmp_path / "release", 7, 9))
-    prepare(release, tmp_path / "whole", name="plain")
-    monkeypatch.setattr(plan, "MAX_RECORDS_PER_PART", 2)
-    parts: list[int] = []
+    prepare(release, tmp_path / "whole", DatasetOptions(name="plain"))
+    monkeypatch.setattr(plan, "MAX_RECORDS_PER_CHUNK", 2)
+    chunks: list[int] = []
 
     def counted(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
         for task in tasks:
             yield task.run(tick)
             if isinstance(task, KbTask):
-                parts.append(task.part.number)
-                if len(parts) == 3:
+                chunks.append(task.chunk.number)
+                if len(chunks) == 3:
                     raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(release, tmp_path / "parts", name="plain", run=counted)
-    prepare(release, tmp_path / "parts", name="plain", run=counted)
-    assert parts == [0, 1, 2, 3]
+        prepare(release, tmp_path / "parts", DatasetOptions(name="plain"), run=counted)
+    prepare(release, tmp_path / "parts", DatasetOptions(name="plain"), run=counted)
+    assert chunks == [0, 1, 2, 3]
     assert _contents(tmp_path / "parts") == _contents(tmp_path / "whole")
 
 
@@ -193,9 +196,9 @@ def test_a_finished_shard_that_was_altered_is_made_again(release: MimicRelease, 
         return run_serially(tasks, tick)
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(release, out, name="small", run=altered)
-    prepare(release, out, name="small")
-    prepare(release, tmp_path / "fresh", name="small")
+        prepare(release, out, DatasetOptions(name="small"), run=altered)
+    prepare(release, out, DatasetOptions(name="small"))
+    prepare(release, tmp_path / "fresh", DatasetOptions(name="small"))
     assert _contents(out) == _contents(tmp_path / "fresh")
 
 
@@ -206,10 +209,10 @@ def test_an_interrupted_build_of_something_else_starts_again(release: MimicRelea
         return run_serially(tasks, tick)
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(release, tmp_path / "data", name="small", run=never)
+        prepare(release, tmp_path / "data", DatasetOptions(name="small"), run=never)
     (release.folder / "kb_image/Q1.jpg").unlink()
-    manifest = prepare(MimicRelease(release.folder), tmp_path / "data", name="small")
-    prepare(MimicRelease(release.folder), tmp_path / "fresh", name="small")
+    manifest = prepare(MimicRelease(release.folder), tmp_path / "data", DatasetOptions(name="small"))
+    prepare(MimicRelease(release.folder), tmp_path / "fresh", DatasetOptions(name="small"))
     assert manifest.degraded["picture missing"] == 3
     assert _contents(tmp_path / "data") == _contents(tmp_path / "fresh")
 
@@ -221,7 +224,7 @@ def test_a_picture_that_goes_while_the_build_runs_is_no_missing_one(release: Mim
         return run_serially(tasks, tick)
 
     with pytest.raises(UserError, match=r"Q1\.jpg: cannot be read any more: No such file"):
-        prepare(release, tmp_path / "data", name="small", run=lost)
+        prepare(release, tmp_path / "data", DatasetOptions(name="small"), run=lost)
 
 
 def test_a_broken_plan_and_a_folder_that_is_no_utf8_are_no_obstacles(release: MimicRelease, tmp_path: Path) -> None:
@@ -229,7 +232,7 @@ def test_a_broken_plan_and_a_folder_that_is_no_utf8_are_no_obstacles(release: Mi
     shutil.copytree(release.folder, folder)
     (out / ".unfinished").mkdir(parents=True)
     (out / ".unfinished/plan.json").write_bytes(b"\0\0")
-    assert prepare(MimicRelease(folder), out, name="small").source.name == "caf?"
+    assert prepare(MimicRelease(folder), out, DatasetOptions(name="small")).source.name == "caf?"
     assert Dataset.open(out).manifest.source.name == "caf?"
 
 
@@ -237,53 +240,53 @@ def test_two_builds_of_one_folder_do_not_mix(release: MimicRelease, tmp_path: Pa
     def again(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
         if any(isinstance(task, SplitTask) for task in tasks):
             with pytest.raises(UserError, match="is being prepared by another process"):
-                prepare(release, tmp_path / "data", name="small")
+                prepare(release, tmp_path / "data", DatasetOptions(name="small"))
         return run_serially(tasks, tick)
 
-    prepare(release, tmp_path / "data", name="small", run=again)
+    prepare(release, tmp_path / "data", DatasetOptions(name="small"), run=again)
     assert not list((tmp_path / "data").glob(".*"))
 
 
 def test_a_complete_dataset_is_kept_repaired_or_refused(release: MimicRelease, tmp_path: Path) -> None:
     out = tmp_path / "data"
-    manifest = prepare(release, out, name="small")
+    manifest = prepare(release, out, DatasetOptions(name="small"))
     before = _contents(out)
 
     def never(tasks: Sequence[Task[Result]], tick: Tick) -> Iterator[Result]:
         assert not any(hasattr(task, "shard") for task in tasks)
         return run_serially(tasks, tick)
 
-    assert prepare(release, out, name="small", run=never) == manifest
+    assert prepare(release, out, DatasetOptions(name="small"), run=never) == manifest
     with pytest.raises(UserError, match=r"another dataset \(image differ"):
-        prepare(release, out, name="small", pictures=PictureSettings(size=64, quality=92))
+        prepare(release, out, DatasetOptions(name="small", images=PictureSettings(size=64, quality=92)))
     (out / manifest.shards[0].path).unlink()
-    prepare(release, out, name="small")
+    prepare(release, out, DatasetOptions(name="small"))
     assert _contents(out) == before
     (release.folder / "T_test.json").write_text("[]")
     with pytest.raises(UserError, match=r"another dataset \(source differ"):
-        prepare(release, out, name="small")
+        prepare(release, out, DatasetOptions(name="small"))
 
 
 def test_foreign_folders_are_left_alone(release: MimicRelease, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/mine.txt").write_text("keep")
     with pytest.raises(UserError, match="not empty and no dataset"):
-        prepare(release, tmp_path / "photos", name="small")
+        prepare(release, tmp_path / "photos", DatasetOptions(name="small"))
     assert _contents(tmp_path / "photos") == {"mine.txt": b"keep"}
     with pytest.raises(UserError, match="is a file"):
-        prepare(release, tmp_path / "photos/mine.txt", name="small")
+        prepare(release, tmp_path / "photos/mine.txt", DatasetOptions(name="small"))
 
 
 def test_a_release_without_entities_is_an_error(tmp_path: Path) -> None:
     folder = faulty_release(tmp_path / "release")
     (folder / "kb_entity.json").write_text('[{"entity_name": "x"}, 3]')
     with pytest.raises(UserError, match="no usable entity; rejected: no entity id 1, wrong type 1"):
-        prepare(MimicRelease(folder), tmp_path / "data", name="none")
+        prepare(MimicRelease(folder), tmp_path / "data", DatasetOptions(name="none"))
 
 
 def test_progress_counts_samples(release: MimicRelease, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    prepare(release, tmp_path / "data", name="small", progress=lambda *step: seen.append(step))
+    prepare(release, tmp_path / "data", DatasetOptions(name="small"), progress=lambda *step: seen.append(step))
     last = {part: (done, total) for part, done, total in seen if total}
     assert last == {"source files": (12, 12), "entities": (4, 4), "mentions": (8, 8)}
     assert ("reading kb", 3, 0) in seen

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.build.runners import Tick
 from data_prep.formats.mimic import MimicRelease
 from dsmip.runs.provenance import RECORDS
@@ -43,7 +44,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("undisturbed") / "data"
-    prepare(MimicRelease(release), out, name="plain")
+    prepare(MimicRelease(release), out, DatasetOptions(name="plain"))
     return _contents(out)
 
 
@@ -79,7 +80,7 @@ def test_no_room_left_is_said_and_nothing_is_lost(release: Path, undisturbed: di
     assert "run the command again: it goes on" in said
     assert "Traceback" not in said
     assert not list(out.rglob("*.tmp"))
-    prepare(MimicRelease(release), out, name="plain")
+    prepare(MimicRelease(release), out, DatasetOptions(name="plain"))
     assert _contents(out) == undisturbed
 
 
@@ -90,7 +91,7 @@ def test_a_cluster_makes_the_same(release: Path, undisturbed: dict[str, bytes], 
     seen: list[tuple[str, int, int]] = []
     progress = lambda *step: seen.append(step)  # noqa: E731
     with run_on_ray(2, print) as run:
-        prepare(MimicRelease(release), tmp_path / "data", name="plain", run=run, progress=progress)
+        prepare(MimicRelease(release), tmp_path / "data", DatasetOptions(name="plain"), run=run, progress=progress)
     assert _contents(tmp_path / "data") == undisturbed
     assert seen[-1] == ("mentions", 4004, 4004)
 

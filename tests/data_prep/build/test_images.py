@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.build import images
-from data_prep.build.images import JPEG_QUALITY, UnusablePicture, prepare_picture
+from data_prep.build.images import JPEG_QUALITY, UnusableImage, prepare_image
 from dsmip.data.images import UnreadablePicture, decode, jpeg_header
 from dsmip.data.manifest import PictureSettings
 from tests.support.small_release import picture
@@ -74,8 +74,8 @@ def _claiming(content: bytes, width: int, height: int) -> bytes:
 )
 def test_the_shorter_side_is_bounded_and_never_enlarged(size: tuple[int, int], expected: tuple[int, int]) -> None:
     for form in ("JPEG", "PNG"):
-        assert _opened(prepare_picture(picture(size, form=form), SETTINGS)).size == expected
-        assert _opened(prepare_picture(picture(size, form=form), ORIGINAL)).size == size
+        assert _opened(prepare_image(picture(size, form=form), SETTINGS)).size == expected
+        assert _opened(prepare_image(picture(size, form=form), ORIGINAL)).size == size
 
 
 PHOTO, BLACK = _photo(60, 40), Image.new("RGB", (60, 40))
@@ -110,7 +110,7 @@ READABLE: dict[str, tuple[bytes, Image.Image]] = {
 @pytest.mark.parametrize("name", READABLE)
 def test_every_kind_shows_what_it_showed(name: str, settings: PictureSettings) -> None:
     content, expected = READABLE[name]
-    prepared = _opened(prepare_picture(content, settings))
+    prepared = _opened(prepare_image(content, settings))
     assert prepared.size == expected.size
     assert prepared.getexif().get(0x0112, 1) == 1
     difference = np.asarray(prepared.convert("RGB")).astype(np.int64) - np.asarray(expected)
@@ -119,16 +119,16 @@ def test_every_kind_shows_what_it_showed(name: str, settings: PictureSettings) -
 
 def test_what_decodes_and_fits_is_kept_as_it_is() -> None:
     plain = picture((224, 300))
-    assert prepare_picture(plain, SETTINGS) is plain
+    assert prepare_image(plain, SETTINGS) is plain
     grey, tiny = picture((9, 9), "black", mode="L"), picture((2, 2))
     kept = [_saved(PHOTO, exif=_turned(1)), READABLE["progressive jpeg"][0], READABLE["jpeg and more"][0]]
     for content in kept:
-        assert prepare_picture(content, SETTINGS) is content
+        assert prepare_image(content, SETTINGS) is content
     for content in (*kept, grey, picture((999, 999))):
-        assert prepare_picture(content, ORIGINAL) is content
-    assert _pixels(prepare_picture(grey, SETTINGS)).max() < 5  # all prepared pictures are RGB
+        assert prepare_image(content, ORIGINAL) is content
+    assert _pixels(prepare_image(grey, SETTINGS)).max() < 5  # all prepared pictures are RGB
     stuffed = tiny[:2] + b"\xff\xfe\xff\xff" + bytes(65533) + tiny[2:]
-    assert len(prepare_picture(stuffed, SETTINGS)) < 1000
+    assert len(prepare_image(stuffed, SETTINGS)) < 1000
 
 
 def test_every_path_gives_the_same_picture() -> None:
@@ -136,23 +136,23 @@ def test_every_path_gives_the_same_picture() -> None:
     reference = np.asarray(image.resize((299, 224), Image.Resampling.BICUBIC)).astype(np.int64)
     forms: list[tuple[str, dict[str, Any]]] = [("PNG", {}), ("JPEG", {"quality": 98}), ("BMP", {})]
     for form, options in forms:
-        pixels = _pixels(prepare_picture(_saved(image, form, **options), SETTINGS))
+        pixels = _pixels(prepare_image(_saved(image, form, **options), SETTINGS))
         assert abs(pixels - reference).mean() < 1.5
     large = _photo(1600, 1200)  # decoded at half of its size
     half = np.asarray(large.resize((299, 224), Image.Resampling.BICUBIC)).astype(np.int64)
-    assert abs(_pixels(prepare_picture(_saved(large, quality=98), SETTINGS)) - half).mean() < 1.5
+    assert abs(_pixels(prepare_image(_saved(large, quality=98), SETTINGS)) - half).mean() < 1.5
 
 
 def test_quality_is_the_one_asked_for() -> None:
     content = _saved(_photo(640, 480), "PNG")
-    sizes = [len(prepare_picture(content, PictureSettings(size=224, quality=quality))) for quality in (40, 80, 95)]
+    sizes = [len(prepare_image(content, PictureSettings(size=224, quality=quality))) for quality in (40, 80, 95)]
     assert sizes == sorted(set(sizes))
 
 
 def test_a_panorama_keeps_its_centre() -> None:
     image = Image.new("RGB", (1000, 10), "red")
     image.paste("blue", (480, 0, 520, 10))
-    assert _pixels(prepare_picture(_saved(image, "PNG"), SETTINGS))[..., 2].mean() > 240
+    assert _pixels(prepare_image(_saved(image, "PNG"), SETTINGS))[..., 2].mean() > 240
 
 
 BASE, SMALL = picture((999, 999)), _saved(PHOTO)
@@ -178,8 +178,8 @@ UNREADABLE: dict[str, bytes] = {
 @pytest.mark.parametrize("settings", [SETTINGS, ORIGINAL], ids=["resized", "original"])
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_what_cannot_be_read_is_unreadable(name: str, settings: PictureSettings) -> None:
-    with pytest.raises(UnusablePicture, match="picture unreadable"):
-        prepare_picture(UNREADABLE[name], settings)
+    with pytest.raises(UnusableImage, match="picture unreadable"):
+        prepare_image(UNREADABLE[name], settings)
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, ORIGINAL], ids=["resized", "original"])
@@ -194,19 +194,19 @@ def test_what_cannot_be_read_is_unreadable(name: str, settings: PictureSettings)
     ],
 )
 def test_pixels_are_bounded_before_decoding(content: bytes, settings: PictureSettings) -> None:
-    with pytest.raises(UnusablePicture):
-        prepare_picture(content, settings)
+    with pytest.raises(UnusableImage):
+        prepare_image(content, settings)
 
 
 def test_too_large_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnusablePicture, match="too large"):
-        prepare_picture(picture((1, 70_000), form="PNG"), ORIGINAL)  # no JPEG is that long
-    assert _opened(prepare_picture(picture((1, 70_000), form="PNG"), SETTINGS)).size == (1, 4)
+    with pytest.raises(UnusableImage, match="too large"):
+        prepare_image(picture((1, 70_000), form="PNG"), ORIGINAL)  # no JPEG is that long
+    assert _opened(prepare_image(picture((1, 70_000), form="PNG"), SETTINGS)).size == (1, 4)
     for name, limit in (("MAX_PIXELS", 99), ("MAX_FILE_BYTES", 600)):
         monkeypatch.setattr(images, name, limit)
         for content in (picture((10, 10)), READABLE["png"][0] + bytes(600)):
-            with pytest.raises(UnusablePicture, match="too large"):
-                prepare_picture(content, SETTINGS)
+            with pytest.raises(UnusableImage, match="too large"):
+                prepare_image(content, SETTINGS)
         monkeypatch.undo()
 
 
@@ -233,7 +233,7 @@ def test_broken_bytes_give_a_jpeg_within_bounds_or_a_reason(
     data = bytes(content[:cut])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "MAX_PIXELS", 1 << 20)  # keeps wild sizes cheap
-        prepared = _or_none(lambda: prepare_picture(data, settings), UnusablePicture)
+        prepared = _or_none(lambda: prepare_image(data, settings), UnusableImage)
         if cut is not None and cut < len(base) and not changes and jpeg_header(base):
             assert prepared is None
         if prepared is not None:

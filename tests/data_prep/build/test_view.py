@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.build.view import make_view
 from data_prep.formats.mimic import MimicRelease
 from data_prep.inspection.report import inspect_dataset
@@ -17,7 +18,7 @@ from tests.support.small_release import plain_release
 
 @pytest.fixture
 def base(tmp_path: Path) -> Dataset:
-    prepare(MimicRelease(plain_release(tmp_path / "release", 7, 60)), tmp_path / "data", name="plain")
+    prepare(MimicRelease(plain_release(tmp_path / "release", 7, 60)), tmp_path / "data", DatasetOptions(name="plain"))
     return Dataset.open(tmp_path / "data")
 
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.formats import image_files
-from data_prep.formats.image_files import PictureFiles, PicturePaths, base_name, read_picture
-from data_prep.formats.release import RawPicture
+from data_prep.formats.image_files import ImageFiles, ImagePaths, base_name, read_image
+from data_prep.formats.release import RawImage
 from dsmip.errors import UserError
 
 LIMIT = 1 << 16
@@ -54,7 +54,7 @@ def hostile(tmp_path: Path) -> Path:
 
 def test_bad_members_are_refused_by_name(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_files, "MAX_FILE_BYTES", 2 << 20)
-    pictures = PictureFiles([hostile])
+    pictures = ImageFiles([hostile])
     assert [(each.source, each.record, each.action, each.detail) for each in pictures.refused] == [
         ("bad.zip", 1, "degraded", "../up.jpg: path with .."),
         ("bad.zip", 2, "degraded", "a\\..\\..\\back.jpg: path with .."),
@@ -71,8 +71,8 @@ def test_bad_members_are_refused_by_name(hostile: Path, monkeypatch: pytest.Monk
         names = [base_name(name) for name in archive.namelist()]
     offered = {name for name in names if pictures.find(name, [name]).path}
     assert offered == {"good.jpg", "plain.jpg"}
-    assert read_picture(pictures.find("x", ["good.jpg"]), LIMIT) == b"good"
-    assert len(read_picture(pictures.find("x", ["plain.jpg"]), LIMIT)) == LIMIT + 1
+    assert read_image(pictures.find("x", ["good.jpg"]), LIMIT) == b"good"
+    assert len(read_image(pictures.find("x", ["plain.jpg"]), LIMIT)) == LIMIT + 1
     assert pictures.files() == [hostile]
 
 
@@ -82,9 +82,9 @@ def test_a_name_twice_in_a_zip_is_refused_where_it_cannot_be_opened(tmp_path: Pa
         archive.writestr("a.jpg", b"one")
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("a.jpg", b"other")
-    pictures = PictureFiles([path])
+    pictures = ImageFiles([path])
     assert [each.detail for each in pictures.refused] == ["a.jpg: another member of that name follows"]
-    assert read_picture(pictures.find("a", ["a.jpg"]), LIMIT) == b"other"
+    assert read_image(pictures.find("a", ["a.jpg"]), LIMIT) == b"other"
 
 
 @pytest.mark.parametrize("damage", ["checksum", "stream", "cut", "method", "gone", "encrypted"])
@@ -94,8 +94,8 @@ def test_what_cannot_be_read_is_an_os_error(damage: str, tmp_path: Path) -> None
         archive.writestr("a.jpg", bytes(range(256)) * 40)
         archive.writestr("b.jpg", b"sound")
     content = bytearray(path.read_bytes())
-    member, entry = PictureFiles([path]).find("a", ["a.jpg"]), content.rindex(b"a.jpg") - 46
-    sound = PictureFiles([path]).find("b", ["b.jpg"])
+    member, entry = ImageFiles([path]).find("a", ["a.jpg"]), content.rindex(b"a.jpg") - 46
+    sound = ImageFiles([path]).find("b", ["b.jpg"])
     if damage == "checksum":
         content[entry + 16] ^= 1
     elif damage == "stream":
@@ -111,9 +111,9 @@ def test_what_cannot_be_read_is_an_os_error(damage: str, tmp_path: Path) -> None
     if damage == "gone":
         path.unlink()
     with pytest.raises(OSError, match=r"a\.jpg|No such file"):
-        read_picture(member, LIMIT)
+        read_image(member, LIMIT)
     if damage != "gone":
-        assert read_picture(sound, LIMIT) == b"sound"
+        assert read_image(sound, LIMIT) == b"sound"
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -132,18 +132,18 @@ def test_whatever_is_damaged_has_a_name(flips: list[tuple[float, int]], tmp_path
     path = path.with_name(f"{hash(bytes(damaged))}.zip")
     path.write_bytes(damaged)
     try:
-        pictures = PictureFiles([path])
+        pictures = ImageFiles([path])
     except UserError:
         return
     for name in ("\u00e4.jpg", "b.jpg", "c.jpg"):
         with contextlib.suppress(OSError):
-            assert content.startswith(read_picture(pictures.find(name, [name]), LIMIT))
+            assert content.startswith(read_image(pictures.find(name, [name]), LIMIT))
 
 
 def test_a_zip_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "kb.zip").write_bytes(b"no zip")
     with pytest.raises(UserError, match=r"kb\.zip: the zip cannot be read"):
-        PictureFiles([tmp_path / "kb.zip"])
+        ImageFiles([tmp_path / "kb.zip"])
 
 
 def test_the_first_place_wins(tmp_path: Path) -> None:
@@ -152,11 +152,11 @@ def test_the_first_place_wins(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "kb.zip", "w") as archive:
         archive.writestr("kb/a.jpg", b"zip")
         archive.writestr("kb/Cafe\u0301.jpg", b"decomposed")
-    pictures = PictureFiles([tmp_path / "kb", tmp_path / "kb.zip", tmp_path / "nowhere"])
-    assert read_picture(pictures.find("n", ["a.jpg"]), LIMIT) == b"folder"
-    assert read_picture(pictures.find("n", ["Caf%C3%A9.jpg"]), LIMIT) == b"decomposed"
+    pictures = ImageFiles([tmp_path / "kb", tmp_path / "kb.zip", tmp_path / "nowhere"])
+    assert read_image(pictures.find("n", ["a.jpg"]), LIMIT) == b"folder"
+    assert read_image(pictures.find("n", ["Caf%C3%A9.jpg"]), LIMIT) == b"decomposed"
     assert pictures.files() == [tmp_path / "kb/a.jpg", tmp_path / "kb.zip"]
-    assert pictures.find("n", ["b.jpg"]) == RawPicture("n", None)
+    assert pictures.find("n", ["b.jpg"]) == RawImage("n", None)
 
 
 def test_paths_stay_in_the_folder(tmp_path: Path) -> None:
@@ -171,13 +171,13 @@ def test_paths_stay_in_the_folder(tmp_path: Path) -> None:
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for name in ("images/deep/a.jpg", "images/zipped.jpg", "bare.jpg"):
             archive.writestr(name, name)
-    paths = PicturePaths(folder)
+    paths = ImagePaths(folder)
 
     def found(name: str) -> bytes | str:
         picture = paths.find(name)
         if picture is None:
             return "outside"
-        return read_picture(picture, LIMIT) if picture.path else "lost"
+        return read_image(picture, LIMIT) if picture.path else "lost"
 
     assert {name: found(name) for name in ("images/deep/a.jpg", "./images//in.jpg", "images\\deep\\a.jpg")} == {
         "images/deep/a.jpg": b"a",

@@ -89,7 +89,7 @@ def test_records_of_either_form(form: str, tmp_path: Path) -> None:
         ("8", "Elm", "kind: tree."),
         ("9", "Ash", ""),
     ]
-    assert [[picture.path for picture in each.pictures] for each in entities] == [
+    assert [[image.path for image in each.images] for each in entities] == [
         [],
         [folder / "images/elm.jpg"],
         [None],
@@ -100,8 +100,8 @@ def test_records_of_either_form(form: str, tmp_path: Path) -> None:
         "test": ["a-2"],
     }
     assert mentions["train"][0].groups == {"n": "1.5", "topic": "wood"}
-    assert mentions["validation"][0].picture == entities[1].pictures[0]
-    assert mentions["test"][0].picture is None
+    assert mentions["validation"][0].image == entities[1].images[0]
+    assert mentions["test"][0].image is None
     assert sorted((each.source, each.record, each.reason, each.detail) for each in findings) == [
         (f"entities.{form}", 1, "picture outside the folder", "up/../x"),
         (f"entities.{form}", 2, "empty attributes", "9"),

@@ -46,8 +46,8 @@ def _write(folder: Path, records: dict[str, Any], name: str = "Wikidata-MEL.json
     if kb:
         (folder / "kb_entity.json").write_text(json.dumps(KB))
     (folder / "images").mkdir()
-    for picture in ("Q1.jpg", "2.PNG", "Photo.jpg"):
-        (folder / "images" / picture).write_bytes(picture.encode())
+    for image in ("Q1.jpg", "2.PNG", "Photo.jpg"):
+        (folder / "images" / image).write_bytes(image.encode())
     return folder
 
 
@@ -74,8 +74,8 @@ def test_records_of_one_mention(tmp_path: Path) -> None:
         "validation": [("3", "elm", "An elm", "Q3", {})],
         "test": [],
     }
-    pictures = [m.picture and m.picture.path and m.picture.path.name for items in mentions.values() for m in items]
-    assert pictures == ["Q1.jpg", "2.PNG", "Photo.jpg"]
+    images = [m.image and m.image.path and m.image.path.name for items in mentions.values() for m in items]
+    assert images == ["Q1.jpg", "2.PNG", "Photo.jpg"]
     assert [(finding.record, finding.reason, finding.detail) for finding in findings] == [
         (4, "wrong type", "record is list"),
         (5, "wrong type", "sentence is int"),
@@ -116,11 +116,11 @@ def test_a_split_by_groups_takes_records_of_a_sentence_together(tmp_path: Path) 
     assert not findings
     assert sum(map(len, mentions.values())) == 600
     sentences = [{mention.sentence.lower().split()[1] for mention in items} for items in mentions.values()]
-    pictures = [
-        {mention.picture.name for mention in items if mention.picture and mention.record < 100}
+    images = [
+        {mention.image.name for mention in items if mention.image and mention.record < 100}
         for items in mentions.values()
     ]
-    for kind in (sentences, pictures):
+    for kind in (sentences, images):
         assert sum(map(len, kind)) == len(set().union(*kind))
     assert abs(len(mentions["train"]) - 420) < 12
     assert abs(len(mentions["test"]) - 120) < 12
@@ -145,8 +145,8 @@ def test_pictures_in_a_zip_and_a_knowledge_base_elsewhere(tmp_path: Path) -> Non
         ]
         assert release.choices["kb"] == kb.name
         elm = _read(release)[0]["train"][2]
-        assert elm.picture
-        assert elm.picture.member == "image/3.jpeg"
+        assert elm.image
+        assert elm.image.member == "image/3.jpeg"
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.build.rules import checked_entities, checked_mentions
-from data_prep.formats.image_files import read_picture
+from data_prep.formats.image_files import read_image
 from data_prep.formats.mimic import MimicRelease
-from data_prep.formats.release import Finding, RawEntity, RawMention, RawPicture, ReleaseOptions
+from data_prep.formats.release import Finding, RawEntity, RawImage, RawMention, ReleaseOptions
 from dsmip.errors import UserError
 from tests.support.paths import ROOT
 from tests.support.small_release import KB, VALIDATION, faulty_release
@@ -80,7 +80,7 @@ def test_unknown_scalars_become_groups(release: MimicRelease) -> None:
 
 def test_pictures_are_found_by_the_releases_naming(release: MimicRelease) -> None:
     kept, _ = _kept(release, "train")
-    found = {mention.mention_id: mention.picture.path for mention in kept if mention.picture}
+    found = {mention.mention_id: mention.image.path for mention in kept if mention.image}
     assert {key: path.name if path else None for key, path in found.items()} == {
         "a": "Photo.jpg",
         "T_train-7": None,
@@ -89,15 +89,15 @@ def test_pictures_are_found_by_the_releases_naming(release: MimicRelease) -> Non
         "l": "a b.jpg",
     }
     entities = [item for item in release.entities() if isinstance(item, RawEntity)]
-    assert [picture.path and picture.path.name for picture in entities[3].pictures] == ["broken.jpg", "Q3 x.jpg"]
+    assert [image.path and image.path.name for image in entities[3].images] == ["broken.jpg", "Q3 x.jpg"]
 
 
-def test_either_folder_of_mention_pictures_is_read(release: MimicRelease) -> None:
-    expected = [mention.picture for mention in _kept(release, "train")[0]]
+def test_either_folder_of_mention_images_is_read(release: MimicRelease) -> None:
+    expected = [mention.image for mention in _kept(release, "train")[0]]
     single, plural = release.folder / "mention_image", release.folder / "mention_images"
     single.rename(plural)
-    found = [mention.picture for mention in _kept(MimicRelease(release.folder), "train")[0]]
-    assert sum(picture is not None and picture.path is not None for picture in expected) == 4
+    found = [mention.image for mention in _kept(MimicRelease(release.folder), "train")[0]]
+    assert sum(image is not None and image.path is not None for image in expected) == 4
     for one, other in zip(found, expected, strict=True):
         assert (one and one.path) == (other and other.path and plural / other.path.name)
     assert ("mention_images/Photo.jpg", plural / "Photo.jpg") in MimicRelease(release.folder).files()
@@ -108,9 +108,9 @@ def test_either_folder_of_mention_pictures_is_read(release: MimicRelease) -> Non
 
 @pytest.mark.parametrize("name", ["../T_train.json", "/etc/hostname", "..", "%2e%2e%2fT_train.json"])
 def test_no_picture_outside_its_folder(release: MimicRelease, name: str) -> None:
-    picture = release._mention_picture(name)
-    assert picture is not None
-    assert picture.path is None
+    image = release._mention_image(name)
+    assert image is not None
+    assert image.path is None
 
 
 def test_files_are_all_that_a_dataset_depends_on(release: MimicRelease) -> None:
@@ -220,18 +220,18 @@ def test_ids_and_qid2id_are_compared_with_the_order_of_the_list(release: MimicRe
 
 
 def test_pictures_may_still_be_in_their_zips(release: MimicRelease) -> None:
-    expected = {name: read_picture(found, 1 << 20) for name, found in _found(release).items()}
+    expected = {name: read_image(found, 1 << 20) for name, found in _found(release).items()}
     for part in ("kb_image", "mention_image"):
         folder = release.folder / part
         _zip(release.folder / f"{part}.zip", {f"{part}/{path.name}": path.read_bytes() for path in folder.iterdir()})
         shutil.rmtree(folder)
     zipped = MimicRelease(release.folder)
-    assert {name: read_picture(found, 1 << 20) for name, found in _found(zipped).items()} == expected
+    assert {name: read_image(found, 1 << 20) for name, found in _found(zipped).items()} == expected
     assert {path.suffix for _, path in zipped.files()} == {".json", ".zip"}
     assert all(found.size == len(expected[name]) for name, found in _found(zipped).items())
     (release.folder / "kb_image").mkdir()
     (release.folder / "kb_image/Q1.jpg").write_bytes(b"unpacked")
-    assert read_picture(_found(MimicRelease(release.folder))["Q1.jpg"], 100) == b"unpacked"
+    assert read_image(_found(MimicRelease(release.folder))["Q1.jpg"], 100) == b"unpacked"
 
 
 def test_refused_members_are_found_once(release: MimicRelease) -> None:
@@ -246,12 +246,12 @@ def test_refused_members_are_found_once(release: MimicRelease) -> None:
     assert not [item for item in bad.mentions("test") if isinstance(item, Finding)]
 
 
-def _found(release: MimicRelease) -> dict[str, RawPicture]:
+def _found(release: MimicRelease) -> dict[str, RawImage]:
     """The pictures that were found, by what the records call them."""
     items = [*release.entities(), *release.mentions("train"), *release.mentions("test")]
-    named = [item.pictures for item in items if isinstance(item, RawEntity)]
-    named += [(item.picture,) for item in items if isinstance(item, RawMention) and item.picture]
-    return {picture.name: picture for pictures in named for picture in pictures if picture.path}
+    named = [item.images for item in items if isinstance(item, RawEntity)]
+    named += [(item.image,) for item in items if isinstance(item, RawMention) and item.image]
+    return {image.name: image for images in named for image in images if image.path}
 
 
 def _zip(path: Path, members: dict[str, bytes]) -> None:
@@ -266,11 +266,11 @@ def test_emoji_release_is_read_whole() -> None:
     entities, findings = _entities(release)
     assert not findings
     assert len(entities) == 3781
-    assert sum(bool(entity.pictures) for entity in entities) == 3592
+    assert sum(bool(entity.images) for entity in entities) == 3592
     mentions: dict[str, list[RawMention]] = {}
     for split in ("train", "test"):
         mentions[split], findings = _kept(release, split)
         assert not findings
     assert {split: len(items) for split, items in mentions.items()} == {"train": 3156, "test": 500}
-    assert all(mention.picture is None or mention.picture.path for mention in mentions["train"])
+    assert all(mention.image is None or mention.image.path for mention in mentions["train"])
     assert set(Counter(name for mention in mentions["test"] for name in mention.groups)) == {"kind", "source", "vendor"}

@@ -16,7 +16,7 @@ _ITEMS = st.lists(
         sentence=st.sampled_from(
             ["", " ", *(f"Sentence  {n}" for n in range(12)), *(f"sentence {n}" for n in range(12))]
         ),
-        picture=st.none() | st.integers(0, 12).map(str),
+        image=st.none() | st.integers(0, 12).map(str),
         size=st.integers(1, 4),
     ),
     max_size=40,
@@ -29,7 +29,7 @@ def _slow_groups(items: list[SplitItem]) -> list[set[int]]:
 
     def linked(one: SplitItem, other: SplitItem) -> bool:
         texts = [" ".join(item.sentence.lower().split()) for item in (one, other)]
-        return bool(texts[0] and texts[0] == texts[1]) or (one.picture is not None and one.picture == other.picture)
+        return bool(texts[0] and texts[0] == texts[1]) or (one.image is not None and one.image == other.image)
 
     groups: list[set[int]] = []
     for start in range(len(items)):

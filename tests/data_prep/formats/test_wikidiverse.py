@@ -15,7 +15,7 @@ from data_prep.build.rules import checked_mentions
 from data_prep.formats.knowledge_base import wiki_title
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, RawMention, ReleaseOptions
-from data_prep.formats.wikidiverse import WikidiverseRelease, picture_names, span_fault
+from data_prep.formats.wikidiverse import WikidiverseRelease, image_names, span_fault
 from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
 
@@ -69,8 +69,8 @@ def _write(folder: Path, train: list[Any], other: list[Any], suffix: str = ".jso
 def _flat(passages: list[Any]) -> list[Any]:
     """The same in the mention-level form, as far as that can hold it."""
     return [
-        [sentence, picture, word, kind, ["l"], [" "], gold, ["c"], topic, start, end]
-        for sentence, picture, topic, mentions in passages
+        [sentence, image, word, kind, ["l"], [" "], gold, ["c"], topic, start, end]
+        for sentence, image, topic, mentions in passages
         for word, kind, start, end, gold in mentions
     ]
 
@@ -95,8 +95,8 @@ def test_passages(tmp_path: Path) -> None:
         ("train-0-4", "the", LIONS, "Zürich", {"topic": "sports", "type": "Other"}),
         ("train-0-5", "Cubs", LIONS, "Zürich", {"topic": "sports", "type": "Other"}),
     ]
-    pictures = [mention.picture and mention.picture.path for mention in mentions]
-    assert all(path and path.suffix == ".jpg" for path in pictures)
+    images = [mention.image and mention.image.path for mention in mentions]
+    assert all(path and path.suffix == ".jpg" for path in images)
     assert [(finding.record, finding.reason, finding.action, finding.detail) for finding in findings] == [
         (0, "wrong span", "repaired", "train-0-2"),
         (0, "wrong span", "repaired", "train-0-3"),
@@ -126,7 +126,7 @@ def test_the_form_with_candidates_reads_the_same(tmp_path: Path) -> None:
     assert flat.choices["form"] == "mentions"
     for split in SPLITS:
         texts = [
-            [(m.word, m.sentence, m.gold, m.groups, m.picture and m.picture.name) for m in _read(release, split)[0]]
+            [(m.word, m.sentence, m.gold, m.groups, m.image and m.image.name) for m in _read(release, split)[0]]
             for release in (passages, flat)
         ]
         assert texts[0] == texts[1]
@@ -150,7 +150,7 @@ def test_the_form_with_candidates_reads_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_pictures(url: str, expected: list[str]) -> None:
-    found = picture_names(url)
+    found = image_names(url)
     assert found[0] == expected[0]
     assert set(expected) <= set(found)
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from data_prep.inspection.batches import same_gold_pairs
 from data_prep.inspection.image_hash import MAX_BITS, MAX_COLOUR, near_pairs, read_signature
@@ -25,7 +26,7 @@ from tests.support.small_release import picture, write_release
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("planted")
-    prepare(MimicRelease(planted_release(folder / "release")), folder / "data", name="planted")
+    prepare(MimicRelease(planted_release(folder / "release")), folder / "data", DatasetOptions(name="planted"))
     return Dataset.open(folder / "data")
 
 
@@ -118,7 +119,9 @@ def test_a_dataset_without_any_picture_is_inspected(tmp_path: Path) -> None:
     kb = [{"qid": "Q1", "entity_name": "Ash", "attr": "tree", "image_list": []}]
     mention = {"id": "a", "mentions": "ash", "sentence": "An ash.", "answer": "Q1", "imgPath": ""}
     records = {"kb": kb, "train": [mention], "dev": [], "test": []}
-    prepare(MimicRelease(write_release(tmp_path / "release", records, {})), tmp_path / "data", name="texts")
+    prepare(
+        MimicRelease(write_release(tmp_path / "release", records, {})), tmp_path / "data", DatasetOptions(name="texts")
+    )
     found = inspect_dataset(Dataset.open(tmp_path / "data"))
     assert found.to_json()["entities"]["picture_plain"] == {"count": 0, "of": 0, "share": None}
     write_page(found, tmp_path / "page.html")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
 from data_prep.build.publish import upload_dataset
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset
@@ -99,7 +100,7 @@ def test_verify_reads_the_store_and_not_the_copies(release: Path, bucket: str, d
 def test_an_upload_goes_on_where_it_was(release: Path, bucket: str, tmp_path: Path) -> None:
     """What has other bytes in the store by now is sent again; the manifest comes last."""
     folder, journal = tmp_path / "data", tmp_path / "uploaded.json"
-    manifest = prepare(MimicRelease(release), folder, name="plain")
+    manifest = prepare(MimicRelease(release), folder, DatasetOptions(name="plain"))
     lost, kept = folder / manifest.shards[-1].path, tmp_path / "kept"
     lost.rename(kept)
     with pytest.raises(UserError, match=rf"{bucket}/{manifest.shards[-1].path}: cannot be written"):
@@ -139,7 +140,7 @@ def test_a_view_in_a_store(release: Path, bucket: str, dsmip: Command, tmp_path:
     assert Dataset.open(f"{bucket}/half").num_mentions("train") == 80
     code, _, said = dsmip(*view, "--seed", 1)
     assert (code, "is not empty and no such view" in said) == (2, True)
-    prepare(MimicRelease(release), tmp_path / "data", name="plain")
+    prepare(MimicRelease(release), tmp_path / "data", DatasetOptions(name="plain"))
     code, _, said = dsmip("prepare", tmp_path / "data", f"{bucket}/third", "--train-fraction", 0.3)
     assert (code, "is a folder of this machine" in said) == (2, True)
 
