@@ -15,6 +15,8 @@ from dsmip.errors import UserError
 from dsmip.version import VERSION
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from dsmip.data.dataset import Dataset
     from dsmip.data.records import Entity, Mention
     from dsmip.evaluation.report import Evaluated
@@ -27,7 +29,7 @@ __all__ = ["Entity", "Mention", "UserError", "__version__", "evaluate", "open_da
 _LAZY = {"Entity": "dsmip.data.records", "Mention": "dsmip.data.records"}
 
 
-def open_dataset(location: "Location") -> "Dataset":
+def open_dataset(location: "str | Path") -> "Dataset":
     """Opens a dataset directory that `dsmip prepare` made.
 
     Args:
