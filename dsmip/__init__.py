@@ -62,13 +62,12 @@ def evaluate(run: "Location", split: str = "test", model: str | None = None) -> 
     """
     import torch
 
-    from dsmip.evaluation.ranked_model import model_names
+    from dsmip.evaluation.index_builder import OpenedEvaluation
     from dsmip.evaluation.report import evaluate_model
     from dsmip.runs.run import Run
 
-    opened = Run.open(run)
-    name = model or model_names(opened.config)[0]
-    return evaluate_model(opened, split, name, torch.device("cpu"), notice=lambda line: None)
+    opened = OpenedEvaluation(Run.open(run), split, model)
+    return evaluate_model(opened, torch.device("cpu"), notice=lambda line: None)
 
 
 def systems() -> "dict[str, type[System]]":

@@ -27,7 +27,7 @@ from benchmarks.ranking.cases import BLOCK, Case, build_matcher, feature_blocks
 from dsmip.data.table import Table, concatenate
 from dsmip.evaluation.index import SLICE_ROWS, EntityIndex, finish_index, index_slices
 from dsmip.evaluation.preparation import prepare_in_tiles
-from dsmip.evaluation.ranked_model import RankedModel
+from dsmip.evaluation.ranking import RankedModel
 
 CPU = torch.device("cpu")
 MIB = 2**20

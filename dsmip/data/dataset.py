@@ -13,6 +13,7 @@ import hashlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, islice, pairwise
@@ -45,6 +46,7 @@ ENTITY_SCHEMA = pa.schema(
     ]
 )
 _TEXT_COLUMNS = ["entity_row", "entity_id", "name", "attributes", "num_images"]
+_TEXT_FIELDS = ("json",)
 _ROWS_AT_ONCE = 1024
 _WINDOWS_AHEAD = 1
 
@@ -78,6 +80,7 @@ class Dataset:
     ) -> None:
         self.own, self.manifest, self.manifest_hash, self.files = own, manifest, manifest_hash, files or own
         self._kept = {TRAIN: view.rows()} if view else {}
+        self._held = dict[str, list[Mention]]()
 
     @classmethod
     def open(cls, location: str | Path) -> "Dataset":
@@ -165,12 +168,39 @@ class Dataset:
         """An entity's pictures (JPEG bytes) in release order, by random access."""
         return self.entity(row).images
 
+    def holding(self, split: str) -> "Dataset":
+        """The same data, of which a split's mentions are read once and then held in memory, pictures and all."""
+        if split in self._held:
+            return self
+        holding = copy(self)
+        holding._held = {**self._held, split: []}
+        return holding
+
     def mentions(self, split: str, rows: range | None = None) -> Iterator[Mention]:
         """Mentions of a split in shard order; `rows` (ascending) picks some of them by position.
 
         Raises:
             ValueError: no such split. UserError: a shard is missing or damaged.
         """
+        if split not in self._held:
+            yield from self._read_mentions(split, rows)
+            return
+        if not self._held[split]:
+            self._held[split] = list(self._read_mentions(split))
+        held = self._held[split]
+        yield from held if rows is None else (held[row] for row in rows)
+
+    def texts(self, split: str) -> Iterator[Mention]:
+        """Mentions of a split in shard order, without their pictures, which are not read."""
+        if self._held.get(split):
+            yield from self._held[split]
+        else:
+            yield from self._read_mentions(split, only=_TEXT_FIELDS)
+
+    def _read_mentions(
+        self, split: str, rows: range | None = None, only: Container[str] | None = None
+    ) -> Iterator[Mention]:
+        """Mentions from the shards. only: the fields of a sample that are read."""
         start = 0
         num_mentions = self.num_mentions(split)
         rows = range(num_mentions) if rows is None else rows
@@ -183,7 +213,7 @@ class Dataset:
         with self.files.ahead() as ask:
             for number, (shard, inside) in enumerate(wanted):
                 ask([following for following, _ in wanted[number + 1 : number + 2]])
-                for sample in self._samples(shard, inside):
+                for sample in self._samples(shard, inside, only):
                     yield read_mention(sample.fields, self._place(shard, sample))
 
     def training_batches(
@@ -255,12 +285,14 @@ class Dataset:
         last = max(rows)
         return [shard for shard, start in zip(shards, starts, strict=False) if shard.path > path and start <= last]
 
-    def _samples(self, shard: ShardInfo, indices: Sequence[int]) -> Iterator[Sample]:
+    def _samples(
+        self, shard: ShardInfo, indices: Sequence[int], only: Container[str] | None = None
+    ) -> Iterator[Sample]:
         """The samples of a shard at `indices`, in shard order."""
         wanted, place = set(indices), self.files.address(shard.path)
         found, last = 0, "its start"
         with open_file(self.files, shard) as stream:
-            for sample in read_samples(stream, place, wanted.__contains__):
+            for sample in read_samples(stream, place, wanted.__contains__, only):
                 found, last = found + 1, f"sample {sample.key}"
                 yield sample
         if found != len(wanted):

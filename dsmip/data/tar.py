@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,11 +85,20 @@ def read_shard(path: Path, wanted: Callable[[int], bool] = lambda index: True) -
         yield from read_samples(stream, str(path), wanted)
 
 
-def read_samples(stream: BinaryIO, place: str, wanted: Callable[[int], bool]) -> Iterator[Sample]:
-    """The same of an open tar; `place` is its name for messages."""
+def read_samples(
+    stream: BinaryIO, place: str, wanted: Callable[[int], bool], only: Container[str] | None = None
+) -> Iterator[Sample]:
+    """The same of an open tar.
+
+    Args:
+        stream: the tar.
+        place: its name for messages.
+        wanted: says by its index whether a sample is read.
+        only: the fields that are read of it (default: all).
+    """
     try:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
-            yield from _read_samples(archive, wanted)
+            yield from _read_samples(archive, wanted, only)
     except (tarfile.TarError, _BadShard, EOFError) as error:
         raise UserError(f"{place}: the shard is damaged ({error}); prepare the dataset again") from error
 
@@ -174,7 +183,9 @@ def _write_sample(writer: _HashingWriter, key: str, fields: Fields) -> dict[str,
     return places
 
 
-def _read_samples(archive: tarfile.TarFile, wanted: Callable[[int], bool]) -> Iterator[Sample]:
+def _read_samples(
+    archive: tarfile.TarFile, wanted: Callable[[int], bool], only: Container[str] | None
+) -> Iterator[Sample]:
     index, key, fields = -1, "", dict[str, bytes]()
     keep = False
     for member in archive:
@@ -186,7 +197,7 @@ def _read_samples(archive: tarfile.TarFile, wanted: Callable[[int], bool]) -> It
                 yield Sample(index, key, fields)
             index, key, fields = index + 1, match[1], {}
             keep = wanted(index)
-        if keep:
+        if keep and (only is None or match[2] in only):
             fields[match[2]] = _content(archive, member)
     if keep:
         yield Sample(index, key, fields)

@@ -13,11 +13,10 @@ import torch
 from dsmip.errors import UserError
 from dsmip.evaluation.groups import REPORTED, rows_by_value
 from dsmip.evaluation.metrics import Difference, compare_counts, summarise
-from dsmip.evaluation.ranked_model import model_names
 from dsmip.evaluation.report import KB_HASH, RANKS, evaluation_name
 from dsmip.ops.ranking import Counts
 from dsmip.runs.load_config import load_config
-from dsmip.runs.run import CONFIG
+from dsmip.runs.run import CONFIG, model_names
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import STAMP, RunStorage
 

@@ -60,7 +60,7 @@ def _golds_and_words(dataset: Dataset) -> tuple[set[int], defaultdict[str, set[i
     train_golds: set[int] = set()
     entities_of: defaultdict[str, set[int]] = defaultdict(set)
     for split in SPLITS:
-        for mention in dataset.mentions(split):
+        for mention in dataset.texts(split):
             entities_of[_key(mention.word)].add(mention.entity_row)
             if split == "train":
                 train_golds.add(mention.entity_row)

@@ -1,131 +1,245 @@
-"""The files that a ranking reads, made piece by piece: the slices of the entity index, and the mentions' table.
+"""The opened evaluation, and what builds the files that its ranking reads.
 
-A piece is the same whoever makes it, and does not depend on other pieces: processes on any node can make them side by
-side, and one that is there is never made again. Features of the kb come from the run's cache where
-it has them. Else they are computed on the way and not kept: of a full-size kb they are larger than the index by far.
+<run>/index/<model>-<hash>/                     the entity index (see `dsmip.evaluation.index`)
+<run>/index/<model>-<hash>/<split>.safetensors  the mentions' table: prepared once, so that all workers score the same
+
+An index slice is the same whoever builds it, and does not depend on others: processes on any node can build them side
+by side, and one that is there is never built again. Features of the kb come from the run's cache where it has them.
+Else they are computed on the way and not kept: of a full-size kb they are larger than the index by far.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from dsmip.config import ExperimentConfig
 from dsmip.data.collate import gold_rows
-from dsmip.data.manifest import KB
+from dsmip.data.manifest import KB, SPLITS
+from dsmip.data.records import Mention
 from dsmip.data.table import Table, concatenate
 from dsmip.encoders.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
-from dsmip.evaluation.index import LAYOUT, MANIFEST, SLICE_ROWS, finish_index, index_slices
+from dsmip.errors import UserError
+from dsmip.evaluation.index import LAYOUT, MANIFEST, SLICE_ROWS, EntityIndex, finish_index, index_slices
 from dsmip.evaluation.preparation import picture_columns, prepare_in_tiles, share_picture
-from dsmip.evaluation.ranked_model import RankedFiles, load_model
+from dsmip.evaluation.ranking import RankedModel
 from dsmip.keys import Plain, plain_text
 from dsmip.parallel import map_alone
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.runs.part_features import PartFeatures, rows_of
-from dsmip.runs.run import Run
+from dsmip.runs.run import Run, model_names
+from dsmip.storage.locations import open_run_storage
+from dsmip.storage.run_storage import RunStorage
 
 CPU = torch.device("cpu")
 _TILE = 512  # rows; two batches of the encoders
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """What the files of a ranking are made of, for processes on any node. Pieces go by their files' names."""
+class OpenedEvaluation:
+    """One model of a run on one split: the run is opened, the model is loaded and the split's shards are read once.
 
-    files: RankedFiles
+    Attributes:
+        run: with a dataset that holds the split's mentions.
+        split: train, validation or test.
+        model: on the CPU until something is prepared or ranked.
+    """
+
+    def __init__(self, run: Run, split: str, model: str | None = None) -> None:
+        """
+        Args:
+            run: any opened run; its data are read when they are needed.
+            split: of its data.
+            model: a finished part, or the system's name for the gated whole (default: the whole, if there is one).
+
+        Raises:
+            UserError: there is no such split or model, or it is not trained yet.
+        """
+        if split not in SPLITS:
+            raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
+        self.run, self.split = replace(run, dataset=run.dataset.holding(split)), split
+        self.model = self.run.load_model(model or model_names(run.config)[0])
+
+    @cached_property
+    def mentions(self) -> list[Mention]:
+        """The split's records, in shard order."""
+        return list(self.run.dataset.mentions(self.split))
+
+    @cached_property
+    def gold_row_M(self) -> Tensor:
+        """kb rows int64 [M]. Raises UserError as `gold_rows` does."""
+        return gold_rows(self.run.dataset, self.split)
+
+    @cached_property
+    def entity_ids(self) -> list[str]:
+        """Of the whole kb, by row."""
+        ids: list[str] = self.run.dataset.entity_texts().column("entity_id").to_pylist()
+        return ids
+
+    @cached_property
+    def features(self) -> dict[str, PartFeatures]:
+        """What the model reads, by part; those of a gated whole are of its variant's parts."""
+        config = self.model.config
+        return {part: PartFeatures(self.run.home(part, config), part, config) for part in self.model.feature_parts}
+
+    def release_encoders(self) -> None:
+        """Frees the encoders, once all is prepared: they may lie on a GPU that the ranking needs."""
+        self.__dict__.pop("features", None)
+
+
+@dataclass(frozen=True)
+class RankingFiles:
+    """The files of one model's ranking on one split, for processes on any node; each goes by its name.
+
+    Attributes:
+        run: its location.
+        split: of the mentions.
+        model: its name in the run.
+        name: the index's folder, below the run.
+        made_from: what the index depends on.
+        slices: kb rows by file.
+        gold_row_M: kb rows int64 [M] of the split's golds.
+    """
+
+    run: str
+    split: str
+    model: str
+    name: str
+    made_from: Mapping[str, Plain]
     slices: Mapping[str, range]
-    num_mentions: int
+    gold_row_M: Tensor = field(compare=False)
+
+    @property
+    def storage(self) -> RunStorage:
+        """Of the index's folder."""
+        return open_run_storage(self.run) / self.name
+
+    @property
+    def index(self) -> Path:
+        """The folder on this node."""
+        return self.storage.folder
+
+    @property
+    def mentions(self) -> Path:
+        """The mentions' table."""
+        return self.index / f"{self.split}.safetensors"
 
     @property
     def missing(self) -> dict[str, int]:
-        """Files that are not here yet, with the number of their items; none of a finished index."""
-        mentions, folder = self.files.mentions, self.files.index
-        missing = {} if mentions.is_file() else {mentions.name: self.num_mentions}
+        """Files that are not here yet, with the number of their items; no slices of a finished index."""
+        mentions, folder = self.mentions, self.index
+        missing = {} if mentions.is_file() else {mentions.name: len(self.gold_row_M)}
         if not (folder / MANIFEST).is_file():
             missing |= {name: len(rows) for name, rows in self.slices.items() if not (folder / name).is_file()}
         return missing
 
-    def make(self, names: Sequence[str], device: torch.device, progress: Progress = no_progress) -> None:
-        """Makes some of the pieces; those that are here are kept. Nobody else may make the same ones meanwhile.
+    def opened(self) -> OpenedEvaluation:
+        """The evaluation that they belong to, opened in this process."""
+        return OpenedEvaluation(Run.open(self.run), self.split, self.model)
 
-        Raises UserError when the data set is damaged.
+    def build(
+        self,
+        names: Sequence[str],
+        device: torch.device,
+        progress: Progress = no_progress,
+        evaluation: OpenedEvaluation | None = None,
+    ) -> None:
+        """Builds some of the files; those that are here are kept. Nobody else may build the same ones meanwhile.
+
+        Args:
+            names: of the files.
+            device: where items are encoded and prepared.
+            progress: counts prepared items.
+            evaluation: where it is open in this process (default: it is opened, if anything is missing).
+
+        Raises:
+            UserError: the data set is damaged.
         """
         todo = {name: number for name, number in self.missing.items() if name in set(names)}
         if not todo:
             return
-        maker = _Maker(self, device, progress)
-        made = counting(progress, "entities and mentions prepared", sum(todo.values()))
+        preparer = _Preparer(evaluation or self.opened(), device, progress)
+        prepared = counting(progress, "entities and mentions prepared", sum(todo.values()))
         for name in todo:
-            table = maker.entities(self.slices[name], made) if name in self.slices else maker.mentions(made)
-            with self.files.storage.atomic(name) as temporary:
+            rows = self.slices.get(name)
+            table = preparer.mentions(prepared) if rows is None else preparer.entities(rows, prepared)
+            with self.storage.atomic(name) as temporary:
                 table.to(CPU).save(temporary)
 
-    def finish(self) -> RankedFiles:
-        """The files, once all pieces are there. Raises UserError when one is missing or damaged."""
-        storage, folder = self.files.storage, self.files.index
-        storage.pull("")  # what other nodes have made
-        finish_index(folder, dict(self.files.made_from), {folder / name: rows for name, rows in self.slices.items()})
+    def finish(self) -> None:
+        """Writes the index's manifest, once all slices are there. Raises UserError when one is missing or damaged."""
+        storage, folder = self.storage, self.index
+        storage.pull("")  # what other nodes have built
+        finish_index(folder, dict(self.made_from), {folder / name: rows for name, rows in self.slices.items()})
         storage.push(MANIFEST)
-        return self.files
+
+    def open(self, evaluation: OpenedEvaluation | None = None) -> RankedModel:
+        """The model with its index and mentions, memory-mapped; the model on the CPU.
+
+        Args:
+            evaluation: where it is open in this process (default: it is opened).
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        model = (evaluation or self.opened()).model
+        if evaluation is None:
+            self.storage.pull("")
+        index = EntityIndex.open(self.index, dict(self.made_from))
+        try:
+            mentions = Table.load(self.mentions)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.mentions} is missing or damaged ({error}); delete it and evaluate again") from error
+        return RankedModel(model.matcher, mentions, index, self.gold_row_M, model.choices)
 
 
-def plan_pieces(
-    run: Run,
-    split: str,
-    model: str,
+def plan_files(
+    evaluation: OpenedEvaluation,
     slice_rows: int = SLICE_ROWS,
     notice: Callable[[str], None] = lambda line: None,
-) -> Pieces:
-    """The pieces of a model's ranking on a split; an index of earlier weights is deleted.
+) -> RankingFiles:
+    """The files of an evaluation's ranking; an index of earlier weights or features is deleted.
 
-    notice: takes a line about features that are read beside the shards.
+    Args:
+        evaluation: what is ranked.
+        slice_rows: kb rows of an index slice.
+        notice: takes a line about features that are read beside the shards.
 
-    Raises UserError as `load_model` does.
+    Raises:
+        UserError: the split has no mentions, or one whose gold is not in the kb.
     """
-    matcher, config, _ = load_model(run, model)
-    features = _features(run, config, model)
+    run, model, features = evaluation.run, evaluation.model, evaluation.features
+    gold_row_M = evaluation.gold_row_M
     sources = [of_part.cached(KB).name for of_part in features.values()]
     for part, of_part in features.items():
         if of_part.beside:
             sources.append(of_part.beside.name)
             notice(f"{part}: reads {of_part.beside}")
     made_from: dict[str, Plain] = {  # the folder's name hashes it in this order; LAYOUT is its version
-        "model": model,
+        "model": model.name,
         "layout": [LAYOUT, slice_rows],
         "data": run.dataset.manifest_hash,
-        "weights": fingerprint(matcher.state_dict(), "()"),
+        "weights": fingerprint(model.matcher.state_dict(), "()"),
         "features": sorted(sources),
     }
-    index = f"index/{model}-{fingerprint({}, plain_text((made_from,)))[:16]}"
-    for outdated in run.storage.glob(f"index/{model}-{'[0-9a-f]' * 16}"):
+    index = f"index/{model.name}-{fingerprint({}, plain_text((made_from,)))[:16]}"
+    for outdated in run.storage.glob(f"index/{model.name}-{'[0-9a-f]' * 16}"):
         if outdated != index:
             run.storage.delete(outdated)  # of weights or features that are no more
     run.storage.pull(index)
-    files = RankedFiles(run.storage.location, split, model, index, made_from)
-    slices = index_slices(Path(), run.dataset.num_entities, slice_rows)
-    return Pieces(files, {path.name: rows for path, rows in slices.items()}, len(gold_rows(run.dataset, split)))
+    slices = {path.name: rows for path, rows in index_slices(Path(), run.dataset.num_entities, slice_rows).items()}
+    return RankingFiles(run.storage.location, evaluation.split, model.name, index, made_from, slices, gold_row_M)
 
 
-def _features(run: Run, config: ExperimentConfig, model: str) -> dict[str, PartFeatures]:
-    """The features that a model reads, by part; those of a whole are of its variant's parts."""
-    if model == run.system.name and run.system.gated:
-        parts = run.system.feature_parts(config.system)
-        return {part: PartFeatures(run.home(part, config), part, config) for part in parts}
-    return {model: PartFeatures(run, model, config)}
+class _Preparer:
+    """Prepares the items of an opened evaluation on one device; an encoder is loaded when it is first needed."""
 
-
-class _Maker:
-    """Prepares items on one device; an encoder is loaded when it is first needed."""
-
-    def __init__(self, pieces: Pieces, device: torch.device, progress: Progress) -> None:
-        self._pieces, self._device, self._progress = pieces, device, progress
-        self._run = Run.open(pieces.files.run)
-        matcher, config, _ = load_model(self._run, pieces.files.model)
-        self._matcher = matcher.to(device)
-        self._features = _features(self._run, config, pieces.files.model)
+    def __init__(self, evaluation: OpenedEvaluation, device: torch.device, progress: Progress) -> None:
+        self._device, self._progress = device, progress
+        self._dataset, self._split = evaluation.run.dataset, evaluation.split
+        self._matcher, self._features = evaluation.model.matcher.to(device), evaluation.features
         self._sources: dict[str, Callable[[range], Table]] = {}
 
     def entities(self, rows: range, progress: Callable[[int], None]) -> Table:
@@ -141,7 +255,7 @@ class _Maker:
     @cached_property
     def _lacking_E(self) -> Tensor:
         """bool [E]: entities without a picture."""
-        num_images = self._run.dataset.entity_texts().column("num_images")
+        num_images = self._dataset.entity_texts().column("num_images")
         return torch.tensor(num_images.to_numpy()) == 0
 
     @cached_property
@@ -176,9 +290,8 @@ class _Maker:
 
     def mentions(self, progress: Callable[[int], None]) -> Table:
         """Prepared mentions. Their features go to the run's cache: several models read them."""
-        split = self._pieces.files.split
         sources = {
-            part: rows_of(load_features(features.files(split, self._device, self._progress)))
+            part: rows_of(load_features(features.files(self._split, self._device, self._progress)))
             for part, features in self._features.items()
         }
-        return self._prepared(range(self._run.dataset.num_mentions(split)), "mentions", sources, progress)
+        return self._prepared(range(self._dataset.num_mentions(self._split)), "mentions", sources, progress)

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsmip.config import RankOptions
 from dsmip.data.table import Table
 from dsmip.distributed import max_over_workers, sum_over_workers
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.metrics import summarise
 from dsmip.evaluation.refinement import PairScorer, Refinement, Refiner, Unrefined, sample_errors
 from dsmip.ops import ranking as ops
+from dsmip.progress import Progress, no_progress
 from dsmip.units.matcher import Matcher, Scores
-from dsmip.units.text_unit import HalfOverflow, use_precision
+from dsmip.units.text_unit import HalfOverflow, use_backend, use_precision
 
 _SAMPLE_MENTIONS = 4  # whose errors are measured where nothing is refined: training waits for it after every epoch
 
@@ -86,6 +88,67 @@ class NotRankable(ValueError):
         return f"the score of {pair} is NaN or infinite{of_part}: no ranking"
 
 
+@dataclass(frozen=True)
+class RankedModel:
+    """A model and all that its ranking needs. choices: the experts that the model chooses from (may be none)."""
+
+    matcher: Matcher
+    mentions: Table
+    index: EntityIndex
+    gold_row_M: Tensor
+    choices: tuple[str, ...]
+
+    def rank(
+        self,
+        device: torch.device,
+        options: RankOptions = RankOptions(),
+        notice: Callable[[str], None] = print,
+        progress: Progress = no_progress,
+    ) -> Ranking:
+        """Exact ranks and the best entities of all mentions. Raises UserError when an option cannot be had."""
+        gold_score_M = self.gold_scores(self.index, device)
+        return self.rank_slice(self.index, gold_score_M, device, options, notice, progress)
+
+    def gold_scores(self, index: EntityIndex, device: torch.device) -> Tensor:
+        """float64 [M]: exact scores of the golds that are in a slice of the index, NaN elsewhere."""
+        return PairScorer(self.matcher, self.mentions, index, device).gold_scores(self.gold_row_M)
+
+    @torch.no_grad()
+    def broken_part(self, mention: int, row: int) -> str | None:
+        """Which expert or unit scores a mention and a kb row as NaN or infinite; None if that pair alone is sound."""
+        device = next(self.matcher.parameters()).device
+        entity = self.index.take(torch.tensor([row - self.index.first_row])).to(device)
+        scores = self.matcher.eval().score(self.mentions.take(torch.tensor([mention])).to(device), entity)
+        return None if bool(scores.total_ME.isfinite().all()) else scores.broken_part(0, 0)
+
+    def rank_slice(
+        self,
+        index: EntityIndex,
+        gold_score_M: Tensor,
+        device: torch.device,
+        options: RankOptions = RankOptions(),
+        notice: Callable[[str], None] = print,
+        progress: Progress = no_progress,
+    ) -> Ranking:
+        """The ranking against a slice of the index, given all golds' exact scores."""
+        matcher = self.matcher.to(device)
+        backend = use_backend(matcher, options.backend, device)
+        notice(f"scoring on {device} with {backend}, {use_precision(matcher, options.precision, backend)}")
+        return rank(
+            matcher,
+            self.mentions,
+            index,
+            self.gold_row_M,
+            device=device,
+            top_k=options.top_k,
+            num_choices=len(self.choices),
+            refine=True,
+            gold_score_M=gold_score_M,
+            notice=notice,
+            progress=lambda done: progress("ranked mentions", done, len(self.mentions)),
+        )
+
+
 @torch.no_grad()
 def rank(
     matcher: Matcher,
@@ -130,7 +193,7 @@ def rank(
         band = max_over_workers(sample.band, device)
         return _ranking(tiles.rank(top_k, num_choices, band), index.first_row, band)
     gold_score_M = pairs.gold_scores(gold_row_M) if gold_score_M is None else gold_score_M
-    check_golds(gold_score_M, gold_row_M, index)
+    check_golds(gold_score_M, gold_row_M, range(index.first_row, index.first_row + len(index)))
     refiner = Refiner(pairs, gold_score_M)
     columns = tiles.rank(top_k, num_choices, refiner)
     while not refiner.band_held:
@@ -273,11 +336,11 @@ def _counted(scores: Scores) -> dict[str, Tensor]:
     return counted
 
 
-def check_golds(gold_score_M: Tensor, gold_row_M: Tensor, index: EntityIndex) -> None:
-    """Raises NotRankable when a gold of the index scores NaN, ValueError when a gold elsewhere has no score."""
+def check_golds(gold_score_M: Tensor, gold_row_M: Tensor, rows: range) -> None:
+    """Raises NotRankable when a gold in kb `rows`, the index's, scores NaN, ValueError when another has no score."""
     for mention in gold_score_M.isnan().nonzero()[:, 0].tolist():
         row = int(gold_row_M[mention])
-        if index.first_row <= row < index.first_row + len(index):
+        if row in rows:
             raise NotRankable(mention, row)
         raise ValueError(f"mention {mention}: its gold, kb row {row}, is not in the index, and its score is not given")
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,17 +12,14 @@ import torch
 from torch import Tensor
 
 from dsmip.config import RankOptions
-from dsmip.data.manifest import SPLITS
-from dsmip.data.records import Mention
 from dsmip.errors import UserError
+from dsmip.evaluation.candidates import CandidateSearch, link
 from dsmip.evaluation.groups import KIND, REPORTED, report_groups, rows_by_value
-from dsmip.evaluation.index_builder import Pieces, plan_pieces
+from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
 from dsmip.evaluation.metrics import HITS_AT, confidence
-from dsmip.evaluation.ranked_model import RankedFiles, RankedModel
-from dsmip.evaluation.ranking import NotRankable, Ranking
+from dsmip.evaluation.ranking import NotRankable, RankedModel, Ranking
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
-from dsmip.runs.run import Run
 
 RANKS = "ranks.parquet"
 KB_HASH = b"kb_sha256"  # in the schema's metadata of ranks.parquet
@@ -42,62 +39,79 @@ def evaluation_name(split: str, model: str) -> str:
     return f"evaluate/{split}/{model}"
 
 
+class RankingWorkers(Protocol):
+    """Processes elsewhere that build what a ranking reads, and rank."""
+
+    def build(self, files: RankingFiles) -> None:
+        """Builds the missing files."""
+
+    def rank(self, files: RankingFiles) -> Ranking:
+        """The ranking from all files."""
+
+
 def evaluate_model(
-    run: Run,
-    split: str,
-    model: str,
+    evaluation: OpenedEvaluation,
     device: torch.device,
     *,
     options: RankOptions = RankOptions(),
-    make_pieces: Callable[[Pieces], None] | None = None,
-    rank_stored: Callable[[RankedFiles], Ranking] | None = None,
-    progress: Progress = no_progress,
-    notice: Callable[[str], None] = print,
     candidates: int | None = None,
+    workers: RankingWorkers | None = None,
+    notice: Callable[[str], None] = print,
+    progress: Progress = no_progress,
 ) -> Evaluated:
     """Ranks the whole kb for every mention of a split and writes metrics.json and ranks.parquet.
 
-    model: a finished part, or the system's name for the gated whole. make_pieces, rank_stored: make what the ranking
-    reads where it is missing, and the ranking (default: in this process, on `device`, with `options`). notice: takes
-    lines about how it is done. candidates: also rank among so many candidates, in this process on `device`; their
-    figures are a section of their own.
-    Raises UserError for an unknown model or split, one that is not trained yet, one that scores NaN, or no candidates.
+    Args:
+        evaluation: the model and the split.
+        device: of this process.
+        options: how the ranking is computed here; `workers` have their own.
+        candidates: also rank among so many candidates, in this process; their figures are a section of their own.
+        workers: do the work (default: this process).
+        notice: takes lines about how it is done.
+        progress: of this process's work.
+
+    Raises:
+        UserError: a split without mentions, a model that scores NaN, or no candidates.
     """
-    if split not in SPLITS:
-        raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
     if candidates is not None and candidates < 1:
         raise UserError(f"candidates: {candidates} are none to rank among; give at least 1")
-    mentions = list(run.dataset.mentions(split))
-    if not mentions:
-        raise UserError(f"split '{split}' of {run.dataset.location} has no mentions")
-    pieces = plan_pieces(run, split, model, notice=notice)
-    if make_pieces:
-        make_pieces(pieces)
+    files = plan_files(evaluation, notice=notice)
+    if workers:
+        workers.build(files)
     else:
-        pieces.make(list(pieces.missing), device, progress)
-    stored = pieces.finish()
-    entity_ids = run.dataset.entity_texts().column("entity_id").to_pylist()
+        files.build(list(files.missing), device, progress, evaluation)
+    files.finish()
+    evaluation.release_encoders()
+    model = files.open(evaluation)
     try:
-        opened = stored.open()
-        ranking = rank_stored(stored) if rank_stored else opened.rank(device, options, notice, progress)
+        ranking = workers.rank(files) if workers else model.rank(device, options, notice, progress)
     except NotRankable as error:
-        part = error.part or opened.broken_part(error.mention, error.entity_row)
-        of_part = f" ({part})" if part else ""
-        raise UserError(
-            f"{model} of {run.storage} scores mention {mentions[error.mention].mention_id} and entity "
-            f"{entity_ids[error.entity_row]} as NaN or infinite{of_part}; its training diverged, or their features "
-            "are broken"
-        ) from None
-    groups = report_groups(run.dataset, mentions)
-    metrics = {"model": model, "split": split, **_metrics(ranking, groups, opened.choices, len(opened.index))}
-    metrics["index_bytes_per_entity"] = opened.index.num_bytes / len(opened.index)
+        raise _unrankable(error, evaluation, model) from None
+    groups = report_groups(evaluation.run.dataset, evaluation.mentions)
+    metrics = {
+        "model": evaluation.model.name,
+        "split": evaluation.split,
+        **_metrics(ranking, groups, model.choices, len(model.index)),
+        "index_bytes_per_entity": model.index.num_bytes / len(model.index),
+    }
     if candidates is not None:
-        metrics["candidates"] = _candidate_metrics(opened, candidates, ranking, device, notice)
-    storage = run.storage / evaluation_name(split, model)
+        metrics["candidates"] = _candidate_metrics(model, candidates, ranking, device, notice)
+    storage = evaluation.run.storage / evaluation_name(evaluation.split, evaluation.model.name)
     with storage.atomic(RANKS) as temporary:
-        _write_ranks(temporary, ranking, mentions, groups, entity_ids, opened.choices)
+        _write_ranks(temporary, ranking, evaluation, groups)
     storage.write_json("metrics.json", metrics)
     return Evaluated(storage.folder, metrics)
+
+
+def _unrankable(error: NotRankable, evaluation: OpenedEvaluation, model: RankedModel) -> UserError:
+    """The error in a user's words: it names the mention, the entity and what of the model scored them."""
+    part = error.part or model.broken_part(error.mention, error.entity_row)
+    of_part = f" ({part})" if part else ""
+    return UserError(
+        f"{evaluation.model.name} of {evaluation.run.storage} scores mention "
+        f"{evaluation.mentions[error.mention].mention_id} and entity {evaluation.entity_ids[error.entity_row]} as NaN "
+        f"or infinite{of_part}; its training diverged, or their features are broken"
+    )
 
 
 def _metrics(
@@ -142,7 +156,11 @@ def _candidate_metrics(
     model: RankedModel, k: int, ranking: Ranking, device: torch.device, notice: Callable[[str], None]
 ) -> dict[str, Any]:
     """How much of the exact ranking is left among `k` candidates. There is no mean rank: a gold may not be there."""
-    search, links = model.link(k, device, notice)
+    num_entities = len(model.index)
+    if k > num_entities:
+        notice(f"{k} candidates of {num_entities} entities: all entities are candidates")
+    search = CandidateSearch.build(model.matcher, model.index, device)
+    links = link(model.matcher, model.mentions, model.index, search, k, top=k)
     ranks_M = ops.ranks_among(links.score_MT, links.row_MT, model.gold_row_M)
     return {
         "k": links.candidate_row_MK.shape[1],
@@ -173,13 +191,9 @@ def _expert_usage(
 
 
 def _write_ranks(
-    path: Path,
-    ranking: Ranking,
-    mentions: Sequence[Mention],
-    groups: Sequence[Mapping[str, str]],
-    entity_ids: Sequence[str],
-    choices: Sequence[str],
+    path: Path, ranking: Ranking, evaluation: OpenedEvaluation, groups: Sequence[Mapping[str, str]]
 ) -> None:
+    mentions, entity_ids, choices = evaluation.mentions, evaluation.entity_ids, evaluation.model.choices
     columns: dict[str, Any] = {
         "mention_id": [mention.mention_id for mention in mentions],
         **{name: pa.array([each.get(name) for each in groups], pa.string()) for name in REPORTED},

@@ -216,6 +216,21 @@ class Run:
         load_own_weights(matcher, self._weights(self.system.name))
         return matcher
 
+    def load_model(self, name: str) -> "LoadedModel":
+        """A finished part, or the gated whole by the system's name.
+
+        Raises UserError for an unknown model, or one that is not trained yet.
+        """
+        if name == self.system.name and self.system.gated:
+            config = self.whole_config()
+            section = config.system
+            return LoadedModel(
+                name, self.load_whole(), config, self.system.choices(section), self.system.feature_parts(section)
+            )
+        if name in self.part_names:
+            return LoadedModel(name, self.load_part(name, with_encoder=False), self.config, (), (name,))
+        raise UserError(f"unknown model '{name}'; this run has {', '.join(model_names(self.config))}")
+
     def whole_config(self) -> ExperimentConfig:
         """The configuration that the best trial chose (temperature, gate width, experts ...)."""
         path = self.folder / self.system.name / CONFIG
@@ -229,6 +244,31 @@ class Run:
     def _weights(self, part: str) -> Path:
         self.storage.pull(f"{part}/{WEIGHTS}")
         return self.folder / part / WEIGHTS
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A finished part of a run, or its gated whole, that scores cached features.
+
+    Attributes:
+        name: the part's or the system's.
+        matcher: with its trained weights, on the CPU.
+        config: the run's, or what the best trial of stage two chose.
+        choices: the experts that it chooses from (may be none).
+        feature_parts: whose features it reads; of several, each under its part's name.
+    """
+
+    name: str
+    matcher: Matcher
+    config: ExperimentConfig
+    choices: tuple[str, ...]
+    feature_parts: tuple[str, ...]
+
+
+def model_names(config: ExperimentConfig) -> tuple[str, ...]:
+    """What can be evaluated: the gated whole first, then every part."""
+    system = find_system(config.model)
+    return (*([system.name] if system.gated else []), *system.part_names(config.system))
 
 
 def own_weights(matcher: Matcher) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import PictureSettings
 from dsmip.errors import UserError
+from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.report import evaluate_model, oracle
 from dsmip.progress import no_progress
 from dsmip.runs.load_config import changed, job_config
@@ -85,8 +86,9 @@ def compare(run: Run, split: str) -> dict[str, Any]:
     """Figures of every expert, the gated system and the oracle over the experts; shares of the gate; hits@1 by kind."""
     experts = run.system.choices(run.whole_config().system)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = replace(run, dataset=run.dataset.holding(split))  # read once for all models
     evaluated = {
-        model: evaluate_model(run, split, model, device, notice=lambda text: None)
+        model: evaluate_model(OpenedEvaluation(run, split, model), device, notice=lambda text: None)
         for model in (*experts, run.system.name)
     }
     best = oracle({name: evaluated[name].folder for name in experts})

@@ -1,17 +1,25 @@
 """The job `dsmip evaluate`: exact ranking of one model on one split, in this process without Ray, or on Ray workers."""
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from dsmip.config import RankOptions
 from dsmip.errors import UserError
-from dsmip.evaluation.ranked_model import model_names
+from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
+from dsmip.evaluation.ranking import NotRankable, Ranking, check_golds
 from dsmip.evaluation.report import Evaluated, evaluate_model, evaluation_name
+from dsmip.evaluation.slices import merge_gold_scores, merge_rankings
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from ray_jobs.terminal.display import Display
+
+if TYPE_CHECKING:
+    from ray_jobs.cluster.events import StepEvents
+
+Result = TypeVar("Result")
 
 SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
 _SHOWN_OF_CANDIDATES = ("hits@1", "hits@5", "hits@20", "mrr")
@@ -34,17 +42,17 @@ def evaluate_run(
     Raises UserError for an unknown model, split or device, a model that is not trained yet, or workers that the cluster
     can never give; JobFailed when a worker fails.
     """
-    run, place = Run.open(location), named_device(device)
-    model, workers = model or model_names(run.config)[0], min(workers, run.dataset.num_entities)
+    run, named = Run.open(location), named_device(device)
+    workers = min(workers, run.dataset.num_entities)
     with run.recorded("evaluate"):
         if workers > 1:
-            evaluated = _evaluate_on_ray(run, split, model, place, workers, options, candidates)
+            evaluation = OpenedEvaluation(run, split, model)
+            evaluated = _evaluate_on_ray(evaluation, named, workers, options, candidates)
         else:
-            check_here(place)
+            check_here(named)
+            evaluation = OpenedEvaluation(run, split, model)
             with Display() as progress:
-                evaluated = evaluate_model(
-                    run, split, model, place, options=options, progress=progress, candidates=candidates
-                )
+                evaluated = evaluate_model(evaluation, named, options=options, progress=progress, candidates=candidates)
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
     refined = metrics["refinement"]
@@ -59,7 +67,7 @@ def evaluate_run(
         print(f"  {metrics['token_pairs_skipped']:.0%} of the experts' token-level scores were not needed")
     if "candidates" in metrics:
         _print_candidates(metrics["candidates"])
-    print(f"  {run.storage}/{evaluation_name(split, model)}/metrics.json")
+    print(f"  {run.storage}/{evaluation_name(split, metrics['model'])}/metrics.json")
     return metrics
 
 
@@ -73,30 +81,118 @@ def _print_candidates(found: dict[str, Any]) -> None:
     print(f"  among candidates only, never to be reported as metrics: {figures}")
 
 
+class RayWorkers:
+    """Workers on Ray that build slices of the index, and rank them, each on its own device.
+
+    Each opens the run and the model once for its share; a lost worker's share is done again, but for the files that it
+    had finished. They rank in two rounds: the golds' scores, which every slice needs, and the counts against them.
+    """
+
+    def __init__(self, num_workers: int, gpu: bool, options: RankOptions, display: Display) -> None:
+        """
+        Args:
+            num_workers: each asks for one CPU.
+            gpu: and for one GPU.
+            options: how they rank.
+            display: shows their progress.
+        """
+        self._num_workers, self._gpu, self._options, self._display = num_workers, gpu, options, display
+
+    def build(self, files: RankingFiles) -> None:
+        """Builds the missing files.
+
+        Raises:
+            UserError: the data set is damaged.
+            JobFailed: a worker fails, or is lost again and again.
+        """
+        missing, num_workers = list(files.missing), self._num_workers
+        shares = {f"builder {number + 1}": (files, missing[number::num_workers]) for number in range(num_workers)}
+        begun = {name: share for name, share in shares.items() if share[1]}
+        if begun:
+            self._display.say(f"  building {len(missing)} missing files of the index on {len(begun)} workers")
+            self._run(_build, begun)
+
+    def rank(self, files: RankingFiles) -> Ranking:
+        """The same ranking as in one process, to the last count.
+
+        Raises:
+            NotRankable: a score is NaN.
+            JobFailed: a slice fails, or is lost again and again.
+        """
+        num_slices = self._num_workers
+        numbers = {f"slice {number + 1}": number for number in range(num_slices)}
+        golds = self._run(_gold_scores, {name: (files, num_slices, number) for name, number in numbers.items()})
+        gold_score_M = merge_gold_scores(list(golds.values()))
+        check_golds(gold_score_M, files.gold_row_M, range(sum(map(len, files.slices.values()))))
+        shares = {name: (files, num_slices, gold_score_M, self._options, number) for name, number in numbers.items()}
+        ranked: dict[str, tuple[Ranking, list[str]]] = self._run(_rank_slice, shares)
+        for line in dict.fromkeys(line for _, notices in ranked.values() for line in notices):
+            self._display.say(line)
+        return merge_rankings([ranking for ranking, _ in ranked.values()], self._options.top_k)
+
+    def _run(self, work: Callable[..., Result], shares: Mapping[str, Sequence[Any]]) -> dict[str, Result]:
+        from ray_jobs.cluster.tasks import run_shares  # imports Ray, which one worker does without
+
+        return run_shares(work, shares, gpu=self._gpu, display=self._display, expected=(NotRankable,))
+
+
+def _build(files: RankingFiles, names: Sequence[str], name: str, events: Any) -> None:
+    device, step_events = _started(name, events)
+    files.storage.pull("")  # of a lost worker, perhaps on another node
+    files.build(names, device, lambda what, done, total: step_events.step_done(0, done - 1, total))
+    step_events.epoch_done({"epoch": 0})
+
+
+def _gold_scores(files: RankingFiles, num_slices: int, number: int, name: str, events: Any) -> Tensor:
+    device, _ = _started(name, events)
+    model = files.open()
+    return model.gold_scores(model.index.slice(number, num_slices), device)
+
+
+def _rank_slice(
+    files: RankingFiles,
+    num_slices: int,
+    gold_score_M: Tensor,
+    options: RankOptions,
+    number: int,
+    name: str,
+    events: Any,
+) -> tuple[Ranking, list[str]]:
+    """The slice's ranking and the notices of it."""
+    device, _ = _started(name, events)
+    model, notices = files.open(), list[str]()
+    index = model.index.slice(number, num_slices)
+    return model.rank_slice(index, gold_score_M, device, options, notices.append), notices
+
+
+def _started(name: str, events: Any) -> tuple[torch.device, "StepEvents"]:
+    """The device of this worker, and where it tells its progress."""
+    from ray_jobs.cluster.tasks import start_share
+    from ray_jobs.cluster.workers import worker_device
+
+    step_events = start_share(name, events)
+    return worker_device(), step_events
+
+
 def _evaluate_on_ray(
-    run: Run, split: str, model: str, device: torch.device, workers: int, options: RankOptions, candidates: int | None
+    evaluation: OpenedEvaluation, device: torch.device, workers: int, options: RankOptions, candidates: int | None
 ) -> Evaluated:
     if device.index is not None:
         raise UserError(
             f"--device {device} with {workers} workers: Ray gives each worker its device; say {device.type}"
         )
-    from ray_jobs.cluster.connection import connected
+    from ray_jobs.cluster.connection import connected  # these import Ray, which one worker does without
     from ray_jobs.cluster.resources import Request, check_feasible
-    from ray_jobs.jobs.build_pieces import build_on_ray  # these import Ray, which one worker does without
-    from ray_jobs.jobs.rank_slices import rank_on_ray
 
-    gpu, display = device.type == "cuda", Display()
+    gpu = device.type == "cuda"
     with connected():
         check_feasible([Request("evaluate", workers, 1, int(gpu))])
         return evaluate_model(
-            run,
-            split,
-            model,
+            evaluation,
             torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"),
             options=options,
-            make_pieces=partial(build_on_ray, workers=workers, gpu=gpu, display=display),
-            rank_stored=partial(rank_on_ray, workers=workers, gpu=gpu, options=options, display=display),
             candidates=candidates,
+            workers=RayWorkers(workers, gpu, options, Display()),
         )
 
 

@@ -35,7 +35,7 @@ from dsmip.encoders.image_features import (
 from dsmip.encoders.image_networks import NetworkChoice, PictureNetwork, identity
 from dsmip.encoders.vgg import Vgg16Features
 from dsmip.errors import UserError
-from dsmip.evaluation.index_builder import plan_pieces
+from dsmip.evaluation.index_builder import OpenedEvaluation, plan_files
 from dsmip.models.dsmip import GATE
 from dsmip.parallel import map_alone
 from dsmip.runs.load_config import parse_config
@@ -111,9 +111,10 @@ def test_a_model_ranks_the_same_with_stored_features(
             for name in run.part_names:
                 run.save_part(name, run.system.build_part(name, small_config, with_encoder=True), {})
             run.save_part("dsmip", run.system.build_whole(small_config), {})
-        pieces = plan_pieces(run, "test", "dsmip")
-        pieces.make(list(pieces.missing), CPU)
-        opened = pieces.finish().open()
+        files = plan_files(OpenedEvaluation(run, "test", "dsmip"))
+        files.build(list(files.missing), CPU)
+        files.finish()
+        opened = files.open()
         tables.append((opened.mentions, opened.index.take(torch.arange(len(opened.index)))))
         store(dataset, NetworkChoice("clip", None, small_config.backbone.architecture))
     for computed, read in zip(*tables, strict=True):

@@ -20,10 +20,10 @@ from dsmip.encoders.base import Side
 from dsmip.errors import UserError
 from dsmip.evaluation.candidates import CandidateSearch, link
 from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
 from dsmip.evaluation.metrics import HITS_AT
-from dsmip.evaluation.ranked_model import RankedFiles
 from dsmip.evaluation.ranking import NotRankable, Ranking, rank
-from dsmip.evaluation.report import Evaluated, evaluate_model
+from dsmip.evaluation.report import Evaluated, RankingWorkers, evaluate_model
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.models.mimic import Mimic
 from dsmip.ops import visual_unit
@@ -312,7 +312,7 @@ def test_faiss_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def exact(run: Run) -> Evaluated:
-    return evaluate_model(run, "test", "dsmip", CPU)
+    return evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU)
 
 
 def stored(evaluated: Evaluated) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def stored(evaluated: Evaluated) -> dict[str, Any]:
 
 
 def test_an_evaluation_has_them_in_a_section_of_their_own(run: Run, exact: Evaluated) -> None:
-    metrics = stored(evaluate_model(run, "test", "dsmip", CPU, candidates=4))
+    metrics = stored(evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU, candidates=4))
     section = metrics.pop("candidates")
     assert metrics == json.loads(json.dumps(exact.metrics))
     assert section["note"].endswith("not metrics of the full ranking")
@@ -333,17 +333,21 @@ def test_an_evaluation_has_them_in_a_section_of_their_own(run: Run, exact: Evalu
 
 
 def test_no_candidates_are_refused_before_anything_is_ranked(run: Run) -> None:
-    def rank_stored(stored: RankedFiles) -> Ranking:
-        raise AssertionError("ranked")
+    class NoWorkers(RankingWorkers):
+        def build(self, files: RankingFiles) -> None:
+            raise AssertionError("built")
+
+        def rank(self, files: RankingFiles) -> Ranking:
+            raise AssertionError("ranked")
 
     with pytest.raises(UserError, match="candidates: 0 are none"):
-        evaluate_model(run, "test", "dsmip", CPU, rank_stored=rank_stored, candidates=0)
+        evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU, workers=NoWorkers(), candidates=0)
 
 
 def test_more_candidates_than_entities_are_all_of_them(
     run: Run, exact: Evaluated, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    section = evaluate_model(run, "test", "dsmip", CPU, candidates=50).metrics["candidates"]
+    section = evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU, candidates=50).metrics["candidates"]
     assert "50 candidates of 11 entities: all entities are candidates" in capsys.readouterr().out
     assert (section["k"], section["recall@11"], section["gold_recall"]) == (11, 1.0, 1.0)
     for name in ("mrr", *(f"hits@{k}" for k in HITS_AT)):

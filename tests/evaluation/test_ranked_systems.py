@@ -16,8 +16,7 @@ from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import feature_sizes
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranked_model import RankedModel
-from dsmip.evaluation.ranking import NotRankable, TileSize, rank
+from dsmip.evaluation.ranking import NotRankable, RankedModel, TileSize, rank
 from dsmip.evaluation.refinement import PairScorer
 from dsmip.evaluation.slices import merge_rankings
 from dsmip.training.batches import CachedSource

@@ -15,17 +15,17 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.evaluation.comparison import compare, read_evaluation
-from dsmip.evaluation.ranked_model import model_names
+from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.report import Evaluated, evaluate_model, oracle
 from dsmip.runs.load_config import parse_config
-from dsmip.runs.run import Run
+from dsmip.runs.run import Run, model_names
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def whole(run: Run) -> Evaluated:
-    return evaluate_model(run, "test", "dsmip", CPU)
+    return evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU)
 
 
 def rows(evaluated: Evaluated) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def rows(evaluated: Evaluated) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("model", ["dsmip", "visual"])
 def test_metrics_are_those_of_the_ranks(run: Run, model: str) -> None:
-    evaluated = evaluate_model(run, "test", model, CPU)
+    evaluated = evaluate_model(OpenedEvaluation(run, "test", model), CPU)
     assert evaluated.folder == run.folder / "evaluate" / "test" / model
     metrics = json.loads((evaluated.folder / "metrics.json").read_text())
     assert metrics == json.loads(json.dumps(evaluated.metrics))
@@ -71,7 +71,7 @@ def test_every_overall_figure_has_its_interval(whole: Evaluated) -> None:
 
 
 def test_two_models_of_a_run_can_be_compared(run: Run, whole: Evaluated) -> None:
-    evaluate_model(run, "test", "text", CPU)
+    evaluate_model(OpenedEvaluation(run, "test", "text"), CPU)
     first, second = (read_evaluation(run.folder, "test", model) for model in (None, "text"))
     found = compare(first, second, torch.Generator().manual_seed(0))
     assert found.metrics["mrr"].first == whole.metrics["overall"]["mrr"]
@@ -105,19 +105,19 @@ def test_shares_of_experts(run: Run, whole: Evaluated) -> None:
     assert usage["tie_share"] == 0
     odd = [record["gold_expert"] for record in records if record["kind"] == "odd"]
     assert usage["by_kind"]["odd"]["gold_share"]["text"] == pytest.approx(odd.count("text") / len(odd))
-    assert "experts" not in evaluate_model(run, "test", "text", CPU).metrics
+    assert "experts" not in evaluate_model(OpenedEvaluation(run, "test", "text"), CPU).metrics
 
 
 def test_a_second_evaluation_writes_the_same(run: Run, whole: Evaluated) -> None:
     before = rows(whole)
-    again = evaluate_model(run, "test", "dsmip", CPU)
+    again = evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU)
     assert again.metrics == whole.metrics
     assert rows(again) == before
 
 
 def test_an_index_of_earlier_weights_is_replaced(run: Run) -> None:
-    evaluate_model(run, "test", "visual", CPU)
-    evaluate_model(run, "validation", "visual", CPU)
+    evaluate_model(OpenedEvaluation(run, "test", "visual"), CPU)
+    evaluate_model(OpenedEvaluation(run, "validation", "visual"), CPU)
     (before,) = (run.folder / "index").glob("visual-*")
     assert {path.stem for path in before.iterdir()} == {"index", "slice-000000", "test", "validation"}
     matcher = run.load_part("visual", with_encoder=True)
@@ -125,7 +125,7 @@ def test_an_index_of_earlier_weights_is_replaced(run: Run) -> None:
         for parameter in matcher.scorer.parameters():
             parameter.mul_(1.1)
     run.save_part("visual", matcher, {})
-    evaluate_model(run, "test", "visual", CPU)
+    evaluate_model(OpenedEvaluation(run, "test", "visual"), CPU)
     (after,) = (run.folder / "index").glob("visual-*")
     assert after != before
 
@@ -134,13 +134,13 @@ def test_what_cannot_be_evaluated(
     run: Run, small_config: ExperimentConfig, small_data: Dataset, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"unknown split 'dev'.*validation"):
-        evaluate_model(run, "dev", "dsmip", CPU)
+        evaluate_model(OpenedEvaluation(run, "dev", "dsmip"), CPU)
     with pytest.raises(UserError, match=r"unknown model 'gate'.*dsmip, text, visual, multimodal"):
-        evaluate_model(run, "test", "gate", CPU)
+        evaluate_model(OpenedEvaluation(run, "test", "gate"), CPU)
     fresh = Run.create(tmp_path / "fresh", small_config, small_data)
     for model, command in (("text", "train"), ("dsmip", "tune")):
         with pytest.raises(UserError, match=rf"no finished '{model}'; run 'dsmip {command}'"):
-            evaluate_model(fresh, "test", model, CPU)
+            evaluate_model(OpenedEvaluation(fresh, "test", model), CPU)
 
 
 def test_a_damaged_split_is_refused_before_anything_is_made(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_a_damaged_split_is_refused_before_anything_is_made(run: Run, monkeypatc
     ):
         monkeypatch.setattr(Dataset, "mentions", lambda dataset, split, found=mentions: iter(found))
         with pytest.raises(UserError, match=message):
-            evaluate_model(run, "test", "text", CPU)
+            evaluate_model(OpenedEvaluation(run, "test", "text"), CPU)
     assert not (run.folder / "index").exists()
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,13 @@ from typer.testing import CliRunner
 
 from dsmip.config import RankOptions
 from dsmip.errors import UserError
-from dsmip.evaluation.index_builder import Pieces, plan_pieces
-from dsmip.evaluation.ranked_model import RankedFiles, RankedModel
-from dsmip.evaluation.ranking import Ranking
+from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
+from dsmip.evaluation.ranking import RankedModel, Ranking
 from dsmip.progress import Progress, no_progress
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
 from ray_jobs.cli import app
-from ray_jobs.jobs.build_pieces import build_on_ray
-from ray_jobs.jobs.rank_slices import rank_on_ray
+from ray_jobs.jobs.evaluate import RayWorkers
 from ray_jobs.terminal.display import Display
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
@@ -30,10 +28,18 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def stored(run: Run) -> RankedFiles:
-    pieces = plan_pieces(run, "test", "dsmip")
-    pieces.make(list(pieces.missing), CPU)
-    return pieces.finish()
+def files(run: Run) -> RankingFiles:
+    return built(plan_files(OpenedEvaluation(run, "test", "dsmip")))
+
+
+def built(files: RankingFiles) -> RankingFiles:
+    files.build(list(files.missing), CPU)
+    files.finish()
+    return files
+
+
+def workers(num_workers: int, gpu: bool = False, options: RankOptions = RankOptions()) -> RayWorkers:
+    return RayWorkers(num_workers, gpu, options, Display())
 
 
 def assert_equal(found: Ranking, expected: Ranking) -> None:
@@ -44,52 +50,66 @@ def assert_equal(found: Ranking, expected: Ranking) -> None:
     assert torch.equal(found.counts.tied_M, expected.counts.tied_M)
 
 
-@dataclass(frozen=True)
-class LosesABuilder(Pieces):
-    """The process that makes the first of its pieces before any other does is killed then, with more to make."""
+def subclassed(kind: type[RankingFiles], files: RankingFiles) -> RankingFiles:
+    return kind(**{each.name: getattr(files, each.name) for each in fields(RankingFiles)})
 
-    def make(self, names: Sequence[str], device: torch.device, progress: Progress = no_progress) -> None:
-        super().make(names[:1], device, progress)
-        killed, path = Path(self.files.run) / "killed-builder", self.files.index / names[0]
+
+class LosesABuilder(RankingFiles):
+    """The process that builds the first of its files before any other does is killed then, with more to build."""
+
+    def build(
+        self,
+        names: Sequence[str],
+        device: torch.device,
+        progress: Progress = no_progress,
+        evaluation: OpenedEvaluation | None = None,
+    ) -> None:
+        super().build(names[:1], device, progress)
+        killed, path = Path(self.run) / "killed-builder", self.index / names[0]
         try:
             with killed.open("x") as note:
                 note.write(f"{path}\n{path.stat().st_mtime_ns}")
         except FileExistsError:
-            super().make(names, device, progress)
+            super().build(names, device, progress)
         else:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def hashes(files: RankedFiles) -> dict[str, str]:
+def hashes(files: RankingFiles) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in files.index.iterdir()}
 
 
 @pytest.mark.slow
 def test_builders_make_what_one_process_makes(run: Run) -> None:
-    pieces = plan_pieces(run, "test", "multimodal", slice_rows=3)
-    pieces.make(list(pieces.missing), CPU)
-    expected = hashes(pieces.finish())
+    files = built(plan_files(OpenedEvaluation(run, "test", "multimodal"), slice_rows=3))
+    expected = hashes(files)
     assert len(expected) == 4 + 2
-    shutil.rmtree(pieces.files.index)
-    lossy = LosesABuilder(pieces.files, pieces.slices, pieces.num_mentions)
-    build_on_ray(lossy, 2, gpu=False, display=Display())
+    shutil.rmtree(files.index)
+    lossy = subclassed(LosesABuilder, files)
+    workers(2).build(lossy)
     assert not lossy.missing
-    assert hashes(lossy.finish()) == expected
+    lossy.finish()
+    assert hashes(lossy) == expected
     path, made = (run.folder / "killed-builder").read_text().splitlines()
     assert Path(path).stat().st_mtime_ns == int(made)  # what the lost worker had finished was kept
-    build_on_ray(lossy, 2, gpu=True, display=Display())  # nothing is missing: no worker, no GPU is asked for
+    workers(2, gpu=True).build(lossy)  # nothing is missing: no worker, no GPU is asked for
 
 
-class Damaged(Pieces):
-    def make(self, names: Sequence[str], device: torch.device, progress: Progress = no_progress) -> None:
+class Damaged(RankingFiles):
+    def build(
+        self,
+        names: Sequence[str],
+        device: torch.device,
+        progress: Progress = no_progress,
+        evaluation: OpenedEvaluation | None = None,
+    ) -> None:
         raise UserError(f"no room for {names[0]}")
 
 
 def test_a_users_mistake_comes_from_a_builder_as_it_is(run: Run) -> None:
-    pieces = plan_pieces(run, "test", "multimodal", slice_rows=6)
-    damaged = Damaged(pieces.files, pieces.slices, pieces.num_mentions)
+    damaged = subclassed(Damaged, plan_files(OpenedEvaluation(run, "test", "multimodal"), slice_rows=6))
     with pytest.raises(UserError, match=r"^no room for (test|slice-00000[01])\.safetensors$"):
-        build_on_ray(damaged, 2, gpu=False, display=Display())
+        workers(2).build(damaged)
 
 
 def test_this_process_needs_no_gpu_of_its_own(run: Run) -> None:
@@ -102,10 +122,10 @@ def test_this_process_needs_no_gpu_of_its_own(run: Run) -> None:
         assert message in str(CliRunner().invoke(app, [*command, device]).exception)
 
 
-class LosesAWorker(RankedFiles):
+class LosesAWorker(RankingFiles):
     """The first process that opens it is killed."""
 
-    def open(self) -> RankedModel:
+    def open(self, evaluation: OpenedEvaluation | None = None) -> RankedModel:
         killed = Path(self.run) / "killed"
         if not killed.exists():
             killed.touch()
@@ -113,14 +133,13 @@ class LosesAWorker(RankedFiles):
         return super().open()
 
 
-def test_workers_rank_as_one_process(stored: RankedFiles) -> None:
-    lossy = LosesAWorker(stored.run, stored.split, stored.model, stored.name, stored.made_from)
+def test_workers_rank_as_one_process(files: RankingFiles) -> None:
     options = RankOptions(top_k=2)
-    alone = stored.open().rank(CPU, options)
-    assert_equal(rank_on_ray(lossy, 3, gpu=False, options=options, display=Display()), alone)
+    alone = files.open().rank(CPU, options)
+    assert_equal(workers(3, options=options).rank(subclassed(LosesAWorker, files)), alone)
     assert alone.refinement is not None
     assert alone.refinement.num_pairs < 8 * 11  # else single precision had no part in it
-    assert (Path(stored.run) / "killed").exists()
+    assert (Path(files.run) / "killed").exists()
 
 
 def test_the_command_writes_the_same_with_workers(run: Run) -> None:
@@ -134,7 +153,7 @@ def test_the_command_writes_the_same_with_workers(run: Run) -> None:
         )
         assert result.exit_code == 0, result.output
         assert "scored again in float64" in result.output
-        assert ("missing pieces of the index on 2 workers" in result.output) == (workers == "2")
+        assert ("missing files of the index on 2 workers" in result.output) == (workers == "2")
         (index,) = (run.folder / "index").iterdir()
         ranks = run.folder / "evaluate" / "test" / "multimodal" / "ranks.parquet"
         written.append([sha256_file(path) for path in (*sorted(index.iterdir()), ranks)])

@@ -10,6 +10,7 @@ import pytest
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.report import evaluate_model
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
@@ -86,7 +87,7 @@ def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption
     assert sorted(each.state for each in status.trials) == ["dropped", "finished", "finished"]
     assert (status.problems, status.next.split()[:2]) == ([], ["dsmip", "evaluate"])
 
-    figures = [evaluate_model(run, "test", "dsmip", CPU).metrics for run in (first, second)]
+    figures = [evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU).metrics for run in (first, second)]
     assert figures[0] == figures[1]
     assert tune_gate(first, first.config, Display(), seed=4) == report  # finished: nothing runs
     with pytest.raises(UserError, match="holds another sweep"):
