@@ -6,6 +6,7 @@ Digests were taken from the code before its keys were written out. Whoever must 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +16,8 @@ from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
 from dsmip.data.text import Template
 from dsmip.encoders.feature_cache import feature_key, fingerprint
+from dsmip.encoders.image_features import network_hash
+from dsmip.encoders.image_networks import NetworkChoice, identity
 from dsmip.keys import key_tree, plain_text
 from dsmip.models import find_system
 from dsmip.runs.load_config import changed, parse_config
@@ -22,6 +25,7 @@ from dsmip.units.expert import ExpertConfig
 from ray_jobs.jobs.pretrain import weights_stamp
 from ray_jobs.jobs.tune_gate import sweep_key
 from ray_jobs.training.sweep import draw_trials
+from tools.archive_run import write_backbone
 
 WEIGHTS = {"b": torch.ones(2), "a": torch.arange(3.0)}
 PLAIN_FORMAT = ItemFormat(Template())
@@ -85,6 +89,13 @@ def test_other_digests_are_as_ever() -> None:
         "05b4807e99b3687bcc636f6e6a3f540288b3b06a31fb64228248845f92730d79",
         "7b0bf1821738fa02e94be777500afbb510df15b484dab16f9e9a87a2bcc02597",
     ]
+
+
+def test_the_network_of_picture_features_is_named_as_ever(tmp_path: Path) -> None:
+    backbone = write_backbone(tmp_path)
+    choice = NetworkChoice("clip", backbone["pretrained"], backbone["architecture"])
+    digest = "3948455ddc797216a3614a4dd6f36ba94c9377522b569eb8d7af35717c8f598c"
+    assert network_hash(identity(choice, choice.build())) == digest
 
 
 def test_parts_of_other_settings_are_keyed_as_ever(config: ExperimentConfig) -> None:
