@@ -16,7 +16,7 @@ from data_prep.build.plan import DatasetOptions
 from data_prep.build.view import make_view
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset, TrainingBatch
-from dsmip.errors import UserError
+from dsmip.errors import StoreAway, UserError
 from dsmip.parallel import map_tasks
 from dsmip.storage.object_store import connected_system, filesystem
 from tests.support.object_store import ObjectStore, free_port, running_store, variables
@@ -224,7 +224,7 @@ def test_a_server_that_goes_away_is_said(
             next(stream)
             store.process.kill()
             store.process.wait()
-            with pytest.raises(UserError, match=r"s3://\S+\.tar: the store failed or cannot be reached"):
+            with pytest.raises(StoreAway, match=r"s3://\S+\.tar: the store failed or cannot be reached"):
                 list(remote.training_batches("train", 8, seed=3, epoch=1))
     finally:
         connected_system.cache_clear()
