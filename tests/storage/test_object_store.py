@@ -1,6 +1,7 @@
 """URIs, the file systems behind them, and what is said when these fail; against a real S3 server."""
 
 import errno
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +12,17 @@ from dsmip.errors import StoreAway, UserError
 from dsmip.storage.locations import local_path
 from dsmip.storage.object_store import attempt, cache_folder, filesystem, is_uri, stored_object
 from tests.support.object_store import ObjectStore
+from tests.support.paths import ROOT
+
+
+def test_object_stores_have_one_client() -> None:
+    sources = [
+        path
+        for package in ("benchmarks", "data_prep", "dsmip", "ray_jobs")
+        for path in Path(ROOT, package).rglob("*.py")
+    ]
+    calls = re.compile(r"^\s*(import|from) (fsspec|s3fs|gcsfs)\b", re.M)
+    assert {path.name for path in sources if calls.search(path.read_text(encoding="utf-8"))} == {"object_store.py"}
 
 
 @pytest.mark.parametrize("location", ["s3://bucket", "gs://bucket/a b", "file:///tmp/x"])

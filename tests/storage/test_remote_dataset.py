@@ -232,7 +232,7 @@ def test_a_server_that_goes_away_is_said(
 
 def test_a_full_disk_is_said_in_one_line(uri: str, cache: Path) -> None:
     """With a limit on the size of files, which fails as a full disk does."""
-    inspect = [sys.executable, "-m", "ray_jobs.jobs.inspect_data", uri, "--no-pictures"]
+    inspect = [sys.executable, "-m", "ray_jobs", "inspect", uri, "--no-pictures"]
     ended = subprocess.run(inspect, cwd=ROOT, text=True, capture_output=True, preexec_fn=limit_files, check=False)
     assert ended.returncode == 2, ended.stderr
     full = rf"error: {re.escape(str(cache))}\S*: File too large, while {uri}/\S+ was copied here; make room, .*\n"
