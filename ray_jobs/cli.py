@@ -193,13 +193,14 @@ def tune(
     verbose: VerboseOption = False,
 ) -> None:
     """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
-    from dsmip.runs.load_config import job_config
-    from dsmip.runs.run import Run
+    from dsmip.runs.load_config import overridden
+    from dsmip.runs.run import CONFIG, Run
     from ray_jobs.jobs.tune_gate import tune_gate
     from ray_jobs.terminal.display import Display
 
     opened = Run.open(run)
-    tune_gate(opened, job_config(str(opened.folder / "config.yaml"), set or []), Display(), seed=seed, verbose=verbose)
+    config = overridden(opened.config, set or [], f"config {opened.folder / CONFIG}")
+    tune_gate(opened, config, Display(), seed=seed, verbose=verbose)
 
 
 @app.command()

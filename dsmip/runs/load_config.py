@@ -3,8 +3,10 @@
 The one place that turns a configuration's text into a validated object, with the section of its system.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from dsmip.errors import UserError
 from dsmip.keys import key_tree
 from dsmip.models import find_system
 
+_log = logging.getLogger(__name__)
 _FILES = {".json", ".pt", ".pth", ".safetensors"}
 
 
@@ -45,17 +48,30 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> ExperimentC
     Raises:
         UserError: an unknown name, wrong YAML, an unknown key or a value out of range.
     """
-    return parse_config(_read_tree(name_or_path, overrides), source=f"config {name_or_path}")
+    text, source = _read_text(name_or_path), f"config {name_or_path}"
+    return _of_text(text, source) if not overrides else parse_config(_tree(text, source, overrides), source)
 
 
 def job_config(name_or_path: str, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """As `load_config`, with absolute file names: workers live in other folders than the command line."""
-    return parse_config(_absolute(_read_tree(name_or_path, overrides)), source=f"config {name_or_path}")
+    text, source = _read_text(name_or_path), f"config {name_or_path}"
+    return parse_config(_absolute(_tree(text, source, overrides)), source)
+
+
+def overridden(config: ExperimentConfig, overrides: Sequence[str], source: str) -> ExperimentConfig:
+    """A parsed configuration with `key=value` overrides and absolute file names; itself where that changes nothing.
+
+    Raises:
+        UserError: an unknown key or a value out of range; the message begins with `source`.
+    """
+    before = config.model_dump(mode="json")
+    after = _absolute(_with_overrides(before, overrides))
+    return config if after == before else parse_config(after, source)
 
 
 def read_config(text: str) -> ExperimentConfig:
     """The configuration that `to_yaml` wrote."""
-    return parse_config(yaml.load(text, _Loader))
+    return _of_text(text, "configuration")
 
 
 def to_yaml(config: ExperimentConfig) -> str:
@@ -77,27 +93,46 @@ def changed(config: ExperimentConfig, overrides: Mapping[str, Any]) -> Experimen
     return parse_config(deep_merged(config.model_dump(mode="json"), overrides))
 
 
-def _read_tree(name_or_path: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _of_text(text: str, source: str) -> ExperimentConfig:
+    try:
+        return _parsed(text)
+    except UserError:
+        return parse_config(_tree(text, source), source)  # for a message that names the source
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> ExperimentConfig:
+    """A worker gets as text what its run has as a file: the same text is parsed once in a process."""
+    return parse_config(_tree(text, "configuration"))
+
+
+def _read_text(name_or_path: str) -> str:
     if name_or_path in shipped_configs():
-        text = (resources.files("dsmip") / "configs" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        try:
-            text = Path(name_or_path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"config {name_or_path} cannot be read as text: {error}") from error
-    else:
+        return (resources.files("dsmip") / "configs" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    if not Path(name_or_path).is_file():
         raise UserError(
             f"config '{name_or_path}' is neither a file nor a shipped name; shipped: {', '.join(shipped_configs())}"
         )
     try:
-        tree: Any = yaml.load(text, _Loader)
+        return Path(name_or_path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {name_or_path} cannot be read as text: {error}") from error
+
+
+def _tree(text: str, source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    try:
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"config {name_or_path} is not valid YAML: {error}") from error
+        raise UserError(f"{source} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"config {name_or_path} must be a mapping of keys, not {type(tree).__name__}")
+        raise UserError(f"{source} must be a mapping of keys, not {type(tree).__name__}")
+    return _with_overrides(tree, overrides)
+
+
+def _with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         tree = deep_merged(tree, _parse_override(override))
-    return dict(tree)
+    return tree
 
 
 def _absolute(tree: Any) -> Any:
@@ -113,6 +148,7 @@ def _absolute(tree: Any) -> Any:
 
 def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> ExperimentConfig:
     """Validates a mapping, the search space with a value of each key included; UserError names each wrong key."""
+    _log.debug("%s is parsed", source)
     config = _parse(tree, source)
     for key, choice in config.tune.space.items():
         swept(config, {key: choice.example}, f"{source}, tune.space")

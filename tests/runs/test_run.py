@@ -1,22 +1,26 @@
 """Run directories: made once, opened again, refused where they do not fit."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import dsmip
 from data_prep.build.build import prepare
 from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.runs.load_config import changed, to_yaml
+from dsmip.runs.load_config import changed, load_config, overridden, read_config, to_yaml
 from dsmip.runs.run import Run, own_weights
 from dsmip.storage.run_storage import LocalRun
 from tests.support.small_release import plain_release
+
+Log = pytest.LogCaptureFixture
 
 
 @pytest.fixture
@@ -167,3 +171,39 @@ def test_a_part_of_another_form_lives_in_a_variant(run: Run) -> None:
     assert run.home("text", deeper).folder == run.folder
     assert run.home("multimodal", with_system(gate={"temperature": 0.7})).folder == run.folder
     assert run.home("multimodal", with_system(experts={"multimodal": {"prompt_depth": 0}})).folder != variant.folder
+
+
+def count_parses(log: pytest.LogCaptureFixture) -> int:
+    return sum(record.name == "dsmip.runs.load_config" for record in log.records)
+
+
+def test_one_process_parses_a_text_once(run: Run, small_data: Dataset, tmp_path: Path, caplog: Log) -> None:
+    """A worker opens its run, and is sent the configuration of its part, which is most often the run's."""
+    fresh = Run.create(tmp_path / "fresh", changed(run.config, {"seed": 80_117}), small_data)
+    text = to_yaml(fresh.config)
+    with caplog.at_level(logging.DEBUG, "dsmip.runs.load_config"):
+        opened = Run.open(fresh.folder)
+        assert opened.home("text", read_config(text)) is opened
+        assert load_config(str(fresh.folder / "config.yaml")) == opened.config
+        assert overridden(opened.config, [], "config") is opened.config
+        assert count_parses(caplog) == 1
+        assert overridden(opened.config, ["train.epochs=7"], "config").train.epochs == 7
+    assert count_parses(caplog) == 2
+    with pytest.raises(UserError, match=r"^config of mine: unknown key 'train\.epocs'"):
+        overridden(opened.config, ["train.epocs=7"], "config of mine")
+
+
+@pytest.mark.parametrize(("model", "texts"), [("text", 1), ("dsmip", 2)])
+def test_an_evaluation_parses_each_text_once(
+    run: Run, small_data: Dataset, tmp_path: Path, caplog: Log, model: str, texts: int
+) -> None:
+    """The run's, and of a tuned whole the best trial's."""
+    made = Run.create(tmp_path / "fresh", changed(run.config, {"seed": 80_200 + texts}), small_data)
+    trial = changed(made.config, {"system": {"gate": {"temperature": 0.5 + texts}}})
+    for name in made.part_names:
+        made.save_part(name, made.system.build_part(name, made.config, with_encoder=True), {})
+    made.save_part("dsmip", made.system.build_whole(trial), {})
+    made.storage.write_text("dsmip/config.yaml", to_yaml(trial))
+    with caplog.at_level(logging.DEBUG, "dsmip.runs.load_config"):
+        dsmip.evaluate(made.folder, "test", model)
+    assert count_parses(caplog) == texts
