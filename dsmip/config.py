@@ -293,13 +293,13 @@ def validated(config_class: type[Config], tree: Any, source: str, prefix: str) -
 
 
 def _explain(detail: ErrorDetails, root: type[BaseModel], prefix: str) -> str:
-    place = prefix + ".".join(str(part) for part in detail["loc"])
+    key = prefix + ".".join(str(part) for part in detail["loc"])
     if detail["type"] != "extra_forbidden":
-        return f"{place.rstrip('.')}: {detail['msg'].removeprefix('Value error, ')}"
+        return f"{key.rstrip('.')}: {detail['msg'].removeprefix('Value error, ')}"
     valid = _keys_at(root, detail["loc"][:-1])
     near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1, cutoff=0.0)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"unknown key '{place}'{hint} (valid here: {', '.join(valid)})"
+    return f"unknown key '{key}'{hint} (valid here: {', '.join(valid)})"
 
 
 def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:

@@ -259,13 +259,13 @@ class Dataset:
 
     @cached_property
     def _kb(self) -> pa.Table:
-        place = self.files.address(ENTITIES_FILE)
+        address = self.files.address(ENTITIES_FILE)
         try:
             table = self.files.use(self.manifest.entities_file, partial(pq.read_table, memory_map=True))
         except pa.ArrowException as error:
-            raise UserError(f"{place}: the file is damaged ({error}); prepare the dataset again") from error
+            raise UserError(f"{address}: the file is damaged ({error}); prepare the dataset again") from error
         if not table.schema.equals(ENTITY_SCHEMA) or len(table) != self.num_entities:
-            raise UserError(f"{place}: not the entities of this dataset; prepare it again")
+            raise UserError(f"{address}: not the entities of this dataset; prepare it again")
         return table.combine_chunks()
 
     def _entity_records(self, rows: range) -> Iterator[dict[str, Any]]:
@@ -289,16 +289,16 @@ class Dataset:
         self, shard: ShardInfo, indices: Sequence[int], only: Container[str] | None = None
     ) -> Iterator[Sample]:
         """The samples of a shard at `indices`, in shard order."""
-        wanted, place = set(indices), self.files.address(shard.path)
+        wanted, address = set(indices), self.files.address(shard.path)
         found, last = 0, "its start"
         with open_file(self.files, shard) as stream:
-            for sample in read_samples(stream, place, wanted.__contains__, only):
+            for sample in read_samples(stream, address, wanted.__contains__, only):
                 found, last = found + 1, f"sample {sample.key}"
                 yield sample
         if found != len(wanted):
             # A tar with a damaged header reads as one that ends there.
             raise UserError(
-                f"{place}: fewer samples than the manifest says, none wanted beyond {last}; prepare the dataset again"
+                f"{address}: fewer samples than the manifest says, none wanted beyond {last}; prepare the dataset again"
             )
 
     def _place(self, shard: ShardInfo, sample: Sample) -> str:

@@ -119,8 +119,8 @@ def _scored(pairs: PairScorer, row_MK: Tensor, first_row: int) -> tuple[Tensor, 
         if chosen_1K is not None:
             choices.append(chosen_1K)
     if bool(score_MK.isnan().any()):
-        mention, place = score_MK.isnan().nonzero()[0].tolist()
-        raise NotRankable(mention, int(row_MK[mention, place]))
+        mention, column = score_MK.isnan().nonzero()[0].tolist()
+        raise NotRankable(mention, int(row_MK[mention, column]))
     return score_MK, torch.cat(choices) if choices else None
 
 

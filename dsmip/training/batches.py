@@ -111,10 +111,10 @@ class StreamSource:
         return len(whole), torch.arange(share.start - whole.start, share.stop - whole.start)
 
     def _random_entities(self, count: int, generator: torch.Generator) -> tuple[Tensor, Sequence[Entity]]:
-        """This worker's share of `count` random entities of the kb: their places among all, and they themselves."""
+        """This worker's share of `count` random entities of the kb: their positions among all, and they themselves."""
         rows = torch.randint(self.dataset.num_entities, (count,), generator=generator)
-        places = torch.arange(count).tensor_split(distributed.world_size())[distributed.rank()]
-        return places, [self.dataset.entity(int(row)) for row in rows[places]]
+        own = torch.arange(count).tensor_split(distributed.world_size())[distributed.rank()]
+        return own, [self.dataset.entity(int(row)) for row in rows[own]]
 
 
 class CachedSource:

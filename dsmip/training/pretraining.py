@@ -81,19 +81,19 @@ class PairSource:
             batch = self._batch([order[p] for p in share], epoch)
             yield augmented(batch, self.config.augment, draws, self.token_ids.shape[1])
 
-    def _batch(self, places: Sequence[int], epoch: int) -> ItemBatch:
-        pictures = torch.zeros(len(places), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for slot, place in enumerate(places):
-            number = draw(self.num_images[place], "pair", self.seed, epoch, self.rows[place])
-            pictures[slot] = self._picture(place, number)
-        token_ids = self.token_ids[list(places)]
-        longest = int(token_ids.count_nonzero(dim=1).max()) if places else 1
-        return ItemBatch(token_ids[:, :longest], pictures, torch.ones(len(places), dtype=torch.bool))
+    def _batch(self, items: Sequence[int], epoch: int) -> ItemBatch:
+        pictures = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for slot, item in enumerate(items):
+            number = draw(self.num_images[item], "pair", self.seed, epoch, self.rows[item])
+            pictures[slot] = self._picture(item, number)
+        token_ids = self.token_ids[list(items)]
+        longest = int(token_ids.count_nonzero(dim=1).max()) if items else 1
+        return ItemBatch(token_ids[:, :longest], pictures, torch.ones(len(items), dtype=torch.bool))
 
-    def _picture(self, place: int, number: int) -> Tensor:
+    def _picture(self, item: int, number: int) -> Tensor:
         if self.decoded is not None:
-            return self.decoded[place][number]
-        return fit(decode(self.dataset.entity_images(self.rows[place])[number]), self.image_size)
+            return self.decoded[item][number]
+        return fit(decode(self.dataset.entity_images(self.rows[item])[number]), self.image_size)
 
     def _decode_all(self) -> list[Tensor]:
         """uint8 [num_images, 3, S, S] of every pictured entity."""

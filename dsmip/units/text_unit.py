@@ -162,8 +162,8 @@ def use_backend(matcher: nn.Module, name: BackendName, device: torch.device) -> 
     backend: Backend = "torch"
     compiled: Backend = "cpp" if device.type == "cpu" else "triton"
     if name not in ("auto", "torch", compiled):
-        place = "CPU" if name == "cpp" else "GPU"
-        raise UserError(f"backend {name} runs on a {place}, not on {device}: use torch or auto")
+        processor = "CPU" if name == "cpp" else "GPU"
+        raise UserError(f"backend {name} runs on a {processor}, not on {device}: use torch or auto")
     if name != "torch":
         reason = cpu.why_unavailable() if compiled == "cpp" else cuda.why_unavailable()
         if reason is None:
