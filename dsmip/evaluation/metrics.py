@@ -3,7 +3,9 @@
 M mentions, R resamples, K metrics, X any number of leading dimensions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,17 +14,58 @@ from dsmip.ops import ranking as ops
 from dsmip.ops.significance import percentile_interval, randomisation_p_values, resamples
 
 HITS_AT = (1, 3, 5, 10, 20)
-MEDIAN_RANK = "median_rank"
 LEVEL = 0.95  # of all intervals
 NUM_RESAMPLES = 2_000
 NUM_FLIPS = 10_000
 
 
 @dataclass(frozen=True)
+class Metric:
+    """A figure of ranks.
+
+    Attributes:
+        of: makes float64 [X] of ranks float [..., M].
+        ranks: makes the ranks of counts, by the rule for ties.
+        is_mean: it is the mean of each mention's own figure, as a randomisation test needs.
+        is_bounded: it is defined where a gold has no rank (infinity), as among candidates.
+        shown: displays have it.
+        shown_of_candidates: so does the display of figures among candidates.
+    """
+
+    of: Callable[[Tensor], Tensor]
+    ranks: Callable[[ops.Counts], Tensor] = ops.realistic_ranks
+    is_mean: bool = True
+    is_bounded: bool = False
+    shown: bool = True
+    shown_of_candidates: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    **{
+        f"hits@{k}": Metric(
+            partial(ops.hits_at, k=k), is_bounded=True, shown=k in (1, 3, 5), shown_of_candidates=k in (1, 5, 20)
+        )
+        for k in HITS_AT
+    },
+    "mrr": Metric(ops.mean_reciprocal_rank, is_bounded=True, shown_of_candidates=True),
+    "mean_rank": Metric(ops.mean_rank),
+    "mean_rank_optimistic": Metric(ops.mean_rank, ops.optimistic_ranks, shown=False),
+    "mean_rank_pessimistic": Metric(ops.mean_rank, ops.pessimistic_ranks, shown=False),
+    "median_rank": Metric(ops.median_rank, is_mean=False, shown=False),
+}
+"""The metrics by name: reports, intervals, comparisons, the oracle, figures of candidates and displays have these."""
+
+
+def shown_metrics() -> tuple[str, ...]:
+    """Names of those that displays have."""
+    return tuple(name for name, metric in METRICS.items() if metric.shown)
+
+
+@dataclass(frozen=True)
 class Difference:
     """A metric of two systems on the same mentions; `difference` is second minus first.
 
-    interval: paired bootstrap, 95 %. p_value: paired randomisation test; None for the median, which is no mean.
+    interval: paired bootstrap, 95 %. p_value: paired randomisation test; None for a metric that is no mean.
     """
 
     first: float
@@ -37,14 +80,12 @@ def measure(counts: ops.Counts) -> dict[str, Tensor]:
 
     Raises ValueError when M is 0.
     """
-    ranks_XM = ops.realistic_ranks(counts)
-    report = {f"hits@{k}": ops.hits_at(ranks_XM, k) for k in HITS_AT}
-    report["mrr"] = ops.mean_reciprocal_rank(ranks_XM)
-    report["mean_rank"] = ops.mean_rank(ranks_XM)
-    report["mean_rank_optimistic"] = ops.mean_rank(ops.optimistic_ranks(counts))
-    report["mean_rank_pessimistic"] = ops.mean_rank(ops.pessimistic_ranks(counts))
-    report[MEDIAN_RANK] = ops.median_rank(ranks_XM)
-    return report
+    return {name: metric.of(metric.ranks(counts)) for name, metric in METRICS.items()}
+
+
+def measure_among(ranks_M: Tensor) -> dict[str, float]:
+    """The bounded metrics of ranks float64 [M] among candidates; infinity where the gold is none of them."""
+    return {name: float(metric.of(ranks_M)) for name, metric in METRICS.items() if metric.is_bounded}
 
 
 def summarise(counts: ops.Counts) -> dict[str, float]:
@@ -56,10 +97,10 @@ def confidence(
     counts: ops.Counts, generator: torch.Generator, *, num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, tuple[float, float]]:
     """95 % bootstrap interval over mentions (low, high) of each metric. counts: int64 [M] on the generator's device."""
-    pieces = [
+    resampled = [
         _stack(measure(_take(counts, rows_RM))) for rows_RM in resamples(len(counts.better_M), num_resamples, generator)
     ]
-    return _intervals(list(summarise(counts)), torch.cat(pieces))
+    return _intervals(list(summarise(counts)), torch.cat(resampled))
 
 
 def compare_counts(
@@ -77,11 +118,11 @@ def compare_counts(
     if first.better_M.shape != second.better_M.shape:
         raise ValueError(f"{len(first.better_M)} mentions against {len(second.better_M)}: nothing to pair")
     before, after = summarise(first), summarise(second)
-    pieces = [
+    resampled = [
         _stack(measure(_take(second, rows_RM))) - _stack(measure(_take(first, rows_RM)))
         for rows_RM in resamples(len(first.better_M), num_resamples, generator)
     ]
-    intervals = _intervals(list(before), torch.cat(pieces))
+    intervals = _intervals(list(before), torch.cat(resampled))
     differences_MK = _stack(measure(_single(second))) - _stack(measure(_single(first)))
     p_values = dict(zip(before, randomisation_p_values(differences_MK, num_flips, generator).tolist(), strict=True))
     return {
@@ -90,7 +131,7 @@ def compare_counts(
             after[name],
             after[name] - before[name],
             intervals[name],
-            None if name == MEDIAN_RANK else p_values[name],
+            p_values[name] if METRICS[name].is_mean else None,
         )
         for name in before
     }

@@ -16,7 +16,7 @@ from dsmip.errors import UserError
 from dsmip.evaluation.candidates import CandidateSearch, link
 from dsmip.evaluation.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
-from dsmip.evaluation.metrics import HITS_AT, confidence
+from dsmip.evaluation.metrics import confidence, measure_among, summarise
 from dsmip.evaluation.ranking import NotRankable, RankedModel, Ranking
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
@@ -167,8 +167,7 @@ def _candidate_metrics(
         "search": search.method,
         f"recall@{ranking.top_row_Mk.shape[1]}": ops.recall_at(ranking.top_row_Mk, links.candidate_row_MK),
         "gold_recall": float(ranks_M.isfinite().double().mean()),
-        **{f"hits@{hits}": float(ops.hits_at(ranks_M, hits)) for hits in HITS_AT},
-        "mrr": float(ops.mean_reciprocal_rank(ranks_M)),
+        **measure_among(ranks_M),
         "note": _CANDIDATES_NOTE,
     }
 
@@ -224,13 +223,16 @@ def oracle(folders: Mapping[str, Path]) -> dict[str, Any]:
     tables = [pq.read_table(folder / RANKS) for folder in folders.values()]
     if len({tuple(table.column("mention_id").to_pylist()) for table in tables}) != 1:
         raise UserError("the experts were evaluated on different mentions; evaluate all of them on one split")
-    ranks_BM = torch.tensor([table.column("rank").to_pylist() for table in tables], dtype=torch.float64)
-    best_M = ranks_BM.min(dim=0).values
+    counts_BM = ops.Counts(*(_stacked(tables, name) for name in ("better", "tied")))
+    best_1M = ops.realistic_ranks(counts_BM).argmin(dim=0, keepdim=True)
+    counts = ops.Counts(*(each_BM.gather(0, best_1M)[0] for each_BM in counts_BM))
     kinds = tables[0].column(KIND).to_pylist()
     by_kind = {}
     for kind in sorted({k for k in kinds if k is not None}):
         rows = torch.tensor([k == kind for k in kinds])
-        by_kind[kind] = float(ops.hits_at(best_M[rows], 1))
-    overall = {f"hits@{k}": float(ops.hits_at(best_M, k)) for k in HITS_AT}
-    overall |= {"mrr": float(ops.mean_reciprocal_rank(best_M)), "mean_rank": float(ops.mean_rank(best_M))}
-    return {"overall": overall, "by_kind": by_kind}
+        by_kind[kind] = summarise(ops.Counts(counts.better_M[rows], counts.tied_M[rows]))["hits@1"]
+    return {"overall": summarise(counts), "by_kind": by_kind}
+
+
+def _stacked(tables: Sequence[pa.Table], column: str) -> Tensor:
+    return torch.stack([torch.tensor(table.column(column).to_pylist()) for table in tables])

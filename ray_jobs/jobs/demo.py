@@ -24,13 +24,13 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import PictureSettings
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation
+from dsmip.evaluation.metrics import shown_metrics
 from dsmip.evaluation.report import evaluate_model, oracle
 from dsmip.progress import no_progress
 from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import write_json
 from ray_jobs.cluster.resources import cluster_kinds
-from ray_jobs.jobs.evaluate import SHOWN
 from ray_jobs.jobs.prepare import BuildOptions, prepare_release, write_release_once
 from ray_jobs.jobs.pretrain import pretrain_backbone
 from ray_jobs.jobs.train_experts import train_experts
@@ -99,7 +99,7 @@ def compare(run: Run, split: str) -> dict[str, Any]:
         kinds[kind] = of_kind | {ORACLE: hits}
     usage = evaluated[run.system.name].metrics["experts"]
     return {
-        "models": {name: {key: figures[key] for key in SHOWN} for name, figures in overall.items()},
+        "models": {name: {key: figures[key] for key in shown_metrics()} for name, figures in overall.items()},
         "gate": {key: usage[key] for key in ("pair_share", "gold_share")},
         "kinds": kinds,
     }
@@ -116,10 +116,12 @@ def show_results(results: Mapping[str, Any], out: Path, display: Display) -> Non
     """Prints the tables, where everything is, and what to do next."""
     models, gate = results["models"], results["gate"]
     whole = next(name for name in models if name not in gate["pair_share"] and name != ORACLE)
-    table = Table("", *SHOWN, "pairs", "gold pairs", title="Test split, ranked against the whole knowledge base")
+    table = Table(
+        "", *shown_metrics(), "pairs", "gold pairs", title="Test split, ranked against the whole knowledge base"
+    )
     for name, figures in models.items():
         shares = [f"{gate[key][name]:.0%}" if name in gate[key] else "" for key in ("pair_share", "gold_share")]
-        table.add_row(name, *(f"{figures[key]:.3f}" for key in SHOWN), *shares)
+        table.add_row(name, *(f"{figures[key]:.3f}" for key in shown_metrics()), *shares)
     display.console.print(table)
     kinds = Table("hits@1 by kind of mention", *models)
     for kind, hits in results["kinds"].items():

@@ -9,6 +9,7 @@ from torch import Tensor
 from dsmip.config import RankOptions
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
+from dsmip.evaluation.metrics import METRICS, shown_metrics
 from dsmip.evaluation.ranking import NotRankable, Ranking, check_golds
 from dsmip.evaluation.report import Evaluated, evaluate_model, evaluation_name
 from dsmip.evaluation.slices import merge_gold_scores, merge_rankings
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from ray_jobs.cluster.events import StepEvents
 
 Result = TypeVar("Result")
-
-SHOWN = ("hits@1", "hits@3", "hits@5", "mrr", "mean_rank")
-_SHOWN_OF_CANDIDATES = ("hits@1", "hits@5", "hits@20", "mrr")
 
 
 def evaluate_run(
@@ -54,7 +52,7 @@ def evaluate_run(
             with Display() as progress:
                 evaluated = evaluate_model(evaluation, named, options=options, progress=progress, candidates=candidates)
     metrics = evaluated.metrics
-    figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in SHOWN)
+    figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in shown_metrics())
     refined = metrics["refinement"]
     print(f"{metrics['model']} on {split}: {metrics['mentions']} mentions, {metrics['entities']} entities")
     print(f"  {figures}")
@@ -73,7 +71,7 @@ def evaluate_run(
 
 def _print_candidates(found: dict[str, Any]) -> None:
     recall = next(name for name in found if name.startswith("recall@"))
-    figures = "  ".join(f"{name} {found[name]:.3f}" for name in _SHOWN_OF_CANDIDATES)
+    figures = "  ".join(f"{name} {found[name]:.3f}" for name, metric in METRICS.items() if metric.shown_of_candidates)
     print(
         f"  candidates, not the full ranking: {found['k']} by global vectors ({found['search']}) hold"
         f" {found[recall]:.1%} of the exact top {recall.split('@')[1]} and {found['gold_recall']:.1%} of the golds"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.evaluation.comparison import compare, read_evaluation
 from dsmip.evaluation.index_builder import OpenedEvaluation
+from dsmip.evaluation.metrics import METRICS, Metric
 from dsmip.evaluation.report import Evaluated, evaluate_model, oracle
+from dsmip.ops.ranking import hits_at
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import Run, model_names
+from ray_jobs.cli import app
 
 CPU = torch.device("cpu")
 
@@ -165,7 +170,10 @@ def test_models_of_a_run_the_whole_first(run: Run) -> None:
 
 def ranks_file(folder: Path, ranks: list[float], ids: str = "abcd", kinds: list[str | None] | None = None) -> Path:
     folder.mkdir()
-    table = pa.table({"mention_id": list(ids), "rank": ranks, "kind": kinds or ["x", "x", "y", None]})
+    better = [int(rank) - 1 for rank in ranks]
+    tied = [round(2 * (rank - 1 - fewer)) for rank, fewer in zip(ranks, better, strict=True)]
+    columns = {"mention_id": list(ids), "rank": ranks, "better": better, "tied": tied}
+    table = pa.table({**columns, "kind": kinds or ["x", "x", "y", None]})
     pq.write_table(table, folder / "ranks.parquet")
     return folder
 
@@ -187,3 +195,20 @@ def test_the_oracle_needs_the_same_mentions(tmp_path: Path) -> None:
     folders = {"a": ranks_file(tmp_path / "a", [1.0] * 4), "b": ranks_file(tmp_path / "b", [1.0] * 4, ids="abdc")}
     with pytest.raises(UserError, match="different mentions"):
         oracle(folders)
+
+
+def test_a_metric_is_one_entry_of_the_table(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Reports with their groups and intervals, comparisons, the oracle and displays have it then."""
+    monkeypatch.setitem(METRICS, "hits@2", Metric(partial(hits_at, k=2), is_bounded=True, shown_of_candidates=True))
+    evaluated = {name: evaluate_model(OpenedEvaluation(run, "test", name), CPU) for name in ("text", "visual")}
+    report = json.loads((evaluated["text"].folder / "metrics.json").read_text())
+    of_kind = report["groups"]["kind"]["odd"]
+    for figures in (report["overall"], report["confidence"], of_kind, of_kind["confidence"]):
+        assert "hits@2" in figures
+    folders = {name: each.folder for name, each in evaluated.items()}
+    assert oracle(folders)["overall"]["hits@2"] >= report["overall"]["hits@2"]
+    sides = [read_evaluation(run.folder, "test", name) for name in evaluated]
+    assert compare(*sides, torch.Generator().manual_seed(0)).metrics["hits@2"].first == report["overall"]["hits@2"]
+    command = ["evaluate", "--run", str(run.folder), "--model", "text", "--candidates", "3"]
+    result = CliRunner().invoke(app, command)
+    assert result.output.count("hits@2 ") == 2, result.output
