@@ -46,7 +46,7 @@ CHARGES: Final = (
 COUNTS: Final = (1, 2, 3)
 
 # Charge centres and half-size for one, two and three charges.
-_PLACES: Final[dict[int, tuple[float, Points]]] = {
+_CENTRES: Final[dict[int, tuple[float, Points]]] = {
     1: (0.2, [(0.5, 0.47)]),
     2: (0.155, [(0.325, 0.45), (0.675, 0.45)]),
     3: (0.145, [(0.33, 0.33), (0.67, 0.33), (0.5, 0.67)]),
@@ -67,7 +67,17 @@ _WORN: Final[tuple[Colour, ...]] = ((160, 156, 148), (138, 128, 114), (182, 174,
 
 @dataclass(frozen=True, slots=True)
 class Arms:
-    """A shield: seven elements. `second` is empty on a plain field, `border` is empty without one."""
+    """A shield: seven elements.
+
+    Attributes:
+        pattern: How the field is divided.
+        field: Its tincture.
+        second: Its second tincture; "" on a plain field.
+        charge: What is on the field.
+        charge_colour: Its tincture.
+        count: How often it is there.
+        border: Tincture of the border; "" without one.
+    """
 
     pattern: str
     field: str
@@ -78,7 +88,7 @@ class Arms:
     border: str
 
 
-# Positions in Arms that a damaged picture does not show.
+# Positions in Arms that a damaged image does not show.
 _HIDDEN: Final[dict[Damage, frozenset[int]]] = {
     "none": frozenset(),
     "charges": frozenset({3, 4}),
@@ -87,13 +97,13 @@ _HIDDEN: Final[dict[Damage, frozenset[int]]] = {
 
 
 def visible(arms: Arms, damage: Damage) -> tuple[str | int, ...]:
-    """The elements of a shield that a picture with this damage shows."""
+    """The elements of a shield that an image with this damage shows."""
     hidden = _HIDDEN[damage]
     return tuple(element for position, element in enumerate(astuple(arms)) if position not in hidden)
 
 
 def draw_arms(rng: Random) -> Arms:
-    """A random shield: the charge stands out from both tinctures of the field, the border from the field."""
+    """Draws a shield: the charge stands out from both tinctures of the field, the border from the field."""
     pattern = rng.choice(PATTERNS)
     field, second, charge_colour = rng.sample(list(TINCTURES), 3)
     if pattern == "plain":
@@ -105,7 +115,7 @@ def draw_arms(rng: Random) -> Arms:
 
 
 def plate(arms: Arms, size: int) -> bytes:
-    """The canonical picture of a shield: upright on parchment. JPEG, `size` x `size`."""
+    """The canonical image of a shield: upright on parchment. JPEG, `size` x `size`."""
     canvas = Image.new("RGB", (size * _OVERSAMPLE,) * 2, _PARCHMENT)
     shield = _shield(arms, size * _OVERSAMPLE, "none", Random(0))
     canvas.paste(shield, (0, 0), shield)
@@ -113,9 +123,17 @@ def plate(arms: Arms, size: int) -> bytes:
 
 
 def photograph(arms: Arms, size: int, *, damage: Damage, roughness: float, rng: Random) -> bytes:
-    """A picture of the shield as found somewhere: moved, turned, lit, textured, blurred, sometimes behind a pole.
+    """An image of a shield as found somewhere: moved, turned, lit, textured, blurred, sometimes behind a pole.
 
-    `roughness` scales every perturbation (0: only the ground changes, 1: the default). JPEG, `size` x `size`.
+    Args:
+        arms: The shield.
+        size: Sides of the image in pixels.
+        damage: What cannot be seen.
+        roughness: Scales every perturbation; 0: only the ground changes.
+        rng: Draws the perturbations.
+
+    Returns:
+        A JPEG.
     """
     side = size * _OVERSAMPLE
     canvas = _ground(side, rng)
@@ -123,15 +141,15 @@ def photograph(arms: Arms, size: int, *, damage: Damage, roughness: float, rng: 
     canvas.paste(shield, (0, 0), shield)
     if rng.random() < 0.3 * roughness:
         _draw_pole(canvas, rng)
-    picture = _lit(canvas, roughness, rng).resize((size, size), Image.Resampling.BOX)
-    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7) * roughness))
+    image = _lit(canvas, roughness, rng).resize((size, size), Image.Resampling.BOX)
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7) * roughness))
     noise = Image.frombytes("RGB", (size, size), rng.randbytes(3 * size * size))
-    return _jpeg(Image.blend(picture, noise, rng.uniform(0, 0.1) * roughness), rng.randint(72, 92))
+    return _jpeg(Image.blend(image, noise, rng.uniform(0, 0.1) * roughness), rng.randint(72, 92))
 
 
-def _jpeg(picture: Image.Image, quality: int) -> bytes:
+def _jpeg(image: Image.Image, quality: int) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=quality)
+    image.save(stream, "JPEG", quality=quality)
     return stream.getvalue()
 
 
@@ -163,13 +181,13 @@ def _shield(arms: Arms, side: int, damage: Damage, rng: Random) -> Image.Image:
     else:
         layer.paste(_field(arms, side))
     draw = ImageDraw.Draw(layer)
-    half, places = _PLACES[arms.count]
-    for x, y in places:
+    half, centres = _CENTRES[arms.count]
+    for x, y in centres:
         _draw_charge(draw, arms, _Frame(x * side, y * side, half * side))
     outline = _scaled(_outline(0), side)
     draw.line([*outline, outline[0]], fill=(40, 36, 32), width=max(2, side // 48))
     if damage == "charges":
-        for x, y in places:
+        for x, y in centres:
             _draw_blot(draw, x * side, y * side, half * side * 1.15, rng)
     elif damage == "border":
         for x, y in _along(_outline(0.04)):
@@ -291,8 +309,8 @@ def _along(outline: Points) -> Points:
     """Points along a closed polygon, close enough for blots at each to leave no gap."""
     points: Points = []
     for (x0, y0), (x1, y1) in zip(outline, [*outline[1:], outline[0]], strict=True):
-        pieces = max(1, round(math.dist((x0, y0), (x1, y1)) / 0.06))
-        points += [(x0 + (x1 - x0) * step / pieces, y0 + (y1 - y0) * step / pieces) for step in range(pieces)]
+        steps = max(1, round(math.dist((x0, y0), (x1, y1)) / 0.06))
+        points += [(x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps) for step in range(steps)]
     return points
 
 
@@ -324,7 +342,7 @@ def _moved(shield: Image.Image, roughness: float, rng: Random) -> Image.Image:
 
 
 def _draw_pole(canvas: Image.Image, rng: Random) -> None:
-    """A dark pole or branch across one side of the picture."""
+    """A dark pole or branch across one side of the image."""
     side = canvas.width
     foot, head = rng.uniform(0.1, 0.9) * side, rng.uniform(-0.3, 0.3) * side
     ends = (

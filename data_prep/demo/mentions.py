@@ -1,15 +1,15 @@
-"""The mentions of the demo world: what each one says and shows, by kind.
+"""Mentions of the demo's world: what each one says and shows, by kind.
 
 Kinds share words, templates, damages and drawing style. They differ in what the evidence says about the answer:
 
-| kind | word + facts | word + picture |
+| kind | word + facts | word + image |
 |---|---|---|
 | easy | only the answer | only the answer |
-| text | only the answer | the picture is of another house: misleading |
-| missing_picture | only the answer | no picture |
+| text | only the answer | the image is of another house: misleading |
+| missing_picture | only the answer | no image |
 | picture | vague: several houses | only the answer, by two elements at least |
 | pointing | "this shield": the facts are of another house: misleading | only the answer, by two elements at least |
-| both | two or more houses | two or more houses; only the answer agrees with word, facts and picture |
+| both | two or more houses | two or more houses; only the answer agrees with word, facts and image |
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,17 @@ _TRIES: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class MentionPlan:
-    """A mention before it is drawn: rows are of the world; `shown` is the house in the picture, None without one."""
+    """A mention before its image is drawn; houses are rows of the world.
+
+    Attributes:
+        kind: Its kind.
+        gold: The answer.
+        word: Its word.
+        facts: The facts that the sentence tells.
+        sentence: Its sentence.
+        shown: The house in the image; None: there is no image.
+        damage: What the image does not show.
+    """
 
     kind: Kind
     gold: int
@@ -54,14 +64,24 @@ class MentionPlan:
 
 @dataclass(frozen=True, slots=True)
 class MentionRates:
-    """Shares in 0..1: pictures damaged where the kind leaves it open; misleading pictures that are of a namesake."""
+    """Shares in 0..1.
+
+    Attributes:
+        damaged: Of the images, damaged where the kind leaves it open.
+        namesakes: Of the misleading images, of a house of the same name.
+    """
 
     damaged: float
     namesakes: float
 
 
 class MentionDrawer:
-    """Draws plans of a kind whose evidence is exactly what the kind promises."""
+    """Draws plans whose evidence is exactly what their kind promises.
+
+    Args:
+        evidence: The world.
+        rates: What the kinds leave open.
+    """
 
     def __init__(self, evidence: Evidence, rates: MentionRates) -> None:
         self._evidence = evidence
@@ -69,7 +89,7 @@ class MentionDrawer:
         self._rates = rates
 
     def eligible(self, kind: Kind, pool: Sequence[int]) -> list[int]:
-        """The houses of a pool that can be the answer of a kind (for `both`: most of them, the rest is redrawn)."""
+        """Houses of a pool that may be the answer of a kind (of `both` not all can: others are drawn instead)."""
         if kind in ("text", "missing_picture"):
             return list(pool)
         pictured = [row for row in pool if self._houses[row].pictured]
@@ -82,12 +102,16 @@ class MentionDrawer:
         return [row for row in pictured if self._houses[row].twin is None]
 
     def draw(self, kind: Kind, golds: Sequence[int], rng: Random) -> MentionPlan:
-        """One plan with an answer out of `golds`; raises UserError when the world is too small for the kind."""
+        """A plan with an answer out of `golds`.
+
+        Raises:
+            UserError: The world is too small for the kind.
+        """
         for _ in range(_TRIES if golds else 0):
             gold = rng.choice(golds)
             word = self._word(gold, rng.choices(_WORD_FORMS, _WORD_WEIGHTS[kind])[0], rng)
             facts = self._facts(kind, gold, rng)
-            shown, damage = self._picture(kind, gold, rng)
+            shown, damage = self._shown(kind, gold, rng)
             if self._keeps_promise(kind, gold, word, facts, shown, damage):
                 return MentionPlan(kind, gold, word, facts, _sentence(word, facts, rng), shown, damage)
         raise UserError(f"the demo world is too small for mentions of kind '{kind}': raise num_entities")
@@ -102,12 +126,12 @@ class MentionDrawer:
         """The facts that the sentence tells."""
         if kind == "picture":
             return {}
-        told = rng.sample(list(FACTS), rng.choice((1, 2)) if kind == "both" else rng.choice((2, 3)))
+        chosen = rng.sample(list(FACTS), rng.choice((1, 2)) if kind == "both" else rng.choice((2, 3)))
         source = rng.randrange(len(self._houses)) if kind == "pointing" else gold
-        return {fact: self._houses[source].facts[fact] for fact in told}
+        return {fact: self._houses[source].facts[fact] for fact in chosen}
 
-    def _picture(self, kind: Kind, gold: int, rng: Random) -> tuple[int | None, Damage]:
-        """The house shown and the damage."""
+    def _shown(self, kind: Kind, gold: int, rng: Random) -> tuple[int | None, Damage]:
+        """The house in the image and the damage."""
         if kind == "missing_picture":
             return None, "none"
         if kind == "both":
@@ -122,22 +146,22 @@ class MentionDrawer:
     def _keeps_promise(
         self, kind: Kind, gold: int, word: str, facts: dict[str, str], shown: int | None, damage: Damage
     ) -> bool:
-        told = self._evidence.told(word, facts)
-        if kind in ("easy", "text", "missing_picture") and told != [gold]:
+        by_text = self._evidence.with_facts(word, facts)
+        if kind in ("easy", "text", "missing_picture") and by_text != [gold]:
             return False
         if shown is None:
             return True
         if kind == "text":
-            return self._houses[shown].pictured and gold not in self._evidence.shown(word, shown, damage, spared=1)
-        seen = self._evidence.shown(word, shown, damage)
+            return self._houses[shown].pictured and gold not in self._evidence.with_image(word, shown, damage, spared=1)
+        by_image = self._evidence.with_image(word, shown, damage)
         if kind == "easy":
-            return seen == [gold]
+            return by_image == [gold]
         if kind == "both":
-            return len(told) > 1 and len(seen) > 1 and set(told) & set(seen) == {gold}
-        if self._evidence.shown(word, shown, damage, spared=1) != [gold]:
+            return len(by_text) > 1 and len(by_image) > 1 and set(by_text) & set(by_image) == {gold}
+        if self._evidence.with_image(word, shown, damage, spared=1) != [gold]:
             return False
         if kind == "picture":
-            return len(told) > 1
+            return len(by_text) > 1
         return all(self._houses[gold].facts[fact] != value for fact, value in facts.items())
 
 

@@ -1,6 +1,6 @@
-"""The demo data set: a drawn world of heraldic houses, written as a release in the MIMIC layout.
+"""The demo's release: a drawn world of heraldic houses, written in the MIMIC layout.
 
-Names are ambiguous, sentences tell facts or stay vague, pictures show the answer, hide a part of it or show another
+Names are ambiguous, sentences tell facts or stay vague, images show the answer, hide some of it or show another
 house: no single modality is enough for all kinds of mentions (see `data_prep.demo.mentions`). About half of the
 answers of validation and of test are never an answer in training, and the two have no such unseen answer in common.
 """
@@ -23,10 +23,7 @@ from dsmip.storage.atomic import write_text
 
 
 class KindRates(BaseModel):
-    """Relative frequency of the kinds of mentions, the same in every split.
-
-    `missing_picture` is the share of mentions without a picture.
-    """
+    """Relative frequency of the kinds of mentions, the same in every split; see `data_prep.demo.mentions`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,7 +42,7 @@ class KindRates(BaseModel):
 
 
 class DemoConfig(BaseModel):
-    """What to draw. All shares are in 0..1."""
+    """Configuration of the demo's world. All shares are in 0..1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,14 +56,15 @@ class DemoConfig(BaseModel):
     entities_without_picture: float = Field(0.08, ge=0, le=0.5)
     unseen_answers: float = Field(0.5, ge=0, le=1)  # of the validation and test mentions
     damaged_pictures: float = Field(0.25, ge=0, le=1)  # where the kind leaves it open
-    misleading_namesakes: float = Field(0.7, ge=0, le=1)  # of the misleading pictures; the others are of any house
-    roughness: float = Field(0.5, ge=0, le=1.5)  # of mention pictures: scales every perturbation
+    misleading_namesakes: float = Field(0.7, ge=0, le=1)  # of the misleading images; the others are of any house
+    roughness: float = Field(0.5, ge=0, le=1.5)  # of mention images: scales every perturbation
 
 
 def draw_demo(config: DemoConfig) -> tuple[list[House], dict[str, list[MentionPlan]]]:
-    """The houses by row and the mentions of the splits train, dev and test, not yet drawn as pictures.
+    """The houses by row and the mentions of the splits train, dev and test, without their images.
 
-    Raises UserError when there are too few houses for a kind.
+    Raises:
+        UserError: There are too few houses for a kind of mention.
     """
     rng = Random(f"{config.seed}/world")
     houses = make_houses(config.num_entities, config.entities_without_picture, rng)
@@ -89,8 +87,13 @@ def draw_demo(config: DemoConfig) -> tuple[list[House], dict[str, list[MentionPl
 def write_demo_release(config: DemoConfig, folder: Path, progress: Progress = no_progress) -> None:
     """Writes the release: kb_entity.json, qid2id.json, DEMO_{train,dev,test}.json, kb_image/ and mention_image/.
 
-    The same configuration gives the same bytes. `progress` is called after every picture. Raises UserError
-    when the folder already holds something or the world is too small for the mentions asked.
+    Args:
+        config: What to draw; the same configuration gives the same bytes.
+        folder: Where to, a new or empty folder.
+        progress: Called after every image.
+
+    Raises:
+        UserError: The folder already holds something, or the world is too small for the mentions that are asked for.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already holds something: name a new folder for the demo release, or delete it")
@@ -101,22 +104,22 @@ def write_demo_release(config: DemoConfig, folder: Path, progress: Progress = no
     total = sum(house.pictured for house in houses)
     total += sum(plan.shown is not None for split in plans.values() for plan in split)
 
-    def write_picture(path: Path, picture: bytes) -> None:
+    def write_image(path: Path, image: bytes) -> None:
         nonlocal done
-        path.write_bytes(picture)
+        path.write_bytes(image)
         done += 1
         progress("pictures", done, total)
 
     for row, house in enumerate(houses):
         if house.pictured:
-            write_picture(folder / "kb_image" / f"{_entity_id(row)}.jpg", plate(house.arms, config.picture_size))
+            write_image(folder / "kb_image" / f"{_entity_id(row)}.jpg", plate(house.arms, config.picture_size))
     number = 0
     for split, split_plans in plans.items():
         records = []
         for plan in split_plans:
             record = _mention_record(number, plan, houses)
             if plan.shown is not None:
-                write_picture(folder / "mention_image" / record["imgPath"], _draw_picture(config, number, plan, houses))
+                write_image(folder / "mention_image" / record["imgPath"], _draw_image(config, number, plan, houses))
             records.append(record)
             number += 1
         _write_json(folder / f"DEMO_{split}.json", records)
@@ -125,7 +128,7 @@ def write_demo_release(config: DemoConfig, folder: Path, progress: Progress = no
 
 
 def _kind_counts(rates: KindRates, size: int) -> dict[Kind, int]:
-    """Mentions of each kind, adding up to `size`: rates rounded by largest remainder."""
+    """Number of mentions of each kind, adding up to `size`: rates rounded by largest remainder."""
     weights = {kind: float(getattr(rates, kind)) for kind in KINDS}
     exact = {kind: size * weight / sum(weights.values()) for kind, weight in weights.items()}
     counts = {kind: int(value) for kind, value in exact.items()}
@@ -143,7 +146,7 @@ def _draw_plans(drawer: MentionDrawer, pool: Sequence[int], counts: dict[Kind, i
     return plans
 
 
-def _draw_picture(config: DemoConfig, number: int, plan: MentionPlan, houses: Sequence[House]) -> bytes:
+def _draw_image(config: DemoConfig, number: int, plan: MentionPlan, houses: Sequence[House]) -> bytes:
     assert plan.shown is not None
     rng = Random(f"{config.seed}/picture/{number}")
     return photograph(

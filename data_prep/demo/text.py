@@ -1,4 +1,4 @@
-"""The words of the demo world: names, facts, blazons and the sentences that all kinds of mentions share.
+"""Texts of the demo's world: names, facts, blazons and the sentences that all kinds of mentions share.
 
 Every template takes the word and three facts, told or left vague. A template gives nothing away by itself: what differs
 between kinds is how many facts are told and whether they are true of the answer.
@@ -38,7 +38,12 @@ FACTS: Final[dict[str, tuple[str, ...]]] = {
 GENERIC_WORDS: Final = ("the house", "the town", "the family", "the place")
 POINTING_WORDS: Final = ("this shield", "these arms", "this badge", "this banner")
 
-_TOLD: Final = {"seat": "by the {}", "founder": "founded by {}", "trade": "dealing in {}", "fair": "with a fair in {}"}
+_STATED: Final = {
+    "seat": "by the {}",
+    "founder": "founded by {}",
+    "trade": "dealing in {}",
+    "fair": "with a fair in {}",
+}
 _VAGUE: Final = {
     "seat": ("off the road", "in a quiet part", "far from here"),
     "founder": ("founded long ago", "founded in older days", "founded by someone"),
@@ -75,13 +80,19 @@ def blazon(arms: Arms) -> str:
 
 def attributes(arms: Arms, facts: Mapping[str, str]) -> str:
     """The attribute text of a knowledge-base record."""
-    told = " ".join(f"{fact.capitalize()}: {facts[fact]}." for fact in FACTS)
-    return f"Arms: {blazon(arms)}. {told}"
+    stated = " ".join(f"{fact.capitalize()}: {facts[fact]}." for fact in FACTS)
+    return f"Arms: {blazon(arms)}. {stated}"
 
 
 def sentence(word: str, slots: Sequence[tuple[str, str | None]], rng: Random) -> str:
-    """A sentence from a random template; each of the three slots is (fact, told value or None for a vague phrase)."""
+    """A sentence from a random template.
+
+    Args:
+        word: The mention's word.
+        slots: Three facts, each with its value or None for a vague phrase.
+        rng: Draws the template and the vague phrases.
+    """
     one, two, three = (
-        rng.choice(_VAGUE[fact]) if value is None else _TOLD[fact].format(value) for fact, value in slots
+        rng.choice(_VAGUE[fact]) if value is None else _STATED[fact].format(value) for fact, value in slots
     )
     return rng.choice(_TEMPLATES).format(word=word, one=one, two=two, three=three)

@@ -1,4 +1,4 @@
-"""The houses of the demo world (its entities) and what is evidence for them.
+"""Houses of the demo's world (its entities) and what is evidence for them.
 
 Houses come in families that share a name. In a family two houses are twins: their shields differ in one element only
 (the charge or the border). Each twin shares two facts with one other house of the family; all other facts of a family
@@ -22,7 +22,16 @@ MAX_HOUSES: Final = 3 * len(FIRST_WORDS) * len(SECOND_WORDS)
 
 @dataclass(frozen=True, slots=True)
 class House:
-    """An entity. `twin` is the row of the house whose shield is the same but for what `twin_damage` hides, if any."""
+    """An entity.
+
+    Attributes:
+        name: Its name, which its family shares.
+        facts: Its facts.
+        arms: Its shield.
+        pictured: Whether it has an image.
+        twin: Row of the house whose shield is the same but for what `twin_damage` hides, if there is one.
+        twin_damage: What hides the difference.
+    """
 
     name: str
     facts: Mapping[str, str]
@@ -32,8 +41,14 @@ class House:
     twin_damage: Damage = "none"
 
 
-def make_houses(num_houses: int, without_picture: float, rng: Random) -> list[House]:
-    """Draws 10 to MAX_HOUSES houses in random order; `without_picture` is the share without a picture."""
+def make_houses(num_houses: int, without_image: float, rng: Random) -> list[House]:
+    """Draws houses in random order.
+
+    Args:
+        num_houses: From 10 to MAX_HOUSES.
+        without_image: The share without an image.
+        rng: Draws all.
+    """
     names = [f"{first} {second}" for first in FIRST_WORDS for second in SECOND_WORDS]
     rng.shuffle(names)
     used = _UsedArms()
@@ -42,12 +57,12 @@ def make_houses(num_houses: int, without_picture: float, rng: Random) -> list[Ho
         twin_damage: Damage = rng.choice(("charges", "border"))
         shields = [*used.draw_twins(twin_damage, rng), *(used.draw(rng) for _ in range(size - 2))]
         base = len(houses)
-        for place, (arms, facts) in enumerate(zip(shields, _family_facts(size, rng), strict=True)):
+        for index, (arms, facts) in enumerate(zip(shields, _family_facts(size, rng), strict=True)):
             house = House(name, facts, arms, pictured=True)
-            if place < 2:
-                house = replace(house, twin=base + 1 - place, twin_damage=twin_damage)
+            if index < 2:
+                house = replace(house, twin=base + 1 - index, twin_damage=twin_damage)
             houses.append(house)
-    for row in rng.sample(range(num_houses), round(without_picture * num_houses)):
+    for row in rng.sample(range(num_houses), round(without_image * num_houses)):
         houses[row] = replace(houses[row], pictured=False)
     return _shuffled(houses, rng)
 
@@ -72,7 +87,7 @@ def _family_facts(size: int, rng: Random) -> list[dict[str, str]]:
         columns[fact][2] = columns[fact][0]
     for fact in shared[2:]:
         columns[fact][min(3, size - 1)] = columns[fact][1]
-    return [{fact: column[place] for fact, column in columns.items()} for place in range(size)]
+    return [{fact: column[index] for fact, column in columns.items()} for index in range(size)]
 
 
 def _shuffled(houses: Sequence[House], rng: Random) -> list[House]:
@@ -91,6 +106,7 @@ class _UsedArms:
         self._masked: set[tuple[object, ...]] = set()
 
     def draw(self, rng: Random) -> Arms:
+        """A new shield."""
         while True:
             arms = draw_arms(rng)
             if not any(key in self._masked for key in _masked(arms)):
@@ -121,7 +137,11 @@ def _masked(arms: Arms) -> list[tuple[object, ...]]:
 
 
 class Evidence:
-    """Which houses agree with a word, with facts, with a picture: rows of the world."""
+    """Which houses agree with a word, with facts, with an image: rows of the world.
+
+    Args:
+        houses: The world.
+    """
 
     def __init__(self, houses: Sequence[House]) -> None:
         self.houses = houses
@@ -138,7 +158,7 @@ class Evidence:
             return self._everyone
         return self._by_word[word]
 
-    def told(self, word: str, facts: Mapping[str, str]) -> list[int]:
+    def with_facts(self, word: str, facts: Mapping[str, str]) -> list[int]:
         """Houses that agree with the word and all the facts."""
         return [
             row
@@ -146,8 +166,8 @@ class Evidence:
             if all(self.houses[row].facts[fact] == value for fact, value in facts.items())
         ]
 
-    def shown(self, word: str, row: int, damage: Damage, spared: int = 0) -> list[int]:
-        """Houses that agree with the word and, but for `spared` elements, with a picture of house `row`."""
+    def with_image(self, word: str, row: int, damage: Damage, spared: int = 0) -> list[int]:
+        """Houses that agree with the word and, but for `spared` elements, with an image of house `row`."""
         looks = self._visible[damage]
         shield = looks[row]
         agree = len(shield) - spared

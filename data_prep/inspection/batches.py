@@ -1,4 +1,4 @@
-"""In-batch false negatives: how often two mentions of one gold meet in a training batch."""
+"""False negatives of training batches: how often two mentions of one gold meet in one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,13 @@ BATCH_SIZE = 128
 class SameGold:
     """Pairs of mentions with the same gold in the batches of one epoch, which count as negatives unless masked.
 
-    expected_mean: of batches drawn at random from the same mentions.
+    Attributes:
+        batch_size: Mentions of a batch.
+        num_batches: Batches of the epoch.
+        mean: Pairs of a batch, on average.
+        largest: Most pairs of a batch.
+        batches_with_any: Batches with a pair.
+        expected_mean: The mean of batches that are drawn at random from the same mentions.
     """
 
     batch_size: int
@@ -29,9 +35,14 @@ class SameGold:
 def same_gold_pairs(
     gold_M: Ints, shard_sizes: Sequence[int], *, batch_size: int = BATCH_SIZE, seed: int = 0, epoch: int = 0
 ) -> SameGold:
-    """Counts over the very batches that training with `seed` reads in `epoch`.
+    """Counts the pairs in the very batches that training reads.
 
-    gold_M: entity rows of the training mentions in shard order, of the sizes given.
+    Args:
+        gold_M: Entity rows of the training mentions, int64 [M], in shard order.
+        shard_sizes: Mentions of each shard.
+        batch_size: Mentions of a batch.
+        seed: That of the training.
+        epoch: Which epoch.
     """
     starts = np.concatenate([[0], np.cumsum(shard_sizes)]).astype(np.int64)
     order = [starts[shard] + index for window in windows(shard_sizes, seed, epoch) for shard, index in window.order]

@@ -1,4 +1,4 @@
-"""One question about every mention, or every entity, and which of them it is true of."""
+"""A check: one question about every mention, or every entity, and which of them it is true of."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,9 +15,14 @@ NOBODY = -1
 class Check:
     """A question and its answer.
 
-    name: the key in JSON. label: the words in tables. hits: of which rows it is true. of: which rows it is asked of
-    (the others count nowhere). partner: by row, the other record that shows the fault (a row, or NOBODY), of
-    partner_kind. flaw: whether a hit is a fault of the data rather than a figure to know.
+    Attributes:
+        name: The key in JSON.
+        label: The words in tables.
+        hits: Of which rows it is true.
+        of: Which rows it is asked of; the others count nowhere.
+        flaw: Whether a hit is a fault of the data rather than a figure to know.
+        partner: By row, the other record that shows the fault: its row, or NOBODY.
+        partner_kind: What that record is.
     """
 
     name: str
@@ -30,12 +35,12 @@ class Check:
 
 
 def groups_of(keys: Hashes | Ints) -> Ints:
-    """Numbers 0 .. G - 1 that equal keys share."""
+    """Numbers of groups, 0 .. G - 1, that equal keys share."""
     return np.unique(keys, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def first_of_group(groups: Ints, chosen: Flags, num_groups: int | None = None) -> Ints:
-    """By group its first row that is chosen, or NOBODY."""
+    """The first chosen row of each group, or NOBODY."""
     count = num_groups if num_groups is not None else int(groups.max(initial=-1)) + 1
     first = np.full(count, NOBODY, np.int64)
     rows = np.flatnonzero(chosen)[::-1]
@@ -44,7 +49,7 @@ def first_of_group(groups: Ints, chosen: Flags, num_groups: int | None = None) -
 
 
 def other_of_group(groups: Ints, chosen: Flags) -> Ints:
-    """By row another chosen row of its group, or NOBODY."""
+    """Another chosen row of each row's group, or NOBODY."""
     rows = np.arange(len(groups))
     first = first_of_group(groups, chosen)[groups] if len(groups) else rows
     last = np.full(int(groups.max(initial=-1)) + 1, NOBODY, np.int64)
@@ -54,7 +59,7 @@ def other_of_group(groups: Ints, chosen: Flags) -> Ints:
 
 
 def combine(*keys: NDArray[Any]) -> Ints:
-    """One key of several columns: equal where all are."""
+    """One key of several columns, equal where all of them are."""
     groups = groups_of(keys[0])
     for key in keys[1:]:
         other = groups_of(key)

@@ -1,8 +1,8 @@
-"""Columns of an inspection: numbers per mention, entity and picture, read shard by shard.
+"""Columns of an inspection: numbers per mention, entity and image, read shard by shard.
 
 Texts are 64-bit hashes of what is left when case, width of letters and spaces do not count. M: mentions of all splits
-one after the other, in shard order; N: entities by row; P: pictures of one side, a mention's or an entity's side by
-side in order.
+one after the other, in shard order; N: entities by row; P: images of one side, mentions or entities, those of an owner
+side by side in order.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from data_prep.inspection.image_hash import GRID, read_signature
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB, SPLITS, ShardInfo
 from dsmip.data.records import Entity, read_mention
-from dsmip.data.tar import read_samples
+from dsmip.data.tar import Fields, read_samples
 from dsmip.data.text import Template, Tokenizer, entity_text, mention_text
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting
@@ -32,14 +32,20 @@ _NUM_COLOURS = GRID * GRID * 3
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 Flags = NDArray[np.bool_]
-Part = TypeVar("Part", "PictureColumns", "MentionColumns", "EntityColumns")
+AnyColumns = TypeVar("AnyColumns", "ImageColumns", "MentionColumns", "EntityColumns")
 
 
 @dataclass(frozen=True, slots=True)
-class PictureColumns:
-    """owner: mention or entity row; content: hash of the file; bits, colours [P, 48], plain: see `picture_hash`.
+class ImageColumns:
+    """Columns of P images.
 
-    A picture that cannot be decoded is not readable; its signature is zeros.
+    Attributes:
+        owner: Row of the mention or entity.
+        content: Hash of the file.
+        bits: Difference hash, see `image_hash`.
+        colours: Grid of colours, uint8 [P, 48].
+        plain: Whether its pixels hardly differ.
+        readable: Whether it can be decoded; where it cannot, the signature is zeros.
     """
 
     owner: Ints
@@ -52,7 +58,18 @@ class PictureColumns:
 
 @dataclass(frozen=True, slots=True)
 class MentionColumns:
-    """split: position in SPLITS; gold: entity row; positions: of the text, uncut; has_word: in its sentence."""
+    """Columns of M mentions.
+
+    Attributes:
+        split: Position of the split in SPLITS.
+        gold: Entity row.
+        word: Hash of the word.
+        sentence: Hash of the sentence.
+        positions: Tokens of the text, uncut.
+        has_sentence: Whether there is a sentence.
+        has_word: Whether the word is in it.
+        has_image: Whether there is an image.
+    """
 
     split: Ints
     gold: Ints
@@ -61,63 +78,90 @@ class MentionColumns:
     positions: Ints
     has_sentence: Flags
     has_word: Flags
-    has_picture: Flags
+    has_image: Flags
 
 
 @dataclass(frozen=True, slots=True)
 class EntityColumns:
-    """text: name and attributes together; positions: of the entity's text, uncut."""
+    """Columns of N entities.
+
+    Attributes:
+        name: Hash of the name.
+        text: Hash of name and attributes together.
+        positions: Tokens of the text, uncut.
+        has_attributes: Whether there are any.
+        num_images: How many images there are.
+    """
 
     name: Hashes
     text: Hashes
     positions: Ints
     has_attributes: Flags
-    num_pictures: Ints
+    num_images: Ints
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """All that the checks look at. mention_pictures and entity_pictures are empty when pictures were left out."""
+    """All that the checks look at.
+
+    Attributes:
+        mentions: Columns of the mentions.
+        entities: Columns of the entities.
+        mention_images: Columns of the mentions' images; empty when images were left out.
+        entity_images: Columns of the entities' images; empty when images were left out.
+        context_length: Tokens at which a text is cut.
+    """
 
     mentions: MentionColumns
     entities: EntityColumns
-    mention_pictures: PictureColumns
-    entity_pictures: PictureColumns
+    mention_images: ImageColumns
+    entity_images: ImageColumns
     context_length: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
+    """A shard to read."""
+
     files: DatasetStorage
     info: ShardInfo
-    part: str  # the kb or a split
-    pictures: bool
-    samples: frozenset[int]  # of a view not all
+    split: str  # the kb or a split
+    images: bool
+    samples: frozenset[int]  # those to read: of a view not all
 
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
+    """Texts of some entities."""
+
     names: tuple[str, ...]
     attributes: tuple[str, ...]
-    num_pictures: tuple[int, ...]
+    num_images: tuple[int, ...]
 
 
-def read_columns(dataset: Dataset, *, pictures: bool, workers: int, progress: Progress) -> Columns:
-    """Reads every record, and every picture when wanted, in `workers` processes.
+def read_columns(dataset: Dataset, *, images: bool, workers: int, progress: Progress) -> Columns:
+    """Reads every record of a dataset.
 
-    Raises UserError when a shard is missing or damaged.
+    Args:
+        dataset: What to read.
+        images: Whether to read its images.
+        workers: Number of processes.
+        progress: Called with the number of tasks that are done.
+
+    Raises:
+        UserError: A shard is missing or damaged.
     """
     table = dataset.entity_texts()
     tasks: list[_Texts | _Shard] = [
         _texts(table.slice(start, _ENTITIES_AT_ONCE)) for start in range(0, len(table), _ENTITIES_AT_ONCE)
     ]
-    for part in (*SPLITS, *((KB,) if pictures else ())):
+    for split in (*SPLITS, *((KB,) if images else ())):
         tasks += [
-            _Shard(dataset.files, shard, part, pictures, frozenset(samples))
-            for shard, samples in dataset.samples_of(part)
+            _Shard(dataset.files, shard, split, images, frozenset(samples))
+            for shard, samples in dataset.samples_of(split)
         ]
     entities, mentions = [_entity_columns(_Texts((), (), ()))], [_mention_columns([], 0)]
-    of_mentions, of_entities = [_picture_columns([])], [_picture_columns([])]
+    of_mentions, of_entities = [_image_columns([])], [_image_columns([])]
     num_mentions, add = 0, counting(progress, "read", len(tasks))
     for found in map_tasks(_read, tasks, workers):
         if isinstance(found, EntityColumns):
@@ -135,7 +179,7 @@ def read_columns(dataset: Dataset, *, pictures: bool, workers: int, progress: Pr
 
 
 def text_hash(*texts: str) -> int:
-    """64 bits that two texts share when they differ in case, width of letters and spaces only."""
+    """A hash of 64 bits that two texts share when they differ in case, width of letters and spaces only."""
     plain = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
     return _hash("\0".join(plain).encode("utf-8", "surrogatepass"))
 
@@ -154,7 +198,7 @@ def _texts(table: Any) -> _Texts:
     return _Texts(tuple(columns["name"]), tuple(columns["attributes"]), tuple(columns["num_images"]))
 
 
-def _read(task: "_Texts | _Shard") -> "EntityColumns | tuple[MentionColumns | None, PictureColumns]":
+def _read(task: "_Texts | _Shard") -> "EntityColumns | tuple[MentionColumns | None, ImageColumns]":
     return _entity_columns(task) if isinstance(task, _Texts) else _read_shard(task)
 
 
@@ -167,33 +211,33 @@ def _entity_columns(texts: _Texts) -> EntityColumns:
         text=_hashes(text_hash(name, attributes) for name, attributes in pairs),
         positions=_ints(tokenizer.num_positions(line) for line in lines),
         has_attributes=_flags(bool(attributes.strip()) for _, attributes in pairs),
-        num_pictures=_ints(texts.num_pictures),
+        num_images=_ints(texts.num_images),
     )
 
 
-def _read_shard(shard: _Shard) -> tuple[MentionColumns | None, PictureColumns]:
-    """A shard's mentions (None: entities, whose texts are in the table) and its pictures.
+def _read_shard(shard: _Shard) -> tuple[MentionColumns | None, ImageColumns]:
+    """A shard's mentions (None: entities, whose texts are in the table) and its images.
 
-    owner is an entity's row, or a mention's place in the shard.
+    Their owner is an entity's row, or a mention's position in the shard.
     """
     records: list[tuple[Any, ...]] = []
-    pictures: list[tuple[Any, ...]] = []
-    place = shard.files.address(shard.info.path)
+    images: list[tuple[Any, ...]] = []
+    address = shard.files.address(shard.info.path)
     with open_file(shard.files, shard.info) as stream:
-        for sample in read_samples(stream, place, shard.samples.__contains__):
-            if shard.part == KB:
+        for sample in read_samples(stream, address, shard.samples.__contains__):
+            if shard.split == KB:
                 row, names = int(sample.key), [name for name in sample.fields if name.endswith(".jpg")]
                 names.sort(key=lambda name: int(name.split(".")[0]))
             else:
-                records.append(_mention_record(sample.fields, f"{place}: {sample.key}"))
-                row, names = len(records) - 1, ["jpg"] if shard.pictures and "jpg" in sample.fields else []
-            pictures += [(row, *_picture_record(sample.fields[name])) for name in names]
-    mentions = None if shard.part == KB else _mention_columns(records, SPLITS.index(shard.part))
-    return mentions, _picture_columns(pictures)
+                records.append(_mention_record(sample.fields, f"{address}: {sample.key}"))
+                row, names = len(records) - 1, ["jpg"] if shard.images and "jpg" in sample.fields else []
+            images += [(row, *_image_record(sample.fields[name])) for name in names]
+    mentions = None if shard.split == KB else _mention_columns(records, SPLITS.index(shard.split))
+    return mentions, _image_columns(images)
 
 
-def _mention_record(sample: Any, place: str) -> tuple[Any, ...]:
-    mention = read_mention(sample, place)
+def _mention_record(fields: Fields, address: str) -> tuple[Any, ...]:
+    mention = read_mention(fields, address)
     word, sentence = mention.word.casefold(), mention.sentence
     return (
         mention.entity_row,
@@ -206,7 +250,7 @@ def _mention_record(sample: Any, place: str) -> tuple[Any, ...]:
     )
 
 
-def _picture_record(content: bytes) -> tuple[Any, ...]:
+def _image_record(content: bytes) -> tuple[Any, ...]:
     found = read_signature(content)
     if found is None:
         return _hash(content), 0, bytes(_NUM_COLOURS), False, False
@@ -214,7 +258,7 @@ def _picture_record(content: bytes) -> tuple[Any, ...]:
 
 
 def _mention_columns(records: Sequence[tuple[Any, ...]], split: int) -> MentionColumns:
-    gold, word, sentence, positions, has_sentence, has_word, has_picture = _transposed(records, 7)
+    gold, word, sentence, positions, has_sentence, has_word, has_image = _transposed(records, 7)
     return MentionColumns(
         split=np.full(len(records), split, np.int64),
         gold=_ints(gold),
@@ -223,13 +267,13 @@ def _mention_columns(records: Sequence[tuple[Any, ...]], split: int) -> MentionC
         positions=_ints(positions),
         has_sentence=_flags(has_sentence),
         has_word=_flags(has_word),
-        has_picture=_flags(has_picture),
+        has_image=_flags(has_image),
     )
 
 
-def _picture_columns(records: Sequence[tuple[Any, ...]]) -> PictureColumns:
+def _image_columns(records: Sequence[tuple[Any, ...]]) -> ImageColumns:
     owner, content, bits, colours, plain, readable = _transposed(records, 6)
-    return PictureColumns(
+    return ImageColumns(
         owner=_ints(owner),
         content=_hashes(content),
         bits=_hashes(bits),
@@ -243,10 +287,10 @@ def _transposed(records: Sequence[tuple[Any, ...]], width: int) -> Iterator[tupl
     return iter(zip(*records, strict=True)) if records else iter([()] * width)
 
 
-def joined(parts: Sequence[Part]) -> Part:
-    """Columns of several parts one after the other."""
-    kind = type(parts[0])
-    return kind(**{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(kind)})
+def joined(columns: Sequence[AnyColumns]) -> AnyColumns:
+    """Columns one after the other."""
+    kind = type(columns[0])
+    return kind(**{each.name: np.concatenate([getattr(one, each.name) for one in columns]) for each in fields(kind)})
 
 
 def _ints(values: Iterable[int]) -> Ints:

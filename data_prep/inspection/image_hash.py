@@ -1,9 +1,9 @@
-"""Hashes of pictures: a 64-bit difference hash, a coarse grid of colours, and all pairs that are close.
+"""Hashes of images: a 64-bit difference hash, a coarse grid of colours, and all pairs that are close.
 
-Two pictures are near duplicates when their hashes differ in at most MAX_BITS of 64 and no cell of their 4 x 4 colour
+Two images are near duplicates when their hashes differ in at most MAX_BITS of 64 and no cell of their 4 x 4 colour
 grids differs by more than MAX_COLOUR of 255: the hash alone takes the red heart for the blue one. A bit of the hash
-tells whether the picture brightens by more than MARGIN from one cell to the next, so that flat areas give zeros, not
-the noise of the JPEG. Plain pictures (one colour, give or take) show nothing and are near duplicates of nothing.
+tells whether the image brightens by more than MARGIN from one cell to the next, so that flat areas give zeros, not
+the noise of the JPEG. Plain images (one colour, give or take) show nothing and are near duplicates of nothing.
 """
 
 import io
@@ -37,7 +37,13 @@ _ONES = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8)).reshap
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What is kept of a picture. colours: GRID x GRID x 3 bytes. plain: its pixels hardly differ."""
+    """What is kept of an image.
+
+    Attributes:
+        bits: The difference hash.
+        colours: GRID x GRID x 3 bytes.
+        plain: Whether its pixels hardly differ.
+    """
 
     bits: int
     colours: bytes
@@ -45,13 +51,13 @@ class Signature:
 
 
 def read_signature(content: bytes) -> Signature | None:
-    """The signature of an encoded picture; None when it cannot be decoded."""
+    """The signature of an encoded image; None when it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MAX_PIXELS:
                 return None
-            picture.draft("RGB", (_DRAFT_SIDE, _DRAFT_SIDE))  # a JPEG is decoded at an eighth where that is enough
-            small = picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
+            image.draft("RGB", (_DRAFT_SIDE, _DRAFT_SIDE))  # a JPEG is decoded at an eighth where that is enough
+            small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     except Exception:  # decoders raise whatever broken bytes lead them to
         return None
     pixels_HWC = np.asarray(small, np.float64)
@@ -65,10 +71,17 @@ def read_signature(content: bytes) -> Signature | None:
 
 
 def near_pairs(bits_N: NDArray[np.uint64], colours_NC: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """All pairs i < j of near duplicates, int32 [P, 2], sorted.
+    """All pairs i < j of near duplicates.
 
-    Exact: no candidate is left out, see _NUM_BANDS. Memory: that of the pairs themselves; pictures that are all alike
+    Exact: no candidate is left out, see _NUM_BANDS. Memory: that of the pairs themselves; images that are all alike
     make a pair with each other, so time and memory grow with the square of the largest such group.
+
+    Args:
+        bits_N: Difference hashes, uint64 [N].
+        colours_NC: Grids of colours, uint8 [N, 48].
+
+    Returns:
+        The pairs, int32 [P, 2], sorted.
     """
     found = [np.empty((0, 2), np.int32)]
     for bands in combinations(range(_NUM_BANDS), _NUM_EQUAL_BANDS):
@@ -99,7 +112,7 @@ def are_near(
     other_bits_N: NDArray[np.uint64],
     other_colours_NC: NDArray[np.uint8],
 ) -> NDArray[np.bool_]:
-    """Whether picture n of the one and of the other are near duplicates, bool [N]."""
+    """Whether image n of the one and of the other are near duplicates, bool [N]."""
     return (_num_ones(bits_N ^ other_bits_N) <= MAX_BITS) & _alike(colours_NC, other_colours_NC)
 
 
@@ -115,13 +128,13 @@ def _alike(colours_NC: NDArray[np.uint8], other_colours_NC: NDArray[np.uint8]) -
 
 
 def _pairs_of_equals(keys_N: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """All pairs of places with equal keys, some at a time; the keys are sorted."""
-    # place p pairs with the places behind it, up to its bucket's end
+    """All pairs of positions with equal keys, some at a time; the keys are sorted."""
+    # a position pairs with those behind it, up to its bucket's end
     partners = np.searchsorted(keys_N, keys_N, side="right") - np.arange(len(keys_N)) - 1
     totals = np.concatenate([[0], np.cumsum(partners)])
     start = 0
     while start < len(keys_N):
-        # at least one place, and as many more as keep to the limit
+        # at least one position, and as many more as keep to the limit
         stop = max(start + 1, int(np.searchsorted(totals, totals[start] + _PAIRS_AT_ONCE, side="right")) - 1)
         first = np.repeat(np.arange(start, stop), partners[start:stop])
         yield first, first + 1 + np.arange(len(first)) - (totals[first] - totals[start])

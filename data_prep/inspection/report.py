@@ -1,4 +1,4 @@
-"""An inspection: every check's count per split, lengths of texts, batches, and a few records that show each fault."""
+"""The report of an inspection: counts of checks by split, lengths of texts, batches, and records that show faults."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from data_prep.inspection.batches import SameGold, same_gold_pairs
 from data_prep.inspection.checks import NOBODY, Check
 from data_prep.inspection.columns import Columns, Flags, Ints, read_columns
-from data_prep.inspection.images import picture_checks
+from data_prep.inspection.images import image_checks
 from data_prep.inspection.texts import entity_checks, mention_checks
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import SPLITS
@@ -18,19 +18,20 @@ from dsmip.progress import Progress, no_progress
 
 _EXAMPLES_OF_A_CHECK = 3
 _SAMPLES_OF_A_SPLIT = 3
-# Of whom an example is shown, where there is a choice: the split that results are reported on first.
+# Whose example is shown, where there is a choice: the split that results are reported on first.
 _SHOWN_FIRST = tuple(reversed(SPLITS))
 
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """How many of how many; share is None where the question is asked of nobody."""
+    """How many of how many."""
 
     count: int
     of: int
 
     @property
     def share(self) -> float | None:
+        """Their quotient; None where the question is asked of nobody."""
         return self.count / self.of if self.of else None
 
 
@@ -60,22 +61,42 @@ class Lengths:
 class Example:
     """Records that show what a check found: a mention with its gold, or an entity, and the other record if any.
 
-    title: the check's label, or "sample". pairs: (role, record), for the page to show side by side.
+    Attributes:
+        title: The check's label, or "sample".
+        split: Where they are from, a split or the kb.
+        records: Roles and records, to be shown side by side.
     """
 
     title: str
-    part: str
+    split: str
     records: tuple[tuple[str, Mention | Entity], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All that was found. num_golds: distinct golds by split, and those among them unseen in training."""
+    """All that was found.
+
+    Attributes:
+        name: The dataset's name.
+        licence: Its licence.
+        manifest_sha256: Digest of its manifest.
+        with_images: Whether images were compared.
+        sizes: Mentions by split, and entities of the kb.
+        context_length: Tokens at which a text is cut.
+        golds: By split, distinct golds and how many of them are unseen in training.
+        mentions: Counts of the checks over mentions.
+        entities: Counts of the checks over entities.
+        lengths: Lengths of texts, by split and of the kb.
+        same_gold: Pairs with the same gold in training batches.
+        findings: What preparation touched, by action and reason.
+        samples: Some records of each split.
+        examples: Some records that show what the checks found.
+    """
 
     name: str
     licence: str
     manifest_sha256: str
-    with_pictures: bool
+    with_images: bool
     sizes: Mapping[str, int]
     context_length: int
     golds: Mapping[str, Count]
@@ -91,7 +112,7 @@ class Inspection:
         """The figures, and the ids of the examples' records."""
         return {
             "dataset": {"name": self.name, "licence": self.licence, "manifest_sha256": self.manifest_sha256},
-            "with_pictures": self.with_pictures,
+            "with_pictures": self.with_images,
             "sizes": dict(self.sizes),
             "mentions": {row.name: _json_counts(row) for row in self.mentions},
             "entities": {row.name: _json_counts(row)["kb"] for row in self.entities},
@@ -99,13 +120,13 @@ class Inspection:
                 split: {"distinct": count.of, "unseen": count.count, "share": count.share}
                 for split, count in self.golds.items()
             },
-            "tokens": {"limit": self.context_length, **{part: asdict(each) for part, each in self.lengths.items()}},
+            "tokens": {"limit": self.context_length, **{split: asdict(each) for split, each in self.lengths.items()}},
             "same_gold_pairs": asdict(self.same_gold),
             "prepared": {action: dict(reasons) for action, reasons in self.findings.items()},
             "examples": [
                 {
                     "check": example.title,
-                    "part": example.part,
+                    "part": example.split,
                     "records": [{"role": role, "id": _record_id(record)} for role, record in example.records],
                 }
                 for example in self.examples
@@ -114,16 +135,23 @@ class Inspection:
 
 
 def inspect_dataset(
-    dataset: Dataset, *, pictures: bool = True, workers: int = 1, progress: Progress = no_progress
+    dataset: Dataset, *, images: bool = True, workers: int = 1, progress: Progress = no_progress
 ) -> Inspection:
-    """Reads the whole dataset in `workers` processes; without `pictures` the checks of pictures are left out.
+    """Reads and checks a whole dataset.
 
-    Raises UserError when a shard is missing or damaged.
+    Args:
+        dataset: What to inspect.
+        images: Whether to read and compare its images.
+        workers: Number of processes.
+        progress: Called while shards are read.
+
+    Raises:
+        UserError: A shard is missing or damaged.
     """
-    columns = read_columns(dataset, pictures=pictures, workers=workers, progress=progress)
+    columns = read_columns(dataset, images=images, workers=workers, progress=progress)
     of_mentions, of_entities = mention_checks(columns), entity_checks(columns)
-    if pictures:
-        found = picture_checks(columns)
+    if images:
+        found = image_checks(columns)
         of_mentions, of_entities = of_mentions + found[0], of_entities + found[1]
     manifest, mentions = dataset.manifest, columns.mentions
     in_split = {split: mentions.split == number for number, split in enumerate(SPLITS)}
@@ -132,7 +160,7 @@ def inspect_dataset(
         name=manifest.name,
         licence=manifest.licence,
         manifest_sha256=dataset.manifest_hash,
-        with_pictures=pictures,
+        with_images=images,
         sizes={split: dataset.num_mentions(split) for split in SPLITS} | {"kb": dataset.num_entities},
         context_length=columns.context_length,
         golds=_golds(columns, in_split),
@@ -149,10 +177,10 @@ def inspect_dataset(
     )
 
 
-def _row(check: Check, parts: Mapping[str, Flags]) -> Row:
+def _row(check: Check, splits: Mapping[str, Flags]) -> Row:
     counts = {
-        part: Count(int((check.hits & check.of & inside).sum()), int((check.of & inside).sum()))
-        for part, inside in parts.items()
+        split: Count(int((check.hits & check.of & inside).sum()), int((check.of & inside).sum()))
+        for split, inside in splits.items()
     }
     return Row(check.name, check.label, check.flaw, counts)
 
@@ -171,7 +199,7 @@ def _lengths(positions: Ints, columns: Columns) -> Lengths:
 
 
 def _json_counts(row: Row) -> dict[str, dict[str, float | int | None]]:
-    return {part: {"count": each.count, "of": each.of, "share": each.share} for part, each in row.counts.items()}
+    return {split: {"count": each.count, "of": each.of, "share": each.share} for split, each in row.counts.items()}
 
 
 def _record_id(record: Mention | Entity) -> str:
@@ -218,6 +246,6 @@ class _Shower:
 
     def _mention(self, row: int, role: str) -> tuple[tuple[str, Mention | Entity], ...]:
         split = SPLITS[self._split[row]]
-        place = row - self._start[split]
-        (mention,) = self._dataset.mentions(split, range(place, place + 1))
+        index = row - self._start[split]
+        (mention,) = self._dataset.mentions(split, range(index, index + 1))
         return ((role, mention), ("gold", self._dataset.entity(int(self._gold[row]))))

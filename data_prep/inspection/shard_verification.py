@@ -27,7 +27,13 @@ _TEXT_COLUMNS = ("entity_row", "entity_id", "name", "attributes", "num_images")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong in which file (path below the dataset) and, where it can be told, in which sample of it."""
+    """Something that is wrong.
+
+    Attributes:
+        file: Path of the file below the dataset.
+        sample: Key of the sample in it, where it is one.
+        what: What is wrong.
+    """
 
     file: str
     sample: str | None
@@ -39,39 +45,63 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """A shard to check; table: entities.parquet, None when it cannot be read."""
+    """A shard to check.
+
+    Attributes:
+        files: The dataset's files.
+        shard: What the manifest says of the shard.
+        split: The split, or the kb.
+        table: Path of entities.parquet; None when it cannot be read.
+    """
 
     files: DatasetStorage
     shard: ShardInfo
-    part: str
+    split: str
     table: Path | None
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A gold entity as a mention's sample holds it, as digests: of its record and of its pictures."""
+    """A gold entity as a mention's sample holds it.
+
+    Attributes:
+        sample: Key of the sample.
+        row: The entity's row.
+        record: Digest of its record.
+        images: Digests of its images.
+    """
 
     sample: str
     row: int
     record: bytes
-    pictures: tuple[bytes, ...]
+    images: tuple[bytes, ...]
 
 
 @dataclass(slots=True)
 class Findings:
-    """What one shard told. pictures: digests by entity row, of a shard of the kb; copies: of a shard of mentions."""
+    """What was found in one shard.
+
+    Attributes:
+        samples: How many there are.
+        with_image: How many of them have an image.
+        num_images: How many images there are.
+        problems: What is wrong.
+        records: Of a shard of the kb, digests of records by entity row.
+        images: Of a shard of the kb, digests of images by entity row.
+        copies: Of a shard of mentions, their gold entities.
+    """
 
     samples: int
     with_image: int
-    num_pictures: int
+    num_images: int
     problems: list[Problem]
     records: dict[int, bytes]
-    pictures: dict[int, tuple[bytes, ...]]
+    images: dict[int, tuple[bytes, ...]]
     copies: list[Copy]
 
 
 def check_shard(task: ShardTask) -> Findings:
-    """All that can be told of a shard by itself and by the table."""
+    """Checks all that can be checked of a shard by itself and by the table of entities."""
     found = Findings(0, 0, 0, [], {}, {}, [])
     report = _Reporter(task.shard.path, found.problems)
     with task.files.fresh(task.shard.path) as path:
@@ -88,14 +118,14 @@ def _check_file(task: ShardTask, path: Path, found: Findings, report: "_Reporter
         report(f"{size} bytes, the manifest says {shard.bytes}")
     if sha256_file(path) != shard.sha256:
         report("its SHA-256 is not the manifest's")
-    rows = _rows_of_shard(task.table, shard) if task.part == KB and task.table else None
+    rows = _rows_of_shard(task.table, shard) if task.split == KB and task.table else None
     last = "its start"
     try:
         with path.open("rb") as stream:
             for sample in read_shard(path):
                 last = f"sample {sample.key}"
                 found.samples += 1
-                if task.part == KB:
+                if task.split == KB:
                     record = None if rows is None else next(rows, None)
                     _check_entity(sample, record, rows is not None, stream, found, report)
                 else:
@@ -107,6 +137,8 @@ def _check_file(task: ShardTask, path: Path, found: Findings, report: "_Reporter
 
 
 class _Reporter:
+    """Adds problems of one file."""
+
     def __init__(self, file: str, problems: list[Problem]) -> None:
         self._file, self._problems = file, problems
 
@@ -128,16 +160,16 @@ def _check_entity(
     found: Findings,
     report: Callable[[str, str | None], None],
 ) -> None:
-    """A sample of the kb against its row of the table, and its pictures at the places that the row gives."""
+    """Compares a sample of the kb with its row of the table, and its images with the bytes that the row points to."""
     record = _entity_record(sample, "", report)
     if record is None:
         return
     images = _entity_images(sample.fields, "")
     found.with_image += bool(images)
     for number, image in enumerate(images):
-        _check_picture(image, f"{number}.jpg", sample.key, found, report)
+        _check_image(image, f"{number}.jpg", sample.key, found, report)
     found.records[record["entity_row"]] = _digest(json_field(record))
-    found.pictures[record["entity_row"]] = tuple(map(_digest, images))
+    found.images[record["entity_row"]] = tuple(map(_digest, images))
     if not has_rows:
         return
     if row is None:
@@ -148,10 +180,10 @@ def _check_entity(
     for column in _TEXT_COLUMNS:
         if record[column] != row[column]:
             report(f"{column} is {_short(record[column])}, in {ENTITIES_FILE} {_short(row[column])}", sample.key)
-    places = list(zip(row["image_offsets"] or [], row["image_sizes"] or [], strict=False))
-    if len(places) != len(images):
-        report(f"{len(images)} pictures, {ENTITIES_FILE} has places for {len(places)}", sample.key)
-    for number, ((offset, size), image) in enumerate(zip(places, images, strict=False)):
+    spans = list(zip(row["image_offsets"] or [], row["image_sizes"] or [], strict=False))
+    if len(spans) != len(images):
+        report(f"{len(images)} pictures, {ENTITIES_FILE} has places for {len(spans)}", sample.key)
+    for number, ((offset, size), image) in enumerate(zip(spans, images, strict=False)):
         try:
             same = read_place(stream, offset, size) == image
         except UserError:
@@ -161,7 +193,7 @@ def _check_entity(
 
 
 def _check_mention(sample: Sample, found: Findings, report: Callable[[str, str | None], None]) -> None:
-    """A sample of a split by itself; its copy of the gold entity is kept as digests."""
+    """Checks a sample of a split by itself; its copy of the gold entity is kept as digests."""
     try:
         mention = read_mention(sample.fields, "")
     except UserError as error:
@@ -169,7 +201,7 @@ def _check_mention(sample: Sample, found: Findings, report: Callable[[str, str |
         return
     if mention.image is not None:
         found.with_image += 1
-        _check_picture(mention.image, "jpg", sample.key, found, report)
+        _check_image(mention.image, "jpg", sample.key, found, report)
     record = _entity_record(sample, "entity.", report)
     if record is None:
         return
@@ -180,13 +212,13 @@ def _check_mention(sample: Sample, found: Findings, report: Callable[[str, str |
         )
         report(f"its gold is {gold}, but it carries entity {copy}", sample.key)
     images = _entity_images(sample.fields, "entity.")
-    found.num_pictures += len(images)
+    found.num_images += len(images)
     digests = tuple(map(_digest, images))
     found.copies.append(Copy(sample.key, record["entity_row"], _digest(json_field(record)), digests))
 
 
 def _entity_record(sample: Sample, prefix: str, report: Callable[[str, str | None], None]) -> dict[str, Any] | None:
-    """The record of an entity, whose pictures are all there and nothing else is; None when it cannot be used."""
+    """The record of an entity, whose images should all be there and nothing else; None when it cannot be used."""
     try:
         record = json.loads(sample.fields[f"{prefix}json"])
         text = {key: record[key] for key in _TEXT_COLUMNS}
@@ -213,13 +245,13 @@ def _entity_images(fields: Fields, prefix: str) -> list[bytes]:
     return images
 
 
-def _check_picture(
+def _check_image(
     content: bytes, field: str, key: str, found: Findings, report: Callable[[str, str | None], None]
 ) -> None:
-    found.num_pictures += 1
+    found.num_images += 1
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG",)) as picture:
-            picture.load()
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+            image.load()
     except Exception as error:  # decoders raise whatever broken bytes lead them to
         # Pillow's message of bytes that are no JPEG holds a memory address.
         reason = "no JPEG" if "cannot identify" in str(error) else str(error)
@@ -236,14 +268,14 @@ def _short(value: object) -> str:
 
 
 def _reason(error: UserError) -> str:
-    """The part of a shard's error that tells more than its path."""
+    """What a shard's error says besides its path."""
     text = str(error)
     return text[text.find("(") + 1 : text.rfind(")")] if "(" in text and ")" in text else text
 
 
 @lru_cache(2)
 def _table(path: Path, modified: int) -> Any:
-    """modified: so that another file at the same place is another table."""
+    """The table, kept as long as the file has not been `modified` since."""
     table = pq.read_table(path, memory_map=True)
     return table if table.schema.equals(ENTITY_SCHEMA) else None
 

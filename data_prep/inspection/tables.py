@@ -11,7 +11,14 @@ _FLAWS_LISTED = 12
 
 @dataclass(frozen=True, slots=True)
 class TextTable:
-    """rows: the first cell names the row. note: what a reader must know to read it."""
+    """A table of texts.
+
+    Attributes:
+        title: Its title.
+        header: Names of the columns.
+        rows: Cells; the first one names the row.
+        note: What a reader must know to read it.
+    """
 
     title: str
     header: tuple[str, ...]
@@ -20,22 +27,22 @@ class TextTable:
 
 
 def tables(found: Inspection) -> list[TextTable]:
-    """All figures, the largest flaws first."""
+    """All figures of an inspection, the largest flaws first."""
     return [_flaws(found), _mentions(found), _entities(found), _lengths(found), _batches(found), _prepared(found)]
 
 
 def _flaws(found: Inspection) -> TextTable:
     """The faults by share; training mentions count only where they are asked something that is theirs."""
     counts = [
-        (count.share or 0.0, row, part, count)
+        (count.share or 0.0, row, split, count)
         for row in (*found.mentions, *found.entities)
         if row.flaw
-        for part, count in row.counts.items()
+        for split, count in row.counts.items()
         # what a split shares with train is its own fault, not that of train
-        if count.count and not (part == "train" and "_in_" in row.name)
+        if count.count and not (split == "train" and "_in_" in row.name)
     ]
     counts.sort(key=lambda entry: -entry[0])
-    rows = tuple((row.label, part, *_figures(count)) for _, row, part, count in counts[:_FLAWS_LISTED])
+    rows = tuple((row.label, split, *_figures(count)) for _, row, split, count in counts[:_FLAWS_LISTED])
     more = len(counts) - len(rows)
     note = "none found" if not rows else f"{more} smaller ones are in the tables below" if more > 0 else ""
     return TextTable("Largest flaws", ("a mention's or an entity's ...", "of", "count", "share"), rows, note)
@@ -44,9 +51,9 @@ def _flaws(found: Inspection) -> TextTable:
 def _mentions(found: Inspection) -> TextTable:
     sizes = ("mentions", *(str(found.sizes[split]) for split in SPLITS))
     rows = [sizes, *(_cells(row, SPLITS) for row in found.mentions)]
-    for label, part in (("distinct golds", "of"), ("distinct golds unseen in training", "count")):
-        golds = [found.golds[split] for split in SPLITS]
-        rows.append((label, *(str(gold.of) if part == "of" else _text(gold) for gold in golds)))
+    golds = [found.golds[split] for split in SPLITS]
+    rows.append(("distinct golds", *(str(gold.of) for gold in golds)))
+    rows.append(("distinct golds unseen in training", *map(_text, golds)))
     note = (
         "Texts are compared without regard to case and spaces. Nearly: 64-bit difference hashes within 4 bits and"
         " 4 x 4 grids of colours within 16 of 255; a picture of one colour is nearly no other."
@@ -62,12 +69,12 @@ def _entities(found: Inspection) -> TextTable:
 def _lengths(found: Inspection) -> TextTable:
     rows = tuple(
         (
-            "entities" if part == "kb" else f"mentions of {part}",
+            "entities" if split == "kb" else f"mentions of {split}",
             f"{each.mean:.1f}",
             *map(str, (each.median, each.p95, each.longest)),
             _text(Count(each.cut, each.texts)),
         )
-        for part, each in found.lengths.items()
+        for split, each in found.lengths.items()
     )
     header = ("texts of", "mean", "median", "95 %", "longest", f"cut at {found.context_length}")
     note = "CLIP's tokens of 'word : sentence' and 'name : attributes', start and end included, no prompts."
@@ -99,8 +106,8 @@ def _prepared(found: Inspection) -> TextTable:
     )
 
 
-def _cells(row: Row, parts: Sequence[str]) -> tuple[str, ...]:
-    return (row.label, *(_text(row.counts[part]) if row.counts[part].of else "-" for part in parts))
+def _cells(row: Row, splits: Sequence[str]) -> tuple[str, ...]:
+    return (row.label, *(_text(row.counts[split]) if row.counts[split].of else "-" for split in splits))
 
 
 def _figures(count: Count) -> Iterator[str]:

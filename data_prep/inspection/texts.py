@@ -1,4 +1,4 @@
-"""Checks of what is written: truncation, ambiguity, unseen golds, and sentences that splits share."""
+"""Checks of texts: truncation, ambiguity, unseen golds, and sentences that splits share."""
 
 import numpy as np
 
@@ -11,12 +11,12 @@ def mention_checks(columns: Columns) -> list[Check]:
     """Checks over all mentions, in the order of a report."""
     mentions, entities = columns.mentions, columns.entities
     everyone = np.ones(len(mentions.gold), np.bool_)
-    has_gold_picture = entities.num_pictures[mentions.gold] > 0
+    has_gold_image = entities.num_images[mentions.gold] > 0
     return [
-        Check("with_picture", "has a picture", mentions.has_picture, everyone),
-        Check("gold_with_picture", "gold has a picture", has_gold_picture, everyone),
-        Check("both_with_picture", "both have one", mentions.has_picture & has_gold_picture, everyone),
-        Check("neither_with_picture", "neither has one", ~mentions.has_picture & ~has_gold_picture, everyone),
+        Check("with_picture", "has a picture", mentions.has_image, everyone),
+        Check("gold_with_picture", "gold has a picture", has_gold_image, everyone),
+        Check("both_with_picture", "both have one", mentions.has_image & has_gold_image, everyone),
+        Check("neither_with_picture", "neither has one", ~mentions.has_image & ~has_gold_image, everyone),
         Check("without_sentence", "has no sentence", ~mentions.has_sentence, everyone, flaw=True),
         Check("word_absent", "word is not in the sentence", ~mentions.has_word, mentions.has_sentence, flaw=True),
         Check(
@@ -38,10 +38,10 @@ def entity_checks(columns: Columns) -> list[Check]:
     entities = columns.entities
     everyone = np.ones(len(entities.name), np.bool_)
     same_name, same_text = groups_of(entities.name), groups_of(entities.text)
-    named, told = other_of_group(same_name, everyone), other_of_group(same_text, everyone)
+    namesake, copy = other_of_group(same_name, everyone), other_of_group(same_text, everyone)
     is_gold = np.isin(np.arange(len(everyone)), columns.mentions.gold)
     return [
-        Check("with_picture", "has a picture", entities.num_pictures > 0, everyone),
+        Check("with_picture", "has a picture", entities.num_images > 0, everyone),
         Check("without_attributes", "has no attributes", ~entities.has_attributes, everyone, flaw=True),
         Check(
             "text_cut",
@@ -51,20 +51,20 @@ def entity_checks(columns: Columns) -> list[Check]:
             flaw=True,
         ),
         Check("gold_of_a_mention", "is the gold of a mention", is_gold, everyone),
-        Check("name_shared", "another entity has its name", named != NOBODY, everyone, False, named, "entity"),
-        Check("duplicate", "another has its name and attributes", told != NOBODY, everyone, True, told, "entity"),
+        Check("name_shared", "another entity has its name", namesake != NOBODY, everyone, False, namesake, "entity"),
+        Check("duplicate", "another has its name and attributes", copy != NOBODY, everyone, True, copy, "entity"),
     ]
 
 
 def _ambiguity(columns: Columns, everyone: Flags) -> list[Check]:
     mentions, entities = columns.mentions, columns.entities
     names, first_entity, num_bearers = np.unique(entities.name, return_index=True, return_counts=True)
-    place = np.minimum(np.searchsorted(names, mentions.word), max(len(names) - 1, 0))
-    known = names[place] == mentions.word
-    bearers = np.where(known, num_bearers[place], 0)
+    index = np.minimum(np.searchsorted(names, mentions.word), max(len(names) - 1, 0))
+    known = names[index] == mentions.word
+    bearers = np.where(known, num_bearers[index], 0)
     is_name = entities.name[mentions.gold] == mentions.word
     other_golds = _other_gold(groups_of(mentions.word), mentions.gold)
-    name_bearer = np.where(known & ~is_name, first_entity[place], NOBODY)
+    name_bearer = np.where(known & ~is_name, first_entity[index], NOBODY)
     return [
         Check("word_is_gold_name", "word is the gold's name", is_name, everyone),
         Check(
@@ -144,7 +144,7 @@ def _repeats(columns: Columns, everyone: Flags) -> list[Check]:
 
 
 def _other_gold(groups: Ints, gold: Ints) -> Ints:
-    """By mention another one of its group with another gold, or NOBODY."""
+    """Another mention of each one's group with another gold, or NOBODY."""
     if not len(groups):
         return groups
     order = np.lexsort((np.arange(len(gold)), gold, groups))
@@ -157,5 +157,6 @@ def _other_gold(groups: Ints, gold: Ints) -> Ints:
 
 
 def _twins(entities: EntityColumns) -> Ints:
+    """Another entity of the same name and attributes, or NOBODY."""
     groups = groups_of(entities.text)
     return other_of_group(groups, np.ones(len(groups), np.bool_))

@@ -1,6 +1,6 @@
-"""Verification of a dataset directory against its manifest: every digest, count, record and picture.
+"""Verification of a dataset directory against its manifest: every digest, count, record and image.
 
-Shards are read one by one, so memory holds one sample, and of the kb one digest per picture. All problems are
+Shards are read one by one, so memory holds one sample, and of the kb one digest per image. All problems are
 collected: a damaged file does not hide the next one.
 """
 
@@ -26,7 +26,15 @@ _ACTIONS = {"rejected": "rejects", "repaired": "repaired", "degraded": "degraded
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was read, and what was found wrong: the first MAX_PROBLEMS of `num_problems`, in the files' order."""
+    """What was read, and what is wrong with it.
+
+    Attributes:
+        shards: How many were read.
+        samples: How many were read.
+        pictures: How many were read.
+        num_problems: How many there are.
+        problems: The first MAX_PROBLEMS of them, in the files' order.
+    """
 
     shards: int
     samples: int
@@ -36,16 +44,23 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Whether nothing is wrong."""
         return self.num_problems == 0
 
 
 def verify_dataset(location: str | Path, *, workers: int = 1, progress: Progress = no_progress) -> Verification:
-    """Reads every byte of the dataset, in `workers` processes, and compares it with the manifest and with itself.
+    """Reads every byte of a dataset and compares it with the manifest and with itself.
 
-    Of a view, the dataset that it is a view of. In an object store, what lies there now and not the copies here.
+    Of a view it is the dataset that it is a view of; in an object store it is what lies there now and not the copies
+    here.
+
+    Args:
+        location: Its folder or URI.
+        workers: Number of processes.
+        progress: Called with the number of shards that are read.
 
     Raises:
-        UserError: there is no manifest, or it cannot be read or contradicts itself: nothing to compare with. The same
+        UserError: There is no manifest, or it cannot be read or contradicts itself: nothing to compare with. The same
             for a view that is not one of its dataset any more.
     """
     files, content = open_dataset_storage(location)
@@ -62,26 +77,28 @@ def _verified(files: DatasetStorage, manifest: Manifest, table: Path, workers: i
     problems.add(_check_rejects(files, manifest))
     problems.add(_check_table(table, manifest))
     rows_from = None if readable_table(table) is None else table
-    parts = (KB, *SPLITS)
-    tasks = [ShardTask(files, shard, part, rows_from) for part in parts for shard in manifest.shards_of(part)]
+    splits = (KB, *SPLITS)
+    tasks = [ShardTask(files, shard, split, rows_from) for split in splits for shard in manifest.shards_of(split)]
     records: dict[int, bytes] = {}
-    pictures: dict[int, tuple[bytes, ...]] = {}
+    images: dict[int, tuple[bytes, ...]] = {}
     with_image: Counter[str] = Counter()
-    samples = num_pictures = 0
+    samples = num_images = 0
     add = counting(progress, "shards", len(tasks))
     for task, found in zip(tasks, map_tasks(check_shard, tasks, workers), strict=True):
         records |= found.records
-        pictures |= found.pictures
+        images |= found.images
         problems.add(found.problems)
-        problems.add(_check_copies(task.shard.path, found.copies, records, pictures))
-        with_image[task.part] += found.with_image
-        samples, num_pictures = samples + found.samples, num_pictures + found.num_pictures
+        problems.add(_check_copies(task.shard.path, found.copies, records, images))
+        with_image[task.split] += found.with_image
+        samples, num_images = samples + found.samples, num_images + found.num_images
         add(1)
     problems.add(_check_with_image(manifest, with_image))
-    return Verification(len(tasks), samples, num_pictures, problems.count, tuple(problems.kept))
+    return Verification(len(tasks), samples, num_images, problems.count, tuple(problems.kept))
 
 
 class _Bounded:
+    """Problems: the first ones and the number of all."""
+
     def __init__(self) -> None:
         self.count, self.kept = 0, list[Problem]()
 
@@ -118,6 +135,7 @@ def _check_rejects(files: DatasetStorage, manifest: Manifest) -> list[Problem]:
 
 
 def _check_table(path: Path, manifest: Manifest) -> list[Problem]:
+    """The table of entities against the manifest."""
     if not path.is_file():
         return [Problem(ENTITIES_FILE, None, "the file is missing")]
     problems = []
@@ -148,17 +166,19 @@ def _check_table(path: Path, manifest: Manifest) -> list[Problem]:
 
 
 def _check_with_image(manifest: Manifest, found: Mapping[str, int]) -> list[Problem]:
+    """The manifest's counts of records with an image against those of the shards."""
     said = {KB: manifest.entities_with_image} | {name: counts.with_image for name, counts in manifest.splits.items()}
     return [
-        Problem("manifest.json", None, f"says that {count} of {part} have a picture; the shards hold {found[part]}")
-        for part, count in said.items()
-        if found[part] != count
+        Problem("manifest.json", None, f"says that {count} of {split} have a picture; the shards hold {found[split]}")
+        for split, count in said.items()
+        if found[split] != count
     ]
 
 
 def _check_copies(
-    path: str, copies: Sequence[Copy], records: Mapping[int, bytes], pictures: Mapping[int, tuple[bytes, ...]]
+    path: str, copies: Sequence[Copy], records: Mapping[int, bytes], images: Mapping[int, tuple[bytes, ...]]
 ) -> list[Problem]:
+    """The gold entities in a shard of mentions against those of the kb."""
     problems = []
     for copy in copies:
         if copy.row not in records:
@@ -166,6 +186,6 @@ def _check_copies(
             continue
         if copy.record != records[copy.row]:
             problems.append(Problem(path, copy.sample, f"entity.json is not the kb's record of row {copy.row}"))
-        if copy.pictures != pictures[copy.row]:
+        if copy.images != images[copy.row]:
             problems.append(Problem(path, copy.sample, f"its entity pictures are not the kb's of row {copy.row}"))
     return problems

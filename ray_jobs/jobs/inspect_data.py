@@ -19,7 +19,7 @@ def inspect_data(data: str, *, html: Path | None, json_file: Path | None, pictur
     Raises UserError for what is no dataset, or a damaged one.
     """
     with Display(transient=True) as display:
-        found = inspect_dataset(Dataset.open(data), pictures=pictures, workers=workers, progress=display)
+        found = inspect_dataset(Dataset.open(data), images=pictures, workers=workers, progress=display)
     if json_file is not None:
         write_json(json_file, found.to_json())
     if html is not None:

@@ -103,7 +103,7 @@ def test_every_planted_flaw_is_counted(found: Inspection) -> None:
 
 def test_examples_show_both_records(found: Inspection) -> None:
     shown = {
-        (example.title, example.part): [getattr(record, "mention_id", None) for _, record in example.records]
+        (example.title, example.split): [getattr(record, "mention_id", None) for _, record in example.records]
         for example in found.examples
     }
     assert shown["picture is or nearly in train too", "test"] == ["e0", None, "t2", None]
@@ -111,7 +111,7 @@ def test_examples_show_both_records(found: Inspection) -> None:
 
 
 def test_pictures_may_be_left_out(data: Dataset, found: Inspection) -> None:
-    texts = inspect_dataset(data, pictures=False)
+    texts = inspect_dataset(data, images=False)
     assert [row.name for row in texts.mentions] == [row.name for row in found.mentions if "picture_" not in row.name]
 
 
