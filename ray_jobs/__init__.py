@@ -1,1 +1,1 @@
-"""Jobs: the storey that knows Ray. Each file is one job, a command of `dsmip` and a script for `ray job submit`."""
+"""The storey that knows Ray: the command line, its jobs, and scripts of them for `ray job submit`."""

@@ -1,4 +1,4 @@
-"""The context of a training inside a Ray worker: device, threads, checkpoints and whom to tell."""
+"""The context of a training inside a Ray worker: device, threads, checkpoints and events."""
 
 import shutil
 import socket

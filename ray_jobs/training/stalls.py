@@ -1,4 +1,4 @@
-"""Ends a worker that hangs: a lost worker is replaced from its checkpoint, a hanging one would wait for ever."""
+"""The end of a worker that hangs: a lost worker is replaced from its checkpoint, a hanging one would wait for ever."""
 
 import faulthandler
 import time

@@ -96,7 +96,7 @@ def run_rung(
         except Exception as error:  # a store that is away comes as whatever its client raises
             raise _stopped(run, rung, error) from error
     found = {result.config["number"]: result for result in grid}
-    return {number: _end(found[number]) for number in tasks}
+    return {number: trial_outcome(found[number]) for number in tasks}
 
 
 def _stopped(run: Run, rung: int, error: Exception) -> JobFailed:
@@ -109,7 +109,7 @@ def _stopped(run: Run, rung: int, error: Exception) -> JobFailed:
     return JobFailed(f"rung {rung + 1} stopped: {reason}{seen}; run the same command again to resume", 1)
 
 
-def _end(result: Any) -> float | Failure:
+def trial_outcome(result: Any) -> float | Failure:
     """A trial's validation MRR, or why it has none."""
     metrics = result.metrics or {}
     if "mrr" in metrics:

@@ -106,7 +106,7 @@ def test_no_rung_is_decided_without_a_trial_that_could_not_run(
 
 def test_whose_doing_a_failure_is_decides(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def end(metrics: dict[str, Any] | None, error: Exception | None = None) -> Any:
-        return job._end(SimpleNamespace(metrics=metrics, error=error))
+        return sweep.trial_outcome(SimpleNamespace(metrics=metrics, error=error))
 
     def failing(error: Exception) -> Any:
         def fail(*arguments: object) -> None:
