@@ -22,7 +22,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-KindName = Literal["vgg16", "clip"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 ConfigOption = Annotated[str, typer.Option("--config", help="A shipped configuration's name or a YAML file.")]
 # Text: a Path would make s3:/bucket of s3://bucket.
@@ -206,7 +205,7 @@ def tune(
 @app.command()
 def features(
     data: DataArgument,
-    kind: Annotated[KindName, typer.Option("--kind", help="vgg16: fc7; clip: the backbone's pooled picture.")],
+    kind: Annotated[str, typer.Option("--kind", help="vgg16: fc7; clip: the backbone's pooled picture.")],
     config: Annotated[
         str | None, typer.Option("--config", help="The runs' configuration: its backbone, gate and cache_dtype.")
     ] = None,

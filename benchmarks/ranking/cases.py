@@ -14,6 +14,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.collate import Modality
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import FeatureSizes, feature_sizes
+from dsmip.encoders.image_networks import find_network
 from dsmip.models import find_system
 from dsmip.models.dsmip import GATE, DsmipMatcher
 from dsmip.runs.load_config import parse_config
@@ -22,7 +23,6 @@ from dsmip.units.matcher import Matcher
 
 PICTURE_TOKENS = 50  # 7 x 7 patches and the class token
 FEWEST_TOKENS, MEAN_TOKENS = 4, 22
-VGG_WIDTH = 4096
 BLOCK = 512
 Side = Literal["mentions", "entities"]
 
@@ -122,7 +122,7 @@ def _expert_features(case: Case, modalities: Sequence[Modality], count: int, gen
 
 def _gate_features(case: Case, count: int, generator: torch.Generator) -> Table:
     sizes = case.sizes
-    picture_width = VGG_WIDTH if case.config.system.gate.picture == "vgg16" else sizes.embed_width
+    picture_width = find_network(case.config.system.gate.picture).width(sizes)
     return Table(
         {"text": _normal(generator, count, sizes.text_width), "picture": _normal(generator, count, picture_width)}
     )

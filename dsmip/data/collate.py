@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dsmip.data.dataset import Dataset
-from dsmip.data.images import UnreadablePicture, decode, fit
+from dsmip.data.images import UnreadableImage, decode, fit
 from dsmip.data.records import Entity, Mention
 from dsmip.data.text import Template, Tokenizer, entity_text, mention_text
 from dsmip.errors import UserError
@@ -81,7 +81,7 @@ class Collator:
 
     def __init__(self, tokenizer: Tokenizer, item_format: ItemFormat, image_size: int) -> None:
         self.tokenizer, self.item_format = tokenizer, item_format
-        self._pictures = PictureCollator(image_size)
+        self._pictures = ImageCollator(image_size)
 
     def mentions(self, mentions: Sequence[Mention]) -> ItemBatch:
         """A batch of mentions, in order."""
@@ -108,7 +108,7 @@ class Collator:
         return functional.pad(token_ids, (0, length - token_ids.shape[1]))
 
 
-class PictureCollator:
+class ImageCollator:
     """Makes batches of the pictures alone: a mention's, an entity's first."""
 
     def __init__(self, image_size: int) -> None:
@@ -155,5 +155,5 @@ def _image(item: Mention | Entity | None) -> bytes | None:
 def _fitted(image: bytes, size: int) -> Tensor | None:
     try:
         return fit(decode(image), size)
-    except UnreadablePicture:
+    except UnreadableImage:
         return None

@@ -19,7 +19,7 @@ _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xDA))
 
 
-class UnreadablePicture(ValueError):
+class UnreadableImage(ValueError):
     """Bytes that are no picture, a broken one, or one too large to decode."""
 
 
@@ -77,7 +77,7 @@ def decode(data: bytes) -> Tensor:
     """uint8 [3, H, W] RGB of an encoded picture; what is transparent becomes white.
 
     Raises:
-        UnreadablePicture: not a picture, truncated, or more than MAX_PIXELS.
+        UnreadableImage: not a picture, truncated, or more than MAX_PIXELS.
     """
     try:
         # The header is read first: a small file that claims a huge picture is refused before it is decoded.
@@ -87,20 +87,20 @@ def decode(data: bytes) -> Tensor:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(*image.size)
             pixels_HWC = np.array(_opaque(image))
-    except UnreadablePicture:
+    except UnreadableImage:
         raise
     except UnidentifiedImageError:
         # Pillow's own message holds a memory address; the same file must give the same message everywhere.
-        raise UnreadablePicture("not a picture of a known format") from None
+        raise UnreadableImage("not a picture of a known format") from None
     except Exception as error:
         # Readers raise many kinds of errors on broken files; all of them mean the same here.
-        raise UnreadablePicture(f"not a readable picture: {error}") from error
+        raise UnreadableImage(f"not a readable picture: {error}") from error
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise UnreadablePicture(f"{width} x {height} pixels are above the limit of {MAX_PIXELS}")
+        raise UnreadableImage(f"{width} x {height} pixels are above the limit of {MAX_PIXELS}")
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -16,12 +16,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, ValidationError
 
-from dsmip.data.collate import PictureCollator
+from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB, SPLITS, Count, Digest, Part
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import fingerprint
-from dsmip.encoders.image_networks import Identity, Kind, PictureNetwork, picture_vectors
+from dsmip.encoders.image_networks import Identity, ImageNetwork, Kind
 from dsmip.errors import UserError
 from dsmip.keys import plain_text
 from dsmip.storage.atomic import sha256_file, write_json
@@ -90,7 +90,7 @@ class FeatureManifest(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFeatures:
+class ImageFeatures:
     """Finished features of a data set. files: the data set's own; name: of the folder with the tables, below them."""
 
     files: DatasetStorage
@@ -130,7 +130,7 @@ def network_hash(identity: Identity) -> str:
     return fingerprint(identity.tensors, plain_text((identity.form, identity.mean, identity.std, identity.side)))
 
 
-def read_features(files: DatasetStorage, name: str) -> PictureFeatures | None:
+def read_features(files: DatasetStorage, name: str) -> ImageFeatures | None:
     """Finished features, None where none are finished. Raises UserError for a damaged manifest."""
     place = files.address(f"{name}/{_MANIFEST}")
     content = files.read(f"{name}/{_MANIFEST}")
@@ -146,10 +146,10 @@ def read_features(files: DatasetStorage, name: str) -> PictureFeatures | None:
         ) from error
     if set(manifest.files) != set(PARTS):
         raise UserError(f"{place}: files must be {', '.join(PARTS)}; delete the folder and run 'dsmip features' again")
-    return PictureFeatures(files, name, manifest)
+    return ImageFeatures(files, name, manifest)
 
 
-def find_features(dataset: Dataset, kind: Kind, size: int, dtype: DTypeName) -> Iterator[PictureFeatures]:
+def find_features(dataset: Dataset, kind: Kind, size: int, dtype: DTypeName) -> Iterator[ImageFeatures]:
     """Finished features of this very data, by any weights."""
     for folder in fnmatch.filter(dataset.own.children(FOLDER), f"{kind}-*-{size}px-{dtype}"):
         found = read_features(dataset.own, f"{FOLDER}/{folder}")
@@ -157,7 +157,7 @@ def find_features(dataset: Dataset, kind: Kind, size: int, dtype: DTypeName) -> 
             yield found
 
 
-def write_manifest(files: DatasetStorage, origin: Origin) -> PictureFeatures:
+def write_manifest(files: DatasetStorage, origin: Origin) -> ImageFeatures:
     """Says that the tables of the features are finished: the last file of all."""
     described, width, name = {}, 0, features_name(origin)
     for part in PARTS:
@@ -172,7 +172,7 @@ def write_manifest(files: DatasetStorage, origin: Origin) -> PictureFeatures:
     manifest = FeatureManifest(origin=origin, width=width, files=described)
     write_json(files.folder / name / _MANIFEST, manifest.model_dump(mode="json"))
     files.send(f"{name}/{_MANIFEST}")
-    return PictureFeatures(files, name, manifest)
+    return ImageFeatures(files, name, manifest)
 
 
 def forget(files: DatasetStorage, name: str) -> None:
@@ -181,17 +181,17 @@ def forget(files: DatasetStorage, name: str) -> None:
 
 
 @torch.no_grad()
-def picture_rows(
-    network: PictureNetwork,
+def image_rows(
+    network: ImageNetwork,
     dataset: Dataset,
     part: str,
     rows: range,
-    pictures: PictureCollator,
+    pictures: ImageCollator,
     dtype: DTypeName,
     device: torch.device,
 ) -> Table:
     """The features of some rows of a split or of the kb, on the CPU."""
     items = list(dataset.entities(rows)) if part == KB else list(dataset.mentions(part, rows))
     pixels, has_image = pictures(items)
-    vectors = picture_vectors(network, pixels.to(device), has_image.to(device)).cpu()
+    vectors = network.vectors(pixels.to(device), has_image.to(device)).cpu()
     return Table({"picture": vectors.to(DTYPES[dtype]), "has_image": has_image})

@@ -14,16 +14,16 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureEncoder, Side, StoredFeatures, feature_sizes
+from dsmip.encoders.image_networks import find_network
 from dsmip.keys import plain_text
 from dsmip.models.base import System
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.ops.losses import contrastive_loss, contrastive_losses
 from dsmip.units.expert import MODALITIES, Expert, ExpertConfig, ExpertName
-from dsmip.units.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_pictures
+from dsmip.units.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_images
 from dsmip.units.matcher import BatchGold, Matcher, Scores, token_pairs
 
 GATE = "gate"
-_VGG_WIDTH = 4096
 _SCALE_SPEED = 10.0  # Adam moves a parameter by its learning rate a step, too slow for factors of 3 to 30
 
 
@@ -251,16 +251,16 @@ class Dsmip(System):
         if part != GATE:
             return None
         section: DsmipConfig = config.system
-        pictures = stored_pictures(section.gate, config.backbone, dataset, config.cache_dtype)
-        if pictures is None:
+        images = stored_images(section.gate, config.backbone, dataset, config.cache_dtype)
+        if images is None:
             return None
         text = ItemFormat(section.template, modalities=("text",))
-        return StoredFeatures(pictures.folder, pictures.file, GateTextEncoder(config.backbone), text)
+        return StoredFeatures(images.folder, images.file, GateTextEncoder(config.backbone), text)
 
     @classmethod
     def build_whole(cls, config: ExperimentConfig) -> Matcher:
         section, sizes = config.system, feature_sizes(config.backbone.architecture)
-        picture_width = _VGG_WIDTH if section.gate.picture == "vgg16" else sizes.embed_width
-        gate = Gate(section.gate, sizes.text_width, picture_width, len(section.use))
+        image_width = find_network(section.gate.picture).width(sizes)
+        gate = Gate(section.gate, sizes.text_width, image_width, len(section.use))
         experts = {name: cls.build_part(name, config, with_encoder=False) for name in section.use}
         return DsmipMatcher(experts, gate)

@@ -17,9 +17,9 @@ from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.image_features import DTypeName, PictureFeatures, Weights, find_features, network_hash
-from dsmip.encoders.image_networks import TORCHVISION_WEIGHTS, NetworkChoice, identity, picture_vectors
-from dsmip.encoders.vgg import BY_HASH, TORCHVISION, Vgg16Features
+from dsmip.encoders.image_features import DTypeName, ImageFeatures, Weights, find_features, network_hash
+from dsmip.encoders.image_networks import ClipImage, Kind, NetworkChoice, find_network
+from dsmip.encoders.vgg import BY_HASH
 
 _HASH = re.compile(rf"{BY_HASH}[0-9a-f]{{16,64}}")
 _SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the usual 1e-5 would swallow them
@@ -28,8 +28,10 @@ _SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the
 class GateConfig(Frozen):
     """The gate's form. The paper's: vgg16, raw, pair, sampled, none, tuned, relu.
 
-    picture: `vgg16` (fc7) or `clip` (the frozen backbone's pooled picture).
-    vgg_weights: a local file, `torchvision`, or `sha256:<16 or more digits>`: features that `dsmip features` has made.
+    picture: the image network (`dsmip.encoders.image_networks`): `vgg16` (fc7) or `clip` (the frozen backbone's pooled
+    picture).
+    vgg_weights: of an image network other than the backbone: a local file, `torchvision`, or `sha256:<16 or more
+    digits>`: features that `dsmip features` has made.
     inputs: `raw`, or `normalised` to mean 0 and variance 1 per number (means of token embeddings are tiny and nearly
     the same for all texts: raw, the gate does not see them).
     choice: every `pair` chooses its expert, or every `mention`, so that all entities of a ranking are scored on one
@@ -41,7 +43,7 @@ class GateConfig(Frozen):
     units: the experts' units are `tuned` with the gate (the paper) or `frozen`.
     """
 
-    picture: Literal["vgg16", "clip"] = "vgg16"
+    picture: Kind = "vgg16"
     vgg_weights: str = "torchvision"
     inputs: Literal["raw", "normalised"] = "raw"
     choice: Literal["pair", "mention"] = "pair"
@@ -68,17 +70,17 @@ class GateConfig(Frozen):
         return self
 
 
-def picture_network(config: GateConfig, backbone: BackboneConfig) -> NetworkChoice:
-    """What the gate looks at pictures with."""
-    if config.picture == "clip":
-        return NetworkChoice("clip", backbone.pretrained, backbone.architecture)
-    return NetworkChoice("vgg16", config.vgg_weights)
+def image_network(config: GateConfig, backbone: BackboneConfig) -> NetworkChoice:
+    """What the gate looks at images with."""
+    if find_network(config.picture).of_backbone:
+        return NetworkChoice(config.picture, backbone.pretrained, backbone.architecture)
+    return NetworkChoice(config.picture, config.vgg_weights)
 
 
-def stored_pictures(
+def stored_images(
     config: GateConfig, backbone: BackboneConfig, dataset: Dataset, dtype: DTypeName
-) -> PictureFeatures | None:
-    """The gate's picture features where they lie beside the shards, the same that it would compute; else None.
+) -> ImageFeatures | None:
+    """The gate's image features where they lie beside the shards, the same that it would compute; else None.
 
     Weights are loaded only to compare them, and only when there is something to compare with. Raises UserError then,
     and for damaged features.
@@ -92,12 +94,12 @@ def stored_pictures(
 
 
 def _same_weights(config: GateConfig, backbone: BackboneConfig) -> Callable[[Weights], bool]:
-    if config.picture == "vgg16" and config.vgg_weights == TORCHVISION:
-        return lambda weights: weights.name == TORCHVISION_WEIGHTS
-    if config.picture == "vgg16" and config.vgg_weights.startswith(BY_HASH):
+    choice, network = image_network(config, backbone), find_network(config.picture)
+    if choice.weights in network.published:
+        return lambda weights: weights.name == choice.weights_name
+    if not network.of_backbone and config.vgg_weights.startswith(BY_HASH):
         return lambda weights: weights.sha256.startswith(config.vgg_weights.removeprefix(BY_HASH))
-    choice = picture_network(config, backbone)
-    sha256 = network_hash(identity(choice, choice.build()))
+    sha256 = network_hash(choice.build().identity())
     return lambda weights: weights.sha256 == sha256
 
 
@@ -128,7 +130,10 @@ class GateEncoder(nn.Module):
     def __init__(self, config: GateConfig, backbone: BackboneConfig) -> None:
         super().__init__()
         self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
-        self.vgg = Vgg16Features.build(config.vgg_weights) if config.picture == "vgg16" else None
+        kind, choice = find_network(config.picture), image_network(config, backbone)
+        # of a backbone: the very one that the texts' embeddings are of
+        self._network = ClipImage(self.backbone, backbone.architecture) if kind.of_backbone else choice.build()
+        self.add_module(kind.state_name, self._network.module)
         self.requires_grad_(False).eval()
 
     def encode_mentions(self, batch: ItemBatch) -> Table:
@@ -142,8 +147,7 @@ class GateEncoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, batch: ItemBatch) -> Table:
-        network = self.backbone if self.vgg is None else self.vgg
-        picture = picture_vectors(network, batch.pictures, batch.has_image)
+        picture = self._network.vectors(batch.pictures, batch.has_image)
         return Table({"text": self.backbone.token_embedding_mean(batch.token_ids), "picture": picture})
 
 

@@ -18,7 +18,7 @@ from ray_jobs.cluster.connection import connected
 import ray
 import ray.data
 
-from dsmip.data.collate import PictureCollator
+from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
@@ -29,25 +29,26 @@ from dsmip.encoders.image_features import (
     PARTS,
     Data,
     DTypeName,
+    ImageFeatures,
     Origin,
-    PictureFeatures,
     Pixels,
     Weights,
     features_file,
     features_name,
     forget,
+    image_rows,
     network_hash,
-    picture_rows,
     read_features,
     write_manifest,
 )
-from dsmip.encoders.image_networks import Kind, NetworkChoice, PictureNetwork, identity
-from dsmip.encoders.vgg import BY_HASH, SIDE, TORCHVISION
+from dsmip.encoders.image_networks import ImageNetwork, NetworkChoice, find_network
+from dsmip.encoders.vgg import BY_HASH
 from dsmip.errors import ReportedError, UserError
 from dsmip.models.dsmip import DsmipConfig
 from dsmip.parallel import map_alone
 from dsmip.runs.load_config import job_config
 from dsmip.storage.dataset_storage import DatasetStorage
+from dsmip.units.gate import GateConfig
 from ray_jobs.cluster.events import Event, StepEvents
 from ray_jobs.cluster.failures import JobFailed
 from ray_jobs.cluster.resources import Request, check_feasible
@@ -88,14 +89,15 @@ class Chunk:
 
 
 def feature_request(
-    kind: Kind, config: str | None, overrides: Sequence[str], weights: str | None, random_seed: int | None
+    kind: str, config: str | None, overrides: Sequence[str], weights: str | None, random_seed: int | None
 ) -> FeatureRequest:
     """From the command line; what is not said there is the configuration's. UserError for what does not go together."""
     if weights is not None and random_seed is not None:
         raise UserError("--weights and --random-weights exclude each other")
-    if kind == "clip":
-        return _clip(config, overrides, weights, random_seed)
-    size, named = SIDE, TORCHVISION
+    network = find_network(kind)
+    if network.of_backbone:
+        return _of_backbone(kind, config, overrides, weights, random_seed)
+    size, named = network.side, GateConfig().vgg_weights
     dtype: DTypeName = "float32"
     if config is not None:
         settings = job_config(config, overrides)
@@ -105,18 +107,22 @@ def feature_request(
     elif overrides:
         raise UserError("--set changes a configuration: name one by --config")
     if random_seed is not None:
-        return FeatureRequest(NetworkChoice("vgg16", None, seed=random_seed), size, dtype)
+        return FeatureRequest(NetworkChoice(kind, None, seed=random_seed), size, dtype)
     named = weights or named
     if named.startswith(BY_HASH):
-        raise UserError(f"the configuration names VGG-16's weights by their hash ({named}); say where by --weights")
-    return FeatureRequest(NetworkChoice("vgg16", _absolute(named)), size, dtype)
+        raise UserError(
+            f"the configuration names the weights of {network.title} by their hash ({named}); say where by --weights"
+        )
+    return FeatureRequest(NetworkChoice(kind, _absolute(named)), size, dtype)
 
 
-def _clip(config: str | None, overrides: Sequence[str], weights: str | None, random_seed: int | None) -> FeatureRequest:
+def _of_backbone(
+    kind: str, config: str | None, overrides: Sequence[str], weights: str | None, random_seed: int | None
+) -> FeatureRequest:
     if config is None:
-        raise UserError("--kind clip takes the backbone of a configuration: name one by --config")
+        raise UserError(f"--kind {kind} takes the backbone of a configuration: name one by --config")
     if weights is not None:
-        raise UserError("--weights are VGG-16's; for --kind clip say --set backbone.pretrained=...")
+        raise UserError(f"--weights are those of other networks; for --kind {kind} say --set backbone.pretrained=...")
     settings = job_config(config, overrides)
     backbone = settings.backbone
     if backbone.pretrained is None and random_seed is None:
@@ -127,7 +133,7 @@ def _clip(config: str | None, overrides: Sequence[str], weights: str | None, ran
     if backbone.pretrained is not None and random_seed is not None:
         raise UserError(f"the backbone of {config} has weights ({backbone.pretrained}): leave out --random-weights")
     architecture = _absolute(backbone.architecture)
-    choice = NetworkChoice("clip", backbone.pretrained, architecture, random_seed or 0)
+    choice = NetworkChoice(kind, backbone.pretrained, architecture, random_seed or 0)
     return FeatureRequest(choice, _image_size(architecture), settings.cache_dtype)
 
 
@@ -148,7 +154,7 @@ def compute_features(
     device: str = "auto",
     display: Display,
     verbose: bool = False,
-) -> PictureFeatures:
+) -> ImageFeatures:
     """Computes and writes the features of all pictures; finished ones of this data are kept. Returns them.
 
     device: auto (GPUs where the cluster has some), cpu or cuda; a worker asks for one CPU, and for one GPU.
@@ -180,7 +186,7 @@ def compute_features(
     return finished
 
 
-def _figures(features: PictureFeatures) -> str:
+def _figures(features: ImageFeatures) -> str:
     files = features.manifest.files.values()
     items, with_image = sum(file.items for file in files), sum(file.with_image for file in files)
     num_bytes = sum(file.bytes for file in files)
@@ -191,7 +197,7 @@ def _figures(features: PictureFeatures) -> str:
 def _origin(dataset: Dataset, request: FeatureRequest) -> Origin:
     """Loads the network once, here: what is wrong with its weights is said before anything starts."""
     choice = request.choice
-    described = identity(choice, choice.build())
+    described = choice.build().identity()
     return Origin(
         kind=choice.kind,
         weights=Weights(name=choice.weights_name, sha256=network_hash(described)),
@@ -264,8 +270,8 @@ class _Encoder:
         StepEvents(NAME, 1, events)
         self._request, self._device = plan.request, worker_device()
         self._dataset = Dataset.open(plan.data)
-        self._pictures = PictureCollator(plan.request.size)
-        self._network: PictureNetwork = plan.request.choice.build(self._device)
+        self._pictures = ImageCollator(plan.request.size)
+        self._network: ImageNetwork = plan.request.choice.build(self._device)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Encodes one chunk, given as columns of its fields; tells how many items it has, or what went wrong.
@@ -285,7 +291,7 @@ class _Encoder:
     def _encode(self, chunk: Chunk) -> None:
         def encode(rows: range) -> Table:
             dtype = self._request.dtype
-            return picture_rows(self._network, self._dataset, chunk.split, rows, self._pictures, dtype, self._device)
+            return image_rows(self._network, self._dataset, chunk.split, rows, self._pictures, dtype, self._device)
 
         # as the gate's own encoder computes, to the last bit
         for table in map_alone(encode, [range(chunk.start, chunk.stop)], self._device):
@@ -298,7 +304,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str) else int(value)
 
 
-def _join(files: DatasetStorage, origin: Origin, chunks: Sequence[Chunk]) -> PictureFeatures:
+def _join(files: DatasetStorage, origin: Origin, chunks: Sequence[Chunk]) -> ImageFeatures:
     """The chunks become one table per split; the manifest comes last."""
     for split in PARTS:
         with TableWriter(files.folder / features_file(features_name(origin), split)) as writer:

@@ -10,7 +10,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from dsmip.data import images
-from dsmip.data.images import JpegHeader, UnreadablePicture, decode, fit, jpeg_header
+from dsmip.data.images import JpegHeader, UnreadableImage, decode, fit, jpeg_header
 
 
 def smooth_picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -51,7 +51,7 @@ def test_unreadable_pictures() -> None:
     assert decode(whole).shape == (3, 60, 80)
     no_tables = data[:2] + data[data.index(b"\xff\xc0") :]
     for broken in (b"", b"not a picture", data[: len(data) // 2], data[:20], data[:-1], no_tables):
-        with pytest.raises(UnreadablePicture):
+        with pytest.raises(UnreadableImage):
             decode(broken)
 
 
@@ -93,9 +93,9 @@ def test_huge_pictures_are_refused_before_decoding(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     assert decode(encoded(Image.new("RGB", (10, 10)))).shape == (3, 10, 10)
     # Cut after the header: only a decoder would notice that the pixels are missing.
-    with pytest.raises(UnreadablePicture, match="11 x 10 pixels are above the limit of 100"):
+    with pytest.raises(UnreadableImage, match="11 x 10 pixels are above the limit of 100"):
         decode(encoded(Image.new("RGB", (11, 10)), "PNG")[:44])
-    with pytest.raises(UnreadablePicture, match="11 x 10 pixels are above the limit of 100"):
+    with pytest.raises(UnreadableImage, match="11 x 10 pixels are above the limit of 100"):
         decode(encoded(Image.new("RGB", (11, 10))))
 
 

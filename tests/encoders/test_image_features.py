@@ -12,27 +12,26 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.vgg import VGG, make_layers
 
-from dsmip.config import ExperimentConfig
-from dsmip.data.collate import PictureCollator
+from dsmip.config import ExperimentConfig, validated
+from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
-from dsmip.encoders.clip import Backbone
 from dsmip.encoders.feature_cache import load_features
 from dsmip.encoders.image_features import (
     PARTS,
     Data,
     DTypeName,
+    ImageFeatures,
     Origin,
-    PictureFeatures,
     Pixels,
     Weights,
     features_file,
     features_name,
+    image_rows,
     network_hash,
-    picture_rows,
     write_manifest,
 )
-from dsmip.encoders.image_networks import NetworkChoice, PictureNetwork, identity
+from dsmip.encoders.image_networks import ClipImage, NetworkChoice, find_network
 from dsmip.encoders.vgg import Vgg16Features
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, plan_files
@@ -42,7 +41,7 @@ from dsmip.runs.load_config import parse_config
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
 from dsmip.training.stages import CPU
-from dsmip.units.gate import GateConfig, stored_pictures
+from dsmip.units.gate import GateConfig, stored_images
 
 
 @pytest.fixture
@@ -52,10 +51,10 @@ def dataset(small_data: Dataset, tmp_path: Path) -> Dataset:
     return Dataset.open(tmp_path / "data")
 
 
-def store(dataset: Dataset, choice: NetworkChoice, size: int = 16, dtype: DTypeName = "float32") -> PictureFeatures:
+def store(dataset: Dataset, choice: NetworkChoice, size: int = 16, dtype: DTypeName = "float32") -> ImageFeatures:
     """Features in one go, without the job."""
     network = choice.build()
-    described = identity(choice, network)
+    described = network.identity()
     origin = Origin(
         kind=choice.kind,
         weights=Weights(name=choice.weights_name, sha256=network_hash(described)),
@@ -66,7 +65,7 @@ def store(dataset: Dataset, choice: NetworkChoice, size: int = 16, dtype: DTypeN
     name = features_name(origin)
     for part in PARTS:
         rows = range(dataset.num_entities if part == KB else dataset.num_mentions(part))
-        encode = partial(picture_rows, network, dataset, part, pictures=PictureCollator(size), dtype=dtype, device=CPU)
+        encode = partial(image_rows, network, dataset, part, pictures=ImageCollator(size), dtype=dtype, device=CPU)
         for table in map_alone(encode, [rows], CPU):
             table.save(dataset.folder / features_file(name, part))
     return write_manifest(dataset.own, origin)
@@ -181,31 +180,31 @@ def test_what_features_depend_on_is_in_their_key(
     choices = [choice, replace(choice, seed=1), *(replace(choice, architecture=str(path)) for path in (heads, means))]
     assert len({hashed(each) for each in choices}) == 4
     stored = store(dataset, choice)
-    assert stored_pictures(gate, backbone, dataset, "float32") == stored
-    assert stored_pictures(gate, backbone, dataset, "float16") is None
+    assert stored_images(gate, backbone, dataset, "float32") == stored
+    assert stored_images(gate, backbone, dataset, "float16") is None
     for path in (heads, means):
         other = backbone.model_copy(update={"architecture": str(path)})
-        assert stored_pictures(gate, other, dataset, "float32") is None
+        assert stored_images(gate, other, dataset, "float32") is None
     changed = dataset.folder / "manifest.json"
     changed.write_text(changed.read_text().replace('"name": "small"', '"name": "smaller"'))
-    assert stored_pictures(gate, backbone, Dataset.open(dataset.folder), "float32") is None
+    assert stored_images(gate, backbone, Dataset.open(dataset.folder), "float32") is None
 
 
 def hashed(choice: NetworkChoice) -> str:
-    return network_hash(identity(choice, choice.build()))
+    return network_hash(choice.build().identity())
 
 
 def test_a_text_tower_has_no_part_in_the_hash(small_config: ExperimentConfig) -> None:
     choice = NetworkChoice("clip", None, small_config.backbone.architecture)
-    network: PictureNetwork = choice.build()
-    assert isinstance(network, Backbone)
-    before = network_hash(identity(choice, network))
+    network = choice.build()
+    assert isinstance(network, ClipImage)
+    before = network_hash(network.identity())
     with torch.no_grad():
-        network.clip.get_parameter("token_embedding.weight").add_(1.0)
-    assert network_hash(identity(choice, network)) == before
+        network.module.clip.get_parameter("token_embedding.weight").add_(1.0)
+    assert network_hash(network.identity()) == before
     with torch.no_grad():
-        network.clip.get_parameter("visual.proj").add_(1.0)
-    assert network_hash(identity(choice, network)) != before
+        network.module.clip.get_parameter("visual.proj").add_(1.0)
+    assert network_hash(network.identity()) != before
 
 
 def test_damaged_features_are_refused_by_name(small_config: ExperimentConfig, dataset: Dataset, tmp_path: Path) -> None:
@@ -216,7 +215,7 @@ def test_damaged_features_are_refused_by_name(small_config: ExperimentConfig, da
     content, text = kb.read_bytes(), manifest.read_text()
     for wrong in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
         kb.write_bytes(wrong)
-        found = stored_pictures(*arguments)
+        found = stored_images(*arguments)
         assert found is not None
         with pytest.raises(UserError, match=r"kb\.safetensors: the features are damaged.*dsmip features"):
             found.file(KB)
@@ -226,6 +225,13 @@ def test_damaged_features_are_refused_by_name(small_config: ExperimentConfig, da
     for wrong, said in (('"width": 24', '"width": "x"'), ('"kb"', '"bk"')):
         manifest.write_text(text.replace(wrong, said))
         with pytest.raises(UserError, match=r"manifest\.json: .*delete the folder"):
-            stored_pictures(*arguments)
+            stored_images(*arguments)
     manifest.unlink()
-    assert stored_pictures(*arguments) is None  # not finished
+    assert stored_images(*arguments) is None  # not finished
+
+
+def test_an_unknown_image_network_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(UserError, match=r"'vgg19'; did you mean 'vgg16'\? \(known: vgg16, clip\)"):
+        find_network("vgg19")
+    with pytest.raises(UserError, match=r"^gate: picture: Input should be 'vgg16' or 'clip'$"):
+        validated(GateConfig, {"picture": "vgg19"}, "gate", "")

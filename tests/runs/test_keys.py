@@ -17,7 +17,7 @@ from dsmip.data.collate import ItemFormat
 from dsmip.data.text import Template
 from dsmip.encoders.feature_cache import feature_key, fingerprint
 from dsmip.encoders.image_features import network_hash
-from dsmip.encoders.image_networks import NetworkChoice, identity
+from dsmip.encoders.image_networks import NetworkChoice
 from dsmip.keys import key_tree, plain_text
 from dsmip.models import find_system
 from dsmip.runs.load_config import changed, parse_config
@@ -95,7 +95,7 @@ def test_the_network_of_picture_features_is_named_as_ever(tmp_path: Path) -> Non
     backbone = write_backbone(tmp_path)
     choice = NetworkChoice("clip", backbone["pretrained"], backbone["architecture"])
     digest = "3948455ddc797216a3614a4dd6f36ba94c9377522b569eb8d7af35717c8f598c"
-    assert network_hash(identity(choice, choice.build())) == digest
+    assert network_hash(choice.build().identity()) == digest
 
 
 def test_parts_of_other_settings_are_keyed_as_ever(config: ExperimentConfig) -> None:

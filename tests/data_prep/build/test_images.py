@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep.build import images
 from data_prep.build.images import JPEG_QUALITY, UnusableImage, prepare_image
-from dsmip.data.images import UnreadablePicture, decode, jpeg_header
+from dsmip.data.images import UnreadableImage, decode, jpeg_header
 from dsmip.data.manifest import PictureSettings
 from tests.support.small_release import picture
 
@@ -242,7 +242,7 @@ def test_broken_bytes_give_a_jpeg_within_bounds_or_a_reason(
             assert settings.keep_original or (short <= 16 and long <= 4 * short)
             assert decode(prepared).shape == (3, image.height, image.width)
         patch.setattr("dsmip.data.images.MAX_PIXELS", 1 << 20)
-        _or_none(lambda: decode(data), UnreadablePicture)
+        _or_none(lambda: decode(data), UnreadableImage)
 
 
 def _or_none(work: Callable[[], Any], error: type[Exception]) -> Any:
