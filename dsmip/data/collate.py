@@ -25,12 +25,12 @@ class ItemBatch:
 
     token_ids: int64 [N, L], start-of-text ... end-of-text, then zeros; L is at most the backbone's context length and
         may be trimmed to the longest text of the batch.
-    pictures: uint8 [N, 3, S, S], all zero where `has_image` is False.
+    images: uint8 [N, 3, S, S], all zero where `has_image` is False.
     has_image: bool [N].
     """
 
     token_ids: Tensor
-    pictures: Tensor
+    images: Tensor
     has_image: Tensor
 
     def __len__(self) -> int:
@@ -40,14 +40,14 @@ class ItemBatch:
         """The same batch on `device`."""
         return ItemBatch(
             self.token_ids.to(device, non_blocking=True),
-            self.pictures.to(device, non_blocking=True),
+            self.images.to(device, non_blocking=True),
             self.has_image.to(device, non_blocking=True),
         )
 
     def rows(self, start: int, stop: int) -> "ItemBatch":
         """Items start..stop (views)."""
         part = slice(start, stop)
-        return ItemBatch(self.token_ids[part], self.pictures[part], self.has_image[part])
+        return ItemBatch(self.token_ids[part], self.images[part], self.has_image[part])
 
 
 def stacked(first: ItemBatch, second: ItemBatch) -> ItemBatch:
@@ -56,7 +56,7 @@ def stacked(first: ItemBatch, second: ItemBatch) -> ItemBatch:
     ids = [functional.pad(b.token_ids, (0, length - b.token_ids.shape[1])) for b in (first, second)]
     return ItemBatch(
         torch.cat(ids),
-        torch.cat([first.pictures, second.pictures]),
+        torch.cat([first.images, second.images]),
         torch.cat([first.has_image, second.has_image]),
     )
 
@@ -81,7 +81,7 @@ class Collator:
 
     def __init__(self, tokenizer: Tokenizer, item_format: ItemFormat, image_size: int) -> None:
         self.tokenizer, self.item_format = tokenizer, item_format
-        self._pictures = ImageCollator(image_size)
+        self._images = ImageCollator(image_size)
 
     def mentions(self, mentions: Sequence[Mention]) -> ItemBatch:
         """A batch of mentions, in order."""
@@ -95,8 +95,8 @@ class Collator:
 
     def _batch(self, texts: list[str], items: Sequence[Mention | Entity]) -> ItemBatch:
         shown = items if "image" in self.item_format.modalities else [None] * len(items)
-        pictures, has_image = self._pictures(shown)
-        return ItemBatch(self._token_ids(texts), pictures, has_image)
+        images, has_image = self._images(shown)
+        return ItemBatch(self._token_ids(texts), images, has_image)
 
     def _token_ids(self, texts: list[str]) -> Tensor:
         if "text" not in self.item_format.modalities:
@@ -114,18 +114,18 @@ class ImageCollator:
     def __init__(self, image_size: int) -> None:
         self.image_size = image_size
         kept = _KEPT_BYTES // (3 * image_size**2)
-        self._picture = lru_cache(maxsize=kept)(lambda image: _fitted(image, image_size))
+        self._fitted_image = lru_cache(maxsize=kept)(lambda image: _fitted(image, image_size))
 
     def __call__(self, items: Sequence[Mention | Entity | None]) -> tuple[Tensor, Tensor]:
         """(uint8 [N, 3, S, S], bool [N]); zeros and False for None, and where there is no readable picture."""
-        pictures = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        images = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
         has_image = torch.zeros(len(items), dtype=torch.bool)
         for row, item in enumerate(items):
             image = _image(item)
-            picture = None if image is None else self._picture(image)
-            if picture is not None:
-                pictures[row], has_image[row] = picture, True
-        return pictures, has_image
+            fitted = None if image is None else self._fitted_image(image)
+            if fitted is not None:
+                images[row], has_image[row] = fitted, True
+        return images, has_image
 
 
 def gold_rows(dataset: Dataset, split: str) -> Tensor:

@@ -199,7 +199,7 @@ class Backbone(nn.Module):
         Raises:
             UserError: prompts deeper than the tower.
         """
-        inserted = self._picture_prompts(prompts)
+        inserted = self._image_prompts(prompts)
         vision = self._vision
         x = vision.conv1(pixels).flatten(2).transpose(1, 2)
         class_token = vision.class_embedding.to(x.dtype).expand(len(x), 1, -1)
@@ -276,11 +276,11 @@ class Backbone(nn.Module):
         _check_depth(prompts, self.text_layers, "text")
         return [prompts.text_prompts(layer) for layer in range(prompts.depth)]
 
-    def _picture_prompts(self, prompts: InteractivePrompts | None) -> list[Tensor]:
+    def _image_prompts(self, prompts: InteractivePrompts | None) -> list[Tensor]:
         if prompts is None:
             return []
         _check_depth(prompts, self.vision_layers, "vision")
-        return [prompts.picture_prompts(layer) for layer in range(prompts.depth)]
+        return [prompts.image_prompts(layer) for layer in range(prompts.depth)]
 
 
 def compile_towers(module: nn.Module) -> None:

@@ -186,12 +186,12 @@ def image_rows(
     dataset: Dataset,
     part: str,
     rows: range,
-    pictures: ImageCollator,
+    collator: ImageCollator,
     dtype: DTypeName,
     device: torch.device,
 ) -> Table:
     """The features of some rows of a split or of the kb, on the CPU."""
     items = list(dataset.entities(rows)) if part == KB else list(dataset.mentions(part, rows))
-    pixels, has_image = pictures(items)
+    pixels, has_image = collator(items)
     vectors = network.vectors(pixels.to(device), has_image.to(device)).cpu()
     return Table({"picture": vectors.to(DTYPES[dtype]), "has_image": has_image})

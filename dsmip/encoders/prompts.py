@@ -57,7 +57,7 @@ class InteractivePrompts(nn.Module):
         """[r, d_t] prompts for the text tower's layer `layer` (0 .. J-1)."""
         return self.tables_Jrt[layer]
 
-    def picture_prompts(self, layer: int) -> Tensor:
+    def image_prompts(self, layer: int) -> Tensor:
         """[r, d_v] prompts for the vision tower's layer `layer`: that layer's text prompts, coupled (eq. 8)."""
         prompts: Tensor = self.couplings[layer](self.text_prompts(layer))
         return prompts

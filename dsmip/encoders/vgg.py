@@ -66,7 +66,7 @@ class Vgg16Features(nn.Module):
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
         return network.to(device).eval()
 
-    def forward(self, pictures: Tensor, has_image: Tensor) -> Tensor:
+    def forward(self, images: Tensor, has_image: Tensor) -> Tensor:
         """float32 [N, 4096] fc7 activations, of a few pictures at a time.
 
         Args:
@@ -74,11 +74,11 @@ class Vgg16Features(nn.Module):
             has_image: bool [N]; a missing picture is all zeros after normalisation, and computed once for all.
         """
         width = self.classifier.get_parameter("3.bias").shape[0]
-        vectors_NW = torch.empty(len(pictures), width, device=self.mean.device)
+        vectors_NW = torch.empty(len(images), width, device=self.mean.device)
         if not bool(has_image.all()):
             vectors_NW[~has_image] = self.fc7(self.mean.new_zeros(1, 3, SIDE, SIDE)).float()
         for row_n in has_image.nonzero()[:, 0].split(_AT_ONCE):
-            vectors_NW[row_n] = self.fc7(self._pixels(pictures[row_n])).float()
+            vectors_NW[row_n] = self.fc7(self._pixels(images[row_n])).float()
         return vectors_NW
 
     def fc7(self, pixels: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class Vgg16Features(nn.Module):
         fc7: Tensor = self.classifier(self.avgpool(self.features(pixels)).flatten(1))
         return fc7
 
-    def _pixels(self, pictures: Tensor) -> Tensor:
-        values = pictures.to(self.mean.dtype) / 255
+    def _pixels(self, images: Tensor) -> Tensor:
+        values = images.to(self.mean.dtype) / 255
         if values.shape[-1] != SIDE:
             values = functional.interpolate(values, size=(SIDE, SIDE), mode="bilinear", antialias=True)
         return (values - self.mean) / self.std

@@ -78,7 +78,7 @@ class MimicEncoder(nn.Module):
             ValueError: a text of more than `num_tokens` tokens.
         """
         text = self.backbone.encode_text(padded_with_end(batch.token_ids, self.num_tokens), hide_padding=True)
-        image = self.backbone.encode_image(self.backbone.normalise(batch.pictures, batch.has_image))
+        image = self.backbone.encode_image(self.backbone.normalise(batch.images, batch.has_image))
         return Table(
             {
                 "text_global": F.normalize(text.pooled, dim=-1),

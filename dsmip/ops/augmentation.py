@@ -17,7 +17,7 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True, slots=True)
-class PictureAugmentation:
+class ImageAugmentation:
     """Strengths; the defaults change nothing.
 
     scale: (low, high) magnification, drawn log-uniformly. shift: largest move as a fraction of the side.
@@ -57,18 +57,18 @@ class Draws:
         return numbers[self._own_N.to(numbers.device)].to(device)
 
 
-def augment_pictures(pictures: Tensor, has_image: Tensor, strength: PictureAugmentation, draws: Draws) -> Tensor:
+def augment_images(images: Tensor, has_image: Tensor, strength: ImageAugmentation, draws: Draws) -> Tensor:
     """uint8 [N, 3, S, S]: every picture moved, recoloured and erased independently; missing ones stay zero.
 
     Args:
-        pictures: uint8 [N, 3, S, S].
+        images: uint8 [N, 3, S, S].
         has_image: bool [N].
         draws: of these N items.
     """
-    if len(pictures) == 0:
-        return pictures
-    random = _Random(draws, pictures.device)
-    values = pictures.to(torch.float32) / 255
+    if len(images) == 0:
+        return images
+    random = _Random(draws, images.device)
+    values = images.to(torch.float32) / 255
     values = _moved(values, strength, random)
     values = _recoloured(values, strength, random)
     values = _erased(values, strength, random)
@@ -112,7 +112,7 @@ class _Random:
         return self.between(0, 1) < probability
 
 
-def _moved(values: Tensor, strength: PictureAugmentation, random: _Random) -> Tensor:
+def _moved(values: Tensor, strength: ImageAugmentation, random: _Random) -> Tensor:
     """Scale, rotation, shift and mirroring by one bilinear resampling."""
     zoom = torch.exp(random.between(math.log(strength.scale[0]), math.log(strength.scale[1])))
     angle = random.between(-1, 1) * math.radians(strength.rotation)
@@ -131,7 +131,7 @@ def _moved(values: Tensor, strength: PictureAugmentation, random: _Random) -> Te
     return functional.grid_sample(values - 1, grid, padding_mode="zeros", align_corners=False) + 1
 
 
-def _recoloured(values: Tensor, strength: PictureAugmentation, random: _Random) -> Tensor:
+def _recoloured(values: Tensor, strength: ImageAugmentation, random: _Random) -> Tensor:
     """Saturation, hue and grayscale as one 3 x 3 matrix per picture, then contrast and brightness."""
     luma = torch.tensor(_LUMA, device=values.device)
     identity = torch.eye(3, device=values.device)
@@ -158,7 +158,7 @@ def _hue_turn(angle: Tensor) -> Tensor:
     return cosine * torch.eye(3, device=angle.device) + sine * cross + (1 - cosine) / 3
 
 
-def _erased(values: Tensor, strength: PictureAugmentation, random: _Random) -> Tensor:
+def _erased(values: Tensor, strength: ImageAugmentation, random: _Random) -> Tensor:
     """One box per chosen picture, filled with one random colour."""
     side = values.shape[-1]
     area = random.between(*strength.erase_area)

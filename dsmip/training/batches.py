@@ -166,10 +166,10 @@ def augmented(batch: ItemBatch, config: AugmentConfig, draws: Draws, width: int)
     token_ids = augmentation.drop_tokens(batch.token_ids, config.drop_tokens, draws.unit(width, device=device))
     has_image = batch.has_image & (draws.unit(device=device) >= config.drop_pictures)
     if has_image.any():  # the last draws: whoever has no picture may leave them out
-        pictures = augmentation.augment_pictures(batch.pictures, has_image, _strength(config), draws)
+        images = augmentation.augment_images(batch.images, has_image, _strength(config), draws)
     else:
-        pictures = torch.zeros_like(batch.pictures)
-    return ItemBatch(_trimmed(token_ids), pictures, has_image)
+        images = torch.zeros_like(batch.images)
+    return ItemBatch(_trimmed(token_ids), images, has_image)
 
 
 def _trimmed(token_ids: Tensor) -> Tensor:
@@ -179,8 +179,8 @@ def _trimmed(token_ids: Tensor) -> Tensor:
     return token_ids[:, : int(token_ids.argmax(dim=1).max()) + 1]  # end-of-text is the highest id
 
 
-def _strength(config: AugmentConfig) -> augmentation.PictureAugmentation:
-    return augmentation.PictureAugmentation(
+def _strength(config: AugmentConfig) -> augmentation.ImageAugmentation:
+    return augmentation.ImageAugmentation(
         scale=(1 - config.scale, 1 / (1 - config.scale)),
         shift=config.shift,
         rotation=config.rotation,

@@ -56,7 +56,7 @@ class PairSource:
         self.num_images = [counts[row] for row in self.rows]
         if len(self.rows) < 2:
             raise UserError(f"{dataset.location}: fewer than two entities have a picture: nothing to contrast")
-        self.token_ids = tokenizer([entity_text(e, template) for e in _without_pictures(dataset, self.rows)])
+        self.token_ids = tokenizer([entity_text(e, template) for e in _without_images(dataset, self.rows)])
         fits = sum(self.num_images) * 3 * image_size**2 <= decoded_bytes
         self.decoded = self._decode_all() if fits else None
 
@@ -82,15 +82,15 @@ class PairSource:
             yield augmented(batch, self.config.augment, draws, self.token_ids.shape[1])
 
     def _batch(self, items: Sequence[int], epoch: int) -> ItemBatch:
-        pictures = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        images = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
         for slot, item in enumerate(items):
             number = draw(self.num_images[item], "pair", self.seed, epoch, self.rows[item])
-            pictures[slot] = self._picture(item, number)
+            images[slot] = self._image(item, number)
         token_ids = self.token_ids[list(items)]
         longest = int(token_ids.count_nonzero(dim=1).max()) if items else 1
-        return ItemBatch(token_ids[:, :longest], pictures, torch.ones(len(items), dtype=torch.bool))
+        return ItemBatch(token_ids[:, :longest], images, torch.ones(len(items), dtype=torch.bool))
 
-    def _picture(self, item: int, number: int) -> Tensor:
+    def _image(self, item: int, number: int) -> Tensor:
         if self.decoded is not None:
             return self.decoded[item][number]
         return fit(decode(self.dataset.entity_images(self.rows[item])[number]), self.image_size)
@@ -176,7 +176,7 @@ def contrast(
     batch = batch.to(device)
     with _precision(config, device):
         text_Nz = backbone.encode_text(batch.token_ids).pooled
-        image_Nz = backbone.encode_image(backbone.normalise(batch.pictures, batch.has_image)).pooled
+        image_Nz = backbone.encode_image(backbone.normalise(batch.images, batch.has_image)).pooled
     text_Nz = nn.functional.normalize(distributed.gather_rows(text_Nz.float()), dim=-1)
     image_Nz = nn.functional.normalize(distributed.gather_rows(image_Nz.float()), dim=-1)
     loss = ClipLoss()(image_Nz, text_Nz, backbone.logit_scale.exp())
@@ -196,6 +196,6 @@ def _precision(config: PretrainConfig, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _without_pictures(dataset: Dataset, rows: Sequence[int]) -> list[Entity]:
+def _without_images(dataset: Dataset, rows: Sequence[int]) -> list[Entity]:
     texts = dataset.entity_texts().select(["entity_row", "entity_id", "name", "attributes"])
     return [Entity(**record) for record in texts.take(list(rows)).to_pylist()]

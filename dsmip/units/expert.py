@@ -72,7 +72,7 @@ class ExpertEncoder(nn.Module):
             columns["text_global"] = text.pooled
             columns["text_tokens"] = Ragged.from_padded(text.tokens, text.mask if self.mask_padding else None)
         if "image" in self.modalities:
-            pixels = self.backbone.normalise(batch.pictures, batch.has_image)
+            pixels = self.backbone.normalise(batch.images, batch.has_image)
             image = self.backbone.encode_image(pixels, prompts)
             columns["image_global"] = image.pooled
             columns["image_tokens"] = Ragged.from_padded(image.tokens)

@@ -147,20 +147,20 @@ class GateEncoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, batch: ItemBatch) -> Table:
-        picture = self._network.vectors(batch.pictures, batch.has_image)
+        picture = self._network.vectors(batch.images, batch.has_image)
         return Table({"text": self.backbone.token_embedding_mean(batch.token_ids), "picture": picture})
 
 
 class Gate(nn.Module):
     """Logits of B experts per pair, from two MLPs of the same form."""
 
-    def __init__(self, config: GateConfig, text_width: int, picture_width: int, num_experts: int) -> None:
+    def __init__(self, config: GateConfig, text_width: int, image_width: int, num_experts: int) -> None:
         super().__init__()
         self.config = config
-        self.mention_mlp = _mlp(text_width + picture_width, config)
+        self.mention_mlp = _mlp(text_width + image_width, config)
         self.mention_logits = nn.Linear(config.width, num_experts)
         if config.choice == "pair":
-            self.entity_mlp = _mlp(text_width + picture_width, config)
+            self.entity_mlp = _mlp(text_width + image_width, config)
             self.entity_logits = nn.Linear(config.width, num_experts, bias=False)
 
     def prepare_mentions(self, features: Table) -> Table:

@@ -32,7 +32,7 @@ def test_operations_are_those_of_the_layers_products(narrow_backbone: Path) -> N
     items = drawn_items(BATCH, TOKENS, 16, seed=0)
     text = count_operations(lambda: backbone.encode_text(items.token_ids))  # type: ignore[arg-type, return-value]
     assert text == BATCH * (tower_operations(TOKENS, 16, 2) + 2 * 16 * 24)
-    pixels = backbone.normalise(items.pictures, items.has_image)
+    pixels = backbone.normalise(items.images, items.has_image)
     patches = 2 * PATCHES * (3 * 8 * 8) * 32
     picture = count_operations(lambda: backbone.encode_image(pixels))  # type: ignore[arg-type, return-value]
     assert picture == BATCH * (tower_operations(1 + PATCHES, 32, 2) + patches + 2 * 32 * 24)

@@ -35,15 +35,15 @@ def test_mentions_become_texts_and_pictures(tokenizer: Tokenizer) -> None:
     )
     assert batch.has_image.tolist() == [False, True]
     assert torch.equal(batch.token_ids, tokenizer(["one : in a sentence", "two words : in a sentence"]))
-    assert not batch.pictures[0].any()
-    assert torch.equal(batch.pictures[1], fit(decode(image), 32))
+    assert not batch.images[0].any()
+    assert torch.equal(batch.images[1], fit(decode(image), 32))
 
 
 def test_an_entity_shows_its_first_picture(tokenizer: Tokenizer) -> None:
     entity = Entity(0, "E1", "name", "attributes", (_picture("red"), _picture("blue")))
     batch = Collator(tokenizer, ItemFormat(Template()), 32).entities([entity])
     assert torch.equal(batch.token_ids, tokenizer(["name : attributes"]))
-    assert torch.equal(batch.pictures[0], fit(decode(entity.images[0]), 32))
+    assert torch.equal(batch.images[0], fit(decode(entity.images[0]), 32))
 
 
 def test_an_unreadable_picture_counts_as_missing(tokenizer: Tokenizer) -> None:

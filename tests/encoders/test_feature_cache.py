@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 def patches(batch: ItemBatch, weight: Tensor) -> Tensor:
     """Four pixels of each picture [N, 4, 3]."""
-    return batch.pictures.float().flatten(2).transpose(1, 2)[:, :4] * weight
+    return batch.images.float().flatten(2).transpose(1, 2)[:, :4] * weight
 
 
 class CountingEncoder:

@@ -72,7 +72,7 @@ def test_prompts_occupy_their_slots_at_every_layer(
     assert torch.equal(texts[0][:, 3:], words[:, 1:] + position[3:8])
     assert torch.equal(texts[0][:, 0], plain_texts[0][:, 0])
     # Visual prompts: behind all patches, no positional embedding, before the input norm.
-    normed = backbone.clip.visual.ln_pre(prompts.picture_prompts(0))
+    normed = backbone.clip.visual.ln_pre(prompts.image_prompts(0))
     for row in pictures[0]:
         torch.testing.assert_close(row[-2:], normed)
     torch.testing.assert_close(pictures[0][:, :-2], plain_pictures[0])
@@ -81,10 +81,10 @@ def test_prompts_occupy_their_slots_at_every_layer(
     for row in texts[1]:
         assert torch.equal(row[1:3], prompts.text_prompts(1))
     for row in pictures[1]:
-        assert torch.equal(row[-2:], prompts.picture_prompts(1))
+        assert torch.equal(row[-2:], prompts.image_prompts(1))
     # After the last prompted layer the slots carry what the blocks made of them.
     assert not torch.allclose(texts[2][0, 1:3], prompts.text_prompts(1))
-    assert not torch.allclose(pictures[2][0, -2:], prompts.picture_prompts(1))
+    assert not torch.allclose(pictures[2][0, -2:], prompts.image_prompts(1))
 
 
 def test_prompts_of_one_layer_change_nothing_before_it(

@@ -163,12 +163,12 @@ def make_items(count: int, seed: int) -> ItemBatch:
 def trimmed(batch: ItemBatch) -> ItemBatch:
     """Without columns that are padding in every row."""
     longest = int(batch.token_ids.argmax(dim=1).max()) + 1
-    return ItemBatch(batch.token_ids[:, :longest], batch.pictures, batch.has_image)
+    return ItemBatch(batch.token_ids[:, :longest], batch.images, batch.has_image)
 
 
 def padded(batch: ItemBatch, columns: int) -> ItemBatch:
     zeros = batch.token_ids.new_zeros(len(batch), columns)
-    return ItemBatch(torch.cat([batch.token_ids, zeros], dim=1), batch.pictures, batch.has_image)
+    return ItemBatch(torch.cat([batch.token_ids, zeros], dim=1), batch.images, batch.has_image)
 
 
 MENTIONS, ENTITIES = make_items(NUM_MENTIONS, seed=2), make_items(NUM_ENTITIES, seed=3)
@@ -304,7 +304,7 @@ def test_missing_pictures_may_be_stored_once(
 @torch.no_grad()
 def test_columns_of_a_picture_do_not_depend_on_the_text(subject: Subject, features: tuple[Table, Table]) -> None:
     """What entities without a picture share (`dsmip.evaluation.preparation`)."""
-    other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.pictures, ENTITIES.has_image)
+    other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.images, ENTITIES.has_image)
     prepared, again = map(subject.matcher.prepare_entities, (features[1], subject.encode_entities(other)))
     for name in prepared.columns:
         if "image" in name.split(".") and isinstance(prepared.columns[name], Tensor):

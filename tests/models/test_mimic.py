@@ -188,7 +188,7 @@ def test_features_equal_hugging_face_at_every_place(
     hugging_face: CLIPModel, matcher: MimicMatcher, items: ItemBatch
 ) -> None:
     input_ids, attention_mask = as_published(items)
-    pixels = matcher._encoder().backbone.normalise(items.pictures, items.has_image)
+    pixels = matcher._encoder().backbone.normalise(items.images, items.has_image)
     expected = hugging_face(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixels)
     features = matcher.encode_mentions(items)
     tokens, mask = features.ragged("text_tokens").padded()
@@ -292,7 +292,7 @@ def test_texts_are_written_and_cut_as_published(config: ExperimentConfig) -> Non
 def test_too_many_tokens_are_refused(config: ExperimentConfig, matcher: MimicMatcher, items: ItemBatch) -> None:
     token_ids = torch.cat([items.token_ids[:, :1], items.token_ids], dim=1)
     with pytest.raises(ValueError, match="more than 40 tokens"):
-        matcher.encode_mentions(ItemBatch(token_ids, items.pictures, items.has_image))
+        matcher.encode_mentions(ItemBatch(token_ids, items.images, items.has_image))
     with pytest.raises(UserError, match=r"num_tokens 78 exceeds the context length 77"):
         MimicEncoder(MimicConfig(num_tokens=78), BackboneConfig(architecture=config.backbone.architecture))
 

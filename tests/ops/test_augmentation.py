@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmip.ops.augmentation import Draws, PictureAugmentation, augment_pictures, drop_tokens
+from dsmip.ops.augmentation import Draws, ImageAugmentation, augment_images, drop_tokens
 
 START, END = 49406, 49407
-STRONG = PictureAugmentation(
+STRONG = ImageAugmentation(
     scale=(0.7, 1.3),
     shift=0.2,
     rotation=25,
@@ -35,7 +35,7 @@ def some_pictures(num: int = 6, side: int = 16) -> torch.Tensor:
 
 def augment(pictures: torch.Tensor, seed: int = 0, **strengths: object) -> torch.Tensor:
     present = torch.ones(len(pictures), dtype=torch.bool)
-    return augment_pictures(pictures, present, PictureAugmentation(**strengths), Draws(seeded(seed), len(pictures)))
+    return augment_images(pictures, present, ImageAugmentation(**strengths), Draws(seeded(seed), len(pictures)))
 
 
 @pytest.mark.parametrize("padding", ["border", "white"])
@@ -46,7 +46,7 @@ def test_no_strength_changes_nothing(padding: str) -> None:
 def test_same_generator_same_pictures_and_each_picture_its_own_change() -> None:
     pictures = some_pictures(1).expand(6, -1, -1, -1)
     present = torch.ones(6, dtype=torch.bool)
-    one, same, other = (augment_pictures(pictures, present, STRONG, Draws(seeded(seed), 6)) for seed in (3, 3, 4))
+    one, same, other = (augment_images(pictures, present, STRONG, Draws(seeded(seed), 6)) for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert one.dtype == torch.uint8
@@ -57,10 +57,10 @@ def test_same_generator_same_pictures_and_each_picture_its_own_change() -> None:
 def test_missing_pictures_stay_zero() -> None:
     has_image = torch.tensor([True, False, True, False, True, False])
     pictures = some_pictures() * has_image[:, None, None, None]
-    augmented = augment_pictures(pictures, has_image, STRONG, Draws(seeded(), 6))
+    augmented = augment_images(pictures, has_image, STRONG, Draws(seeded(), 6))
     assert not augmented[~has_image].any()
     assert augmented[has_image].any()
-    assert augment_pictures(pictures[:0], has_image[:0], STRONG, Draws(seeded(), 0)).shape == (0, 3, 16, 16)
+    assert augment_images(pictures[:0], has_image[:0], STRONG, Draws(seeded(), 0)).shape == (0, 3, 16, 16)
 
 
 def test_certain_flip_mirrors() -> None:
@@ -184,8 +184,8 @@ def test_drop_tokens_frequency_and_limits() -> None:
 def test_an_item_is_changed_alike_whoever_holds_it() -> None:
     """Workers draw for the whole batch and keep their own items' numbers."""
     pictures, present = some_pictures(6), torch.ones(6, dtype=torch.bool)
-    whole = augment_pictures(pictures, present, STRONG, Draws(seeded(), 6))
+    whole = augment_images(pictures, present, STRONG, Draws(seeded(), 6))
     for own in (torch.tensor([0, 1]), torch.tensor([2, 4, 5]), torch.tensor([], dtype=torch.int64)):
-        share = augment_pictures(pictures[own], present[own], STRONG, Draws(seeded(), 6, own))
+        share = augment_images(pictures[own], present[own], STRONG, Draws(seeded(), 6, own))
         assert (share.int() - whole[own].int()).abs().sum() <= 3  # rounding of a few values
-    assert not torch.equal(whole, augment_pictures(pictures, present, STRONG, Draws(seeded(1), 6)))
+    assert not torch.equal(whole, augment_images(pictures, present, STRONG, Draws(seeded(1), 6)))

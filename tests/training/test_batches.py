@@ -97,7 +97,7 @@ def same(first: Step, second: Step) -> bool:
     for a, b in ((first.mentions, second.mentions), (first.entities, second.entities)):
         assert isinstance(a, ItemBatch)
         assert isinstance(b, ItemBatch)
-        pairs += [(a.token_ids, b.token_ids), (a.pictures, b.pictures), (a.has_image, b.has_image)]
+        pairs += [(a.token_ids, b.token_ids), (a.images, b.images), (a.has_image, b.has_image)]
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -152,7 +152,7 @@ def test_workers_divide_a_streamed_batch(
         for side, items, rows in (("m", step.mentions, step.gold_row_M), ("e", step.entities, step.entity_row_E)):
             assert isinstance(items, ItemBatch)
             assert rows.dtype == torch.int64
-            for row, ids, pixels in zip(rows.tolist(), items.token_ids, items.pictures, strict=True):
+            for row, ids, pixels in zip(rows.tolist(), items.token_ids, items.images, strict=True):
                 found.append(((side, row, tuple(ids[ids > 0].tolist())), pixels.int()))
         return found
 
@@ -206,7 +206,7 @@ def test_augmentation_that_is_off_returns_the_batch_itself() -> None:
 def test_dropped_pictures_are_missing_pictures() -> None:
     result = augmented(items(40), AugmentConfig(drop_pictures=0.5), Draws(torch.Generator().manual_seed(2), 40), 8)
     assert 8 < int(result.has_image.sum()) < 32
-    assert torch.equal(result.pictures.flatten(1).any(dim=1), result.has_image)
+    assert torch.equal(result.images.flatten(1).any(dim=1), result.has_image)
 
 
 def test_read_ahead_keeps_order() -> None:

@@ -41,7 +41,7 @@ class BilinearMatcher(Matcher):
         self.weight = torch.nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
 
     def encode_mentions(self, batch: ItemBatch) -> Table:
-        picture = torch.tanh(self.pictures(batch.pictures.flatten(1).double() / 255))
+        picture = torch.tanh(self.pictures(batch.images.flatten(1).double() / 255))
         return Table(
             {"picture": picture, "tokens": Ragged.from_padded(self.tokens(batch.token_ids), batch.token_ids > 0)}
         )
@@ -123,7 +123,7 @@ def expert_config(architecture: str) -> ExperimentConfig:
 
 
 def item_rows(items: ItemBatch, rows: list[int]) -> ItemBatch:
-    return ItemBatch(items.token_ids[rows], items.pictures[rows], items.has_image[rows])
+    return ItemBatch(items.token_ids[rows], items.images[rows], items.has_image[rows])
 
 
 def share(case: Case, rank: int | None) -> Step:
@@ -131,7 +131,7 @@ def share(case: Case, rank: int | None) -> Step:
     size = 2 if case.matcher == "bilinear" else 16
     mentions, kb = make_items(len(GOLD_ROWS), 1, size), make_items(10, 2, size)
     if case.matcher == "bilinear":
-        mentions, kb = (ItemBatch(b.token_ids % 50, b.pictures, b.has_image) for b in (mentions, kb))
+        mentions, kb = (ItemBatch(b.token_ids % 50, b.images, b.has_image) for b in (mentions, kb))
     first = 0 if rank is None else sum(case.mentions[:rank])
     number = len(GOLD_ROWS) if rank is None else case.mentions[rank]
     own = list(range(first, first + number))

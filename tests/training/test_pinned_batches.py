@@ -63,7 +63,7 @@ def assert_alike(batches: list[ItemBatch], expected: list[Summary]) -> None:
     found = [(digest(batch.token_ids), flags(batch.has_image)) for batch in batches]
     assert found == [(tokens, shown) for tokens, shown, _ in expected]
     for batch, (_, _, of_pictures) in zip(batches, expected, strict=True):
-        assert means(batch.pictures[batch.has_image]) == [pytest.approx(each, abs=0.2) for each in of_pictures]
+        assert means(batch.images[batch.has_image]) == [pytest.approx(each, abs=0.2) for each in of_pictures]
 
 
 def flags(values: Tensor) -> str:

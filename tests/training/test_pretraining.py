@@ -56,9 +56,9 @@ def test_streamed_pictures_are_those_in_memory(small_data: Dataset, narrow_backb
     assert kept.decoded is not None
     assert streamed.decoded is None
     for one, other in zip(kept.steps(1), streamed.steps(1), strict=True):
-        assert torch.equal(one.pictures, other.pictures)
+        assert torch.equal(one.images, other.images)
         assert torch.equal(one.token_ids, other.token_ids)
-        assert one.pictures.any()
+        assert one.images.any()
         assert one.has_image.all()
 
 
