@@ -40,8 +40,8 @@ from dsmip.data.manifest import (
     KB,
     REJECTS_FILE,
     SPLITS,
+    ImageSettings,
     Manifest,
-    PictureSettings,
     Source,
     SplitCounts,
     read_manifest,
@@ -172,7 +172,7 @@ def _plan(source: Release, out: Path, options: DatasetOptions, settings: dict[st
     return plan
 
 
-def _build(out: Path, plan: Plan, images: PictureSettings, run: Runner, progress: Progress) -> dict[str, FinishedShard]:
+def _build(out: Path, plan: Plan, images: ImageSettings, run: Runner, progress: Progress) -> dict[str, FinishedShard]:
     """Makes the shards that are not finished, and the kb's table.
 
     Returns:
@@ -194,7 +194,7 @@ def _build_kb(
     out: Path,
     shards: Sequence[PlannedShard],
     finished: dict[str, FinishedShard],
-    images: PictureSettings,
+    images: ImageSettings,
     run: Runner,
     progress: Progress,
 ) -> None:

@@ -18,9 +18,10 @@ from torchvision.io import encode_jpeg
 from data_prep.formats.image_files import MAX_FILE_BYTES
 from dsmip.data import images
 from dsmip.data.images import decode_jpeg, jpeg_header
-from dsmip.data.manifest import PictureSettings
+from dsmip.data.manifest import ImageSettings
 
 JPEG_QUALITY = 92
+IMAGES = ImageSettings(size=224, quality=JPEG_QUALITY)
 MAX_PIXELS = images.MAX_PIXELS  # what is prepared must be readable in training
 # A model sees the centre square, so what lies beyond this ratio of the sides is never looked at.
 MAX_ASPECT = 4
@@ -33,7 +34,7 @@ class UnusableImage(Exception):
     """`args[0]` is the reason: "picture unreadable" or "picture too large"."""
 
 
-def prepare_image(content: bytes, settings: PictureSettings) -> bytes:
+def prepare_image(content: bytes, settings: ImageSettings) -> bytes:
     """JPEG bytes whose shorter side is at most `settings.size` pixels; a small upright RGB JPEG is kept as it is.
 
     With `keep_original` nothing is resized, and every upright RGB or grey JPEG is kept as it is. What is kept decodes.
@@ -61,7 +62,7 @@ def prepare_image(content: bytes, settings: PictureSettings) -> bytes:
         raise UnusableImage("picture unreadable") from error
 
 
-def _prepare(content: bytes, settings: PictureSettings) -> bytes:
+def _prepare(content: bytes, settings: ImageSettings) -> bytes:
     header = jpeg_header(content)
     if header is None or (header.metadata and _is_turned(content)):
         return _prepare_with_pillow(content, settings)
@@ -74,7 +75,7 @@ def _prepare(content: bytes, settings: PictureSettings) -> bytes:
     return content if kept else _encoded(image, settings)
 
 
-def _prepare_with_pillow(content: bytes, settings: PictureSettings) -> bytes:
+def _prepare_with_pillow(content: bytes, settings: ImageSettings) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size is checked here; doubtful metadata does not matter
         with Image.open(BytesIO(content), formats=_FORMATS) as image:
@@ -98,7 +99,7 @@ def _check_size(width: int, height: int) -> None:
         raise UnusableImage("picture too large")
 
 
-def _is_kept(num_bytes: int, width: int, height: int, channels: int, settings: PictureSettings) -> bool:
+def _is_kept(num_bytes: int, width: int, height: int, channels: int, settings: ImageSettings) -> bool:
     """Whether an upright JPEG stays as it is."""
     if settings.keep_original:
         return channels in (1, 3)
@@ -134,7 +135,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _encoded(image: Tensor, settings: PictureSettings) -> bytes:
+def _encoded(image: Tensor, settings: ImageSettings) -> bytes:
     """JPEG bytes of a uint8 [3, H, W], resized unless the original size is wanted."""
     if not settings.keep_original:
         image = _shrunk(image, settings.size)

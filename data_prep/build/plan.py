@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.build.findings import Counts, finding_log
-from data_prep.build.images import JPEG_QUALITY
+from data_prep.build.images import IMAGES
 from data_prep.build.rules import UniqueIds, checked_entities, checked_mentions
 from data_prep.build.staged_records import write_entity, write_mention
 from data_prep.formats.release import RawEntity, RawMention, Release
-from dsmip.data.manifest import KB, SPLITS, PictureSettings, ShardInfo, shard_path
+from dsmip.data.manifest import KB, SPLITS, ImageSettings, ShardInfo, shard_path
 from dsmip.data.sampler import permutation
 from dsmip.errors import UserError
 from dsmip.storage.atomic import atomic_path, sha256_file, write_json
@@ -37,7 +37,7 @@ MAX_RECORDS_PER_CHUNK = 1000
 MAX_MENTIONS_PER_SHARD = 1000
 MIN_TRAIN_SHARDS = 16
 SHARD_BYTES = 256_000_000
-IMAGES = PictureSettings(size=224, quality=JPEG_QUALITY)
+
 _BLOCK = 512  # of a tar: each member takes a header and is rounded up
 
 Scanned = Callable[[str, int], None]
@@ -57,7 +57,7 @@ class DatasetOptions:
 
     name: str
     licence: str = "unknown"
-    images: PictureSettings = IMAGES
+    images: ImageSettings = IMAGES
     shard_bytes: int = SHARD_BYTES
     seed: int = 0
 
@@ -292,7 +292,7 @@ def _stage_kb(out: Path, entities: Iterable[RawEntity], options: DatasetOptions)
     return shards
 
 
-def _stored_size(entity: RawEntity, settings: PictureSettings) -> int:
+def _stored_size(entity: RawEntity, settings: ImageSettings) -> int:
     """Bytes in a shard, roughly: an image of s x s pixels that is encoded again takes about s * s / 3."""
     limit = settings.size**2 // 3
     sizes = [image.size if settings.keep_original else min(image.size, limit) for image in entity.images if image.path]

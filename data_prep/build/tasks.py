@@ -24,9 +24,9 @@ from data_prep.build.runners import Tick
 from data_prep.build.staged_records import read_entities, read_mentions
 from data_prep.formats.image_files import MAX_FILE_BYTES, read_image
 from data_prep.formats.release import Finding, RawEntity, RawImage, RawMention
-from dsmip.data.manifest import PictureSettings, ShardInfo
+from dsmip.data.manifest import ImageSettings, ShardInfo
 from dsmip.data.records import Entity, Mention, entity_fields, mention_fields
-from dsmip.data.tar import Fields, WrittenShard, join_shards, read_place, write_shard
+from dsmip.data.tar import Fields, WrittenShard, join_shards, read_span, write_shard
 from dsmip.errors import UserError
 from dsmip.storage.atomic import join_files, sha256_file
 
@@ -66,7 +66,7 @@ class KbTask:
 
     out: Path
     chunk: PlannedChunk
-    images: PictureSettings
+    images: ImageSettings
 
     def run(self, tick: Tick) -> FinishedChunk:
         """Writes the chunk, its rows of the kb's table, its findings, and that it is finished."""
@@ -74,7 +74,7 @@ class KbTask:
             written = write_shard(self.chunk.staged(self.out, "tar"), self._samples(log.note, tick))
             counts = log.counts
         write_rows(self.chunk.staged(self.out, "rows"), self._stored(written))
-        num_with_image = sum(len(spans) > 1 for spans in written.places)
+        num_with_image = sum(len(spans) > 1 for spans in written.spans)
         finished = FinishedChunk(self.chunk.path, self.chunk.number, written.end, num_with_image, counts)
         write_finished_chunk(self.out, finished)
         return finished
@@ -88,7 +88,7 @@ class KbTask:
 
     def _stored(self, written: WrittenShard) -> Iterator[StoredEntity]:
         raws = read_entities(self.chunk.staged(self.out, "records"))
-        for row, (raw, spans) in enumerate(zip(raws, written.places, strict=True), start=self.chunk.start):
+        for row, (raw, spans) in enumerate(zip(raws, written.spans, strict=True), start=self.chunk.start):
             image_spans = tuple(spans[f"{number}.jpg"] for number in range(len(spans) - 1))
             yield StoredEntity(row, raw.entity_id, raw.name, raw.attributes, self.chunk.path, image_spans)
 
@@ -144,7 +144,7 @@ class SplitTask:
 
     out: Path
     shard: PlannedShard
-    images: PictureSettings
+    images: ImageSettings
     kb: tuple[PlannedShard, ...]
 
     def run(self, tick: Tick) -> FinishedShard:
@@ -152,7 +152,7 @@ class SplitTask:
         with finding_log(staged(self.out, self.shard.path, "findings")) as log:
             written = write_shard(self.out / self.shard.path, self._samples(log.note, tick))
             counts = log.counts
-        num_with_image = sum("jpg" in spans for spans in written.places)
+        num_with_image = sum("jpg" in spans for spans in written.spans)
         info = ShardInfo(path=self.shard.path, samples=written.samples, bytes=written.bytes, sha256=written.sha256)
         finished = FinishedShard(info, num_with_image, counts)
         write_finished(self.out, finished)
@@ -170,7 +170,7 @@ class SplitTask:
                 gold = golds[row]
                 if gold.image_spans and gold.shard not in kb:
                     kb[gold.shard] = open_files.enter_context((self.out / gold.shard).open("rb"))
-                images = tuple(read_place(kb[gold.shard], offset, size) for offset, size in gold.image_spans)
+                images = tuple(read_span(kb[gold.shard], offset, size) for offset, size in gold.image_spans)
                 entity = Entity(row, gold.entity_id, gold.name, gold.attributes, images)
                 image = _prepared(raw.image, raw, self.images, note) if raw.image else None
                 mention = Mention(raw.mention_id, raw.word, raw.sentence, gold.entity_id, row, raw.groups, image)
@@ -183,7 +183,7 @@ class SplitTask:
         return kb.entities(row for _, row in read_mentions(self._records))
 
 
-def _prepared(image: RawImage, owner: RawEntity | RawMention, settings: PictureSettings, note: Note) -> bytes | None:
+def _prepared(image: RawImage, owner: RawEntity | RawMention, settings: ImageSettings, note: Note) -> bytes | None:
     """The prepared image, or None and a finding."""
     reason = "picture missing"
     if image.path is not None:

@@ -17,7 +17,7 @@ from PIL import Image
 from dsmip.data.dataset import ENTITY_SCHEMA
 from dsmip.data.manifest import ENTITIES_FILE, KB, ShardInfo
 from dsmip.data.records import read_mention
-from dsmip.data.tar import Fields, Sample, json_field, read_place, read_shard
+from dsmip.data.tar import Fields, Sample, json_field, read_shard, read_span
 from dsmip.errors import UserError
 from dsmip.storage.atomic import sha256_file
 from dsmip.storage.dataset_storage import DatasetStorage
@@ -185,7 +185,7 @@ def _check_entity(
         report(f"{len(images)} pictures, {ENTITIES_FILE} has places for {len(spans)}", sample.key)
     for number, ((offset, size), image) in enumerate(zip(spans, images, strict=False)):
         try:
-            same = read_place(stream, offset, size) == image
+            same = read_span(stream, offset, size) == image
         except UserError:
             same = False
         if not same:

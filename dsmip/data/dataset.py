@@ -3,7 +3,7 @@
 It lies in a folder or, with copies on each node, in an object store: see `dsmip.storage.dataset_storage`.
 
 <data>/manifest.json               see dsmip.data.manifest
-<data>/kb/entities.parquet         one row per entity, with the place of each picture in the kb's shards
+<data>/kb/entities.parquet         one row per entity, with the position of each image in the kb's shards
 <data>/kb/kb-000000.tar            <row>.json, <row>.0.jpg, <row>.1.jpg ...
 <data>/<split>/<split>-000000.tar  <key>.json, <key>.jpg, <key>.entity.json, <key>.entity.0.jpg ...
 <data>/rejects.jsonl               what was left out, repaired or degraded
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from dsmip.data.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, parse_manifest
 from dsmip.data.records import Entity, Mention, make_entity, read_mention, read_pair
 from dsmip.data.sampler import Window, count_steps, step_bounds, windows
-from dsmip.data.tar import Sample, read_place, read_samples
+from dsmip.data.tar import Sample, read_samples, read_span
 from dsmip.data.views import TRAIN, View, parse_view
 from dsmip.errors import UserError
 from dsmip.storage.dataset_storage import MANIFEST_FILE, DatasetStorage, open_file
@@ -90,7 +90,7 @@ class Dataset:
         is fetched: a missing or damaged file is a UserError then.
 
         Raises:
-            UserError: there is no such place, or it holds no complete dataset.
+            UserError: there is nothing, or no complete dataset.
         """
         own, content = open_dataset_storage(location)
         view = parse_view(content, own.address(MANIFEST_FILE))
@@ -214,7 +214,7 @@ class Dataset:
             for number, (shard, inside) in enumerate(wanted):
                 ask([following for following, _ in wanted[number + 1 : number + 2]])
                 for sample in self._samples(shard, inside, only):
-                    yield read_mention(sample.fields, self._place(shard, sample))
+                    yield read_mention(sample.fields, self._address(shard, sample))
 
     def training_batches(
         self,
@@ -301,7 +301,8 @@ class Dataset:
                 f"{address}: fewer samples than the manifest says, none wanted beyond {last}; prepare the dataset again"
             )
 
-    def _place(self, shard: ShardInfo, sample: Sample) -> str:
+    def _address(self, shard: ShardInfo, sample: Sample) -> str:
+        """The name of a sample for messages."""
         return f"{self.files.address(shard.path)}: {sample.key}"
 
     def _batches(self, split: str, shares: Mapping[int, range], seed: int, epoch: int) -> Iterator[TrainingBatch]:
@@ -315,11 +316,11 @@ class Dataset:
         with self.files.ahead() as ask:
             ahead = deque[tuple[Window, Positions]]()
             while step is not None:
-                for window, places in islice(positions, _WINDOWS_AHEAD + 1 - len(ahead)):
-                    ask([shards[number][0] for number in places])
-                    ahead.append((window, places))
-                window, places = ahead.popleft()
-                loaded |= self._load(places, shards, seed, epoch)
+                for window, wanted_of in islice(positions, _WINDOWS_AHEAD + 1 - len(ahead)):
+                    ask([shards[number][0] for number in wanted_of])
+                    ahead.append((window, wanted_of))
+                window, wanted_of = ahead.popleft()
+                loaded |= self._load(wanted_of, shards, seed, epoch)
                 end = window.start + len(window.order)
                 while step is not None and share.stop <= end:
                     pairs = [loaded.pop(position) for position in share]
@@ -330,9 +331,9 @@ class Dataset:
     def _positions(window: Window, shards: Shards, wanted: Container[int]) -> Positions:
         """The wanted samples of a window: by shard, then by index in it, the position in the epoch."""
         positions: Positions = {number: {} for number in window.shards}
-        for position, (number, place) in enumerate(window.order, start=window.start):
+        for position, (number, index) in enumerate(window.order, start=window.start):
             if position in wanted:
-                positions[number][shards[number][1][place]] = position
+                positions[number][shards[number][1][index]] = position
         return {number: position_of for number, position_of in positions.items() if position_of}
 
     def _load(self, positions: Positions, shards: Shards, seed: int, epoch: int) -> dict[int, tuple[Mention, Entity]]:
@@ -341,13 +342,13 @@ class Dataset:
         for number, position_of in positions.items():
             shard = shards[number][0]
             for sample in self._samples(shard, list(position_of)):
-                loaded[position_of[sample.index]] = read_pair(sample.fields, self._place(shard, sample), seed, epoch)
+                loaded[position_of[sample.index]] = read_pair(sample.fields, self._address(shard, sample), seed, epoch)
         return loaded
 
 
 def _images(record: Mapping[str, Any], stream: BinaryIO) -> tuple[bytes, ...]:
-    places = zip(record["image_offsets"], record["image_sizes"], strict=True)
-    return tuple(read_place(stream, offset, size) for offset, size in places)
+    spans = zip(record["image_offsets"], record["image_sizes"], strict=True)
+    return tuple(read_span(stream, offset, size) for offset, size in spans)
 
 
 def _known(split: str) -> str:

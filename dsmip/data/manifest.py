@@ -40,7 +40,7 @@ class Source(Part):
     sha256: Digest
 
 
-class PictureSettings(Part):
+class ImageSettings(Part):
     """How pictures were prepared: shorter side at most `size` pixels, JPEG `quality` where they were encoded again.
 
     keep_original: nothing was resized, and upright JPEGs are the release's own files byte for byte.
@@ -84,7 +84,7 @@ class Manifest(Part):
     tool_version: str
     seed: int
     shard_bytes: Count
-    image: PictureSettings
+    image: ImageSettings
     entities: Count
     entities_with_image: Count
     splits: dict[str, SplitCounts]

@@ -41,7 +41,7 @@ def windows(shard_sizes: Sequence[int], seed: int, epoch: int) -> Iterator[Windo
         members = tuple(shards[first : first + WINDOW_SHARDS])
         inside = [(shard, index) for shard in members for index in range(shard_sizes[shard])]
         order = permutation(len(inside), "window", seed, epoch, number)
-        yield Window(start, members, tuple(inside[place] for place in order.tolist()))
+        yield Window(start, members, tuple(inside[position] for position in order.tolist()))
         start += len(inside)
 
 

@@ -44,19 +44,19 @@ class WrittenShard:
     bytes: int
     sha256: str
     end: int
-    places: tuple[Mapping[str, tuple[int, int]], ...]
+    spans: tuple[Mapping[str, tuple[int, int]], ...]
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Fields]]) -> WrittenShard:
     """Writes (key, fields) pairs as a tar, atomically; equal samples give equal bytes (fixed owner, mode and time)."""
-    places = []
+    spans = []
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         writer = _HashingWriter(stream)
         for key, fields in samples:
-            places.append(_write_sample(writer, key, fields))
+            spans.append(_write_sample(writer, key, fields))
         end = writer.offset
         writer.close()
-    return WrittenShard(len(places), writer.offset, writer.digest.hexdigest(), end, tuple(places))
+    return WrittenShard(len(spans), writer.offset, writer.digest.hexdigest(), end, tuple(spans))
 
 
 def join_shards(path: Path, parts: Iterable[tuple[Path, int]]) -> tuple[int, str]:
@@ -86,13 +86,13 @@ def read_shard(path: Path, wanted: Callable[[int], bool] = lambda index: True) -
 
 
 def read_samples(
-    stream: BinaryIO, place: str, wanted: Callable[[int], bool], only: Container[str] | None = None
+    stream: BinaryIO, address: str, wanted: Callable[[int], bool], only: Container[str] | None = None
 ) -> Iterator[Sample]:
     """The same of an open tar.
 
     Args:
         stream: the tar.
-        place: its name for messages.
+        address: its name for messages.
         wanted: says by its index whether a sample is read.
         only: the fields that are read of it (default: all).
     """
@@ -100,14 +100,14 @@ def read_samples(
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             yield from _read_samples(archive, wanted, only)
     except (tarfile.TarError, _BadShard, EOFError) as error:
-        raise UserError(f"{place}: the shard is damaged ({error}); prepare the dataset again") from error
+        raise UserError(f"{address}: the shard is damaged ({error}); prepare the dataset again") from error
 
 
-def read_place(stream: BinaryIO, offset: int, size: int) -> bytes:
+def read_span(stream: BinaryIO, offset: int, size: int) -> bytes:
     """The `size` bytes at `offset` of an open shard.
 
     Raises:
-        UserError: the place is outside the file.
+        UserError: they are outside the file.
     """
     if not (offset >= 0 and 0 <= size <= MAX_FIELD_BYTES):
         raise UserError(f"{stream.name}: no picture at {offset} + {size}; prepare the dataset again")
@@ -169,18 +169,18 @@ class _HashingWriter:
 
 
 def _write_sample(writer: _HashingWriter, key: str, fields: Fields) -> dict[str, tuple[int, int]]:
-    places, pieces, offset = {}, list[bytes](), writer.offset
+    spans, blocks, offset = {}, list[bytes](), writer.offset
     for field in sorted(fields):
         name, content = f"{key}.{field}", fields[field]
         if not (_KEY.fullmatch(key) and _NAME.fullmatch(name)):
             raise ValueError(f"not a sample's field: key {key!r}, field {field!r}")
         offset += tarfile.BLOCKSIZE
-        places[field] = (offset, len(content))
+        spans[field] = (offset, len(content))
         padding = bytes(-len(content) % tarfile.BLOCKSIZE)
-        pieces += [tar_header(name, len(content)), content, padding]
+        blocks += [tar_header(name, len(content)), content, padding]
         offset += len(content) + len(padding)
-    writer.write(b"".join(pieces))
-    return places
+    writer.write(b"".join(blocks))
+    return spans
 
 
 def _read_samples(

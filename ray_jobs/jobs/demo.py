@@ -21,7 +21,7 @@ from data_prep.demo.release import DemoConfig
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
-from dsmip.data.manifest import PictureSettings
+from dsmip.data.manifest import ImageSettings
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import shown_metrics
@@ -139,7 +139,7 @@ def show_results(results: Mapping[str, Any], out: Path, display: Display) -> Non
 
 
 def _prepare(out: Path, world: DemoConfig) -> Dataset:
-    pictures = PictureSettings(size=world.picture_size, quality=JPEG_QUALITY)
+    pictures = ImageSettings(size=world.picture_size, quality=JPEG_QUALITY)
     options = BuildOptions(name=f"demo-{world.seed}", images=pictures, seed=world.seed)
     prepare_release(MimicRelease(out / "release"), out / "data", options, no_progress)
     return Dataset.open(out / "data")

@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from data_prep.build.build import prepare
-from data_prep.build.plan import IMAGES, SHARD_BYTES, DatasetOptions
+from data_prep.build.images import IMAGES
+from data_prep.build.plan import SHARD_BYTES, DatasetOptions
 from data_prep.build.publish import published_manifest, upload_dataset
 from data_prep.build.runners import Result, Runner, Task, Tick, run_in_processes, run_serially
 from data_prep.build.view import make_view
@@ -25,7 +26,7 @@ from data_prep.demo.release import DemoConfig, write_demo_release
 from data_prep.formats.mimic import MimicRelease
 from data_prep.formats.release import Release, ReleaseOptions
 from dsmip.data.dataset import Dataset
-from dsmip.data.manifest import Manifest, PictureSettings
+from dsmip.data.manifest import ImageSettings, Manifest
 from dsmip.errors import UserError
 from dsmip.progress import Progress
 from dsmip.runs.provenance import write_record
@@ -51,7 +52,7 @@ class BuildOptions:
 
     name: str | None = None
     licence: str = "unknown"
-    images: PictureSettings = IMAGES
+    images: ImageSettings = IMAGES
     shard_bytes: int = SHARD_BYTES
     seed: int = 0
     workers: int = 1
@@ -180,9 +181,9 @@ def _made(task: Task[Result]) -> tuple[Result, int]:
     return task.run(tick), count
 
 
-def picture_settings(size: int, *, keep_original: bool) -> PictureSettings:
+def picture_settings(size: int, *, keep_original: bool) -> ImageSettings:
     """How pictures are stored."""
-    return PictureSettings(size=size, quality=IMAGES.quality, keep_original=keep_original)
+    return ImageSettings(size=size, quality=IMAGES.quality, keep_original=keep_original)
 
 
 def parse_size(text: str) -> int:

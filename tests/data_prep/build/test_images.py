@@ -14,10 +14,10 @@ from PIL import Image
 from data_prep.build import images
 from data_prep.build.images import JPEG_QUALITY, UnusableImage, prepare_image
 from dsmip.data.images import UnreadableImage, decode, jpeg_header
-from dsmip.data.manifest import PictureSettings
+from dsmip.data.manifest import ImageSettings
 from tests.support.small_release import picture
 
-SETTINGS = PictureSettings(size=224, quality=JPEG_QUALITY)
+SETTINGS = ImageSettings(size=224, quality=JPEG_QUALITY)
 ORIGINAL = SETTINGS.model_copy(update={"keep_original": True})
 
 
@@ -108,7 +108,7 @@ READABLE: dict[str, tuple[bytes, Image.Image]] = {
 
 @pytest.mark.parametrize("settings", [SETTINGS, ORIGINAL], ids=["resized", "original"])
 @pytest.mark.parametrize("name", READABLE)
-def test_every_kind_shows_what_it_showed(name: str, settings: PictureSettings) -> None:
+def test_every_kind_shows_what_it_showed(name: str, settings: ImageSettings) -> None:
     content, expected = READABLE[name]
     prepared = _opened(prepare_image(content, settings))
     assert prepared.size == expected.size
@@ -145,7 +145,7 @@ def test_every_path_gives_the_same_picture() -> None:
 
 def test_quality_is_the_one_asked_for() -> None:
     content = _saved(_photo(640, 480), "PNG")
-    sizes = [len(prepare_image(content, PictureSettings(size=224, quality=quality))) for quality in (40, 80, 95)]
+    sizes = [len(prepare_image(content, ImageSettings(size=224, quality=quality))) for quality in (40, 80, 95)]
     assert sizes == sorted(set(sizes))
 
 
@@ -177,7 +177,7 @@ UNREADABLE: dict[str, bytes] = {
 
 @pytest.mark.parametrize("settings", [SETTINGS, ORIGINAL], ids=["resized", "original"])
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_what_cannot_be_read_is_unreadable(name: str, settings: PictureSettings) -> None:
+def test_what_cannot_be_read_is_unreadable(name: str, settings: ImageSettings) -> None:
     with pytest.raises(UnusableImage, match="picture unreadable"):
         prepare_image(UNREADABLE[name], settings)
 
@@ -193,7 +193,7 @@ def test_what_cannot_be_read_is_unreadable(name: str, settings: PictureSettings)
         _claiming(picture((1, 1), form="PNG"), 9000, 9000),
     ],
 )
-def test_pixels_are_bounded_before_decoding(content: bytes, settings: PictureSettings) -> None:
+def test_pixels_are_bounded_before_decoding(content: bytes, settings: ImageSettings) -> None:
     with pytest.raises(UnusableImage):
         prepare_image(content, settings)
 
@@ -225,7 +225,7 @@ FUZZED = [
     settings=st.sampled_from([SETTINGS.model_copy(update={"size": 16}), ORIGINAL]),
 )
 def test_broken_bytes_give_a_jpeg_within_bounds_or_a_reason(
-    base: bytes, changes: list[tuple[int, int]], cut: int | None, settings: PictureSettings
+    base: bytes, changes: list[tuple[int, int]], cut: int | None, settings: ImageSettings
 ) -> None:
     content = bytearray(base)
     for place, value in changes:
