@@ -21,6 +21,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features, whole_features
+from dsmip.evaluation.preparation import with_has_image
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, Step
@@ -126,15 +127,16 @@ def _trial(folder: Path, *, anew: bool) -> Trial:
     run = Run.open(folder)
     matcher, context = start_whole(run, run.config).to(device), LocalContext(folder / "trial", device)
     tables = _tables(run, device)  # the one that encodes batches anew still validates on these
+    kb = with_has_image(tables[KB], run.dataset)
     validation = SplitFeatures(tables["validation"], gold_rows(run.dataset, "validation"))
     settings, epochs, seed = run.config.tune_train(), run.config.tune.rungs[0], run.config.seed
     if anew:
-        validate = validate_on(validation, tables[KB], context)
+        validate = validate_on(validation, kb, context)
         source = EncodingSource(run, device)
         result = train(matcher, source, settings, context, validate, seed=seed, stop_epoch=epochs)
     else:
         split = stage_two_split(run, tables["train"])
-        result = train_whole(matcher, split, validation, tables[KB], settings, context, seed=seed, stop_epoch=epochs)
+        result = train_whole(matcher, split, validation, kb, settings, context, seed=seed, stop_epoch=epochs)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     shutil.rmtree(folder / "trial")
     return Trial(epochs, wall, cpu, tuple(metrics["loss"] for metrics in result.history))

@@ -24,7 +24,7 @@ from dsmip.data.table import Table, concatenate
 from dsmip.encoders.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.errors import UserError
 from dsmip.evaluation.index import LAYOUT, MANIFEST, SLICE_ROWS, EntityIndex, finish_index, index_slices
-from dsmip.evaluation.preparation import picture_columns, prepare_in_tiles, share_picture
+from dsmip.evaluation.preparation import entities_with_image, prepare_in_tiles, share_picture
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.keys import Plain, plain_text
 from dsmip.parallel import map_alone
@@ -248,15 +248,15 @@ class _Preparer:
             self._sources = {part: features.kb_rows(self._device) for part, features in self._features.items()}
         prepared = self._prepared(rows, "entities", self._sources, progress)
         lacking_N = self._lacking_E[rows.start : rows.stop].to(self._device)
-        if not (picture_columns(prepared) and bool(lacking_N.any())):
+        columns = self._matcher.image_columns(prepared)
+        if not (columns and bool(lacking_N.any())):
             return prepared
-        return share_picture(prepared, self._alike, lacking_N)
+        return share_picture(prepared, self._alike, lacking_N, columns)
 
     @cached_property
     def _lacking_E(self) -> Tensor:
         """bool [E]: entities without a picture."""
-        num_images = self._dataset.entity_texts().column("num_images")
-        return torch.tensor(num_images.to_numpy()) == 0
+        return ~entities_with_image(self._dataset)
 
     @cached_property
     def _alike(self) -> Table:

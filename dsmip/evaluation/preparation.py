@@ -5,7 +5,7 @@ Prepared in a matrix product with others, equal rows differ in their last bits f
 should tie would be ranked by rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from torch import Tensor
 from dsmip.data.collate import Collator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
-from dsmip.data.table import Ragged, Repeated, Table, concatenate
+from dsmip.data.table import Repeated, Table, concatenate
 from dsmip.encoders.feature_cache import item_batches
 from dsmip.units.matcher import Matcher
+
+HAS_IMAGE = "has_image"
 
 
 @torch.no_grad()
@@ -50,48 +52,53 @@ def prepare_split(
     return concatenate(prepared)
 
 
+def entities_with_image(dataset: Dataset) -> Tensor:
+    """bool [E]: entities of the kb that have a picture."""
+    return torch.tensor(dataset.entity_texts().column("num_images").to_numpy() > 0)
+
+
+def with_has_image(kb: Table, dataset: Dataset) -> Table:
+    """Features of the whole kb with the column `has_image` (bool [E]), which `prepare_entities` reads and keeps."""
+    has_image_E = entities_with_image(dataset)
+    for column in kb.columns.values():  # a training may have moved them to its GPU
+        has_image_E = has_image_E.to(column.device if isinstance(column, Tensor) else column.values.device)
+    return kb.merged(Table({HAS_IMAGE: has_image_E}))
+
+
 @torch.no_grad()
 def prepare_entities(matcher: Matcher, kb: Table, rows: range, device: torch.device) -> Table:
-    """`prepare_in_tiles` of some rows of the kb's features; picture columns of all entities without one share a row.
+    """`prepare_in_tiles` of some rows of the kb's features; all entities without a picture share its columns' row.
 
     That row is prepared from the kb's first such entity in a call of its own: slices of the kb have the same numbers.
+
+    Args:
+        matcher: on the device.
+        kb: features `with_has_image`.
+        rows: of the kb.
+        device: where they are prepared.
     """
     prepared = prepare_in_tiles(matcher, kb.rows(slice(rows.start, rows.stop)), "entities", device)
-    lacking_E = without_picture(kb)
-    lacking_N = lacking_E[rows.start : rows.stop]
-    if not bool(lacking_N.any()):
-        return prepared
-    alike = matcher.prepare_entities(kb.take(lacking_E.nonzero()[:1, 0]).to(device))
-    return share_picture(prepared, alike, lacking_N.to(device))
+    has_image_E = kb.dense(HAS_IMAGE)
+    has_image_N = has_image_E[rows.start : rows.stop]
+    if not bool(has_image_N.all()):
+        first = (~has_image_E).nonzero()[:1, 0]
+        alike = matcher.prepare_entities(kb.take(first).to(device))
+        prepared = share_picture(prepared, alike, ~has_image_N.to(device), matcher.image_columns(prepared))
+    return prepared.merged(Table({HAS_IMAGE: has_image_N.to(device)}))
 
 
-def share_picture(prepared: Table, alike: Table, lacking_N: Tensor) -> Table:
-    """Prepared entities whose picture columns (see `Matcher.prepare_entities`) are those of `alike`, stored once, where
-    `lacking_N` (bool [N]).
+def share_picture(prepared: Table, alike: Table, lacking_N: Tensor, columns: Sequence[str]) -> Table:
+    """Prepared entities whose `columns` are those of `alike`, stored once, where they lack a picture.
 
-    alike: one entity without a picture, prepared in a call of its own.
+    Args:
+        prepared: N entities.
+        alike: one entity without a picture, prepared in a call of its own.
+        lacking_N: bool [N], which have none.
+        columns: that depend on the picture alone (`Matcher.image_columns`).
     """
     num_own = int((~lacking_N).sum())
     index_N = ((~lacking_N).cumsum(0) - 1).where(~lacking_N, num_own).int()
     shared = {
-        name: Repeated(torch.cat([prepared.dense(name)[~lacking_N], alike.dense(name)]), index_N)
-        for name in picture_columns(prepared)
+        name: Repeated(torch.cat([prepared.dense(name)[~lacking_N], alike.dense(name)]), index_N) for name in columns
     }
-    return Table({**prepared.columns, **shared})
-
-
-def picture_columns(prepared: Table) -> list[str]:
-    """The dense columns of prepared entities that depend on the picture alone."""
-    return [
-        name for name, column in prepared.columns.items() if "image" in name.split(".") and isinstance(column, Tensor)
-    ]
-
-
-def without_picture(features: Table) -> Tensor:
-    """bool [N]: items that share the token rows of their picture, as the feature cache stores a missing one's."""
-    for name, column in features.columns.items():
-        if name.split(".")[-1] == "image_tokens" and isinstance(column, Ragged) and len(column.starts):
-            starts, num_items = column.starts.unique(return_counts=True)
-            most = int(num_items.argmax())
-            return column.starts == starts[most] if num_items[most] > 1 else torch.zeros(len(features)).bool()
-    return torch.zeros(len(features)).bool()
+    return prepared.merged(Table(shared))

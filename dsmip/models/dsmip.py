@@ -120,6 +120,13 @@ class DsmipMatcher(Matcher):
         scores_ME = self._experts()[name].score(*own, wanted_ME=wanted_ME).total_ME
         return scores_ME.where(wanted_ME, 0.0)
 
+    def image_columns(self, prepared: Table) -> list[str]:
+        return [
+            f"{name}.{column}"
+            for name, expert in self._experts().items()
+            for column in expert.image_columns(prepared.under(name))
+        ]
+
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         """The experts' vectors side by side [N, g], with their scales.
 

@@ -115,6 +115,9 @@ class MimicMatcher(Matcher):
         units = self.scorer.score(mentions, entities)
         return Scores((units["text"] + units["image"] + units["cross"]) / 3, parts=units)
 
+    def image_columns(self, prepared: Table) -> list[str]:
+        return self.scorer.image_columns(prepared)
+
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         return self.scorer.global_vectors(prepared, side)
 

@@ -15,7 +15,7 @@ from dsmip.data.table import Table
 from dsmip.encoders.clip import compile_towers
 from dsmip.errors import UserError
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, prepare_split
+from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, prepare_split, with_has_image
 from dsmip.evaluation.ranking import rank
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, StreamSource, is_held_out
@@ -61,7 +61,8 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
         seen = ~held_out_rows(run.dataset, run.config.held_out)
         golds = gold_rows(run.dataset, "train")[seen]
         source = CachedSource(tables["train"].rows(seen), tables[KB], golds, config, run.config.seed)
-        validate = validate_on(SplitFeatures(tables["validation"], validation), tables[KB], context)
+        kb = with_has_image(tables[KB], run.dataset)
+        validate = validate_on(SplitFeatures(tables["validation"], validation), kb, context)
     checkpoint_steps = run.config.part(part).checkpoint_steps
     result = train(matcher, source, config, context, validate, seed=run.config.seed, checkpoint_steps=checkpoint_steps)
     if distributed.rank() == 0:
@@ -112,7 +113,10 @@ def train_whole(
     seed: int,
     stop_epoch: int | None = None,
 ) -> TrainResult:
-    """Stage two of a gated system on cached features (DSMIP eq. 18): gate and units train, the towers are not there."""
+    """Stage two of a gated system on cached features (DSMIP eq. 18): gate and units train, the towers are not there.
+
+    kb: features of the whole kb `with_has_image`.
+    """
     source = CachedSource(train_split.mentions, kb, train_split.gold_row_M, config, seed)
     validate = validate_on(validation, kb, context)
     return train(matcher, source, config, context, validate, seed=seed, stop_epoch=stop_epoch)
@@ -137,7 +141,10 @@ def run_features(run: Run, part: str, split: str, matcher: Matcher, context: Con
 
 
 def validate_on(validation: SplitFeatures, kb: Table, context: Context) -> Callable[[Matcher], Mapping[str, float]]:
-    """Full-KB metrics from cached features; every worker ranks against its own slice of the kb."""
+    """Full-KB metrics from cached features; every worker ranks against its own slice of the kb.
+
+    kb: features of the whole kb `with_has_image`.
+    """
     first, stop = _slice_of(len(kb))
     device = context.device
 

@@ -138,6 +138,9 @@ class Expert(Matcher):
         units = self.scorer.score(mentions, entities, wanted_ME)
         return Scores(torch.stack(list(units.values())).mean(dim=0), parts=units)
 
+    def image_columns(self, prepared: Table) -> list[str]:
+        return self.scorer.image_columns(prepared)
+
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         return self.scorer.global_vectors(prepared, side)
 

@@ -91,10 +91,11 @@ class Matcher(nn.Module, ABC):
 
     @abstractmethod
     def prepare_entities(self, features: Table) -> Table:
-        """All that a pair needs of an entity, computed once; row n depends on features of row n alone.
+        """All that a pair needs of an entity, computed once; row n depends on features of row n alone."""
 
-        Dense columns with the name part `image` (as in `visual.image.query`) depend on the entity's picture alone.
-        """
+    def image_columns(self, prepared: Table) -> list[str]:
+        """Dense columns of prepared entities that depend on the picture alone: without one, entities share them."""
+        return []
 
     @abstractmethod
     def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:

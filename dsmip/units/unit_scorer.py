@@ -78,6 +78,16 @@ class UnitScorer(nn.Module):
             scores[name] = unit.score(*sides, wanted_ME) if isinstance(unit, TextUnit) else _unit(unit).score(*sides)
         return scores
 
+    def image_columns(self, prepared: Table) -> list[str]:
+        """Dense columns of prepared items that depend on the picture alone: those of the visual unit."""
+        visual = [name for name, unit in self.units.items() if isinstance(unit, VisualUnit)]
+        return [
+            f"{name}.{column}"
+            for name in visual
+            for column, values in prepared.under(name).columns.items()
+            if not isinstance(values, Ragged)
+        ]
+
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         """The units' vectors side by side [N, g]: products are the mean over units of theirs."""
         blocks = [_unit(unit).global_vectors(prepared.under(name), side) for name, unit in self.units.items()]

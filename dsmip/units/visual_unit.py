@@ -79,7 +79,10 @@ class DualUnit(nn.Module):
 
 
 class VisualUnit(nn.Module):
-    """U_V, picture against picture: the mean of both directions. Inputs are of unit width."""
+    """U_V, picture against picture: the mean of both directions. Inputs are of unit width.
+
+    All that it prepares of an item depends on the picture alone.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features, whole_features
 from dsmip.errors import StoreAway
+from dsmip.evaluation.preparation import with_has_image
 from dsmip.runs.checkpoints import save_weights
 from dsmip.runs.load_config import read_config
 from dsmip.runs.part_features import PartFeatures
@@ -115,7 +116,7 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
             matcher,
             stage_two_split(run, tables["train"]),
             SplitFeatures(tables["validation"], gold_rows(run.dataset, "validation")),
-            tables[KB],
+            with_has_image(tables[KB], run.dataset),
             settings,
             context,
             seed=config.seed,

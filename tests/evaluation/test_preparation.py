@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dsmip.config import ExperimentConfig
+from dsmip.data.dataset import Dataset
 from dsmip.data.table import Column, Ragged, Repeated, Table
 from dsmip.evaluation.index import EntityIndex, finish_index, index_slices
-from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, without_picture
+from dsmip.evaluation.preparation import entities_with_image, prepare_entities, prepare_in_tiles, with_has_image
 from dsmip.evaluation.ranking import rank
 from dsmip.evaluation.refinement import GRID, PairScorer
 from dsmip.evaluation.slices import merge_rankings
@@ -32,7 +33,11 @@ def kb_features(config: ExperimentConfig) -> Table:
     for name, column in columns.items():
         if "image" in name:
             columns[name] = column.rows(of_picture) if isinstance(column, Ragged) else column[of_picture]  # type: ignore[index]
-    return Table(columns)
+    return Table({**columns, "has_image": ~LACKING})
+
+
+def seen_by_visual(kb: Table) -> Table:
+    return kb.under("visual").merged(Table({"has_image": kb.dense("has_image")}))
 
 
 def index_of(matcher: Matcher, kb: Table, folder: Path) -> EntityIndex:
@@ -42,12 +47,14 @@ def index_of(matcher: Matcher, kb: Table, folder: Path) -> EntityIndex:
     return finish_index(folder, {}, slices)
 
 
-def test_who_has_no_picture(small_config: ExperimentConfig) -> None:
-    kb = kb_features(small_config)
-    assert torch.equal(without_picture(kb), LACKING)
-    assert torch.equal(without_picture(kb.under("visual")), LACKING)
-    assert not without_picture(kb.under("text")).any()
-    assert not without_picture(features(small_config, 5, 3)).any()
+def test_who_has_a_picture(small_data: Dataset) -> None:
+    """Of the data, whatever features were cached without that column."""
+    expected = [len(entity.images) > 0 for entity in small_data.entities()]
+    assert entities_with_image(small_data).tolist() == expected
+    kb = with_has_image(numbered(len(expected)), small_data)
+    assert kb.dense("has_image").tolist() == expected
+    found = prepare_entities(TableMatcher(torch.zeros(1, 1)), kb, range(3, 7), CPU)
+    assert found.dense("has_image").tolist() == expected[3:7]
 
 
 @pytest.mark.parametrize("slices", [1, 3])
@@ -55,13 +62,15 @@ def test_they_tie_and_are_scored_once(
     small_config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slices: int
 ) -> None:
     matcher = Dsmip.build_part("visual", small_config, with_encoder=False).eval()
-    kb = kb_features(small_config).under("visual")
+    kb = seen_by_visual(kb_features(small_config))
     index = index_of(matcher, kb, tmp_path)
     mentions = prepare_in_tiles(matcher, features(small_config, NUM_MENTIONS, 2).under("visual"), "mentions", CPU)
     with torch.no_grad():
         twin = copy.deepcopy(matcher).double()
         entities = index.take(torch.arange(NUM_ENTITIES))
-        dense = Table({name: entities.dense(name) for name in entities.columns}).cast(torch.float64)
+        dense = Table({name: entities.dense(name) for name in entities.columns if name != "has_image"}).cast(
+            torch.float64
+        )
         exact_ME = (twin.score(mentions.cast(torch.float64), dense).total_ME / GRID).round() * GRID
     gold_M = torch.tensor([1, 0, 4, 298, 9, 697])
     num_scored = list[int]()
@@ -102,7 +111,7 @@ def test_they_are_stored_once(small_config: ExperimentConfig, tmp_path: Path) ->
                 assert len(entities.dense(name)[LACKING].unique(dim=0)) == 1
     picture = sum(plain.dense(name)[0].nbytes for name in plain.columns if "image" in name.split("."))
     num_columns = sum("image" in name.split(".") for name in plain.columns)
-    saved = plain.num_bytes - index.num_bytes
+    saved = plain.num_bytes + NUM_ENTITIES - index.num_bytes  # a byte each says who has a picture
     shared = int(LACKING.sum()) - len(index.tables)
     assert saved == pytest.approx(shared * picture - NUM_ENTITIES * num_columns * 4, rel=0.01)
 
@@ -110,7 +119,7 @@ def test_they_are_stored_once(small_config: ExperimentConfig, tmp_path: Path) ->
 @torch.no_grad()
 def test_validation_without_refinement_ties_them_too(small_config: ExperimentConfig) -> None:
     matcher = Dsmip.build_part("visual", small_config, with_encoder=False).eval()
-    kb = kb_features(small_config).under("visual")
+    kb = seen_by_visual(kb_features(small_config))
     mentions = prepare_in_tiles(matcher, features(small_config, 2, 2).under("visual"), "mentions", CPU)
     index = EntityIndex([prepare_entities(matcher, kb, range(NUM_ENTITIES), CPU)])
     ranking = rank(matcher, mentions, index, torch.tensor([1, 0]), device=CPU)

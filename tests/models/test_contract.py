@@ -306,9 +306,10 @@ def test_columns_of_a_picture_do_not_depend_on_the_text(subject: Subject, featur
     """What entities without a picture share (`dsmip.evaluation.preparation`)."""
     other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.images, ENTITIES.has_image)
     prepared, again = map(subject.matcher.prepare_entities, (features[1], subject.encode_entities(other)))
-    for name in prepared.columns:
-        if "image" in name.split(".") and isinstance(prepared.columns[name], Tensor):
-            torch.testing.assert_close(again.dense(name), prepared.dense(name), **TOLERANCE)
+    declared = subject.matcher.image_columns(prepared)
+    assert bool(declared) == any(name.split(".")[-1] == "image_tokens" for name in features[1].columns)
+    for name in declared:
+        torch.testing.assert_close(again.dense(name), prepared.dense(name), **TOLERANCE)
 
 
 @torch.no_grad()
