@@ -65,7 +65,7 @@ def store(dataset: Dataset, choice: NetworkChoice, size: int = 16, dtype: DTypeN
     name = features_name(origin)
     for part in PARTS:
         rows = range(dataset.num_entities if part == KB else dataset.num_mentions(part))
-        encode = partial(image_rows, network, dataset, part, pictures=ImageCollator(size), dtype=dtype, device=CPU)
+        encode = partial(image_rows, network, dataset, part, collator=ImageCollator(size), dtype=dtype, device=CPU)
         for table in map_alone(encode, [rows], CPU):
             table.save(dataset.folder / features_file(name, part))
     return write_manifest(dataset.own, origin)
