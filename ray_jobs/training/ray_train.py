@@ -29,8 +29,8 @@ from ray_jobs.cluster.failures import Failure, JobFailed, exit_code_of, failure_
 from ray_jobs.cluster.resources import Request, check_feasible
 from ray_jobs.cluster.tasks import Call, run_watched
 from ray_jobs.terminal.display import Display
+from ray_jobs.training.checkpoint_list import mend_snapshot
 from ray_jobs.training.context import RayContext
-from ray_jobs.training.snapshots import mend_snapshot
 
 _RESIZE_SECONDS = 30.0  # how often an elastic training looks whether there is room for more workers
 

@@ -7,7 +7,7 @@ import pytest
 
 import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 from dsmip.runs.checkpoints import Checkpoint, save_checkpoint
-from ray_jobs.training.snapshots import SNAPSHOT, mend_snapshot
+from ray_jobs.training.checkpoint_list import SNAPSHOT, mend_snapshot
 
 # isort: split
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import _CheckpointManagerState
