@@ -110,7 +110,7 @@ def test_a_killed_job_goes_on_and_ends_the_same(dataset: Dataset, config: Path, 
     command = [
         sys.executable,
         "-m",
-        "ray_jobs.jobs.features",
+        "ray_jobs.features",
         str(tmp_path / "killed"),
         *options,
     ]  # a cluster of its own
