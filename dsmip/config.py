@@ -25,8 +25,9 @@ Config = TypeVar("Config", bound=BaseModel)
 class Frozen(BaseModel):
     """Base of every configuration class: immutable, unknown keys are errors, defaults are validated too.
 
-    added: fields that came after results had been stored, each with the value (as in YAML) that means what was before:
-    with it, keys stay what they were (`dsmip.keys.key_tree`).
+    Attributes:
+        added: Fields that came after results had been stored, each with the value (as in YAML) that means what was
+            before: with it, keys stay what they were (`dsmip.keys.key_tree`).
     """
 
     added: ClassVar[Mapping[str, Any]] = {}
@@ -71,11 +72,13 @@ class Running(Frozen):
 
     One exception: with `negatives: local` each worker contrasts with its own share of a batch, so their number counts.
 
-    workers: a number, or `1..4` for as many as there is room for: it goes on with fewer when a node is lost.
-    checkpoint_steps: save after so many steps, besides after each epoch; null: after epochs only.
-    restarts: how often it goes on from its checkpoint after workers were lost; machines that are taken away with
-    notice do not count.
-    stall_minutes: a worker that has made no step for so long writes what it was doing to a file and ends, as if lost.
+    Attributes:
+        workers: A number, or `1..4` for as many as there is room for: it goes on with fewer when a node is lost.
+        checkpoint_steps: Save after so many steps, besides after each epoch; null: after epochs only.
+        restarts: How often it goes on from its checkpoint after workers were lost; machines that are taken away with
+            notice do not count.
+        stall_minutes: A worker that has made no step for so long writes what it was doing to a file and ends, as if
+            lost.
     """
 
     workers: WorkersField = Workers(1, 1)
@@ -88,8 +91,9 @@ class Running(Frozen):
 class BackboneConfig(Frozen):
     """Which CLIP the towers come from.
 
-    architecture: an open_clip name, the name of a shipped JSON (`tiny`) or a path to a JSON of that form.
-    pretrained: an open_clip tag, a hub id (`hf-hub:...`), a local weights file, or null for random weights.
+    Attributes:
+        architecture: An open_clip name, the name of a shipped JSON (`tiny`) or a path to a JSON of that form.
+        pretrained: An open_clip tag, a hub id (`hf-hub:...`), a local weights file, or null for random weights.
     """
 
     architecture: str
@@ -97,11 +101,17 @@ class BackboneConfig(Frozen):
 
 
 class AugmentConfig(Frozen):
-    """Random changes of training items; the defaults change nothing.
+    """Random changes of training items; the defaults change nothing. Those not named here are probabilities.
 
-    scale: magnification from 1 - scale to 1 / (1 - scale). shift, erase_area: fractions of the picture. rotation:
-    degrees. colour: strength of brightness, contrast and saturation changes. hue: fraction of the colour circle. The
-    rest are probabilities; drop_tokens is per token, drop_pictures per item.
+    Attributes:
+        scale: Magnification from 1 - scale to 1 / (1 - scale).
+        shift: Fraction of the picture.
+        rotation: Degrees.
+        colour: Strength of brightness, contrast and saturation changes.
+        hue: Fraction of the colour circle.
+        padding: What comes in from outside.
+        drop_tokens: Per token.
+        drop_pictures: Per item.
     """
 
     scale: float = Field(0.0, ge=0, lt=1)
@@ -120,12 +130,13 @@ class AugmentConfig(Frozen):
 class TrainConfig(Frozen):
     """One stage-one or stage-two training. Batch sizes count mentions over all workers.
 
-    extra_negatives: random entities of the kb added to each batch's columns (in stage two, on cached features, without
-    repetition: as many as the kb has are all of it).
-    self_mentions: random entities of the kb that a batch also links to themselves, their text and picture changed by
-    `self_augment` (towers that train only: with few mentions this teaches the whole kb's words and looks).
-    validate_every, patience: epochs; the last epoch is always validated.
-    compile: towers that train have their layers compiled (`torch.compile`) at the first step. Meant for GPUs.
+    Attributes:
+        extra_negatives: Random entities of the kb added to each batch's columns (in stage two, on cached features,
+            without repetition: as many as the kb has are all of it).
+        self_mentions: Random entities of the kb that a batch also links to themselves, their text and picture changed
+            by `self_augment` (towers that train only: with few mentions this teaches the whole kb's words and looks).
+        validate_every, patience: Epochs; the last epoch is always validated.
+        compile: Towers that train have their layers compiled (`torch.compile`) at the first step. Meant for GPUs.
     """
 
     epochs: int = Field(20, ge=1)
@@ -212,9 +223,10 @@ class PretrainConfig(Running):
 class ExperimentConfig(Frozen):
     """Everything that decides a run's figures, besides the data; made and validated by `dsmip.runs.load_config`.
 
-    held_out: share of the golds whose training mentions stage one never sees and stage two trains on. 0 is the paper:
-    both stages see all, and a gate then judges experts on mentions that they know by heart.
-    watch: tools that show figures while trainings run (`dsmip/training/trackers.py`); they change no result.
+    Attributes:
+        held_out: Share of the golds whose training mentions stage one never sees and stage two trains on. 0 is the
+            paper: both stages see all, and a gate then judges experts on mentions that they know by heart.
+        watch: Tools that show figures while trainings run (`dsmip/training/trackers.py`); they change no result.
     """
 
     model: str
@@ -252,9 +264,10 @@ class ExperimentConfig(Frozen):
 class RankOptions:
     """How a ranking is computed; ranks do not depend on it.
 
-    top_k: how many of the best entities of each mention are kept.
-    backend: what computes token-level scores (see `dsmip.units.text_unit.use_backend`).
-    precision: of the token rows that they are computed from (see `dsmip.units.text_unit.use_precision`).
+    Attributes:
+        top_k: How many of the best entities of each mention are kept.
+        backend: What computes token-level scores (see `dsmip.units.text_unit.use_backend`).
+        precision: Of the token rows that they are computed from (see `dsmip.units.text_unit.use_precision`).
     """
 
     top_k: int = 20

@@ -15,7 +15,10 @@ Plain = str | int | float | bool | None | Sequence["Plain"] | Mapping[str, "Plai
 
 
 def plain_text(value: Plain) -> str:
-    """A Python literal of plain data. Raises TypeError for anything else, whose text would name a class.
+    """A Python literal of plain data.
+
+    Raises:
+        TypeError: It is something else, whose text would name a class.
 
     >>> plain_text({"width": 8, "names": ("text", "image")})
     "{'width': 8, 'names': ('text', 'image')}"

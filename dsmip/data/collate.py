@@ -23,10 +23,11 @@ _KEPT_BYTES = 256 << 20  # decoded pictures that a collator keeps: all of a smal
 class ItemBatch:
     """N mentions or N entities before encoding.
 
-    token_ids: int64 [N, L], start-of-text ... end-of-text, then zeros; L is at most the backbone's context length and
-        may be trimmed to the longest text of the batch.
-    images: uint8 [N, 3, S, S], all zero where `has_image` is False.
-    has_image: bool [N].
+    Attributes:
+        token_ids: int64 [N, L], start-of-text ... end-of-text, then zeros; L is at most the backbone's context length
+            and may be trimmed to the longest text of the batch.
+        images: uint8 [N, 3, S, S], all zero where `has_image` is False.
+        has_image: bool [N].
     """
 
     token_ids: Tensor
@@ -65,9 +66,12 @@ def stacked(first: ItemBatch, second: ItemBatch) -> ItemBatch:
 class ItemFormat:
     """What a part reads of an item, and how its text is written.
 
-    reserve: positions kept free for prompts. num_tokens: every text is padded (and cut) to exactly this length, for
-    systems that attend over padding; None trims a batch to its longest text. A modality that is not read is not
-    decoded: its texts are empty, or its pictures are missing.
+    A modality that is not read is not decoded: its texts are empty, or its pictures are missing.
+
+    Attributes:
+        reserve: Positions kept free for prompts.
+        num_tokens: Every text is padded (and cut) to exactly this length, for systems that attend over padding; None
+            trims a batch to its longest text.
     """
 
     template: Template
@@ -131,7 +135,8 @@ class ImageCollator:
 def gold_rows(dataset: Dataset, split: str) -> Tensor:
     """kb row of each mention's gold, int64 [M], in shard order (the order of cached features).
 
-    Raises UserError for a split without mentions, or a gold that is no row of the kb.
+    Raises:
+        UserError: The split has no mentions, or a gold is no row of the kb.
     """
     rows = []
     for mention in dataset.mentions(split):

@@ -25,7 +25,12 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class JpegHeader:
-    """What a plain JPEG says before its pixels. channels: 1 (grey) or 3. metadata: it has EXIF or XMP."""
+    """What a plain JPEG says before its pixels.
+
+    Attributes:
+        channels: 1 (grey) or 3.
+        metadata: It has EXIF or XMP.
+    """
 
     width: int
     height: int

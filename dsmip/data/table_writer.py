@@ -55,8 +55,9 @@ class TableWriter:
     def append(self, table: Table, alike: Mapping[str, Tensor] = _NONE) -> None:
         """Adds rows (CPU tensors); every table must have the same columns.
 
-        alike: by the name of a ragged column, which items (bool [N]) have the very same token rows, here and in all
-        other tables: these are stored once.
+        Args:
+            alike: By the name of a ragged column, which items (bool [N]) have the very same token rows, here and in all
+                other tables: these are stored once.
         """
         for name, column in table.columns.items():
             if not isinstance(column, Ragged):

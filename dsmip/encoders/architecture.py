@@ -76,7 +76,8 @@ def resolve_architecture(architecture: str) -> Architecture:
 def read_architecture(architecture: str) -> Architecture:
     """The configuration as it is written, for whoever needs its sizes only: checking it imports open_clip, seconds.
 
-    Raises UserError for an unknown name and a missing or wrong JSON.
+    Raises:
+        UserError: An unknown name, or a missing or wrong JSON.
     """
     shipped = SHIPPED / f"{architecture}.json"
     if architecture.endswith(".json"):

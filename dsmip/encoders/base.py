@@ -29,7 +29,11 @@ class FeatureSizes:
 
 @cache
 def feature_sizes(architecture: str) -> FeatureSizes:
-    """Widths of a backbone's features, from its configuration alone. Raises UserError when it does not state them."""
+    """Widths of a backbone's features, from its configuration alone.
+
+    Raises:
+        UserError: It does not state them.
+    """
     config = read_architecture(architecture).config
     try:
         return FeatureSizes(
@@ -57,8 +61,9 @@ class FeatureEncoder(Protocol):
 class StoredFeatures:
     """Features of a part that lie beside the shards, and what is left to encode.
 
-    file_of: the table of a split or of the kb. rest, rest_format: the encoder of the columns that it has not, and what
-    that reads of an item.
+    Attributes:
+        file_of: The table of a split or of the kb.
+        rest, rest_format: The encoder of the columns that it has not, and what that reads of an item.
     """
 
     folder: Path

@@ -31,8 +31,10 @@ Tower = Literal["text", "vision"]
 class TokenFeatures:
     """Features of N texts or pictures, at least float32.
 
-    pooled: [N, d_z], projected end-of-text or class token. tokens: [N, T, width] of the last layer.
-    mask: bool [N, T], True where a token is not padding.
+    Attributes:
+        pooled: [N, d_z], projected end-of-text or class token.
+        tokens: [N, T, width] of the last layer.
+        mask: bool [N, T], True where a token is not padding.
     """
 
     pooled: Tensor
@@ -284,7 +286,11 @@ class Backbone(nn.Module):
 
 
 def compile_towers(module: nn.Module) -> None:
-    """`Backbone.compile_layers` of every backbone in a module. Raises UserError where there is no compiler."""
+    """Compiles the layers of every backbone in a module (`Backbone.compile_layers`).
+
+    Raises:
+        UserError: There is no compiler.
+    """
     compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
     if shutil.which(compiler) is None:
         raise UserError(f"train.compile: no C++ compiler named {compiler} (set CXX to one, or leave compile out)")

@@ -91,7 +91,12 @@ class FeatureManifest(Part):
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
-    """Finished features of a data set. files: the data set's own; name: of the folder with the tables, below them."""
+    """Finished features of a data set.
+
+    Attributes:
+        files: The data set's own.
+        name: Of the folder with the tables, below them.
+    """
 
     files: DatasetStorage
     name: str
@@ -103,7 +108,11 @@ class ImageFeatures:
         return self.files.folder / self.name
 
     def file(self, part: str) -> Path:
-        """The checked table of a split or of the kb, on this node. Raises UserError when it is missing or damaged."""
+        """The checked table of a split or of the kb, on this node.
+
+        Raises:
+            UserError: It is missing or damaged.
+        """
         expected = self.manifest.files[part]
         asked = FileInfo(features_file(self.name, part), expected.sha256, expected.bytes)
         path = self.files.use(asked, lambda path: path)
@@ -131,7 +140,11 @@ def network_hash(identity: Identity) -> str:
 
 
 def read_features(files: DatasetStorage, name: str) -> ImageFeatures | None:
-    """Finished features, None where none are finished. Raises UserError for a damaged manifest."""
+    """Finished features, None where none are finished.
+
+    Raises:
+        UserError: Their manifest is damaged.
+    """
     place = files.address(f"{name}/{_MANIFEST}")
     content = files.read(f"{name}/{_MANIFEST}")
     if content is None:

@@ -26,7 +26,9 @@ from dsmip.errors import UserError
 class NetworkChoice:
     """Which network, for processes that build it themselves.
 
-    weights: as the builder of that kind takes them; None: random ones of `seed`. architecture: of a backbone.
+    Attributes:
+        weights: As the builder of that kind takes them; None: random ones of `seed`.
+        architecture: Of a backbone.
     """
 
     kind: str
@@ -35,7 +37,11 @@ class NetworkChoice:
     seed: int = 0
 
     def build(self, device: torch.device | str = "cpu") -> "ImageNetwork":
-        """The network, frozen. Raises UserError as the builders do."""
+        """The network, frozen.
+
+        Raises:
+            UserError: Its weights are not found, not readable or do not fit.
+        """
         return find_network(self.kind).build(self, device)
 
     @property
@@ -62,11 +68,15 @@ class Identity:
 class ImageNetwork(ABC):
     """A built network, frozen: `module` makes one vector of each image.
 
-    kind: its name in configurations and commands. title: its name in messages. of_backbone: it is a part of the run's
-    backbone, with no weights of its own (those of others are `gate.vgg_weights`). published: weights that may be given
-    by a name, and what that stands for: the same tensors for ever, so that nothing is loaded to compare them. side: of
-    the images that it is fed where no configuration says. state_name: of its module in a gate's encoder; feature-cache
-    keys hash it.
+    Attributes:
+        kind: Its name in configurations and commands.
+        title: Its name in messages.
+        of_backbone: It is a part of the run's backbone, with no weights of its own (those of others are
+            `gate.vgg_weights`).
+        published: Weights that may be given by a name, and what that stands for: the same tensors for ever, so that
+            nothing is loaded to compare them.
+        side: Of the images that it is fed where no configuration says.
+        state_name: Of its module in a gate's encoder; feature-cache keys hash it.
     """
 
     kind: ClassVar[str]
@@ -81,7 +91,11 @@ class ImageNetwork(ABC):
     @classmethod
     @abstractmethod
     def build(cls, choice: NetworkChoice, device: torch.device | str = "cpu") -> Self:
-        """The network with its weights. Raises UserError when there are none."""
+        """The network with its weights.
+
+        Raises:
+            UserError: They are not found, not readable or do not fit.
+        """
 
     @classmethod
     @abstractmethod

@@ -39,7 +39,11 @@ def _stage(before: int, channels: int) -> list[nn.Module]:
 
 
 def check_stem(name: str, channels: Any, patch_size: object, image_size: Any) -> None:
-    """Raises UserError unless `channels` are a stem whose grid of patches is the one that the tower expects."""
+    """Checks that `channels` are a stem whose grid of patches is the one that the tower expects.
+
+    Raises:
+        UserError: They are not.
+    """
     is_list = isinstance(channels, list) and len(channels) > 0
     if not is_list or not all(isinstance(c, int) and c > 0 and c % _GROUPS == 0 for c in channels):
         raise UserError(f"backbone {name}: vision_cfg.{STEM} must be a list of positive multiples of {_GROUPS}")

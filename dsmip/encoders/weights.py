@@ -98,7 +98,11 @@ def load_weights(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> No
 
 
 def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], label: str) -> None:
-    """Raises UserError for missing, unexpected or wrongly shaped tensors; the first of them are named."""
+    """Compares names and shapes of tensors with those of a network; `label` is for the message.
+
+    Raises:
+        UserError: Missing, unexpected or wrongly shaped tensors; the first of them are named.
+    """
     faults = [f"{key} is missing" for key in expected if key not in state]
     faults += [f"{key} is not part of the network" for key in state if key not in expected]
     faults += [

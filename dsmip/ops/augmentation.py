@@ -20,11 +20,16 @@ _LUMA = (0.299, 0.587, 0.114)
 class ImageAugmentation:
     """Strengths; the defaults change nothing.
 
-    scale: (low, high) magnification, drawn log-uniformly. shift: largest move as a fraction of the side.
-    rotation: largest angle in degrees. flip: probability of mirroring left and right.
-    brightness, contrast, saturation: factor drawn from 1 - x .. 1 + x. hue: largest turn as a fraction of the circle.
-    grayscale, erase: probabilities. erase_area: (low, high) fraction of the picture that the erased box covers.
-    padding: what comes in from outside: the border pixels or white.
+    Attributes:
+        scale: (low, high) magnification, drawn log-uniformly.
+        shift: Largest move as a fraction of the side.
+        rotation: Largest angle in degrees.
+        flip: Probability of mirroring left and right.
+        brightness, contrast, saturation: Factor drawn from 1 - x .. 1 + x.
+        hue: Largest turn as a fraction of the circle.
+        grayscale, erase: Probabilities.
+        erase_area: (low, high) fraction of the picture that the erased box covers.
+        padding: What comes in from outside: the border pixels or white.
     """
 
     scale: tuple[float, float] = (1.0, 1.0)
@@ -80,7 +85,9 @@ def drop_tokens(token_ids: Tensor, probability: float, chance: Tensor) -> Tensor
     """int64 [N, L]: each token between start-of-text and end-of-text is dropped with `probability`.
 
     The rest moves left and zeros fill the end. End-of-text is the highest id of a row (CLIP's vocabulary).
-    chance: uniform draws in [0, 1), float [N, at least L].
+
+    Args:
+        chance: Uniform draws in [0, 1), float [N, at least L].
 
     Raises:
         ValueError: probability outside [0, 1].

@@ -20,8 +20,11 @@ def cross_vector(
 ) -> Tensor:
     """One side of U_C, float [N, d]: LN(tanh(w text + b) text + context); S_C is the dot product of two sides.
 
-    context: unscaled softmax attention of the text over the picture tokens. mask_NP: bool, True for real tokens, at
-    least one per item (None: all). gate_weight [1, d] and gate_bias [1]: the linear map to the gate.
+    The context is unscaled softmax attention of the text over the picture tokens.
+
+    Args:
+        mask_NP: bool, True for real tokens, at least one per item (None: all).
+        gate_weight, gate_bias: [1, d] and [1], the linear map to the gate.
 
     >>> text = torch.tensor([[1.0, 3.0]])
     >>> cross_vector(text, text[None], None, torch.zeros(1, 2), torch.zeros(1), torch.ones(2), torch.zeros(2), 0.0)

@@ -24,9 +24,13 @@ def sample_gumbel(shape: Sequence[int], generator: torch.Generator, device: torc
 def relaxed_choice(log_pi: Tensor, noise: Tensor | None, tau: float) -> Tensor:
     """Soft choice softmax((log_pi + noise) / tau) over the last dimension; sums to one, same shape as `log_pi`.
 
-    log_pi: unnormalised log probabilities [..., B]. noise: Gumbel noise of the same shape, None for none.
+    Args:
+        log_pi: Unnormalised log probabilities [..., B].
+        noise: Gumbel noise of the same shape, None for none.
+        tau: The temperature, positive.
 
-    Raises ValueError unless tau is positive.
+    Raises:
+        ValueError: `tau` is not positive.
     """
     if not tau > 0:
         raise ValueError(f"tau must be positive, got {tau}")

@@ -8,8 +8,11 @@ from torch.nn import functional as F
 def contrastive_losses(scores_ME: Tensor, gold_column_M: Tensor, excluded_ME: Tensor | None = None) -> Tensor:
     """-log softmax(scores)[gold] of each mention, float [M].
 
-    scores_ME: float [M, E]. gold_column_M: int64 [M]. excluded_ME: bool [M, E], True takes a pair out of the
-    denominator (the same gold in another column); the gold column itself is never taken out.
+    Args:
+        scores_ME: float [M, E].
+        gold_column_M: int64 [M].
+        excluded_ME: bool [M, E], True takes a pair out of the denominator (the same gold in another column); the gold
+            column itself is never taken out.
 
     >>> bool((contrastive_losses(torch.zeros(1, 4), torch.tensor([2])) == torch.tensor(4.0).log()).all())
     True

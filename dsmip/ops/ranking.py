@@ -29,8 +29,12 @@ class TopK(NamedTuple):
 def count_against(scores_ME: Tensor, gold_score_M: Tensor, gold_column_M: Tensor) -> Counts:
     """Counts of one tile of columns against golds that may lie in another tile.
 
-    gold_score_M: float [M], the gold's score. gold_column_M: int64 [M], the gold's column in this tile, -1 if it lies
-    elsewhere. Raises ValueError on NaN, which compares false with everything and would rank first.
+    Args:
+        gold_score_M: float [M], the gold's score.
+        gold_column_M: int64 [M], the gold's column in this tile, -1 if it lies elsewhere.
+
+    Raises:
+        ValueError: A score is NaN, which compares false with everything and would rank first.
 
     >>> import torch
     >>> count_against(torch.tensor([[3.0, 1.0, 1.0, 0.0]]), torch.tensor([1.0]), torch.tensor([2]))
@@ -103,7 +107,10 @@ def _some(ranks_XM: Tensor) -> Tensor:
 
 
 def top_k(scores_ME: Tensor, k: int) -> TopK:
-    """The min(k, E) best columns, best first, equal scores by lower column. Raises ValueError on NaN.
+    """The min(k, E) best columns, best first, equal scores by lower column.
+
+    Raises:
+        ValueError: A score is NaN.
 
     >>> import torch
     >>> top_k(torch.tensor([[1.0, 3.0, 1.0, 1.0]]), 3).rows_MK
@@ -126,7 +133,9 @@ def top_k(scores_ME: Tensor, k: int) -> TopK:
 def merge_top_k(scores_MC: Tensor, rows_MC: Tensor, k: int) -> TopK:
     """The best min(k, C) of C candidates in any order, best first, equal scores by lower row.
 
-    scores_MC: float [M, C]; rows_MC: int64 [M, C], for instance the top-k of several tiles side by side with KB rows.
+    Args:
+        scores_MC: float [M, C].
+        rows_MC: int64 [M, C], for instance the top-k of several tiles side by side with KB rows.
     """
     rows_MC, by_row_MC = rows_MC.sort(dim=1)
     best_MC, by_score_MC = scores_MC.gather(1, by_row_MC).sort(dim=1, descending=True, stable=True)
@@ -138,7 +147,10 @@ def largest_products(
 ) -> TopK:
     """The min(k, E) largest dot products of each mention, largest first, equal ones by lower row.
 
-    Both float [., g], of one dtype and device. Memory holds one tile of products. Raises ValueError on NaN.
+    Both float [., g], of one dtype and device. Memory holds one tile of products.
+
+    Raises:
+        ValueError: A score is NaN.
 
     >>> largest_products(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 5.0], [3.0, 0.0], [2.0, 9.0]]), 2).rows_MK
     tensor([[1, 2]])
@@ -159,8 +171,10 @@ def _largest_products(vectors_Mg: Tensor, vectors_Eg: Tensor, k: int, entity_til
 def recall_at(exact_top_MK: Tensor, candidate_row_MC: Tensor) -> float:
     """Share of the exact top-K that is among the candidates, 0..1; both rows int64, candidates in any order.
 
-    An entity that ties with the last of the top, but is not named in it, does not count. Raises ValueError when there
-    is nothing to find.
+    An entity that ties with the last of the top, but is not named in it, does not count.
+
+    Raises:
+        ValueError: There is nothing to find.
 
     >>> recall_at(torch.tensor([[4, 2], [0, 1]]), torch.tensor([[1, 2, 3], [1, 0, 9]]))
     0.75
@@ -176,8 +190,14 @@ def recall_at(exact_top_MK: Tensor, candidate_row_MC: Tensor) -> float:
 def ranks_among(scores_MC: Tensor, rows_MC: Tensor, gold_row_M: Tensor) -> Tensor:
     """Realistic ranks float64 [M] of golds among C candidates alone; infinite where the gold is none of them.
 
-    scores_MC: float, in any order; rows_MC: int64, each row at most once. So a gold that was missed is no hit at any k,
-    adds nothing to the MRR, and leaves no mean rank. Raises ValueError on NaN.
+    So a gold that was missed is no hit at any k, adds nothing to the MRR, and leaves no mean rank.
+
+    Args:
+        scores_MC: float, in any order.
+        rows_MC: int64, each row at most once.
+
+    Raises:
+        ValueError: A score is NaN.
 
     >>> ranks_among(torch.tensor([[3.0, 2.0], [3.0, 2.0]]), torch.tensor([[7, 5], [1, 2]]), torch.tensor([5, 6]))
     tensor([2., inf], dtype=torch.float64)

@@ -17,7 +17,8 @@ DRAWS_AT_ONCE = 1 << 20  # bounds memory: R x M draws are made in pieces of abou
 def resamples(num_mentions: int, num_resamples: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Bootstrap samples: mention indices int64 [r, M] on the generator's device, in pieces whose r add up to R.
 
-    Raises ValueError when there is no mention or no resample to draw.
+    Raises:
+        ValueError: There is no mention or no resample to draw.
     """
     _check_counts(num_mentions, num_resamples)
     for size in _pieces(num_mentions, num_resamples):
@@ -27,7 +28,12 @@ def resamples(num_mentions: int, num_resamples: int, generator: torch.Generator)
 def percentile_interval(resampled_RK: Tensor, level: float = 0.95) -> Tensor:
     """Low and high ends float64 [2, K] that hold the middle `level` of R resampled values (linear interpolation).
 
-    resampled_RK: float [R, K]. Raises ValueError unless 0 < level < 1.
+    Args:
+        resampled_RK: float [R, K].
+        level: Between 0 and 1.
+
+    Raises:
+        ValueError: `level` is not between 0 and 1.
 
     >>> percentile_interval(torch.arange(101.0)[:, None], level=0.5).T
     tensor([[25., 75.]], dtype=torch.float64)
@@ -42,8 +48,11 @@ def percentile_interval(resampled_RK: Tensor, level: float = 0.95) -> Tensor:
 def count_extreme(differences_MK: Tensor, signs_RM: Tensor) -> Tensor:
     """int64 [K]: in how many of R sign patterns the sum of differences is at least as far from 0 as it is unflipped.
 
-    differences_MK: float64 [M, K], second system minus first. signs_RM: float64 [R, M] of 1 and -1. Sums that are equal
-    but for rounding count as equal.
+    Sums that are equal but for rounding count as equal.
+
+    Args:
+        differences_MK: float64 [M, K], second system minus first.
+        signs_RM: float64 [R, M] of 1 and -1.
     """
     observed_K = differences_MK.sum(dim=0).abs()
     rounding_K = 1e-12 * differences_MK.abs().sum(dim=0)
@@ -53,9 +62,14 @@ def count_extreme(differences_MK: Tensor, signs_RM: Tensor) -> Tensor:
 def randomisation_p_values(differences_MK: Tensor, num_flips: int, generator: torch.Generator) -> Tensor:
     """Two-sided p-values float64 [K] of the paired randomisation test on means over mentions.
 
-    differences_MK: float64 [M, K], second system minus first, on the generator's device. Flipping a sign swaps the two
-    systems on that mention, in all metrics at once. p = (1 + extreme) / (1 + R), which is never 0 and keeps the test's
-    level for any R (Phipson and Smyth, 2010). Raises ValueError without mentions or flips.
+    Flipping a sign swaps the two systems on that mention, in all metrics at once. p = (1 + extreme) / (1 + R), which is
+    never 0 and keeps the test's level for any R (Phipson and Smyth, 2010).
+
+    Args:
+        differences_MK: float64 [M, K], second system minus first, on the generator's device.
+
+    Raises:
+        ValueError: There is no mention or no flip.
     """
     _check_counts(len(differences_MK), num_flips)
     differences_MK = differences_MK[(differences_MK != 0).any(dim=1)]  # the others add nothing to any sum

@@ -15,8 +15,10 @@ def with_global(
 ) -> Tensor:
     """U_T: half of <t_m, t_e> + <W_c t_e, LN(mean over s of softmax(q_s K^T) V)>, float [M, E].
 
-    local_ME: `local_scores` with the directions W_c t_e * norm_weight. local_query_Ed is W_c t_e; norm_bias [d] is the
-    LayerNorm's.
+    Args:
+        local_ME: `local_scores` with the directions W_c t_e * norm_weight.
+        local_query_Ed: W_c t_e.
+        norm_bias: [d], the LayerNorm's.
 
     >>> key, value, query = torch.ones(1, 1, 2), torch.tensor([[[3.0, 1.0]]]), torch.ones(1, 1, 2)
     >>> local_query, weight, bias = torch.tensor([[1.0, 0.0]]), torch.ones(2), torch.zeros(2)

@@ -38,7 +38,9 @@ class Checkpoint:
 
     No generator's state is among it: every random number of a training is a function of (seed, epoch, step, worker).
     Nor is the place in the shards: it follows from (seed, epoch, step).
-    sums, count: of figures of the epoch so far, and of its samples, over all workers.
+
+    Attributes:
+        sums, count: Of figures of the epoch so far, and of its samples, over all workers.
     """
 
     epoch: int
@@ -62,7 +64,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes all parts into `folder`; `checkpoint.json` is written last: present means complete.
 
-    Raises OSError with the folder's name when its disk is full: of the libraries' own errors none has a name.
+    Raises:
+        OSError: Its disk is full; with the folder's name, as of the libraries' own errors none has a name.
     """
     try:
         _write_parts(folder, checkpoint)
@@ -102,7 +105,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """Reads every byte of a checkpoint and returns its manifest.
 
-    Raises UserError that names the first file which is missing or differs from the hash in the manifest.
+    Raises:
+        UserError: A file is missing, or differs from the hash in the manifest; the first one is named.
     """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
@@ -117,8 +121,11 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 def newest_sound(folders: Iterable[Path], device: torch.device, warn: Callable[[str], None], place: str) -> Path | None:
     """The first of `folders` (newest first) that every worker finds undamaged, None when there is none at all.
 
-    Warns of each damaged one that it passes over. Raises NoSoundCheckpoint when all are damaged: whether the training
-    begins anew is for the user to say, who then deletes `place`.
+    Warns of each damaged one that it passes over.
+
+    Raises:
+        NoSoundCheckpoint: All are damaged: whether the training begins anew is for the user to say, who then deletes
+            `place`.
     """
     damaged = []
     for folder in folders:
@@ -134,7 +141,11 @@ def newest_sound(folders: Iterable[Path], device: torch.device, warn: Callable[[
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> Checkpoint:
-    """Reads a folder that `save_checkpoint` finished; UserError when it is not complete or damaged."""
+    """Reads a folder that `save_checkpoint` finished.
+
+    Raises:
+        UserError: It is not complete, or damaged.
+    """
     manifest = verify_checkpoint(folder)
     # The optimizer moves its moments itself; its step counts must stay on the CPU, or each step waits for the device.
     state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)

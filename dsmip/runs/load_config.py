@@ -158,7 +158,8 @@ def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> Expe
 def swept(config: ExperimentConfig, changes: Mapping[str, Any], source: str = "tune.space") -> ExperimentConfig:
     """The configuration of a trial: `changes` by dotted key, of `system` or of the stage-two training (`train.<name>`).
 
-    Raises UserError for other keys: stage one is over when a sweep starts.
+    Raises:
+        UserError: Another key: stage one is over when a sweep starts.
     """
     tree = config.model_dump(mode="json")
     for key, value in changes.items():

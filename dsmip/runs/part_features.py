@@ -17,7 +17,11 @@ from dsmip.runs.run import Run
 
 
 class PartFeatures:
-    """Of a finished part, or of a gate's inputs. Raises UserError when stored features are damaged."""
+    """The features of a finished part, or of a gate's inputs.
+
+    Raises:
+        UserError: Stored features are damaged.
+    """
 
     def __init__(self, home: Run, part: str, config: ExperimentConfig) -> None:
         self.home, self.part, self._config = home, part, config

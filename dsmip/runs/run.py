@@ -60,7 +60,9 @@ class Run:
 
         How parts are run and what stage one does not depend on may change; everything may as long as nothing has been
         trained.
-        Raises UserError when there is a run of another configuration or data set, or something else.
+
+        Raises:
+            UserError: There is a run of another configuration or data set, or something else.
         """
         storage = open_run_storage(location)
         storage.refresh()
@@ -92,7 +94,8 @@ class Run:
     def open(location: Location, dataset: Dataset | None = None) -> "Run":
         """Opens an existing run with its own data, or with `dataset` when it has the same manifest.
 
-        Raises UserError for a missing run, moved data, or data whose manifest differs.
+        Raises:
+            UserError: There is no run, its data has moved, or the data's manifest differs.
         """
         storage = open_run_storage(location)
         storage.refresh()
@@ -219,7 +222,8 @@ class Run:
     def load_model(self, name: str) -> "LoadedModel":
         """A finished part, or the gated whole by the system's name.
 
-        Raises UserError for an unknown model, or one that is not trained yet.
+        Raises:
+            UserError: An unknown model, or one that is not trained yet.
         """
         if name == self.system.name and self.system.gated:
             config = self.whole_config()
@@ -282,7 +286,8 @@ def own_weights(matcher: Matcher) -> dict[str, torch.Tensor]:
 def load_own_weights(matcher: Matcher, path: Path) -> None:
     """Loads what `own_weights` saved; tensors of an encoder that this matcher was built without are passed over.
 
-    Raises UserError when a tensor of the matcher is missing or has another shape.
+    Raises:
+        UserError: A tensor of the matcher is missing or has another shape.
     """
     stored = load_file(path)
     state = matcher.state_dict()

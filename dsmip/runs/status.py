@@ -56,7 +56,10 @@ class Evaluation:
 class Status:
     """All that is known of a run.
 
-    folder: where it lies. disk: bytes by entry there. last_command: its name and outcome.
+    Attributes:
+        folder: Where it lies.
+        disk: Bytes by entry there.
+        last_command: Its name and outcome.
     """
 
     folder: str
@@ -72,9 +75,13 @@ class Status:
 
 
 def read_status(location: Location, now: datetime | None = None) -> Status:
-    """Raises UserError when there is no run; every other trouble is among the `problems`.
+    """Reads the status of a run from its files.
 
-    now: what trainings' last signs of life are compared with (default: the present).
+    Args:
+        now: What trainings' last signs of life are compared with (default: the present).
+
+    Raises:
+        UserError: There is no run; every other trouble is among the `problems`.
     """
     storage = open_run_storage(location)
     storage.refresh()

@@ -34,7 +34,8 @@ _DRAWS = 1 << 32
 class Step:
     """One worker's share of one batch: M mentions, their M gold entities in the same order, then extra negatives.
 
-    gold_row_M, entity_row_E: kb rows (E >= M).
+    Attributes:
+        gold_row_M, entity_row_E: Rows of the kb (E >= M).
     """
 
     mentions: Items
@@ -158,7 +159,8 @@ def is_held_out(entity_id: str, share: float) -> bool:
 def augmented(batch: ItemBatch, config: AugmentConfig, draws: Draws, width: int) -> ItemBatch:
     """The batch with random changes of pictures and texts; the same object when all is off.
 
-    width: tokens that the longest text of any share may have, the same for all workers.
+    Args:
+        width: Tokens that the longest text of any share may have, the same for all workers.
     """
     if config == AugmentConfig():
         return batch

@@ -122,7 +122,9 @@ class LoopState:
 class Loop:
     """Optimizer, schedule and scaler of one training, and the epoch over them.
 
-    rate_factor: of the learning rate, by step. checkpoint_steps: save after so many steps, besides after each epoch.
+    Attributes:
+        rate_factor: Of the learning rate, by step.
+        checkpoint_steps: Save after so many steps, besides after each epoch.
     """
 
     def __init__(
@@ -175,7 +177,12 @@ class Loop:
         return folder
 
     def epoch(self, source: StepSource, progress: LoopState) -> None:
-        """What is left of an epoch. Raises Left after saving, and UserError when the training diverges."""
+        """What is left of an epoch.
+
+        Raises:
+            Left: This worker is to leave; all is saved.
+            UserError: The training diverges.
+        """
         self.objective.module.train()
         num_steps = source.num_steps()
         for batch, wait_seconds in timed(source.steps(progress.epoch, progress.step)):

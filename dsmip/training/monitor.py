@@ -23,8 +23,11 @@ _ALIVE_SECONDS = 60.0  # a fifth of what `dsmip status` waits before it takes a 
 class StepFigures:
     """One step on one worker.
 
-    gradient_norm: before clipping, 0-dimensional and still on the device. num_samples: of all workers. seconds: of the
-    whole step; wait_seconds: of them, the wait for the batch.
+    Attributes:
+        gradient_norm: Before clipping, 0-dimensional and still on the device.
+        num_samples: Of all workers.
+        seconds: Of the whole step.
+        wait_seconds: Of them, the wait for the batch.
     """
 
     loss: float

@@ -37,7 +37,8 @@ _READ_AHEAD = 4
 class PairSource:
     """Batches of entities that have a picture, as items with the entity's text and one of its pictures.
 
-    Raises UserError when fewer than two entities have a picture.
+    Raises:
+        UserError: Fewer than two entities have a picture.
     """
 
     def __init__(
@@ -111,7 +112,9 @@ def pretrain(
 
     Accuracy is the share of pictures whose own text scores best in the batch. Goes on from `context.restore()`.
 
-    Raises UserError when the training diverges, and `Left`.
+    Raises:
+        UserError: The training diverges.
+        Left: This worker was told to leave, and has saved.
     """
     backbone.tune("full")
     backbone.logit_scale.requires_grad_(True)

@@ -65,13 +65,21 @@ class Watched:
         return f"tensorboard/{self.name.replace(' ', '-')}"
 
     def writers(self) -> list[Writer]:
-        """One per tool. Raises UserError as `check_tools` does."""
+        """One per tool.
+
+        Raises:
+            UserError: As `check_tools` does.
+        """
         check_tools(self.tools)
         return [_WRITERS[tool](self) for tool in self.tools]
 
 
 def check_tools(tools: Sequence[WatchTool]) -> None:
-    """Raises UserError for a tool whose package is not installed."""
+    """Checks that the packages of tools are there, before anything starts.
+
+    Raises:
+        UserError: One is not installed.
+    """
     for tool in tools:
         if importlib.util.find_spec(_PACKAGES[tool]) is None:
             raise UserError(f"watch: {tool} is not installed; pip install 'dsmip[{tool}]', or leave it out of 'watch'")
@@ -198,7 +206,11 @@ class ProgressFile(Writer):
     """A small JSON file with the position and the latest figures, for `dsmip status`."""
 
     def __init__(self, path: Path, num_epochs: int, where: Mapping[str, Any]) -> None:
-        """where: the machine that trains, in the file as it is."""
+        """Makes no file yet.
+
+        Args:
+            where: The machine that trains, in the file as it is.
+        """
         self._path, self._num_epochs, self._where = path, num_epochs, dict(where)
         self._figures: dict[str, float] = {}
         self._position = Position(0, 0, 1)
@@ -228,7 +240,11 @@ class Sent(Writer):
     """
 
     def __init__(self, storage: RunStorage, name: str) -> None:
-        """name: a file, or a folder, of the storage."""
+        """Starts the thread.
+
+        Args:
+            name: A file, or a folder, of the storage.
+        """
         self._storage, self._name = storage, name
         self._last = 0.0
         self._pool = ThreadPoolExecutor(1)

@@ -44,10 +44,14 @@ def train(
 
     Resumes from `context.restore()`. On return the matcher holds the weights of the best epoch. `validate` returns
     metrics with the key `mrr`; with several workers it is called on each, and must return the same on each.
-    stop_epoch: pause there (a rung of successive halving); the schedule still spans `config.epochs`.
-    checkpoint_steps: save after so many steps, besides after each epoch.
 
-    Raises UserError when the training diverges, and `Left`.
+    Args:
+        stop_epoch: Pause there (a rung of successive halving); the schedule still spans `config.epochs`.
+        checkpoint_steps: Save after so many steps, besides after each epoch.
+
+    Raises:
+        UserError: The training diverges.
+        Left: This worker was told to leave, and has saved.
     """
     matcher.to(context.device)
     total_steps = config.epochs * source.num_steps()

@@ -28,19 +28,20 @@ _SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the
 class GateConfig(Frozen):
     """The gate's form. The paper's: vgg16, raw, pair, sampled, none, tuned, relu.
 
-    picture: the image network (`dsmip.encoders.image_networks`): `vgg16` (fc7) or `clip` (the frozen backbone's pooled
-    picture).
-    vgg_weights: of an image network other than the backbone: a local file, `torchvision`, or `sha256:<16 or more
-    digits>`: features that `dsmip features` has made.
-    inputs: `raw`, or `normalised` to mean 0 and variance 1 per number (means of token embeddings are tiny and nearly
-    the same for all texts: raw, the gate does not see them).
-    choice: every `pair` chooses its expert, or every `mention`, so that all entities of a ranking are scored on one
-    scale.
-    training: `sampled` one-hot choices with straight-through gradients (eqs. 15, 16), or `mixture`, the exact
-    likelihood of a mixture of the experts (mention choice only).
-    calibration: `none`, or a learned `scale` of each expert's scores, since experts that were trained alone differ in
-    how sure they are of themselves.
-    units: the experts' units are `tuned` with the gate (the paper) or `frozen`.
+    Attributes:
+        picture: The image network (`dsmip.encoders.image_networks`): `vgg16` (fc7) or `clip` (the frozen backbone's
+            pooled picture).
+        vgg_weights: Of an image network other than the backbone: a local file, `torchvision`, or `sha256:<16 or more
+            digits>`: features that `dsmip features` has made.
+        inputs: `raw`, or `normalised` to mean 0 and variance 1 per number (means of token embeddings are tiny and
+            nearly the same for all texts: raw, the gate does not see them).
+        choice: Every `pair` chooses its expert, or every `mention`, so that all entities of a ranking are scored on one
+            scale.
+        training: `sampled` one-hot choices with straight-through gradients (eqs. 15, 16), or `mixture`, the exact
+            likelihood of a mixture of the experts (mention choice only).
+        calibration: `none`, or a learned `scale` of each expert's scores, since experts that were trained alone differ
+            in how sure they are of themselves.
+        units: The experts' units are `tuned` with the gate (the paper) or `frozen`.
     """
 
     picture: Kind = "vgg16"
@@ -82,8 +83,10 @@ def stored_images(
 ) -> ImageFeatures | None:
     """The gate's image features where they lie beside the shards, the same that it would compute; else None.
 
-    Weights are loaded only to compare them, and only when there is something to compare with. Raises UserError then,
-    and for damaged features.
+    Weights are loaded only to compare them, and only when there is something to compare with.
+
+    Raises:
+        UserError: Weights cannot be loaded, or the features are damaged.
     """
     size = Backbone.build(backbone.architecture, None, device="meta").image_size
     found = list(find_features(dataset, config.picture, size, dtype))

@@ -37,10 +37,12 @@ class HalfOverflow(ValueError):
 class TextUnit(nn.Module):
     """U_T, text against text. See `dsmip.ops.text_unit`.
 
-    mask_padding: True attends over each item's own tokens. False reproduces the published code, which attends over
-    padding as well: the features must then hold all token places of every item, padding included.
-    backend: what computes token-level scores (`use_backend`). `cpp` (on a CPU) and `triton` (on a GPU, up to 96 tokens
-    a mention) are taken for float32 without gradients, `torch` for all else. precision: see `use_precision`.
+    Attributes:
+        mask_padding: True attends over each item's own tokens. False reproduces the published code, which attends over
+            padding as well: the features must then hold all token places of every item, padding included.
+        backend: What computes token-level scores (`use_backend`). `cpp` (on a CPU) and `triton` (on a GPU, up to 96
+            tokens a mention) are taken for float32 without gradients, `torch` for all else.
+        precision: See `use_precision`.
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class TextUnit(nn.Module):
     def score(self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None) -> Tensor:
         """S_T, float [M, E]. The token-level half, which costs the most, is left out of pairs not wanted (bool).
 
-        Raises HalfOverflow for token rows too large for precision fp16.
+        Raises:
+            HalfOverflow: Token rows too large for precision fp16.
         """
         local_query_Ed = entities.dense("local")
         direction_Ed = local_query_Ed * self.layer_norm.weight
