@@ -200,7 +200,11 @@ class Dataset:
     def _read_mentions(
         self, split: str, rows: range | None = None, only: Container[str] | None = None
     ) -> Iterator[Mention]:
-        """Mentions from the shards. only: the fields of a sample that are read."""
+        """Mentions from the shards.
+
+        Args:
+            only: The fields of a sample that are read.
+        """
         start = 0
         num_mentions = self.num_mentions(split)
         rows = range(num_mentions) if rows is None else rows

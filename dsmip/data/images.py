@@ -46,21 +46,21 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     # Strict where decoders are lenient (bytes between segments), so that a decoder reads the same frame size.
     if not (data.startswith(_START) and data.endswith(_END)):
         return None
-    place, metadata = len(_START), False
+    offset, metadata = len(_START), False
     frame: tuple[int, int, int, int] | None = None
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], struct.unpack_from(">H", data, place + 2)[0]
+    while offset + 4 <= len(data) and data[offset] == 0xFF:
+        marker, length = data[offset + 1], struct.unpack_from(">H", data, offset + 2)[0]
         if marker == _START_OF_SCAN:
             return None if frame is None else JpegHeader(frame[2], frame[1], frame[3], metadata)
         if marker == 0xFF or marker in _WITHOUT_LENGTH:
             return None
-        if marker in _HUFFMAN_FRAMES and place + 10 <= len(data):
-            frame = struct.unpack_from(">BHHB", data, place + 4)
+        if marker in _HUFFMAN_FRAMES and offset + 10 <= len(data):
+            frame = struct.unpack_from(">BHHB", data, offset + 4)
             bits, height, width, channels = frame
             if bits != 8 or channels not in (1, 3) or not width * height:
                 return None
         metadata |= marker == _APP1
-        place += 2 + length
+        offset += 2 + length
     return None
 
 

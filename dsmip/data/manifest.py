@@ -43,7 +43,8 @@ class Source(Part):
 class ImageSettings(Part):
     """How pictures were prepared: shorter side at most `size` pixels, JPEG `quality` where they were encoded again.
 
-    keep_original: nothing was resized, and upright JPEGs are the release's own files byte for byte.
+    Attributes:
+        keep_original: Nothing was resized, and upright JPEGs are the release's own files byte for byte.
     """
 
     size: Annotated[int, Field(ge=1)]
@@ -70,9 +71,11 @@ class ShardInfo(Part):
 class Manifest(Part):
     """`manifest.json`.
 
-    layout, choices: the release's layout and what was chosen of it (which text, which split). shard_bytes: about the
-    size of the kb's shards. Findings by reason: `rejects` counts records left out (inputs = in shards + rejected),
-    `repaired` and `degraded` what was changed or lost in records that are kept.
+    Attributes:
+        layout, choices: The release's layout and what was chosen of it (which text, which split).
+        shard_bytes: About the size of the kb's shards.
+        rejects: Records left out, by reason (inputs = in shards + rejected).
+        repaired, degraded: What was changed, or lost, in records that are kept, by reason.
     """
 
     format: int = FORMAT
@@ -141,7 +144,11 @@ def parse_manifest(content: bytes, path: str) -> tuple[Manifest, str]:
 
 
 def parse_json_object(content: bytes, path: str) -> dict[str, Any]:
-    """A JSON object; `path` is for messages. Raises UserError when it is none."""
+    """The JSON object of a text; `path` is for messages.
+
+    Raises:
+        UserError: It holds none.
+    """
     value = parse_json(content, path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")

@@ -37,7 +37,8 @@ class Sample:
 class WrittenShard:
     """What a shard became: sizes, digest, and for each sample where its fields' bytes lie: field -> (offset, size).
 
-    end: where the samples end and what closes the tar begins.
+    Attributes:
+        end: Where the samples end and what closes the tar begins.
     """
 
     samples: int
@@ -126,7 +127,8 @@ def json_field(value: Any) -> bytes:
 def tar_header(name: str, size: int) -> bytes:
     """What `TarInfo.tobuf` makes of a plain file of mode 644, ten times faster: a dataset has hundreds of thousands.
 
-    Raises ValueError for names over 100 characters and sizes over 8 GiB.
+    Raises:
+        ValueError: A name of more than 100 characters, or a size above 8 GiB.
     """
     encoded = name.encode("ascii")
     if len(encoded) > tarfile.LENGTH_NAME or size >= 8**11:

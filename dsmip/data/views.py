@@ -16,9 +16,11 @@ _BASE = "view_of"
 
 
 class View(Part):
-    """`manifest.json` of a view. view_of: the dataset's folder, relative, or its URI in a store.
+    """`manifest.json` of a view.
 
-    base_sha256: of the dataset's manifest.
+    Attributes:
+        view_of: The dataset's folder, relative, or its URI in a store.
+        base_sha256: Of the dataset's manifest.
     """
 
     format: int = FORMAT

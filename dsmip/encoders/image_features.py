@@ -145,7 +145,7 @@ def read_features(files: DatasetStorage, name: str) -> ImageFeatures | None:
     Raises:
         UserError: Their manifest is damaged.
     """
-    place = files.address(f"{name}/{_MANIFEST}")
+    address = files.address(f"{name}/{_MANIFEST}")
     content = files.read(f"{name}/{_MANIFEST}")
     if content is None:
         return None
@@ -155,10 +155,12 @@ def read_features(files: DatasetStorage, name: str) -> ImageFeatures | None:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise UserError(
-            f"{place}: {where}: {first['msg']}; delete the folder and run 'dsmip features' again"
+            f"{address}: {where}: {first['msg']}; delete the folder and run 'dsmip features' again"
         ) from error
     if set(manifest.files) != set(PARTS):
-        raise UserError(f"{place}: files must be {', '.join(PARTS)}; delete the folder and run 'dsmip features' again")
+        raise UserError(
+            f"{address}: files must be {', '.join(PARTS)}; delete the folder and run 'dsmip features' again"
+        )
     return ImageFeatures(files, name, manifest)
 
 

@@ -42,8 +42,9 @@ _PUBLISHED_CLIP = "encoder.clip."
 class MimicConfig(Frozen):
     """The `system` section.
 
-    num_tokens: every text is cut or padded to this length. mask_padding: whether the text unit ignores padding; the
-    published model does not.
+    Attributes:
+        num_tokens: Every text is cut or padded to this length.
+        mask_padding: Whether the text unit ignores padding; the published model does not.
     """
 
     tune: Tuning = "full"
@@ -138,8 +139,10 @@ class MimicMatcher(Matcher):
     def load_published_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads a released checkpoint's tensors (read a file with `dsmip.encoders.weights.read_weights`).
 
-        state: the published names `matcher.*` and `encoder.*`, with a Hugging Face CLIPModel under `encoder.clip.*`; a
-        matcher without encoder passes the latter over. Nothing is loaded unless all of it fits.
+        Args:
+            state: The published names `matcher.*` and `encoder.*`, with a Hugging Face CLIPModel under
+                `encoder.clip.*`; a matcher without encoder passes the latter over. Nothing is loaded unless all of it
+                fits.
 
         Raises:
             UserError: a tensor is missing, unknown or of another shape; the first one is named as published.

@@ -122,7 +122,7 @@ def top_k(scores_ME: Tensor, k: int) -> TopK:
     best_MK, rows_MK = scores_ME.topk(k, dim=1, sorted=True)
     if k == 0:
         return TopK(best_MK, rows_MK)
-    # torch.topk takes any of several equal scores: redo the mentions whose last place is contested
+    # torch.topk takes any of several equal scores: redo the mentions whose last kept column is contested
     contested_M = (scores_ME >= best_MK[:, -1:]).sum(dim=1) > k
     if bool(contested_M.any()):
         full = scores_ME[contested_M].sort(dim=1, descending=True, stable=True)

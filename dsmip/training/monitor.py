@@ -53,7 +53,7 @@ class Position:
 
 
 class Writer(Protocol):
-    """One place that figures go to. A tool is not opened before the first `write`."""
+    """A destination of figures. A tool is not opened before the first `write`."""
 
     def alive(self) -> None:
         """Called when the training starts, and about once a minute in long work between its steps."""

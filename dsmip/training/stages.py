@@ -73,7 +73,8 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
 def start_whole(run: Run, config: ExperimentConfig) -> Matcher:
     """A gated system at the start of stage two: units of the trained experts, a fresh gate drawn from the seed.
 
-    Raises UserError when an expert is not trained yet.
+    Raises:
+        UserError: An expert is not trained yet.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -88,7 +89,8 @@ def start_whole(run: Run, config: ExperimentConfig) -> Matcher:
 def stage_two_split(run: Run, mentions: Table) -> SplitFeatures:
     """What stage two trains on: the held-out training mentions, or all of them when none are held out.
 
-    Raises UserError when too few are held out to train on.
+    Raises:
+        UserError: Too few are held out to train on.
     """
     golds = gold_rows(run.dataset, "train")
     if run.config.held_out == 0:

@@ -46,7 +46,8 @@ class ExpertConfig(Frozen):
 class ExpertEncoder(nn.Module):
     """The towers that an expert uses, with one set of prompts for mentions and one for entities.
 
-    mask_padding: True gives an item's own text tokens. False gives all places of the context, padded as in MIMIC.
+    Attributes:
+        mask_padding: True gives an item's own text tokens. False gives all places of the context, padded as in MIMIC.
     """
 
     def __init__(
@@ -100,7 +101,11 @@ class Expert(Matcher):
     def build(
         name: str, config: ExpertConfig, backbone: BackboneConfig, width: int, *, mask_padding: bool, with_encoder: bool
     ) -> "Expert":
-        """The expert of that name; its units have `width`. Raises UserError for a backbone that cannot be built."""
+        """The expert of that name; its units have `width`.
+
+        Raises:
+            UserError: The backbone cannot be built.
+        """
         modalities = MODALITIES[name]
         scorer = UnitScorer(modalities, feature_sizes(backbone.architecture), width, mask_padding=mask_padding)
         if not with_encoder:
@@ -134,7 +139,11 @@ class Expert(Matcher):
         noise: Tensor | None = None,
         wanted_ME: Tensor | None = None,
     ) -> Scores:
-        """wanted_ME: bool [M, E]; scores of other pairs lack the text unit's token-level half (None: all are whole)."""
+        """Scores of prepared pairs: the mean of the units'.
+
+        Args:
+            wanted_ME: bool [M, E]; scores of other pairs lack the text unit's token-level half (None: all are whole).
+        """
         units = self.scorer.score(mentions, entities, wanted_ME)
         return Scores(torch.stack(list(units.values())).mean(dim=0), parts=units)
 

@@ -25,13 +25,15 @@ from dsmip.errors import UserError
 class Scores:
     """Scores of M x E pairs, higher is better.
 
-    total_ME: float [M, E].
-    chosen_ME: int64 [M, E], index of the expert that scored the pair (None: no choice is made).
-    parts: named [M, E] scores that the total is made of (units or experts), for losses and reports. Where a choice is
-    made and no gradient asked for, only the chosen part of a pair is computed, and the others hold 0.
-    tied_choice_ME: bool [M, E], True where another expert was as good a choice; None: not asked, or no choice is made.
-    token_pairs_M2: int64 [M, 2], how many token-level scores, the costly ones, were computed, and how many all parts
-    together have; None: all were computed.
+    Attributes:
+        total_ME: float [M, E].
+        chosen_ME: int64 [M, E], index of the expert that scored the pair (None: no choice is made).
+        parts: Named [M, E] scores that the total is made of (units or experts), for losses and reports. Where a choice
+            is made and no gradient asked for, only the chosen part of a pair is computed, and the others hold 0.
+        tied_choice_ME: bool [M, E], True where another expert was as good a choice; None: not asked, or no choice is
+            made.
+        token_pairs_M2: int64 [M, 2], how many token-level scores, the costly ones, were computed, and how many all
+            parts together have; None: all were computed.
     """
 
     total_ME: Tensor
@@ -59,8 +61,10 @@ def token_pairs(computed: Sequence[Tensor]) -> Tensor:
 class BatchGold:
     """Which entity column is right, and which columns must not count as negatives.
 
-    column_M: int64 [M], gold column of each mention. same_ME: bool [M, E], True where the entity is the mention's gold
-    in another column (the same entity drawn for another mention).
+    Attributes:
+        column_M: int64 [M], gold column of each mention.
+        same_ME: bool [M, E], True where the entity is the mention's gold in another column (the same entity drawn for
+            another mention).
     """
 
     column_M: Tensor
@@ -101,7 +105,8 @@ class Matcher(nn.Module, ABC):
     def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         """Scores of prepared mentions [M] against prepared entities [E].
 
-        noise: Gumbel noise [M, E, B] while a gate is trained; None chooses without noise.
+        Args:
+            noise: Gumbel noise [M, E, B] while a gate is trained; None chooses without noise.
         """
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
@@ -109,7 +114,9 @@ class Matcher(nn.Module, ABC):
 
         It holds all of the score that is a dot product of one vector per item; every unit says what it leaves out.
         Token rows (ragged columns) are not read. For candidates alone: no score and no rank is made from it.
-        Raises UserError for a matcher that has none.
+
+        Raises:
+            UserError: This matcher has none.
         """
         raise UserError(f"{type(self).__name__} has no global vectors: candidates cannot be searched with it")
 

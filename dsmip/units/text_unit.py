@@ -97,7 +97,7 @@ class TextUnit(nn.Module):
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         """[N, z + 1]; products are S_T without its token-level half (the score of pairs not wanted).
 
-        The last place carries <W_c t_e, bias of LN>, which depends on the entity alone.
+        The last number is <W_c t_e, bias of LN>, which depends on the entity alone.
         """
         global_Nz = prepared.dense("global")
         if side == "mentions":
