@@ -25,6 +25,14 @@ from tests.support.small_release import picture, write_release
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "grey", "pink", "brown", "cyan", "white")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several processes (`-n 2`): one has all tests of the shared Ray, and begins with them; modules stay whole."""
+    for item in items:
+        shared = "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if shared else item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: "ray_cluster" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """11 entities (three of four with a picture), 23 / 7 / 8 mentions of two kinds, some with a picture."""
