@@ -100,8 +100,8 @@ def test_a_loss_that_is_no_number_ends_the_training_with_a_sound_checkpoint(
 ) -> None:
     log = StepLog(tmp_path / "log")
     monkeypatch.setattr(job, "worker_loop", noted(log))
-    wild = config.changed(
-        {"train": {"learning_rate": 1e30}, "parts": {name: {"checkpoint_steps": 1} for name in WORKERS}}
+    wild = changed(
+        config, {"train": {"learning_rate": 1e30}, "parts": {name: {"checkpoint_steps": 1} for name in WORKERS}}
     )
     display = Lines()
     with pytest.raises(JobFailed, match="failed: ") as failed:
