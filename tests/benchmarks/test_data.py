@@ -97,7 +97,7 @@ def test_an_object_store_is_measured_against_a_folder(
         assert min(row[name] for name in ("folder", "cold", "warm", "cold_ratio", "warm_ratio")) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_prepare_is_measured_against_the_bare_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     sizes = ["--entities", "60", "--mentions", "30", "--rounds", "1", "--work", str(tmp_path)]

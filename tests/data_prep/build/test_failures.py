@@ -48,9 +48,11 @@ def undisturbed(release: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return _contents(out)
 
 
-def test_a_killed_build_goes_on_from_its_finished_shards(
+@pytest.mark.slow
+def test_a_killed_build_and_one_without_room_go_on_from_their_finished_shards(
     release: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """Killed, then started where files may not grow large enough, then with room."""
     out = tmp_path / "data"
     build = _start(release, out)
     deadline = time.monotonic() + WAIT_SECONDS
@@ -64,6 +66,16 @@ def test_a_killed_build_goes_on_from_its_finished_shards(
     finished = {path.stem: path for path in out.glob(".unfinished/*.done")}
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar") if path.stem in finished}
     assert 1 < len(before) < 18
+    half_written = set(out.rglob("*.tmp"))
+
+    full = _start(release, out, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
+    _, said = full.communicate(timeout=WAIT_SECONDS)
+    assert full.returncode == 2
+    assert "cannot be written: File too large" in said
+    assert "run the command again: it goes on" in said
+    assert "Traceback" not in said
+    assert set(out.rglob("*.tmp")) <= half_written
+
     again = _start(release, out)
     _, said = again.communicate(timeout=WAIT_SECONDS)
     assert again.returncode == 0, said
@@ -71,29 +83,19 @@ def test_a_killed_build_goes_on_from_its_finished_shards(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_no_room_left_is_said_and_nothing_is_lost(release: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    out = tmp_path / "data"
-    full = _start(release, out, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
-    _, said = full.communicate(timeout=WAIT_SECONDS)
-    assert full.returncode == 2
-    assert "cannot be written: File too large" in said
-    assert "run the command again: it goes on" in said
-    assert "Traceback" not in said
-    assert not list(out.rglob("*.tmp"))
-    prepare(MimicRelease(release), out, DatasetOptions(name="plain"))
-    assert _contents(out) == undisturbed
-
-
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_cluster_makes_the_same(release: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_cluster_makes_the_same(tmp_path: Path) -> None:
     from ray_jobs.jobs.prepare import run_on_ray
 
+    release, named = MimicRelease(plain_release(tmp_path / "release", 20, 700)), DatasetOptions(name="plain")
+    prepare(release, tmp_path / "alone", named)
     seen: list[tuple[str, int, int]] = []
     progress = lambda *step: seen.append(step)  # noqa: E731
     with run_on_ray(2, print) as run:
-        prepare(MimicRelease(release), tmp_path / "data", DatasetOptions(name="plain"), run=run, progress=progress)
-    assert _contents(tmp_path / "data") == undisturbed
-    assert seen[-1] == ("mentions", 4004, 4004)
+        prepare(release, tmp_path / "data", named, run=run, progress=progress)
+    assert _contents(tmp_path / "data") == _contents(tmp_path / "alone")
+    assert len(list((tmp_path / "data").rglob("*.tar"))) > 3
+    assert seen[-1] == ("mentions", 704, 704)
 
 
 @pytest.mark.usefixtures("ray_cluster")

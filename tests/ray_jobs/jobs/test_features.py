@@ -94,7 +94,7 @@ def test_finished_pieces_are_kept_and_a_damaged_shard_is_named(dataset: Dataset,
     assert set(contents(folder)) == {"manifest.json", *(f"{part}.safetensors" for part in PARTS)}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_job_goes_on_and_ends_the_same(dataset: Dataset, config: Path, tmp_path: Path) -> None:
     """With a network of real size, so that a piece takes a second and the kill comes in the middle."""

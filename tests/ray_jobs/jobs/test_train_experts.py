@@ -88,6 +88,7 @@ def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
         counting("lost", "kill", tmp_path),
         counting("damaged", "damage", tmp_path),
         counting("full", "raise", tmp_path),
+        Training("slow", save_in_turn, {"log": str(tmp_path / "slow")}, 2, tmp_path / "ray", HALF_A_CPU),
     ]
     display = Lines()
     with pytest.raises(JobFailed, match="failed: full; run the same command again") as failed:
@@ -100,15 +101,10 @@ def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
     assert (tmp_path / "full").read_text() == "0 1 "
     assert (tmp_path / "damaged").read_text() == "0 1 1 2 3 "  # from the checkpoint before the damaged one
     assert any("damaged: warning: checkpoint file" in line for line in display.lines)
+    assert (tmp_path / "slow").read_text() == "1 1 ", "a slow store gets one checkpoint at a time"
+    assert len(list((tmp_path / "ray" / "slow").glob("checkpoint_*/"))) == 2
     run_trainings([trainings[3]], display)
     assert (tmp_path / "full").read_text() == "0 1 2 3 "
-
-
-def test_a_slow_store_gets_one_checkpoint_at_a_time(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    run_trainings([Training("slow", save_in_turn, {"log": str(log)}, 2, tmp_path / "ray", HALF_A_CPU)], Lines())
-    assert log.read_text() == "1 1 "
-    assert len(list((tmp_path / "ray" / "slow").glob("checkpoint_*/"))) == 2
 
 
 def test_experts_train_side_by_side_and_finished_ones_are_kept(
@@ -145,24 +141,23 @@ def away(context: RayContext, settings: Mapping[str, Any]) -> None:
             raise StoreAway("s3://b/run: cannot be reached")
 
 
-@pytest.mark.parametrize(
-    ("workers", "times", "tries"),
-    [(1, 1, 1), pytest.param(2, 1, 2, marks=pytest.mark.slow), pytest.param(2, 9, 2, marks=pytest.mark.slow)],
-)
-def test_a_store_that_is_away_is_no_mistake(tmp_path: Path, workers: int, times: int, tries: int) -> None:
+@pytest.mark.slow
+def test_a_store_that_is_away_is_no_mistake(tmp_path: Path) -> None:
     """Several workers are started again, as after any failure that is not the user's; a lone one is not."""
-    plan = Running(workers=workers, restarts=1, resources=Resources(cpu=0.5))
-    settings = {"log": str(tmp_path / "tries"), "times": times}
-    training = Training("away", away, settings, num_epochs=1, location=tmp_path / "ray", plan=plan)
-    if times < tries:
-        run_trainings([training], Lines())
-    else:
-        with pytest.raises(JobFailed, match="failed: away") as failed:
-            run_trainings([training], display := Lines())
-        assert failed.value.exit_code == 1
-        assert "  away: failed: s3://b/run: cannot be reached" in display.lines
-        assert not list((tmp_path / "ray").glob("*.error.txt"))
-    assert len((tmp_path / "tries").read_text()) == tries
+    cases = {"alone": (1, 1, 1), "once": (2, 1, 2), "always": (2, 9, 2)}  # workers, times away, tries
+    trainings = []
+    for name, (workers, times, _) in cases.items():
+        plan = Running(workers=workers, restarts=1, resources=Resources(cpu=0.5))
+        settings = {"log": str(tmp_path / name), "times": times}
+        trainings.append(Training(name, away, settings, num_epochs=1, location=tmp_path / "ray", plan=plan))
+    with pytest.raises(JobFailed, match="failed: alone, always; run") as failed:
+        run_trainings(trainings, display := Lines())
+    assert failed.value.exit_code == 1
+    for name in ("alone", "always"):
+        assert f"  {name}: failed: s3://b/run: cannot be reached" in display.lines
+    assert not list((tmp_path / "ray").glob("*.error.txt"))
+    for name, (_, _, tries) in cases.items():
+        assert len((tmp_path / name).read_text()) == tries, name
 
 
 def keep_times(context: RayContext, settings: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
-from dsmip.errors import StoreAway
+from dsmip.errors import StoreAway, UserError
 from dsmip.runs.load_config import to_yaml
 from dsmip.runs.run import WEIGHTS, Run
 from dsmip.storage.run_storage import LocalRun
@@ -27,28 +26,19 @@ from ray_jobs.jobs import tune_gate as job
 from ray_jobs.jobs.tune_gate import tune_gate
 from ray_jobs.terminal.display import Display
 from ray_jobs.training import sweep, trial
-from ray_jobs.training.sweep import decided, draw_trials
+from ray_jobs.training.sweep import decided, trial_outcome
 from ray_jobs.training.trial import RESULT, TrialContext, TrialTask, guarded_trial
 from tests.support.displays import Lines
 
-pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 SPACE = {"system.gate.temperature": {"values": [0.1, 0.5, 1.0]}, "train.learning_rate": {"loguniform": [1e-3, 1e-2]}}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, small_config: ExperimentConfig, small_data: Dataset) -> Path:
-    """A run whose experts are finished. Its sweep has three trials of an epoch."""
+@pytest.fixture
+def run(tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset) -> Run:
+    """Its sweep has three trials of an epoch."""
     train = {"epochs": 1, "batch_size": 8}
     plan = TuneConfig(trials=3, rungs=(1,), resources={"cpu": 1}, space=SPACE, train=train)
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    run = Run.create(folder, small_config.model_copy(update={"tune": plan}), small_data)
-    for part in run.part_names:
-        train_part(run, part, LocalContext(tmp_path_factory.mktemp(part)))
-    return folder
-
-
-def opened(trained: Path, folder: Path) -> Run:
-    return Run.open(shutil.copytree(trained, folder))
+    return Run.create(tmp_path / "run", small_config.model_copy(update={"tune": plan}), small_data)
 
 
 def task_of(run: Run, number: int) -> TrialTask:
@@ -75,25 +65,43 @@ def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -
         trial.run_trial = run_trial  # the process may have other trials
 
 
+def lost_once(mark: Path, *arguments: Any) -> Any:
+    """Computes features; the process is lost the first time."""
+    with contextlib.suppress(FileExistsError):
+        mark.touch(exist_ok=False)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return trial.cache_features(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     ("fault", "said", "exit_code"),
     [
-        ("full", "trial 1: failed: no space left on the disk of /data/weights; make room there", 2),
+        pytest.param(
+            "full",
+            "trial 1: failed: no space left on the disk of /data/weights; make room there",
+            2,
+            marks=pytest.mark.soak,
+        ),
         ("lost", "trial 1: failed: its process was lost", 1),
     ],
 )
-@pytest.mark.slow
 def test_no_rung_is_decided_without_a_trial_that_could_not_run(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str, exit_code: int
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str, exit_code: int
 ) -> None:
+    """Nor is anything lost that was finished; features whose process is lost are made again at once."""
+    for part in run.part_names:
+        train_part(run, part, LocalContext(tmp_path / f"checkpoints-{part}"))
+    monkeypatch.setattr(job, "cache_features", lambda *arguments: lost_once(tmp_path / "killed", *arguments))
     monkeypatch.setattr(sweep, "tune_trial", partial(faulty_trial, tmp_path / fault))
-    run = opened(trained, tmp_path / "run")
     (tmp_path / fault).touch()
     with pytest.raises(JobFailed, match=r"^failed: trial 1; run the same command again to resume$") as failed:
         tune_gate(run, run.config, display := Lines())
     assert failed.value.exit_code == exit_code
     assert any(line.strip().startswith(said) for line in display.lines)
     assert not (run.folder / "tune" / "rung-0.json").exists()
+    assert (tmp_path / "killed").exists()
     results = run.folder / "tune" / "trials"
     finished = {path: path.stat().st_mtime_ns for path in results.glob("[02]/*.*") if path.name in (RESULT, WEIGHTS)}
     assert len(finished) == 4
@@ -104,9 +112,9 @@ def test_no_rung_is_decided_without_a_trial_that_could_not_run(
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished trial was done again"
 
 
-def test_whose_doing_a_failure_is_decides(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whose_doing_a_failure_is_decides(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def end(metrics: dict[str, Any] | None, error: Exception | None = None) -> Any:
-        return sweep.trial_outcome(SimpleNamespace(metrics=metrics, error=error))
+        return trial_outcome(SimpleNamespace(metrics=metrics, error=error))
 
     def failing(error: Exception) -> Any:
         def fail(*arguments: object) -> None:
@@ -115,8 +123,7 @@ def test_whose_doing_a_failure_is_decides(trained: Path, tmp_path: Path, monkeyp
         monkeypatch.setattr(trial, "run_trial", fail)
         return end(guarded_trial(task_of(run, 1), None))
 
-    run = opened(trained, tmp_path / "run")
-    wrong, diverged = failing(RuntimeError("no such shape")), failing(job.UserError("the training has diverged"))
+    wrong, diverged = failing(RuntimeError("no such shape")), failing(UserError("the training has diverged"))
     said = f"RuntimeError: no such shape (see {run.folder}/tune/trials/1/error.txt)"
     ends = {0: end({"mrr": 0.5}), 1: wrong, 2: diverged}
     failed = {1: said, 2: "the training has diverged"}
@@ -137,9 +144,9 @@ def test_whose_doing_a_failure_is_decides(trained: Path, tmp_path: Path, monkeyp
 
 
 def test_checkpoints_wait_for_a_store_that_is_away_until_the_rung_ends(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, task = Run.open(trained), task_of(Run.open(trained), 7)
+    task = task_of(run, 7)
     said: list[str] = []
     sent: list[str] = []
     away = True
@@ -154,7 +161,7 @@ def test_checkpoints_wait_for_a_store_that_is_away_until_the_rung_ends(
     monkeypatch.setattr(StepEvents, "warn", lambda events, line: said.append(line))
 
     def context() -> TrialContext:
-        return TrialContext(task, LocalRun(tmp_path / "run"), run.config, 4, None, CPU)
+        return TrialContext(task, LocalRun(tmp_path / "sweep"), run.config, 4, None, CPU)
 
     with context() as trained_on:
         for epoch in range(2):
@@ -172,26 +179,3 @@ def test_checkpoints_wait_for_a_store_that_is_away_until_the_rung_ends(
     away = True
     with pytest.raises(StoreAway), context():
         pass
-
-
-def lost_once(mark: Path, *arguments: Any) -> Any:
-    """Computes features; the process is lost the first time."""
-    from ray_jobs.training.trial import cache_features
-
-    with contextlib.suppress(FileExistsError):
-        mark.touch(exist_ok=False)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return cache_features(*arguments)
-
-
-def test_features_are_made_again_after_their_process_was_lost(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = opened(trained, tmp_path / "run")
-    mark = tmp_path / "lost"
-    monkeypatch.setattr(job, "cache_features", lambda *arguments: lost_once(mark, *arguments))
-    features = job._cache_all_features(run, draw_trials(run.config, 0), Display())
-    assert mark.exists()
-    tables = [run.folder / name for each in features.values() for name in each.cached.values()]
-    assert tables
-    assert all(path.is_file() for path in tables)

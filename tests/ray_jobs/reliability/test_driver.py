@@ -18,11 +18,9 @@ from tests.support.disturbed import (
     assert_equal_parts,
     command,
     descendants,
-    disturbed_config,
     ended,
     is_alive,
     train_arguments,
-    undisturbed,
     wait_stored,
 )
 from tests.support.full_disk import fill, small_disk
@@ -33,16 +31,7 @@ WORKERS = {"text": 1, "visual": 1}
 STORED = {"text": (1, 0), "visual": (1, 2)}
 
 
-@pytest.fixture(scope="module")
-def config(small_config: ExperimentConfig) -> ExperimentConfig:
-    return disturbed_config(small_config)
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, config: ExperimentConfig, small_data: Dataset) -> Run:
-    return undisturbed(tmp_path_factory.mktemp("undisturbed"), config, small_data)
-
-
+@pytest.mark.soak
 def test_a_killed_command_leaves_no_process_and_goes_on(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run
 ) -> None:

@@ -38,16 +38,6 @@ WORKERS = {"text": 1, "visual": 1}
 FAST_CHECKS = {"period_ms": 1000, "timeout_ms": 2000, "initial_delay_ms": 1000, "failure_threshold": 2}
 
 
-@pytest.fixture(scope="module")
-def config(small_config: ExperimentConfig) -> ExperimentConfig:
-    return disturbed_config(small_config)
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, config: ExperimentConfig, small_data: Dataset) -> Run:
-    return undisturbed(tmp_path_factory.mktemp("undisturbed"), config, small_data)
-
-
 @pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A head without CPUs, which notices within about two seconds that a node is gone."""
@@ -85,7 +75,7 @@ def test_a_killed_node_is_replaced_by_another(
     assert_equal_parts(Run.open(tmp_path / "run"), expected)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_node_that_is_taken_away_with_notice_costs_no_step(
     tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset, cluster: Any, workers: int
 ) -> None:

@@ -95,6 +95,7 @@ def test_hanging_workers_are_ended_and_go_on(
     assert_equal_parts(run, expected)
 
 
+@pytest.mark.soak
 def test_a_loss_that_is_no_number_ends_the_training_with_a_sound_checkpoint(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
