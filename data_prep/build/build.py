@@ -47,6 +47,7 @@ from dsmip.data.manifest import (
     read_manifest,
 )
 from dsmip.errors import UserError
+from dsmip.private import lock_file
 from dsmip.progress import Progress, no_progress
 from dsmip.storage.atomic import join_files, sha256_file, write_json
 from dsmip.storage.dataset_storage import MANIFEST_FILE
@@ -301,9 +302,11 @@ def _refuse_foreign(out: Path) -> None:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Holds the lock of a build; UserError if another process has it."""
+    if (out / STAGE).is_symlink():  # what it leads to would be emptied
+        raise UserError(f"{out / STAGE}: is a link; remove it")
     (out / STAGE).mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(out / STAGE / "lock", blocking=False):
+        with FileLock(lock_file(out / STAGE / "lock"), blocking=False):
             yield
     except Timeout as error:
         raise UserError(f"{out}: is being prepared by another process; wait for it or choose another folder") from error

@@ -18,9 +18,10 @@ from tempfile import TemporaryDirectory
 from filelock import FileLock
 
 from dsmip.errors import UserError
+from dsmip.private import lock_file
 from dsmip.storage.atomic import atomic_path, sha256_file
 from dsmip.storage.dataset_storage import StoredFile
-from dsmip.storage.object_store import cache_folder
+from dsmip.storage.object_store import private_cache
 
 LIMIT = "DSMIP_CACHE_GB"
 _CHECKED_NS = 86_400_000_000_000  # one day after the epoch: nothing written now has it
@@ -32,8 +33,8 @@ _FRESH_SECONDS = 86_400.0  # nobody reads one file for longer
 
 
 def data_cache() -> Path:
-    """Where copies of datasets are on this node."""
-    return cache_folder() / "data"
+    """Where copies of datasets are on this node: a private folder (`dsmip.private`)."""
+    return private_cache("data")
 
 
 def checked_copy(target: Path, file: StoredFile, address: str, download: Callable[[Path], None]) -> Path:
@@ -51,11 +52,12 @@ def checked_copy(target: Path, file: StoredFile, address: str, download: Callabl
     Raises:
         UserError: The store's bytes are not the manifest's, also when fetched again; or `download` did.
     """
+    data_cache()  # refused, if it is not ours: marks and contents would be anybody's
     if _is_checked(target, file):
         _mark(target)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
+    with FileLock(lock_file(target.with_name(f".{target.name}.lock"))):
         if _is_checked(target, file) or (target.is_file() and _is_right(target, file)):
             _mark(target)
             return target
@@ -80,9 +82,7 @@ def checked_copy(target: Path, file: StoredFile, address: str, download: Callabl
 @contextmanager
 def fresh_folder() -> Iterator[Path]:
     """An empty folder for what is fetched for one use. Of a process that is killed it stays until room is made."""
-    cache = data_cache()
-    cache.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=cache, prefix=_FRESH) as folder:
+    with TemporaryDirectory(dir=data_cache(), prefix=_FRESH) as folder:
         yield Path(folder)
 
 

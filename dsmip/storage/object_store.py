@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
-import platformdirs
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from dsmip.errors import ReportedError, StoreAway, UserError
+from dsmip.private import own_folder, private_folder, user_cache_folder
 
 Result = TypeVar("Result")
 
@@ -31,6 +31,7 @@ RETRY_WAITS = (1.0, 3.0)  # seconds before another try; the providers' clients h
 _PATIENCE = 30.0  # seconds after which nothing is tried again
 _TAGS = ("ETag", "etag", "generation", "md5Hash")
 _DATES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created")
+_OTHER_CACHE = "set DSMIP_CACHE to a folder of your own"
 _LOCAL_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -268,7 +269,17 @@ def attempt(uri: str, call: Callable[[], Result]) -> Result:
 
 def cache_folder() -> Path:
     """Where copies of remote files are kept on this node: DSMIP_CACHE, else in the user's cache folder."""
-    return Path(os.environ.get("DSMIP_CACHE") or platformdirs.user_cache_dir("dsmip")).absolute()
+    return Path(os.environ.get("DSMIP_CACHE") or user_cache_folder()).absolute()
+
+
+def private_cache(name: str) -> Path:
+    """A folder of the cache, made when it is missing: only this user can look into it.
+
+    Raises:
+        UserError: It, or the cache, is a link, another user's, or may be written by others.
+    """
+    own_folder(cache_folder(), _OTHER_CACHE)
+    return private_folder(cache_folder() / name, _OTHER_CACHE)
 
 
 def _may_pass(error: Exception) -> bool:

@@ -19,8 +19,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from dsmip.private import lock_file
 from dsmip.storage.atomic import atomic_path, write_text
-from dsmip.storage.object_store import ObjectStore, StoredObject, cache_folder
+from dsmip.storage.object_store import ObjectStore, StoredObject, private_cache
 from dsmip.storage.run_storage import STAMP, RunStorage
 
 _SMALL = (".json", ".yaml", ".txt")
@@ -67,8 +68,8 @@ class RemoteRun(RunStorage):
 
     def _cleared(self) -> tuple[dict[str, str], dict[str, str]]:
         """Deletes the copy of another run at this address; returns the versions here and in the store after that."""
-        self._home.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._home.with_suffix(".lock")):  # many start at once on a new node; one of them clears up
+        # many start at once on a new node; one of them clears up
+        with FileLock(lock_file(self._home.with_suffix(".lock"))):
             known, found = dict(self._versions()), self._found("")
             if STAMP in known and known[STAMP] != found.get(STAMP):
                 shutil.rmtree(self._home, ignore_errors=True)
@@ -130,7 +131,7 @@ class RemoteRun(RunStorage):
 
     @property
     def _home(self) -> Path:
-        return cache_folder() / "runs" / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
+        return private_cache("runs") / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
 
     @property
     def _store(self) -> ObjectStore:
@@ -163,7 +164,7 @@ class RemoteRun(RunStorage):
     def _fetch_one(self, name: str, version: str) -> None:
         lock = self._note_path(name).with_name(f".{Path(name).name}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):  # several workers of a node ask for the same table
+        with FileLock(lock_file(lock)):  # several workers of a node ask for the same table
             if self._is_here(name, version):
                 return
             try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dsmip.errors import UserError
+from dsmip.private import lock_file, private_folder
 
 _held: list[FileLock] = []  # until the process ends: Ray stores the last checkpoint after the training has returned
 
@@ -21,16 +21,14 @@ class Scratch:
     def __init__(self, root: Path | None = None) -> None:
         """root: where all processes of this user have theirs (default: a folder in the temporary one).
 
-        Raises UserError when that folder is another user's.
+        Raises UserError when that folder is no private one (`dsmip.private`).
         """
         root = root or Path(tempfile.gettempdir()) / f"dsmip-{os.getuid()}"
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if root.stat().st_uid != os.getuid():
-            raise UserError(f"{root} belongs to another user; set TMPDIR to another folder")
-        with FileLock(root / "starting"):
+        private_folder(root, "set TMPDIR to another folder")
+        with FileLock(lock_file(root / "starting")):
             _remove_abandoned(root)
             self._home = Path(tempfile.mkdtemp(prefix="worker-", dir=root))
-            lock = FileLock(_lock_of(self._home))
+            lock = FileLock(lock_file(_lock_of(self._home)))
             lock.acquire()
         _held.append(lock)
 
@@ -41,7 +39,7 @@ class Scratch:
 
 def _remove_abandoned(root: Path) -> None:
     for home in root.glob("worker-*/"):
-        lock = FileLock(_lock_of(home))
+        lock = FileLock(lock_file(_lock_of(home)))
         try:
             lock.acquire(blocking=False)
         except Timeout:

@@ -28,12 +28,13 @@ from data_prep.formats.release import Release, ReleaseOptions
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import ImageSettings, Manifest
 from dsmip.errors import UserError
+from dsmip.private import lock_file
 from dsmip.progress import Progress
 from dsmip.runs.provenance import write_record
 from dsmip.storage.atomic import sha256_file
 from dsmip.storage.dataset_storage import MANIFEST_FILE
 from dsmip.storage.locations import local_path
-from dsmip.storage.object_store import cache_folder
+from dsmip.storage.object_store import private_cache
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,10 @@ def _built(out: str | Path, progress: Progress, build: Callable[[Path, Published
         return manifest
     uri = str(out).rstrip("/")
     published = published_manifest(uri)
-    work = cache_folder() / "prepare" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    work = private_cache("prepare") / hashlib.sha256(uri.encode()).hexdigest()[:16]
     work.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(work.with_suffix(".lock"), blocking=False):
+        with FileLock(lock_file(work.with_suffix(".lock")), blocking=False):
             manifest = build(work / "data", (uri, published) if published else None)
             if published is None:
                 upload_dataset(work / "data", uri, work / "uploaded.json", progress)

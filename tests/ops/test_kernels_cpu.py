@@ -1,6 +1,7 @@
 """What the C++ text unit has of its own (its scores: test_text_unit_backends.py), and where it cannot be compiled."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     [
         ("no-such-compiler -O2", "no C[+][+] compiler named no-such-compiler"),
         ("false", "false failed: it said nothing"),
+        ('c++ "-O2', 'no C[+][+] compiler named c[+][+] "-O2'),
     ],
 )
 @pytest.mark.usefixtures("fresh_cache")
@@ -92,13 +94,76 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypa
 @pytest.mark.usefixtures("fresh_cache")
 def test_the_kernel_is_built_once_and_kept(tmp_path: Path) -> None:
     assert cpu.why_unavailable() is None
-    (library,) = (tmp_path / "dsmip").iterdir()
-    built = library.stat().st_mtime_ns
+    built = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "dsmip").iterdir()}
+    assert {Path(name).suffix for name in built} == {".so", ".sha256"}
     cpu._library.cache_clear()
     assert cpu.why_unavailable() is None
-    assert (
-        [library.stat().st_mtime_ns] == [each.stat().st_mtime_ns for each in (tmp_path / "dsmip").iterdir()] == [built]
-    )
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "dsmip").iterdir()} == built
+
+
+def _replaced(library: Path, content: bytes) -> None:
+    library.unlink()  # this process has it loaded
+    library.write_bytes(content)
+    library.chmod(0o600)
+
+
+def _empty(library: Path) -> None:
+    _replaced(library, b"")
+
+
+def _cut_off(library: Path) -> None:
+    _replaced(library, library.read_bytes()[:5000])
+
+
+def _planted(library: Path) -> None:
+    _replaced(library, library.read_bytes() + b"another's")
+
+
+def _without_digest(library: Path) -> None:
+    library.with_suffix(".sha256").unlink()
+
+
+def _written_by_others(library: Path) -> None:
+    library.chmod(0o666)
+
+
+def _a_link(library: Path) -> None:
+    elsewhere = library.parents[1] / "elsewhere.so"
+    library.rename(elsewhere)
+    library.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("damage", [_empty, _cut_off, _planted, _without_digest, _written_by_others, _a_link])
+@pytest.mark.usefixtures("fresh_cache")
+def test_a_library_that_is_not_as_it_was_built_is_built_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    assert cpu.why_unavailable() is None
+    (library,) = (tmp_path / "dsmip").glob("*.so")
+    built = library.stat().st_ino
+    damage(library)
+    cpu._library.cache_clear()
+    assert cpu.why_unavailable() is None
+    assert library.lstat().st_ino != built
+    assert hashlib.sha256(library.read_bytes()).hexdigest() == library.with_suffix(".sha256").read_text("ascii")
+    assert library.lstat().st_mode & 0o777 == 0o600
+    pairs(CPP, [3], [4]).assert_equal(CPP)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_a_cache_folder_that_is_a_link_is_named_and_nothing_comes_into_it(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "dsmip").symlink_to(tmp_path / "theirs")
+    reason = cpu.why_unavailable()
+    assert reason is not None
+    assert f"{tmp_path / 'dsmip'}: is a link" in reason
+    assert "set XDG_CACHE_HOME" in reason
+    assert list((tmp_path / "theirs").iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["", " "])
+@pytest.mark.usefixtures("fresh_cache")
+def test_an_empty_name_of_a_compiler_is_none(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", given)
+    assert cpu.why_unavailable() is None
 
 
 def test_a_cpu_takes_it_if_it_can() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from dsmip.errors import StoreAway, UserError
 from dsmip.storage.locations import local_path
-from dsmip.storage.object_store import attempt, cache_folder, filesystem, is_uri, stored_object
+from dsmip.storage.object_store import attempt, cache_folder, filesystem, is_uri, private_cache, stored_object
 from tests.support.object_store import ObjectStore
 from tests.support.paths import ROOT
 
@@ -167,3 +167,28 @@ def test_the_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, t
     assert cache_folder() == tmp_path
     monkeypatch.delenv("DSMIP_CACHE")
     assert cache_folder().name == "dsmip"
+
+
+def test_copies_lie_in_folders_that_nobody_else_can_look_into(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DSMIP_CACHE", str(cache))
+    assert private_cache("data") == cache / "data"
+    assert [path.stat().st_mode & 0o777 for path in (cache, cache / "data")] == [0o700, 0o700]
+    cache.chmod(0o755)  # a folder that the user has for other things too stays as it is
+    private_cache("data")
+    assert cache.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_cache_that_may_be_anothers_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    theirs, link = tmp_path / "theirs", tmp_path / "link"
+    theirs.mkdir()
+    link.symlink_to(theirs)
+    monkeypatch.setenv("DSMIP_CACHE", str(link))
+    with pytest.raises(UserError, match=f"^{link}: is a link.*set DSMIP_CACHE to a folder of your own"):
+        private_cache("data")
+    monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "data").symlink_to(theirs)
+    with pytest.raises(UserError, match=f"^{tmp_path}/cache/data: is a link.*set DSMIP_CACHE"):
+        private_cache("data")
+    assert list(theirs.iterdir()) == []

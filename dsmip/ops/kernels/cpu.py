@@ -3,7 +3,8 @@
 The source is one C function in a shared library of its own, loaded with ctypes: building it takes a C++ compiler and
 seconds, where an extension of torch takes ninja, torch's headers and a minute. It starts threads itself, so that no
 second OpenMP runtime comes into the process. The library is kept in the user's cache folder, by a hash of the source,
-the flags and what the compiler says of itself and of this processor.
+the flags and what the compiler says of itself and of this processor. Beside it lies the digest of its content: a
+library that differs, or that another user may have written, is not loaded but built again.
 """
 
 import ctypes
@@ -18,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsmip.errors import UserError
 from dsmip.ops.kernels.rows import Pairs, TokenRows, checked
+from dsmip.private import is_private_file, private_folder, user_cache_folder
 
 _SOURCE = Path(__file__).with_name("text_unit.cpp")
 # tuned for a certain processor, GCC reads the keys of a register tile from memory for every row: a third slower
@@ -81,7 +84,7 @@ def _address(tensor: Tensor) -> int:
 @cache
 def _library() -> ctypes.CDLL | str:
     """The loaded library, or why there is none."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    compiler = _compiler()
     try:
         library = ctypes.CDLL(str(_built(compiler)))
     except FileNotFoundError:
@@ -91,7 +94,7 @@ def _library() -> ctypes.CDLL | str:
         return f"{compiler[0]} failed: {next((line for line in lines if 'error' in line), lines[-1])}"
     except subprocess.TimeoutExpired:
         return f"{compiler[0]} took more than {_SECONDS} seconds"
-    except (OSError, RuntimeError) as error:  # a cache folder that cannot be written, no home folder
+    except (OSError, UserError) as error:  # a cache folder that cannot be written, is not ours, no home folder
         return str(error)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.dsmip_text_unit.argtypes = (
@@ -109,24 +112,47 @@ def _library() -> ctypes.CDLL | str:
     return library
 
 
+def _compiler() -> list[str]:
+    """The command in CXX; `c++` when that is empty. Text that no shell would take is one name, and not found."""
+    given = os.environ.get("CXX", "")
+    try:
+        return shlex.split(given) or ["c++"]
+    except ValueError:
+        return [given]
+
+
 def _built(compiler: list[str]) -> Path:
-    """The library's file, compiled if it is not there."""
+    """The library's file, compiled if it is not there or not as it was built."""
     # the macros that a compiler defines name its version and the processor's instructions
     macros = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     key = hashlib.sha256(repr((_SOURCE.read_bytes(), _FLAGS, macros)).encode()).hexdigest()[:16]
-    target = _cache_folder() / f"text_unit-{key}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            unfinished = Path(folder) / target.name
+    folder = private_folder(user_cache_folder(), "set XDG_CACHE_HOME to another folder")
+    target = folder / f"text_unit-{key}.so"
+    digest = target.with_suffix(".sha256")
+    if not _is_whole(target, digest):
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            unfinished, its_digest = Path(name) / target.name, Path(name) / digest.name
             _run([*compiler, *_FLAGS, str(_SOURCE), "-o", str(unfinished)])
+            its_digest.write_text(_sha256(unfinished), encoding="ascii")
+            for each in (unfinished, its_digest):
+                each.chmod(0o600)
             os.replace(unfinished, target)  # at once: another process sees all of it or nothing
+            os.replace(its_digest, digest)
     return target
 
 
+def _is_whole(library: Path, digest: Path) -> bool:
+    """Whether a library is there with the content that it was built with, and only this user can have written it."""
+    if not (is_private_file(library) and is_private_file(digest)):
+        return False
+    return digest.read_bytes() == _sha256(library).encode()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS).stdout
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsmip"
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS
+    ).stdout
