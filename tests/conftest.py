@@ -1,6 +1,7 @@
 """Fixtures that several test files share: a tiny prepared data set and a narrow backbone."""
 
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -154,7 +155,7 @@ def ray_cluster() -> Iterator[None]:
         num_cpus=4,
         object_store_memory=200 << 20,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         include_dashboard=False,
     )
     try:

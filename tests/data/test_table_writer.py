@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmip.data.table import Ragged, Table, concatenate
+from dsmip.data.table import Ragged, Repeated, Table, concatenate
 from dsmip.data.table_writer import TableWriter
 
 
@@ -31,6 +31,7 @@ def assert_same(found: Table, expected: Table) -> None:
     assert found.columns.keys() == expected.columns.keys()
     for name, column in expected.columns.items():
         other = found.columns[name]
+        assert not isinstance(column, Repeated)
         if isinstance(column, Ragged):
             assert isinstance(other, Ragged)
             assert torch.equal(other.lengths, column.lengths)

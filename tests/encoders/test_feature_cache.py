@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 from dsmip.config import ExperimentConfig
 from dsmip.data.collate import Collator, ItemBatch
 from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import KB
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders import feature_cache
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import (
-    KB,
     FeatureCache,
     chunked,
     encode_rows,
@@ -40,6 +41,10 @@ class CountingEncoder:
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight, self.calls = torch.tensor([weight]), 0
+
+    def to(self, device: torch.device) -> Self:
+        self.weight = self.weight.to(device)
+        return self
 
     def encode_mentions(self, batch: ItemBatch) -> Table:
         self.calls += 1

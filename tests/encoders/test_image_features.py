@@ -210,12 +210,13 @@ def test_a_text_tower_has_no_part_in_the_hash(small_config: ExperimentConfig) ->
 def test_damaged_features_are_refused_by_name(small_config: ExperimentConfig, dataset: Dataset, tmp_path: Path) -> None:
     stored = store(dataset, NetworkChoice("clip", None, small_config.backbone.architecture))
     run = Run.create(tmp_path / "run", small_config, dataset)
-    arguments = (small_config.system.gate, small_config.backbone, run.dataset, "float32")  # type: ignore[attr-defined]
+    gate: GateConfig = small_config.system.gate  # type: ignore[attr-defined]
+    open_images = partial(stored_images, gate, small_config.backbone, run.dataset, "float32")
     kb, manifest = stored.folder / "kb.safetensors", stored.folder / "manifest.json"
     content, text = kb.read_bytes(), manifest.read_text()
-    for wrong in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
-        kb.write_bytes(wrong)
-        found = stored_images(*arguments)
+    for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        kb.write_bytes(damaged)
+        found = open_images()
         assert found is not None
         with pytest.raises(UserError, match=r"kb\.safetensors: the features are damaged.*dsmip features"):
             found.file(KB)
@@ -225,9 +226,9 @@ def test_damaged_features_are_refused_by_name(small_config: ExperimentConfig, da
     for wrong, said in (('"width": 24', '"width": "x"'), ('"kb"', '"bk"')):
         manifest.write_text(text.replace(wrong, said))
         with pytest.raises(UserError, match=r"manifest\.json: .*delete the folder"):
-            stored_images(*arguments)
+            open_images()
     manifest.unlink()
-    assert stored_images(*arguments) is None  # not finished
+    assert open_images() is None  # not finished
 
 
 def test_an_unknown_image_network_is_refused_with_those_that_are_known() -> None:

@@ -4,7 +4,7 @@ import copy
 import json
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -42,6 +42,7 @@ from tests.support.matching_units import random_features, random_units
 from tests.support.systems import features, seeded, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 6, 13
+M = TypeVar("M", bound=nn.Module)
 SYSTEMS = ["mimic", "dsmip pair", "dsmip mention"]
 
 
@@ -70,13 +71,15 @@ class Prepared:
     def _build(name: str, config: ExperimentConfig) -> Matcher:
         if name == "mimic":
             backbone, system = {"architecture": config.backbone.architecture}, {"mask_padding": True, "width": 8}
-            matcher = Mimic.build_whole(parse_config({"model": "mimic", "backbone": backbone, "system": system}))
+            matcher: Matcher = Mimic.build_whole(
+                parse_config({"model": "mimic", "backbone": backbone, "system": system})
+            )
         else:
             gate = {"choice": name.split()[1], "calibration": "scale"}
             matcher = Dsmip.build_whole(with_system(config, gate=gate))
         with torch.no_grad():
             for parameter in matcher.parameters():  # norms and biases start at 1 and 0, which would hide mistakes
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
             if isinstance(matcher, DsmipMatcher):
                 matcher.gate.mention_logits.weight.mul_(20)  # else one expert has all mentions
         return matcher.eval()
@@ -93,7 +96,7 @@ def prepared(request: pytest.FixtureRequest, small_config: ExperimentConfig) -> 
 
 
 @torch.no_grad()
-def shut(module: nn.Module) -> nn.Module:
+def shut(module: M) -> M:
     """A copy whose dual units let nothing but pooled pictures through."""
     module = copy.deepcopy(module)
     for unit in module.modules():

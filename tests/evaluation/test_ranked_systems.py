@@ -193,7 +193,7 @@ def noisy(items: Table, noise: float, generator: torch.Generator) -> Table:
     columns: dict[str, Column] = {
         name: Ragged(changed(column.values), column.starts, column.lengths)
         if isinstance(column, Ragged)
-        else changed(column)
+        else changed(items.dense(name))
         for name, column in items.columns.items()
     }
     return Table(columns)

@@ -207,8 +207,10 @@ def test_a_metric_is_one_entry_of_the_table(run: Run, monkeypatch: pytest.Monkey
         assert "hits@2" in figures
     folders = {name: each.folder for name, each in evaluated.items()}
     assert oracle(folders)["overall"]["hits@2"] >= report["overall"]["hits@2"]
-    sides = [read_evaluation(run.folder, "test", name) for name in evaluated]
-    assert compare(*sides, torch.Generator().manual_seed(0)).metrics["hits@2"].first == report["overall"]["hits@2"]
+    first, second = (read_evaluation(run.folder, "test", name) for name in evaluated)
+    assert (
+        compare(first, second, torch.Generator().manual_seed(0)).metrics["hits@2"].first == report["overall"]["hits@2"]
+    )
     command = ["evaluate", "--run", str(run.folder), "--model", "text", "--candidates", "3"]
     result = CliRunner().invoke(app, command)
     assert result.output.count("hits@2 ") == 2, result.output

@@ -2,6 +2,7 @@
 
 import colorsys
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def some_pictures(num: int = 6, side: int = 16) -> torch.Tensor:
     return torch.randint(0, 256, (num, 3, side, side), generator=seeded(1)).to(torch.uint8)
 
 
-def augment(pictures: torch.Tensor, seed: int = 0, **strengths: object) -> torch.Tensor:
+def augment(pictures: torch.Tensor, seed: int = 0, **strengths: Any) -> torch.Tensor:
     present = torch.ones(len(pictures), dtype=torch.bool)
     return augment_images(pictures, present, ImageAugmentation(**strengths), Draws(seeded(seed), len(pictures)))
 

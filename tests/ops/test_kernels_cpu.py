@@ -9,7 +9,7 @@ import torch
 
 from dsmip.errors import UserError
 from dsmip.ops.kernels import cpu
-from dsmip.ops.kernels.cpu import TokenRows
+from dsmip.ops.kernels.rows import TokenRows
 from dsmip.units.text_unit import TextUnit, use_backend
 from tests.support.text_unit_pairs import Way, pairs
 
@@ -27,9 +27,9 @@ def test_a_score_depends_on_its_pair_alone_to_the_last_bit() -> None:
     key, value, query, direction_Ed = pairs(CPP, [40, 3, 17, 77] * 10, [5, 77, 30] * 40, 96).of_kernel()
     scores_ME = cpu.local_scores(key, value, query, direction_Ed, 1e-5, num_threads=1)
     assert torch.equal(cpu.local_scores(key, value, query, direction_Ed, 1e-5, num_threads=3), scores_ME)
-    one = [TokenRows(each.values_Rd, each.start_N[7:8], each.length_N[7:8]) for each in (key, value)]
+    one_key, one_value = (TokenRows(each.values_Rd, each.start_N[7:8], each.length_N[7:8]) for each in (key, value))
     few = TokenRows(query.values_Rd, query.start_N[11:14], query.length_N[11:14])
-    assert torch.equal(cpu.local_scores(*one, few, direction_Ed[11:14], 1e-5), scores_ME[7:8, 11:14])
+    assert torch.equal(cpu.local_scores(one_key, one_value, few, direction_Ed[11:14], 1e-5), scores_ME[7:8, 11:14])
     wanted_ME = torch.rand(scores_ME.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     found_ME = cpu.local_scores(key, value, query, direction_Ed, 1e-5, wanted_ME)
     assert torch.equal(found_ME, scores_ME.where(wanted_ME, 0.0))

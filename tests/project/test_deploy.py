@@ -115,8 +115,8 @@ def test_a_stage_on_kuberay_is_a_rayjob_that_starts_with_no_worker(stage: str) -
     assert all(group.replicas == group.minReplicas == 0 < group.maxReplicas for group in cluster.workerGroupSpecs)
     claim = PersistentVolumeClaim.model_validate(_tree(KUBERAY / "shared.yaml"))
     assert claim.spec.accessModes == ["ReadWriteMany"]
-    for group in (cluster.headGroupSpec, *cluster.workerGroupSpecs):
-        pod = group.template.spec
+    templates = [cluster.headGroupSpec.template, *(group.template for group in cluster.workerGroupSpecs)]
+    for pod in (template.spec for template in templates):
         (container,) = pod.containers
         assert container.resources.requests == container.resources.limits
         assert {mount.name for mount in container.volumeMounts} == {volume.name for volume in pod.volumes}

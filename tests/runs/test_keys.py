@@ -18,7 +18,7 @@ from dsmip.data.text import Template
 from dsmip.encoders.feature_cache import feature_key, fingerprint
 from dsmip.encoders.image_features import network_hash
 from dsmip.encoders.image_networks import NetworkChoice
-from dsmip.keys import key_tree, plain_text
+from dsmip.keys import Plain, key_tree, plain_text
 from dsmip.models import find_system
 from dsmip.runs.load_config import changed, parse_config
 from dsmip.units.expert import ExpertConfig
@@ -83,7 +83,7 @@ def test_every_field_of_an_item_format_is_in_the_key_of_features() -> None:
 
 
 def test_other_digests_are_as_ever() -> None:
-    index = {"model": "dsmip", "layout": [2, 4096], "data": "x", "weights": "y", "features": ["a", "b"]}
+    index: Plain = {"model": "dsmip", "layout": [2, 4096], "data": "x", "weights": "y", "features": ["a", "b"]}
     network = ("vgg16 fc7", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224)
     assert [fingerprint({}, plain_text((index,))), fingerprint(WEIGHTS, plain_text(network))] == [
         "05b4807e99b3687bcc636f6e6a3f540288b3b06a31fb64228248845f92730d79",

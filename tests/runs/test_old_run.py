@@ -5,6 +5,7 @@ Their features are taken and not computed again, their ranks come out the same, 
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def assert_close(found: Table, expected: Table) -> None:
     """Columns that have come since are passed over."""
     now = numbers(found)
     for name, values in numbers(expected).items():
-        torch.testing.assert_close(now[name], values, rtol=1e-4, atol=1e-4, msg=lambda text, of=name: f"{of}: {text}")
+        torch.testing.assert_close(now[name], values, rtol=1e-4, atol=1e-4, msg=partial("{}: {}".format, name))
 
 
 def test_the_data_set_is_read(stored: Path) -> None:

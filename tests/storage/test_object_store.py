@@ -4,6 +4,7 @@ import errno
 import re
 import sys
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_a_missing_object_or_bucket_is_not_tried_again(object_store: ObjectStore
     for uri in (f"{bucket}/none", "s3://no-such-bucket/none"):
         system, path = filesystem(uri)
         with pytest.raises(FileNotFoundError):
-            attempt(uri, lambda system=system, path=path: system.info(path))
+            attempt(uri, partial(system.info, path))
 
 
 def test_a_version_changes_with_the_content() -> None:

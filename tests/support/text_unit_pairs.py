@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dsmip.data.table import Ragged, Table
+from dsmip.data.table import Column, Ragged, Table
 from dsmip.ops.kernels.rows import TokenRows
 from dsmip.units.text_unit import Backend, Precision, TextUnit, use_backend, use_precision
 
@@ -118,7 +118,11 @@ def pairs(
 
     mentions = Table({"global": normal(len(mention_lengths), GLOBAL_WIDTH), "key": key, "value": value})
     num_entities = len(entity_lengths)
-    entities = {"global": normal(num_entities, GLOBAL_WIDTH), "local": normal(num_entities, width), "query": query}
+    entities: dict[str, Column] = {
+        "global": normal(num_entities, GLOBAL_WIDTH),
+        "local": normal(num_entities, width),
+        "query": query,
+    }
     return as_seen(way, Pairs(unit, mentions, Table(entities)))
 
 

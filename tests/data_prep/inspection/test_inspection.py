@@ -4,6 +4,7 @@ import json
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_pictures_may_be_left_out(data: Dataset, found: Inspection) -> None:
 def test_a_dataset_without_any_picture_is_inspected(tmp_path: Path) -> None:
     kb = [{"qid": "Q1", "entity_name": "Ash", "attr": "tree", "image_list": []}]
     mention = {"id": "a", "mentions": "ash", "sentence": "An ash.", "answer": "Q1", "imgPath": ""}
-    records = {"kb": kb, "train": [mention], "dev": [], "test": []}
+    records: dict[str, list[Any]] = {"kb": kb, "train": [mention], "dev": [], "test": []}
     prepare(
         MimicRelease(write_release(tmp_path / "release", records, {})), tmp_path / "data", DatasetOptions(name="texts")
     )

@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray._private.state import state
 from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
-from ray.core.generated.autoscaler_pb2 import ClusterConfig
+from ray.core.generated.autoscaler_pb2 import ClusterConfig  # type: ignore[attr-defined]  # a generated module
 
 from dsmip.errors import UserError
 from ray_jobs.cluster import resources

@@ -62,7 +62,7 @@ def save_in_turn(context: RayContext, settings: Mapping[str, Any]) -> None:
         begun.wait(1.0)
         return store(*arguments)
 
-    StorageContext.persist_current_checkpoint = store_late  # type: ignore[method-assign]
+    StorageContext.persist_current_checkpoint = store_late  # type: ignore[assignment,method-assign]
     for epoch in range(2):
         folder = context.checkpoint_folder(epoch + 1, 0)
         with Path(settings["log"]).open("a") as stream:

@@ -20,6 +20,7 @@ from dsmip.training.stages import CPU, train_part
 from ray_jobs.jobs import tune_gate as job
 from ray_jobs.jobs.tune_gate import tune_gate
 from ray_jobs.terminal.display import Display
+from ray_jobs.training.sweep import run_rung
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 SPACE = {
@@ -63,9 +64,7 @@ def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption
     class Interrupted(Exception):
         pass
 
-    run_rung = job.run_rung
-
-    def stop_after_the_first(run: Run, rung: int, *arguments: Any) -> dict[str, Any]:
+    def stop_after_the_first(run: Run, rung: int, *arguments: Any) -> Any:
         if rung == 1:
             raise Interrupted
         return run_rung(run, rung, *arguments)

@@ -18,12 +18,12 @@ import torch
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.runs.load_config import to_yaml
+from dsmip.runs.status import PROGRESS
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import LocalRun, RunStorage
 from dsmip.training.monitor import StepFigures
 from dsmip.training.trackers import Watched
 from ray_jobs.training import context as contexts
-from ray_jobs.training import trial as trials
 from ray_jobs.training.context import RayContext
 from ray_jobs.training.stalls import collect_stalled, stall_file
 from ray_jobs.training.trial import TrialContext, TrialTask
@@ -139,7 +139,7 @@ def trial(bucket: str, small_config: ExperimentConfig) -> tuple[TrialTask, Trial
 def test_a_trial_says_at_once_that_it_trains(trial: tuple[TrialTask, TrialContext]) -> None:
     task, context = trial
     with context:
-        found = json.loads((task.storage.folder / trials.PROGRESS).read_text())
+        found = json.loads((task.storage.folder / PROGRESS).read_text())
         assert (found["state"], found["step"]) == ("training", 0)
 
 
