@@ -1,6 +1,6 @@
 """Makes a data directory and a run with the commands of any commit, and packs them for the tests.
 
-    python tools/archive_run.py CHECKOUT tests/data/run_of_2026_11.tar.xz
+    python tools/archive_run.py CHECKOUT tests/stored/run_of_2026_11.tar.xz
 
 Tests open the archive with the present code: what users have stored must stay readable. CHECKOUT is a checkout of the
 commit to take ("." for this one); the commands run in this Python environment, and take a few minutes.

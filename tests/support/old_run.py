@@ -3,11 +3,11 @@
 import tarfile
 from pathlib import Path
 
-from tests.support.paths import ROOT
+from tests.support.paths import STORED
 from tools.archive_run import ROOT as WRITTEN_AT
 from tools.archive_run import write_backbone
 
-ARCHIVE = ROOT / "tests" / "data" / "run_of_2026_11.tar.xz"
+ARCHIVE = STORED / "run_of_2026_11.tar.xz"
 
 
 def unpack(folder: Path) -> Path:
