@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.measure import measured
 from dsmip.data.table import Ragged, Table
-from dsmip.evaluation.ranking import Ranking
+from dsmip.evaluation.ranks import Ranking
 
 _EXPONENTIALS_PER_CLOCK = 16  # of a multiprocessor's special function units, since 2017
 _MATRIX, _CPU_MATRIX, _ROUNDS = 8192, 1024, 10
@@ -49,8 +49,8 @@ def work(mentions: Table, entities: Table, ranking: Ranking) -> Rates:
     """What the text units of a ranking took in all, from mean lengths and the pairs that were computed."""
     keys, queries = _tokens(mentions, "key"), _tokens(entities, "query")
     pairs = len(keys) * len(mentions) * len(entities)
-    if ranking.token_pairs_M2 is not None:
-        pairs = int(ranking.token_pairs_M2[:, 0].sum())
+    if ranking.cost.token_pairs_M2 is not None:
+        pairs = int(ranking.cost.token_pairs_M2[:, 0].sum())
     num_keys = sum(_mean_length(key) for key in keys) / len(keys)
     num_queries = sum(_mean_length(query) for query in queries) / len(queries)
     width = keys[0].values.shape[1]

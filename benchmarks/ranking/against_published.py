@@ -133,8 +133,8 @@ def _table(outcomes: Sequence[Outcome], device: torch.device) -> Table:
 def _cells(outcome: Outcome, ours: Ours, device: torch.device) -> list[str]:
     ranking, num_mentions = ours.ranking, len(ours.ranking.rank_M)
     shares = ""
-    if ranking.chosen_pairs_MB is not None:
-        pairs_B = ranking.chosen_pairs_MB.sum(dim=0).double()
+    if ranking.choices is not None:
+        pairs_B = ranking.choices.pairs_MB.sum(dim=0).double()
         shares = " ".join(f"{100 * share:.0f}" for share in (pairs_B / pairs_B.sum()).tolist())
     return [
         f"{ours.measured.pairs_per_s:,.0f}",
@@ -172,8 +172,8 @@ def _notes(outcomes: Sequence[Outcome], sizes: Sizes, device: torch.device) -> l
         lines.append(
             f"* another function: padding masked, {MEAN_TOKENS} tokens on average; the published side is padded"
         )
-    ties = [ours.ranking.tied_choices_M for o in outcomes for ours in o.ours.values()]
-    if tied := [int(tie_M.sum()) for tie_M in ties if tie_M is not None]:
+    choices = [ours.ranking.choices for o in outcomes for ours in o.ours.values()]
+    if tied := [int(each.tied_M.sum()) for each in choices if each is not None and each.tied_M is not None]:
         experts = next(" ".join(o.case.choices) for o in outcomes if o.case.choices)
         lines.append(f"experts: {experts}; pairs whose choice was tied: {max(tied)}")
     return lines

@@ -21,7 +21,8 @@ from dsmip.config import PrecisionName, RankOptions
 from dsmip.data.table import Table, concatenate
 from dsmip.evaluation import ranking as exact_ranking
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import Ranking
+from dsmip.evaluation.ranking import RankedModel
+from dsmip.evaluation.ranks import Ranking
 from dsmip.units.matcher import Matcher, Scores
 from dsmip.units.text_unit import Backend, Precision, use_backend, use_precision
 
@@ -132,7 +133,7 @@ def run_case(
     theirs = Measured(len(stored_m) * len(stored_e), published_costs)
     twin = copy.deepcopy(matcher).double()
     doubled = (m.cast(torch.float64), EntityIndex([e.cast(torch.float64)]))
-    exact = exact_ranking.rank(twin, *doubled, gold_row_M, device=device)
+    exact = exact_ranking.rank_unrefined(RankedModel(twin, *doubled, gold_row_M), device)
     ours: dict[str, Ours] = {}
     for name, own in matchers.items():
         mine = Measured(len(m) * len(e), costs[name])
@@ -179,15 +180,11 @@ def rank_ours(
     matcher: Matcher, case: Case, mentions: Table, entities: Table, gold_row_M: Tensor, device: torch.device
 ) -> Ranking:
     """What `dsmip evaluate` runs on prepared tables: close pairs are scored again in float64."""
+    model = RankedModel(matcher, mentions, EntityIndex([entities]), gold_row_M, case.choices)
     return exact_ranking.rank(
-        matcher,
-        mentions,
-        EntityIndex([entities]),
-        gold_row_M,
-        device=device,
+        model,
+        device,
         top_k=RankOptions().top_k,
-        num_choices=len(case.choices),
-        refine=True,
     )
 
 

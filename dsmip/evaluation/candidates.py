@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsmip.data.table import Ragged, Table
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import NotRankable
+from dsmip.evaluation.ranks import NotRankable
 from dsmip.evaluation.refinement import PairScorer
 from dsmip.ops import ranking as ops
 from dsmip.units.matcher import Matcher

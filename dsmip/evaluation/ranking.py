@@ -2,14 +2,14 @@
 
 rank = 1 + number of better entities + half the number of tied ones, the gold column excluded. The gold's score is
 read from the same scoring call as its column's, never from a second one: scores of two calls differ in the last bits.
-With `refine` close pairs are decided in float64 instead (see `dsmip.evaluation.refinement`); without it they are
-counted, within a band that is measured on a sample.
+`rank` decides close pairs in float64 instead (see `dsmip.evaluation.refinement`); `rank_unrefined`, for validation
+while a model trains, counts them, within a band that is measured on a sample.
 Scores of one tile of mentions against the whole slice are held, not of all pairs. Shapes: M mentions, E entities of
 this worker's slice, B experts, k kept candidates.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,47 +18,14 @@ from dsmip.config import RankOptions
 from dsmip.data.table import Table
 from dsmip.distributed import max_over_workers, sum_over_workers
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.metrics import summarise
-from dsmip.evaluation.refinement import PairScorer, Refinement, Refiner, Unrefined, sample_errors
+from dsmip.evaluation.ranks import Choices, Cost, NotRankable, Ranking, check_golds
+from dsmip.evaluation.refinement import PairScorer, Refiner, Unrefined, sample_errors
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
 from dsmip.units.matcher import Matcher, Scores
 from dsmip.units.text_unit import HalfOverflow, use_backend, use_precision
 
 _SAMPLE_MENTIONS = 4  # whose errors are measured where nothing is refined: training waits for it after every epoch
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Where each mention's gold landed (CPU tensors).
-
-    counts: better and tied entities, int64 [M] each. top_row_Mk, top_score_Mk: best k entities. chosen_*: index of the
-    expert that scored the gold pair, the top-k pairs, and the number of pairs per expert; None for a matcher that
-    makes no choice (-1: the gold is of another slice). tied_choices_M: number of pairs for which another expert was as
-    good a choice. token_pairs_M2: as in `Scores`, of all tiles. refinement: what scoring close pairs
-    again took; None when they were not, and then unrefined: how many there are.
-    """
-
-    counts: ops.Counts
-    top_row_Mk: Tensor
-    top_score_Mk: Tensor
-    chosen_gold_M: Tensor | None = None
-    chosen_top_Mk: Tensor | None = None
-    chosen_pairs_MB: Tensor | None = None
-    tied_choices_M: Tensor | None = None
-    token_pairs_M2: Tensor | None = None
-    refinement: Refinement | None = None
-    unrefined: Unrefined | None = None
-
-    @property
-    def rank_M(self) -> Tensor:
-        """Realistic ranks, float64 [M]."""
-        return ops.realistic_ranks(self.counts)
-
-    def metrics(self, rows: Tensor | None = None) -> dict[str, float]:
-        """hits@k, MRR and mean ranks over all mentions or over the chosen `rows` (bool [M])."""
-        chosen = slice(None) if rows is None else rows
-        return summarise(ops.Counts(self.counts.better_M[chosen], self.counts.tied_M[chosen]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +39,6 @@ class TileSize:
 CPU_TILES, GPU_TILES = TileSize(128, 2048), TileSize(512, 8192)
 
 
-class NotRankable(ValueError):
-    """A score is NaN, which compares false with everything and would rank first, or infinite.
-
-    part: the expert or unit that it comes from (`Scores.broken_part`), where that is known.
-    """
-
-    def __init__(self, mention: int, entity_row: int, part: str | None = None) -> None:
-        super().__init__(mention, entity_row, part)  # what a process hands to another
-        self.mention, self.entity_row, self.part = mention, entity_row, part
-
-    def __str__(self) -> str:
-        of_part = f" ({self.part})" if self.part else ""
-        pair = f"mention {self.mention} and entity row {self.entity_row}"
-        return f"the score of {pair} is NaN or infinite{of_part}: no ranking"
-
-
 @dataclass(frozen=True)
 class RankedModel:
     """A model and all that its ranking needs. choices: the experts that the model chooses from (may be none)."""
@@ -96,7 +47,7 @@ class RankedModel:
     mentions: Table
     index: EntityIndex
     gold_row_M: Tensor
-    choices: tuple[str, ...]
+    choices: tuple[str, ...] = ()
 
     def rank(
         self,
@@ -135,14 +86,9 @@ class RankedModel:
         backend = use_backend(matcher, options.backend, device)
         notice(f"scoring on {device} with {backend}, {use_precision(matcher, options.precision, backend)}")
         return rank(
-            matcher,
-            self.mentions,
-            index,
-            self.gold_row_M,
-            device=device,
+            replace(self, matcher=matcher, index=index),
+            device,
             top_k=options.top_k,
-            num_choices=len(self.choices),
-            refine=True,
             gold_score_M=gold_score_M,
             notice=notice,
             progress=lambda done: progress("ranked mentions", done, len(self.mentions)),
@@ -151,55 +97,83 @@ class RankedModel:
 
 @torch.no_grad()
 def rank(
-    matcher: Matcher,
-    mentions: Table,
-    index: EntityIndex,
-    gold_row_M: Tensor,
-    *,
+    model: RankedModel,
     device: torch.device,
+    *,
     top_k: int = 0,
-    num_choices: int = 0,
-    refine: bool = False,
     gold_score_M: Tensor | None = None,
     tile_size: TileSize | None = None,
     notice: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda num_mentions: None,
 ) -> Ranking:
-    """Ranks prepared `mentions` against the entities of `index`.
+    """Exact ranks: close pairs are scored again in float64, so neither tiles nor slices of the kb change a rank.
 
-    gold_row_M: kb rows int64 [M]. top_k: number of best entities to keep (at most all). num_choices: B when experts are
-    chosen. refine: close pairs are scored again in float64, so that neither tiles nor slices of the kb change a rank.
-    Without it a rank may be off by the number of pairs within a band of the gold, which are counted (`Unrefined`).
+    Slices of the kb are ranked on their own, each with all golds' scores; `merge_rankings` puts them together.
 
-    Slices of the kb: with a process group every worker passes all mentions and the index of its own slice, counts are
-    added up, `top_k` must be 0 and `refine` off. Elsewhere each slice is ranked on its own, with `refine` and
-    `gold_score_M` (all golds' scores, from `PairScorer`), and `dsmip.evaluation.slices` puts them together.
+    Args:
+        model: Its index may be a slice of the kb.
+        device: Where pairs are scored.
+        top_k: Number of best entities to keep (at most all).
+        gold_score_M: float64 [M], exact scores of all golds (`RankedModel.gold_scores`); None: all are in the index.
+        tile_size: Default: what suits the device.
+        notice: Takes lines about memory.
+        progress: Called with the number of mentions that are ranked.
 
-    tile_size: default: what suits the device. notice: takes lines about memory. progress: called with the number of
-    mentions that are ranked.
-
-    Raises NotRankable when a score is NaN or infinite; ValueError when a gold is in no slice that is known of, and
-    for no mentions or no entities.
+    Raises:
+        NotRankable: A score is NaN or infinite.
+        ValueError: No mentions, no entities, or a gold that is not in the index and whose score is not given.
     """
+    tiles, pairs = _opened(model, device, tile_size or _default_tiles(device, len(model.index)), notice, progress)
+    gold_score_M = pairs.gold_scores(model.gold_row_M) if gold_score_M is None else gold_score_M
+    first_row = model.index.first_row
+    check_golds(gold_score_M, model.gold_row_M, range(first_row, first_row + len(model.index)))
+    refiner = Refiner(pairs, gold_score_M)
+    columns = tiles.rank(top_k, len(model.choices), refiner)
+    while not refiner.band_held:
+        refiner.widen()
+        columns = tiles.rank(top_k, len(model.choices), refiner)
+    return _ranking(columns, first_row, Cost(columns.get("token_pairs"), refiner.report()))
+
+
+@torch.no_grad()
+def rank_unrefined(
+    model: RankedModel,
+    device: torch.device,
+    *,
+    top_k: int = 0,
+    tile_size: TileSize | None = None,
+    notice: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] = lambda num_mentions: None,
+) -> Ranking:
+    """Ranks by the scores' own precision, off by at most the number of pairs within a band of the gold (`Unrefined`).
+
+    With a process group every worker passes all mentions and the index of its own slice of the kb; counts are added up,
+    and `top_k` must be 0. Arguments and errors are those of `rank`; a gold must be in some worker's index.
+    """
+    # workers must all have the same tiles, though their slices differ by an entity
+    tiles, pairs = _opened(model, device, tile_size or _default_tiles(device, 0), notice, progress)
+    sample = sample_errors(pairs, tiles.score, tiles.gold_column_M, _SAMPLE_MENTIONS)
+    band = max_over_workers(sample.band, device)
+    columns = tiles.rank(top_k, len(model.choices), band)
+    unrefined = Unrefined(band, columns["close"])
+    return _ranking(columns, model.index.first_row, Cost(columns.get("token_pairs"), unrefined=unrefined))
+
+
+def _opened(
+    model: RankedModel,
+    device: torch.device,
+    size: TileSize,
+    notice: Callable[[str], None],
+    progress: Callable[[int], None],
+) -> tuple["_Tiles", PairScorer]:
+    """What scores tiles, and what scores single pairs exactly."""
+    matcher, mentions, index = model.matcher, model.mentions, model.index
     if not (len(mentions) and len(index)):
         raise ValueError(f"{len(mentions)} mentions against {len(index)} entities: nothing to rank")
     matcher.eval()
     index = _placed(index, device, notice)
-    size = tile_size or _default_tiles(device, len(index) if refine else 0)
-    tiles = _Tiles(matcher, mentions, index, gold_row_M - index.first_row, device, size, notice, progress)
-    pairs = PairScorer(matcher, mentions, index, device, notice)
-    if not refine:
-        sample = sample_errors(pairs, tiles.score, tiles.gold_column_M, _SAMPLE_MENTIONS)
-        band = max_over_workers(sample.band, device)
-        return _ranking(tiles.rank(top_k, num_choices, band), index.first_row, band)
-    gold_score_M = pairs.gold_scores(gold_row_M) if gold_score_M is None else gold_score_M
-    check_golds(gold_score_M, gold_row_M, range(index.first_row, index.first_row + len(index)))
-    refiner = Refiner(pairs, gold_score_M)
-    columns = tiles.rank(top_k, num_choices, refiner)
-    while not refiner.band_held:
-        refiner.widen()
-        columns = tiles.rank(top_k, num_choices, refiner)
-    return _ranking(columns, index.first_row, refiner.report())
+    tiles = _Tiles(matcher, mentions, index, model.gold_row_M - index.first_row, device, size, notice, progress)
+    return tiles, PairScorer(matcher, mentions, index, device, notice)
 
 
 def _default_tiles(device: torch.device, num_entities: int) -> TileSize:
@@ -336,15 +310,6 @@ def _counted(scores: Scores) -> dict[str, Tensor]:
     return counted
 
 
-def check_golds(gold_score_M: Tensor, gold_row_M: Tensor, rows: range) -> None:
-    """Raises NotRankable when a gold in kb `rows`, the index's, scores NaN, ValueError when another has no score."""
-    for mention in gold_score_M.isnan().nonzero()[:, 0].tolist():
-        row = int(gold_row_M[mention])
-        if row in rows:
-            raise NotRankable(mention, row)
-        raise ValueError(f"mention {mention}: its gold, kb row {row}, is not in the index, and its score is not given")
-
-
 def _refuse_broken(scores: Scores, first_mention: int, first_row: int) -> None:
     """Raises NotRankable for a score that is NaN or infinite."""
     broken_ME = ~scores.total_ME.isfinite()
@@ -353,17 +318,10 @@ def _refuse_broken(scores: Scores, first_mention: int, first_row: int) -> None:
         raise NotRankable(first_mention + mention, first_row + entity, scores.broken_part(mention, entity))
 
 
-def _ranking(columns: Mapping[str, Tensor], first_row: int, close: Refinement | float) -> Ranking:
-    """close: what refining took, or the band within which close pairs were counted."""
-    return Ranking(
-        ops.Counts(columns["better"], columns["tied"]),
-        columns["top_row"] + first_row,
-        columns["top_score"],
-        columns.get("chosen_gold"),
-        columns.get("chosen_top"),
-        columns.get("chosen_pairs"),
-        columns.get("tied_choices"),
-        columns.get("token_pairs"),
-        close if isinstance(close, Refinement) else None,
-        Unrefined(close, columns["close"]) if isinstance(close, float) else None,
-    )
+def _ranking(columns: Mapping[str, Tensor], first_row: int, cost: Cost) -> Ranking:
+    choices = None
+    if "chosen_gold" in columns:
+        gold_M, top_Mk, pairs_MB = (columns[name] for name in ("chosen_gold", "chosen_top", "chosen_pairs"))
+        choices = Choices(gold_M, top_Mk, pairs_MB, columns.get("tied_choices"))
+    counts = ops.Counts(columns["better"], columns["tied"])
+    return Ranking(counts, columns["top_row"] + first_row, columns["top_score"], choices, cost)

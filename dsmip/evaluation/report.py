@@ -17,7 +17,8 @@ from dsmip.evaluation.candidates import CandidateSearch, link
 from dsmip.evaluation.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
 from dsmip.evaluation.metrics import confidence, measure_among, summarise
-from dsmip.evaluation.ranking import NotRankable, RankedModel, Ranking
+from dsmip.evaluation.ranking import RankedModel
+from dsmip.evaluation.ranks import Choices, NotRankable, Ranking
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
 
@@ -115,7 +116,7 @@ def _unrankable(error: NotRankable, evaluation: OpenedEvaluation, model: RankedM
 
 
 def _metrics(
-    ranking: Ranking, groups: Sequence[Mapping[str, str]], choices: Sequence[str], num_entities: int
+    ranking: Ranking, groups: Sequence[Mapping[str, str]], experts: Sequence[str], num_entities: int
 ) -> dict[str, Any]:
     """What metrics.json holds; `confidence`: 95 % bootstrap interval of each figure, the same at every run."""
     report: dict[str, Any] = {
@@ -134,15 +135,15 @@ def _metrics(
             }
             for value, rows in rows_by_value(groups, name).items()
         }
-    if ranking.refinement is not None:
-        report["refinement"] = asdict(ranking.refinement)
-    if ranking.token_pairs_M2 is not None:
-        computed, of_all_parts = ranking.token_pairs_M2.sum(dim=0).tolist()
+    if ranking.cost.refinement is not None:
+        report["refinement"] = asdict(ranking.cost.refinement)
+    if ranking.cost.token_pairs_M2 is not None:
+        computed, of_all_parts = ranking.cost.token_pairs_M2.sum(dim=0).tolist()
         report["token_pairs_skipped"] = 1 - computed / of_all_parts
-    if choices and ranking.chosen_pairs_MB is not None and ranking.chosen_gold_M is not None:
-        report["experts"] = _expert_usage(ranking.chosen_pairs_MB, ranking.chosen_gold_M, groups, choices)
-    if choices and ranking.tied_choices_M is not None:
-        report["experts"]["tie_share"] = float(ranking.tied_choices_M.sum()) / (len(groups) * num_entities)
+    if ranking.choices is not None:
+        report["experts"] = _expert_usage(ranking.choices, groups, experts)
+        if ranking.choices.tied_M is not None:
+            report["experts"]["tie_share"] = float(ranking.choices.tied_M.sum()) / (len(groups) * num_entities)
     return report
 
 
@@ -172,17 +173,15 @@ def _candidate_metrics(
     }
 
 
-def _expert_usage(
-    pairs_MB: Tensor, gold_M: Tensor, groups: Sequence[Mapping[str, str]], choices: Sequence[str]
-) -> dict[str, Any]:
+def _expert_usage(choices: Choices, groups: Sequence[Mapping[str, str]], experts: Sequence[str]) -> dict[str, Any]:
     """Shares of all pairs and of gold pairs that went to each expert, overall and by kind."""
 
     def shares(rows: Tensor) -> dict[str, dict[str, float]]:
-        pairs_B = pairs_MB[rows].sum(dim=0).double()
-        gold_B = torch.bincount(gold_M[rows], minlength=len(choices)).double()
+        pairs_B = choices.pairs_MB[rows].sum(dim=0).double()
+        gold_B = torch.bincount(choices.gold_M[rows], minlength=len(experts)).double()
         return {
-            "pair_share": dict(zip(choices, (pairs_B / pairs_B.sum()).tolist(), strict=True)),
-            "gold_share": dict(zip(choices, (gold_B / gold_B.sum()).tolist(), strict=True)),
+            "pair_share": dict(zip(experts, (pairs_B / pairs_B.sum()).tolist(), strict=True)),
+            "gold_share": dict(zip(experts, (gold_B / gold_B.sum()).tolist(), strict=True)),
         }
 
     by_kind = {kind: shares(torch.tensor(rows)) for kind, rows in rows_by_value(groups, KIND).items() if kind}
@@ -192,7 +191,7 @@ def _expert_usage(
 def _write_ranks(
     path: Path, ranking: Ranking, evaluation: OpenedEvaluation, groups: Sequence[Mapping[str, str]]
 ) -> None:
-    mentions, entity_ids, choices = evaluation.mentions, evaluation.entity_ids, evaluation.model.choices
+    mentions, entity_ids, experts = evaluation.mentions, evaluation.entity_ids, evaluation.model.choices
     columns: dict[str, Any] = {
         "mention_id": [mention.mention_id for mention in mentions],
         **{name: pa.array([each.get(name) for each in groups], pa.string()) for name in REPORTED},
@@ -203,9 +202,9 @@ def _write_ranks(
         "top": [[entity_ids[row] for row in rows] for rows in ranking.top_row_Mk.tolist()],
         "top_scores": ranking.top_score_Mk.tolist(),
     }
-    if ranking.chosen_gold_M is not None and ranking.chosen_top_Mk is not None:
-        columns["gold_expert"] = [choices[c] for c in ranking.chosen_gold_M.tolist()]
-        columns["top_experts"] = [[choices[c] for c in row] for row in ranking.chosen_top_Mk.tolist()]
+    if ranking.choices is not None:
+        columns["gold_expert"] = [experts[c] for c in ranking.choices.gold_M.tolist()]
+        columns["top_experts"] = [[experts[c] for c in row] for row in ranking.choices.top_Mk.tolist()]
     table = pa.table(columns).replace_schema_metadata({KB_HASH: kb_hash(entity_ids)})
     pq.write_table(table, path)
 

@@ -16,7 +16,7 @@ from dsmip.encoders.clip import compile_towers
 from dsmip.errors import UserError
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, prepare_split, with_has_image
-from dsmip.evaluation.ranking import rank
+from dsmip.evaluation.ranking import RankedModel, rank_unrefined
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, StreamSource, is_held_out
 from dsmip.training.loop import Context, StepSource
@@ -179,8 +179,9 @@ def _figures(
 ) -> Mapping[str, float]:
     """Metrics, and how many pairs are too close for single precision to order them (for the records alone)."""
     use_backend(matcher, "auto", context.device)
-    ranking = rank(matcher, mentions, index, gold_row_M, device=context.device, progress=lambda _: context.alive())
-    return ranking.metrics() | (ranking.unrefined.metrics() if ranking.unrefined else {})
+    model = RankedModel(matcher, mentions, index, gold_row_M)
+    ranking = rank_unrefined(model, context.device, progress=lambda _: context.alive())
+    return ranking.metrics() | (ranking.cost.unrefined.metrics() if ranking.cost.unrefined else {})
 
 
 def _slice_of(num_entities: int) -> tuple[int, int]:

@@ -10,9 +10,8 @@ from dsmip.config import RankOptions
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
 from dsmip.evaluation.metrics import METRICS, shown_metrics
-from dsmip.evaluation.ranking import NotRankable, Ranking, check_golds
+from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
 from dsmip.evaluation.report import Evaluated, evaluate_model, evaluation_name
-from dsmip.evaluation.slices import merge_gold_scores, merge_rankings
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from ray_jobs.terminal.display import Display

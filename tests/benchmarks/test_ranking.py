@@ -18,7 +18,7 @@ from benchmarks.ranking.contest import TOLERANCE as TOLERANCES
 from benchmarks.ranking.contest import checked_difference
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import FeatureSizes
-from dsmip.evaluation.ranking import Ranking
+from dsmip.evaluation.ranks import Cost, Ranking
 from dsmip.models.mimic import MimicMatcher
 from dsmip.ops.ranking import Counts
 from dsmip.units.matcher import Scores
@@ -114,7 +114,7 @@ def test_the_work_of_text_units_is_counted_by_computed_pairs_and_tokens() -> Non
     entities = Table({f"{name}.query": Ragged.from_padded(torch.zeros(7, 6, 8)) for name in "xy"})
     everything = Ranking(Counts(torch.zeros(2), torch.zeros(2)), torch.zeros(2, 0), torch.zeros(2, 0))
     assert roofline.work(mentions, entities, everything) == roofline.Rates(28 * 2 * 8 * 4 * 7, 28 * 4 * 6)
-    half = replace(everything, token_pairs_M2=torch.tensor([[7, 14], [3, 14]]))
+    half = replace(everything, cost=Cost(torch.tensor([[7, 14], [3, 14]])))
     assert roofline.work(mentions, entities, half).exponentials == 10 * 4 * 6
 
 

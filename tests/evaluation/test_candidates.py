@@ -22,7 +22,8 @@ from dsmip.evaluation.candidates import CandidateSearch, link
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
 from dsmip.evaluation.metrics import HITS_AT
-from dsmip.evaluation.ranking import NotRankable, Ranking, rank
+from dsmip.evaluation.ranking import RankedModel, rank
+from dsmip.evaluation.ranks import NotRankable, Ranking
 from dsmip.evaluation.report import Evaluated, RankingWorkers, evaluate_model
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.models.mimic import Mimic
@@ -189,16 +190,16 @@ def test_all_entities_as_candidates_give_the_exact_ranking(prepared: Prepared) -
     matcher, mentions, entities = prepared.matcher, prepared.mentions, prepared.entities
     index = EntityIndex([entities.rows(slice(0, 5)), entities.rows(slice(5, None))], first_row=40)
     gold_row_M = 40 + torch.arange(NUM_MENTIONS)
-    choices = 3 if isinstance(matcher, DsmipMatcher) else 0
-    exact = rank(matcher, mentions, index, gold_row_M, device=CPU, top_k=4, num_choices=choices, refine=True)
+    choices = ("text", "visual", "multimodal") if isinstance(matcher, DsmipMatcher) else ()
+    exact = rank(RankedModel(matcher, mentions, index, gold_row_M, choices), CPU, top_k=4)
     search = CandidateSearch.build(matcher, index, CPU)
     links = link(matcher, mentions, index, search, k=NUM_ENTITIES + 9, top=4)
     assert torch.equal(links.row_MT, exact.top_row_Mk)
     assert torch.equal(links.score_MT, exact.top_score_Mk)
-    assert (links.chosen_MT is None) == (choices == 0)
+    assert (links.chosen_MT is None) == (not choices)
     if links.chosen_MT is not None:
-        assert exact.chosen_top_Mk is not None
-        assert torch.equal(links.chosen_MT, exact.chosen_top_Mk)
+        assert exact.choices is not None
+        assert torch.equal(links.chosen_MT, exact.choices.top_Mk)
     assert recall_at(exact.top_row_Mk, links.candidate_row_MK) == 1.0
     everything = link(matcher, mentions, index, search, k=NUM_ENTITIES, top=NUM_ENTITIES)
     ranks_M = ranks_among(everything.score_MT, everything.row_MT, gold_row_M)

@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.table import Column, Ragged, Repeated, Table
 from dsmip.evaluation.index import EntityIndex, finish_index, index_slices
 from dsmip.evaluation.preparation import entities_with_image, prepare_entities, prepare_in_tiles, with_has_image
-from dsmip.evaluation.ranking import rank
+from dsmip.evaluation.ranking import RankedModel, rank, rank_unrefined
+from dsmip.evaluation.ranks import merge_rankings
 from dsmip.evaluation.refinement import GRID, PairScorer
-from dsmip.evaluation.slices import merge_rankings
 from dsmip.models.dsmip import Dsmip
 from dsmip.units.matcher import Matcher
 from dsmip.units.visual_unit import DualUnit
@@ -84,13 +83,13 @@ def test_they_tie_and_are_scored_once(
     parts = [index.slice(part, slices) for part in range(slices)]
     golds = torch.stack([PairScorer(matcher, mentions, each, CPU).gold_scores(gold_M) for each in parts])
     gold_score_M = golds.nan_to_num(-torch.inf).amax(dim=0)
-    options: dict[str, Any] = {"device": CPU, "top_k": 1, "refine": True, "gold_score_M": gold_score_M}
-    ranking = merge_rankings([rank(matcher, mentions, each, gold_M, **options) for each in parts], 1)
+    models = [RankedModel(matcher, mentions, each, gold_M) for each in parts]
+    ranking = merge_rankings([rank(model, CPU, top_k=1, gold_score_M=gold_score_M) for model in models], 1)
     assert ranking.rank_M.tolist() == ranks_by_sorting(exact_ME, gold_M)
     num_alike = int(LACKING.sum())
     assert ranking.counts.tied_M.tolist() == [num_alike - 1, 0, num_alike - 1, num_alike - 1, 0, num_alike - 1]
-    assert ranking.refinement is not None
-    assert ranking.refinement.num_pairs > 4 * num_alike
+    assert ranking.cost.refinement is not None
+    assert ranking.cost.refinement.num_pairs > 4 * num_alike
     assert sum(num_scored) / 2 < 0.5 * num_alike * len(gold_M) + 16 * 64 * slices  # the sample of each slice
 
 
@@ -122,7 +121,7 @@ def test_validation_without_refinement_ties_them_too(small_config: ExperimentCon
     kb = seen_by_visual(kb_features(small_config))
     mentions = prepare_in_tiles(matcher, features(small_config, 2, 2).under("visual"), "mentions", CPU)
     index = EntityIndex([prepare_entities(matcher, kb, range(NUM_ENTITIES), CPU)])
-    ranking = rank(matcher, mentions, index, torch.tensor([1, 0]), device=CPU)
+    ranking = rank_unrefined(RankedModel(matcher, mentions, index, torch.tensor([1, 0])), CPU)
     assert ranking.counts.tied_M.tolist() == [int(LACKING.sum()) - 1, 0]
 
 

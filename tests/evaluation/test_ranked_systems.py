@@ -16,9 +16,9 @@ from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import feature_sizes
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import NotRankable, RankedModel, TileSize, rank
+from dsmip.evaluation.ranking import RankedModel, TileSize, rank, rank_unrefined
+from dsmip.evaluation.ranks import NotRankable, merge_rankings
 from dsmip.evaluation.refinement import PairScorer
-from dsmip.evaluation.slices import merge_rankings
 from dsmip.training.batches import CachedSource
 from dsmip.training.local_context import LocalContext
 from dsmip.training.trainer import train
@@ -67,18 +67,7 @@ def test_slices_of_the_kb_are_ranked_on_their_own(case: Case, top_k: int) -> Non
     golds = [PairScorer(case.matcher, case.mentions, each, CPU).gold_scores(gold_row_M) for each in slices]
     gold_score_M = torch.stack(golds).nan_to_num(-torch.inf).amax(dim=0)
     parts = [
-        rank(
-            case.matcher,
-            case.mentions,
-            each,
-            gold_row_M,
-            device=CPU,
-            top_k=top_k,
-            num_choices=case.num_choices,
-            refine=True,
-            gold_score_M=gold_score_M,
-            tile_size=TileSize(4, 8),
-        )
+        rank(case.against(each, gold_row_M), CPU, top_k=top_k, gold_score_M=gold_score_M, tile_size=TileSize(4, 8))
         for each in slices
     ]
     merged = merge_rankings(parts, top_k)
@@ -89,10 +78,10 @@ def test_token_level_scores_of_chosen_experts_are_counted(case: Case) -> None:
     ranking = case.rank(case.golds(), TileSize(9, 10), 2)
     chosen_ME = case.score().chosen_ME
     if chosen_ME is None:
-        assert ranking.token_pairs_M2 is None
+        assert ranking.cost.token_pairs_M2 is None
         return
-    assert ranking.token_pairs_M2 is not None
-    computed_M, all_M = ranking.token_pairs_M2.T
+    assert ranking.cost.token_pairs_M2 is not None
+    computed_M, all_M = ranking.cost.token_pairs_M2.T
     assert torch.equal(computed_M, (chosen_ME != 1).sum(dim=1))  # all but the visual expert's
     assert torch.equal(all_M, torch.full_like(computed_M, 2 * NUM_ENTITIES))
 
@@ -109,7 +98,7 @@ def test_an_entity_whose_tokens_score_nan_is_named_although_it_matters_to_no_ran
     gold_row_M = case.golds()
     assert worst not in gold_row_M.tolist()
     with pytest.raises(NotRankable, match=f"entity row {worst} is NaN"):
-        Case(case.matcher, case.mentions, broken, 0).rank(gold_row_M, TileSize(9, 10), 2)
+        Case(case.matcher, case.mentions, broken).rank(gold_row_M, TileSize(9, 10), 2)
 
 
 @pytest.mark.parametrize("form", ["pair", "mention", "multimodal"])
@@ -123,15 +112,15 @@ def test_the_part_whose_score_is_nan_is_named(small_config: ExperimentConfig, fo
         values = columns[column]
         if column.startswith(name) and isinstance(values, Tensor):
             columns[column] = values.index_fill(0, torch.tensor(5), torch.nan)
-    broken = Case(case.matcher, case.mentions, Table(columns), case.num_choices)
+    broken = Case(case.matcher, case.mentions, Table(columns), case.choices)
     with torch.no_grad():
         scores = broken.score()
     assert scores.broken_part(3, 5) == name
     first = int(scores.total_ME[:, 5].isnan().nonzero()[0, 0])
     elsewhere_M = torch.zeros(NUM_MENTIONS, dtype=torch.int64)
     with pytest.raises(NotRankable, match=rf"mention {first} and entity row 5 is NaN or infinite \({name}\)"):
-        rank(case.matcher, case.mentions, EntityIndex([broken.entities]), elsewhere_M, device=CPU)
-    model = RankedModel(case.matcher, case.mentions, EntityIndex([broken.entities]), elsewhere_M + 5, ())
+        rank_unrefined(broken.against(EntityIndex([broken.entities]), elsewhere_M), CPU)
+    model = RankedModel(case.matcher, case.mentions, EntityIndex([broken.entities]), elsewhere_M + 5)
     with pytest.raises(NotRankable) as raised:
         model.rank(CPU, notice=lambda line: None)
     assert model.broken_part(raised.value.mention, raised.value.entity_row) == name

@@ -12,17 +12,25 @@ from torch import Tensor
 from dsmip import distributed
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.metrics import summarise
-from dsmip.evaluation.ranking import Ranking, TileSize, rank
+from dsmip.evaluation.ranking import RankedModel, TileSize, rank_unrefined
+from dsmip.evaluation.ranks import Ranking
 from dsmip.ops.ranking import Counts
 from tests.support.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
 from tests.support.workers import run_workers
 
 
-def ranked(scores_ME: Tensor, gold_M: Tensor, chosen_ME: Tensor | None = None, **options: Any) -> Ranking:
+def ranked(
+    scores_ME: Tensor,
+    gold_M: Tensor,
+    chosen_ME: Tensor | None = None,
+    choices: tuple[str, ...] = (),
+    **options: Any,
+) -> Ranking:
     num_mentions, num_entities = scores_ME.shape
     matcher = TableMatcher(scores_ME, chosen_ME)
     index = EntityIndex([numbered(num_entities)])
-    return rank(matcher, numbered(num_mentions), index, gold_M, device=CPU, **options)
+    model = RankedModel(matcher, numbered(num_mentions), index, gold_M, choices)
+    return rank_unrefined(model, CPU, **options)
 
 
 @given(seed=st.integers(0, 10**6), shape=st.tuples(st.integers(1, 9), st.integers(1, 9)), tiles=st.integers(1, 12))
@@ -73,20 +81,18 @@ def test_nan_is_refused(column: int) -> None:
 def test_choices_of_pairs_are_counted() -> None:
     scores_ME = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0]])
     chosen_ME = torch.tensor([[0, 2, 2], [1, 0, 2]])
-    ranking = ranked(scores_ME, torch.tensor([1, 0]), chosen_ME, top_k=2, num_choices=3, tile_size=TileSize(128, 2))
-    assert ranking.chosen_pairs_MB is not None
-    assert ranking.chosen_gold_M is not None
-    assert ranking.chosen_top_Mk is not None
-    assert ranking.chosen_pairs_MB.tolist() == [[1, 0, 2], [1, 1, 1]]
-    assert ranking.chosen_gold_M.tolist() == [2, 1]
-    assert ranking.chosen_top_Mk.tolist() == [[0, 2], [0, 2]]
+    ranking = ranked(scores_ME, torch.tensor([1, 0]), chosen_ME, ("a", "b", "c"), top_k=2, tile_size=TileSize(128, 2))
+    assert ranking.choices is not None
+    assert ranking.choices.pairs_MB.tolist() == [[1, 0, 2], [1, 1, 1]]
+    assert ranking.choices.gold_M.tolist() == [2, 1]
+    assert ranking.choices.top_Mk.tolist() == [[0, 2], [0, 2]]
 
 
 def test_choices_are_left_out_where_only_ranks_are_wanted() -> None:
     """As in validation, where workers hold slices of the kb."""
     ranking = ranked(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), torch.tensor([[1, 0]]))
     assert ranking.rank_M.tolist() == [2.0]
-    assert ranking.chosen_pairs_MB is None
+    assert ranking.choices is None
 
 
 SHAPE = (5, 11)
@@ -100,16 +106,15 @@ def example() -> tuple[Tensor, Tensor]:
 def rank_slice() -> dict[str, Tensor]:
     scores_ME, gold_M = example()
     first, stop = (0, 4) if distributed.rank() == 0 else (4, SHAPE[1])
-    ranking = rank(
+    model = RankedModel(
         TableMatcher(scores_ME, torch.zeros(SHAPE, dtype=torch.int64)),
         numbered(SHAPE[0]),
         EntityIndex([numbered(stop - first, first)], first),
         gold_M,
-        device=CPU,
-        tile_size=TileSize(2, 3),
     )
-    assert ranking.unrefined is not None
-    band, close_M = torch.tensor(ranking.unrefined.band), ranking.unrefined.close_M
+    ranking = rank_unrefined(model, CPU, tile_size=TileSize(2, 3))
+    assert ranking.cost.unrefined is not None
+    band, close_M = torch.tensor(ranking.cost.unrefined.band), ranking.cost.unrefined.close_M
     return {"better": ranking.counts.better_M, "tied": ranking.counts.tied_M, "band": band, "close": close_M}
 
 

@@ -1,5 +1,6 @@
 """Close pairs in double precision, with a matcher whose single-precision errors are known."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 
 from dsmip.data.table import Table
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import NotRankable, Ranking, TileSize, check_golds, rank
+from dsmip.evaluation.ranking import RankedModel, TileSize, rank, rank_unrefined
+from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
 from dsmip.evaluation.refinement import GRID, PairScorer, _scored_together
-from dsmip.evaluation.slices import merge_gold_scores, merge_rankings
 from dsmip.units.matcher import Scores
 from tests.support.matchers import CPU, NoisyMatcher, TableMatcher, numbered, ranks_by_sorting, weighted
 
 
 def refined(matcher: TableMatcher, shape: tuple[int, int], gold_M: Tensor, **options: Any) -> Ranking:
-    return rank(
-        matcher, weighted(shape[0]), EntityIndex([weighted(shape[1])]), gold_M, device=CPU, refine=True, **options
-    )
+    return rank(of(matcher, shape, gold_M), CPU, **options)
+
+
+def of(matcher: TableMatcher, shape: tuple[int, int], gold_M: Tensor) -> RankedModel:
+    return RankedModel(matcher, weighted(shape[0]), EntityIndex([weighted(shape[1])]), gold_M)
 
 
 def example(seed: int, shape: tuple[int, int], error: float) -> tuple[NoisyMatcher, Tensor]:
@@ -43,8 +46,8 @@ def test_ranks_and_top_k_are_the_exact_ones(seed: int, tiles: int, error: float)
     best_ME = scores_ME.sort(dim=1, descending=True, stable=True)
     assert torch.equal(ranking.top_row_Mk, best_ME.indices[:, :4])
     assert torch.equal(ranking.top_score_Mk, best_ME.values[:, :4])
-    assert ranking.refinement is not None
-    assert 2 * ranking.refinement.largest_error <= ranking.refinement.band
+    assert ranking.cost.refinement is not None
+    assert 2 * ranking.cost.refinement.largest_error <= ranking.cost.refinement.band
 
 
 def test_only_close_pairs_are_scored_again() -> None:
@@ -52,9 +55,9 @@ def test_only_close_pairs_are_scored_again() -> None:
     matcher, gold_M = example(1, shape, 1e-6)
     matcher.scores_ME = torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     ranking = refined(matcher, shape, gold_M)
-    assert ranking.refinement is not None
-    assert ranking.refinement.largest_error <= 1.1e-6
-    assert 3 <= ranking.refinement.num_pairs < 30  # the golds, and what is within some millionths of them
+    assert ranking.cost.refinement is not None
+    assert ranking.cost.refinement.largest_error <= 1.1e-6
+    assert 3 <= ranking.cost.refinement.num_pairs < 30  # the golds, and what is within some millionths of them
 
 
 @given(seed=st.integers(0, 10**6), tiles=st.integers(1, 9), error=st.sampled_from([0.0, 1e-4, 0.05]))
@@ -62,18 +65,17 @@ def test_only_close_pairs_are_scored_again() -> None:
 def test_ranks_without_refinement_differ_by_the_pairs_that_are_counted(seed: int, tiles: int, error: float) -> None:
     shape = (5, 40)
     matcher, gold_M = example(seed, shape, error)
-    index, size = EntityIndex([weighted(shape[1])]), TileSize(tiles, 3 * tiles)
-    ranking = rank(matcher, weighted(shape[0]), index, gold_M, device=CPU, tile_size=size)
-    assert ranking.refinement is None
-    assert ranking.unrefined is not None
-    band, close_M = ranking.unrefined.band, ranking.unrefined.close_M
+    ranking = rank_unrefined(of(matcher, shape, gold_M), CPU, tile_size=TileSize(tiles, 3 * tiles))
+    assert ranking.cost.refinement is None
+    assert ranking.cost.unrefined is not None
+    band, close_M = ranking.cost.unrefined.band, ranking.cost.unrefined.close_M
     assert 4 * error <= band <= max(8 * error, 1e-4) + 1e-5
     exact_M = torch.tensor(ranks_by_sorting(matcher.scores_ME, gold_M))
     assert bool(((ranking.rank_M - exact_M).abs() <= close_M).all())
     single_ME = (matcher.scores_ME + matcher.errors_ME).float()
     near_ME = (single_ME - single_ME.gather(1, gold_M[:, None])).abs() <= band
     assert torch.equal(close_M, near_ME.sum(dim=1) - 1)
-    metrics = ranking.unrefined.metrics()
+    metrics = ranking.cost.unrefined.metrics()
     assert metrics == {"band": band, "close_pairs": close_M.sum(), "close_mentions": (close_M > 0).sum()}
 
 
@@ -106,8 +108,8 @@ def test_half_precision_scores_close_pairs_and_few_beside_them(alike: bool) -> N
     gold_M = scores_ME.abs().argmin(dim=1)  # in the thick of all
     ranking = refined(matcher, shape, gold_M)
     assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
-    assert ranking.refinement is not None
-    num_pairs, num_scored = ranking.refinement.num_pairs, ranking.refinement.num_scored
+    assert ranking.cost.refinement is not None
+    num_pairs, num_scored = ranking.cost.refinement.num_pairs, ranking.cost.refinement.num_scored
     assert num_pairs > 48 * 10
     assert num_scored <= num_pairs + 48 * 256
     if alike:
@@ -138,7 +140,7 @@ def test_an_error_that_the_sample_missed_widens_the_band() -> None:
     errors_ME[0, 1040] = -0.05
     ranking = refined(NoisyMatcher(scores_ME, errors_ME), (1, 2001), torch.tensor([1000]), top_k=3)
     assert ranking.rank_M.tolist() == [1001.0]
-    assert ranking.refinement is not None
+    assert ranking.cost.refinement is not None
 
 
 def test_equal_features_tie_in_slices_that_are_ranked_apart() -> None:
@@ -151,7 +153,7 @@ def test_equal_features_tie_in_slices_that_are_ranked_apart() -> None:
     assert golds.isnan().tolist() == [[False, True], [True, False]]
     gold_score_M = golds.nan_to_num(-torch.inf).amax(dim=0)
     parts = [
-        rank(matcher, weighted(2), each, gold_row_M, device=CPU, top_k=3, refine=True, gold_score_M=gold_score_M)
+        rank(RankedModel(matcher, weighted(2), each, gold_row_M), CPU, top_k=3, gold_score_M=gold_score_M)
         for each in slices
     ]
     merged = merge_rankings(parts, 3)
@@ -170,7 +172,7 @@ def test_a_gold_outside_the_index_is_refused() -> None:
 def test_a_gold_in_no_slice_is_refused_without_refinement_too(row: int) -> None:
     matcher, _ = example(0, (2, 5), 0.0)
     with pytest.raises(ValueError, match=f"mention 1: its gold, kb row {row}, is in no worker's index"):
-        rank(matcher, weighted(2), EntityIndex([weighted(5)]), torch.tensor([0, row]), device=CPU)
+        rank_unrefined(of(matcher, (2, 5), torch.tensor([0, row])), CPU)
 
 
 def test_gold_scores_of_slices_are_merged_and_checked() -> None:
@@ -185,11 +187,11 @@ def test_gold_scores_of_slices_are_merged_and_checked() -> None:
         check_golds(merged, torch.tensor([0, 1, 9, 2]), range(5))
 
 
-@pytest.mark.parametrize(("num_mentions", "num_entities"), [(0, 3), (2, 0)])
-def test_nothing_to_rank_is_refused(num_mentions: int, num_entities: int) -> None:
-    index = EntityIndex([weighted(num_entities)])
+@pytest.mark.parametrize("ranked_by", [rank, rank_unrefined])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_nothing_to_rank_is_refused(ranked_by: Callable[..., Ranking], shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="nothing to rank"):
-        rank(example(0, (2, 3), 0.0)[0], weighted(num_mentions), index, torch.zeros(num_mentions).long(), device=CPU)
+        ranked_by(of(example(0, (2, 3), 0.0)[0], shape, torch.zeros(shape[0]).long()), CPU)
 
 
 def test_errors_that_carry_pairs_far_out_of_the_band_are_found_by_probes() -> None:
@@ -210,15 +212,15 @@ def test_infinite_scores_are_refused(score: float) -> None:
         refined(matcher, (3, 9), gold_M)
 
 
-@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("ranked_by", [rank, rank_unrefined])
 @pytest.mark.parametrize("gold", [1, 7])
-def test_nan_is_named(refine: bool, gold: int) -> None:
+def test_nan_is_named(ranked_by: Callable[..., Ranking], gold: int) -> None:
     matcher, gold_M = example(0, (3, 9), 0.0)
     matcher.scores_ME[2, 7] = float("nan")
     gold_M[2] = gold
     index = EntityIndex([weighted(9).rows(slice(0, 5)), weighted(9).rows(slice(5, None))])
     with pytest.raises(NotRankable, match="mention 2 and entity row 7 is NaN") as raised:
-        rank(matcher, weighted(3), index, gold_M, device=CPU, refine=refine, tile_size=TileSize(2, 2))
+        ranked_by(RankedModel(matcher, weighted(3), index, gold_M), CPU, tile_size=TileSize(2, 2))
     assert (raised.value.mention, raised.value.entity_row) == (2, 7)
 
 
@@ -234,8 +236,8 @@ class SmallDevice(TableMatcher):
 def test_tiles_are_halved_when_memory_runs_out() -> None:
     scores_ME = torch.randint(0, 5, (4, 20), generator=torch.Generator().manual_seed(0)).float()
     gold_M, notices = torch.tensor([3, 0, 19, 7]), list[str]()
-    index = EntityIndex([numbered(20)])
-    ranking = rank(SmallDevice(scores_ME), numbered(4), index, gold_M, device=CPU, top_k=5, notice=notices.append)
+    model = RankedModel(SmallDevice(scores_ME), numbered(4), EntityIndex([numbered(20)]), gold_M)
+    ranking = rank_unrefined(model, CPU, top_k=5, notice=notices.append)
     assert ranking.rank_M.tolist() == ranks_by_sorting(scores_ME, gold_M)
     assert torch.equal(ranking.top_row_Mk, scores_ME.sort(dim=1, descending=True, stable=True).indices[:, :5])
     tiles = [int(notice.split()[-2]) for notice in notices if "tiles" in notice]
@@ -262,4 +264,6 @@ class NoMemory(TableMatcher):
 
 def test_a_single_entity_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        rank(NoMemory(torch.zeros(1, 4)), numbered(1), EntityIndex([numbered(4)]), torch.tensor([0]), device=CPU)
+        rank_unrefined(
+            RankedModel(NoMemory(torch.zeros(1, 4)), numbered(1), EntityIndex([numbered(4)]), torch.tensor([0])), CPU
+        )

@@ -23,9 +23,9 @@ from dsmip.data.table_writer import TableWriter
 from dsmip.encoders.feature_cache import whole_features
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_in_tiles
-from dsmip.evaluation.ranking import Ranking, TileSize, rank
+from dsmip.evaluation.ranking import RankedModel, TileSize, rank, rank_unrefined
+from dsmip.evaluation.ranks import Ranking, merge_rankings
 from dsmip.evaluation.refinement import GRID, PairScorer
-from dsmip.evaluation.slices import merge_rankings
 from dsmip.models import systems
 from dsmip.models.base import System
 from dsmip.ops.ranking import count_against, top_k
@@ -329,19 +329,11 @@ def test_saved_weights_give_the_same_scores(
 def test_ranks_do_not_depend_on_tiles(subject: Subject, features: tuple[Table, Table], scores: Scores) -> None:
     mentions, entities = subject.matcher.prepare_mentions(features[0]), subject.matcher.prepare_entities(features[1])
     gold_row_M = torch.arange(NUM_MENTIONS) * 3 % NUM_ENTITIES
-    num_choices = len(scores.parts) if scores.chosen_ME is not None else 0
+    choices = tuple(scores.parts) if scores.chosen_ME is not None else ()
+    model = RankedModel(subject.matcher, mentions, EntityIndex([entities]), gold_row_M, choices)
 
     def ranking(mention_tile: int, entity_tile: int) -> Ranking:
-        return rank(
-            subject.matcher,
-            mentions,
-            EntityIndex([entities]),
-            gold_row_M,
-            device=CPU,
-            top_k=3,
-            num_choices=num_choices,
-            tile_size=TileSize(mention_tile, entity_tile),
-        )
+        return rank_unrefined(model, CPU, top_k=3, tile_size=TileSize(mention_tile, entity_tile))
 
     one, many = ranking(100, 100), ranking(3, 4)
     # Items without a picture score alike but for the last bits: only entities that close to the gold may differ.
@@ -355,11 +347,11 @@ def test_ranks_do_not_depend_on_tiles(subject: Subject, features: tuple[Table, T
         assert bool(((result.rank_M >= best_M) & (result.rank_M <= best_M + near_ME.sum(dim=1))).all())
         torch.testing.assert_close(result.top_score_Mk, scores.total_ME.topk(3, dim=1).values, **TOLERANCE)
         torch.testing.assert_close(scores.total_ME.gather(1, result.top_row_Mk), result.top_score_Mk, **TOLERANCE)
-    if num_choices:
-        assert one.chosen_pairs_MB is not None
-        assert many.chosen_pairs_MB is not None
-        assert torch.equal(one.chosen_pairs_MB, many.chosen_pairs_MB)
-        assert one.chosen_pairs_MB.sum() == NUM_MENTIONS * NUM_ENTITIES
+    if choices:
+        assert one.choices is not None
+        assert many.choices is not None
+        assert torch.equal(one.choices.pairs_MB, many.choices.pairs_MB)
+        assert one.choices.pairs_MB.sum() == NUM_MENTIONS * NUM_ENTITIES
 
 
 @torch.no_grad()
@@ -373,18 +365,9 @@ def test_refined_ranks_are_those_of_double_precision(subject: Subject, features:
     counts = count_against(scores_ME, scores_ME.gather(1, gold_row_M[:, None])[:, 0], gold_row_M)
 
     def ranked(index: EntityIndex, tiles: TileSize, gold_score_M: Tensor | None = None) -> Ranking:
-        return rank(
-            subject.matcher,
-            mentions,
-            index,
-            gold_row_M,
-            device=CPU,
-            top_k=4,
-            num_choices=0 if exact.chosen_ME is None else len(exact.parts),
-            refine=True,
-            gold_score_M=gold_score_M,
-            tile_size=tiles,
-        )
+        choices = () if exact.chosen_ME is None else tuple(exact.parts)
+        model = RankedModel(subject.matcher, mentions, index, gold_row_M, choices)
+        return rank(model, CPU, top_k=4, gold_score_M=gold_score_M, tile_size=tiles)
 
     index = EntityIndex([entities.rows(slice(0, 5)), entities.rows(slice(5, None))])
     slices = [index.slice(part, 3) for part in range(3)]
@@ -397,12 +380,10 @@ def test_refined_ranks_are_those_of_double_precision(subject: Subject, features:
         assert torch.equal(result.top_row_Mk, best.rows_MK)
         assert torch.equal(result.top_score_Mk, best.scores_MK)
         if exact.chosen_ME is not None:
-            assert result.chosen_gold_M is not None
-            assert result.chosen_top_Mk is not None
-            assert torch.equal(result.chosen_gold_M, exact.chosen_ME.gather(1, gold_row_M[:, None])[:, 0])
-            assert torch.equal(result.chosen_top_Mk, exact.chosen_ME.gather(1, best.rows_MK))
-            assert result.chosen_pairs_MB is not None
-            assert result.chosen_pairs_MB.sum() == NUM_MENTIONS * NUM_ENTITIES
+            assert result.choices is not None
+            assert torch.equal(result.choices.gold_M, exact.chosen_ME.gather(1, gold_row_M[:, None])[:, 0])
+            assert torch.equal(result.choices.top_Mk, exact.chosen_ME.gather(1, best.rows_MK))
+            assert result.choices.pairs_MB.sum() == NUM_MENTIONS * NUM_ENTITIES
 
 
 def loss_of(subject: Subject, features: tuple[Table, Table], rows_M: list[int], gold_rows: list[int]) -> Tensor:

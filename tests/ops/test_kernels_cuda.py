@@ -7,7 +7,7 @@ interpreter runs both files in a process of its own, which that variable marks.
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -17,7 +17,8 @@ from torch import Tensor
 from dsmip.data.table import Ragged, Table
 from dsmip.errors import UserError
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import rank
+from dsmip.evaluation.ranking import RankedModel, rank, rank_unrefined
+from dsmip.evaluation.ranks import Ranking
 from dsmip.ops import kernels
 from dsmip.ops.kernels import cuda
 from dsmip.ops.kernels.rows import TokenRows
@@ -162,14 +163,15 @@ def test_refined_ranks_are_exact_in_half_precision() -> None:
     unit.backend, unit.precision = "triton", "fp16"
     gold_M, index = torch.arange(6) * 4, EntityIndex([entities])
     expected = ranks_by_sorting(exact_ME, gold_M)
-    assert rank(matcher, mentions, index, gold_M, device=DEVICE).rank_M.tolist() != expected
-    assert rank(matcher, mentions, index, gold_M, device=DEVICE, refine=True).rank_M.tolist() == expected
+    model = RankedModel(matcher, mentions, index, gold_M)
+    assert rank_unrefined(model, DEVICE).rank_M.tolist() != expected
+    assert rank(model, DEVICE).rank_M.tolist() == expected
 
 
 @on_device
 @pytest.mark.parametrize("side", ["value", "query"])
-@pytest.mark.parametrize("refine", [False, True])
-def test_rows_too_large_for_half_precision_are_scored_in_single(side: str, refine: bool) -> None:
+@pytest.mark.parametrize("ranked_by", [rank, rank_unrefined])
+def test_rows_too_large_for_half_precision_are_scored_in_single(side: str, ranked_by: Callable[..., Ranking]) -> None:
     """A trained model whose rows exceed 65504 is no broken one."""
     unit = text_unit()
     with torch.no_grad():
@@ -187,8 +189,8 @@ def test_rows_too_large_for_half_precision_are_scored_in_single(side: str, refin
     with torch.no_grad(), pytest.raises(HalfOverflow, match="too large for half precision"):
         unit.score(mentions, entities)
     gold_M, notices = torch.arange(len(mentions)) % len(entities), list[str]()
-    index = EntityIndex([entities])
-    ranking = rank(matcher, mentions, index, gold_M, device=DEVICE, refine=refine, notice=notices.append)
+    model = RankedModel(matcher, mentions, EntityIndex([entities]), gold_M)
+    ranking = ranked_by(model, DEVICE, notice=notices.append)
     assert ranking.rank_M.tolist() == ranks_by_sorting(exact_ME, gold_M)
     assert [line.split(": ")[1] for line in notices] == ["going on with fp32"]
     assert unit.precision == "fp32"

@@ -10,7 +10,8 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
 from dsmip.encoders.base import feature_sizes
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import Ranking, TileSize, rank
+from dsmip.evaluation.ranking import RankedModel, TileSize, rank
+from dsmip.evaluation.ranks import Ranking
 from dsmip.models.dsmip import Dsmip
 from dsmip.models.mimic import MimicMatcher
 from dsmip.units.matcher import Matcher, Scores
@@ -32,16 +33,17 @@ FORMS: dict[str, Callable[[ExperimentConfig], Matcher]] = {
     "mimic": build_mimic,
 }
 GATED = ("pair", "mention")
+EXPERTS = ("text", "visual", "multimodal")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A matcher with prepared items. num_choices: experts of a gate."""
+    """A matcher with prepared items. choices: the experts of a gate."""
 
     matcher: Matcher
     mentions: Table
     entities: Table
-    num_choices: int
+    choices: tuple[str, ...] = ()
 
     @torch.no_grad()
     def score(self) -> Scores:
@@ -50,17 +52,10 @@ class Case:
     def rank(self, gold_row_M: Tensor, tiles: TileSize, top_k: int) -> Ranking:
         # several tables, as in an index on disk
         index = EntityIndex([self.entities.rows(slice(0, 40)), self.entities.rows(slice(40, None))])
-        return rank(
-            self.matcher,
-            self.mentions,
-            index,
-            gold_row_M,
-            device=CPU,
-            top_k=top_k,
-            num_choices=self.num_choices,
-            refine=True,
-            tile_size=tiles,
-        )
+        return rank(self.against(index, gold_row_M), CPU, top_k=top_k, tile_size=tiles)
+
+    def against(self, index: EntityIndex, gold_row_M: Tensor) -> RankedModel:
+        return RankedModel(self.matcher, self.mentions, index, gold_row_M, self.choices)
 
     def golds(self) -> Tensor:
         """Best entities, and for every third mention any."""
@@ -87,12 +82,16 @@ def seen_by(form: str, table: Table) -> Table:
 def case_of(form: str, matcher: Matcher, mentions: Table, entities: Table) -> Case:
     """Of features of all experts and the gate."""
     prepared = matcher.prepare_mentions(seen_by(form, mentions)), matcher.prepare_entities(seen_by(form, entities))
-    return Case(matcher, *prepared, 3 * (form in GATED))
+    return Case(matcher, *prepared, EXPERTS if form in GATED else ())
 
 
 def assert_equal(found: Ranking, expected: Ranking) -> None:
     assert torch.equal(found.counts.better_M, expected.counts.better_M)
     assert torch.equal(found.counts.tied_M, expected.counts.tied_M)
-    for name in ("top_row_Mk", "top_score_Mk", "chosen_gold_M", "chosen_top_Mk", "chosen_pairs_MB", "tied_choices_M"):
-        a, b = getattr(found, name), getattr(expected, name)
-        assert a is b or torch.equal(a, b), name
+    assert torch.equal(found.top_row_Mk, expected.top_row_Mk)
+    assert torch.equal(found.top_score_Mk, expected.top_score_Mk)
+    assert (found.choices is None) == (expected.choices is None)
+    if found.choices is not None:
+        for name in ("gold_M", "top_Mk", "pairs_MB", "tied_M"):
+            a, b = getattr(found.choices, name), getattr(expected.choices, name)
+            assert a is b or torch.equal(a, b), name

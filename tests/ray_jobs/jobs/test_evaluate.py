@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from dsmip.config import RankOptions
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
-from dsmip.evaluation.ranking import RankedModel, Ranking
+from dsmip.evaluation.ranking import RankedModel
+from dsmip.evaluation.ranks import Ranking
 from dsmip.progress import Progress, no_progress
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
@@ -43,9 +44,13 @@ def workers(num_workers: int, gpu: bool = False, options: RankOptions = RankOpti
 
 
 def assert_equal(found: Ranking, expected: Ranking) -> None:
-    of_choices = ("chosen_gold_M", "chosen_top_Mk", "chosen_pairs_MB", "tied_choices_M", "token_pairs_M2")
-    for name in ("top_row_Mk", "top_score_Mk", *of_choices):
+    for name in ("top_row_Mk", "top_score_Mk"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for name in ("gold_M", "top_Mk", "pairs_MB", "tied_M"):
+        assert torch.equal(getattr(found.choices, name), getattr(expected.choices, name)), name
+    assert found.cost.token_pairs_M2 is not None
+    assert expected.cost.token_pairs_M2 is not None
+    assert torch.equal(found.cost.token_pairs_M2, expected.cost.token_pairs_M2)
     assert torch.equal(found.counts.better_M, expected.counts.better_M)
     assert torch.equal(found.counts.tied_M, expected.counts.tied_M)
 
@@ -137,8 +142,8 @@ def test_workers_rank_as_one_process(files: RankingFiles) -> None:
     options = RankOptions(top_k=2)
     alone = files.open().rank(CPU, options)
     assert_equal(workers(3, options=options).rank(subclassed(LosesAWorker, files)), alone)
-    assert alone.refinement is not None
-    assert alone.refinement.num_pairs < 8 * 11  # else single precision had no part in it
+    assert alone.cost.refinement is not None
+    assert alone.cost.refinement.num_pairs < 8 * 11  # else single precision had no part in it
     assert (Path(files.run) / "killed").exists()
 
 
