@@ -80,7 +80,7 @@ def prepare(
     options = job.BuildOptions(
         name=name,
         licence=licence,
-        images=job.picture_settings(image_size, keep_original=keep_original),
+        images=job.image_settings(image_size, keep_original=keep_original),
         shard_bytes=job.parse_size(shard_size),
         seed=seed,
         workers=workers,
@@ -123,13 +123,13 @@ def inspect(
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write the figures to this file.")
     ] = None,
-    pictures: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Compare pictures.")] = True,
+    images: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Compare pictures.")] = True,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
 ) -> None:
     """Shows what a dataset holds and its flaws: coverage, ambiguity, duplicates, and what its splits share."""
     from ray_jobs.jobs.inspect_data import inspect_data
 
-    inspect_data(data, html=html, json_file=json_file, pictures=pictures, workers=workers)
+    inspect_data(data, html=html, json_file=json_file, images=images, workers=workers)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from dsmip.runs.run import Run
 from tests.support.backbones import NARROW_BACKBONE
 from tests.support.object_store import ObjectStore, free_port, running_store, variables
 from tests.support.paths import ROOT
-from tests.support.small_release import picture, write_release
+from tests.support.small_release import image_bytes, write_release
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "grey", "pink", "brown", "cyan", "white")
 
@@ -47,7 +47,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         }
         for row, colour in enumerate(COLOURS)
     ]
-    files = {f"kb_image/Q{row}.jpg": picture((16, 16), colour) for row, colour in enumerate(COLOURS)}
+    files = {f"kb_image/Q{row}.jpg": image_bytes((16, 16), colour) for row, colour in enumerate(COLOURS)}
     mentions = []
     for number in range(38):
         row = number * 7 % len(COLOURS)
@@ -61,7 +61,7 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
                 "kind": "odd" if number % 2 else "even",
             }
         )
-        files[f"mention_image/m{number}.jpg"] = picture((20, 16), COLOURS[row])
+        files[f"mention_image/m{number}.jpg"] = image_bytes((20, 16), COLOURS[row])
     records: dict[str, list[Any]] = {"kb": kb, "train": mentions[:23], "dev": mentions[23:30], "test": mentions[30:]}
     prepare(
         MimicRelease(write_release(folder / "release", records, files)), folder / "data", DatasetOptions(name="small")

@@ -144,15 +144,15 @@ def _write_release(folder: Path) -> None:
     for name in ("kb_image", "mention_image"):
         (folder / name).mkdir(parents=True)
     for row, name in enumerate(COLOURS):
-        (folder / f"kb_image/Q{row}.jpg").write_bytes(_picture(16, name))
+        (folder / f"kb_image/Q{row}.jpg").write_bytes(_image_bytes(16, name))
     for number in range(28):
-        (folder / f"mention_image/m{number}.jpg").write_bytes(_picture(20, COLOURS[number * 5 % 9]))
+        (folder / f"mention_image/m{number}.jpg").write_bytes(_image_bytes(20, COLOURS[number * 5 % 9]))
     parts = {"kb_entity": kb, "C_train": mentions[:16], "C_dev": mentions[16:21], "C_test": mentions[21:]}
     for name, records in parts.items():
         (folder / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
-def _picture(width: int, colour: str) -> bytes:
+def _image_bytes(width: int, colour: str) -> bytes:
     buffer = BytesIO()
     Image.new("RGB", (width, 16), colour).save(buffer, "JPEG")
     return buffer.getvalue()

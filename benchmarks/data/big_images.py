@@ -21,7 +21,7 @@ _ORIENTATION = 0x0112
 Pixels = NDArray[np.uint8]
 
 
-class PictureDrawer:
+class ImageDrawer:
     """Pictures by number: a smooth field and a rough one, both out of a few and both shifted, added up.
 
     The same (size, seed, number) gives the same bytes. A core draws about a thousand of 384 x 384 a second.
@@ -42,8 +42,8 @@ class PictureDrawer:
 
     def jpeg(self, number: int) -> bytes:
         """The picture as a JPEG."""
-        picture = torch.from_numpy(self.pixels(number)).permute(2, 0, 1)
-        encoded: Tensor = encode_jpeg(picture, _QUALITY)
+        image = torch.from_numpy(self.pixels(number)).permute(2, 0, 1)
+        encoded: Tensor = encode_jpeg(image, _QUALITY)
         return encoded.numpy().tobytes()
 
     @cached_property
@@ -100,7 +100,7 @@ def _transparent(image: Image.Image) -> bytes:
     return _saved(image, "PNG")
 
 
-ODD_PICTURES: Mapping[str, Callable[[Image.Image], bytes]] = {
+ODD_IMAGES: Mapping[str, Callable[[Image.Image], bytes]] = {
     "PNG": lambda image: _saved(image, "PNG"),
     "GIF": lambda image: _saved(image.quantize(), "GIF"),
     "WebP": lambda image: _saved(image, "WEBP"),
@@ -112,7 +112,7 @@ ODD_PICTURES: Mapping[str, Callable[[Image.Image], bytes]] = {
 }
 """Pictures that can be used, all under a name that ends in .jpg."""
 
-BROKEN_PICTURES: Mapping[str, Callable[[Image.Image], bytes]] = {
+BROKEN_IMAGES: Mapping[str, Callable[[Image.Image], bytes]] = {
     "cut short": lambda image: _saved(image, "JPEG")[:-200],
     "zero bytes": lambda image: b"",
     "HTML": lambda image: b"<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>\n",

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 import torch
 from PIL import Image
 
-from benchmarks.data.big_images import BROKEN_PICTURES, ODD_PICTURES, PictureDrawer
+from benchmarks.data.big_images import BROKEN_IMAGES, ODD_IMAGES, ImageDrawer
 from dsmip.errors import UserError
 from dsmip.storage.atomic import atomic_path
 
@@ -33,13 +33,13 @@ MISSING = "missing"
 ENTITY_FAULTS = ("duplicate entity", "no entity id", "wrong type", "empty attributes")
 MENTION_FAULTS = ("nil gold", "unknown gold", "null gold", "empty word", "broken text", "no mention id")
 _REJECTED_ENTITIES = frozenset({"duplicate entity", "no entity id", "wrong type"})
-_PICTURE_FAULTS = (*ODD_PICTURES, *BROKEN_PICTURES, MISSING)
-FAULTS = {"kb": (*ENTITY_FAULTS, *_PICTURE_FAULTS), "mentions": (*MENTION_FAULTS, *_PICTURE_FAULTS)}
+_IMAGE_FAULTS = (*ODD_IMAGES, *BROKEN_IMAGES, MISSING)
+FAULTS = {"kb": (*ENTITY_FAULTS, *_IMAGE_FAULTS), "mentions": (*MENTION_FAULTS, *_IMAGE_FAULTS)}
 """Every way of being faulty, of entities and of mentions. A record has one at most."""
 
 _FOLDERS = {"kb": "kb_image", "mentions": "mention_image"}
 _SPLITS = (("train", 0.7), ("dev", 0.1), ("test", 0.2))
-_PICTURES_PER_TASK = 500
+_IMAGES_PER_TASK = 500
 _SYLLABLES = (
     "ba",
     "ce",
@@ -146,19 +146,19 @@ def write_big_release(release: BigRelease, folder: Path, workers: int = 1) -> di
         raise UserError(f"{folder} already holds something: name a new folder, or delete it")
     counts = {"kb": release.entities, "mentions": release.mentions}
     tasks = [
-        (release, folder / _FOLDERS[part], part, start, min(start + _PICTURES_PER_TASK, count))
+        (release, folder / _FOLDERS[part], part, start, min(start + _IMAGES_PER_TASK, count))
         for part, count in counts.items()
-        for start in range(0, count, _PICTURES_PER_TASK)
+        for start in range(0, count, _IMAGES_PER_TASK)
     ]
     for name in _FOLDERS.values():
         (folder / name).mkdir(parents=True, exist_ok=True)
     if workers == 1:
         for task in tasks:
-            _write_pictures(*task)
+            _write_images(*task)
     else:
         context = multiprocessing.get_context("spawn")  # a fork after torch has started its threads may hang
         with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-            for done in [pool.submit(_write_pictures, *task) for task in tasks]:
+            for done in [pool.submit(_write_images, *task) for task in tasks]:
                 done.result()
     start = 0.0
     for split, share in _SPLITS:
@@ -170,24 +170,24 @@ def write_big_release(release: BigRelease, folder: Path, workers: int = 1) -> di
     return {part: Counter({kind: count for kind, count in found.items() if kind}) for part, found in faults.items()}
 
 
-def _write_pictures(release: BigRelease, folder: Path, part: str, start: int, stop: int) -> None:
+def _write_images(release: BigRelease, folder: Path, part: str, start: int, stop: int) -> None:
     drawer = _drawer(release.size, release.seed)
     for number in range(start, stop):
         fault = release.fault(part, number)
         if fault == MISSING:
             continue
         letter, place = ("Q", number) if part == "kb" else ("m", release.entities + number)
-        spoil = ODD_PICTURES.get(fault or "") or BROKEN_PICTURES.get(fault or "")
+        spoil = ODD_IMAGES.get(fault or "") or BROKEN_IMAGES.get(fault or "")
         content = spoil(Image.fromarray(drawer.pixels(place))) if spoil else drawer.jpeg(place)
         (folder / f"{letter}{number}.jpg").write_bytes(content)
 
 
-_DRAWERS: dict[tuple[int, int], PictureDrawer] = {}
+_DRAWERS: dict[tuple[int, int], ImageDrawer] = {}
 
 
-def _drawer(size: int, seed: int) -> PictureDrawer:
+def _drawer(size: int, seed: int) -> ImageDrawer:
     """One per process: its fields cost a second to make."""
-    return _DRAWERS.setdefault((size, seed), PictureDrawer(size, seed))
+    return _DRAWERS.setdefault((size, seed), ImageDrawer(size, seed))
 
 
 def _write_records(path: Path, records: Iterator[dict[str, Any]]) -> None:

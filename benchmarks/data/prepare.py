@@ -39,19 +39,19 @@ from dsmip.storage.atomic import write_json
 
 WORKERS = (1, 2)
 SIZE = 224
-_PICTURE_PARTS = ("entities", "mentions")
+_IMAGE_PARTS = ("entities", "mentions")
 _FOLDERS = ("kb_image", "mention_image", "mention_images")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One build. pictures: named by its records. stages: seconds by part, its processes' start included.
+    """One build. images: named by its records. stages: seconds by part, its processes' start included.
 
     made_rate: pictures a second while shards are made. cpu_s, worker_peak: of the workers, the latter of the largest
     (Linux counts what a process was forked from, so it is never less than the driver at that time).
     """
 
-    pictures: int
+    images: int
     wall_s: float
     cpu_s: float
     made_rate: float
@@ -62,7 +62,7 @@ class Prepared:
     @property
     def rate(self) -> float:
         """Pictures a second of the whole build."""
-        return self.pictures / self.wall_s
+        return self.images / self.wall_s
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(release: Path, out: Path, rounds: int) -> tuple[dict[int, list[Pace]], dict[int, list[Prepared]]]:
     """The bare loop's and the builds' costs by number of workers, in every round."""
-    pictures = [path for name in _FOLDERS for path in sorted((release / name).glob("*"))]
-    for path in pictures:
+    images = [path for name in _FOLDERS for path in sorted((release / name).glob("*"))]
+    for path in images:
         path.read_bytes()  # the first reader must not pay for the disk
     bare: dict[int, list[Pace]] = {workers: [] for workers in WORKERS}
     builds: dict[int, list[Prepared]] = {workers: [] for workers in WORKERS}
@@ -92,7 +92,7 @@ def measure(release: Path, out: Path, rounds: int) -> tuple[dict[int, list[Pace]
         for number in range(rounds):
             for workers in WORKERS:
                 print(f"round {number + 1}, {workers} workers ...", file=sys.stderr, flush=True)
-                shares = [(pictures[first::workers],) for first in range(workers)]
+                shares = [(images[first::workers],) for first in range(workers)]
                 bare[workers].append(processes.at_once(bare_loop, shares))
                 with TemporaryDirectory(dir=out.parent) as folder:
                     builds[workers].append(_in_a_process(release, Path(folder) / "data", workers))
@@ -105,10 +105,10 @@ def bare_loop(paths: Sequence[Path]) -> Callable[[], int]:
     def work() -> int:
         for path in paths:
             content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-            picture = decode_jpeg(content, mode=ImageReadMode.RGB)
-            height, width = picture.shape[1:]
+            image = decode_jpeg(content, mode=ImageReadMode.RGB)
+            height, width = image.shape[1:]
             size = (round(SIZE * height / min(height, width)), round(SIZE * width / min(height, width)))
-            small = functional.interpolate(picture[None], size=size, mode="bicubic", antialias=True)[0]
+            small = functional.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
             encode_jpeg(small, JPEG_QUALITY).numpy().tobytes()
         return len(paths)
 
@@ -132,15 +132,15 @@ def _build(release: Path, out: Path, workers: int) -> Prepared:
     with run_in_processes(workers) as run:
         manifest = prepare(source, out, DatasetOptions(name="big"), run=run, progress=note)
     wall = time.perf_counter() - start
-    pictured = manifest.entities_with_image + sum(counts.with_image for counts in manifest.splits.values())
+    with_image = manifest.entities_with_image + sum(counts.with_image for counts in manifest.splits.values())
     count = manifest.entities + sum(counts.mentions for counts in manifest.splits.values())
-    if pictured != count:
-        raise RuntimeError(f"{release}: {count - pictured} of {count} records have no picture; nothing to compare")
-    made = [[(when, done) for when, done in times.get(part, []) if done] for part in _PICTURE_PARTS]
+    if with_image != count:
+        raise RuntimeError(f"{release}: {count - with_image} of {count} records have no picture; nothing to compare")
+    made = [[(when, done) for when, done in times.get(part, []) if done] for part in _IMAGE_PARTS]
     spans = [(steady[-1][0] - steady[0][0], steady[-1][1] - steady[0][1]) for steady in made if len(steady) > 1]
     seconds, items = (sum(values) for values in zip(*spans, strict=True)) if spans else (0.0, 0)
     return Prepared(
-        pictures=count,
+        images=count,
         wall_s=wall,
         cpu_s=_children_cpu() - before,
         made_rate=items / seconds if seconds else float("nan"),
@@ -160,12 +160,12 @@ def _row(workers: int, bare: Sequence[Pace], builds: Sequence[Prepared]) -> dict
     pairs = list(zip(builds, bare, strict=True))
     return {
         "workers": workers,
-        "pictures": builds[0].pictures,
+        "pictures": builds[0].images,
         "bare_per_s": median(pace.rate for pace in bare),
         "whole_per_s": median(build.rate for build in builds),
         "shards_per_s": median(build.made_rate for build in builds),
         "bare_cpu_us": median(pace.cpu_us for pace in bare),
-        "whole_cpu_us": median(1e6 * build.cpu_s / build.pictures for build in builds),
+        "whole_cpu_us": median(1e6 * build.cpu_s / build.images for build in builds),
         "whole_ratio": median(build.rate / pace.rate for build, pace in pairs),
         "shards_ratio": median(build.made_rate / pace.rate for build, pace in pairs),
         "driver_peak_mib": max(build.driver_peak for build in builds) / 2**20,

@@ -91,9 +91,9 @@ def decoding(
 ) -> Callable[[], int]:
     """The work: decodes the pictures of a worker's samples, which are read before."""
     batches = list(_batches(folder, batch_size, samples, rank, world_size))
-    pictures = [record.image for batch in batches for record in batch.mentions]
-    pictures += [image for batch in batches for record in batch.entities for image in record.images]
-    encoded = [picture for picture in pictures if picture is not None]
+    images = [record.image for batch in batches for record in batch.mentions]
+    images += [image for batch in batches for record in batch.entities for image in record.images]
+    encoded = [image for image in images if image is not None]
     num_samples = sum(len(batch.mentions) for batch in batches)
     if not encoded:
         raise UserError(f"{folder}: its training samples have no pictures; nothing to compare")
@@ -103,8 +103,8 @@ def decoding(
             if decoder == "torchvision":
                 decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
             else:
-                with Image.open(io.BytesIO(content)) as picture:
-                    torch.from_numpy(np.array(picture.convert("RGB")))
+                with Image.open(io.BytesIO(content)) as image:
+                    torch.from_numpy(np.array(image.convert("RGB")))
         return num_samples
 
     return work

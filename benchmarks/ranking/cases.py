@@ -21,7 +21,7 @@ from dsmip.runs.load_config import parse_config
 from dsmip.units.expert import MODALITIES
 from dsmip.units.matcher import Matcher
 
-PICTURE_TOKENS = 50  # 7 x 7 patches and the class token
+IMAGE_TOKENS = 50  # 7 x 7 patches and the class token
 FEWEST_TOKENS, MEAN_TOKENS = 4, 22
 BLOCK = 512
 Side = Literal["mentions", "entities"]
@@ -113,7 +113,7 @@ def _expert_features(case: Case, modalities: Sequence[Modality], count: int, gen
     columns: dict[str, Column] = {}
     for modality in modalities:
         tokens, width = (
-            (case.num_tokens, sizes.text_width) if modality == "text" else (PICTURE_TOKENS, sizes.vision_width)
+            (case.num_tokens, sizes.text_width) if modality == "text" else (IMAGE_TOKENS, sizes.vision_width)
         )
         columns[f"{modality}_global"] = _normal(generator, count, sizes.embed_width)
         columns[f"{modality}_tokens"] = Ragged.from_padded(_normal(generator, count, tokens, width))
@@ -122,9 +122,9 @@ def _expert_features(case: Case, modalities: Sequence[Modality], count: int, gen
 
 def _gate_features(case: Case, count: int, generator: torch.Generator) -> Table:
     sizes = case.sizes
-    picture_width = find_network(case.config.system.gate.picture).width(sizes)
+    image_width = find_network(case.config.system.gate.picture).width(sizes)
     return Table(
-        {"text": _normal(generator, count, sizes.text_width), "picture": _normal(generator, count, picture_width)}
+        {"text": _normal(generator, count, sizes.text_width), "picture": _normal(generator, count, image_width)}
     )
 
 

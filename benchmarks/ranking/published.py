@@ -119,14 +119,14 @@ def _expert_score(scorer: UnitScorer, mentions: Table, entities: Table) -> Tenso
         units.append(_text_unit(unit, *_normed_text(scorer, mentions), *_normed_text(scorer, entities)))
     if "image" in scorer.units:
         visual = cast(VisualUnit, scorer.units["image"])
-        mention_picture, entity_picture = _normed_picture(scorer, mentions), _normed_picture(scorer, entities)
-        ent2men_EM = _dual_unit(visual.dual_ent2men, *entity_picture, *mention_picture)
-        men2ent_ME = _dual_unit(visual.dual_men2ent, *mention_picture, *entity_picture)
+        mention_image, entity_image = _normed_image(scorer, mentions), _normed_image(scorer, entities)
+        ent2men_EM = _dual_unit(visual.dual_ent2men, *entity_image, *mention_image)
+        men2ent_ME = _dual_unit(visual.dual_men2ent, *mention_image, *entity_image)
         units.append((ent2men_EM.T + men2ent_ME) / 2)
     if "cross" in scorer.units:
         cross = cast(CrossUnit, scorer.units["cross"])
         fused = [
-            _fused(cross, _normed_text(scorer, side)[0], _normed_picture(scorer, side)[1])
+            _fused(cross, _normed_text(scorer, side)[0], _normed_image(scorer, side)[1])
             for side in (mentions, entities)
         ]
         units.append(fused[0] @ fused[1].T)
@@ -138,7 +138,7 @@ def _normed_text(scorer: UnitScorer, items: Table) -> tuple[Tensor, Tensor]:
     return norm.text_cls_layernorm(items.dense("text_global")), norm.text_tokens_layernorm(items.dense("text_tokens"))
 
 
-def _normed_picture(scorer: UnitScorer, items: Table) -> tuple[Tensor, Tensor]:
+def _normed_image(scorer: UnitScorer, items: Table) -> tuple[Tensor, Tensor]:
     norm = scorer.picture_norm
     tokens_NPd = norm.image_tokens_layernorm(items.dense("image_tokens"))
     return norm.image_cls_layernorm(items.dense("image_global")), tokens_NPd

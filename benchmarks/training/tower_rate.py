@@ -136,8 +136,8 @@ def drawn_items(count: int, num_tokens: int, image_size: int, seed: int) -> Item
     generator = torch.Generator().manual_seed(seed)
     token_ids = torch.randint(1, _END_OF_TEXT - 1, (count, num_tokens), generator=generator)
     token_ids[:, -1] = _END_OF_TEXT
-    pictures = torch.randint(0, 256, (count, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
-    return ItemBatch(token_ids, pictures, torch.ones(count, dtype=torch.bool))
+    images = torch.randint(0, 256, (count, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
+    return ItemBatch(token_ids, images, torch.ones(count, dtype=torch.bool))
 
 
 def count_operations(step: Callable[[], None]) -> int:

@@ -92,14 +92,13 @@ class MentionDrawer:
         """Houses of a pool that may be the answer of a kind (of `both` not all can: others are drawn instead)."""
         if kind in ("text", "missing_picture"):
             return list(pool)
-        pictured = [row for row in pool if self._houses[row].pictured]
+        with_image = [row for row in pool if self._houses[row].has_image]
         if kind == "both":
-            return [
-                row for row in pictured if (twin := self._houses[row].twin) is not None and self._houses[twin].pictured
-            ]
+            twins = {row: self._houses[row].twin for row in with_image}
+            return [row for row, twin in twins.items() if twin is not None and self._houses[twin].has_image]
         if kind == "easy":
-            return pictured
-        return [row for row in pictured if self._houses[row].twin is None]
+            return with_image
+        return [row for row in with_image if self._houses[row].twin is None]
 
     def draw(self, kind: Kind, golds: Sequence[int], rng: Random) -> MentionPlan:
         """A plan with an answer out of `golds`.
@@ -152,7 +151,8 @@ class MentionDrawer:
         if shown is None:
             return True
         if kind == "text":
-            return self._houses[shown].pictured and gold not in self._evidence.with_image(word, shown, damage, spared=1)
+            by_image = self._evidence.with_image(word, shown, damage, spared=1)
+            return self._houses[shown].has_image and gold not in by_image
         by_image = self._evidence.with_image(word, shown, damage)
         if kind == "easy":
             return by_image == [gold]

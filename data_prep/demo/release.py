@@ -101,7 +101,7 @@ def write_demo_release(config: DemoConfig, folder: Path, progress: Progress = no
     for name in ("kb_image", "mention_image"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     done = 0
-    total = sum(house.pictured for house in houses)
+    total = sum(house.has_image for house in houses)
     total += sum(plan.shown is not None for split in plans.values() for plan in split)
 
     def write_image(path: Path, image: bytes) -> None:
@@ -111,7 +111,7 @@ def write_demo_release(config: DemoConfig, folder: Path, progress: Progress = no
         progress("pictures", done, total)
 
     for row, house in enumerate(houses):
-        if house.pictured:
+        if house.has_image:
             write_image(folder / "kb_image" / f"{_entity_id(row)}.jpg", plate(house.arms, config.picture_size))
     number = 0
     for split, split_plans in plans.items():
@@ -165,7 +165,7 @@ def _entity_record(row: int, house: House) -> dict[str, Any]:
         "entity_name": house.name,
         "attr": attributes(house.arms, house.facts),
         "qid": _entity_id(row),
-        "image_list": [f"{_entity_id(row)}.jpg"] if house.pictured else [],
+        "image_list": [f"{_entity_id(row)}.jpg"] if house.has_image else [],
     }
 
 

@@ -28,7 +28,7 @@ class House:
         name: Its name, which its family shares.
         facts: Its facts.
         arms: Its shield.
-        pictured: Whether it has an image.
+        has_image: Whether it has an image.
         twin: Row of the house whose shield is the same but for what `twin_damage` hides, if there is one.
         twin_damage: What hides the difference.
     """
@@ -36,7 +36,7 @@ class House:
     name: str
     facts: Mapping[str, str]
     arms: Arms
-    pictured: bool
+    has_image: bool
     twin: int | None = None
     twin_damage: Damage = "none"
 
@@ -58,12 +58,12 @@ def make_houses(num_houses: int, without_image: float, rng: Random) -> list[Hous
         shields = [*used.draw_twins(twin_damage, rng), *(used.draw(rng) for _ in range(size - 2))]
         base = len(houses)
         for index, (arms, facts) in enumerate(zip(shields, _family_facts(size, rng), strict=True)):
-            house = House(name, facts, arms, pictured=True)
+            house = House(name, facts, arms, has_image=True)
             if index < 2:
                 house = replace(house, twin=base + 1 - index, twin_damage=twin_damage)
             houses.append(house)
     for row in rng.sample(range(num_houses), round(without_image * num_houses)):
-        houses[row] = replace(houses[row], pictured=False)
+        houses[row] = replace(houses[row], has_image=False)
     return _shuffled(houses, rng)
 
 

@@ -74,8 +74,8 @@ def decode_jpeg(data: bytes) -> Tensor:
     """
     # A copy, because PyTorch warns of memory that cannot be written to.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    picture: Tensor = decode_with_torchvision(encoded, mode=ImageReadMode.RGB)
-    return picture
+    image: Tensor = decode_with_torchvision(encoded, mode=ImageReadMode.RGB)
+    return image
 
 
 def decode(data: bytes) -> Tensor:
@@ -115,25 +115,25 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
-def fit(picture: Tensor, size: int) -> Tensor:
+def fit(image: Tensor, size: int) -> Tensor:
     """uint8 [3, size, size]: shorter side resized (antialiased bicubic), then the centre, as CLIP prepares pictures.
 
     Args:
-        picture: uint8 [3, H, W].
+        image: uint8 [3, H, W].
     """
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     if (height, width) == (size, size):
-        return picture
+        return image
     # Only the centre square is kept: a margin around it bounds the memory for extreme aspect ratios.
     short = min(height, width)
-    picture = _centre(picture, min(height, 3 * short), min(width, 3 * short))
-    height, width = picture.shape[1:]
+    image = _centre(image, min(height, 3 * short), min(width, 3 * short))
+    height, width = image.shape[1:]
     target = (max(size, size * height // short), max(size, size * width // short))
-    resized = functional.interpolate(picture[None], size=target, mode="bicubic", antialias=True)[0]
+    resized = functional.interpolate(image[None], size=target, mode="bicubic", antialias=True)[0]
     return _centre(resized, size, size).contiguous()
 
 
-def _centre(picture: Tensor, height: int, width: int) -> Tensor:
-    top = round((picture.shape[1] - height) / 2)
-    left = round((picture.shape[2] - width) / 2)
-    return picture[:, top : top + height, left : left + width]
+def _centre(image: Tensor, height: int, width: int) -> Tensor:
+    top = round((image.shape[1] - height) / 2)
+    left = round((image.shape[2] - width) / 2)
+    return image[:, top : top + height, left : left + width]

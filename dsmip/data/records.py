@@ -87,7 +87,7 @@ def read_pair(fields: Fields, source: str, *label: str | int) -> tuple[Mention, 
         UserError: the sample is not what `mention_fields` makes.
     """
     mention = read_mention(fields, source)
-    return mention, _checked(source, lambda: _entity_with_one_picture(fields, (*label, mention.mention_id)))
+    return mention, _checked(source, lambda: _entity_with_one_image(fields, (*label, mention.mention_id)))
 
 
 def make_entity(record: Mapping[str, Any], images: tuple[bytes, ...]) -> Entity:
@@ -95,7 +95,7 @@ def make_entity(record: Mapping[str, Any], images: tuple[bytes, ...]) -> Entity:
     return Entity(record["entity_row"], record["entity_id"], record["name"], record["attributes"], images)
 
 
-def _entity_with_one_picture(fields: Fields, label: tuple[str | int, ...]) -> Entity:
+def _entity_with_one_image(fields: Fields, label: tuple[str | int, ...]) -> Entity:
     record = _object(fields["entity.json"])
     if not record["num_images"]:
         return make_entity(record, ())

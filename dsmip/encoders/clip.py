@@ -214,15 +214,15 @@ class Backbone(nn.Module):
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return TokenFeatures(_at_least_float32(pooled), _at_least_float32(x), mask)
 
-    def normalise(self, pictures: Tensor, has_image: Tensor) -> Tensor:
+    def normalise(self, images: Tensor, has_image: Tensor) -> Tensor:
         """float32 [N, 3, S, S] from uint8 [N, 3, S, S]: the backbone's pixel statistics; zeros where no picture is.
 
         Raises:
             ValueError: pictures of another size than the backbone's.
         """
-        if pictures.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"pictures {tuple(pictures.shape)}, expected [N, 3, {self.image_size}, {self.image_size}]")
-        pixels = (pictures.to(self.mean.dtype) / 255 - self.mean) / self.std
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"pictures {tuple(images.shape)}, expected [N, 3, {self.image_size}, {self.image_size}]")
+        pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         return pixels.masked_fill(~has_image[:, None, None, None], 0.0)
 
     def token_embedding_mean(self, token_ids: Tensor) -> Tensor:

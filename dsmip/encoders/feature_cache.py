@@ -126,7 +126,7 @@ def encode_split(
     """
     with TableWriter(path) as writer:
         for table, has_image in _encoded(split, encoder, dataset, collator, device):
-            writer.append(table.to(torch.device("cpu")).cast(dtype), dict.fromkeys(_picture_columns(table), ~has_image))
+            writer.append(table.to(torch.device("cpu")).cast(dtype), dict.fromkeys(_image_columns(table), ~has_image))
             progress(len(has_image))
 
 
@@ -146,7 +146,7 @@ def encode_rows(
     batches = list(_encoded(KB, encoder, dataset, collator, device, rows))
     table = concatenate([table for table, _ in batches]).cast(dtype)
     missing_N = ~torch.cat([has_image for _, has_image in batches]).to(device)
-    shared = {name: table.ragged(name).sharing(missing_N) for name in _picture_columns(table)}
+    shared = {name: table.ragged(name).sharing(missing_N) for name in _image_columns(table)}
     return table.merged(Table(shared))
 
 
@@ -164,7 +164,7 @@ def _encoded(
     return map_alone(lambda batch: (encode(batch.to(device)), batch.has_image), batches, device)
 
 
-def _picture_columns(table: Table) -> list[str]:
+def _image_columns(table: Table) -> list[str]:
     return [name for name in table.columns if name.split(".")[-1] == "image_tokens"]
 
 

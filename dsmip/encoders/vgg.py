@@ -70,7 +70,7 @@ class Vgg16Features(nn.Module):
         """float32 [N, 4096] fc7 activations, of a few pictures at a time.
 
         Args:
-            pictures: uint8 [N, 3, S, S], resized to 224 x 224 here.
+            images: uint8 [N, 3, S, S], resized to 224 x 224 here.
             has_image: bool [N]; a missing picture is all zeros after normalisation, and computed once for all.
         """
         width = self.classifier.get_parameter("3.bias").shape[0]

@@ -150,8 +150,8 @@ class GateEncoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, batch: ItemBatch) -> Table:
-        picture = self._network.vectors(batch.images, batch.has_image)
-        return Table({"text": self.backbone.token_embedding_mean(batch.token_ids), "picture": picture})
+        image = self._network.vectors(batch.images, batch.has_image)
+        return Table({"text": self.backbone.token_embedding_mean(batch.token_ids), "picture": image})
 
 
 class Gate(nn.Module):

@@ -139,8 +139,8 @@ def show_results(results: Mapping[str, Any], out: Path, display: Display) -> Non
 
 
 def _prepare(out: Path, world: DemoConfig) -> Dataset:
-    pictures = ImageSettings(size=world.picture_size, quality=JPEG_QUALITY)
-    options = BuildOptions(name=f"demo-{world.seed}", images=pictures, seed=world.seed)
+    images = ImageSettings(size=world.picture_size, quality=JPEG_QUALITY)
+    options = BuildOptions(name=f"demo-{world.seed}", images=images, seed=world.seed)
     prepare_release(MimicRelease(out / "release"), out / "data", options, no_progress)
     return Dataset.open(out / "data")
 

@@ -270,7 +270,7 @@ class _Encoder:
         StepEvents(NAME, 1, events)
         self._request, self._device = plan.request, worker_device()
         self._dataset = Dataset.open(plan.data)
-        self._pictures = ImageCollator(plan.request.size)
+        self._images = ImageCollator(plan.request.size)
         self._network: ImageNetwork = plan.request.choice.build(self._device)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -291,7 +291,7 @@ class _Encoder:
     def _encode(self, chunk: Chunk) -> None:
         def encode(rows: range) -> Table:
             dtype = self._request.dtype
-            return image_rows(self._network, self._dataset, chunk.split, rows, self._pictures, dtype, self._device)
+            return image_rows(self._network, self._dataset, chunk.split, rows, self._images, dtype, self._device)
 
         # as the gate's own encoder computes, to the last bit
         for table in map_alone(encode, [range(chunk.start, chunk.stop)], self._device):

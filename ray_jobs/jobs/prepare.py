@@ -182,7 +182,7 @@ def _made(task: Task[Result]) -> tuple[Result, int]:
     return task.run(tick), count
 
 
-def picture_settings(size: int, *, keep_original: bool) -> ImageSettings:
+def image_settings(size: int, *, keep_original: bool) -> ImageSettings:
     """How pictures are stored."""
     return ImageSettings(size=size, quality=IMAGES.quality, keep_original=keep_original)
 

@@ -37,9 +37,9 @@ def test_a_faultless_release_has_distinct_jpegs_and_the_same_bytes_again(tmp_pat
         assert write_big_release(release, tmp_path / name) == {"kb": Counter(), "mentions": Counter()}
     written = contents(tmp_path / "one")
     assert written == contents(tmp_path / "other")
-    pictures = [content for name, content in written.items() if name.endswith(".jpg")]
-    assert len(set(pictures)) == len(pictures) == 19
-    for content in pictures:
+    images = [content for name, content in written.items() if name.endswith(".jpg")]
+    assert len(set(images)) == len(images) == 19
+    for content in images:
         with Image.open(BytesIO(content)) as image:
             assert (image.format, image.size) == ("JPEG", (48, 48))
     with pytest.raises(UserError, match="already holds something"):

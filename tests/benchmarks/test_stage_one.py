@@ -34,8 +34,8 @@ def test_operations_are_those_of_the_layers_products(narrow_backbone: Path) -> N
     assert text == BATCH * (tower_operations(TOKENS, 16, 2) + 2 * 16 * 24)
     pixels = backbone.normalise(items.images, items.has_image)
     patches = 2 * PATCHES * (3 * 8 * 8) * 32
-    picture = count_operations(lambda: backbone.encode_image(pixels))  # type: ignore[arg-type, return-value]
-    assert picture == BATCH * (tower_operations(1 + PATCHES, 32, 2) + patches + 2 * 32 * 24)
+    image = count_operations(lambda: backbone.encode_image(pixels))  # type: ignore[arg-type, return-value]
+    assert image == BATCH * (tower_operations(1 + PATCHES, 32, 2) + patches + 2 * 32 * 24)
 
 
 def test_towers_that_train_take_a_forward_pass_more_than_frozen_ones() -> None:

@@ -18,7 +18,7 @@ def tokenizer() -> Tokenizer:
     return build_tokenizer("tiny")
 
 
-def _picture(colour: str) -> bytes:
+def _image_bytes(colour: str) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (90, 70), colour).save(stream, "JPEG")
     return stream.getvalue()
@@ -29,7 +29,7 @@ def _mention(word: str, image: bytes | None) -> Mention:
 
 
 def test_mentions_become_texts_and_pictures(tokenizer: Tokenizer) -> None:
-    image = _picture("red")
+    image = _image_bytes("red")
     batch = Collator(tokenizer, ItemFormat(Template()), 32).mentions(
         [_mention("one", None), _mention("two words", image)]
     )
@@ -40,7 +40,7 @@ def test_mentions_become_texts_and_pictures(tokenizer: Tokenizer) -> None:
 
 
 def test_an_entity_shows_its_first_picture(tokenizer: Tokenizer) -> None:
-    entity = Entity(0, "E1", "name", "attributes", (_picture("red"), _picture("blue")))
+    entity = Entity(0, "E1", "name", "attributes", (_image_bytes("red"), _image_bytes("blue")))
     batch = Collator(tokenizer, ItemFormat(Template()), 32).entities([entity])
     assert torch.equal(batch.token_ids, tokenizer(["name : attributes"]))
     assert torch.equal(batch.images[0], fit(decode(entity.images[0]), 32))
@@ -52,12 +52,12 @@ def test_an_unreadable_picture_counts_as_missing(tokenizer: Tokenizer) -> None:
 
 
 def test_what_is_not_read_is_empty(tokenizer: Tokenizer) -> None:
-    mentions = [_mention("one", _picture("red"))]
+    mentions = [_mention("one", _image_bytes("red"))]
     text = Collator(tokenizer, ItemFormat(Template(), modalities=("text",)), 32).mentions(mentions)
-    picture = Collator(tokenizer, ItemFormat(Template(), modalities=("image",)), 32).mentions(mentions)
+    image = Collator(tokenizer, ItemFormat(Template(), modalities=("image",)), 32).mentions(mentions)
     assert not text.has_image.any()
-    assert picture.has_image.all()
-    assert torch.equal(picture.token_ids, tokenizer([""]))
+    assert image.has_image.all()
+    assert torch.equal(image.token_ids, tokenizer([""]))
 
 
 def test_lengths(tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from dsmip.data import images
 from dsmip.data.images import JpegHeader, UnreadableImage, decode, fit, jpeg_header
 
 
-def smooth_picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+def smooth_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
     rng = np.random.default_rng(width * 1000 + height)
     small = Image.fromarray(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -30,23 +30,23 @@ def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
     [("RGB", "JPEG"), ("L", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")],
 )
 def test_every_mode_becomes_rgb(mode: str, kind: str) -> None:
-    data = encoded(smooth_picture(30, 20, mode), kind)
-    picture = decode(data)
-    assert picture.dtype == torch.uint8
-    assert picture.shape == (3, 20, 30)
-    assert np.array_equal(picture.permute(1, 2, 0).numpy(), np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    data = encoded(smooth_image(30, 20, mode), kind)
+    image = decode(data)
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 20, 30)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
 def test_transparent_becomes_white() -> None:
     image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
     image.putpixel((1, 2), (10, 20, 30, 255))
-    picture = decode(encoded(image, "PNG"))
-    assert picture[:, 2, 1].tolist() == [10, 20, 30]
-    assert picture[:, 0, 0].tolist() == [255, 255, 255]
+    pixels = decode(encoded(image, "PNG"))
+    assert pixels[:, 2, 1].tolist() == [10, 20, 30]
+    assert pixels[:, 0, 0].tolist() == [255, 255, 255]
 
 
 def test_unreadable_pictures() -> None:
-    data = encoded(smooth_picture(80, 60))
+    data = encoded(smooth_image(80, 60))
     whole = data[:-2] + b"\xff\xd9"
     assert decode(whole).shape == (3, 60, 80)
     no_tables = data[:2] + data[data.index(b"\xff\xc0") :]
@@ -65,7 +65,7 @@ def pillows(data: bytes) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(9, 5), (17, 9), (64, 64), (123, 80)])
 def test_jpegs_are_decoded_as_pillow_decodes_them(size: tuple[int, int], options: dict[str, Any]) -> None:
     stream = io.BytesIO()
-    smooth_picture(*size).save(stream, "JPEG", **options)
+    smooth_image(*size).save(stream, "JPEG", **options)
     data = stream.getvalue()
     header = jpeg_header(data)
     assert header is not None
@@ -77,14 +77,14 @@ def test_jpegs_are_decoded_as_pillow_decodes_them(size: tuple[int, int], options
 
 
 def test_only_whole_plain_jpegs_have_a_header() -> None:
-    data = encoded(smooth_picture(30, 20))
+    data = encoded(smooth_image(30, 20))
     exif = Image.Exif()
     exif[0x0112] = 6
     stream = io.BytesIO()
-    smooth_picture(30, 20).save(stream, "JPEG", exif=exif)
+    smooth_image(30, 20).save(stream, "JPEG", exif=exif)
     assert jpeg_header(stream.getvalue()) == JpegHeader(30, 20, 3, metadata=True)
-    assert jpeg_header(encoded(smooth_picture(30, 20, "L"))) == JpegHeader(30, 20, 1, metadata=False)
-    strange = [data[:-1], data + b"\n", data[:2] + b"\0" + data[2:], encoded(smooth_picture(30, 20, "CMYK"))]
+    assert jpeg_header(encoded(smooth_image(30, 20, "L"))) == JpegHeader(30, 20, 1, metadata=False)
+    strange = [data[:-1], data + b"\n", data[:2] + b"\0" + data[2:], encoded(smooth_image(30, 20, "CMYK"))]
     for other in (*strange, b"", b"\xff\xd8\xff\xd9", data[:2] + b"\xff\xc0\xff\xd9"):
         assert jpeg_header(other) is None
 
@@ -103,7 +103,7 @@ def test_huge_pictures_are_refused_before_decoding(monkeypatch: pytest.MonkeyPat
     ("width", "height"), [(90, 64), (64, 91), (300, 200), (123, 457), (40, 50), (64, 64), (150, 100)]
 )
 def test_fit_is_clips_preprocessing(width: int, height: int) -> None:
-    image = smooth_picture(width, height)
+    image = smooth_image(width, height)
     transform = image_transform_v2(PreprocessCfg(size=64, mean=(0, 0, 0), std=(1, 1, 1)), is_train=False)
     expected = (transform(image) * 255).round()
     fitted = fit(decode(encoded(image, "PNG")), 64)
@@ -116,11 +116,11 @@ def test_fit_is_clips_preprocessing(width: int, height: int) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 4000), (4000, 1), (3, 2000), (5000, 64)])
 def test_extreme_shapes_fit(width: int, height: int) -> None:
-    picture = torch.full((3, height, width), 77, dtype=torch.uint8)
-    assert torch.equal(fit(picture, 32), torch.full((3, 32, 32), 77, dtype=torch.uint8))
+    image = torch.full((3, height, width), 77, dtype=torch.uint8)
+    assert torch.equal(fit(image, 32), torch.full((3, 32, 32), 77, dtype=torch.uint8))
 
 
 def test_extreme_shapes_show_their_centre() -> None:
-    picture = torch.zeros(3, 10, 1000, dtype=torch.uint8)
-    picture[:, :, 480:520] = 200
-    assert (fit(picture, 32) == 200).all()
+    image = torch.zeros(3, 10, 1000, dtype=torch.uint8)
+    image[:, :, 480:520] = 200
+    assert (fit(image, 32) == 200).all()

@@ -33,8 +33,8 @@ def token_ids() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def pixels(backbone: Backbone) -> torch.Tensor:
-    pictures = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    return backbone.normalise(pictures, torch.tensor([True, True, False]))
+    images = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return backbone.normalise(images, torch.tensor([True, True, False]))
 
 
 def small_config(**changes: object) -> dict[str, Any]:
@@ -71,23 +71,23 @@ def test_without_prompts_equals_open_clip_to_the_last_bit(
         assert sum(p.numel() for p in prompts.parameters()) == 0
     for training in (False, True):
         backbone.clip.train(training)
-        texts, pictures = backbone.encode_text(token_ids, prompts), backbone.encode_image(pixels, prompts)
+        texts, images = backbone.encode_text(token_ids, prompts), backbone.encode_image(pixels, prompts)
         assert torch.equal(texts.pooled, backbone.clip.encode_text(token_ids))
-        assert torch.equal(pictures.pooled, backbone.clip.encode_image(pixels))
+        assert torch.equal(images.pooled, backbone.clip.encode_image(pixels))
     assert texts.tokens.shape == (3, 77, 32)
     assert texts.mask.sum(dim=1).tolist() == [4, 77, 12]
-    assert pictures.tokens.shape == (3, 17, 64)
-    assert pictures.mask.all()
+    assert images.tokens.shape == (3, 17, 64)
+    assert images.mask.all()
 
 
 def test_text_tokens_are_normed_and_picture_tokens_are_not(
     backbone: Backbone, token_ids: torch.Tensor, pixels: torch.Tensor
 ) -> None:
-    texts, pictures = backbone.encode_text(token_ids), backbone.encode_image(pixels)
+    texts, images = backbone.encode_text(token_ids), backbone.encode_image(pixels)
     end = texts.tokens[torch.arange(3), token_ids.argmax(dim=1)]
     torch.testing.assert_close(end @ backbone.clip.text_projection, texts.pooled)
-    class_token = backbone.clip.visual.ln_post(pictures.tokens[:, 0])
-    torch.testing.assert_close(class_token @ backbone.clip.visual.proj, pictures.pooled)
+    class_token = backbone.clip.visual.ln_post(images.tokens[:, 0])
+    torch.testing.assert_close(class_token @ backbone.clip.visual.proj, images.pooled)
 
 
 def test_trimmed_texts_give_the_same_features(backbone: Backbone, token_ids: torch.Tensor) -> None:
@@ -117,14 +117,14 @@ def test_half_precision_towers_return_float32(
 
 
 def test_missing_pictures_are_zero_after_normalisation(backbone: Backbone) -> None:
-    pictures = torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)
-    pixels = backbone.normalise(pictures, torch.tensor([True, False]))
+    images = torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)
+    pixels = backbone.normalise(images, torch.tensor([True, False]))
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
     torch.testing.assert_close(pixels[0, :, 0, 0], (1 - mean) / std)
     assert pixels.dtype == torch.float32
     assert not pixels[1].any()
     with pytest.raises(ValueError, match="64"):
-        backbone.normalise(pictures[..., :32, :32], torch.tensor([True, False]))
+        backbone.normalise(images[..., :32, :32], torch.tensor([True, False]))
 
 
 def test_token_embedding_mean_ignores_padding(backbone: Backbone, token_ids: torch.Tensor) -> None:
@@ -189,8 +189,8 @@ def test_local_open_clip_config_brings_its_pixel_statistics(tmp_path: Path) -> N
     path = tmp_path / "open_clip_config.json"
     path.write_text(json.dumps({"model_cfg": small_config(), "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}))
     backbone = Backbone.build(str(path), None)
-    pictures = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
-    assert torch.equal(backbone.normalise(pictures, torch.tensor([True])), torch.full((1, 3, 64, 64), 2.0))
+    images = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
+    assert torch.equal(backbone.normalise(images, torch.tensor([True])), torch.full((1, 3, 64, 64), 2.0))
 
 
 def without_text(key: str, value: object) -> dict[str, Any]:

@@ -61,8 +61,8 @@ def test_prompts_occupy_their_slots_at_every_layer(
     backbone: Backbone, token_ids: torch.Tensor, pixels: torch.Tensor
 ) -> None:
     prompts = make_prompts(backbone, depth=2)
-    texts, pictures = layer_inputs(backbone, prompts, token_ids, pixels)
-    plain_texts, plain_pictures = layer_inputs(backbone, None, token_ids, pixels)
+    texts, images = layer_inputs(backbone, prompts, token_ids, pixels)
+    plain_texts, plain_images = layer_inputs(backbone, None, token_ids, pixels)
     position = backbone.clip.positional_embedding
 
     # First layer: after start-of-text, with the positional embeddings of the places they stand in.
@@ -73,18 +73,18 @@ def test_prompts_occupy_their_slots_at_every_layer(
     assert torch.equal(texts[0][:, 0], plain_texts[0][:, 0])
     # Visual prompts: behind all patches, no positional embedding, before the input norm.
     normed = backbone.clip.visual.ln_pre(prompts.image_prompts(0))
-    for row in pictures[0]:
+    for row in images[0]:
         torch.testing.assert_close(row[-2:], normed)
-    torch.testing.assert_close(pictures[0][:, :-2], plain_pictures[0])
+    torch.testing.assert_close(images[0][:, :-2], plain_images[0])
 
     # Second layer: overwritten by its own prompts, as they are.
     for row in texts[1]:
         assert torch.equal(row[1:3], prompts.text_prompts(1))
-    for row in pictures[1]:
+    for row in images[1]:
         assert torch.equal(row[-2:], prompts.image_prompts(1))
     # After the last prompted layer the slots carry what the blocks made of them.
     assert not torch.allclose(texts[2][0, 1:3], prompts.text_prompts(1))
-    assert not torch.allclose(pictures[2][0, -2:], prompts.image_prompts(1))
+    assert not torch.allclose(images[2][0, -2:], prompts.image_prompts(1))
 
 
 def test_prompts_of_one_layer_change_nothing_before_it(
@@ -106,9 +106,9 @@ def test_pooling_and_mask_follow_the_shift(backbone: Backbone, token_ids: torch.
     assert texts.mask.tolist() == [[True] * 8, [True] * 5 + [False] * 3]
     end = texts.tokens[torch.arange(2), torch.tensor([7, 4])]
     torch.testing.assert_close(end @ backbone.clip.text_projection, texts.pooled)
-    pictures = backbone.encode_image(pixels, prompts)
-    assert pictures.tokens.shape == (2, 1 + 64 + NUM_PROMPTS, 160)
-    assert pictures.mask.shape == (2, 67)
+    images = backbone.encode_image(pixels, prompts)
+    assert images.tokens.shape == (2, 1 + 64 + NUM_PROMPTS, 160)
+    assert images.mask.shape == (2, 67)
 
 
 def test_start_of_text_does_not_see_the_prompts(backbone: Backbone, token_ids: torch.Tensor) -> None:
@@ -128,8 +128,8 @@ def test_gradients_reach_every_prompt_and_no_tower(
     backbone: Backbone, token_ids: torch.Tensor, pixels: torch.Tensor
 ) -> None:
     prompts = make_prompts(backbone, depth=3)
-    texts, pictures = backbone.encode_text(token_ids, prompts), backbone.encode_image(pixels, prompts)
-    (texts.pooled.square().sum() + pictures.pooled.square().sum()).backward()
+    texts, images = backbone.encode_text(token_ids, prompts), backbone.encode_image(pixels, prompts)
+    (texts.pooled.square().sum() + images.pooled.square().sum()).backward()
     assert prompts.tables_Jrt.grad is not None
     assert (prompts.tables_Jrt.grad.abs().amax(dim=(1, 2)) > 0).all()
     for coupling in prompts.couplings:

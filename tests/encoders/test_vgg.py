@@ -35,20 +35,20 @@ def test_features_are_torchvisions_fc7(thin_vgg: None, tmp_path: Path) -> None:
     save_file(reference.state_dict(), tmp_path / "vgg.safetensors")
     network = Vgg16Features.build(tmp_path / "vgg.pth")
     assert not any(p.requires_grad for p in network.parameters())
-    pictures = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    features = network(pictures, torch.tensor([True, False]))
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    features = network(images, torch.tensor([True, False]))
 
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    pixels = (pictures / 255 - mean[:, None, None]) / std[:, None, None]
+    pixels = (images / 255 - mean[:, None, None]) / std[:, None, None]
     pixels[1] = 0
     with torch.no_grad():
         hidden = reference.avgpool(reference.features(pixels)).flatten(1)
         torch.testing.assert_close(features, reference.classifier[:5](hidden))
     network.train()
-    assert torch.equal(network(pictures, torch.tensor([True, False])), features)
+    assert torch.equal(network(images, torch.tensor([True, False])), features)
     again = Vgg16Features.build(str(tmp_path / "vgg.safetensors"))
-    assert torch.equal(again(pictures, torch.tensor([True, False])), features)
-    assert again(pictures[:, :, :64, :64], torch.ones(2, dtype=torch.bool)).shape == (2, 8)
+    assert torch.equal(again(images, torch.tensor([True, False])), features)
+    assert again(images[:, :, :64, :64], torch.ones(2, dtype=torch.bool)).shape == (2, 8)
 
 
 def test_real_size() -> None:

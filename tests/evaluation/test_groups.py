@@ -10,7 +10,7 @@ from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset
 from dsmip.evaluation.groups import report_groups, rows_by_value
-from tests.support.small_release import picture, write_release
+from tests.support.small_release import image_bytes, write_release
 
 
 def entity(qid: str, name: str, image: str = "") -> dict[str, Any]:
@@ -41,7 +41,7 @@ TEST = [
 
 
 def prepared(folder: Path, test: list[dict[str, Any]]) -> Dataset:
-    files = {"kb_image/one.jpg": picture((8, 8)), "mention_image/m.jpg": picture((8, 8))}
+    files = {"kb_image/one.jpg": image_bytes((8, 8)), "mention_image/m.jpg": image_bytes((8, 8))}
     records: dict[str, list[Any]] = {"kb": list(KB), "train": list(TRAIN), "dev": list(VALIDATION), "test": list(test)}
     prepare(
         MimicRelease(write_release(folder / "release", records, files)), folder / "data", DatasetOptions(name="groups")

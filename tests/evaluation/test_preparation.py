@@ -28,10 +28,10 @@ LACKING = torch.arange(NUM_ENTITIES) % 3 == 1
 def kb_features(config: ExperimentConfig) -> Table:
     """Every third entity has the picture of the second one, token rows and all, as the feature cache stores it."""
     columns: dict[str, Column] = dict(features(config, NUM_ENTITIES, 3).columns)
-    of_picture = torch.where(LACKING, 1, torch.arange(NUM_ENTITIES))
+    of_image = torch.where(LACKING, 1, torch.arange(NUM_ENTITIES))
     for name, column in columns.items():
         if "image" in name:
-            columns[name] = column.rows(of_picture) if isinstance(column, Ragged) else column[of_picture]  # type: ignore[index]
+            columns[name] = column.rows(of_image) if isinstance(column, Ragged) else column[of_image]  # type: ignore[index]
     return Table({**columns, "has_image": ~LACKING})
 
 
@@ -108,11 +108,11 @@ def test_they_are_stored_once(small_config: ExperimentConfig, tmp_path: Path) ->
             torch.testing.assert_close(entities.dense(name), plain.dense(name), atol=1e-5, rtol=1e-5)
             if "image" in name.split("."):
                 assert len(entities.dense(name)[LACKING].unique(dim=0)) == 1
-    picture = sum(plain.dense(name)[0].nbytes for name in plain.columns if "image" in name.split("."))
+    image = sum(plain.dense(name)[0].nbytes for name in plain.columns if "image" in name.split("."))
     num_columns = sum("image" in name.split(".") for name in plain.columns)
     saved = plain.num_bytes + NUM_ENTITIES - index.num_bytes  # a byte each says who has a picture
     shared = int(LACKING.sum()) - len(index.tables)
-    assert saved == pytest.approx(shared * picture - NUM_ENTITIES * num_columns * 4, rel=0.01)
+    assert saved == pytest.approx(shared * image - NUM_ENTITIES * num_columns * 4, rel=0.01)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from tests.support.systems import features, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 9, 90
 NUM_TIED = 10
-PICTURE_TOKENS = 5
+IMAGE_TOKENS = 5
 LONGEST_TEXT = 12
 SCALES = (0.3, 1.0, 3.0)
 
@@ -142,17 +142,17 @@ KINDS = [Kind(*each) for each in itertools.product((True, False), (0.0, 0.5), SC
 def random_items(config: ExperimentConfig, kind: Kind, count: int, generator: torch.Generator) -> Table:
     """Features of all experts and of the gate."""
     sizes = feature_sizes(config.backbone.architecture)
-    has_picture = torch.rand(count, generator=generator) >= kind.missing
+    has_image = torch.rand(count, generator=generator) >= kind.missing
 
     def normal(*shape: int) -> Tensor:
         return kind.scale * torch.randn(shape, generator=generator)
 
-    def pictures(width: int) -> Tensor:
-        return torch.where(has_picture[:, None], normal(count, width), 0.1)
+    def images(width: int) -> Tensor:
+        return torch.where(has_image[:, None], normal(count, width), 0.1)
 
     columns: dict[str, Column] = {
         "gate.text": normal(count, sizes.text_width),
-        "gate.picture": pictures(sizes.embed_width),
+        "gate.picture": images(sizes.embed_width),
     }
     for part in ("text", "multimodal"):
         lengths = torch.randint(1, LONGEST_TEXT + 1, (count,), generator=generator)
@@ -160,11 +160,11 @@ def random_items(config: ExperimentConfig, kind: Kind, count: int, generator: to
         columns[f"{part}.text_global"] = normal(count, sizes.embed_width)
         columns[f"{part}.text_tokens"] = Ragged.from_padded(normal(count, LONGEST_TEXT, sizes.text_width), mask)
     # items without a picture share the first rows
-    starts = PICTURE_TOKENS * torch.where(has_picture, torch.arange(count) + 1, 0)
+    starts = IMAGE_TOKENS * torch.where(has_image, torch.arange(count) + 1, 0)
     for part in ("visual", "multimodal"):
-        columns[f"{part}.image_global"] = pictures(sizes.embed_width)
-        values = normal(PICTURE_TOKENS * (count + 1), sizes.vision_width)
-        columns[f"{part}.image_tokens"] = Ragged(values, starts, torch.full_like(starts, PICTURE_TOKENS))
+        columns[f"{part}.image_global"] = images(sizes.embed_width)
+        values = normal(IMAGE_TOKENS * (count + 1), sizes.vision_width)
+        columns[f"{part}.image_tokens"] = Ragged(values, starts, torch.full_like(starts, IMAGE_TOKENS))
     return Table(columns)
 
 

@@ -154,10 +154,10 @@ def make_items(count: int, seed: int) -> ItemBatch:
         token_ids[row, 0], token_ids[row, length - 1] = START, END
         token_ids[row, 1 : length - 1] = torch.randint(1, 49000, (length - 2,), generator=generator)
     shape = (count, 3, IMAGE_SIZE, IMAGE_SIZE)
-    pictures = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+    images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
     has_image = torch.arange(count) % 3 != 1
-    pictures[~has_image] = 0
-    return ItemBatch(token_ids, pictures, has_image)
+    images[~has_image] = 0
+    return ItemBatch(token_ids, images, has_image)
 
 
 def trimmed(batch: ItemBatch) -> ItemBatch:
@@ -294,9 +294,9 @@ def test_missing_pictures_may_be_stored_once(
 ) -> None:
     stored = []
     for table, items in zip(features, (MENTIONS, ENTITIES), strict=True):
-        pictures = [name for name in table.columns if name.split(".")[-1] == "image_tokens"]
+        images = [name for name in table.columns if name.split(".")[-1] == "image_tokens"]
         with TableWriter(tmp_path / f"{len(stored)}.safetensors") as writer:
-            writer.append(table, dict.fromkeys(pictures, ~items.has_image))
+            writer.append(table, dict.fromkeys(images, ~items.has_image))
         stored.append(Table.load(tmp_path / f"{len(stored)}.safetensors"))
     assert_close(subject.score(*stored), scores)
 

@@ -169,10 +169,10 @@ def items() -> ItemBatch:
     for row, length in enumerate(LENGTHS):
         token_ids[row, :length] = torch.randint(1, 49000, (length,), generator=generator)
         token_ids[row, 0], token_ids[row, length - 1] = START, END
-    pictures = torch.randint(0, 256, (len(LENGTHS), 3, 32, 32), generator=generator).to(torch.uint8)
+    images = torch.randint(0, 256, (len(LENGTHS), 3, 32, 32), generator=generator).to(torch.uint8)
     has_image = torch.tensor([True, True, False, True])
-    pictures[~has_image] = 0
-    return ItemBatch(token_ids, pictures, has_image)
+    images[~has_image] = 0
+    return ItemBatch(token_ids, images, has_image)
 
 
 def as_published(items: ItemBatch) -> tuple[Tensor, Tensor]:

@@ -30,48 +30,48 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def some_pictures(num: int = 6, side: int = 16) -> torch.Tensor:
+def some_images(num: int = 6, side: int = 16) -> torch.Tensor:
     return torch.randint(0, 256, (num, 3, side, side), generator=seeded(1)).to(torch.uint8)
 
 
-def augment(pictures: torch.Tensor, seed: int = 0, **strengths: Any) -> torch.Tensor:
-    present = torch.ones(len(pictures), dtype=torch.bool)
-    return augment_images(pictures, present, ImageAugmentation(**strengths), Draws(seeded(seed), len(pictures)))
+def augment(images: torch.Tensor, seed: int = 0, **strengths: Any) -> torch.Tensor:
+    present = torch.ones(len(images), dtype=torch.bool)
+    return augment_images(images, present, ImageAugmentation(**strengths), Draws(seeded(seed), len(images)))
 
 
 @pytest.mark.parametrize("padding", ["border", "white"])
 def test_no_strength_changes_nothing(padding: str) -> None:
-    assert torch.equal(augment(some_pictures(), padding=padding), some_pictures())
+    assert torch.equal(augment(some_images(), padding=padding), some_images())
 
 
 def test_same_generator_same_pictures_and_each_picture_its_own_change() -> None:
-    pictures = some_pictures(1).expand(6, -1, -1, -1)
+    images = some_images(1).expand(6, -1, -1, -1)
     present = torch.ones(6, dtype=torch.bool)
-    one, same, other = (augment_images(pictures, present, STRONG, Draws(seeded(seed), 6)) for seed in (3, 3, 4))
+    one, same, other = (augment_images(images, present, STRONG, Draws(seeded(seed), 6)) for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert one.dtype == torch.uint8
-    assert one.shape == pictures.shape
-    assert len({tuple(picture.flatten().tolist()) for picture in one}) == 6
+    assert one.shape == images.shape
+    assert len({tuple(image.flatten().tolist()) for image in one}) == 6
 
 
 def test_missing_pictures_stay_zero() -> None:
     has_image = torch.tensor([True, False, True, False, True, False])
-    pictures = some_pictures() * has_image[:, None, None, None]
-    augmented = augment_images(pictures, has_image, STRONG, Draws(seeded(), 6))
+    images = some_images() * has_image[:, None, None, None]
+    augmented = augment_images(images, has_image, STRONG, Draws(seeded(), 6))
     assert not augmented[~has_image].any()
     assert augmented[has_image].any()
-    assert augment_images(pictures[:0], has_image[:0], STRONG, Draws(seeded(), 0)).shape == (0, 3, 16, 16)
+    assert augment_images(images[:0], has_image[:0], STRONG, Draws(seeded(), 0)).shape == (0, 3, 16, 16)
 
 
 def test_certain_flip_mirrors() -> None:
-    assert torch.equal(augment(some_pictures(), flip=1.0), some_pictures().flip(-1))
+    assert torch.equal(augment(some_images(), flip=1.0), some_images().flip(-1))
 
 
 def one_dot(row: int, column: int, side: int = 33) -> torch.Tensor:
-    picture = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-    picture[:, :, row, column] = 255
-    return picture
+    image = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    image[:, :, row, column] = 255
+    return image
 
 
 def test_moves_stay_within_their_limits() -> None:
@@ -117,9 +117,9 @@ def test_brightness_and_contrast_on_plain_pictures() -> None:
 
 
 def test_grayscale_saturation_and_hue() -> None:
-    pictures = some_pictures()
-    gray = augment(pictures, grayscale=1.0).int()
-    luma = (torch.tensor([0.299, 0.587, 0.114])[:, None, None] * pictures).sum(dim=1)
+    images = some_images()
+    gray = augment(images, grayscale=1.0).int()
+    luma = (torch.tensor([0.299, 0.587, 0.114])[:, None, None] * images).sum(dim=1)
     assert (gray - luma[:, None]).abs().max() <= 0.51
     plain_gray = torch.full((8, 3, 4, 4), 90, dtype=torch.uint8)
     assert torch.equal(augment(plain_gray, hue=0.5, saturation=0.9), plain_gray)
@@ -134,15 +134,15 @@ def test_grayscale_saturation_and_hue() -> None:
 
 
 def test_erased_box_has_one_colour_and_the_stated_area() -> None:
-    pictures = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
-    changed = augment(pictures, erase=1.0, erase_area=(0.1, 0.3))
-    for picture in changed:
-        box = picture.amax(dim=0) > 0
+    images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    changed = augment(images, erase=1.0, erase_area=(0.1, 0.3))
+    for image in changed:
+        box = image.amax(dim=0) > 0
         assert 0.07 <= box.float().mean() <= 0.34
-        assert len(picture[:, box].unique(dim=1)[0]) == 1
+        assert len(image[:, box].unique(dim=1)[0]) == 1
         rows, columns = box.any(dim=1).sum(), box.any(dim=0).sum()
         assert rows * columns == box.sum()
-    assert torch.equal(augment(pictures, erase=0.0), pictures)
+    assert torch.equal(augment(images, erase=0.0), images)
 
 
 def token_rows(rows: list[list[int]], width: int) -> torch.Tensor:
@@ -184,9 +184,9 @@ def test_drop_tokens_frequency_and_limits() -> None:
 
 def test_an_item_is_changed_alike_whoever_holds_it() -> None:
     """Workers draw for the whole batch and keep their own items' numbers."""
-    pictures, present = some_pictures(6), torch.ones(6, dtype=torch.bool)
-    whole = augment_images(pictures, present, STRONG, Draws(seeded(), 6))
+    images, present = some_images(6), torch.ones(6, dtype=torch.bool)
+    whole = augment_images(images, present, STRONG, Draws(seeded(), 6))
     for own in (torch.tensor([0, 1]), torch.tensor([2, 4, 5]), torch.tensor([], dtype=torch.int64)):
-        share = augment_images(pictures[own], present[own], STRONG, Draws(seeded(), 6, own))
+        share = augment_images(images[own], present[own], STRONG, Draws(seeded(), 6, own))
         assert (share.int() - whole[own].int()).abs().sum() <= 3  # rounding of a few values
-    assert not torch.equal(whole, augment_images(pictures, present, STRONG, Draws(seeded(1), 6)))
+    assert not torch.equal(whole, augment_images(images, present, STRONG, Draws(seeded(1), 6)))

@@ -13,21 +13,21 @@ from dsmip.units.visual_unit import VisualUnit
 class Units(nn.Module):
     """All three units as the published matcher joins them."""
 
-    def __init__(self, text_width: int, picture_width: int, width: int) -> None:
+    def __init__(self, text_width: int, image_width: int, width: int) -> None:
         super().__init__()
         self.text_norm = TextNorm(text_width, text_width)
-        self.picture_norm = ImageNorm(text_width, picture_width, width)
+        self.picture_norm = ImageNorm(text_width, image_width, width)
         self.text = TextUnit(text_width, text_width, width)
         self.image = VisualUnit(width)
         self.cross = CrossUnit(text_width, width)
 
     def prepare(self, side: str, features: Table) -> dict[str, Table]:
         text, text_tokens = self.text_norm(features.dense("text"), features.ragged("text_tokens"))
-        picture, picture_tokens = self.picture_norm(features.dense("image"), features.ragged("image_tokens"))
+        image, image_tokens = self.picture_norm(features.dense("image"), features.ragged("image_tokens"))
         inputs = {
             "text": (text, text_tokens),
-            "image": (picture, picture_tokens),
-            "cross": (text, picture_tokens),
+            "image": (image, image_tokens),
+            "cross": (text, image_tokens),
         }
         return {name: getattr(getattr(self, name), f"prepare_{side}")(*x) for name, x in inputs.items()}
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.support.small_release import picture, write_release
+from tests.support.small_release import image_bytes, write_release
 
 KB: list[Any] = [
     {"qid": "Q1", "entity_name": "Ash", "attr": "tree", "image_list": ["a.jpg"]},
@@ -47,17 +47,17 @@ def noise(seed: int, size: int = 64, quality: int = 90) -> bytes:
 
 def planted_release(folder: Path) -> Path:
     """Writes it in the MIMIC layout."""
-    pictures = {
+    images = {
         "kb_image/a.jpg": noise(1),
         "kb_image/a_copy.jpg": noise(1),
         "kb_image/b.jpg": noise(2),
-        "kb_image/plain.jpg": picture((32, 32), "white"),
-        "kb_image/plain2.jpg": picture((48, 32), "white"),
+        "kb_image/plain.jpg": image_bytes((32, 32), "white"),
+        "kb_image/plain2.jpg": image_bytes((48, 32), "white"),
         "mention_image/a.jpg": noise(1),
         "mention_image/b.jpg": noise(2),
         "mention_image/c.jpg": noise(3),
         "mention_image/c_small.jpg": noise(3, 48, 70),
-        "mention_image/plain.jpg": picture((32, 33), "white"),
-        "mention_image/plain3.jpg": picture((40, 32), "white"),
+        "mention_image/plain.jpg": image_bytes((32, 33), "white"),
+        "mention_image/plain3.jpg": image_bytes((40, 32), "white"),
     }
-    return write_release(folder, {"kb": KB, "train": TRAIN, "dev": VALIDATION, "test": TEST}, pictures)
+    return write_release(folder, {"kb": KB, "train": TRAIN, "dev": VALIDATION, "test": TEST}, images)

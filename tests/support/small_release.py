@@ -43,38 +43,38 @@ TEST: list[Any] = [{"id": "t", "sentence": "s", "mentions": "birch", "answer": "
 NUM_INPUTS = len(KB) + len(TRAIN) + len(VALIDATION) + len(TEST)
 
 
-def picture(size: tuple[int, int], colour: str = "red", form: str = "JPEG", mode: str = "RGB") -> bytes:
+def image_bytes(size: tuple[int, int], colour: str = "red", form: str = "JPEG", mode: str = "RGB") -> bytes:
     """A plain picture as encoded bytes."""
     buffer = BytesIO()
     Image.new(mode, size, colour).save(buffer, form)
     return buffer.getvalue()
 
 
-def write_release(folder: Path, records: Mapping[str, list[Any]], pictures: Mapping[str, bytes]) -> Path:
+def write_release(folder: Path, records: Mapping[str, list[Any]], images: Mapping[str, bytes]) -> Path:
     """Writes kb / train / dev / test records and pictures (path below the folder: content)."""
     names = {"kb": "kb_entity.json", "train": "T_train.json", "dev": "T_dev.json", "test": "T_test.json"}
     for part in ("kb_image", "mention_image"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for part, name in names.items():
         (folder / name).write_text(json.dumps(records[part]))
-    for name, content in pictures.items():
+    for name, content in images.items():
         (folder / name).write_bytes(content)
     return folder
 
 
 def faulty_release(folder: Path) -> Path:
     """The release of this file's records."""
-    pictures = {
-        "kb_image/Q1.jpg": picture((300, 400)),
-        "kb_image/Q1_b.png": picture((20, 10), "blue", "PNG"),
+    images = {
+        "kb_image/Q1.jpg": image_bytes((300, 400)),
+        "kb_image/Q1_b.png": image_bytes((20, 10), "blue", "PNG"),
         "kb_image/broken.jpg": b"\xff\xd8 no picture",
-        "kb_image/Q3 x.jpg": picture((50, 50), "green"),
-        "mention_image/Photo.jpg": picture((30, 30)),
-        "mention_image/literal.name.png": picture((30, 30), "white", "PNG"),
-        "mention_image/broken.jpg": picture((64, 64))[:-200],
-        "mention_image/a b.jpg": picture((30, 40)),
+        "kb_image/Q3 x.jpg": image_bytes((50, 50), "green"),
+        "mention_image/Photo.jpg": image_bytes((30, 30)),
+        "mention_image/literal.name.png": image_bytes((30, 30), "white", "PNG"),
+        "mention_image/broken.jpg": image_bytes((64, 64))[:-200],
+        "mention_image/a b.jpg": image_bytes((30, 40)),
     }
-    return write_release(folder, {"kb": KB, "train": TRAIN, "dev": VALIDATION, "test": TEST}, pictures)
+    return write_release(folder, {"kb": KB, "train": TRAIN, "dev": VALIDATION, "test": TEST}, images)
 
 
 def plain_release(folder: Path, num_entities: int, num_train: int) -> Path:
@@ -83,7 +83,7 @@ def plain_release(folder: Path, num_entities: int, num_train: int) -> Path:
         {"qid": f"Q{row}", "entity_name": f"name {row}", "attr": f"fact {row}", "image_list": _images(row)}
         for row in range(num_entities)
     ]
-    files = {f"kb_image/{name}": picture((8, 8), "black") for row in range(num_entities) for name in _images(row)}
+    files = {f"kb_image/{name}": image_bytes((8, 8), "black") for row in range(num_entities) for name in _images(row)}
     mentions = [
         {"id": f"m{n}", "sentence": f"s {n}", "mentions": f"w{n}", "answer": f"Q{n % num_entities}", "imgPath": ""}
         for n in range(num_train + 4)

@@ -37,13 +37,13 @@ class BilinearMatcher(Matcher):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = torch.nn.Embedding(50, 6, dtype=torch.float64)
-        self.pictures = torch.nn.Linear(12, 6, dtype=torch.float64)
+        self.images = torch.nn.Linear(12, 6, dtype=torch.float64)
         self.weight = torch.nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
 
     def encode_mentions(self, batch: ItemBatch) -> Table:
-        picture = torch.tanh(self.pictures(batch.images.flatten(1).double() / 255))
+        image = torch.tanh(self.images(batch.images.flatten(1).double() / 255))
         return Table(
-            {"picture": picture, "tokens": Ragged.from_padded(self.tokens(batch.token_ids), batch.token_ids > 0)}
+            {"picture": image, "tokens": Ragged.from_padded(self.tokens(batch.token_ids), batch.token_ids > 0)}
         )
 
     def encode_entities(self, batch: ItemBatch) -> Table:
@@ -101,10 +101,10 @@ def make_items(count: int, seed: int, size: int) -> ItemBatch:
     for row in range(count):
         end = 2 + (row * 3) % 5
         token_ids[row, end], token_ids[row, end + 1 :] = 49407, 0
-    pictures = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
     has_image = torch.arange(count) % 3 != 1
-    pictures[~has_image] = 0
-    return ItemBatch(token_ids, pictures, has_image)
+    images[~has_image] = 0
+    return ItemBatch(token_ids, images, has_image)
 
 
 def make_matcher(name: str, architecture: str) -> Matcher:

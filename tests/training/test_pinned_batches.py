@@ -52,9 +52,9 @@ def digest(numbers: Tensor) -> str:
     return hashlib.sha256(repr(numbers.tolist()).encode()).hexdigest()[:12]
 
 
-def means(pictures: Tensor) -> list[tuple[float, float]]:
+def means(images: Tensor) -> list[tuple[float, float]]:
     """Of each picture uint8 [N, 3, S, S]: the mean, and the mean with weights that grow from 0 to 1 over its bytes."""
-    bytes_NB = pictures.flatten(1).double()
+    bytes_NB = images.flatten(1).double()
     weights_B = torch.linspace(0, 1, bytes_NB.shape[1], dtype=torch.float64)
     return [(round(float(b.mean()), 2), round(float((b * weights_B).mean()), 2)) for b in bytes_NB]
 
@@ -62,8 +62,8 @@ def means(pictures: Tensor) -> list[tuple[float, float]]:
 def assert_alike(batches: list[ItemBatch], expected: list[Summary]) -> None:
     found = [(digest(batch.token_ids), flags(batch.has_image)) for batch in batches]
     assert found == [(tokens, shown) for tokens, shown, _ in expected]
-    for batch, (_, _, of_pictures) in zip(batches, expected, strict=True):
-        assert means(batch.images[batch.has_image]) == [pytest.approx(each, abs=0.2) for each in of_pictures]
+    for batch, (_, _, of_images) in zip(batches, expected, strict=True):
+        assert means(batch.images[batch.has_image]) == [pytest.approx(each, abs=0.2) for each in of_images]
 
 
 def flags(values: Tensor) -> str:

@@ -41,9 +41,9 @@ def weights(backbone: Backbone) -> dict[str, Tensor]:
 
 def test_an_epoch_has_every_pictured_entity_once_in_a_new_order(small_data: Dataset, narrow_backbone: Path) -> None:
     pairs = source(small_data, narrow_backbone)
-    pictured = [entity.entity_row for entity in small_data.entities() if entity.images]
+    with_image = [entity.entity_row for entity in small_data.entities() if entity.images]
     epochs = [rows_of(pairs.steps(epoch), pairs) for epoch in range(3)]
-    assert all(sorted(rows) == pictured for rows in epochs)
+    assert all(sorted(rows) == with_image for rows in epochs)
     assert epochs[0] != epochs[1]
     sizes = [len(batch) for batch in pairs.steps(0)]
     assert len(sizes) == pairs.num_steps()

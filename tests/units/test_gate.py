@@ -10,19 +10,19 @@ from dsmip.data.table import Table
 from dsmip.ops.gumbel import hard_choice, relaxed_choice, sample_gumbel
 from dsmip.units.gate import Gate, GateConfig
 
-M, E, B, TEXT, PICTURE = 4, 5, 3, 6, 7
+M, E, B, TEXT, IMAGE = 4, 5, 3, 6, 7
 
 
 def make_gate(**settings: Any) -> Gate:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return Gate(GateConfig(picture="clip", width=8, **settings), TEXT, PICTURE, B).eval()
+        return Gate(GateConfig(picture="clip", width=8, **settings), TEXT, IMAGE, B).eval()
 
 
 def inputs(count: int, seed: int, dtype: torch.dtype = torch.float32) -> Table:
     generator = torch.Generator().manual_seed(seed)
-    text, picture = (torch.randn(count, width, generator=generator).to(dtype) for width in (TEXT, PICTURE))
-    return Table({"text": text, "picture": picture})
+    text, image = (torch.randn(count, width, generator=generator).to(dtype) for width in (TEXT, IMAGE))
+    return Table({"text": text, "picture": image})
 
 
 def log_pi(gate: Gate, mentions: Table, entities: Table) -> Tensor:
@@ -55,7 +55,7 @@ def test_two_blocks_of_the_same_form_per_side() -> None:
     for mlp in (gate.mention_mlp, gate.entity_mlp):
         kinds = [type(module) for module in mlp]
         assert kinds == [nn.Linear, nn.LeakyReLU, nn.Dropout] * 2
-        assert [m.in_features for m in mlp if isinstance(m, nn.Linear)] == [TEXT + PICTURE, 8]
+        assert [m.in_features for m in mlp if isinstance(m, nn.Linear)] == [TEXT + IMAGE, 8]
 
 
 @torch.no_grad()

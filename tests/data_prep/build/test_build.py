@@ -32,8 +32,8 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _size(content: bytes) -> tuple[int, int]:
-    with Image.open(BytesIO(content)) as picture:
-        return picture.size
+    with Image.open(BytesIO(content)) as image:
+        return image.size
 
 
 def test_every_input_is_in_a_shard_or_rejected(release: MimicRelease, tmp_path: Path) -> None:

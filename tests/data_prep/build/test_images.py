@@ -15,7 +15,7 @@ from data_prep.build import images
 from data_prep.build.images import JPEG_QUALITY, UnusableImage, prepare_image
 from dsmip.data.images import UnreadableImage, decode, jpeg_header
 from dsmip.data.manifest import ImageSettings
-from tests.support.small_release import picture
+from tests.support.small_release import image_bytes
 
 SETTINGS = ImageSettings(size=224, quality=JPEG_QUALITY)
 ORIGINAL = SETTINGS.model_copy(update={"keep_original": True})
@@ -74,8 +74,8 @@ def _claiming(content: bytes, width: int, height: int) -> bytes:
 )
 def test_the_shorter_side_is_bounded_and_never_enlarged(size: tuple[int, int], expected: tuple[int, int]) -> None:
     for form in ("JPEG", "PNG"):
-        assert _opened(prepare_image(picture(size, form=form), SETTINGS)).size == expected
-        assert _opened(prepare_image(picture(size, form=form), ORIGINAL)).size == size
+        assert _opened(prepare_image(image_bytes(size, form=form), SETTINGS)).size == expected
+        assert _opened(prepare_image(image_bytes(size, form=form), ORIGINAL)).size == size
 
 
 PHOTO, BLACK = _photo(60, 40), Image.new("RGB", (60, 40))
@@ -118,13 +118,13 @@ def test_every_kind_shows_what_it_showed(name: str, settings: ImageSettings) -> 
 
 
 def test_what_decodes_and_fits_is_kept_as_it_is() -> None:
-    plain = picture((224, 300))
+    plain = image_bytes((224, 300))
     assert prepare_image(plain, SETTINGS) is plain
-    grey, tiny = picture((9, 9), "black", mode="L"), picture((2, 2))
+    grey, tiny = image_bytes((9, 9), "black", mode="L"), image_bytes((2, 2))
     kept = [_saved(PHOTO, exif=_turned(1)), READABLE["progressive jpeg"][0], READABLE["jpeg and more"][0]]
     for content in kept:
         assert prepare_image(content, SETTINGS) is content
-    for content in (*kept, grey, picture((999, 999))):
+    for content in (*kept, grey, image_bytes((999, 999))):
         assert prepare_image(content, ORIGINAL) is content
     assert _pixels(prepare_image(grey, SETTINGS)).max() < 5  # all prepared pictures are RGB
     stuffed = tiny[:2] + b"\xff\xfe\xff\xff" + bytes(65533) + tiny[2:]
@@ -155,7 +155,7 @@ def test_a_panorama_keeps_its_centre() -> None:
     assert _pixels(prepare_image(_saved(image, "PNG"), SETTINGS))[..., 2].mean() > 240
 
 
-BASE, SMALL = picture((999, 999)), _saved(PHOTO)
+BASE, SMALL = image_bytes((999, 999)), _saved(PHOTO)
 UNREADABLE: dict[str, bytes] = {
     "zero bytes": b"",
     "html": b"<!DOCTYPE html><html><body>404</body></html>",
@@ -189,8 +189,8 @@ def test_what_cannot_be_read_is_unreadable(name: str, settings: ImageSettings) -
         _claiming(SMALL, 20_000, 20_000),
         _claiming(SMALL, 65_000, 65_000),
         _claiming(SMALL, 20_000, 20_000)[:-100],
-        _claiming(picture((1, 1), form="PNG"), 20_000, 20_000),
-        _claiming(picture((1, 1), form="PNG"), 9000, 9000),
+        _claiming(image_bytes((1, 1), form="PNG"), 20_000, 20_000),
+        _claiming(image_bytes((1, 1), form="PNG"), 9000, 9000),
     ],
 )
 def test_pixels_are_bounded_before_decoding(content: bytes, settings: ImageSettings) -> None:
@@ -200,11 +200,11 @@ def test_pixels_are_bounded_before_decoding(content: bytes, settings: ImageSetti
 
 def test_too_large_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnusableImage, match="too large"):
-        prepare_image(picture((1, 70_000), form="PNG"), ORIGINAL)  # no JPEG is that long
-    assert _opened(prepare_image(picture((1, 70_000), form="PNG"), SETTINGS)).size == (1, 4)
+        prepare_image(image_bytes((1, 70_000), form="PNG"), ORIGINAL)  # no JPEG is that long
+    assert _opened(prepare_image(image_bytes((1, 70_000), form="PNG"), SETTINGS)).size == (1, 4)
     for name, limit in (("MAX_PIXELS", 99), ("MAX_FILE_BYTES", 600)):
         monkeypatch.setattr(images, name, limit)
-        for content in (picture((10, 10)), READABLE["png"][0] + bytes(600)):
+        for content in (image_bytes((10, 10)), READABLE["png"][0] + bytes(600)):
             with pytest.raises(UnusableImage, match="too large"):
                 prepare_image(content, SETTINGS)
         monkeypatch.undo()

@@ -86,7 +86,7 @@ def test_every_kind_has_the_evidence_it_promises(drawn: tuple[list[House], list[
             assert plan.gold not in _seen(houses, plan, fewer_than=2)
         else:
             assert plan.shown == plan.gold
-            assert houses[plan.gold].pictured
+            assert houses[plan.gold].has_image
         if plan.kind == "easy":
             assert _seen(houses, plan, fewer_than=1) == {plan.gold}
         elif plan.kind == "picture":
@@ -123,12 +123,12 @@ def test_files_agree_with_each_other(release: Path) -> None:
     entities = _load(release / "kb_entity.json")
     assert _load(release / "qid2id.json") == {entity["qid"]: entity["id"] for entity in entities}
     assert [entity["id"] for entity in entities] == list(range(CONFIG.num_entities))
-    pictures = {name for entity in entities for name in entity["image_list"]}
-    assert pictures == {path.name for path in (release / "kb_image").iterdir()}
-    assert len(pictures) == CONFIG.num_entities - round(CONFIG.entities_without_picture * CONFIG.num_entities)
+    images = {name for entity in entities for name in entity["image_list"]}
+    assert images == {path.name for path in (release / "kb_image").iterdir()}
+    assert len(images) == CONFIG.num_entities - round(CONFIG.entities_without_picture * CONFIG.num_entities)
     names = {entity["qid"]: entity["entity_name"] for entity in entities}
     sizes = {"train": CONFIG.num_train, "dev": CONFIG.num_validation, "test": CONFIG.num_test}
-    mention_pictures, ids = set(), []
+    mention_images, ids = set(), []
     for split, size in sizes.items():
         records = _load(release / f"DEMO_{split}.json")
         assert len(records) == size
@@ -138,9 +138,9 @@ def test_files_agree_with_each_other(release: Path) -> None:
             assert record["mentions"] in record["sentence"]
             assert (record["imgPath"] == "") == (record["kind"] == "missing_picture")
         ids += [record["id"] for record in records]
-        mention_pictures |= {record["imgPath"] for record in records if record["imgPath"]}
+        mention_images |= {record["imgPath"] for record in records if record["imgPath"]}
     assert len(set(ids)) == len(ids)
-    assert mention_pictures == {path.name for path in (release / "mention_image").iterdir()}
+    assert mention_images == {path.name for path in (release / "mention_image").iterdir()}
 
 
 def _answers(config: DemoConfig) -> dict[str, list[int]]:
@@ -171,8 +171,8 @@ def test_the_seed_decides_every_byte(release: Path, tmp_path: Path) -> None:
     write_demo_release(CONFIG, tmp_path / "again", lambda what, done, total: seen.append((done, total)))
     first, again = _files(release), _files(tmp_path / "again")
     assert first == again
-    num_pictures = sum(name.endswith(".jpg") for name in first)
-    assert seen == [(done, num_pictures) for done in range(1, num_pictures + 1)]
+    num_images = sum(name.endswith(".jpg") for name in first)
+    assert seen == [(done, num_images) for done in range(1, num_images + 1)]
     write_demo_release(CONFIG.model_copy(update={"seed": 4}), tmp_path / "other")
     other = _files(tmp_path / "other")
     assert other["kb_entity.json"] != first["kb_entity.json"]
@@ -181,8 +181,8 @@ def test_the_seed_decides_every_byte(release: Path, tmp_path: Path) -> None:
 
 def test_pictures_are_rgb_jpegs_of_the_size_asked(release: Path) -> None:
     for path in (*(release / "kb_image").iterdir(), *(release / "mention_image").iterdir()):
-        with Image.open(path) as picture:
-            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (32, 32))
+        with Image.open(path) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (32, 32))
 
 
 def test_rates_decide_the_kinds(tmp_path: Path) -> None:

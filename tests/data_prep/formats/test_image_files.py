@@ -54,8 +54,8 @@ def hostile(tmp_path: Path) -> Path:
 
 def test_bad_members_are_refused_by_name(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_files, "MAX_FILE_BYTES", 2 << 20)
-    pictures = ImageFiles([hostile])
-    assert [(each.source, each.record, each.action, each.detail) for each in pictures.refused] == [
+    images = ImageFiles([hostile])
+    assert [(each.source, each.record, each.action, each.detail) for each in images.refused] == [
         ("bad.zip", 1, "degraded", "../up.jpg: path with .."),
         ("bad.zip", 2, "degraded", "a\\..\\..\\back.jpg: path with .."),
         ("bad.zip", 3, "degraded", "/root.jpg: absolute path"),
@@ -66,14 +66,14 @@ def test_bad_members_are_refused_by_name(hostile: Path, monkeypatch: pytest.Monk
         ("bad.zip", 8, "degraded", "large.jpg: larger than 2097152 bytes"),
         ("bad.zip", 9, "degraded", "secret.jpg: encrypted"),
     ]
-    assert {each.reason for each in pictures.refused} == {"archive member refused"}
+    assert {each.reason for each in images.refused} == {"archive member refused"}
     with zipfile.ZipFile(hostile) as archive:
         names = [base_name(name) for name in archive.namelist()]
-    offered = {name for name in names if pictures.find(name, [name]).path}
+    offered = {name for name in names if images.find(name, [name]).path}
     assert offered == {"good.jpg", "plain.jpg"}
-    assert read_image(pictures.find("x", ["good.jpg"]), LIMIT) == b"good"
-    assert len(read_image(pictures.find("x", ["plain.jpg"]), LIMIT)) == LIMIT + 1
-    assert pictures.files() == [hostile]
+    assert read_image(images.find("x", ["good.jpg"]), LIMIT) == b"good"
+    assert len(read_image(images.find("x", ["plain.jpg"]), LIMIT)) == LIMIT + 1
+    assert images.files() == [hostile]
 
 
 def test_a_name_twice_in_a_zip_is_refused_where_it_cannot_be_opened(tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_a_name_twice_in_a_zip_is_refused_where_it_cannot_be_opened(tmp_path: Pa
         archive.writestr("a.jpg", b"one")
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("a.jpg", b"other")
-    pictures = ImageFiles([path])
-    assert [each.detail for each in pictures.refused] == ["a.jpg: another member of that name follows"]
-    assert read_image(pictures.find("a", ["a.jpg"]), LIMIT) == b"other"
+    images = ImageFiles([path])
+    assert [each.detail for each in images.refused] == ["a.jpg: another member of that name follows"]
+    assert read_image(images.find("a", ["a.jpg"]), LIMIT) == b"other"
 
 
 @pytest.mark.parametrize("damage", ["checksum", "stream", "cut", "method", "gone", "encrypted"])
@@ -132,12 +132,12 @@ def test_whatever_is_damaged_has_a_name(flips: list[tuple[float, int]], tmp_path
     path = path.with_name(f"{hash(bytes(damaged))}.zip")
     path.write_bytes(damaged)
     try:
-        pictures = ImageFiles([path])
+        images = ImageFiles([path])
     except UserError:
         return
     for name in ("\u00e4.jpg", "b.jpg", "c.jpg"):
         with contextlib.suppress(OSError):
-            assert content.startswith(read_image(pictures.find(name, [name]), LIMIT))
+            assert content.startswith(read_image(images.find(name, [name]), LIMIT))
 
 
 def test_a_zip_that_is_none_is_an_error(tmp_path: Path) -> None:
@@ -152,11 +152,11 @@ def test_the_first_place_wins(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "kb.zip", "w") as archive:
         archive.writestr("kb/a.jpg", b"zip")
         archive.writestr("kb/Cafe\u0301.jpg", b"decomposed")
-    pictures = ImageFiles([tmp_path / "kb", tmp_path / "kb.zip", tmp_path / "nowhere"])
-    assert read_image(pictures.find("n", ["a.jpg"]), LIMIT) == b"folder"
-    assert read_image(pictures.find("n", ["Caf%C3%A9.jpg"]), LIMIT) == b"decomposed"
-    assert pictures.files() == [tmp_path / "kb/a.jpg", tmp_path / "kb.zip"]
-    assert pictures.find("n", ["b.jpg"]) == RawImage("n", None)
+    images = ImageFiles([tmp_path / "kb", tmp_path / "kb.zip", tmp_path / "nowhere"])
+    assert read_image(images.find("n", ["a.jpg"]), LIMIT) == b"folder"
+    assert read_image(images.find("n", ["Caf%C3%A9.jpg"]), LIMIT) == b"decomposed"
+    assert images.files() == [tmp_path / "kb/a.jpg", tmp_path / "kb.zip"]
+    assert images.find("n", ["b.jpg"]) == RawImage("n", None)
 
 
 def test_paths_stay_in_the_folder(tmp_path: Path) -> None:
@@ -174,10 +174,10 @@ def test_paths_stay_in_the_folder(tmp_path: Path) -> None:
     paths = ImagePaths(folder)
 
     def found(name: str) -> bytes | str:
-        picture = paths.find(name)
-        if picture is None:
+        image = paths.find(name)
+        if image is None:
             return "outside"
-        return read_image(picture, LIMIT) if picture.path else "lost"
+        return read_image(image, LIMIT) if image.path else "lost"
 
     assert {name: found(name) for name in ("images/deep/a.jpg", "./images//in.jpg", "images\\deep\\a.jpg")} == {
         "images/deep/a.jpg": b"a",

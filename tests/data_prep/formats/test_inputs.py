@@ -18,16 +18,14 @@ _ODD = st.sampled_from([None, True, 3, 1.5, "", " ", "\ud800", "%", "nil", [], [
 _GOLD = st.sampled_from(["Q0", "Q1", "https://en.wikipedia.org/wiki/Title_2", "Q9"]) | _ODD
 _WORD = st.sampled_from(["Ash", "elm"]) | _ODD
 _SENTENCE = st.sampled_from(["Ash, elm", "ash, ELM", "Ash"]) | _ODD
-_PICTURE = st.sampled_from(["http://x/a.jpg", "a.jpg", "b.svg"]) | _ODD
+_IMAGE = st.sampled_from(["http://x/a.jpg", "a.jpg", "b.svg"]) | _ODD
 _PLACE = st.integers(-1, 9) | _ODD
 _TOPIC = st.just("sports") | _ODD
 
 
 def _melbench_records() -> st.SearchStrategy[Any]:
     texts = st.tuples(_WORD, _WORD, _GOLD) | st.tuples(*[st.lists(part, max_size=3) for part in (_WORD, _WORD, _GOLD)])
-    scalars = st.fixed_dictionaries(
-        {}, optional={"id": st.just("7") | _ODD, "sentence": _SENTENCE, "imgPath": _PICTURE}
-    )
+    scalars = st.fixed_dictionaries({}, optional={"id": st.just("7") | _ODD, "sentence": _SENTENCE, "imgPath": _IMAGE})
     made = st.builds(
         lambda some, three: {**some, **dict(zip(("mentions", "entities", "answer"), three, strict=True))},
         scalars,
@@ -49,7 +47,7 @@ def _melbench_inputs(record: Any) -> int:
 
 def _passages() -> st.SearchStrategy[Any]:
     mention = st.tuples(_WORD, _TOPIC, _PLACE, _PLACE, _GOLD).map(list) | _ODD
-    return st.tuples(_SENTENCE, _PICTURE, _TOPIC, st.lists(mention, max_size=3) | _ODD).map(list) | _ODD
+    return st.tuples(_SENTENCE, _IMAGE, _TOPIC, st.lists(mention, max_size=3) | _ODD).map(list) | _ODD
 
 
 def _passage_inputs(record: Any) -> int:

@@ -15,7 +15,7 @@ from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, RawEntity, RawMention, ReleaseOptions
 from dsmip.errors import UserError
 from tests.support.paths import ROOT
-from tests.support.small_release import picture
+from tests.support.small_release import image_bytes
 
 ENTITIES: list[dict[str, Any]] = [
     {
@@ -51,7 +51,7 @@ MENTIONS: list[dict[str, Any]] = [
 def write_release(folder: Path, form: str) -> Path:
     """The records above as .jsonl or .parquet, and one picture."""
     (folder / "images").mkdir(parents=True)
-    (folder / "images/elm.jpg").write_bytes(picture((8, 8)))
+    (folder / "images/elm.jpg").write_bytes(image_bytes((8, 8)))
     for name, records in (("entities", ENTITIES), ("mentions", MENTIONS)):
         path = folder / f"{name}.{form}"
         if form == "jsonl":

@@ -49,7 +49,7 @@ TRAIN: list[Any] = [
     ["Short", None, "news"],
     {"sentence": "no list"},
 ]
-PICTURES = {"Running%20Play-2007.jpg": ".jpg", "Map.svg": ".png"}
+IMAGES = {"Running%20Play-2007.jpg": ".jpg", "Map.svg": ".png"}
 
 
 def _md5(name: str) -> str:
@@ -58,7 +58,7 @@ def _md5(name: str) -> str:
 
 def _write(folder: Path, train: list[Any], other: list[Any], suffix: str = ".json") -> Path:
     (folder / "wikinewsImgs").mkdir(parents=True)
-    for name, extension in PICTURES.items():
+    for name, extension in IMAGES.items():
         (folder / "wikinewsImgs" / (_md5(name) + extension)).write_bytes(b"x")
     for name, records in {"train": train, "valid": other, "test": other}.items():
         (folder / (name + suffix)).write_text(json.dumps(records))
@@ -113,7 +113,7 @@ def test_passages(tmp_path: Path) -> None:
     ]
     assert [name for name, _ in release.files()] == [
         *("train.json", "valid.json", "test.json"),
-        *sorted(f"wikinewsImgs/{_md5(name)}{extension}" for name, extension in PICTURES.items()),
+        *sorted(f"wikinewsImgs/{_md5(name)}{extension}" for name, extension in IMAGES.items()),
         "kb/kb_entity.json",
     ]
 

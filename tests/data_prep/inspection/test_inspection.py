@@ -21,7 +21,7 @@ from data_prep.inspection.report import Inspection, inspect_dataset
 from dsmip.data.dataset import Dataset
 from ray_jobs import cli
 from tests.support.planted import noise, planted_release
-from tests.support.small_release import picture, write_release
+from tests.support.small_release import image_bytes, write_release
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +169,8 @@ def test_signatures_bear_resizing_and_compression_but_not_another_picture() -> N
     for seed in range(20):
         assert near(noise(seed, 200), noise(seed, 90, 60))
         assert not near(noise(seed), noise(seed + 100))
-    assert not near(picture((30, 30), "red"), picture((30, 30), "blue"))
-    plain = read_signature(picture((30, 30), "grey"))
+    assert not near(image_bytes((30, 30), "red"), image_bytes((30, 30), "blue"))
+    plain = read_signature(image_bytes((30, 30), "grey"))
     assert plain is not None
     assert plain.plain
     assert read_signature(b"\xff\xd8 no picture") is None
