@@ -80,9 +80,9 @@ def kept_for_backward(work: Callable[[], object], parameters: Iterable[Tensor]) 
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in known:
-            kept[place] = tensor  # held, so that no later tensor gets its place
+        address = tensor.untyped_storage().data_ptr()
+        if address not in known:
+            kept[address] = tensor  # held, so that no later tensor gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -38,10 +38,10 @@ def stop_time(service: str) -> datetime | None:
     """When this machine will be stopped; None when it will not, or when the service does not answer."""
     try:
         token = _ask(service, "api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_SECONDS)})
-        told = json.loads(
+        notice = json.loads(
             _ask(service, "meta-data/spot/instance-action", "GET", {"X-aws-ec2-metadata-token": token.decode()})
         )
-        return datetime.fromisoformat(told["time"])
+        return datetime.fromisoformat(notice["time"])
     except (OSError, ValueError):  # 404, an OSError: no notice
         return None
 

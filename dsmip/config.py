@@ -306,7 +306,7 @@ def validated(config_class: type[Config], tree: Any, source: str, prefix: str) -
 
 
 def _explain(detail: ErrorDetails, root: type[BaseModel], prefix: str) -> str:
-    key = prefix + ".".join(str(part) for part in detail["loc"])
+    key = prefix + ".".join(str(each) for each in detail["loc"])
     if detail["type"] != "extra_forbidden":
         return f"{key.rstrip('.')}: {detail['msg'].removeprefix('Value error, ')}"
     valid = _keys_at(root, detail["loc"][:-1])

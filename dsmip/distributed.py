@@ -52,8 +52,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     trained = [p for p in parameters if p.requires_grad]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
     dist.all_reduce(flat)
-    for parameter, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-        parameter.grad = part.view_as(parameter).clone()
+    for parameter, gradient in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+        parameter.grad = gradient.view_as(parameter).clone()
 
 
 class _GatherRows(torch.autograd.Function):
@@ -61,9 +61,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        gathered = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
@@ -87,9 +87,9 @@ def gather_rows(tensor: Tensor) -> Tensor:
 
 
 def _gather_plain(padded: Tensor) -> Tensor:
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded.contiguous())
-    return torch.cat(parts)
+    gathered = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(gathered, padded.contiguous())
+    return torch.cat(gathered)
 
 
 def gather_ints(value: int, device: torch.device) -> list[int]:

@@ -170,8 +170,8 @@ def _neutralise(work: Path) -> None:
         if path.suffix == ".json":
             content = json.loads(text)
             for name in ("made", "environment", "where"):
-                told = content.get(name, {})
-                told |= {key: value for key, value in _NEUTRAL.items() if key in told}
+                fields = content.get(name, {})
+                fields |= {key: value for key, value in _NEUTRAL.items() if key in fields}
             if content != json.loads(text):
                 text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")

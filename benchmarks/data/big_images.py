@@ -91,8 +91,8 @@ def _deep(image: Image.Image) -> bytes:
 def _bomb(image: Image.Image) -> bytes:
     """A header that claims 20,000 x 20,000 pixels."""
     content = _saved(image, "JPEG")
-    place = content.index(b"\xff\xc0") + 5
-    return content[:place] + struct.pack(">HH", 20_000, 20_000) + content[place + 4 :]
+    offset = content.index(b"\xff\xc0") + 5
+    return content[:offset] + struct.pack(">HH", 20_000, 20_000) + content[offset + 4 :]
 
 
 def _transparent(image: Image.Image) -> bytes:

@@ -176,9 +176,9 @@ def _write_images(release: BigRelease, folder: Path, part: str, start: int, stop
         fault = release.fault(part, number)
         if fault == MISSING:
             continue
-        letter, place = ("Q", number) if part == "kb" else ("m", release.entities + number)
+        letter, index = ("Q", number) if part == "kb" else ("m", release.entities + number)
         spoil = ODD_IMAGES.get(fault or "") or BROKEN_IMAGES.get(fault or "")
-        content = spoil(Image.fromarray(drawer.pixels(place))) if spoil else drawer.jpeg(place)
+        content = spoil(Image.fromarray(drawer.pixels(index))) if spoil else drawer.jpeg(index)
         (folder / f"{letter}{number}.jpg").write_bytes(content)
 
 

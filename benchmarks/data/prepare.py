@@ -39,13 +39,13 @@ from dsmip.storage.atomic import write_json
 
 WORKERS = (1, 2)
 SIZE = 224
-_IMAGE_PARTS = ("entities", "mentions")
+_IMAGE_STAGES = ("entities", "mentions")
 _FOLDERS = ("kb_image", "mention_image", "mention_images")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One build. images: named by its records. stages: seconds by part, its processes' start included.
+    """One build. images: named by its records. stages: seconds by name, its processes' start included.
 
     made_rate: pictures a second while shards are made. cpu_s, worker_peak: of the workers, the latter of the largest
     (Linux counts what a process was forked from, so it is never less than the driver at that time).
@@ -68,13 +68,13 @@ class Prepared:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints a table and writes the rows."""
     options = _options(arguments)
-    with TemporaryDirectory(dir=options.work, prefix="prepare-") as place:
+    with TemporaryDirectory(dir=options.work, prefix="prepare-") as work:
         release = options.release
         if release is None:
             print("writing a release ...", file=sys.stderr, flush=True)
-            release = Path(place) / "release"
+            release = Path(work) / "release"
             write_big_release(BigRelease(options.entities, options.mentions, options.size), release, max(WORKERS))
-        bare, builds = measure(release, Path(place) / "data", options.rounds)
+        bare, builds = measure(release, Path(work) / "data", options.rounds)
     rows = [_row(workers, bare[workers], builds[workers]) for workers in WORKERS]
     _show(rows, builds, options.rounds)
     if options.json is not None:
@@ -124,8 +124,8 @@ def _in_a_process(release: Path, out: Path, workers: int) -> Prepared:
 def _build(release: Path, out: Path, workers: int) -> Prepared:
     times: dict[str, list[tuple[float, int]]] = {}
 
-    def note(part: str, done: int, total: int) -> None:
-        times.setdefault(part, []).append((time.perf_counter(), done))
+    def note(stage: str, done: int, total: int) -> None:
+        times.setdefault(stage, []).append((time.perf_counter(), done))
 
     before, start = _children_cpu(), time.perf_counter()
     source = MimicRelease(release)
@@ -136,7 +136,7 @@ def _build(release: Path, out: Path, workers: int) -> Prepared:
     count = manifest.entities + sum(counts.mentions for counts in manifest.splits.values())
     if with_image != count:
         raise RuntimeError(f"{release}: {count - with_image} of {count} records have no picture; nothing to compare")
-    made = [[(when, done) for when, done in times.get(part, []) if done] for part in _IMAGE_PARTS]
+    made = [[(when, done) for when, done in times.get(stage, []) if done] for stage in _IMAGE_STAGES]
     spans = [(steady[-1][0] - steady[0][0], steady[-1][1] - steady[0][1]) for steady in made if len(steady) > 1]
     seconds, items = (sum(values) for values in zip(*spans, strict=True)) if spans else (0.0, 0)
     return Prepared(
@@ -144,7 +144,7 @@ def _build(release: Path, out: Path, workers: int) -> Prepared:
         wall_s=wall,
         cpu_s=_children_cpu() - before,
         made_rate=items / seconds if seconds else float("nan"),
-        stages={part: ticks[-1][0] - ticks[0][0] for part, ticks in times.items()},
+        stages={stage: ticks[-1][0] - ticks[0][0] for stage, ticks in times.items()},
         driver_peak=status_bytes("VmHWM"),
         worker_peak=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     )
@@ -192,7 +192,9 @@ def _show(rows: Sequence[dict[str, Any]], builds: dict[int, list[Prepared]], rou
     )
     lines = [f"from 1 to {two['workers']} workers: {scaling}"]
     for workers, done in builds.items():
-        stages = ", ".join(f"{part} {median(b.stages.get(part, 0.0) for b in done):.1f} s" for part in done[0].stages)
+        stages = ", ".join(
+            f"{stage} {median(b.stages.get(stage, 0.0) for b in done):.1f} s" for stage in done[0].stages
+        )
         lines.append(f"{workers} workers: {median(build.wall_s for build in done):.1f} s ({stages})")
     lines.append(f"{rows[0]['pictures']:,} pictures, {rounds} rounds by turns, middles; one thread a process")
     for line in lines:

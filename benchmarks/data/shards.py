@@ -54,9 +54,9 @@ _MODALITIES: dict[Work, tuple[Modality, ...]] = {"records": (), "pictures": ("im
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints a table and writes the rows."""
     options = _options(arguments)
-    with TemporaryDirectory(dir=options.work, prefix="shards-") as place:
+    with TemporaryDirectory(dir=options.work, prefix="shards-") as work:
         try:
-            folder = options.data or _made(options, Path(place))
+            folder = options.data or _made(options, Path(work))
             paces = measure(folder, options.batch_size, options.samples, options.rounds)
         except UserError as error:
             sys.exit(str(error))
@@ -135,14 +135,14 @@ def _batches(folder: str | Path, batch_size: int, samples: int, rank: int, world
     return islice(batches, -(-samples // batch_size))
 
 
-def _made(options: argparse.Namespace, place: Path) -> Path:
+def _made(options: argparse.Namespace, work: Path) -> Path:
     """A dataset of pictures of the towers' size."""
     print("writing and preparing a release ...", file=sys.stderr, flush=True)
     workers = max(WORKERS)
-    write_big_release(BigRelease(options.entities, options.mentions), place / "release", workers)
+    write_big_release(BigRelease(options.entities, options.mentions), work / "release", workers)
     with run_in_processes(workers) as run:
-        prepare(MimicRelease(place / "release"), place / "data", DatasetOptions(name="big"), run=run)
-    return place / "data"
+        prepare(MimicRelease(work / "release"), work / "data", DatasetOptions(name="big"), run=run)
+    return work / "data"
 
 
 def _row(workers: int, paces: dict[tuple[str, int], list[Pace]]) -> dict[str, Any]:

@@ -43,8 +43,8 @@ _ALL = 1 << 40
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the same dataset lies, and the cache of this run."""
+class Copies:
+    """The same dataset in a folder and in a store, and the cache of this run."""
 
     folder: Path
     uri: str
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("uploading ...", file=sys.stderr, flush=True)
             upload_dataset(folder, uri, work / "uploaded.json")
             os.environ["DSMIP_CACHE"] = str(work / "cache")
-            rows = measure(Place(folder, uri, work / "cache"), options.batch_size, options.rounds)
+            rows = measure(Copies(folder, uri, work / "cache"), options.batch_size, options.rounds)
         except ReportedError as error:
             sys.exit(str(error))
     _show(rows, options)
@@ -72,18 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(options.json, {"rows": rows})
 
 
-def measure(place: Place, batch_size: int, rounds: int) -> list[dict[str, Any]]:
+def measure(copies: Copies, batch_size: int, rounds: int) -> list[dict[str, Any]]:
     """A row for each kind of work: middles of samples a second, and of the ratios to the folder in the same round."""
     rates: dict[tuple[Work, str], list[float]] = {(work, way): [] for work in WORKS for way in WAYS}
-    for location in (str(place.folder), place.uri):
+    for location in (str(copies.folder), copies.uri):
         streaming(location, batch_size, batch_size, 0, 1, "all", 0)()  # what is done once in a process
     for number in range(rounds):
         print(f"round {number + 1} ...", file=sys.stderr, flush=True)
         for work in WORKS:
-            shutil.rmtree(place.cache, ignore_errors=True)
+            shutil.rmtree(copies.cache, ignore_errors=True)
             for way in WAYS:
-                rates[work, way].append(_rate(str(place.folder) if way == "folder" else place.uri, batch_size, work))
-    mebibytes = sum(shard.bytes for shard in Dataset.open(place.folder).manifest.shards_of("train")) / 2**20
+                rates[work, way].append(_rate(str(copies.folder) if way == "folder" else copies.uri, batch_size, work))
+    mebibytes = sum(shard.bytes for shard in Dataset.open(copies.folder).manifest.shards_of("train")) / 2**20
     return [_row(work, rates, mebibytes) for work in WORKS]
 
 
@@ -105,7 +105,7 @@ def _row(work: Work, rates: dict[tuple[Work, str], list[float]], mebibytes: floa
 
 @contextmanager
 def _store(uri: str | None, work: Path) -> Iterator[str]:
-    """The given place, or a server of this benchmark."""
+    """The given URI, or a server of this benchmark."""
     if uri is not None:
         yield uri
         return

@@ -72,11 +72,11 @@ def _loop(marks: str, context: Any, settings: Mapping[str, Any]) -> None:
 
     part = settings["part"]
     _mark(marks, "in the loop", part)
-    told = context.step_done
+    of_context = context.step_done
 
     def step_done(epoch: int, step: int, num_steps: int, figures: Any) -> None:
         now = time.time()
-        told(epoch, step, num_steps, figures)
+        of_context(epoch, step, num_steps, figures)
         _mark(marks, "before the batch", part, now - figures.seconds)
         _mark(marks, "batch", part, now - figures.seconds + figures.wait_seconds)
         _mark(marks, "step", part, now)

@@ -48,11 +48,11 @@ _GPU_CASE = ("ViT-B-32", 128, "bf16")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints a table for each question and writes the figures."""
     options = _options(arguments)
-    with TemporaryDirectory(dir=options.work, prefix="stage-one-") as place:
+    with TemporaryDirectory(dir=options.work, prefix="stage-one-") as work:
         try:
             config = _config(options)
-            dataset = Dataset.open(options.data or _made(options, Path(place)))
-            found = measure(config, dataset, options, Path(place))
+            dataset = Dataset.open(options.data or _made(options, Path(work)))
+            found = measure(config, dataset, options, Path(work))
         except UserError as error:
             sys.exit(str(error))
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -62,34 +62,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(options.json, found)
 
 
-def measure(config: ExperimentConfig, dataset: Dataset, options: argparse.Namespace, place: Path) -> dict[str, Any]:
+def measure(config: ExperimentConfig, dataset: Dataset, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """All figures, as plain values."""
     parts = find_system(config.model).part_names(config.system)
     part = options.part or parts[-1]
     if part not in parts:
         raise UserError(f"--part {part}: {config.model} has {', '.join(parts)}")
-    counts = [count for count in WORKERS if count <= _num_places()]
+    counts = [count for count in WORKERS if count <= _max_workers()]
     bare_steps: dict[str, list[Steps]] = {name: [] for name in parts}
     in_ray: dict[int, list[Steps]] = {count: [] for count in counts}
     apart: list[float] = []
     command, stage_two = [], []
-    write_text(place / "config.yaml", to_yaml(config))
+    write_text(work / "config.yaml", to_yaml(config))
     for number in range(options.rounds):
         for name in parts:
             _say(f"round {number + 1}: {name}, bare")
-            bare_steps[name] += bare(config, dataset, name, place)
+            bare_steps[name] += bare(config, dataset, name, work)
         _say(f"round {number + 1}: {part}, Ray Train with {' and '.join(map(str, counts))} workers")
-        for count, steps in zip(counts, in_ray_train(config, dataset, part, place, counts), strict=True):
+        for count, steps in zip(counts, in_ray_train(config, dataset, part, work, counts), strict=True):
             in_ray[count].append(steps)
         if len(counts) > 1 and options.device.type == "cpu":  # on GPUs they would share one
             _say(f"round {number + 1}: {part}, {counts[-1]} bare loops side by side")
-            both = bare(config, dataset, part, place, counts[-1])
+            both = bare(config, dataset, part, work, counts[-1])
             apart.append(sum(steps.rate for steps in both) / bare_steps[part][-1].rate)
         _say(f"round {number + 1}: from the command to the first step")
-        command.append(first_step.seconds(place / "config.yaml", dataset.folder, place / f"run-{number}"))
+        command.append(first_step.seconds(work / "config.yaml", dataset.folder, work / f"run-{number}"))
         if find_system(config.model).gated:
             _say(f"round {number + 1}: trials of stage two with and without cached features")
-            stage_two.append(trials(config, dataset, place))
+            stage_two.append(trials(config, dataset, work))
     _say("towers")
     towers = tower_rates(*_tower_case(config), options.device, options.rounds, compiled=options.compile)
     return {
@@ -246,7 +246,7 @@ def _tower_case(config: ExperimentConfig) -> tuple[str, int, str]:
     return config.backbone.architecture, config.train.batch_size, "fp32"
 
 
-def _num_places() -> int:
+def _max_workers() -> int:
     """Workers that this machine has room for."""
     return torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
 
@@ -259,14 +259,14 @@ def _config(options: argparse.Namespace) -> ExperimentConfig:
     return one_epoch(changed(config, {"train": train, "parts": {name: {"train": train} for name in names}}))
 
 
-def _made(options: argparse.Namespace, place: Path) -> Path:
+def _made(options: argparse.Namespace, work: Path) -> Path:
     """A dataset whose training split has the steps asked for."""
     _say("writing and preparing a release ...")
     mentions = int((options.steps + WARM_UP) * options.batch_size / _TRAIN_SHARE)
-    write_big_release(BigRelease(options.entities, mentions, size=224), place / "release", max(WORKERS))
+    write_big_release(BigRelease(options.entities, mentions, size=224), work / "release", max(WORKERS))
     with run_in_processes(max(WORKERS)) as run:
-        prepare(MimicRelease(place / "release"), place / "data", DatasetOptions(name="big"), run=run)
-    return place / "data"
+        prepare(MimicRelease(work / "release"), work / "data", DatasetOptions(name="big"), run=run)
+    return work / "data"
 
 
 def _say(line: str) -> None:

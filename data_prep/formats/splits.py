@@ -184,6 +184,6 @@ def _keys(item: SplitItem) -> Iterator[bytes]:
         yield _digest("picture", item.image)
 
 
-def _digest(*parts: str) -> bytes:
+def _digest(*texts: str) -> bytes:
     # Surrogates: broken texts come this far, too.
-    return hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -47,8 +47,8 @@ class ItemBatch:
 
     def rows(self, start: int, stop: int) -> "ItemBatch":
         """Items start..stop (views)."""
-        part = slice(start, stop)
-        return ItemBatch(self.token_ids[part], self.images[part], self.has_image[part])
+        rows = slice(start, stop)
+        return ItemBatch(self.token_ids[rows], self.images[rows], self.has_image[rows])
 
 
 def stacked(first: ItemBatch, second: ItemBatch) -> ItemBatch:

@@ -27,20 +27,20 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
 
-class Part(BaseModel):
-    """What a manifest is made of: frozen, no unknown key."""
+class Section(BaseModel):
+    """A section of a manifest: frozen, no unknown key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(Part):
+class Source(Section):
     """The release a dataset was made from: its folder name and the SHA-256 of its content."""
 
     name: str
     sha256: Digest
 
 
-class ImageSettings(Part):
+class ImageSettings(Section):
     """How pictures were prepared: shorter side at most `size` pixels, JPEG `quality` where they were encoded again.
 
     Attributes:
@@ -52,14 +52,14 @@ class ImageSettings(Part):
     keep_original: bool = False
 
 
-class SplitCounts(Part):
+class SplitCounts(Section):
     """Mentions of a split, and how many of them have a picture."""
 
     mentions: Count
     with_image: Count
 
 
-class ShardInfo(Part):
+class ShardInfo(Section):
     """One tar: path below the dataset's folder, number of samples, size in bytes, SHA-256."""
 
     path: Annotated[str, StringConstraints(pattern=f"^{_SHARD_PATH}$")]
@@ -68,7 +68,7 @@ class ShardInfo(Part):
     sha256: Digest
 
 
-class Manifest(Part):
+class Manifest(Section):
     """`manifest.json`.
 
     Attributes:
@@ -102,9 +102,9 @@ class Manifest(Part):
         """The table of the kb."""
         return FileInfo(ENTITIES_FILE, self.entities_sha256)
 
-    def shards_of(self, part: str) -> tuple[ShardInfo, ...]:
+    def shards_of(self, split: str) -> tuple[ShardInfo, ...]:
         """Shards of the kb (`kb`) or of a split, in order."""
-        return tuple(shard for shard in self.shards if shard.path.startswith(f"{part}/"))
+        return tuple(shard for shard in self.shards if shard.path.startswith(f"{split}/"))
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
@@ -137,7 +137,7 @@ def parse_manifest(content: bytes, path: str) -> tuple[Manifest, str]:
         manifest = Manifest.model_validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        where = ".".join(str(key) for key in first["loc"]) or "manifest"
         raise UserError(f"{path}: {where}: {first['msg']}; prepare the dataset again") from error
     _check_sums(manifest, path)
     return manifest, hashlib.sha256(content).hexdigest()
@@ -178,15 +178,15 @@ def _check_sums(manifest: Manifest, path: str) -> None:
     if tuple(sorted(manifest.splits)) != tuple(sorted(SPLITS)):
         raise UserError(f"{path}: splits must be {', '.join(SPLITS)}; found {', '.join(sorted(manifest.splits))}")
     expected = {KB: manifest.entities} | {split: counts.mentions for split, counts in manifest.splits.items()}
-    for part, count in expected.items():
-        found = sum(shard.samples for shard in manifest.shards_of(part))
+    for split, count in expected.items():
+        found = sum(shard.samples for shard in manifest.shards_of(split))
         if found != count:
-            raise UserError(f"{path}: {part} has {count} samples, but its shards hold {found}; prepare it again")
+            raise UserError(f"{path}: {split} has {count} samples, but its shards hold {found}; prepare it again")
 
 
-def shard_path(part: str, index: int) -> str:
+def shard_path(split: str, index: int) -> str:
     """Path of shard `index` of the kb or of a split, below the dataset's folder."""
-    path = f"{part}/{part}-{index:06d}.tar"
+    path = f"{split}/{split}-{index:06d}.tar"
     if not is_shard_path(path):
         raise ValueError(f"no shard name: {path}")
     return path

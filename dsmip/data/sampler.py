@@ -69,5 +69,5 @@ def count_steps(num_samples: int, batch_size: int) -> int:
 
 
 def _seed(label: tuple[str | int, ...]) -> int:
-    text = "/".join(str(part) for part in label)
+    text = "/".join(str(each) for each in label)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

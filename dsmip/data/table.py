@@ -165,7 +165,7 @@ class Table:
         return Table({n: c if isinstance(c, Tensor) else c.compact() for n, c in chosen.columns.items()})
 
     def distinct(self) -> tuple["Table", Tensor | None]:
-        """Rows that differ, and the place of each row among them (int64 [N]): what is scored once is copied.
+        """Rows that differ, and the index of each row among them (int64 [N]): what is scored once is copied.
 
         (self, None) where no two rows are known to be equal: a column that is not `Repeated` tells nothing.
         """
@@ -175,13 +175,13 @@ class Table:
         index_CN = torch.stack([column.index for column in columns])
         if bool((index_CN == index_CN[0]).all()):
             index_CN = index_CN[:1]
-        place_N = torch.unique(index_CN, dim=1, return_inverse=True)[1]
-        num_distinct = int(place_N.max()) + 1 if len(place_N) else 0
+        index_N = torch.unique(index_CN, dim=1, return_inverse=True)[1]
+        num_distinct = int(index_N.max()) + 1 if len(index_N) else 0
         if num_distinct == len(self):
             return self, None
-        row_N = torch.arange(len(self), device=place_N.device)
-        first_U = row_N.new_zeros(num_distinct).scatter_reduce(0, place_N, row_N, "amin", include_self=False)
-        return self.rows(first_U), place_N
+        row_N = torch.arange(len(self), device=index_N.device)
+        first_U = row_N.new_zeros(num_distinct).scatter_reduce(0, index_N, row_N, "amin", include_self=False)
+        return self.rows(first_U), index_N
 
     def to(self, device: torch.device) -> "Table":
         return Table({n: c.to(device) for n, c in self.columns.items()})
@@ -259,31 +259,31 @@ def concatenate(tables: Sequence[Table]) -> Table:
         if not isinstance(first, Ragged):
             columns[name] = _joined([t.columns[name] for t in tables])
             continue
-        parts = [t.ragged(name) for t in tables]
+        ragged = [t.ragged(name) for t in tables]
         base, starts = 0, []
-        for part in parts:
-            starts.append(part.starts + base)
-            base += len(part.values)
+        for column in ragged:
+            starts.append(column.starts + base)
+            base += len(column.values)
         columns[name] = Ragged(
-            torch.cat([p.values for p in parts]), torch.cat(starts), torch.cat([p.lengths for p in parts])
+            torch.cat([each.values for each in ragged]), torch.cat(starts), torch.cat([each.lengths for each in ragged])
         )
     return Table(columns)
 
 
-def _joined(parts: Sequence[Column]) -> Tensor | Repeated:
-    """Dense columns and those of repeated rows; one of repeated rows if any part is."""
-    plain = [part for part in parts if isinstance(part, Tensor)]
-    if len(plain) == len(parts):
+def _joined(columns: Sequence[Column]) -> Tensor | Repeated:
+    """Dense columns and those of repeated rows; one of repeated rows if any column is."""
+    plain = [column for column in columns if isinstance(column, Tensor)]
+    if len(plain) == len(columns):
         return torch.cat(plain)
-    base, places, values = 0, list[Tensor](), list[Tensor]()
-    for part in (_repeated(part) for part in parts if not isinstance(part, Ragged)):
-        places.append(part.index + base)
-        values.append(part.values)
-        base += len(part.values)
-    return Repeated(torch.cat(values), torch.cat(places))
+    base, index, values = 0, list[Tensor](), list[Tensor]()
+    for column in (_repeated(column) for column in columns if not isinstance(column, Ragged)):
+        index.append(column.index + base)
+        values.append(column.values)
+        base += len(column.values)
+    return Repeated(torch.cat(values), torch.cat(index))
 
 
-def _repeated(part: Tensor | Repeated) -> Repeated:
-    if isinstance(part, Repeated):
-        return part
-    return Repeated(part, torch.arange(len(part), dtype=torch.int32, device=part.device))
+def _repeated(column: Tensor | Repeated) -> Repeated:
+    if isinstance(column, Repeated):
+        return column
+    return Repeated(column, torch.arange(len(column), dtype=torch.int32, device=column.device))

@@ -1,4 +1,4 @@
-"""A table file written piece by piece: memory holds one piece and 16 bytes per item, however long the table.
+"""A table file written batch by batch: memory holds one batch and 16 bytes per item, however long the table.
 
 Columns go to files of their own beside the target, which are joined at the end into the safetensors file that
 `Table.load` opens: eight bytes of header length, the header (JSON), the tensors' bytes one after the other.
@@ -36,7 +36,7 @@ class TableWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._streams: dict[str, _Stream] = {}
-        self._places: dict[str, _Places] = {}
+        self._token_rows: dict[str, _TokenRows] = {}
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,15 +67,15 @@ class TableWriter:
             self._write_tokens(name, column, alike_N)
 
     def _write_tokens(self, name: str, column: Ragged, alike_N: Tensor) -> None:
-        stream, places = self._stream(f"{name}/values"), self._places.setdefault(name, _Places())
+        stream, rows = self._stream(f"{name}/values"), self._token_rows.setdefault(name, _TokenRows())
         own = column.rows(~alike_N).compact()
-        starts_N = torch.full_like(column.starts, _Places.SHARED)
+        starts_N = torch.full_like(column.starts, _TokenRows.SHARED)
         starts_N[~alike_N] = own.starts + stream.num_rows
         stream.write(own.values)
-        places.starts.append(starts_N)
-        places.lengths.append(column.lengths)
-        if places.shared is None and bool(alike_N.any()):
-            places.shared = column.rows(alike_N.nonzero()[:1, 0]).compact().values
+        rows.starts.append(starts_N)
+        rows.lengths.append(column.lengths)
+        if rows.shared is None and bool(alike_N.any()):
+            rows.shared = column.rows(alike_N.nonzero()[:1, 0]).compact().values
 
     def _stream(self, name: str) -> "_Stream":
         if name not in self._streams:
@@ -83,14 +83,14 @@ class TableWriter:
         return self._streams[name]
 
     def _finish(self) -> None:
-        for name, places in self._places.items():
+        for name, rows in self._token_rows.items():
             values = self._stream(f"{name}/values")
-            starts_N = torch.cat(places.starts)
-            starts_N[starts_N == _Places.SHARED] = values.num_rows
+            starts_N = torch.cat(rows.starts)
+            starts_N[starts_N == _TokenRows.SHARED] = values.num_rows
             self._stream(f"{name}/starts").write(starts_N)
-            self._stream(f"{name}/lengths").write(torch.cat(places.lengths))
-            if places.shared is not None:
-                values.write(places.shared)
+            self._stream(f"{name}/lengths").write(torch.cat(rows.lengths))
+            if rows.shared is not None:
+                values.write(rows.shared)
         # large numbers first, so that every tensor starts at a multiple of its numbers' size
         streams = sorted(self._streams.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
         header: dict[str, object] = {"__metadata__": {"table": "{}"}}
@@ -124,7 +124,7 @@ class _Stream:
         return [self.num_rows, *self._row_shape]
 
 
-class _Places:
+class _TokenRows:
     """Where the token rows of a ragged column's items are. shared: the rows of all items that are alike."""
 
     SHARED = -1

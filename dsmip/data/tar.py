@@ -60,12 +60,12 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Fields]]) -> WrittenSha
     return WrittenShard(len(spans), writer.offset, writer.digest.hexdigest(), end, tuple(spans))
 
 
-def join_shards(path: Path, parts: Iterable[tuple[Path, int]]) -> tuple[int, str]:
+def join_shards(path: Path, files: Iterable[tuple[Path, int]]) -> tuple[int, str]:
     """Writes the samples of several tars (file, `WrittenShard.end`) one after the other; its bytes and SHA-256."""
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         writer = _HashingWriter(stream)
-        for part, end in parts:
-            with part.open("rb") as source:
+        for file, end in files:
+            with file.open("rb") as source:
                 for start in range(0, end, _COPY_BYTES):
                     writer.write(source.read(min(_COPY_BYTES, end - start)))
         writer.close()

@@ -40,10 +40,10 @@ class Template(BaseModel):
 def _checked(template: str, allowed: set[str]) -> str:
     names = "{" + "}, {".join(sorted(allowed)) + "}"
     try:
-        parts = list(Formatter().parse(template))
+        fields = list(Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"template {template!r}: {error}; write braces as {{{{ and }}}}") from None
-    used = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    used = [(name, spec, conversion) for _, name, spec, conversion in fields if name is not None]
     if not used:
         raise ValueError(f"template {template!r} uses no field; it may use {names}")
     for name, spec, conversion in used:

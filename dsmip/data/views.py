@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from dsmip.data.manifest import FORMAT, Digest, Manifest, Part, SplitCounts, parse_json_object
+from dsmip.data.manifest import FORMAT, Digest, Manifest, Section, SplitCounts, parse_json_object
 from dsmip.data.sampler import permutation
 from dsmip.errors import UserError
 
@@ -15,7 +15,7 @@ TRAIN = "train"
 _BASE = "view_of"
 
 
-class View(Part):
+class View(Section):
     """`manifest.json` of a view.
 
     Attributes:

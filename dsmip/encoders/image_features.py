@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 
 from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
-from dsmip.data.manifest import KB, SPLITS, Count, Digest, Part
+from dsmip.data.manifest import KB, SPLITS, Count, Digest, Section
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import fingerprint
 from dsmip.encoders.image_networks import Identity, ImageNetwork, Kind
@@ -27,21 +27,21 @@ from dsmip.keys import plain_text
 from dsmip.storage.atomic import sha256_file, write_json
 from dsmip.storage.dataset_storage import DatasetStorage, FileInfo
 
-PARTS = (KB, *SPLITS)
+KB_AND_SPLITS = (KB, *SPLITS)
 DTypeName = Literal["float32", "float16"]
 DTYPES: dict[DTypeName, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
 FOLDER = "features"
 _MANIFEST = "manifest.json"
 
 
-class Weights(Part):
+class Weights(Section):
     """`sha256` is of the network: its tensors, its form, its pixel statistics. `name` is for readers."""
 
     name: str
     sha256: Digest
 
 
-class Pixels(Part):
+class Pixels(Section):
     """Pictures are fitted to `size` x `size`, brought to the network's `side`, and normalised."""
 
     size: Annotated[int, Field(ge=1)]
@@ -50,14 +50,14 @@ class Pixels(Part):
     std: tuple[float, ...]
 
 
-class Data(Part):
+class Data(Section):
     """The data set's name and the SHA-256 of its manifest."""
 
     name: str
     sha256: Digest
 
 
-class Origin(Part):
+class Origin(Section):
     """All that the features depend on."""
 
     format: Literal[1] = 1
@@ -72,7 +72,7 @@ class Origin(Part):
         return f"{self.kind}-{self.weights.sha256[:16]}-{self.pixels.size}px-{self.dtype}"
 
 
-class FeatureFile(Part):
+class FeatureFile(Section):
     """One table: items, how many of them have a picture, size in bytes, SHA-256."""
 
     items: Count
@@ -81,7 +81,7 @@ class FeatureFile(Part):
     sha256: Digest
 
 
-class FeatureManifest(Part):
+class FeatureManifest(Section):
     """`manifest.json`: `files` by split and for the kb, `width` numbers per picture."""
 
     origin: Origin
@@ -107,14 +107,14 @@ class ImageFeatures:
         """Where the tables, or their copies, lie on this node."""
         return self.files.folder / self.name
 
-    def file(self, part: str) -> Path:
+    def file(self, split: str) -> Path:
         """The checked table of a split or of the kb, on this node.
 
         Raises:
             UserError: It is missing or damaged.
         """
-        expected = self.manifest.files[part]
-        asked = FileInfo(features_file(self.name, part), expected.sha256, expected.bytes)
+        expected = self.manifest.files[split]
+        asked = FileInfo(features_file(self.name, split), expected.sha256, expected.bytes)
         path = self.files.use(asked, lambda path: path)
         again = "delete the folder, or have 'dsmip features' make it again"
         if not path.is_file():
@@ -129,9 +129,9 @@ def features_name(origin: Origin) -> str:
     return f"{FOLDER}/{origin.folder_name}"
 
 
-def features_file(name: str, part: str) -> str:
+def features_file(name: str, split: str) -> str:
     """The table of a split or of the kb in that folder."""
-    return f"{name}/{part}.safetensors"
+    return f"{name}/{split}.safetensors"
 
 
 def network_hash(identity: Identity) -> str:
@@ -153,13 +153,13 @@ def read_features(files: DatasetStorage, name: str) -> ImageFeatures | None:
         manifest = FeatureManifest.model_validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        where = ".".join(str(key) for key in first["loc"]) or "manifest"
         raise UserError(
             f"{address}: {where}: {first['msg']}; delete the folder and run 'dsmip features' again"
         ) from error
-    if set(manifest.files) != set(PARTS):
+    if set(manifest.files) != set(KB_AND_SPLITS):
         raise UserError(
-            f"{address}: files must be {', '.join(PARTS)}; delete the folder and run 'dsmip features' again"
+            f"{address}: files must be {', '.join(KB_AND_SPLITS)}; delete the folder and run 'dsmip features' again"
         )
     return ImageFeatures(files, name, manifest)
 
@@ -175,15 +175,15 @@ def find_features(dataset: Dataset, kind: Kind, size: int, dtype: DTypeName) -> 
 def write_manifest(files: DatasetStorage, origin: Origin) -> ImageFeatures:
     """Says that the tables of the features are finished: the last file of all."""
     described, width, name = {}, 0, features_name(origin)
-    for part in PARTS:
-        path = files.folder / features_file(name, part)
+    for split in KB_AND_SPLITS:
+        path = files.folder / features_file(name, split)
         table = Table.load(path)
         width = table.dense("picture").shape[1]
         with_image = int(table.dense("has_image").sum())
-        described[part] = FeatureFile(
+        described[split] = FeatureFile(
             items=len(table), with_image=with_image, bytes=path.stat().st_size, sha256=sha256_file(path)
         )
-        files.send(features_file(name, part))
+        files.send(features_file(name, split))
     manifest = FeatureManifest(origin=origin, width=width, files=described)
     write_json(files.folder / name / _MANIFEST, manifest.model_dump(mode="json"))
     files.send(f"{name}/{_MANIFEST}")
@@ -199,14 +199,14 @@ def forget(files: DatasetStorage, name: str) -> None:
 def image_rows(
     network: ImageNetwork,
     dataset: Dataset,
-    part: str,
+    split: str,
     rows: range,
     collator: ImageCollator,
     dtype: DTypeName,
     device: torch.device,
 ) -> Table:
     """The features of some rows of a split or of the kb, on the CPU."""
-    items = list(dataset.entities(rows)) if part == KB else list(dataset.mentions(part, rows))
+    items = list(dataset.entities(rows)) if split == KB else list(dataset.mentions(split, rows))
     pixels, has_image = collator(items)
     vectors = network.vectors(pixels.to(device), has_image.to(device)).cpu()
     return Table({"picture": vectors.to(DTYPES[dtype]), "has_image": has_image})

@@ -106,8 +106,8 @@ def link(matcher: Matcher, mentions: Table, index: EntityIndex, search: Candidat
     row_MK = search.search(vectors_Mg, k).cpu().sort(dim=1).values
     score_MK, chosen_MK = _scored(pairs, row_MK, index.first_row)
     best = ops.merge_top_k(score_MK, row_MK, top)
-    place_MT = torch.searchsorted(row_MK, best.rows_MK.contiguous())
-    chosen_MT = None if chosen_MK is None else chosen_MK.gather(1, place_MT)
+    column_MT = torch.searchsorted(row_MK, best.rows_MK.contiguous())
+    chosen_MT = None if chosen_MK is None else chosen_MK.gather(1, column_MT)
     return Links(best.rows_MK, best.scores_MK, chosen_MT, row_MK)
 
 

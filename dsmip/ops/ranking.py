@@ -182,8 +182,8 @@ def recall_at(exact_top_MK: Tensor, candidate_row_MC: Tensor) -> float:
     if exact_top_MK.numel() == 0:
         raise ValueError("no exact top: a share of nothing is undefined")
     candidate_row_MC = candidate_row_MC.sort(dim=1).values
-    place_MK = torch.searchsorted(candidate_row_MC, exact_top_MK.contiguous())
-    found_MK = candidate_row_MC.gather(1, place_MK.clamp_max(candidate_row_MC.shape[1] - 1)) == exact_top_MK
+    column_MK = torch.searchsorted(candidate_row_MC, exact_top_MK.contiguous())
+    found_MK = candidate_row_MC.gather(1, column_MK.clamp_max(candidate_row_MC.shape[1] - 1)) == exact_top_MK
     return float(found_MK.double().mean())
 
 

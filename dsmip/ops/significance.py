@@ -11,17 +11,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-DRAWS_AT_ONCE = 1 << 20  # bounds memory: R x M draws are made in pieces of about this size
+DRAWS_AT_ONCE = 1 << 20  # bounds memory: R x M draws are made in chunks of about this size
 
 
 def resamples(num_mentions: int, num_resamples: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Bootstrap samples: mention indices int64 [r, M] on the generator's device, in pieces whose r add up to R.
+    """Bootstrap samples: mention indices int64 [r, M] on the generator's device, in chunks whose r add up to R.
 
     Raises:
         ValueError: There is no mention or no resample to draw.
     """
     _check_counts(num_mentions, num_resamples)
-    for size in _pieces(num_mentions, num_resamples):
+    for size in _chunk_sizes(num_mentions, num_resamples):
         yield torch.randint(num_mentions, (size, num_mentions), generator=generator, device=generator.device)
 
 
@@ -75,13 +75,13 @@ def randomisation_p_values(differences_MK: Tensor, num_flips: int, generator: to
     differences_MK = differences_MK[(differences_MK != 0).any(dim=1)]  # the others add nothing to any sum
     num_mentions, num_metrics = differences_MK.shape
     extreme_K = torch.zeros(num_metrics, dtype=torch.int64, device=differences_MK.device)
-    for size in _pieces(num_mentions, num_flips):
+    for size in _chunk_sizes(num_mentions, num_flips):
         bits_RM = torch.randint(2, (size, num_mentions), generator=generator, device=generator.device)
         extreme_K += count_extreme(differences_MK, bits_RM.double() * 2 - 1)
     return (1 + extreme_K).double() / (1 + num_flips)
 
 
-def _pieces(num_mentions: int, num_draws: int) -> Iterator[int]:
+def _chunk_sizes(num_mentions: int, num_draws: int) -> Iterator[int]:
     size = max(DRAWS_AT_ONCE // max(num_mentions, 1), 1)
     for start in range(0, num_draws, size):
         yield min(size, num_draws - start)

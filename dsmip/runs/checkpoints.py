@@ -118,14 +118,16 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def newest_sound(folders: Iterable[Path], device: torch.device, warn: Callable[[str], None], place: str) -> Path | None:
+def newest_sound(
+    folders: Iterable[Path], device: torch.device, warn: Callable[[str], None], location: str
+) -> Path | None:
     """The first of `folders` (newest first) that every worker finds undamaged, None when there is none at all.
 
     Warns of each damaged one that it passes over.
 
     Raises:
         NoSoundCheckpoint: All are damaged: whether the training begins anew is for the user to say, who then deletes
-            `place`.
+            `location`.
     """
     damaged = []
     for folder in folders:
@@ -136,7 +138,9 @@ def newest_sound(folders: Iterable[Path], device: torch.device, warn: Callable[[
         damaged.append(problem or f"checkpoint {folder} is damaged on another worker")
         warn(f"warning: {damaged[-1]}; trying the checkpoint before it")
     if damaged:
-        raise NoSoundCheckpoint(f"no checkpoint can be read: {'; '.join(damaged)}. Delete {place} to train this anew")
+        raise NoSoundCheckpoint(
+            f"no checkpoint can be read: {'; '.join(damaged)}. Delete {location} to train this anew"
+        )
     return None
 
 

@@ -168,12 +168,12 @@ def swept(config: ExperimentConfig, changes: Mapping[str, Any], source: str = "t
             raise UserError(
                 f"{source}: '{key}' cannot be searched; keys are train.<name> (of stage two) and system.<name>"
             )
-        place = tree["tune"] if path[0] == "train" else tree
+        section = tree["tune"] if path[0] == "train" else tree
         for step in path[:-1]:
-            place = place.setdefault(step, {})
-            if not isinstance(place, dict):
+            section = section.setdefault(step, {})
+            if not isinstance(section, dict):
                 raise UserError(f"{source}: '{key}' is no key of the configuration: '{step}' has no keys below it")
-        place[path[-1]] = value
+        section[path[-1]] = value
     return _parse(tree, source)
 
 

@@ -45,11 +45,11 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def join_files(parts: Iterable[Path], target: Path) -> None:
+def join_files(files: Iterable[Path], target: Path) -> None:
     """Writes the contents of files one after the other, atomically."""
     with atomic_path(target) as temporary, temporary.open("wb") as joined:
-        for part in parts:
-            with part.open("rb") as stream:
+        for file in files:
+            with file.open("rb") as stream:
                 shutil.copyfileobj(stream, joined, _CHUNK_BYTES)
 
 

@@ -81,30 +81,30 @@ class StreamSource:
     def _step(self, epoch: int, batch: TrainingBatch) -> Step:
         """This worker's share of a step: mentions, then self mentions; golds, self mentions' golds, random entities."""
         config, width = self.config, self.collator.tokenizer.context_length
-        size, place_M = self._places(batch.step)
+        size, position_M = self._positions(batch.step)
         generator = _generator("entities", self.seed, epoch, batch.step)
-        place_S, own = self._random_entities(config.self_mentions, generator)
-        place_X, negatives = self._random_entities(config.extra_negatives, generator)
+        position_S, own = self._random_entities(config.self_mentions, generator)
+        position_X, negatives = self._random_entities(config.extra_negatives, generator)
         seen = [not is_held_out(mention.entity_id, self.held_out) for mention in batch.mentions]
-        real, place_M = list(compress(batch.mentions, seen)), place_M[torch.tensor(seen, dtype=torch.bool)]
+        real, position_M = list(compress(batch.mentions, seen)), position_M[torch.tensor(seen, dtype=torch.bool)]
         columns = [*compress(batch.entities, seen), *own, *negatives]
-        place_E = torch.cat([place_M, size + place_S, size + config.self_mentions + place_X])
+        position_E = torch.cat([position_M, size + position_S, size + config.self_mentions + position_X])
 
-        def draws(kind: str, total: int, place_N: Tensor) -> Draws:
-            return Draws(_generator(kind, self.seed, epoch, batch.step), total, place_N)
+        def draws(kind: str, total: int, position_N: Tensor) -> Draws:
+            return Draws(_generator(kind, self.seed, epoch, batch.step), total, position_N)
 
         mentions = augmented(
-            self.collator.mentions(real), config.augment, draws("augment mentions", size, place_M), width
+            self.collator.mentions(real), config.augment, draws("augment mentions", size, position_M), width
         )
         if config.self_mentions:
-            own_draws = draws("augment self mentions", config.self_mentions, place_S)
+            own_draws = draws("augment self mentions", config.self_mentions, position_S)
             mentions = stacked(mentions, augmented(self.collator.entities(own), config.self_augment, own_draws, width))
         all_columns = size + config.self_mentions + config.extra_negatives
-        entity_draws = draws("augment entities", all_columns, place_E)
+        entity_draws = draws("augment entities", all_columns, position_E)
         entities = augmented(self.collator.entities(columns), config.augment, entity_draws, width)
         return Step(mentions, entities, _rows([*real, *own]), _rows(columns))
 
-    def _places(self, step: int) -> tuple[int, Tensor]:
+    def _positions(self, step: int) -> tuple[int, Tensor]:
         """How many mentions a step has over all workers, and which of them are this worker's (int64 [M])."""
         count, steps = self.dataset.num_mentions(self.split), self.num_steps()
         whole = step_bounds(count, steps, step, 0, 1)

@@ -80,15 +80,15 @@ def _features(
             return encode(items.to(device)), _nothing
         with torch.no_grad():
             slices = [items.rows(start, start + size).to(device) for start in range(0, len(items), size)]
-            parts = [_as_leaves(encode(part)) for part in slices]
+            tables = [_as_leaves(encode(rows)) for rows in slices]
 
     def replay() -> None:
-        for part, leaves in zip(slices, parts, strict=True):
+        for rows, leaves in zip(slices, tables, strict=True):
             with _autocast(config, device):
-                features = encode(part)
+                features = encode(rows)
             _backward(features, [leaf.grad for leaf in _floats(leaves)])
 
-    return concatenate(parts), replay
+    return concatenate(tables), replay
 
 
 def _gathered(own: Table) -> tuple[Table, Callable[[], None]]:
@@ -118,8 +118,8 @@ def _gather_table(table: Table) -> Table:
             columns[name] = distributed.gather_rows(table.dense(name))
             continue
         base = sum(distributed.gather_ints(len(column.values), column.values.device)[: distributed.rank()])
-        parts = (column.values, column.starts + base, column.lengths)
-        columns[name] = Ragged(*map(distributed.gather_rows, parts))
+        tensors = (column.values, column.starts + base, column.lengths)
+        columns[name] = Ragged(*map(distributed.gather_rows, tensors))
     return Table(columns)
 
 

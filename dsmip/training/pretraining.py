@@ -77,8 +77,8 @@ class PairSource:
             whole = step_bounds(len(order), self.num_steps(), step, 0, 1)
             share = step_bounds(len(order), self.num_steps(), step, rank, world_size)
             generator = torch.Generator().manual_seed(draw(2**63, "augment", self.seed, epoch, step))
-            places_N = torch.arange(share.start - whole.start, share.stop - whole.start)
-            draws = Draws(generator, len(whole), places_N)
+            position_N = torch.arange(share.start - whole.start, share.stop - whole.start)
+            draws = Draws(generator, len(whole), position_N)
             batch = self._batch([order[p] for p in share], epoch)
             yield augmented(batch, self.config.augment, draws, self.token_ids.shape[1])
 

@@ -101,11 +101,11 @@ class VisualUnit(nn.Module):
 
     def score(self, mentions: Table, entities: Table) -> Tensor:
         """S_V, float [M, E]. Entities that are known to be equal are scored once: they tie to the last bit."""
-        once, place_E = entities.distinct()
+        once, index_E = entities.distinct()
         ent2men_EM = self.dual_ent2men.score(once.under("ent2men"), mentions.under("ent2men"))
         men2ent_ME = self.dual_men2ent.score(mentions.under("men2ent"), once.under("men2ent"))
         scores_ME = (ent2men_EM.T + men2ent_ME) / 2
-        return scores_ME if place_E is None else scores_ME[:, place_E]
+        return scores_ME if index_E is None else scores_ME[:, index_E]
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         """[N, 2 d + 2]; products are S_V with its gates shut: the rest is no dot product (`dsmip.ops.visual_unit`)."""

@@ -26,7 +26,7 @@ from dsmip.data.table_writer import TableWriter
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.feature_cache import BATCH_SIZE
 from dsmip.encoders.image_features import (
-    PARTS,
+    KB_AND_SPLITS,
     Data,
     DTypeName,
     ImageFeatures,
@@ -162,10 +162,10 @@ def compute_features(
     """
     origin = _origin(dataset, request)
     files, name = dataset.own, features_name(origin)
-    place = files.address(name)
+    address = files.address(name)
     found = read_features(files, name)
     if found and found.manifest.origin == origin:
-        display.say(f"{place} is finished already")
+        display.say(f"{address} is finished already")
         return found
     started = time.monotonic()
     forget(files, name)
@@ -182,7 +182,7 @@ def compute_features(
             _encode_on_ray(plan, missing, workers, device, display, verbose=verbose)
     finished = _join(files, origin, chunks)
     files.remove(chunks_name)
-    display.say(f"{place}: {_figures(finished)} in {time.monotonic() - started:.0f} s")
+    display.say(f"{address}: {_figures(finished)} in {time.monotonic() - started:.0f} s")
     return finished
 
 
@@ -209,7 +209,7 @@ def _origin(dataset: Dataset, request: FeatureRequest) -> Origin:
 
 def _chunks(dataset: Dataset, name: str) -> list[Chunk]:
     chunks = []
-    for split in PARTS:
+    for split in KB_AND_SPLITS:
         total = dataset.num_entities if split == KB else dataset.num_mentions(split)
         for start in range(0, max(total, 1), CHUNK_ITEMS):  # of an empty split, one empty chunk
             file = f"{name}/{split}-{start:010d}.safetensors"
@@ -306,7 +306,7 @@ def _plain(value: Any) -> Any:
 
 def _join(files: DatasetStorage, origin: Origin, chunks: Sequence[Chunk]) -> ImageFeatures:
     """The chunks become one table per split; the manifest comes last."""
-    for split in PARTS:
+    for split in KB_AND_SPLITS:
         with TableWriter(files.folder / features_file(features_name(origin), split)) as writer:
             for chunk in chunks:
                 if chunk.split == split:

@@ -247,6 +247,6 @@ def demo_config(source: str) -> DemoConfig:
         return DemoConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(key) for key in first["loc"])
         known = ", ".join(DemoConfig.model_fields)
         raise UserError(f"{path}: {where}: {first['msg']} (keys: {known})") from error

@@ -59,22 +59,22 @@ class Outside:
     device = CPU
 
     def __init__(self) -> None:
-        self.told: list[object] = []
+        self.calls: list[object] = []
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
-        self.told.append(step)
+        self.calls.append(step)
 
     def alive(self) -> None:
-        self.told.append("alive")
+        self.calls.append("alive")
 
     def asked_to_leave(self) -> bool:
         return True
 
     def step_saved(self, epoch: int, step: int, checkpoint: Path | None) -> None:
-        self.told.append(checkpoint)
+        self.calls.append(checkpoint)
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        self.told.append(dict(metrics))
+        self.calls.append(dict(metrics))
 
     def restore(self) -> Path | None:
         return None
@@ -92,7 +92,7 @@ def test_a_stopwatch_counts_the_steps_after_the_warm_up_and_tells_the_context() 
                 watch.steps()
         watch.step_done(0, step, 5, StepFigures(0.0, torch.zeros(()), 0.1, 10 + step, 1.0, 0.25))
     watch.epoch_done({"mrr": 1.0}, None)
-    assert outside.told == [*range(WARM_UP + 3), {"mrr": 1.0}]
+    assert outside.calls == [*range(WARM_UP + 3), {"mrr": 1.0}]
     found = watch.steps()
     assert (found.count, found.samples, found.wait_s) == (3, 12 + 13 + 14, 0.75)
     assert found.wall_s > 0
@@ -100,7 +100,7 @@ def test_a_stopwatch_counts_the_steps_after_the_warm_up_and_tells_the_context() 
     assert watch.asked_to_leave()
     watch.alive()
     watch.step_saved(0, 2, Path("saved"))
-    assert outside.told[-2:] == ["alive", Path("saved")]
+    assert outside.calls[-2:] == ["alive", Path("saved")]
 
 
 def test_every_part_has_one_epoch(small_config: ExperimentConfig) -> None:

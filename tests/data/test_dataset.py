@@ -226,8 +226,8 @@ def test_shards_return_what_was_written(
     written = write_shard(path, [(f"k{number}", fields) for number, fields in enumerate(samples)])
     content = path.read_bytes()
     assert (written.samples, written.bytes) == (len(samples), len(content))
-    for fields, places in zip(samples, written.spans, strict=True):
-        assert {field: content[offset : offset + size] for field, (offset, size) in places.items()} == fields
+    for fields, spans in zip(samples, written.spans, strict=True):
+        assert {field: content[offset : offset + size] for field, (offset, size) in spans.items()} == fields
     read = list(read_shard(path, wanted.__contains__))
     assert [sample.index for sample in read] == [number for number in range(len(samples)) if number in wanted]
     assert [dict(sample.fields) for sample in read] == [samples[sample.index] for sample in read]

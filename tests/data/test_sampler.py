@@ -47,7 +47,7 @@ def test_steps_and_ranks_share_evenly(num_samples: int, batch_size: int, world_s
         [step_bounds(num_samples, num_steps, step, rank, world_size) for rank in range(world_size)]
         for step in range(num_steps)
     ]
-    assert [place for step in shares for share in step for place in share] == list(range(num_samples))
+    assert [number for step in shares for share in step for number in share] == list(range(num_samples))
     step_sizes = [sum(map(len, step)) for step in shares]
     assert max(step_sizes) <= batch_size
     assert max(step_sizes) - min(step_sizes) <= 1
@@ -59,12 +59,12 @@ def test_windows_hold_every_sample_once(shard_sizes: list[int], seed: int, epoch
     made = list(windows(shard_sizes, seed, epoch))
     everything = [(shard, index) for shard, size in enumerate(shard_sizes) for index in range(size)]
     assert sorted(sample for window in made for sample in window.order) == everything
-    place = 0
+    num_read = 0
     for window in made:
-        assert window.start == place
+        assert window.start == num_read
         assert len(window.shards) <= sampler.WINDOW_SHARDS
         assert {shard for shard, _ in window.order} <= set(window.shards)
-        place += len(window.order)
+        num_read += len(window.order)
 
 
 def test_permutations_are_fixed_for_ever() -> None:
@@ -115,11 +115,11 @@ def test_ranks_and_resumes_give_the_same_batches(
         )
         for rank in range(world_size)
     ]
-    for parts in zip(*ranks, strict=True):
-        step = parts[0].step
-        assert {part.step for part in parts} == {step}
-        assert [mention for part in parts for mention in part.mentions] == whole[step].mentions
-        assert [entity for part in parts for entity in part.entities] == whole[step].entities
+    for shares in zip(*ranks, strict=True):
+        step = shares[0].step
+        assert {share.step for share in shares} == {step}
+        assert [mention for share in shares for mention in share.mentions] == whole[step].mentions
+        assert [entity for share in shares for entity in share.entities] == whole[step].entities
     assert [batch.step for batch in ranks[0]] == list(range(start_step, len(whole)))
 
 

@@ -223,14 +223,14 @@ def test_distinct_rows_and_their_places(index: list[int], other: list[int]) -> N
     pairs = list(zip(index, other, strict=False))
     columns = [torch.tensor(each[:num_rows], dtype=torch.int32) for each in (index, other)]
     numbered = Table({name: Repeated(torch.arange(4), each) for name, each in zip("ab", columns, strict=True)})
-    once, place_N = numbered.distinct()
-    if place_N is None:
+    once, index_N = numbered.distinct()
+    if index_N is None:
         assert len(set(pairs)) == num_rows
         assert once is numbered
         return
     assert len(once) == len(set(pairs)) < num_rows
     for name in "ab":
-        assert torch.equal(once.dense(name)[place_N], numbered.dense(name))
+        assert torch.equal(once.dense(name)[index_N], numbered.dense(name))
     plain = numbered.merged(Table({"c": torch.zeros(num_rows)}))
     assert plain.distinct() == (plain, None)
 

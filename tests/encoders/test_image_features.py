@@ -18,7 +18,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.encoders.feature_cache import load_features
 from dsmip.encoders.image_features import (
-    PARTS,
+    KB_AND_SPLITS,
     Data,
     DTypeName,
     ImageFeatures,
@@ -63,11 +63,11 @@ def store(dataset: Dataset, choice: NetworkChoice, size: int = 16, dtype: DTypeN
         data=Data(name=dataset.manifest.name, sha256=dataset.manifest_hash),
     )
     name = features_name(origin)
-    for part in PARTS:
-        rows = range(dataset.num_entities if part == KB else dataset.num_mentions(part))
-        encode = partial(image_rows, network, dataset, part, collator=ImageCollator(size), dtype=dtype, device=CPU)
+    for split in KB_AND_SPLITS:
+        rows = range(dataset.num_entities if split == KB else dataset.num_mentions(split))
+        encode = partial(image_rows, network, dataset, split, collator=ImageCollator(size), dtype=dtype, device=CPU)
         for table in map_alone(encode, [rows], CPU):
-            table.save(dataset.folder / features_file(name, part))
+            table.save(dataset.folder / features_file(name, split))
     return write_manifest(dataset.own, origin)
 
 

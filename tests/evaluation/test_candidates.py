@@ -286,7 +286,7 @@ def test_a_candidate_that_scores_nan_is_named() -> None:
 
 
 class FlatIndex:
-    """faiss.IndexFlatIP as documented: float32 arrays in, products and places out, of equal products any."""
+    """faiss.IndexFlatIP as documented: float32 arrays in, products and columns out, of equal products any."""
 
     def __init__(self, width: int) -> None:
         self.stored = np.zeros((0, width), dtype=np.float32)
@@ -297,8 +297,8 @@ class FlatIndex:
 
     def search(self, vectors: Any, k: int) -> tuple[Any, Any]:
         products = vectors @ self.stored.T
-        places = np.argsort(-products, axis=1)[:, :k]
-        return np.take_along_axis(products, places, axis=1), places
+        columns = np.argsort(-products, axis=1)[:, :k]
+        return np.take_along_axis(products, columns, axis=1), columns
 
 
 def test_faiss_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

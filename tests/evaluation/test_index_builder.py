@@ -52,10 +52,10 @@ def test_every_item_is_in_one_file(run: Run) -> None:
     assert [list(rows) for rows in files.slices.values()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     assert list(files.missing.values()) == [8, 4, 4, 3]
     assert files.mentions.name in files.missing
-    told: list[tuple[str, int, int]] = []
-    files.build(list(files.missing), CPU, lambda what, done, total: told.append((what, done, total)))
+    reported: list[tuple[str, int, int]] = []
+    files.build(list(files.missing), CPU, lambda what, done, total: reported.append((what, done, total)))
     mentions = [("test encoded by multimodal", done, 8) for done in (4, 8)]
-    assert told == [*mentions, *(("entities and mentions prepared", done, 19) for done in (8, 12, 16, 19))]
+    assert reported == [*mentions, *(("entities and mentions prepared", done, 19) for done in (8, 12, 16, 19))]
     assert not files.missing
     assert {path.name.split("-")[1] for path in (run.folder / "features").iterdir()} == {"test"}
 

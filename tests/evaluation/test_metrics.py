@@ -28,27 +28,27 @@ FEW: Draws = {"num_resamples": 200, "num_flips": 399}
 
 @dataclass(frozen=True)
 class Expected:
-    """A metric by its definition: `twin` takes first and last place of each gold in the sorted scores."""
+    """A metric by its definition: `twin` takes first and last position of each gold in the sorted scores."""
 
     higher_is_better: bool
     worst: float
     twin: Callable[[list[tuple[int, int]]], float]
 
 
-def middle(places: list[tuple[int, int]]) -> list[float]:
-    return [(first + last) / 2 for first, last in places]
+def middle(positions: list[tuple[int, int]]) -> list[float]:
+    return [(first + last) / 2 for first, last in positions]
 
 
 def hits(k: int) -> Expected:
-    return Expected(True, 0.0, lambda places: statistics.fmean(rank <= k for rank in middle(places)))
+    return Expected(True, 0.0, lambda positions: statistics.fmean(rank <= k for rank in middle(positions)))
 
 
 METRICS = {f"hits@{k}": hits(k) for k in HITS_AT} | {
-    "mrr": Expected(True, 1 / NUM_ENTITIES, lambda places: statistics.fmean(1 / rank for rank in middle(places))),
-    "mean_rank": Expected(False, NUM_ENTITIES, lambda places: statistics.fmean(middle(places))),
-    "mean_rank_optimistic": Expected(False, NUM_ENTITIES, lambda places: statistics.fmean(a for a, _ in places)),
-    "mean_rank_pessimistic": Expected(False, NUM_ENTITIES, lambda places: statistics.fmean(b for _, b in places)),
-    "median_rank": Expected(False, NUM_ENTITIES, lambda places: statistics.median(middle(places))),
+    "mrr": Expected(True, 1 / NUM_ENTITIES, lambda positions: statistics.fmean(1 / rank for rank in middle(positions))),
+    "mean_rank": Expected(False, NUM_ENTITIES, lambda positions: statistics.fmean(middle(positions))),
+    "mean_rank_optimistic": Expected(False, NUM_ENTITIES, lambda positions: statistics.fmean(a for a, _ in positions)),
+    "mean_rank_pessimistic": Expected(False, NUM_ENTITIES, lambda positions: statistics.fmean(b for _, b in positions)),
+    "median_rank": Expected(False, NUM_ENTITIES, lambda positions: statistics.median(middle(positions))),
 }
 every_metric = pytest.mark.parametrize("name", METRICS)
 one_count = st.tuples(st.integers(0, NUM_ENTITIES - 1), st.integers(0, 5))  # better, tied
@@ -109,12 +109,12 @@ def test_ties_lie_between_the_best_and_the_worst_order(name: str, pairs: list[tu
 def test_it_equals_its_twin_over_the_full_matrix(name: str, seed: int, num_mentions: int, num_values: int) -> None:
     scores_ME = torch.randint(num_values, (num_mentions, NUM_ENTITIES), generator=seeded(seed)).float()
     gold_M = torch.randint(NUM_ENTITIES, (num_mentions,), generator=seeded(seed + 1))
-    places = []
+    positions = []
     for row, gold in zip(scores_ME.tolist(), gold_M.tolist(), strict=True):
         ordered = sorted(row, reverse=True)
-        places.append((ordered.index(row[gold]) + 1, NUM_ENTITIES - ordered[::-1].index(row[gold])))
+        positions.append((ordered.index(row[gold]) + 1, NUM_ENTITIES - ordered[::-1].index(row[gold])))
     counts = count_against(scores_ME, scores_ME.gather(1, gold_M[:, None])[:, 0], gold_M)
-    assert summarise(counts)[name] == pytest.approx(METRICS[name].twin(places))
+    assert summarise(counts)[name] == pytest.approx(METRICS[name].twin(positions))
 
 
 @every_metric
@@ -145,9 +145,9 @@ def test_its_interval_holds_the_figure_and_narrows_with_more_mentions(name: str)
 @every_metric
 def test_its_interval_equals_that_of_its_twin_over_every_resample(name: str) -> None:
     counts = drawn(2, 23)
-    places = [(1 + better, 1 + better + tied) for better, tied in zip(*map(Tensor.tolist, counts), strict=True)]
+    positions = [(1 + better, 1 + better + tied) for better, tied in zip(*map(Tensor.tolist, counts), strict=True)]
     (rows_RM,) = resamples(23, 200, seeded())  # what the same seed draws
-    figures = [METRICS[name].twin([places[row] for row in rows]) for rows in rows_RM.tolist()]
+    figures = [METRICS[name].twin([positions[row] for row in rows]) for rows in rows_RM.tolist()]
     expected = np.quantile(figures, [0.025, 0.975])
     assert confidence(counts, seeded(), num_resamples=200)[name] == pytest.approx(tuple(expected))
 

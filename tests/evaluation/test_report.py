@@ -92,9 +92,9 @@ def test_ranks_name_mentions_golds_and_best_entities(run: Run, whole: Evaluated)
         assert record["rank"] == 1 + record["better"] + record["tied"] / 2
         assert len(record["top"]) == len(set(record["top"])) == 11
         assert record["top_scores"] == sorted(record["top_scores"], reverse=True)
-        place = record["top"].index(mention.entity_id)
-        assert record["better"] <= place <= record["better"] + record["tied"]
-        assert record["top_experts"][place] == record["gold_expert"]
+        position = record["top"].index(mention.entity_id)
+        assert record["better"] <= position <= record["better"] + record["tied"]
+        assert record["top_experts"][position] == record["gold_expert"]
 
 
 def test_shares_of_experts(run: Run, whole: Evaluated) -> None:

@@ -53,7 +53,7 @@ def test_all_holds_in_the_interpreter() -> None:
 def test_programs_are_groups_of_wanted_pairs_alone() -> None:
     """Mentions of 5, 77 and 9 tokens want 20, 16 and none of 40 entities: 2 + 1 groups, in two ways to cut keys."""
     programs = dict(cuda._programs(torch.tensor([5, 77, 9]), torch.tensor([20, 16, 0]), 40))
-    assert {pieces: each.tolist() for pieces, each in programs.items()} == {
+    assert {blocks: each.tolist() for blocks, each in programs.items()} == {
         (16, 16): [[0, 0], [1, 0]],
         (64, 16): [[0, 1]],
     }

@@ -113,9 +113,9 @@ def test_percentiles_are_numpys(values: list[float], level: float, columns: int)
 
 def test_draws_come_in_pieces_that_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(significance, "DRAWS_AT_ONCE", 100)
-    pieces = list(resamples(30, 10, seeded()))
-    assert [tuple(piece.shape) for piece in pieces] == [(3, 30), (3, 30), (3, 30), (1, 30)]
-    assert torch.equal(torch.cat(pieces), torch.cat(list(resamples(30, 10, seeded()))))
+    chunks = list(resamples(30, 10, seeded()))
+    assert [tuple(chunk.shape) for chunk in chunks] == [(3, 30), (3, 30), (3, 30), (1, 30)]
+    assert torch.equal(torch.cat(chunks), torch.cat(list(resamples(30, 10, seeded()))))
     differences_MK = torch.randn(30, 1, generator=seeded(1), dtype=torch.float64) + 0.2
     exact = randomisation_p_values(differences_MK, 4000, seeded()).item()
     monkeypatch.setattr(significance, "DRAWS_AT_ONCE", 10**6)

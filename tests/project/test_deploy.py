@@ -52,11 +52,11 @@ def _built(stage: str) -> dict[str, Any]:
     for change in yaml.safe_load(patch["patch"]):
         assert change["op"] == "replace"
         *parents, key = change["path"].strip("/").split("/")
-        place = job
+        node = job
         for parent in parents:
-            place = place[parent]
-        assert key in place
-        place[key] = change["value"]
+            node = node[parent]
+        assert key in node
+        node[key] = change["value"]
     return job
 
 

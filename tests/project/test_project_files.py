@@ -14,9 +14,9 @@ def _text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("place", sorted(set(re.findall(r"`([\w/]+\.py::[\w.]+)`", _text("docs/paper.md")))))
-def test_the_functions_of_the_papers_equations_exist(place: str) -> None:
-    path, _, name = place.partition("::")
+@pytest.mark.parametrize("function", sorted(set(re.findall(r"`([\w/]+\.py::[\w.]+)`", _text("docs/paper.md")))))
+def test_the_functions_of_the_papers_equations_exist(function: str) -> None:
+    path, _, name = function.partition("::")
     found: Any = importlib.import_module(path.removesuffix(".py").replace("/", "."))
     for part in name.split("."):
         found = getattr(found, part)

@@ -32,11 +32,11 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(FILES), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
-def test_any_flipped_bit_or_lost_end_is_noticed(tmp_path: Path, name: str, place: float, bit: int, cut: bool) -> None:
+@given(name=st.sampled_from(FILES), share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_any_flipped_bit_or_lost_end_is_noticed(tmp_path: Path, name: str, share: float, bit: int, cut: bool) -> None:
     path = written(tmp_path / "a") / name
     content = bytearray(path.read_bytes())
-    position = int(place * len(content))
+    position = int(share * len(content))
     if name == "checkpoint.json":
         position = min(position, len(content) - 4)  # the last line's end is layout, not content
     if cut:

@@ -203,11 +203,11 @@ def test_a_training_goes_on_from_a_stored_checkpoint(moved: Path, tmp_path: Path
     run = Run.open(moved / "run")
     first = min((moved / "run/ray/text").glob("checkpoint_*"))  # after one of two epochs
     shutil.copytree(first, tmp_path / "checkpoints/epoch-0001-step-0000000")
-    told: list[float] = []
-    context = LocalContext(tmp_path / "checkpoints", on_epoch=lambda metrics: told.append(metrics["epoch"]))
+    epochs: list[float] = []
+    context = LocalContext(tmp_path / "checkpoints", on_epoch=lambda metrics: epochs.append(metrics["epoch"]))
     before = run.part_report("text")["history"]
     now = train_part(run, "text", context).history
-    assert (told, now[0]) == ([1.0], before[0])
+    assert (epochs, now[0]) == ([1.0], before[0])
     assert now[1]["loss"] == pytest.approx(before[1]["loss"], rel=1e-3)
 
 
@@ -221,7 +221,7 @@ def _figures(run: Path, split: str, model: str) -> dict[str, Any]:
     metrics = json.loads((run / f"evaluate/{split}/{model}/metrics.json").read_text())
     leaves = flat({name: metrics[name] for name in (*FIGURES, "confidence") if name in metrics})
     of_each = {name: leaf if isinstance(leaf, list) else [leaf] for name, leaf in leaves.items()}
-    return {f"{name}/{place}": leaf for name, leaves in of_each.items() for place, leaf in enumerate(leaves)}
+    return {f"{name}/{number}": leaf for name, leaves in of_each.items() for number, leaf in enumerate(leaves)}
 
 
 def _ranks(run: Path, split: str, model: str) -> dict[str, list[Any]]:

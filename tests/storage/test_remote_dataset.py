@@ -29,9 +29,9 @@ SHARD = "train/train-000001.tar"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """16 shards of training mentions: windows enough to fetch ahead."""
-    place = tmp_path_factory.mktemp("plain")
-    prepare(MimicRelease(plain_release(place / "release", 7, 160)), place / "data", DatasetOptions(name="plain"))
-    return Dataset.open(place / "data")
+    folder = tmp_path_factory.mktemp("plain")
+    prepare(MimicRelease(plain_release(folder / "release", 7, 160)), folder / "data", DatasetOptions(name="plain"))
+    return Dataset.open(folder / "data")
 
 
 @pytest.fixture

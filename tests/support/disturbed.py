@@ -32,7 +32,7 @@ from tests.support.workers import run_workers
 NOTED_JOB = "tests.support.noted_job"
 WAIT_SECONDS = 600.0  # of a machine that has much else to do
 HOLD_SECONDS = 900.0  # nobody came: the test has failed, and its workers must not stay
-Place = tuple[int, int]
+Position = tuple[int, int]
 """Epoch and step."""
 
 
@@ -48,7 +48,7 @@ class Note:
     time: float
 
     @property
-    def place(self) -> Place:
+    def position(self) -> Position:
         return self.epoch, self.step
 
 
@@ -61,10 +61,10 @@ class StepLog:
     """
 
     folder: Path
-    holds: tuple[Place, ...] = ()
+    holds: tuple[Position, ...] = ()
     only: str = ""
     pause: float = 0.0
-    block: Place | None = None
+    block: Position | None = None
 
     def note(self, part: str, epoch: int, step: int, rank: int) -> None:
         """Called by a worker after each step."""
@@ -92,15 +92,17 @@ class StepLog:
         return list(dict.fromkeys(note.pid for note in self.notes(part)))
 
     def wait_held(
-        self, place: Place, workers: Mapping[str, int], *, ended: Callable[[], object] = lambda: None
+        self, position: Position, workers: Mapping[str, int], *, ended: Callable[[], object] = lambda: None
     ) -> None:
         """Returns when all workers (their number by part) wait there; fails when the training has `ended` before."""
         marks = [
-            f"{place[0]}-{place[1]}.held-{part}-{rank}" for part, count in workers.items() for rank in range(count)
+            f"{position[0]}-{position[1]}.held-{part}-{rank}"
+            for part, count in workers.items()
+            for rank in range(count)
         ]
 
         def held() -> bool:
-            assert not ended(), f"ended before {place}"
+            assert not ended(), f"ended before {position}"
             return all((self.folder / mark).exists() for mark in marks)
 
         wait_until(held, WAIT_SECONDS, f"not all of {', '.join(marks)}")
@@ -115,8 +117,8 @@ class StepLog:
         block = tuple(plan["block"]) if plan["block"] else None
         return StepLog(Path(plan["folder"]), tuple(map(tuple, plan["holds"])), plan["only"], plan["pause"], block)
 
-    def release(self, place: Place) -> None:
-        (self.folder / f"{place[0]}-{place[1]}.released").touch()
+    def release(self, position: Position) -> None:
+        (self.folder / f"{position[0]}-{position[1]}.released").touch()
 
     @property
     def blocked(self) -> Path:
@@ -132,10 +134,10 @@ class StepLog:
     def cost(self, part: str, event: float, what: str) -> int:
         """Prints what an event at that time cost a part, and returns how many steps were done again."""
         notes = self.notes(part)
-        before = {note.place for note in notes if note.time <= event}
+        before = {note.position for note in notes if note.time <= event}
         after = [note for note in notes if note.time > event]
         assert after, f"{part} made no step after: {what}"
-        repeated = len(before & {note.place for note in after})
+        repeated = len(before & {note.position for note in after})
         print(f"| {what} | {part} | {after[0].time - event:.1f} s to the next step | {repeated} steps repeated |")
         return repeated
 
@@ -292,10 +294,10 @@ def checkpoints(run: Run, part: str) -> list[Path]:
     return sorted(path.parent for path in (run.training_folder / part).glob("*/checkpoint.json"))
 
 
-def wait_stored(folder: Path, places: Mapping[str, Place]) -> None:
+def wait_stored(folder: Path, positions: Mapping[str, Position]) -> None:
     """Returns when the newest checkpoint of each part that Ray knows in the run's folder is of that epoch and step."""
 
-    def newest(part: str) -> Place | None:
+    def newest(part: str) -> Position | None:
         storage = folder / "ray" / part
         with contextlib.suppress(OSError, ValueError):
             known = json.loads((storage / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]
@@ -304,7 +306,9 @@ def wait_stored(folder: Path, places: Mapping[str, Place]) -> None:
         return None
 
     wait_until(
-        lambda: all(newest(part) == place for part, place in places.items()), WAIT_SECONDS, f"{places} not stored"
+        lambda: all(newest(part) == position for part, position in positions.items()),
+        WAIT_SECONDS,
+        f"{positions} not stored",
     )
 
 

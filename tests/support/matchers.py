@@ -45,11 +45,11 @@ def numbered(count: int, first: int = 0) -> Table:
 
 
 def ranks_by_sorting(scores_ME: Tensor, gold_M: Tensor) -> list[float]:
-    """Mean place of the gold among all equal scores in a full sort."""
+    """Mean position of the gold among all equal scores in a full sort."""
     found = []
     for scores, gold in zip(scores_ME, gold_M.tolist(), strict=True):
         order = scores.argsort(descending=True).tolist()
-        equal = [place + 1 for place, column in enumerate(order) if scores[column] == scores[gold]]
+        equal = [position + 1 for position, column in enumerate(order) if scores[column] == scores[gold]]
         found.append(sum(equal) / len(equal))
     return found
 

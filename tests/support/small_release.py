@@ -53,10 +53,10 @@ def image_bytes(size: tuple[int, int], colour: str = "red", form: str = "JPEG", 
 def write_release(folder: Path, records: Mapping[str, list[Any]], images: Mapping[str, bytes]) -> Path:
     """Writes kb / train / dev / test records and pictures (path below the folder: content)."""
     names = {"kb": "kb_entity.json", "train": "T_train.json", "dev": "T_dev.json", "test": "T_test.json"}
-    for part in ("kb_image", "mention_image"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    for part, name in names.items():
-        (folder / name).write_text(json.dumps(records[part]))
+    for name in ("kb_image", "mention_image"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for kind, name in names.items():
+        (folder / name).write_text(json.dumps(records[kind]))
     for name, content in images.items():
         (folder / name).write_bytes(content)
     return folder

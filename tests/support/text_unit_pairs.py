@@ -84,8 +84,8 @@ class Pairs:
 
 
 def own_rows(column: Ragged) -> list[Tensor]:
-    places = zip(column.starts.tolist(), column.lengths.tolist(), strict=True)
-    return [column.values[start : start + length].double() for start, length in places]
+    spans = zip(column.starts.tolist(), column.lengths.tolist(), strict=True)
+    return [column.values[start : start + length].double() for start, length in spans]
 
 
 def rows(num_tokens: list[int], width: int, generator: torch.Generator, scale: float = 1.0) -> Ragged:

@@ -26,8 +26,8 @@ def test_whatever_file_does_not_fit(
         assert not (disk / "new" / MANIFEST).exists()
         # a worker writes into its scratch folder, whose disk need not be that of the run
         message = f"no space left on the disk of {disk / 'new'}; make room there"
-        told = failure_of(caught.value, open_run_storage(tmp_path / "run"))
-        assert told == Failure(message, user_error=True, may_pass=True)
+        failure = failure_of(caught.value, open_run_storage(tmp_path / "run"))
+        assert failure == Failure(message, user_error=True, may_pass=True)
 
 
 def test_another_error_stays_what_it_is(tmp_path: Path) -> None:

@@ -75,17 +75,17 @@ class RecordingContext(LocalContext):
     ) -> None:
         super().__init__(folder)
         self.last, self.killed_at, self.leave_at = last, killed_at, leave_at
-        self.steps, self.epochs, self.place = 0, 0, (0, 0)
+        self.steps, self.epochs, self.position = 0, 0, (0, 0)
 
     def asked_to_leave(self) -> bool:
-        return self.place == self.leave_at
+        return self.position == self.leave_at
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         assert 0 <= step < num_steps
         assert math.isfinite(figures.loss)
         assert 0 <= figures.wait_seconds <= figures.seconds
-        self.steps, self.place = self.steps + 1, (epoch, step)
-        if self.place == self.killed_at:
+        self.steps, self.position = self.steps + 1, (epoch, step)
+        if self.position == self.killed_at:
             raise KeyboardInterrupt
 
     def epoch_done(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:

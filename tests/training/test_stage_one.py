@@ -83,12 +83,12 @@ def test_a_resumed_part_ends_within_the_tolerance_of_gpus(
     """docs/reliability.md states it: kernels of a GPU may add in another order each time."""
     settings = {"epochs": 3, "batch_size": 4, "augment": {"shift": 0.2, "drop_tokens": 0.3}}
     config = changed(small_config, {"train": settings, "parts": {"multimodal": {"checkpoint_steps": 1}}})
-    place = torch.device(device)
-    whole = train_part(Run(tmp_path / "whole", config, small_data), "multimodal", LocalContext(tmp_path / "a", place))
+    where = torch.device(device)
+    whole = train_part(Run(tmp_path / "whole", config, small_data), "multimodal", LocalContext(tmp_path / "a", where))
     run = Run(tmp_path / "run", config, small_data)
     with pytest.raises(KeyboardInterrupt):
-        train_part(run, "multimodal", KilledContext(tmp_path / "b", place))
-    resumed = train_part(run, "multimodal", LocalContext(tmp_path / "b", place))
+        train_part(run, "multimodal", KilledContext(tmp_path / "b", where))
+    resumed = train_part(run, "multimodal", LocalContext(tmp_path / "b", where))
     for found, expected in zip(resumed.history, whole.history, strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 

@@ -16,7 +16,7 @@ from dsmip.ops.kernels.rows import Pairs, TokenRows, checked
 
 MAX_TOKENS = 96
 """Of a mention: all its logits with a tile of query rows are in registers, and those of more float32 ones spill."""
-_PIECES = ((16, 16), (32, 16), (32, 32), (64, 16), (64, 32))
+_TOKEN_BLOCKS = ((16, 16), (32, 16), (32, 32), (64, 16), (64, 32))
 _SAFE_LOGIT = 60.0  # exp of it, times MAX_TOKENS, is far from the largest float32
 _GROUP = 16  # entities of one program: the least rows of a tensor core's product
 _ROWS = 64  # query rows, and
@@ -129,16 +129,16 @@ def _scores(pairs: Pairs, eps: float) -> Tensor:
 
 
 def _programs(num_tokens_M: Tensor, num_pairs_M: Tensor, num_entities: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """For each way to cut keys that is needed: its pieces, and all groups of pairs int64 [P, 2] as (group, mention).
+    """For each way to cut keys that is needed: its blocks, and all groups of pairs int64 [P, 2] as (group, mention).
 
     Programs that run at the same time score like entities, whose rows are then in the cache.
     """
-    sizes = torch.tensor([sum(pieces) for pieces in _PIECES], device=num_tokens_M.device)
+    sizes = torch.tensor([sum(blocks) for blocks in _TOKEN_BLOCKS], device=num_tokens_M.device)
     way_M = torch.bucketize(num_tokens_M, sizes)
     num_groups_M = (num_pairs_M + _GROUP - 1) // _GROUP
     group_G1 = torch.arange((num_entities + _GROUP - 1) // _GROUP, device=num_tokens_M.device)[:, None]
     for way in way_M[num_pairs_M > 0].unique().tolist():
-        yield _PIECES[way], ((group_G1 < num_groups_M) & (way_M == way)).nonzero().contiguous()
+        yield _TOKEN_BLOCKS[way], ((group_G1 < num_groups_M) & (way_M == way)).nonzero().contiguous()
 
 
 def _finite_rows(query: TokenRows) -> tuple[Tensor, Tensor | float]:

@@ -96,8 +96,8 @@ def text_unit(
 def _rows(values, row_N, is_row_N, channel, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
     """CHUNK channels of token rows, from `channel` on; 0 where there is no row or no channel."""
     channel_C = channel + tl.arange(0, CHUNK)
-    place_NC = row_N.to(tl.int64)[:, None] * WIDTH + channel_C[None, :]
-    return tl.load(values + place_NC, mask=is_row_N[:, None] & (channel_C < WIDTH)[None, :], other=0.0)
+    offset_NC = row_N.to(tl.int64)[:, None] * WIDTH + channel_C[None, :]
+    return tl.load(values + offset_NC, mask=is_row_N[:, None] & (channel_C < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit

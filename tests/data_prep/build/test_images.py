@@ -56,8 +56,8 @@ def _claiming(content: bytes, width: int, height: int) -> bytes:
     """The same JPEG or PNG with other sides in its header."""
     if content.startswith(b"\x89PNG"):
         return content[:16] + struct.pack(">II", width, height) + content[24:]
-    place = content.index(b"\xff\xc0") + 5
-    return content[:place] + struct.pack(">HH", height, width) + content[place + 4 :]
+    offset = content.index(b"\xff\xc0") + 5
+    return content[:offset] + struct.pack(">HH", height, width) + content[offset + 4 :]
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def test_broken_bytes_give_a_jpeg_within_bounds_or_a_reason(
     base: bytes, changes: list[tuple[int, int]], cut: int | None, settings: ImageSettings
 ) -> None:
     content = bytearray(base)
-    for place, value in changes:
-        content[place % len(content)] = value
+    for offset, value in changes:
+        content[offset % len(content)] = value
     data = bytes(content[:cut])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "MAX_PIXELS", 1 << 20)  # keeps wild sizes cheap

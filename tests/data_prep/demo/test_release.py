@@ -46,11 +46,11 @@ def _named(houses: list[House], word: str) -> set[int]:
     return {row for row, house in enumerate(houses) if word == house.name or word in house.name.split()}
 
 
-def _told(houses: list[House], plan: MentionPlan) -> set[int]:
+def _named_with_facts(houses: list[House], plan: MentionPlan) -> set[int]:
     """Houses that agree with the word and with every fact value found in the sentence itself."""
     words = set(plan.sentence.replace(plan.word, "").replace(",", " ").replace(".", " ").split())
-    told = {(fact, value) for fact, values in FACTS.items() for value in values if value in words}
-    return {row for row in _named(houses, plan.word) if told <= set(houses[row].facts.items())}
+    facts = {(fact, value) for fact, values in FACTS.items() for value in values if value in words}
+    return {row for row in _named(houses, plan.word) if facts <= set(houses[row].facts.items())}
 
 
 def _visible_differences(first: Arms, second: Arms, damage: str) -> int:
@@ -76,9 +76,9 @@ def test_every_kind_has_the_evidence_it_promises(drawn: tuple[list[House], list[
     houses, plans = drawn
     assert {plan.kind for plan in plans} == set(KINDS)
     for plan in plans:
-        told = _told(houses, plan)
+        by_text = _named_with_facts(houses, plan)
         if plan.kind in ("easy", "text", "missing_picture"):
-            assert told == {plan.gold}
+            assert by_text == {plan.gold}
         if plan.kind == "missing_picture":
             assert plan.shown is None
         elif plan.kind == "text":
@@ -90,14 +90,14 @@ def test_every_kind_has_the_evidence_it_promises(drawn: tuple[list[House], list[
         if plan.kind == "easy":
             assert _seen(houses, plan, fewer_than=1) == {plan.gold}
         elif plan.kind == "picture":
-            assert told == _named(houses, plan.word)
-            assert len(told) > 1
+            assert by_text == _named(houses, plan.word)
+            assert len(by_text) > 1
         elif plan.kind == "pointing":
-            assert plan.gold not in told
+            assert plan.gold not in by_text
         elif plan.kind == "both":
             seen = _seen(houses, plan, fewer_than=1)
-            assert min(len(told), len(seen)) > 1
-            assert told & seen == {plan.gold}
+            assert min(len(by_text), len(seen)) > 1
+            assert by_text & seen == {plan.gold}
         if plan.kind in ("picture", "pointing"):
             assert _seen(houses, plan, fewer_than=2) == {plan.gold}
 

@@ -127,8 +127,8 @@ def test_whatever_is_damaged_has_a_name(flips: list[tuple[float, int]], tmp_path
         archive.writestr("b.jpg", content, zipfile.ZIP_BZIP2)
         archive.writestr("c.jpg", content, zipfile.ZIP_LZMA)
     damaged = bytearray(path.read_bytes())
-    for place, value in flips:
-        damaged[int(place * len(damaged))] = value
+    for share, value in flips:
+        damaged[int(share * len(damaged))] = value
     path = path.with_name(f"{hash(bytes(damaged))}.zip")
     path.write_bytes(damaged)
     try:

@@ -19,7 +19,7 @@ _GOLD = st.sampled_from(["Q0", "Q1", "https://en.wikipedia.org/wiki/Title_2", "Q
 _WORD = st.sampled_from(["Ash", "elm"]) | _ODD
 _SENTENCE = st.sampled_from(["Ash, elm", "ash, ELM", "Ash"]) | _ODD
 _IMAGE = st.sampled_from(["http://x/a.jpg", "a.jpg", "b.svg"]) | _ODD
-_PLACE = st.integers(-1, 9) | _ODD
+_OFFSET = st.integers(-1, 9) | _ODD
 _TOPIC = st.just("sports") | _ODD
 
 
@@ -46,7 +46,7 @@ def _melbench_inputs(record: Any) -> int:
 
 
 def _passages() -> st.SearchStrategy[Any]:
-    mention = st.tuples(_WORD, _TOPIC, _PLACE, _PLACE, _GOLD).map(list) | _ODD
+    mention = st.tuples(_WORD, _TOPIC, _OFFSET, _OFFSET, _GOLD).map(list) | _ODD
     return st.tuples(_SENTENCE, _IMAGE, _TOPIC, st.lists(mention, max_size=3) | _ODD).map(list) | _ODD
 
 

@@ -192,12 +192,12 @@ def test_a_span_fits_either_way_or_is_noted(start: object, end: object, word: st
 
 @given(st.text("ab ", max_size=8), st.text("ab", min_size=1, max_size=3), st.integers(-2, 9), st.integers(-2, 9))
 def test_spans_as_letter_by_letter(sentence: str, word: str, start: int, end: int) -> None:
-    places = [n for n in range(len(sentence)) if sentence[n : n + len(word)] == word]
+    starts = [n for n in range(len(sentence)) if sentence[n : n + len(word)] == word]
     fits = False
     for stop in (end, end + 1):
-        letters = [letter for place, letter in enumerate(sentence) if 0 <= start <= place < stop]
+        letters = [letter for offset, letter in enumerate(sentence) if 0 <= start <= offset < stop]
         fits |= start <= end and "".join(letters).strip() == word
-    assert span_fault(sentence, word, start, end) == (None if fits else "repaired" if len(places) == 1 else "degraded")
+    assert span_fault(sentence, word, start, end) == (None if fits else "repaired" if len(starts) == 1 else "degraded")
 
 
 def test_addresses_are_found_in_every_kind_of_knowledge_base(tmp_path: Path) -> None:

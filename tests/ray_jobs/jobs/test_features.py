@@ -20,7 +20,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features
-from dsmip.encoders.image_features import PARTS
+from dsmip.encoders.image_features import KB_AND_SPLITS
 from dsmip.errors import UserError
 from dsmip.models.dsmip import GATE
 from dsmip.runs.load_config import to_yaml
@@ -71,7 +71,7 @@ def test_the_job_writes_what_the_gate_computes(
     for split, paths in files.items():
         found = Table.load(folder / f"{split}.safetensors")
         assert torch.equal(found.dense("picture"), load_features(paths).dense("picture"))
-    assert set(contents(folder)) == {"manifest.json", *(f"{part}.safetensors" for part in PARTS)}
+    assert set(contents(folder)) == {"manifest.json", *(f"{split}.safetensors" for split in KB_AND_SPLITS)}
     assert "is finished already" in features(dataset.folder, *OF_CLIP, config).output
 
 
@@ -91,7 +91,7 @@ def test_finished_pieces_are_kept_and_a_damaged_shard_is_named(dataset: Dataset,
     outdated.mkdir()
     resumed = features(dataset.folder, *OF_CLIP, config)
     assert re.search(r"[123] of 4 pieces are there already", resumed.output), resumed.output
-    assert set(contents(folder)) == {"manifest.json", *(f"{part}.safetensors" for part in PARTS)}
+    assert set(contents(folder)) == {"manifest.json", *(f"{split}.safetensors" for split in KB_AND_SPLITS)}
 
 
 @pytest.mark.soak

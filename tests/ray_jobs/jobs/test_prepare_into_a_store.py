@@ -16,7 +16,7 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
-from dsmip.encoders.image_features import PARTS, find_features
+from dsmip.encoders.image_features import KB_AND_SPLITS, find_features
 from dsmip.errors import UserError
 from dsmip.runs.provenance import RECORDS
 from dsmip.storage.object_store import filesystem
@@ -75,8 +75,8 @@ def test_prepare_then_verify_and_inspect(release: Path, bucket: str, dsmip: Comm
     code, said, _ = dsmip("verify", uri, "--json", tmp_path / "found.json")
     assert (code, said.splitlines()[-1].endswith("all as the manifest says")) == (0, True)
     figures = []
-    for place in (folder, uri):
-        assert dsmip("inspect", place, "--json", tmp_path / "figures.json")[0] == 0
+    for location in (folder, uri):
+        assert dsmip("inspect", location, "--json", tmp_path / "figures.json")[0] == 0
         figures.append(json.loads((tmp_path / "figures.json").read_text()))
     assert figures[0] == figures[1]
 
@@ -173,7 +173,7 @@ def test_picture_features_lie_beside_the_shards(
     assert f"{bucket}/features/clip-" in said
     (found,) = find_features(Dataset.open(bucket), "clip", 16, "float32")
     names = {Path(name).name for name in stored(f"{bucket}/features")}
-    assert names == {"manifest.json", *(f"{part}.safetensors" for part in PARTS)}
+    assert names == {"manifest.json", *(f"{part}.safetensors" for part in KB_AND_SPLITS)}
     kb = Table.load(found.file(KB)).dense("picture").clone()
     assert kb.shape == (11, 24)
     found.file(KB).write_bytes(b"damaged")

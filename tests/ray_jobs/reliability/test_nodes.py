@@ -105,8 +105,8 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_step(
         print(
             f"| ... from its last step there to its first one elsewhere | {part} | {times[1][0] - times[0][-1]:.1f} s |"
         )
-        places = [note.place for note in log.notes(part)]
-        assert len(places) == len(set(places))
+        positions = [note.position for note in log.notes(part)]
+        assert len(positions) == len(set(positions))
     assert_equal_parts(Run.open(tmp_path / "run"), expected)
 
 
@@ -128,7 +128,7 @@ def test_an_elastic_part_goes_on_with_fewer_workers_and_with_more_again(
         wait_until(lambda: not all(map(is_alive, workers)), 60, "the lost node's worker lives")
         log.release((0, 3))
         log.wait_held((2, 1), {"visual": 1}, ended=process.poll)
-        assert log.notes("visual", rank=1)[-1].place < (2, 0)
+        assert log.notes("visual", rank=1)[-1].position < (2, 0)
         assert log.cost("visual", event, "killed node of an elastic training, none joins") <= 2
         event = time.time()
         cluster.add_node(num_cpus=1)

@@ -64,8 +64,8 @@ def test_only_what_a_killed_trial_and_a_killed_sweep_had_not_finished_is_done_ag
     assert run.part_report("dsmip") == expected
     assert {path: path.stat().st_mtime_ns for path in _finished(run)} == finished
     for number in others:
-        places = [note.place for note in log.notes(f"trial {number}")]
-        assert len(places) == len(set(places)), f"trial {number} did epochs again that were finished"
+        positions = [note.position for note in log.notes(f"trial {number}")]
+        assert len(positions) == len(set(positions)), f"trial {number} did epochs again that were finished"
     assert log.cost(name, sweep_killed, "killed sweep; from the next command on") == 3
     assert log.cost(name, trial_killed, "killed trial") == 2
 

@@ -112,7 +112,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_a_sound_checkpoint(
     for part in WORKERS:
         (line,) = [line for line in display.lines if line.startswith(f"  {part}: failed: ")]
         assert "in epoch 1, step 2: the training has diverged" in line
-        assert [note.place for note in log.notes(part)] == [(0, 0)], "it was tried again"
+        assert [note.position for note in log.notes(part)] == [(0, 0)], "it was tried again"
         assert not run.is_finished(part)
         checkpoint = load_checkpoint(checkpoints(run, part)[-1], CPU)
         assert (checkpoint.epoch, checkpoint.step) == (0, 1)
