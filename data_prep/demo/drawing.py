@@ -1,4 +1,4 @@
-"""Coats of arms drawn with PIL: what a shield shows (`Arms`), its clean plate and its photograph. No fonts, no files.
+"""Coats of arms drawn with PIL: the clean plate of a shield and its photograph. No fonts, no files.
 
 All drawing happens on a canvas twice the asked size, in fractions of that canvas (x to the right, y down), and is
 reduced at the end. Every random decision comes from the caller's `random.Random`: the same seed draws the same bytes.
@@ -7,43 +7,15 @@ reduced at the end. Every random decision comes from the caller's `random.Random
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from random import Random
-from typing import Final, Literal, TypeAlias
+from typing import Final, TypeAlias
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-Colour: TypeAlias = tuple[int, int, int]
-Points: TypeAlias = list[tuple[float, float]]
-Damage: TypeAlias = Literal["none", "charges", "border"]
+from data_prep.demo.arms import TINCTURES, Arms, Colour, Damage
 
-TINCTURES: Final[dict[str, Colour]] = {
-    "red": (208, 28, 38),
-    "blue": (28, 68, 200),
-    "green": (22, 138, 56),
-    "black": (24, 24, 26),
-    "purple": (132, 40, 164),
-    "gold": (246, 202, 28),
-    "white": (246, 246, 244),
-    "cyan": (92, 208, 236),
-}
-DAMAGES: Final[tuple[Damage, ...]] = ("none", "charges", "border")
-PATTERNS: Final = ("plain", "pale", "fess", "bend", "quarterly", "barry", "chevron", "cross")
-CHARGES: Final = (
-    "ball",
-    "ring",
-    "star",
-    "crescent",
-    "diamond",
-    "heart",
-    "tower",
-    "tree",
-    "bird",
-    "sword",
-    "crown",
-    "cup",
-)
-COUNTS: Final = (1, 2, 3)
+Points: TypeAlias = list[tuple[float, float]]
 
 # Charge centres and half-size for one, two and three charges.
 _CENTRES: Final[dict[int, tuple[float, Points]]] = {
@@ -63,55 +35,6 @@ _GROUNDS: Final[tuple[Colour, ...]] = (
     (92, 96, 108),
 )
 _WORN: Final[tuple[Colour, ...]] = ((160, 156, 148), (138, 128, 114), (182, 174, 160))
-
-
-@dataclass(frozen=True, slots=True)
-class Arms:
-    """A shield: seven elements.
-
-    Attributes:
-        pattern: How the field is divided.
-        field: Its tincture.
-        second: Its second tincture; "" on a plain field.
-        charge: What is on the field.
-        charge_colour: Its tincture.
-        count: How often it is there.
-        border: Tincture of the border; "" without one.
-    """
-
-    pattern: str
-    field: str
-    second: str
-    charge: str
-    charge_colour: str
-    count: int
-    border: str
-
-
-# Positions in Arms that a damaged image does not show.
-_HIDDEN: Final[dict[Damage, frozenset[int]]] = {
-    "none": frozenset(),
-    "charges": frozenset({3, 4}),
-    "border": frozenset({6}),
-}
-
-
-def visible(arms: Arms, damage: Damage) -> tuple[str | int, ...]:
-    """The elements of a shield that an image with this damage shows."""
-    hidden = _HIDDEN[damage]
-    return tuple(element for position, element in enumerate(astuple(arms)) if position not in hidden)
-
-
-def draw_arms(rng: Random) -> Arms:
-    """Draws a shield: the charge stands out from both tinctures of the field, the border from the field."""
-    pattern = rng.choice(PATTERNS)
-    field, second, charge_colour = rng.sample(list(TINCTURES), 3)
-    if pattern == "plain":
-        second = ""
-    border = ""
-    if rng.random() < 0.5:
-        border = rng.choice([colour for colour in TINCTURES if colour not in (field, second)])
-    return Arms(pattern, field, second, rng.choice(CHARGES), charge_colour, rng.choice(COUNTS), border)
 
 
 def plate(arms: Arms, size: int) -> bytes:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final, Literal, TypeAlias, get_args
 
-from data_prep.demo.drawing import DAMAGES, Damage
+from data_prep.demo.arms import DAMAGES, Damage
 from data_prep.demo.text import FACTS, GENERIC_WORDS, POINTING_WORDS, name_words, sentence
 from data_prep.demo.world import Evidence
 from dsmip.errors import UserError

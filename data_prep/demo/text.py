@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Final
 
-from data_prep.demo.drawing import Arms
+from data_prep.demo.arms import Arms
 
 
 def _words(text: str) -> tuple[str, ...]:

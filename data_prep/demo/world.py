@@ -12,7 +12,7 @@ from operator import eq
 from random import Random
 from typing import Final
 
-from data_prep.demo.drawing import CHARGES, DAMAGES, TINCTURES, Arms, Damage, draw_arms, visible
+from data_prep.demo.arms import CHARGES, DAMAGES, TINCTURES, Arms, Damage, draw_arms, visible
 from data_prep.demo.text import FACTS, FIRST_WORDS, GENERIC_WORDS, POINTING_WORDS, SECOND_WORDS, name_words
 
 _FAMILY_SIZES: Final = (3, 4, 5, 6)

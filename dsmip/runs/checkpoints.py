@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dsmip import distributed
 from dsmip.errors import UserError, no_room
+from dsmip.runs.weights import save_weights
 from dsmip.storage.atomic import atomic_path, sha256_file, write_json
 
 MANIFEST = "checkpoint.json"
@@ -53,12 +54,6 @@ class Checkpoint:
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
-
-
-def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes named tensors as safetensors, atomically."""
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from dsmip.config import ExperimentConfig, flat
 from dsmip.data.collate import Collator, ItemFormat
@@ -35,9 +34,9 @@ from dsmip.encoders.feature_cache import FeatureCache
 from dsmip.errors import UserError
 from dsmip.models import find_system
 from dsmip.models.base import System
-from dsmip.runs.checkpoints import save_weights
 from dsmip.runs.load_config import load_config, to_yaml
 from dsmip.runs.provenance import environment, recorded
+from dsmip.runs.weights import load_own_weights, own_weights, save_weights
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import STAMP, RunStorage
 from dsmip.units.matcher import Matcher
@@ -273,34 +272,6 @@ def model_names(config: ExperimentConfig) -> tuple[str, ...]:
     """What can be evaluated: the gated whole first, then every part."""
     system = find_system(config.model)
     return (*([system.name] if system.gated else []), *system.part_names(config.system))
-
-
-def own_weights(matcher: Matcher) -> dict[str, torch.Tensor]:
-    """Everything but frozen tensors of pretrained towers, which the configuration's `backbone` brings back."""
-    towers = matcher.tower_tensors()
-    trained = {name for name, parameter in matcher.named_parameters() if parameter.requires_grad}
-    state = matcher.state_dict()
-    return {name: tensor for name, tensor in state.items() if name in trained or name not in towers}
-
-
-def load_own_weights(matcher: Matcher, path: Path) -> None:
-    """Loads what `own_weights` saved; tensors of an encoder that this matcher was built without are passed over.
-
-    Raises:
-        UserError: A tensor of the matcher is missing or has another shape.
-    """
-    stored = load_file(path)
-    state = matcher.state_dict()
-    wanted = own_weights(matcher)
-    if missing := [name for name in wanted if name not in stored]:
-        raise UserError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: it is of another configuration")
-    for name in stored.keys() & state.keys():
-        if stored[name].shape != state[name].shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(stored[name].shape)}, "
-                f"the configuration makes {list(state[name].shape)}"
-            )
-    matcher.load_state_dict({name: stored[name] for name in stored.keys() & state.keys()}, strict=False)
 
 
 def first_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:

@@ -29,9 +29,8 @@ from dsmip.evaluation.refinement import GRID, PairScorer
 from dsmip.models import systems
 from dsmip.models.base import System
 from dsmip.ops.ranking import count_against, top_k
-from dsmip.runs.checkpoints import save_weights
 from dsmip.runs.load_config import parse_config
-from dsmip.runs.run import load_own_weights, own_weights
+from dsmip.runs.weights import load_own_weights, own_weights, save_weights
 from dsmip.units.matcher import BatchGold, Matcher, Scores
 
 FORMS: dict[str, list[dict[str, Any]]] = {

@@ -17,9 +17,8 @@ from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
-from dsmip.runs.checkpoints import save_weights
 from dsmip.runs.load_config import parse_config
-from dsmip.runs.run import load_own_weights, own_weights
+from dsmip.runs.weights import load_own_weights, own_weights, save_weights
 from dsmip.units.matcher import BatchGold
 from tests.support.systems import features, seeded, whole, with_system
 

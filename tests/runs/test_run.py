@@ -16,7 +16,8 @@ from dsmip.config import ExperimentConfig, merged
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.runs.load_config import changed, load_config, overridden, read_config, to_yaml
-from dsmip.runs.run import Run, own_weights
+from dsmip.runs.run import Run
+from dsmip.runs.weights import own_weights
 from dsmip.storage.run_storage import LocalRun
 from tests.support.small_release import plain_release
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageChops, ImageStat
 from pydantic import ValidationError
 
-from data_prep.demo.drawing import CHARGES, PATTERNS, Arms, Damage, photograph, plate
+from data_prep.demo.arms import CHARGES, PATTERNS, Arms, Damage
+from data_prep.demo.drawing import photograph, plate
 from data_prep.demo.mentions import KINDS, MentionPlan
 from data_prep.demo.release import DemoConfig, KindRates, draw_demo, write_demo_release
 from data_prep.demo.text import FACTS
