@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from data_prep.build.build import prepare
 from data_prep.build.plan import DatasetOptions
@@ -32,6 +33,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         shared = "ray_cluster" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("ray" if shared else item.nodeid.partition("::")[0]))
     items.sort(key=lambda item: "ray_cluster" not in getattr(item, "fixturenames", ()))
+
+
+settings.register_profile("untimed", deadline=None)  # seconds of an example say how busy the machine is
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

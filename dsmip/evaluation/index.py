@@ -49,9 +49,10 @@ class EntityIndex:
                 yield table.rows(slice(start, start + size))
 
     def take(self, columns: Tensor) -> Table:
-        """The entities at places `columns` (int64 [n], ascending) of this index, with the stored rows they use.
+        """The entities at the positions `columns` (int64 [n], ascending) in this index, with the stored rows they use.
 
-        Raises ValueError for no place at all.
+        Raises:
+            ValueError: No position at all.
         """
         chosen = []
         for (start, stop), table in zip(pairwise(self._starts), self.tables, strict=True):
@@ -60,9 +61,9 @@ class EntityIndex:
                 chosen.append(table.take(inside - start))
         return concatenate(chosen)
 
-    def slice(self, part: int, num_parts: int) -> "EntityIndex":
-        """One of `num_parts` contiguous slices of nearly equal size."""
-        first, stop = len(self) * part // num_parts, len(self) * (part + 1) // num_parts
+    def slice(self, number: int, num_slices: int) -> "EntityIndex":
+        """One of `num_slices` contiguous slices of nearly equal size."""
+        first, stop = len(self) * number // num_slices, len(self) * (number + 1) // num_slices
         cut = [
             table.rows(slice(max(first - start, 0), max(stop - start, 0)))
             for start, table in zip(self._starts, self.tables, strict=False)

@@ -24,7 +24,7 @@ from dsmip.data.table import Table, concatenate
 from dsmip.encoders.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.errors import UserError
 from dsmip.evaluation.index import LAYOUT, MANIFEST, SLICE_ROWS, EntityIndex, finish_index, index_slices
-from dsmip.evaluation.preparation import entities_with_image, prepare_in_tiles, share_picture
+from dsmip.evaluation.preparation import entities_with_image, prepare_in_tiles, share_image
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.keys import Plain, plain_text
 from dsmip.parallel import map_alone
@@ -251,7 +251,7 @@ class _Preparer:
         columns = self._matcher.image_columns(prepared)
         if not (columns and bool(lacking_N.any())):
             return prepared
-        return share_picture(prepared, self._alike, lacking_N, columns)
+        return share_image(prepared, self._alike, lacking_N, columns)
 
     @cached_property
     def _lacking_E(self) -> Tensor:

@@ -83,11 +83,11 @@ def prepare_entities(matcher: Matcher, kb: Table, rows: range, device: torch.dev
     if not bool(has_image_N.all()):
         first = (~has_image_E).nonzero()[:1, 0]
         alike = matcher.prepare_entities(kb.take(first).to(device))
-        prepared = share_picture(prepared, alike, ~has_image_N.to(device), matcher.image_columns(prepared))
+        prepared = share_image(prepared, alike, ~has_image_N.to(device), matcher.image_columns(prepared))
     return prepared.merged(Table({HAS_IMAGE: has_image_N.to(device)}))
 
 
-def share_picture(prepared: Table, alike: Table, lacking_N: Tensor, columns: Sequence[str]) -> Table:
+def share_image(prepared: Table, alike: Table, lacking_N: Tensor, columns: Sequence[str]) -> Table:
     """Prepared entities whose `columns` are those of `alike`, stored once, where they lack a picture.
 
     Args:

@@ -198,7 +198,7 @@ def _placed(index: EntityIndex, device: torch.device, notice: Callable[[str], No
 class _Tiles:
     """Mentions against an index, one tile of both at a time.
 
-    gold_column_M: places in the index; a gold that is not in it has a place outside.
+    gold_column_M: positions in the index; a gold that is not in it has a position outside.
     """
 
     matcher: Matcher
@@ -215,7 +215,7 @@ class _Tiles:
         return torch.cat([scores.total_ME for scores in self._score_fitting(mentions, entities)], dim=1)
 
     def rank(self, top_k: int, num_choices: int, close: Refiner | float) -> dict[str, Tensor]:
-        """Columns of a `Ranking` for all mentions, on the CPU; rows are places in the index.
+        """Columns of a `Ranking` for all mentions, on the CPU; rows are positions in the index.
 
         close: what refines close pairs, or the band within which they are counted.
         """
@@ -277,19 +277,19 @@ class _Tiles:
         return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, counted
 
     def _score_fitting(self, mentions: Table, entities: Table) -> Iterator[Scores]:
-        """Scores of a tile of entities, in parts of it where the device has no memory for all of it.
+        """Scores of a tile of entities, in smaller ones where the device has no memory for all of it.
 
         Where half precision cannot hold token rows, this tile and all that follow are scored in single precision.
         """
         start = 0
         while start < len(entities):
-            part = entities.rows(slice(start, start + self.size.entities))
+            tile = entities.rows(slice(start, start + self.size.entities))
             try:
-                scores = self.matcher.score(mentions, part.to(self.device))
+                scores = self.matcher.score(mentions, tile.to(self.device))
             except torch.OutOfMemoryError:
-                if len(part) == 1:
+                if len(tile) == 1:
                     raise
-                self.size = TileSize(self.size.mentions, (len(part) + 1) // 2)
+                self.size = TileSize(self.size.mentions, (len(tile) + 1) // 2)
                 self.notice(f"{self.device} is out of memory: going on with tiles of {self.size.entities} entities")
                 continue
             except HalfOverflow as overflow:
@@ -297,7 +297,7 @@ class _Tiles:
                 self.notice(f"{overflow}: going on with fp32")
                 continue
             yield scores
-            start += len(part)
+            start += len(tile)
 
 
 def _counted(scores: Scores) -> dict[str, Tensor]:

@@ -113,54 +113,56 @@ def check_golds(gold_score_M: Tensor, gold_row_M: Tensor, rows: range) -> None:
         raise ValueError(f"mention {mention}: its gold, kb row {row}, is not in the index, and its score is not given")
 
 
-def merge_gold_scores(parts: Sequence[Tensor]) -> Tensor:
+def merge_gold_scores(scores: Sequence[Tensor]) -> Tensor:
     """Golds' exact scores float64 [M] from those of disjoint slices, each NaN where the gold is in another slice."""
-    scores_SM = torch.stack(list(parts))
+    scores_SM = torch.stack(list(scores))
     best_M = scores_SM.where(~scores_SM.isnan(), -torch.inf).amax(dim=0)
     return best_M.where(~scores_SM.isnan().all(dim=0), torch.nan)
 
 
-def merge_rankings(parts: Sequence[Ranking], top_k: int) -> Ranking:
+def merge_rankings(rankings: Sequence[Ranking], top_k: int) -> Ranking:
     """One ranking from those of disjoint slices of the kb that were made with the same exact gold scores.
 
     Args:
-        parts: Rankings by `dsmip.evaluation.ranking.rank`, each with its `top_k` best entities, or all.
+        rankings: By `dsmip.evaluation.ranking.rank`, each with its `top_k` best entities, or all.
         top_k: Number of best entities to keep.
     """
-    rows_MC = torch.cat([part.top_row_Mk for part in parts], dim=1)
-    scores_MC = torch.cat([part.top_score_Mk for part in parts], dim=1)
+    rows_MC = torch.cat([each.top_row_Mk for each in rankings], dim=1)
+    scores_MC = torch.cat([each.top_score_Mk for each in rankings], dim=1)
     top = ops.merge_top_k(scores_MC, rows_MC, top_k)
     by_row_MC = rows_MC.argsort(dim=1)
     column_MK = by_row_MC.gather(1, torch.searchsorted(rows_MC.gather(1, by_row_MC), top.rows_MK.contiguous()))
-    choices = [part.choices for part in parts if part.choices is not None]
+    choices = [each.choices for each in rankings if each.choices is not None]
     return Ranking(
-        ops.Counts(*(torch.stack(counts).sum(dim=0) for counts in zip(*(part.counts for part in parts), strict=True))),
+        ops.Counts(
+            *(torch.stack(counts).sum(dim=0) for counts in zip(*(each.counts for each in rankings), strict=True))
+        ),
         top.rows_MK,
         top.scores_MK,
         _merged_choices(choices, column_MK) if choices else None,
-        _merged_cost([part.cost for part in parts]),
+        _merged_cost([each.cost for each in rankings]),
     )
 
 
-def _merged_choices(parts: Sequence[Choices], column_MK: Tensor) -> Choices:
+def _merged_choices(choices: Sequence[Choices], column_MK: Tensor) -> Choices:
     """column_MK: where the best entities of all slices are among the slices' best entities, one slice after another."""
     return Choices(
-        torch.stack([part.gold_M for part in parts]).amax(dim=0),
-        torch.cat([part.top_Mk for part in parts], dim=1).gather(1, column_MK),
-        torch.stack([part.pairs_MB for part in parts]).sum(dim=0),
-        _summed([part.tied_M for part in parts]),
+        torch.stack([each.gold_M for each in choices]).amax(dim=0),
+        torch.cat([each.top_Mk for each in choices], dim=1).gather(1, column_MK),
+        torch.stack([each.pairs_MB for each in choices]).sum(dim=0),
+        _summed([each.tied_M for each in choices]),
     )
 
 
-def _merged_cost(parts: Sequence[Cost]) -> Cost:
-    refinements = [part.refinement for part in parts if part.refinement is not None]
+def _merged_cost(costs: Sequence[Cost]) -> Cost:
+    refinements = [each.refinement for each in costs if each.refinement is not None]
     refinement = Refinement(
         sum(each.num_pairs for each in refinements),
         sum(each.num_scored for each in refinements),
         max((each.band for each in refinements), default=0.0),
         max((each.largest_error for each in refinements), default=0.0),
     )
-    return Cost(_summed([part.token_pairs_M2 for part in parts]), refinement if refinements else None)
+    return Cost(_summed([each.token_pairs_M2 for each in costs]), refinement if refinements else None)
 
 
 def _summed(values: Sequence[Tensor | None]) -> Tensor | None:

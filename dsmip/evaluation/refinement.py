@@ -1,7 +1,7 @@
 """Close pairs again in float64, so that ranks do not depend on how single-precision scores were tiled.
 
 A score in single precision errs in its last bits, and by how much depends on the shape of the call. Only pairs within
-`band` of the gold's score, or of the last place of the top-k, can change a rank; they are scored again in double
+`band` of the gold's score, or of the last one of the top-k, can change a rank; they are scored again in double
 precision, from the same prepared mentions and entities. M mentions, E entities of the index.
 """
 
@@ -80,7 +80,7 @@ class PairScorer:
 
     @torch.no_grad()
     def score(self, row_m: Tensor, column_e: Tensor) -> Tensor:
-        """float64 [m, e], on the CPU: mentions against places of the index (int64, ascending)."""
+        """float64 [m, e], on the CPU: mentions against positions in the index (int64, ascending)."""
         return self.score_and_choose(row_m, column_e)[0]
 
     @torch.no_grad()
@@ -89,11 +89,11 @@ class PairScorer:
         if len(row_m) == 0 or len(column_e) == 0:
             return torch.zeros(len(row_m), len(column_e), dtype=torch.float64), None
         if len(column_e) > self._most_entities:
-            parts = [self.score_and_choose(row_m, part_e) for part_e in column_e.split(self._most_entities)]
-            return _joined(parts, dim=1)
+            scores = [self.score_and_choose(row_m, some_e) for some_e in column_e.split(self._most_entities)]
+            return _joined(scores, dim=1)
         if len(row_m) > self._most_mentions:
-            parts = [self.score_and_choose(part_m, column_e) for part_m in row_m.split(self._most_mentions)]
-            return _joined(parts, dim=0)
+            scores = [self.score_and_choose(some_m, column_e) for some_m in row_m.split(self._most_mentions)]
+            return _joined(scores, dim=0)
         try:
             return self._score_and_choose(row_m, column_e)
         except torch.OutOfMemoryError:
@@ -127,14 +127,14 @@ class PairScorer:
         scores_M = torch.full((len(gold_row_M),), float("nan"), dtype=torch.float64)
         here = ((column_M >= 0) & (column_M < len(self.index))).nonzero()[:, 0]
         for row_m in here.split(_GOLDS):  # a call costs as much as some hundred pairs
-            column_e, place_m = column_M[row_m].unique(return_inverse=True)
-            scores_M[row_m] = self.score(row_m, column_e).gather(1, place_m[:, None])[:, 0]
+            column_e, index_m = column_M[row_m].unique(return_inverse=True)
+            scores_M[row_m] = self.score(row_m, column_e).gather(1, index_m[:, None])[:, 0]
         return scores_M
 
 
-def _joined(parts: Sequence[tuple[Tensor, Tensor | None]], dim: int) -> tuple[Tensor, Tensor | None]:
-    choices = [chosen_me for _, chosen_me in parts if chosen_me is not None]
-    return torch.cat([score_me for score_me, _ in parts], dim), torch.cat(choices, dim) if choices else None
+def _joined(scores: Sequence[tuple[Tensor, Tensor | None]], dim: int) -> tuple[Tensor, Tensor | None]:
+    choices = [chosen_me for _, chosen_me in scores if chosen_me is not None]
+    return torch.cat([score_me for score_me, _ in scores], dim), torch.cat(choices, dim) if choices else None
 
 
 class SampleErrors(NamedTuple):
@@ -154,7 +154,7 @@ def sample_errors(
 ) -> SampleErrors:
     """Errors of `score` (prepared mentions and entities to [m, e]) on some mentions, some entities and their golds.
 
-    gold_column_M: int64, places in the index; a gold that is not in it has a place outside. The sample has golds: they
+    gold_column_M: int64, positions in the index; a gold that is not in it has one outside. The sample has golds: they
     score high, and errors grow with scores. Four times as many entities as mentions are taken.
     """
     row_m = _spread(len(pairs.mentions), num_mentions)
@@ -193,7 +193,7 @@ class Refiner:
         """The scores of the tile of mentions from `first_mention`, exact where they are close, and its golds' scores.
 
         float64 [M, E] and [M]. own_M: the golds' scores in single precision, NaN where they are not in the index. k:
-        places of the top-k that must be exact as well.
+        ranks of the top-k that must be exact as well.
         """
         gold_M = self._gold_score_M[first_mention : first_mention + len(scores_ME)].to(scores_ME.device)
         self._note_errors((own_M.double() - gold_M)[~own_M.isnan()])
@@ -209,12 +209,12 @@ class Refiner:
             close_ME |= scores_ME >= last_M1 - self._band
         close_ME |= self._probes(scores_ME, first_mention)
         call = _CALL_ON_CPU if scores_ME.device.type == "cpu" else _CALL_ON_GPU
-        for place_m in _scored_together(close_ME, call):
-            column_e = close_ME[place_m].any(dim=0).nonzero()[:, 0]
-            close_me = close_ME[place_m][:, column_e]
-            exact_me = self._pairs.score(first_mention + place_m, column_e.cpu()).to(scores_ME.device)
-            self._note_errors((exact_me - scores_ME[place_m][:, column_e])[close_me])
-            refined_ME[place_m[:, None], column_e] = exact_me.where(close_me, refined_ME[place_m][:, column_e])
+        for row_m in _scored_together(close_ME, call):
+            column_e = close_ME[row_m].any(dim=0).nonzero()[:, 0]
+            close_me = close_ME[row_m][:, column_e]
+            exact_me = self._pairs.score(first_mention + row_m, column_e.cpu()).to(scores_ME.device)
+            self._note_errors((exact_me - scores_ME[row_m][:, column_e])[close_me])
+            refined_ME[row_m[:, None], column_e] = exact_me.where(close_me, refined_ME[row_m][:, column_e])
             self._num_pairs += int(close_me.sum())
             self._num_scored += exact_me.numel()
         return refined_ME, gold_M
@@ -245,13 +245,13 @@ def _scored_together(close_ME: Tensor, call: int) -> Iterator[Tensor]:
     """
     groups = list(torch.arange(len(close_ME)).split(_MENTIONS))[::-1]
     while groups:
-        place_m = groups.pop()
-        close_me = close_ME[place_m]
-        num_needless = len(place_m) * int(close_me.any(dim=0).sum()) - int(close_me.sum())
+        row_m = groups.pop()
+        close_me = close_ME[row_m]
+        num_needless = len(row_m) * int(close_me.any(dim=0).sum()) - int(close_me.sum())
         if num_needless <= call:
-            yield place_m
+            yield row_m
         else:
-            groups += [place_m[len(place_m) // 2 :], place_m[: len(place_m) // 2]]
+            groups += [row_m[len(row_m) // 2 :], row_m[: len(row_m) // 2]]
 
 
 def _errors(sample_me: Tensor, exact_me: Tensor) -> SampleErrors:

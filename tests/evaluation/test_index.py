@@ -53,16 +53,16 @@ def test_a_built_index_holds_every_entity_in_order(tmp_path: Path) -> None:
     assert index.num_bytes == sum(table.num_bytes for table in index.tables) > 0
 
 
-@given(rows=st.lists(st.integers(0, NUM_ENTITIES - 1), min_size=1), num_parts=st.integers(1, 12))
+@given(rows=st.lists(st.integers(0, NUM_ENTITIES - 1), min_size=1), num_slices=st.integers(1, 12))
 @settings(deadline=None)
-def test_entities_by_place_and_by_slice(rows: list[int], num_parts: int) -> None:
+def test_entities_by_place_and_by_slice(rows: list[int], num_slices: int) -> None:
     index = EntityIndex([prepared(range(4)), prepared(range(4, 5)), prepared(range(5, NUM_ENTITIES))], first_row=7)
     assert_rows(index.take(torch.tensor(sorted(rows))), sorted(rows))
-    parts = [index.slice(part, num_parts) for part in range(num_parts)]
-    assert sum(map(len, parts)) == NUM_ENTITIES
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    slices = [index.slice(number, num_slices) for number in range(num_slices)]
+    assert sum(map(len, slices)) == NUM_ENTITIES
+    assert max(map(len, slices)) - min(map(len, slices)) <= 1
     first = 0
-    for part in parts:
+    for part in slices:
         assert part.first_row == 7 + first
         if len(part):
             assert_rows(concatenate(part.tables), list(range(first, first + len(part))))

@@ -125,10 +125,10 @@ def test_mentions_are_scored_together_while_little_is_needless(
     close_ME = torch.rand(num_mentions, 20, generator=torch.Generator().manual_seed(seed)) < share
     groups = list(_scored_together(close_ME, call))
     assert torch.cat(groups).tolist() == list(range(num_mentions))
-    for place_m in groups:
-        needless = len(place_m) * int(close_ME[place_m].any(dim=0).sum()) - int(close_ME[place_m].sum())
+    for row_m in groups:
+        needless = len(row_m) * int(close_ME[row_m].any(dim=0).sum()) - int(close_ME[row_m].sum())
         assert needless <= call
-        assert len(place_m) <= 32
+        assert len(row_m) <= 32
     assert len(list(_scored_together(close_ME[:1].expand(32, 20), 0))) == 1
 
 

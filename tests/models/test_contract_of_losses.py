@@ -1,0 +1,57 @@
+"""The contract of `dsmip.models.base` for training: what a loss is a sum of, and what it trains."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmip.data.table import Table
+from dsmip.units.matcher import BatchGold
+from tests.support.contract import ENTITIES, MENTIONS, Subject, seeded
+
+
+def loss_of(subject: Subject, features: tuple[Table, Table], rows_M: list[int], gold_rows: list[int]) -> Tensor:
+    """Loss of some mentions against as many entities, of which the n-th is the n-th mention's gold."""
+    gold_M = torch.tensor(gold_rows)
+    gold = BatchGold.from_rows(gold_M, gold_M, torch.arange(len(rows_M)))
+    columns = features[1].take(torch.arange(len(rows_M)))
+    with seeded(4):
+        loss: Tensor = subject.matcher(features[0].take(torch.tensor(rows_M)), columns, gold)
+    return loss
+
+
+@torch.no_grad()
+def test_pairs_with_the_same_gold_are_no_negatives(subject: Subject, features: tuple[Table, Table]) -> None:
+    assert float(loss_of(subject, features, [0, 1, 2], [5, 5, 5])) == 0.0
+    assert float(loss_of(subject, features, [0, 1, 2], [5, 6, 7])) > 1e-3
+
+
+@torch.no_grad()
+def test_loss_is_a_sum_over_mentions(subject: Subject, features: tuple[Table, Table]) -> None:
+    """And of each mention over its own negatives alone: gathered batches and micro-batches rely on it."""
+    if subject.draws_noise:
+        pytest.skip("its loss draws noise per pair")
+    gold_M = torch.tensor([4, 8, 4, 2])
+    expected = torch.zeros(())
+    for mention in range(4):
+        columns = [n for n in range(4) if n == mention or gold_M[n] != gold_M[mention]]
+        gold = BatchGold(torch.tensor([columns.index(mention)]), torch.zeros(1, len(columns), dtype=torch.bool))
+        rows = torch.tensor(columns)
+        expected += subject.matcher(features[0].take(slice(mention, mention + 1)), features[1].take(rows), gold)
+    torch.testing.assert_close(
+        loss_of(subject, features, [0, 1, 2, 3], gold_M.tolist()), expected, atol=5e-3, rtol=1e-4
+    )
+
+
+def test_every_trainable_parameter_gets_a_gradient(subject: Subject) -> None:
+    mentions, entities = subject.encode(MENTIONS.rows(0, 4), ENTITIES.rows(0, 4))
+    gold = BatchGold.from_rows(torch.arange(4), torch.arange(4), torch.arange(4))
+    subject.matcher.train()
+    with seeded(4):
+        loss = subject.matcher(mentions, entities, gold)
+    subject.matcher.zero_grad(set_to_none=True)
+    loss.backward()
+    subject.matcher.eval()
+    trained = {name: p for name, p in subject.matcher.named_parameters() if p.requires_grad}
+    assert trained
+    assert [name for name, p in trained.items() if p.grad is None or not p.grad.isfinite().all()] == []
+    subject.matcher.zero_grad(set_to_none=True)

@@ -1,0 +1,157 @@
+"""The systems under the contract of `dsmip.models.base`: every registered one, every part of it and the whole."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from dsmip.config import ExperimentConfig
+from dsmip.data.collate import ItemBatch
+from dsmip.data.table import Table
+from dsmip.encoders.feature_cache import whole_features
+from dsmip.models import systems
+from dsmip.models.base import System
+from dsmip.runs.load_config import parse_config
+from dsmip.runs.weights import own_weights
+from dsmip.units.matcher import Matcher, Scores
+
+FORMS: dict[str, list[dict[str, Any]]] = {
+    "dsmip": [
+        {"gate": {"picture": "clip"}},
+        {"gate": {"picture": "clip", "choice": "mention"}},
+        {"gate": {"picture": "clip"}, "mask_padding": False},
+    ],
+    "mimic": [{}, {"mask_padding": True}],
+}
+# Deep enough for every default (nine layers of prompts), and narrow.
+BACKBONE = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 16, "layers": 9, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 9},
+}
+CPU = torch.device("cpu")
+START, END, IMAGE_SIZE = 49406, 49407, 16
+NUM_MENTIONS, NUM_ENTITIES, LONGEST = 7, 11, 20
+# Scores are sums over tens of channels with values of order one: float32 in another order of summation.
+TOLERANCE: dict[str, Any] = {"atol": 1e-3, "rtol": 1e-5}
+
+Encode = Callable[[ItemBatch], Table]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A matcher under test, and how its features are made from raw items. `rebuild`: the same with fresh weights."""
+
+    matcher: Matcher
+    encode_mentions: Encode
+    encode_entities: Encode
+    rebuild: Callable[[], "Subject"]
+    draws_noise: bool = False
+
+    def encode(self, mentions: ItemBatch, entities: ItemBatch) -> tuple[Table, Table]:
+        return self.encode_mentions(mentions), self.encode_entities(entities)
+
+    def score(self, mentions: Table, entities: Table) -> Scores:
+        """From features."""
+        return self.matcher.score(self.matcher.prepare_mentions(mentions), self.matcher.prepare_entities(entities))
+
+
+def cases() -> Iterator[Any]:
+    for name, system in systems().items():
+        for number, form in enumerate(FORMS.get(name, [{}])):
+            tree = {"model": name, "backbone": {"architecture": "tiny"}, "system": form}
+            for part in (*system.part_names(parse_config(tree).system), None):
+                yield pytest.param((name, form, part), id=f"{name}{number}-{part or 'whole'}")
+
+
+def part_of(system: type[System], part: str, config: ExperimentConfig) -> Subject:
+    matcher = system.build_part(part, config, with_encoder=True)
+    return Subject(
+        matcher, matcher.encode_mentions, matcher.encode_entities, rebuild=lambda: part_of(system, part, config)
+    )
+
+
+def whole(system: type[System], config: ExperimentConfig) -> Subject:
+    """A gated system scores its parts' features side by side; any other is its one part without towers."""
+    names = system.feature_parts(config.system)
+    encoders = {name: system.build_encoder(name, config) for name in names}
+
+    def encode(batch: ItemBatch, method: str) -> Table:
+        tables = {name: getattr(encoder, method)(batch) for name, encoder in encoders.items()}
+        return whole_features(tables, names) if system.gated else tables[names[0]]
+
+    def build() -> Subject:
+        return Subject(
+            system.build_whole(config),
+            lambda batch: encode(batch, "encode_mentions"),
+            lambda batch: encode(batch, "encode_entities"),
+            rebuild=build,
+            draws_noise=system.gated,
+        )
+
+    return build()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def shake(matcher: Matcher) -> None:
+    """Norms and biases start at 1 and 0, which would hide mistakes. A frozen tower stays as its configuration says."""
+    for tensor in own_weights(matcher).values():
+        if tensor.is_floating_point():
+            tensor += 0.1 * torch.randn_like(tensor)
+
+
+def make_items(count: int, seed: int) -> ItemBatch:
+    """Texts of different length, every third item without a picture."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, LONGEST + 1, (count,), generator=generator).tolist()
+    token_ids = torch.zeros(count, max(lengths), dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        token_ids[row, 0], token_ids[row, length - 1] = START, END
+        token_ids[row, 1 : length - 1] = torch.randint(1, 49000, (length - 2,), generator=generator)
+    shape = (count, 3, IMAGE_SIZE, IMAGE_SIZE)
+    images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+    has_image = torch.arange(count) % 3 != 1
+    images[~has_image] = 0
+    return ItemBatch(token_ids, images, has_image)
+
+
+def trimmed(batch: ItemBatch) -> ItemBatch:
+    """Without columns that are padding in every row."""
+    longest = int(batch.token_ids.argmax(dim=1).max()) + 1
+    return ItemBatch(batch.token_ids[:, :longest], batch.images, batch.has_image)
+
+
+def padded(batch: ItemBatch, columns: int) -> ItemBatch:
+    zeros = batch.token_ids.new_zeros(len(batch), columns)
+    return ItemBatch(torch.cat([batch.token_ids, zeros], dim=1), batch.images, batch.has_image)
+
+
+MENTIONS, ENTITIES = make_items(NUM_MENTIONS, seed=2), make_items(NUM_ENTITIES, seed=3)
+
+
+def assert_equal_bits(actual: Scores, expected: Scores) -> None:
+    assert torch.equal(actual.total_ME, expected.total_ME)
+    assert actual.parts.keys() == expected.parts.keys()
+    assert all(torch.equal(actual.parts[name], expected.parts[name]) for name in expected.parts)
+    if expected.chosen_ME is not None:
+        assert actual.chosen_ME is not None
+        assert torch.equal(actual.chosen_ME, expected.chosen_ME)
+
+
+def assert_close(actual: Scores, expected: Scores) -> None:
+    for name, value in expected.parts.items():
+        torch.testing.assert_close(actual.parts[name], value, **TOLERANCE)
+    if expected.chosen_ME is not None:
+        assert actual.chosen_ME is not None
+        assert torch.equal(actual.chosen_ME, expected.chosen_ME)
+    torch.testing.assert_close(actual.total_ME, expected.total_ME, **TOLERANCE)
