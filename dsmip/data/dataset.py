@@ -66,8 +66,10 @@ class TrainingBatch:
 class Dataset:
     """A prepared release. Open it with `Dataset.open`; reading is lazy and every record comes from the files.
 
-    Attributes: manifest; manifest_hash (SHA-256 of manifest.json: equal hashes mean equal data); own (the files beside
-    the manifest); files (those of the shards: of a view, of the dataset that it is a view of, see `dsmip.data.views`).
+    Attributes:
+        manifest_hash: SHA-256 of manifest.json: equal hashes mean equal data.
+        own: The files beside the manifest.
+        files: Those of the shards: of a view, of the dataset that it is a view of, see `dsmip.data.views`.
     """
 
     def __init__(

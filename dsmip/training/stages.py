@@ -145,7 +145,8 @@ def run_features(run: Run, part: str, split: str, matcher: Matcher, context: Con
 def validate_on(validation: SplitFeatures, kb: Table, context: Context) -> Callable[[Matcher], Mapping[str, float]]:
     """Full-KB metrics from cached features; every worker ranks against its own slice of the kb.
 
-    kb: features of the whole kb `with_has_image`.
+    Args:
+        kb: Features of the whole kb `with_has_image`.
     """
     first, stop = _slice_of(len(kb))
     device = context.device

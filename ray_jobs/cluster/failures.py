@@ -12,9 +12,13 @@ LOST_WORKERS = 3  # how many times a task is done again after its process was lo
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a training failed: `message` in one line; `user_error` when a user can mend it; `trace` for the log.
+    """Why a training failed.
 
-    may_pass: it came of a machine, a disk or a store; the same training may succeed later.
+    Attributes:
+        message: In one line.
+        user_error: Whether a user can mend it.
+        trace: For the log.
+        may_pass: Whether it came of a machine, a disk or a store: the same training may succeed later.
     """
 
     message: str

@@ -31,7 +31,11 @@ class _Cluster(BaseModel):
 
 
 def configured_node_types() -> Mapping[str, NodeType]:
-    """Worker node types by name; none where there is no autoscaler. Raises UserError when they cannot be read."""
+    """Worker node types by name; none where there is no autoscaler.
+
+    Raises:
+        UserError: When they cannot be read.
+    """
     path = _CLUSTER_FILE.expanduser()
     try:
         if text := os.environ.get(VARIABLE):

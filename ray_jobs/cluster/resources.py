@@ -24,9 +24,11 @@ _SLACK = 1e-6  # fractions of CPUs are floats
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Workers that run at the same time, each with `cpu` CPUs and `gpu` GPUs on one node.
+    """Workers that run at the same time.
 
-    most: more of them than `workers` are taken where there is room; 0: none.
+    Attributes:
+        cpu, gpu: Of each worker, on one node.
+        most: More of them than `workers` are taken where there is room; 0: none.
     """
 
     name: str

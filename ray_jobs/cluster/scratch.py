@@ -21,7 +21,8 @@ class Scratch:
     def __init__(self, root: Path | None = None) -> None:
         """root: where all processes of this user have theirs (default: a folder in the temporary one).
 
-        Raises UserError when that folder is no private one (`dsmip.private`).
+        Raises:
+            UserError: When that folder is no private one (`dsmip.private`).
         """
         root = root or Path(tempfile.gettempdir()) / f"dsmip-{os.getuid()}"
         private_folder(root, "set TMPDIR to another folder")

@@ -29,7 +29,8 @@ def compare_runs(
 ) -> Comparison:
     """Prints the comparison, and writes it to `json_file` when one is given.
 
-    Raises UserError for an unknown split, a missing evaluation, two that are one, or two of different tasks.
+    Raises:
+        UserError: For an unknown split, a missing evaluation, two that are one, or two of different tasks.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")

@@ -51,7 +51,9 @@ def run_demo(
 ) -> dict[str, Any]:
     """Runs all steps in `out` and returns what it writes to `out/results.json`. Run again, it resumes.
 
-    Raises UserError when `out` belongs to something else, JobFailed when a training failed.
+    Raises:
+        UserError: When `out` belongs to something else.
+        JobFailed: When a training failed.
     """
     out, display = out.resolve(), display or Display()
     base = job_config(config, overrides)

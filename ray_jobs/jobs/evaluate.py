@@ -34,10 +34,15 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluates a finished part or the whole system of a run, prints the main figures and returns the metrics.
 
-    workers: more than one build the index and rank slices of it on Ray, each on its own device; this process then needs
-    no GPU. candidates: how many to rank among as well, apart from the metrics and in this process.
-    Raises UserError for an unknown model, split or device, a model that is not trained yet, or workers that the cluster
-    can never give; JobFailed when a worker fails.
+    Args:
+        workers: More than one build the index and rank slices of it on Ray, each on its own device; this process then
+            needs no GPU.
+        candidates: How many to rank among as well, apart from the metrics and in this process.
+
+    Raises:
+        UserError: For an unknown model, split or device, a model that is not trained yet, or workers that the cluster
+            can never give.
+        JobFailed: When a worker fails.
     """
     run, named = Run.open(location), named_device(device)
     workers = min(workers, run.dataset.num_entities)

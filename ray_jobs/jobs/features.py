@@ -63,7 +63,11 @@ _CHUNKS = "pieces-"
 
 @dataclass(frozen=True, slots=True)
 class FeatureRequest:
-    """size: side that pictures are fitted to before the network, as a run's gate does it."""
+    """Which features are to be computed.
+
+    Attributes:
+        size: Side that pictures are fitted to before the network, as a run's gate does it.
+    """
 
     choice: NetworkChoice
     size: int
@@ -157,8 +161,12 @@ def compute_features(
 ) -> ImageFeatures:
     """Computes and writes the features of all pictures; finished ones of this data are kept. Returns them.
 
-    device: auto (GPUs where the cluster has some), cpu or cuda; a worker asks for one CPU, and for one GPU.
-    Raises UserError (weights not found or not fitting, more asked than the cluster can give) and JobFailed.
+    Args:
+        device: auto (GPUs where the cluster has some), cpu or cuda; a worker asks for one CPU, and for one GPU.
+
+    Raises:
+        UserError: Weights not found or not fitting, more asked than the cluster can give.
+        JobFailed: Some of it could not be computed.
     """
     origin = _origin(dataset, request)
     files, name = dataset.own, features_name(origin)

@@ -16,7 +16,8 @@ from ray_jobs.terminal.display import Display
 def inspect_data(data: str, *, html: Path | None, json_file: Path | None, images: bool, workers: int) -> Inspection:
     """Prints the tables; also writes the page to `html` and the figures to `json_file` when they are given.
 
-    Raises UserError for what is no dataset, or a damaged one.
+    Raises:
+        UserError: For what is no dataset, or a damaged one.
     """
     with Display(transient=True) as display:
         found = inspect_dataset(Dataset.open(data), images=images, workers=workers, progress=display)

@@ -64,7 +64,11 @@ Published = tuple[str, Manifest] | None
 
 
 def prepare_release(release: Release, out: str | Path, options: BuildOptions, progress: Progress) -> Manifest:
-    """Builds `out`, a folder or a URI, from a release. Raises UserError for a wrong release or place."""
+    """Builds `out`, a folder or a URI, from a release.
+
+    Raises:
+        UserError: For a wrong release or location.
+    """
     return _built(out, progress, lambda folder, published: _build(release, folder, options, progress, published))
 
 
@@ -128,7 +132,11 @@ def _build(release: Release, out: Path, options: BuildOptions, progress: Progres
 
 
 def prepare_view(base: str, out: str, fraction: float, seed: int) -> Dataset:
-    """Makes a view of a dataset. Raises UserError for a wrong fraction or place."""
+    """Makes a view of a dataset.
+
+    Raises:
+        UserError: For a wrong fraction or location.
+    """
     if not 0 < fraction <= 1:
         raise UserError(f"--train-fraction {fraction:g}: must be above 0 and at most 1")
     folder = local_path(base)
@@ -150,7 +158,9 @@ def run_on_ray(num_workers: int, say: Callable[[str], None], *, verbose: bool = 
     """A runner with `num_workers` tasks of one CPU at a time on the cluster of RAY_ADDRESS, or on a local one.
 
     All nodes see the release and the dataset's folder under the same paths.
-    say: gets a line from time to time while no task can begin.
+
+    Args:
+        say: Gets a line from time to time while no task can begin.
     """
     from ray_jobs.cluster.connection import connected  # these import Ray, which a build in processes does without
 
@@ -188,7 +198,11 @@ def image_settings(size: int, *, keep_original: bool) -> ImageSettings:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size like 256MB or 64MiB. Raises UserError when it is none or below 1 MB."""
+    """Bytes of a size like 256MB or 64MiB.
+
+    Raises:
+        UserError: When it is none or below 1 MB.
+    """
     try:
         size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
@@ -205,7 +219,11 @@ def release_options(
     split: str | None,
     seed: int,
 ) -> ReleaseOptions:
-    """The choices of the command line. Raises UserError for a split that is no three percentages."""
+    """The choices of the command line.
+
+    Raises:
+        UserError: For a split that is no three percentages.
+    """
     if split is None:
         return ReleaseOptions(entity_text, mention_text, kb, None, seed)
     try:
@@ -230,7 +248,8 @@ def write_release_once(config: DemoConfig, folder: Path) -> None:
 def demo_config(source: str) -> DemoConfig:
     """The generator's configuration from the command line: a seed, or a YAML file of its keys.
 
-    Raises UserError when it is neither, or a key or value is wrong.
+    Raises:
+        UserError: When it is neither, or a key or value is wrong.
     """
     if source.isdecimal():
         return DemoConfig(seed=int(source))

@@ -35,8 +35,11 @@ def pretrain_backbone(
 ) -> dict[str, Any]:
     """Trains and writes `out` (safetensors) and beside it `<out>.json`: settings, history, what made it; returns that.
 
-    Run again it resumes; a finished file of the same settings and data is kept. Raises UserError when `out` holds
-    something else, JobFailed when the training failed.
+    Run again it resumes; a finished file of the same settings and data is kept.
+
+    Raises:
+        UserError: When `out` holds something else.
+        JobFailed: When the training failed.
     """
     check_tools(config.watch)
     out = out.resolve()

@@ -24,8 +24,9 @@ def train_experts(
 ) -> Run:
     """Trains all parts that are not finished yet into the run at `location`; run again it resumes.
 
-    Raises UserError (the run belongs to something else, or the cluster can never run a part) and JobFailed
-    after all other parts have ended.
+    Raises:
+        UserError: The run belongs to something else, or the cluster can never run a part.
+        JobFailed: After all other parts have ended.
     """
     check_tools(config.watch)
     run = Run.create(location, config, dataset)

@@ -34,7 +34,10 @@ def tune_gate(
     """Sweeps `config.tune.space` around `config`, writes the best trial as the run's whole system, returns its report.
 
     Run again it goes on from finished rungs and the trials' checkpoints. The test split is never read.
-    Raises UserError (no gate, an expert is missing, wrong space, another sweep is there) and JobFailed.
+
+    Raises:
+        UserError: No gate, an expert is missing, wrong space, another sweep is there.
+        JobFailed: A trial failed.
     """
     if not run.system.gated:
         raise UserError(f"{run.system.name} has no gate: 'dsmip train' trains all of it and there is nothing to tune")

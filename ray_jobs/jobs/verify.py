@@ -11,7 +11,8 @@ from ray_jobs.terminal.display import Display
 def verify_data(data: str, *, json_file: Path | None, workers: int) -> Verification:
     """Prints what is wrong, or that nothing is; also writes it to `json_file` when one is given.
 
-    Raises UserError when there is no manifest to compare with.
+    Raises:
+        UserError: When there is no manifest to compare with.
     """
     with Display(transient=True) as progress:
         found = verify_dataset(data, workers=workers, progress=progress)

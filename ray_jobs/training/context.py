@@ -149,7 +149,8 @@ def open_watch(
 ) -> Watch:
     """Ray's gauges, and on the first worker also the progress file and the tools that were asked for.
 
-    Raises UserError for a tool that is not installed here.
+    Raises:
+        UserError: For a tool that is not installed here.
     """
     gauges = Gauges(watched.name, rank)
     if rank > 0:

@@ -45,7 +45,10 @@ class Training:
     """One Ray Train run. `loop` is called in every worker with its context and `settings`.
 
     The same name and location again resumes the run. `watched` without tools, the default, still keeps the progress
-    file beside the checkpoints. location: where the checkpoints go.
+    file beside the checkpoints.
+
+    Attributes:
+        location: Where the checkpoints go.
     """
 
     name: str
@@ -73,7 +76,9 @@ class Training:
 def run_trainings(trainings: Sequence[Training], display: Display) -> None:
     """Runs all trainings at once (they queue where resources are short) and waits for every one of them.
 
-    Raises UserError when the cluster can never run one, JobFailed after the last has ended if some failed.
+    Raises:
+        UserError: When the cluster can never run one.
+        JobFailed: After the last has ended if some failed.
     """
     check_feasible([training.request for training in trainings])
     for training in trainings:

@@ -41,7 +41,9 @@ def draw_trials(config: ExperimentConfig, seed: int) -> list[Trial]:
     """Up to `config.tune.trials` different configurations: first the unchanged one, then random draws of the space.
 
     A key `train.<name>` changes the stage-two training (`tune.train`), every other key the configuration itself.
-    Raises UserError when a key of the space, or a drawn value, is not valid.
+
+    Raises:
+        UserError: When a key of the space, or a drawn value, is not valid.
     """
     rng = Random(f"sweep/{seed}")
     trials = [Trial(0, {}, config)]
@@ -123,7 +125,8 @@ def trial_outcome(result: Any) -> float | Failure:
 def decided(ends: Mapping[int, float | Failure], display: Display) -> dict[str, Any]:
     """A rung's `mrr` and messages of those that `failed`, by trial number.
 
-    Raises JobFailed when a trial failed of what may pass, for the winner would depend on it; and when all failed.
+    Raises:
+        JobFailed: When a trial failed of what may pass, for the winner would depend on it; and when all failed.
     """
     failures = {number: end for number, end in ends.items() if isinstance(end, Failure)}
     if may_pass := {number: failure for number, failure in failures.items() if failure.may_pass}:

@@ -44,7 +44,9 @@ _GPU_SHARE = 0.5  # of the free memory: tables up to this size are moved there w
 class PartTables:
     """The files of a part's feature tables: by split, as names below the run, and below the data set beside its shards.
 
-    num_bytes: by name. beside: the folder of the latter.
+    Attributes:
+        num_bytes: By name.
+        beside: The folder of those beside the shards.
     """
 
     cached: Mapping[str, str]
@@ -55,7 +57,12 @@ class PartTables:
 
 @dataclass(frozen=True)
 class TrialTask:
-    """A trial to bring up to `stop_epoch`. root: the run's location; features: by part."""
+    """A trial to bring up to `stop_epoch`.
+
+    Attributes:
+        root: The run's location.
+        features: By part.
+    """
 
     number: int
     root: str

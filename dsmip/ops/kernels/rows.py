@@ -19,7 +19,14 @@ class TokenRows(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """All mentions (key, value) against all entities (query, direction float32 [E, d]); wanted_ME: bool, None: all."""
+    """All mentions against all entities.
+
+    Attributes:
+        key, value: Of the mentions.
+        query: Of the entities.
+        direction_Ed: Of the entities, float32.
+        wanted_ME: The pairs that are scored, bool; None: all.
+    """
 
     key: TokenRows
     value: TokenRows
