@@ -10,8 +10,9 @@ import typer
 
 from dsmip.config import BackendName, PrecisionName, RankOptions
 from dsmip.data.manifest import REJECTS_FILE, SPLITS
-from dsmip.errors import ReportedError, UserError
+from dsmip.errors import ReportedError, UserError, no_room, no_room_message
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
+from ray_jobs.terminal.lines import complain, open_streams, say
 
 app = typer.Typer(
     name="dsmip",
@@ -75,7 +76,7 @@ def prepare(
     if train_fraction is not None:
         _refuse_given(context, {*context.params} - _OF_VIEWS, "a view (--train-fraction) has no such choice")
         view = job.prepare_view(source, out, train_fraction, seed)
-        print(f"{out}: a view of {source} with {view.num_mentions('train')} training mentions; its shards stay there")
+        say(f"{out}: a view of {source} with {view.num_mentions('train')} training mentions; its shards stay there")
         return
     options = job.BuildOptions(
         name=name,
@@ -99,11 +100,11 @@ def prepare(
     rejects = f"{out.rstrip('/')}/{REJECTS_FILE}"
     for split in SPLITS:
         if not manifest.splits[split].mentions:
-            print(f"warning: no mention of {split} is left; see {rejects}")
+            say(f"warning: no mention of {split} is left; see {rejects}")
     mentions = ", ".join(f"{split} {manifest.splits[split].mentions}" for split in SPLITS)
     touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
     counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())
-    print(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {rejects})")
+    say(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {rejects})")
 
 
 def _refuse_given(context: typer.Context, names: Collection[str], why: str) -> None:
@@ -325,13 +326,17 @@ def run_script(command: str) -> None:
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
+    open_streams()
     try:
         yield
     except ReportedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.filename is None:
+    except Exception as error:
+        if no_room(error):
+            complain(f"error: {no_room_message(error, 'of standard output or of the temporary folder')}")
+        elif isinstance(error, OSError) and error.filename is not None:
+            complain(f"error: {error.filename}: {error.strerror}")
+        else:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)

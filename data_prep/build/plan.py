@@ -219,7 +219,7 @@ def read_plan(out: Path, key: str) -> Plan | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-    except ValueError:  # cut short by a crash of the machine
+    except (ValueError, RecursionError):  # cut short by a crash of the machine
         return None
     if content["key"] != key:
         return None
@@ -266,7 +266,7 @@ def _read_done(path: Path) -> dict[str, Any] | None:
     """The content of a .done file; None where there is none, or one that a power cut left empty."""
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return content
 

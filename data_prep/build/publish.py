@@ -99,6 +99,6 @@ def _described(folder: Path, name: str) -> FileInfo:
 def _read_journal(path: Path) -> Journal:
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return noted if isinstance(noted, dict) else {}

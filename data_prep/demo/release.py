@@ -19,7 +19,7 @@ from data_prep.demo.text import attributes
 from data_prep.demo.world import MAX_HOUSES, Evidence, House, make_houses
 from dsmip.errors import UserError
 from dsmip.progress import Progress, no_progress
-from dsmip.storage.atomic import write_text
+from dsmip.storage.atomic import naming_full_disk, write_text
 
 
 class KindRates(BaseModel):
@@ -106,7 +106,8 @@ def write_demo_release(config: DemoConfig, folder: Path, progress: Progress = no
 
     def write_image(path: Path, image: bytes) -> None:
         nonlocal done
-        path.write_bytes(image)
+        with naming_full_disk(path.parent):
+            path.write_bytes(image)
         done += 1
         progress("pictures", done, total)
 

@@ -118,7 +118,7 @@ def _check_rejects(files: DatasetStorage, manifest: Manifest) -> list[Problem]:
                     try:
                         record = json.loads(line)
                         found[record["action"]][record["reason"]] += 1
-                    except (ValueError, KeyError, TypeError):
+                    except (ValueError, KeyError, TypeError, RecursionError):
                         problems.append(Problem(REJECTS_FILE, None, f"line {number} is no finding of a preparation"))
         except FileNotFoundError:
             return [Problem(REJECTS_FILE, None, "the file is missing")]

@@ -5,15 +5,15 @@ machine, the path or the time of the build.
 """
 
 import hashlib
-import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from dsmip.errors import UserError
 from dsmip.storage.dataset_storage import MANIFEST_FILE, MISSING, FileInfo
+from dsmip.storage.parsing import parse_json_object
 
 SPLITS = ("train", "validation", "test")
 KB = "kb"
@@ -141,36 +141,6 @@ def parse_manifest(content: bytes, path: str) -> tuple[Manifest, str]:
         raise UserError(f"{path}: {where}: {first['msg']}; prepare the dataset again") from error
     _check_sums(manifest, path)
     return manifest, hashlib.sha256(content).hexdigest()
-
-
-def parse_json_object(content: bytes, path: str) -> dict[str, Any]:
-    """The JSON object of a text; `path` is for messages.
-
-    Raises:
-        UserError: It holds none.
-    """
-    value = parse_json(content, path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def parse_json(content: bytes, path: Path | str) -> Any:
-    """Parsed JSON.
-
-    Raises:
-        UserError: naming file, line and column of what is wrong.
-    """
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} column {error.colno}: wrong JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        column = error.start - content.rfind(b"\n", 0, error.start)
-        raise UserError(f"{path}: line {line} column {column}: not UTF-8 text") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply") from error
 
 
 def _check_sums(manifest: Manifest, path: str) -> None:

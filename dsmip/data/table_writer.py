@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsmip.data.table import Ragged, Table
-from dsmip.storage.atomic import atomic_path
+from dsmip.storage.atomic import atomic_path, naming_full_disk
 
 _DTYPES = {
     torch.int64: "I64",
@@ -46,7 +46,7 @@ class TableWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._folder:
+        with naming_full_disk(self._path.parent), self._folder:
             if kind is None:
                 self._finish()
             for stream in self._streams.values():
@@ -59,12 +59,13 @@ class TableWriter:
             alike: By the name of a ragged column, which items (bool [N]) have the very same token rows, here and in all
                 other tables: these are stored once.
         """
-        for name, column in table.columns.items():
-            if not isinstance(column, Ragged):
-                self._stream(name).write(table.dense(name))
-                continue
-            alike_N = alike.get(name, torch.zeros(len(column.lengths), dtype=torch.bool))
-            self._write_tokens(name, column, alike_N)
+        with naming_full_disk(self._path.parent):
+            for name, column in table.columns.items():
+                if not isinstance(column, Ragged):
+                    self._stream(name).write(table.dense(name))
+                    continue
+                alike_N = alike.get(name, torch.zeros(len(column.lengths), dtype=torch.bool))
+                self._write_tokens(name, column, alike_N)
 
     def _write_tokens(self, name: str, column: Ragged, alike_N: Tensor) -> None:
         stream, rows = self._stream(f"{name}/values"), self._token_rows.setdefault(name, _TokenRows())

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from dsmip.data.manifest import FORMAT, Digest, Manifest, Section, SplitCounts, parse_json_object
+from dsmip.data.manifest import FORMAT, Digest, Manifest, Section, SplitCounts
 from dsmip.data.sampler import permutation
 from dsmip.errors import UserError
+from dsmip.storage.parsing import parse_json_object
 
 TRAIN = "train"
 _BASE = "view_of"

@@ -1,7 +1,6 @@
 """Architectures by name: an open_clip name, a shipped JSON, or a JSON file of the user's."""
 
 import difflib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from dsmip.data.text import Tokenizer
 from dsmip.encoders.stem import STEM, check_stem
 from dsmip.errors import UserError
+from dsmip.storage.parsing import parse_json
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "backbones"
 CLIP_VOCAB_SIZE = 49408
@@ -114,14 +114,10 @@ def shipped_names() -> list[str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes(), f"backbone file {path}")
     except FileNotFoundError:
         raise UserError(f"backbone file {path} does not exist") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"backbone file {path} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"backbone file {path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"backbone file {path} must hold a JSON object with embed_dim, vision_cfg and text_cfg")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsmip.encoders.architecture import Architecture, pixel_statistics
 from dsmip.errors import UserError
+from dsmip.storage.parsing import NOT_AS_WRITTEN
 
 HUB = "hf-hub:"
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -122,7 +123,7 @@ def _stored_statistics(path: Path) -> tuple[tuple[float, ...] | None, tuple[floa
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
         return pixel_statistics(json.loads(metadata.get(_PREPROCESS, "{}")))
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, *NOT_AS_WRITTEN) as error:
         raise UserError(f"weights file {path} cannot be read: {_first_line(error)}") from None
 
 
@@ -155,7 +156,7 @@ def _from_hub(architecture: Architecture, pretrained: str) -> Weights:
         config = json.loads(Path(config_path).read_text(encoding="utf-8"))
         _check_activation(architecture, pretrained, bool(config.get("model_cfg", {}).get("quick_gelu", False)))
         path = download_pretrained_from_hf(model_id)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, *NOT_AS_WRITTEN) as error:
         raise UserError(_download_failed(f"{pretrained} for {architecture.name}", error)) from None
     mean, std = pixel_statistics(config.get("preprocess_cfg", {}))
     return Weights(Path(path), mean, std)

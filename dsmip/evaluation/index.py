@@ -7,7 +7,6 @@ Slices do not depend on each other: whoever builds them (`dsmip.evaluation.index
 goes on from those that are there.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from dsmip.data.table import Table, concatenate
 from dsmip.errors import UserError
 from dsmip.storage.atomic import write_json
+from dsmip.storage.parsing import read_json
 
 MANIFEST = "index.json"
 SLICE_ROWS = 4096
@@ -79,12 +79,7 @@ class EntityIndex:
         path = folder / MANIFEST
         if not path.is_file():
             raise UserError(f"no index at {folder} (no {MANIFEST})")
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            found = dict(stored["made_from"])
-            slices = [(entry["file"], entry["bytes"], entry["rows"]) for entry in stored["slices"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error!r}); delete the folder to build the index again") from error
+        found, slices = read_json(path, _stored, "; delete the folder to build the index again")
         for key, value in made_from.items():
             if found.get(key) != value:
                 raise UserError(f"{path}: the index was made from {key} {found.get(key)}, not {value}")
@@ -94,6 +89,12 @@ class EntityIndex:
                 state = "is missing" if size is None else f"has {size} bytes instead of {num_bytes}"
                 raise UserError(f"{folder / name} {state}; delete {folder} to build the index again")
         return EntityIndex([_load_slice(folder / name, num_rows) for name, _, num_rows in slices])
+
+
+def _stored(manifest: Any) -> tuple[dict[str, Any], list[tuple[str, int, int]]]:
+    """What an index was made from, and name, bytes and rows of each slice."""
+    slices = [(str(entry["file"]), int(entry["bytes"]), int(entry["rows"])) for entry in manifest["slices"]]
+    return dict(manifest["made_from"]), slices
 
 
 def index_slices(folder: Path, num_entities: int, slice_rows: int = SLICE_ROWS) -> dict[Path, range]:

@@ -3,10 +3,8 @@
 The manifest `checkpoint.json` holds the hash of each file and of itself. Nothing is read from a folder that differs.
 """
 
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dsmip import distributed
-from dsmip.errors import UserError, no_room
+from dsmip.errors import UserError
 from dsmip.runs.weights import save_weights
 from dsmip.storage.atomic import atomic_path, sha256_file, write_json
+from dsmip.storage.parsing import NOT_AS_WRITTEN
 
 MANIFEST = "checkpoint.json"
 KEPT = 2  # checkpoints of a training: the newest, and one to fall back on when that is damaged
@@ -57,20 +56,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes all parts into `folder`; `checkpoint.json` is written last: present means complete.
-
-    Raises:
-        OSError: Its disk is full; with the folder's name, as of the libraries' own errors none has a name.
-    """
-    try:
-        _write_parts(folder, checkpoint)
-    except Exception as error:
-        if no_room(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-        raise
-
-
-def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes all parts into `folder`; `checkpoint.json` is written last: present means complete."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / "weights.safetensors", checkpoint.weights)
     save_weights(folder / "best.safetensors", checkpoint.best)
@@ -90,7 +76,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         stored = manifest.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except NOT_AS_WRITTEN as error:
         raise UserError(f"checkpoint file {path} is damaged: {error!r}") from error
     if stored != _hash(manifest):
         raise UserError(f"checkpoint file {path} is damaged: its content differs from its hash")

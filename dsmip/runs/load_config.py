@@ -13,12 +13,14 @@ from typing import Any
 
 import yaml
 
-from dsmip.config import ExperimentConfig, TrainConfig, deep_merged, validated
-from dsmip.errors import UserError
+from dsmip.config import ExperimentConfig, TrainConfig, deep_merged, flat, validated
+from dsmip.errors import UserError, refuse_secret
 from dsmip.keys import key_tree
 from dsmip.models import find_system
+from dsmip.storage.parsing import parse_yaml
 
 _log = logging.getLogger(__name__)
+_MAX_DEPTH = 20  # of keys in one another
 _FILES = {".json", ".pt", ".pth", ".safetensors"}
 
 
@@ -120,10 +122,7 @@ def _read_text(name_or_path: str) -> str:
 
 
 def _tree(text: str, source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    try:
-        tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not valid YAML: {error}") from error
+    tree = parse_yaml(text, source, _Loader)
     if not isinstance(tree, dict):
         raise UserError(f"{source} must be a mapping of keys, not {type(tree).__name__}")
     return _with_overrides(tree, overrides)
@@ -181,6 +180,8 @@ def _parse(tree: Mapping[str, Any], source: str) -> ExperimentConfig:
     model = tree.get("model")
     if not isinstance(model, str):
         raise UserError(f"{source}: the key 'model' must name a system")
+    for key, value in flat(tree).items():
+        refuse_secret(str(value), f"{source}: {key}")
     system = find_system(model)
     section = validated(system.config_class, tree.get("system") or {}, source, "system.")
     config = validated(ExperimentConfig, {**tree, "system": section}, source, "")
@@ -197,10 +198,10 @@ def _parse_override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"--set takes key=value (for example train.epochs=5), got '{text}'")
-    try:
-        parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {text}: the value is not valid YAML") from error
-    for part in reversed(key.split(".")):
+    parsed = parse_yaml(value, f"--set {key}: the value", _Loader)
+    parts = key.split(".")
+    if len(parts) > _MAX_DEPTH:
+        raise UserError(f"--set {key[:40]}...: {len(parts)} names in one another; no key is so deep")
+    for part in reversed(parts):
         parsed = {part: parsed}
     return dict(parsed)

@@ -20,6 +20,7 @@ import torch
 
 from dsmip.config import ExperimentConfig
 from dsmip.errors import ReportedError
+from dsmip.messages import masked
 from dsmip.storage.atomic import sha256_file, write_json
 from dsmip.storage.run_storage import RunStorage
 from dsmip.version import VERSION
@@ -96,7 +97,7 @@ def recorded(
         yield
         outcome = "finished"
     except Exception as error:
-        outcome = f"failed: {type(error).__name__}: {error}"
+        outcome = masked(f"failed: {type(error).__name__}: {error}")
         raise
     finally:
         # A full disk or a store that is away must not hide behind this line why a command has failed.
@@ -111,7 +112,7 @@ def _record_name(command: str, started: datetime) -> str:
 def _command(command: str, started: datetime) -> dict[str, Any]:
     return {
         "command": command,
-        "arguments": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "arguments": [Path(sys.argv[0]).name, *map(masked, sys.argv[1:])],
         "started": started.isoformat(timespec="seconds"),
         "environment": environment(),
     }

@@ -13,7 +13,6 @@ It lies in a folder or in an object store (`dsmip.storage.run_storage`):
 """
 
 import hashlib
-import json
 import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -38,6 +37,7 @@ from dsmip.runs.load_config import load_config, to_yaml
 from dsmip.runs.provenance import environment, recorded
 from dsmip.runs.weights import load_own_weights, own_weights, save_weights
 from dsmip.storage.locations import Location, open_run_storage
+from dsmip.storage.parsing import read_json
 from dsmip.storage.run_storage import STAMP, RunStorage
 from dsmip.units.matcher import Matcher
 
@@ -105,11 +105,7 @@ class Run:
         stamp = storage.folder / STAMP
         if not stamp.is_file():
             raise UserError(f"no run at {storage} (no {STAMP}); 'dsmip train' makes one")
-        try:
-            data = json.loads(stamp.read_text(encoding="utf-8"))["data"]
-            data = {key: str(data[key]) for key in ("folder", "name", "sha256")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{stamp} is damaged ({error!r}); train into another --run folder") from error
+        data = read_json(stamp, _data, "; train into another --run folder")
         if dataset is None:
             dataset = Dataset.open(data["folder"])
         if dataset.manifest_hash != data["sha256"]:
@@ -189,8 +185,8 @@ class Run:
     def part_report(self, part: str) -> dict[str, Any]:
         """What training said of a finished part: best metrics and history."""
         self._check_finished(part)
-        report: dict[str, Any] = json.loads((self.folder / part / PART).read_text(encoding="utf-8"))
-        return report
+        remedy = f"; remove {self.folder / part} and run the command that made it again"
+        return read_json(self.folder / part / PART, dict, remedy)
 
     def save_part(self, part: str, matcher: Matcher, report: dict[str, Any]) -> None:
         """Writes a finished part: the weights that are not the untouched pretrained tower's, then part.json."""
@@ -281,6 +277,11 @@ def first_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str
         if before.get(key) != after.get(key):
             return f"{key} was {before.get(key)!r}, is now {after.get(key)!r}"
     return ""
+
+
+def _data(stamp: Any) -> dict[str, str]:
+    """What a run's stamp says of its data."""
+    return {key: str(stamp["data"][key]) for key in ("folder", "name", "sha256")}
 
 
 def _made_here(path: Path) -> bool:

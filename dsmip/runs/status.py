@@ -4,6 +4,7 @@ Damaged files are named among the problems and passed over; nothing is changed, 
 """
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -12,12 +13,14 @@ from typing import Any, Literal
 
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
+from dsmip.messages import masked
 from dsmip.models import find_system
 from dsmip.runs.checkpoints import MANIFEST, read_manifest
 from dsmip.runs.load_config import load_config
 from dsmip.runs.provenance import RECORDS, RUNNING
 from dsmip.runs.run import CONFIG
 from dsmip.storage.locations import Location, open_run_storage
+from dsmip.storage.parsing import NOT_AS_WRITTEN
 from dsmip.storage.run_storage import STAMP, LocalRun, RunStorage
 
 PROGRESS = "progress.json"  # of a running training, written by its trackers
@@ -29,7 +32,13 @@ _ALIVE_SECONDS = 300.0  # a training that has written nothing for so long is tak
 
 @dataclass(frozen=True)
 class TrainingState:
-    """A part's training or a trial. `figures`: the latest of everything. `note`: what else there is to say."""
+    """A part's training or a trial.
+
+    Attributes:
+        epochs_saved, step_saved: Of those done, what the newest checkpoint holds.
+        figures: The latest of everything.
+        note: What else there is to say.
+    """
 
     name: str
     state: State
@@ -40,6 +49,8 @@ class TrainingState:
     updated: str | None = None
     figures: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    epochs_saved: int = 0
+    step_saved: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,8 +143,8 @@ class _Reader:
             return take(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self.problems.append(f"{path} is damaged: {error!r}")
+        except (OSError, *NOT_AS_WRITTEN) as error:
+            self.problems.append(f"{path} is damaged: {' '.join(repr(error).split())[:200]}")
             return None
 
     def _parts(self) -> list[TrainingState]:
@@ -167,11 +178,11 @@ class _Reader:
         manifest = self._newest_manifest(checkpoints)
         if found is None and manifest is None:
             return TrainingState(name, "not begun", num_epochs=epochs)
-        done = manifest["epoch"] if manifest else 0
+        done, step = (manifest["epoch"], manifest["step"]) if manifest else (0, 0)
         stored = _numbers(manifest["history"][-1]) if manifest and manifest["history"] else {}
         figures = {f"epoch/{key}": value for key, value in stored.items()}
         if found is None:
-            return TrainingState(name, "interrupted", done, epochs, figures=figures)
+            return TrainingState(name, "interrupted", done, epochs, figures=figures, epochs_saved=done, step_saved=step)
         age = (self.now - datetime.fromisoformat(found["updated"])).total_seconds()
         alive: State = "training" if age < _ALIVE_SECONDS else "interrupted"
         state = _ENDED.get(found["state"], alive)
@@ -186,6 +197,8 @@ class _Reader:
             found["updated"],
             found["figures"] or figures,  # a training that goes on has none of its own before its first step
             note=f"see {error}" if state == "failed" and error.is_file() else seconds,
+            epochs_saved=done,
+            step_saved=step,
         )
 
     def _newest_manifest(self, folder: Path) -> dict[str, Any] | None:
@@ -264,15 +277,17 @@ class _Reader:
         run, system = self.storage.location, find_system(config.model)
         names = system.part_names(config.system)
         if any(each.state != "finished" for each in parts if each.name in names):
-            data = self.data[1] if self.data else "DATA"
+            data = masked(self.data[1]) if self.data else "DATA"
             if isinstance(self.storage, LocalRun):
-                return f"dsmip train --config {self.folder / CONFIG} --data {data} --run {run}"
+                path = str(self.folder / CONFIG)
+                return shlex.join(["dsmip", "train", "--config", path, "--data", data, "--run", run])
             # the copy of it here is of this machine alone
-            return f"dsmip train --config FILE --data {data} --run {run} (FILE: a copy of {self.storage}/{CONFIG})"
+            command = shlex.join(["dsmip", "train", "--config", "FILE", "--data", data, "--run", run])
+            return f"{command} (FILE: a copy of {self.storage}/{CONFIG})"
         if system.gated and not self._swept():
-            return f"dsmip tune --run {run}"
+            return shlex.join(["dsmip", "tune", "--run", run])
         if not any((each.model, each.split) == (system.name, "test") for each in evaluations):
-            return f"dsmip evaluate --run {run} --split test"
+            return shlex.join(["dsmip", "evaluate", "--run", run, "--split", "test"])
         return None
 
 

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsmip.errors import ReportedError, no_room
+from dsmip.messages import masked
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -23,10 +26,24 @@ def atomic_path(target: Path) -> Iterator[Path]:
     # Not the process number: nodes that share the folder have equal ones.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, target)
+        with naming_full_disk(target.parent):
+            yield temporary
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Makes whatever a library raises when a disk is full while it writes into `folder` an OSError that names it."""
+    try:
+        yield
+    except ReportedError:  # has said which disk
+        raise
+    except Exception as error:
+        if (code := no_room(error)) is None:  # torch and safetensors have errors of their own
+            raise
+        raise OSError(code, os.strerror(code), str(folder)) from error
 
 
 def write_text(target: Path, text: str) -> None:
@@ -38,6 +55,11 @@ def write_text(target: Path, text: str) -> None:
 def write_json(target: Path, value: Any) -> None:
     """Writes `value` as indented JSON with sorted keys, atomically."""
     write_text(target, json_text(value))
+
+
+def write_masked_json(target: Path, value: Any) -> None:
+    """As `write_json`, without secrets in addresses, which an older version may have stored in what is shown here."""
+    write_text(target, masked(json_text(value)))
 
 
 def json_text(value: Any) -> str:

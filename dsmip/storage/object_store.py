@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from dsmip.errors import ReportedError, StoreAway, UserError
+from dsmip.errors import ReportedError, StoreAway, UserError, refuse_secret
 from dsmip.private import own_folder, private_folder, user_cache_folder
 
 Result = TypeVar("Result")
@@ -210,8 +210,9 @@ def split_uri(uri: str) -> tuple[str, str, str]:
     """Scheme, authority (the bucket) and path of a URI.
 
     Raises:
-        UserError: It is no URI, or one that would be written but not found again.
+        UserError: It is no URI, holds a secret, or would be written but not found again.
     """
+    refuse_secret(uri, "address")
     match = _URI.fullmatch(uri)
     if match is None:
         raise UserError(f"{uri}: not a URI, as s3://bucket/folder is")

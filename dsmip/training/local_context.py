@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dsmip.messages import shown
 from dsmip.runs.checkpoints import KEPT, MANIFEST, newest_sound
 from dsmip.training.monitor import StepFigures
 
@@ -14,7 +15,7 @@ Report = Callable[[Mapping[str, float]], None]
 
 
 def _on_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(shown(line), file=sys.stderr)
 
 
 class LocalContext:

@@ -4,7 +4,8 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dsmip.errors import ReportedError, UserError, no_room
+from dsmip.errors import ReportedError, UserError, no_room, no_room_message
+from dsmip.messages import masked
 from dsmip.storage.run_storage import RunStorage
 
 LOST_WORKERS = 3  # how many times a task is done again after its process was lost
@@ -51,9 +52,8 @@ def failure_of(error: BaseException, storage: RunStorage) -> Failure:
     if isinstance(error, ReportedError):
         return Failure(str(error), user_error=isinstance(error, UserError), may_pass=may_pass)
     if no_room(error):
-        full = getattr(error, "filename", None) or storage
-        return Failure(f"no space left on the disk of {full}; make room there", user_error=True, may_pass=may_pass)
-    lines = "".join(traceback.format_exception(error))
+        return Failure(no_room_message(error, f"of {storage}"), user_error=True, may_pass=may_pass)
+    lines = masked("".join(traceback.format_exception(error)))
     return Failure(_last_line(lines), trace=lines, may_pass=may_pass)
 
 
@@ -74,7 +74,7 @@ def _may_pass(error: BaseException | None) -> bool:
         return False
     outside = isinstance(error, _machine_errors()) or (isinstance(error, ReportedError) and error.may_pass)
     no_memory = "allocate memory" in str(error)  # torch's RuntimeError on the CPU
-    return outside or no_memory or no_room(error) or _may_pass(error.__cause__ or error.__context__)
+    return outside or no_memory or no_room(error) is not None or _may_pass(error.__cause__ or error.__context__)
 
 
 def _machine_errors() -> tuple[type[BaseException], ...]:

@@ -8,10 +8,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from dsmip.errors import UserError
+from dsmip.storage.parsing import parse_yaml
 
 VARIABLE = "DSMIP_NODE_TYPES"
 _CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
@@ -39,11 +39,11 @@ def configured_node_types() -> Mapping[str, NodeType]:
     path = _CLUSTER_FILE.expanduser()
     try:
         if text := os.environ.get(VARIABLE):
-            return TypeAdapter(dict[str, NodeType]).validate_python(yaml.safe_load(text))
+            return TypeAdapter(dict[str, NodeType]).validate_python(parse_yaml(text, f"the variable {VARIABLE}"))
         if not path.is_file():
             return {}
-        cluster = _Cluster.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:
+        cluster = _Cluster.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+    except (OSError, ValueError, ValidationError) as error:
         where = f"the variable {VARIABLE}" if os.environ.get(VARIABLE) else path
         raise UserError(f"{where} does not hold a cluster's node types: {error}") from error
     return {

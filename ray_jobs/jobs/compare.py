@@ -1,6 +1,5 @@
 """The job `dsmip compare`: two evaluations on the same mentions, with intervals and p-values. Knows no Ray."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
 from dsmip.evaluation.comparison import Comparison, Evaluation, compare, read_evaluation
 from dsmip.evaluation.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
-from dsmip.storage.atomic import write_json
+from dsmip.storage.atomic import write_masked_json
 from dsmip.storage.locations import Location
-from ray_jobs.terminal.display import result_console
+from dsmip.storage.parsing import read_json
+from dsmip.storage.run_storage import STAMP
+from ray_jobs.terminal.lines import result_console
 
 
 def compare_runs(
@@ -40,15 +41,16 @@ def compare_runs(
     found = compare(first, second, torch.Generator().manual_seed(seed))
     if json_file is not None:
         sides = [{"run": str(each.run), "model": each.model, **_made(each)} for each in (first, second)]
-        write_json(json_file, {"runs": sides, "split": split, "seed": seed, **asdict(found)})
+        write_masked_json(json_file, {"runs": sides, "split": split, "seed": seed, **asdict(found)})
     _show(first, second, split, found)
     return found
 
 
 def _made(evaluation: Evaluation) -> dict[str, Any]:
     """The data, seed and making of the run, as `run.json` has them."""
-    stamp: dict[str, Any] = json.loads((evaluation.run.folder / "run.json").read_text(encoding="utf-8"))
-    return {name: stamp.get(name) for name in ("data", "seed", "made")}
+    return read_json(
+        evaluation.run.folder / STAMP, lambda stamp: {name: stamp.get(name) for name in ("data", "seed", "made")}
+    )
 
 
 def _show(first: Evaluation, second: Evaluation, split: str, found: Comparison) -> None:

@@ -1,7 +1,7 @@
 """The job `dsmip demo`: every step from drawn data to a comparison of experts, gate and oracle, in one folder."""
 
-import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +30,7 @@ from dsmip.progress import no_progress
 from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import write_json
+from dsmip.storage.parsing import read_json
 from ray_jobs.cluster.resources import cluster_kinds
 from ray_jobs.jobs.prepare import BuildOptions, prepare_release, write_release_once
 from ray_jobs.jobs.pretrain import pretrain_backbone
@@ -135,7 +136,7 @@ def show_results(results: Mapping[str, Any], out: Path, display: Display) -> Non
     display.say("Your own data in the MIMIC layout:")
     display.say("  dsmip prepare PATH/TO/RELEASE my-data --format mimic")
     backbone = f"backbone.pretrained={out / 'backbone.safetensors'}"
-    display.say(f"  dsmip train --config demo --data my-data --run my-run --set {backbone}")
+    display.say(f"  dsmip train --config demo --data my-data --run my-run --set {shlex.quote(backbone)}")
     display.say("  dsmip tune --run my-run")
     display.say("  dsmip evaluate --run my-run --split test")
 
@@ -168,11 +169,13 @@ class Journal:
         """The journal of `out`, new or from an earlier try. UserError when the folder holds something else."""
         path = out / "demo.json"
         if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["world"] != world.model_dump(mode="json"):
-                seed = stored["world"]["seed"]
+            remedy = "; use another --out"
+            stored, seed, seconds = read_json(
+                path, lambda it: (it["world"], it["world"]["seed"], it["seconds"]), remedy
+            )
+            if stored != world.model_dump(mode="json"):
                 raise UserError(f"{out} holds the demo of seed {seed} with its own settings; use another --out")
-            return Journal(path, world, stored["seconds"], display)
+            return Journal(path, world, seconds, display)
         if out.is_dir() and any(out.iterdir()):
             raise UserError(f"{out} is not empty and holds no demo; use another --out")
         journal = Journal(path, world, {}, display)

@@ -15,6 +15,7 @@ from dsmip.evaluation.report import Evaluated, evaluate_model, evaluation_name
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from ray_jobs.terminal.display import Display
+from ray_jobs.terminal.lines import say
 
 if TYPE_CHECKING:
     from ray_jobs.cluster.events import StepEvents
@@ -58,29 +59,29 @@ def evaluate_run(
     metrics = evaluated.metrics
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in shown_metrics())
     refined = metrics["refinement"]
-    print(f"{metrics['model']} on {split}: {metrics['mentions']} mentions, {metrics['entities']} entities")
-    print(f"  {figures}")
-    print(
+    say(f"{metrics['model']} on {split}: {metrics['mentions']} mentions, {metrics['entities']} entities")
+    say(f"  {figures}")
+    say(
         f"  exact: {refined['num_pairs']} pairs within {refined['band']:.1e} of a decision scored again in float64"
         f" ({refined['num_scored']} with those beside them);"
         f" index: {metrics['index_bytes_per_entity']:.0f} bytes an entity"
     )
     if "token_pairs_skipped" in metrics:
-        print(f"  {metrics['token_pairs_skipped']:.0%} of the experts' token-level scores were not needed")
+        say(f"  {metrics['token_pairs_skipped']:.0%} of the experts' token-level scores were not needed")
     if "candidates" in metrics:
         _print_candidates(metrics["candidates"])
-    print(f"  {run.storage}/{evaluation_name(split, metrics['model'])}/metrics.json")
+    say(f"  {run.storage}/{evaluation_name(split, metrics['model'])}/metrics.json")
     return metrics
 
 
 def _print_candidates(found: dict[str, Any]) -> None:
     recall = next(name for name in found if name.startswith("recall@"))
     figures = "  ".join(f"{name} {found[name]:.3f}" for name, metric in METRICS.items() if metric.shown_of_candidates)
-    print(
+    say(
         f"  candidates, not the full ranking: {found['k']} by global vectors ({found['search']}) hold"
         f" {found[recall]:.1%} of the exact top {recall.split('@')[1]} and {found['gold_recall']:.1%} of the golds"
     )
-    print(f"  among candidates only, never to be reported as metrics: {figures}")
+    say(f"  among candidates only, never to be reported as metrics: {figures}")
 
 
 class RayWorkers:

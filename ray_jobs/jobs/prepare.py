@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-import yaml
 from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -27,7 +25,7 @@ from data_prep.formats.mimic import MimicRelease
 from data_prep.formats.release import Release, ReleaseOptions
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import ImageSettings, Manifest
-from dsmip.errors import UserError
+from dsmip.errors import UserError, refuse_secret
 from dsmip.private import lock_file
 from dsmip.progress import Progress
 from dsmip.runs.provenance import write_record
@@ -35,6 +33,8 @@ from dsmip.storage.atomic import sha256_file
 from dsmip.storage.dataset_storage import MANIFEST_FILE
 from dsmip.storage.locations import local_path
 from dsmip.storage.object_store import private_cache
+from dsmip.storage.parsing import parse_yaml
+from ray_jobs.terminal.lines import say
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ def _manifest_sha256(data: Path) -> str | None:
 
 
 def _build(release: Release, out: Path, options: BuildOptions, progress: Progress, published: Published) -> Manifest:
+    for option, text in (("--name", options.name), ("--licence", options.licence)):
+        refuse_secret(text or "", option)
     dataset = DatasetOptions(
         name=options.name or Path(os.path.abspath(release.folder)).name,
         licence=options.licence,
@@ -149,7 +151,7 @@ def prepare_view(base: str, out: str, fraction: float, seed: int) -> Dataset:
 
 def _runner(options: BuildOptions) -> AbstractContextManager[Runner]:
     if options.on_ray:
-        return run_on_ray(options.workers, partial(print, flush=True))
+        return run_on_ray(options.workers, say)
     return run_in_processes(options.workers) if options.workers > 1 else nullcontext(run_serially)
 
 
@@ -257,9 +259,10 @@ def demo_config(source: str) -> DemoConfig:
     if not path.is_file():
         raise UserError(f"--format demo takes a seed or a YAML file as SOURCE; '{source}' is neither")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path} must be a mapping of keys (of {', '.join(DemoConfig.model_fields)})")
     try:

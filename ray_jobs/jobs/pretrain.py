@@ -23,6 +23,7 @@ from dsmip.models import find_system
 from dsmip.runs.load_config import read_config, to_yaml
 from dsmip.runs.provenance import environment
 from dsmip.storage.atomic import write_json
+from dsmip.storage.parsing import read_json
 from dsmip.training.pretraining import PairSource, pretrain
 from dsmip.training.trackers import Watched, check_tools
 from ray_jobs.terminal.display import Display
@@ -102,7 +103,7 @@ def _finished(out: Path, stamp: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if not (out.is_file() and path.is_file()):
         raise UserError(f"{out} exists and was not made by 'dsmip pretrain'; name another --out")
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    report: dict[str, Any] = read_json(path, dict, f"; delete {out} to make it anew")
     if report.get("sha256") != stamp["sha256"]:
         raise UserError(f"{out} was made from other settings or data; name another --out or delete it")
     return report

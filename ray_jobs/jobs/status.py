@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dsmip.runs.status import Status, TrainingState, read_status
-from dsmip.storage.atomic import write_json
+from dsmip.storage.atomic import write_masked_json
 from dsmip.storage.locations import Location
-from ray_jobs.terminal.display import result_console
+from ray_jobs.terminal.lines import result_console
 
 _SHOWN = ("loss", "mrr", "hits_at_1", "samples_per_second", "data_wait_share")
 
@@ -35,7 +35,7 @@ def show_status(location: Location, json_file: Path | None = None) -> Status:
         console.print(f"problem: {problem}", soft_wrap=True)
     console.print(f"next: {status.next}", soft_wrap=True)
     if json_file is not None:
-        write_json(json_file, asdict(status))
+        write_masked_json(json_file, asdict(status))
     return status
 
 

@@ -9,8 +9,10 @@ from ray_jobs.cluster.connection import connected
 # isort: split
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
+from dsmip.errors import ReportedError
 from dsmip.runs.load_config import read_config, to_yaml
 from dsmip.runs.run import Run
+from dsmip.runs.status import TrainingState, read_status
 from dsmip.storage.locations import Location
 from dsmip.training.stages import train_part
 from dsmip.training.trackers import Watched, check_tools
@@ -30,6 +32,7 @@ def train_experts(
     """
     check_tools(config.watch)
     run = Run.create(location, config, dataset)
+    display.interrupted = lambda: _saved(run)
     with run.recorded("train"):
         train_parts(run, [(run, part) for part in run.part_names], display, verbose=verbose)
     return run
@@ -52,6 +55,25 @@ def train_parts(root: Run, parts: Sequence[tuple[Run, str]], display: Display, *
     for home, part in parts:
         display.say(f"  {part}: {_figures(home, part)}")
     display.say(f"  trained in {time.monotonic() - started:.0f} s; run: {root.storage}")
+
+
+def _saved(run: Run) -> str:
+    """What is kept of an interrupted training, and how it goes on."""
+    try:
+        parts = [each for each in read_status(run.storage).parts if each.name in run.part_names]
+    except ReportedError:  # the store is away
+        return f"interrupted; the same command goes on from what is saved in {run.storage}"
+    kept = ", ".join(f"{each.name} {_kept(each)}" for each in parts)
+    return f"interrupted; saved in {run.storage}: {kept}; the same command goes on from there"
+
+
+def _kept(part: TrainingState) -> str:
+    if part.state == "finished":
+        return "finished"
+    if not (part.epochs_saved or part.step_saved):
+        return "nothing yet"
+    step = f" and {part.step_saved} steps" if part.step_saved else ""
+    return f"{part.epochs_saved} of {part.num_epochs} epochs{step}"
 
 
 def _training(root: Run, home: Run, part: str) -> Training:

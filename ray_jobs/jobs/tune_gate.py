@@ -17,6 +17,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.runs.load_config import key_text, to_yaml
 from dsmip.runs.run import CONFIG, PART, WEIGHTS, Run, first_difference
+from dsmip.storage.parsing import read_json
 from dsmip.training.trackers import check_tools
 from ray_jobs.cluster.resources import check_feasible
 from ray_jobs.cluster.tasks import run_shares
@@ -76,10 +77,11 @@ def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
     stamp = sweep_key(trials, seed)
     path = run.folder / _CLAIM
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["sha256"] != stamp:
+        remedy = f"; delete {run.storage}/tune to start anew"
+        found, seed, num_trials = read_json(path, lambda it: (it["sha256"], it["seed"], len(it["trials"])), remedy)
+        if found != stamp:
             raise UserError(
-                f"{run.storage}/tune holds another sweep (seed {found['seed']}, {len(found['trials'])} trials, or "
+                f"{run.storage}/tune holds another sweep (seed {seed}, {num_trials} trials, or "
                 "other settings); repeat that one to resume it, or delete the folder to start anew"
             )
     return stamp
@@ -152,14 +154,17 @@ def _halve(
             outcome = decided(run_rung(run, rung, tasks, plan.resources, display), display)
             left = survivors(outcome["mrr"], plan.reduction)
             run.storage.write_json(name, {"epochs": epochs, **outcome, "survivors": left})
-        stored = json.loads((run.folder / name).read_text(encoding="utf-8"))
-        results = {int(number): mrr for number, mrr in stored["mrr"].items()}
-        for number, message in stored["failed"].items():
+        results, failed, numbers = read_json(run.folder / name, _rung, f"; delete {run.storage}/tune to start anew")
+        for number, message in failed.items():
             display.say(f"  trial {number}: failed: {message}")
-        numbers = stored["survivors"]
         figures = ", ".join(f"trial {n} {mrr:.4f}" for n, mrr in sorted(results.items()))
         display.say(f"  rung {rung + 1} of {len(plan.rungs)}, {epochs} epochs, validation MRR: {figures}")
     return results
+
+
+def _rung(stored: Any) -> tuple[dict[int, float], dict[str, str], list[int]]:
+    """MRR by trial, messages of those that failed, and which go on."""
+    return {int(number): mrr for number, mrr in stored["mrr"].items()}, stored["failed"], stored["survivors"]
 
 
 def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str], PartTables]) -> TrialTask:
@@ -173,7 +178,7 @@ def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float]
     best = min(results, key=lambda number: (-results[number], number))
     source, target = run.storage / trial_name(best), run.storage / run.system.name
     source.pull(RESULT, WEIGHTS)
-    result = json.loads((source.folder / RESULT).read_text(encoding="utf-8"))
+    result: dict[str, Any] = read_json(source.folder / RESULT, dict, f"; delete {run.storage}/tune to start anew")
     target.delete(PART)  # of an earlier sweep: its weights are about to go
     with target.atomic(WEIGHTS) as temporary:
         shutil.copyfile(source.folder / WEIGHTS, temporary)

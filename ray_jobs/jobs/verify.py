@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 from data_prep.inspection.verification import Verification, verify_dataset
 from dsmip.storage.atomic import write_json
 from ray_jobs.terminal.display import Display
+from ray_jobs.terminal.lines import say
 
 
 def verify_data(data: str, *, json_file: Path | None, workers: int) -> Verification:
@@ -19,10 +20,10 @@ def verify_data(data: str, *, json_file: Path | None, workers: int) -> Verificat
     if json_file is not None:
         write_json(json_file, {"data": PurePath(data).name, "ok": found.ok, **asdict(found)})
     for problem in found.problems:
-        print(problem)
+        say(str(problem))
     if found.num_problems > len(found.problems):
-        print(f"... and {found.num_problems - len(found.problems)} more")
+        say(f"... and {found.num_problems - len(found.problems)} more")
     read = f"{found.shards} shards, {found.samples} samples, {found.pictures} pictures read"
     verdict = "all as the manifest says" if found.ok else f"{found.num_problems} problems; prepare the dataset again"
-    print(f"{data}: {read}: {verdict}")
+    say(f"{data}: {read}: {verdict}")
     return found

@@ -1,8 +1,7 @@
 """Progress, lines and tables of a command: bars on a terminal, plain lines elsewhere. Knows no Ray."""
 
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,15 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from dsmip.messages import shown
+from ray_jobs.terminal.lines import progress_console, result_console
+
 _FIGURES = ("loss", "mrr", "hits@1", "accuracy")  # of an epoch, beside its bar
 _PLAIN_LINE_SECONDS = 30.0
-_PLAIN_WIDTH = 140  # of tables that go to a file or a pipe
-
-
-def result_console() -> Console:
-    """Where a command's tables and results are printed: stdout, as wide as the terminal."""
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    return Console(file=sys.stdout, highlight=False, markup=False, width=width)
 
 
 class Display:
@@ -36,20 +31,22 @@ class Display:
             transient: progress goes to stderr and its bars vanish at the end, for commands whose output is a result.
         """
         self.console = console or result_console()
-        shown = Console(stderr=True, highlight=False, markup=False) if transient else self.console
-        self._live, self._transient = shown.is_terminal, transient
-        columns = (TextColumn("  {task.description:<18}"), BarColumn(30), MofNCompleteColumn(), _Rate())
+        bars = progress_console() if transient else self.console
+        self._live, self._transient = bars.is_terminal, transient
+        columns = (TextColumn("  {task.description:<18}", markup=False), BarColumn(30), MofNCompleteColumn(), _Rate())
         self._bars = Bars(
             *columns,
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[figures]}"),
-            console=shown,
+            TextColumn("{task.fields[figures]}", markup=False),
+            console=bars,
             transient=transient,
         )
         self._tasks: dict[str, TaskID] = {}
         self._printed: dict[str, float] = {}
         self._ended: set[str] = set()
         self._started = time.monotonic()
+        self.interrupted: Callable[[], str] = lambda: "interrupted; run the command again to go on"
+        """What is said when a user ends the command while this is entered."""
 
     def __enter__(self) -> Self:
         for task in self._tasks.values():
@@ -67,7 +64,7 @@ class Display:
         if self._live:
             self._bars.stop()
         if kind is not None and issubclass(kind, KeyboardInterrupt) and not self._transient:
-            self.say("interrupted; run the command again to go on")
+            self.say(self.interrupted())
 
     @property
     def started(self) -> set[str]:
@@ -76,7 +73,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """Prints one line above the bars."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(shown(line), markup=False, soft_wrap=True)
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Shows that `done` of `total` are done; `total` 0: not known."""
@@ -106,7 +103,7 @@ class Display:
     def _move(self, name: str, done: int, total: int, **fields: Any) -> None:
         if name not in self._tasks:
             self._printed[name] = time.monotonic()
-            self._tasks[name] = self._bars.add_task(name, total=total or None, figures="")
+            self._tasks[name] = self._bars.add_task(shown(name), total=total or None, figures="")
         self._bars.update(self._tasks[name], completed=done, total=total or None, **fields)
 
     def _line_in_time(self, name: str, done: int, total: int) -> None:
@@ -117,7 +114,7 @@ class Display:
         self._printed[name] = time.monotonic()
         line = f"  {name:<12} {text}  [{self._printed[name] - self._started:.0f} s]"
         if self._transient:
-            self._bars.console.print(line, markup=False, soft_wrap=True)
+            self._bars.console.print(shown(line), markup=False, soft_wrap=True)
         else:
             self.say(line)
 

@@ -13,6 +13,7 @@ import ray
 from dsmip.errors import UserError
 from dsmip.runs.checkpoints import verify_checkpoint
 from dsmip.storage.atomic import write_json
+from dsmip.storage.parsing import NOT_AS_WRITTEN
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
@@ -37,7 +38,7 @@ def mend_snapshot(folder: Path) -> str:
 def _problem(path: Path) -> str:
     try:
         named = [each["checkpoint_dir_name"] for each in json.loads(path.read_text())["checkpoint_results"]]
-    except (ValueError, KeyError, TypeError):
+    except NOT_AS_WRITTEN:
         return "is damaged"
     lost = [name for name in named if not (path.parent / name).is_dir()]
     return f"names {lost[0]}, which is lost" if lost else ""

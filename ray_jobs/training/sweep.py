@@ -15,6 +15,7 @@ from ray import tune
 
 from dsmip.config import Choice, ExperimentConfig, Resources
 from dsmip.errors import ReportedError
+from dsmip.messages import masked
 from dsmip.runs.load_config import swept, to_yaml
 from dsmip.runs.run import Run
 from ray_jobs.cluster.failures import Failure, JobFailed, exit_code_of
@@ -105,7 +106,7 @@ def _stopped(run: Run, rung: int, error: Exception) -> JobFailed:
     """Tune itself failed, not a trial."""
     log, seen = f"tune/rung-{rung}.error.txt", ""
     with suppress(ReportedError):
-        run.storage.write_text(log, "".join(traceback.format_exception(error)))
+        run.storage.write_text(log, masked("".join(traceback.format_exception(error))))
         seen = f" (see {run.storage}/{log})"
     reason = " ".join(str(error).split()) or type(error).__name__
     return JobFailed(f"rung {rung + 1} stopped: {reason}{seen}; run the same command again to resume", 1)

@@ -23,6 +23,7 @@ from dsmip.runs.run import WEIGHTS, Run
 from dsmip.runs.status import PROGRESS
 from dsmip.runs.weights import own_weights, save_weights
 from dsmip.storage.locations import open_run_storage
+from dsmip.storage.parsing import read_json
 from dsmip.storage.run_storage import RunStorage
 from dsmip.training.local_context import LocalContext
 from dsmip.training.monitor import StepFigures
@@ -141,8 +142,8 @@ def _finished(task: TrialTask) -> dict[str, Any] | None:
     path = task.storage.folder / RESULT
     if not path.is_file():
         return None
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return report if report["epochs"] == task.stop_epoch else None
+    epochs, report = read_json(path, lambda it: (it["epochs"], it), f"; delete {task.storage} to train it anew")
+    return report if epochs == task.stop_epoch else None
 
 
 def _files_here(run: Run, config: ExperimentConfig, part: str, tables: PartTables) -> dict[str, list[str]]:

@@ -246,7 +246,7 @@ def test_unknown_architecture_lists_the_nearest() -> None:
 
 def test_broken_json_names_line_and_column(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text('{\n "embed_dim": 3,,\n}')
-    with pytest.raises(UserError, match=r"bad\.json is not JSON.*line 2, column 17"):
+    with pytest.raises(UserError, match=r"backbone file .*bad\.json: line 2 column 17: wrong JSON"):
         resolve_architecture(str(tmp_path / "bad.json"))
     with pytest.raises(UserError, match=r"nowhere\.json does not exist"):
         resolve_architecture("nowhere.json")

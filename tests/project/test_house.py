@@ -24,7 +24,11 @@ GROUND = (
     "dsmip.progress",
     "dsmip.version",
 )
-CELLAR = ("dsmip.errors", "dsmip.private")  # below even `dsmip.ops`; they import the standard library alone
+CELLAR = (
+    "dsmip.errors",
+    "dsmip.messages",
+    "dsmip.private",
+)  # below even `dsmip.ops`; they import the standard library alone
 # The house from the roof down. An import may stay in its room or go to a lower floor; rooms of one floor are strangers.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
