@@ -45,9 +45,9 @@ def _lines(path: Path) -> Iterator[list[Any]]:
 
 def _image_fields(raw: RawImage) -> list[Any]:
     # Absolute: who builds the shard may work in another folder.
-    return [raw.name, str(raw.path.absolute()) if raw.path else None, raw.member, raw.size]
+    return [raw.name, str(raw.path.absolute()) if raw.path else None, raw.member, raw.size, raw.fits]
 
 
 def _image(fields: list[Any]) -> RawImage:
-    name, path, member, size = fields
-    return RawImage(name, Path(path) if path else None, member, size)
+    name, path, member, size, fits = fields
+    return RawImage(name, Path(path) if path else None, member, size, fits)

@@ -185,7 +185,7 @@ class SplitTask:
 
 def _prepared(image: RawImage, owner: RawEntity | RawMention, settings: ImageSettings, note: Note) -> bytes | None:
     """The prepared image, or None and a finding."""
-    reason = "picture missing"
+    reason = "picture ambiguous" if image.fits else "picture missing"
     if image.path is not None:
         try:
             return prepare_image(read_image(image, MAX_FILE_BYTES), settings)
@@ -197,6 +197,6 @@ def _prepared(image: RawImage, owner: RawEntity | RawMention, settings: ImageSet
                     f"{image.path}: cannot be read any more: {error.strerror}; run the command again to go on"
                 ) from error
             reason = "picture unreadable"
-    detail = image.name.encode("utf-8", "replace").decode()
+    detail = f"{image.name} fits {image.fits}" if image.fits else image.name
     note(Finding(owner.source, owner.record, reason, "degraded", detail))
     return None

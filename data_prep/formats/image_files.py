@@ -1,20 +1,18 @@
-"""Image files of a release, in folders or still in zips: found by base name or by path, read one by one."""
+"""Image files of a release, in folders or still in zips: found by what records call them, read one by one."""
 
 import lzma
 import os
 import re
 import stat
 import struct
-import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote
 
+from data_prep.formats.image_index import ImageFile, ImageIndex, plain_path
 from data_prep.formats.release import Finding, RawImage
 from dsmip.errors import UserError
 
@@ -22,7 +20,7 @@ MAX_FILE_BYTES = 1 << 28
 MAX_RATIO = 200  # pictures hardly shrink; white ones do, so small members may
 _SMALL_BYTES = 1 << 20
 _OPEN_ZIPS = 4
-_FOLDER, _ZIP = "images/", "images.zip"  # of `ImagePaths`
+_ZIP = "images.zip"  # of `ImagePaths`
 _KNOWN_PARENTS = 1 << 12
 _ENCRYPTED = 0x1
 # What zipfile raises for wrong bytes; RuntimeError: encrypted, NotImplementedError (one of them): an unknown method.
@@ -112,8 +110,36 @@ def _opened(path: Path, _mtime_ns: int, _size: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+def _files_below(folder: Path, *, follow: bool) -> list[ImageFile]:
+    """The files below a folder, sorted; `follow`: through links, too."""
+    found: list[ImageFile] = []
+    entered: set[tuple[int, int]] = set()  # links can make circles
+
+    def enter(path: str, prefix: str) -> None:
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in entered:
+            return
+        entered.add((status.st_dev, status.st_ino))
+        with os.scandir(path) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+        for entry in listed:
+            if entry.is_dir(follow_symlinks=follow):
+                if not entry.name.startswith("."):
+                    enter(entry.path, f"{prefix}{entry.name}/")
+            elif entry.is_file(follow_symlinks=follow):
+                found.append(ImageFile(prefix + entry.name, folder, None, entry.stat().st_size))
+
+    enter(str(folder), "")
+    return found
+
+
+def _zip_files(path: Path) -> tuple[list[ImageFile], list[Finding]]:
+    members, refused = zip_members(path)
+    return [ImageFile(plain_path(one.name), path, one.member, one.size) for one in members], refused
+
+
 class ImageFiles:
-    """All files of some folders and zips, found by base name; the first of them that has a name wins.
+    """All files of some folders and zips, found by what records call them; the first of them that has a path wins.
 
     Args:
         containers: The folders and zips; those that are missing do not count.
@@ -128,45 +154,42 @@ class ImageFiles:
 
     def __init__(self, containers: Sequence[Path]) -> None:
         self.containers = tuple(path for path in containers if path.exists())
-        self._found: dict[str, RawImage] = {}
+        listed: list[list[ImageFile]] = []
         refused: list[Finding] = []
         for path in self.containers:
             if path.is_dir():
-                images = _folder(path)
+                listed.append(_files_below(path, follow=True))
             else:
-                members, faults = zip_members(path)
-                images = [replace(member, name=base_name(member.name)) for member in members]
+                files, faults = _zip_files(path)
+                listed.append(files)
                 refused += faults
-            for image in images:
-                # Archives from some systems hold decomposed names.
-                for name in (image.name, unicodedata.normalize("NFC", image.name)):
-                    self._found.setdefault(name, image)
         self.refused = tuple(refused)
+        self._paths = {file.on_disk for files in listed for file in files}
+        self._index = ImageIndex(listed)
 
     def find(self, name: str, candidates: Iterable[str]) -> RawImage:
-        """The first candidate, as it is or percent-decoded, that is a file here; folders in a name do not count.
+        """The file that the first candidate fits, as it is or percent-decoded; see `data_prep.formats.image_index`.
 
         Args:
             name: What the record calls the image; it stays the name of what is found, or of what is lost.
-            candidates: Names that its file may have.
+            candidates: Paths that its file may have.
         """
-        candidates = list(candidates)
-        for candidate in [*candidates, *map(unquote, candidates)]:
-            base = base_name(candidate)
-            found = self._found.get(base) or self._found.get(unicodedata.normalize("NFC", base))
-            if found:
-                return RawImage(name, found.path, found.member, found.size)
-        return RawImage(name, None)
+        return self._index.find(name, candidates)
 
     def files(self) -> list[Path]:
-        """The files that the images are in: a zip, or every file of a folder; in a fixed order."""
-        zips = {path for path in self.containers if not path.is_dir()}
-        return sorted(zips | {image.path for image in self._found.values() if image.path})
+        """The files that the images are in: a zip, or every file below a folder; in a fixed order."""
+        return sorted(self._paths | {path for path in self.containers if not path.is_dir()})
 
 
 def base_name(name: str) -> str:
     """What follows the last slash of either kind."""
     return name.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def folder_and_base(name: str) -> tuple[str, str]:
+    """A path's folder with its slash, and its base name; of an address, whose folders no disk has, the latter alone."""
+    base = base_name(name)
+    return ("" if "://" in name else name[: len(name) - len(base)]), base
 
 
 def read_image(image: RawImage, max_bytes: int) -> bytes:
@@ -181,12 +204,6 @@ def read_image(image: RawImage, max_bytes: int) -> bytes:
         with image.path.open("rb") as stream:
             return stream.read(max_bytes + 1)
     return read_member(image.path, image.member, max_bytes)
-
-
-def _folder(folder: Path) -> list[RawImage]:
-    with os.scandir(folder) as entries:
-        found = [(entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
-    return [RawImage(name, folder / name, None, size) for name, size in sorted(found)]
 
 
 class ImagePaths:
@@ -208,23 +225,26 @@ class ImagePaths:
         self._parents: dict[str, bool] = {}
         path = folder / _ZIP
         self.zips = (path,) if path.is_file() else ()
-        members, refused = zip_members(path) if self.zips else ([], [])
-        self._members = {unicodedata.normalize("NFC", _plain(member.name)): member for member in members}
+        self._zipped, refused = _zip_files(path) if self.zips else ([], [])
         self.refused = tuple(refused)
 
     def find(self, name: str) -> RawImage | None:
-        """The image at a path (or what is lost there); None for a path or a link that leads out of the folder."""
+        """The image at a path (or what is lost there); None for a path or a link that leads out of the folder.
+
+        What is not there as it is written is matched by the rule of `data_prep.formats.image_index`.
+        """
         if path_fault(name):
             return None
-        plain = _plain(name)
+        plain = plain_path(name)
         found = self._file(plain)
         if isinstance(found, int):
             return RawImage(name, self._folder / plain, None, found)
-        if found == "outside":
-            return None
-        plain = unicodedata.normalize("NFC", plain)
-        member = self._members.get(plain) or self._members.get(plain.removeprefix(_FOLDER))
-        return RawImage(name, member.path, member.member, member.size) if member else RawImage(name, None)
+        return None if found == "outside" else self._index.find(name, [name])
+
+    @cached_property
+    def _index(self) -> ImageIndex:
+        """Of the folder and the zip: made when something is not there as it is written."""
+        return ImageIndex([_files_below(self._folder, follow=False), self._zipped])
 
     def _file(self, plain: str) -> int | Literal["outside", "lost"]:
         """The size of the file at a path below the folder, or why it does not count."""
@@ -248,8 +268,3 @@ class ImagePaths:
                 self._parents.clear()
             self._parents[parent] = (self._folder / parent).resolve().is_relative_to(self._root)
         return self._parents[parent]
-
-
-def _plain(name: str) -> str:
-    """A path without needless dots and slashes."""
-    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))

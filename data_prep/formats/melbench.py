@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.formats.fields import Types, groups_of, text_of, type_problem
-from data_prep.formats.image_files import ImageFiles, base_name
+from data_prep.formats.image_files import ImageFiles, base_name, folder_and_base
 from data_prep.formats.json_records import object_records, opening
-from data_prep.formats.knowledge_base import knowledge_base_file, open_knowledge_base
+from data_prep.formats.registry import knowledge_base_file, open_knowledge_base
 from data_prep.formats.release import (
     Finding,
     Layout,
@@ -170,10 +170,10 @@ class MelbenchRelease:
             )
 
     def _image(self, path: str, record_id: str) -> RawImage | None:
-        """By its path's base name, also as a JPEG, else by the id; None where nothing names a picture."""
-        base = base_name(path)
+        """By its path, also as a JPEG, else by the id; None where nothing names a picture."""
+        folder, base = folder_and_base(path)
         stem = base.split(".")[0]
-        by_path = [base, f"{stem}.jpg"] if stem else []
+        by_path = [folder + base, f"{folder}{stem}.jpg"] if stem else []
         if not by_path and not self._images.containers:
             return None
         return self._images.find(path or record_id, [*by_path, *(record_id + suffix for suffix in _SUFFIXES)])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.formats.fields import ChosenField, Types, groups_of, percent_decoded, text_of, type_problem
-from data_prep.formats.image_files import ImageFiles, base_name
+from data_prep.formats.image_files import ImageFiles, folder_and_base
 from data_prep.formats.json_records import array_records, object_records
 from data_prep.formats.release import (
     Finding,
@@ -212,10 +212,10 @@ class MimicRelease:
 
     def _mention_image(self, name: str) -> RawImage | None:
         """The release names the original upload; its file is a JPEG named by what comes before the first dot."""
-        base = base_name(name)
+        folder, base = folder_and_base(name)
         if not base:
             return None
-        return self._mention_images.find(name, [base.split(".")[0] + ".jpg", base])
+        return self._mention_images.find(name, [folder + base.split(".")[0] + ".jpg", folder + base])
 
     @cached_property
     def _mention_images(self) -> ImageFiles:

@@ -52,12 +52,14 @@ class RawImage:
         path: The file that was found for it; None: lost.
         member: Its name in the zip `path`; None: `path` is a plain file.
         size: Bytes, as stored outside of the zip.
+        fits: Of an image that is lost because its name fits several files: what these are.
     """
 
     name: str
     path: Path | None
     member: str | None = None
     size: int = 0
+    fits: str = ""
 
 
 @dataclass(frozen=True, slots=True)

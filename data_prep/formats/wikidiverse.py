@@ -8,7 +8,7 @@
 The README of wangxw5/wikiDiverse shows both forms and how the file of a picture is named: the MD5 of the url's base
 name, then its extension, where svg became png. Golds are addresses of Wikipedia; the authors' evaluation knows "nil"
 and damaged schemes of addresses ("nhttps://", "]https://"). Rules of our own: how an address finds its entity (see
-`data_prep.formats.knowledge_base`; what finds none is an unknown gold), what is done about a span that does not
+`entities_by_title`; what finds none is an unknown gold), what is done about a span that does not
 fit (see `span_fault`), and that a picture may also keep its own name, as where people have loaded it themselves.
 
 An input is a mention: a passage counts once for each; a passage that cannot be read counts once.
@@ -16,19 +16,22 @@ An input is a mention: a passage counts once for each; a passage that cannot be 
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from data_prep.formats.image_files import ImageFiles
 from data_prep.formats.json_records import array_records, opening
-from data_prep.formats.knowledge_base import entities_by_title, knowledge_base_file, open_knowledge_base, wiki_title
+from data_prep.formats.registry import knowledge_base_file, open_knowledge_base
 from data_prep.formats.release import (
     Action,
     Finding,
+    KnowledgeBase,
     Layout,
     RawEntity,
     RawImage,
@@ -38,6 +41,7 @@ from data_prep.formats.release import (
 )
 from dsmip.errors import UserError
 
+_PAGE_FIELDS = ("wiki_url", "url", "title")
 _IMAGES = ("wikinewsImgs", "images")
 _NAMES = {"train": "train", "validation": "valid", "test": "test"}
 _FORMS = {"passages": ".json", "mentions": "_w_10cands.json"}
@@ -269,6 +273,46 @@ def _split_files(folder: Path) -> tuple[str, dict[str, Path]]:
 
 def _starts_with_list(path: Path) -> bool:
     return opening(path) == "[" and any(isinstance(record, list) for record in islice(array_records(path), 1))
+
+
+def wiki_title(reference: str) -> str:
+    """The title that a reference means, an address or a title; "" if none.
+
+    Of an address it is what follows /wiki/, up to ? or #: neither the damaged schemes of WikiDiverse's addresses
+    ("nhttps://", "]https://") nor the language of a Wikipedia count. Both are percent-decoded; underscores are spaces,
+    and the first letter has no case: so Wikipedia has it.
+    """
+    _, is_address, page = reference.partition("/wiki/")
+    text = unquote(re.split("[?#]", page, maxsplit=1)[0] if is_address else reference)
+    text = " ".join(unicodedata.normalize("NFC", text).replace("_", " ").split())
+    return text[:1].upper() + text[1:]
+
+
+def entities_by_title(titles: Collection[str], kb: KnowledgeBase) -> Mapping[str, str]:
+    """The entity id for each of some titles that the knowledge base can tell.
+
+    An entity has a title by its entity id, else by its record's field wiki_url, url or title, else by its name. What
+    comes first in this order decides; a title that two entities have in the same way belongs to none.
+    """
+    by_id: dict[str, set[str]] = {}
+    by_page: dict[str, set[str]] = {}
+    by_name: dict[str, set[str]] = {}
+
+    def note(found: dict[str, set[str]], reference: str, entity_id: str) -> None:
+        title = wiki_title(reference)
+        if title in titles:
+            found.setdefault(title, set()).add(entity_id)
+
+    for entity in kb.entities():
+        if isinstance(entity, RawEntity):
+            note(by_id, entity.entity_id, entity.entity_id)
+            note(by_name, entity.name, entity.entity_id)
+    for entity_id, record in kb.records():
+        for field in _PAGE_FIELDS:
+            if isinstance(reference := record.get(field), str):
+                note(by_page, reference, entity_id)
+    found = by_name | by_page | by_id
+    return {title: next(iter(entity_ids)) for title, entity_ids in found.items() if len(entity_ids) == 1}
 
 
 LAYOUT = Layout(WikidiverseRelease.layout, WikidiverseRelease, WikidiverseRelease.fits, precedence=30)

@@ -19,7 +19,7 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import ImageSettings
 from dsmip.errors import UserError
-from tests.support.small_release import NUM_INPUTS, faulty_release, plain_release
+from tests.support.small_release import NUM_INPUTS, faulty_release, image_bytes, plain_release
 
 
 @pytest.fixture
@@ -290,3 +290,16 @@ def test_progress_counts_samples(release: MimicRelease, tmp_path: Path) -> None:
     last = {part: (done, total) for part, done, total in seen if total}
     assert last == {"source files": (12, 12), "entities": (4, 4), "mentions": (8, 8)}
     assert ("reading kb", 3, 0) in seen
+
+
+def test_a_picture_that_may_be_several_files_is_named(tmp_path: Path) -> None:
+    folder = faulty_release(tmp_path / "release")
+    for name in ("a/Q1.jpg", "b/Q1.jpg"):
+        (folder / "kb_image" / name).parent.mkdir()
+        (folder / "kb_image" / name).write_bytes(image_bytes((9, 9)))
+    (folder / "kb_image/Q1.jpg").unlink()
+    manifest = prepare(MimicRelease(folder), tmp_path / "data", DatasetOptions(name="small"))
+    assert manifest.degraded["picture ambiguous"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "data/rejects.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line["reason"] == "picture ambiguous"]
+    assert line["detail"] == "Q1.jpg fits kb_image/a/Q1.jpg and kb_image/b/Q1.jpg"

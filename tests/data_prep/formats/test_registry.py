@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import formats
-from data_prep.formats.knowledge_base import knowledge_base_file, open_knowledge_base
-from data_prep.formats.registry import layouts, open_release
+from data_prep.formats.registry import knowledge_base_file, layouts, open_knowledge_base, open_release
 from data_prep.formats.release import Finding, ReleaseOptions
 from dsmip.errors import UserError
 

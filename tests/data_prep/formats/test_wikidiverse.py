@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.build.rules import checked_mentions
-from data_prep.formats.knowledge_base import wiki_title
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, RawMention, ReleaseOptions
-from data_prep.formats.wikidiverse import WikidiverseRelease, image_names, span_fault
+from data_prep.formats.wikidiverse import WikidiverseRelease, image_names, span_fault, wiki_title
 from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
 
