@@ -80,6 +80,7 @@ def test_parts_in_all_states(folder: Path) -> None:
     assert (visual.state, visual.epochs_done, visual.step, visual.num_steps) == ("training", 1, 3, 9)
     assert visual.figures == {"step/loss": 0.5, "epoch/mrr": 0.25}
     assert visual.note == "last sign of life 10 s ago"
+    assert [found[name].epochs_saved for name in ("visual", "multimodal", "dsmip")] == [1, 1, 0]
     assert (found["multimodal"].state, found["multimodal"].figures["epoch/mrr"]) == ("interrupted", 0.5)
     assert status.next == "a training is under way: wait for it"
     assert status.problems == []

@@ -120,6 +120,8 @@ def test_experts_train_side_by_side_and_finished_ones_are_kept(
     assert any("multimodal: failed: prompt depth 9 exceeds the 2 layers" in line for line in display.lines)
     run = Run.open(tmp_path / "run")
     assert [part for part in run.part_names if run.is_finished(part)] == ["text", "visual"]
+    saved = "text finished, visual finished, multimodal nothing yet"
+    assert display.interrupted() == f"interrupted; saved in {run.storage}: {saved}; the same command goes on from there"
     assert len(run.part_report("text")["history"]) == 2
     run.load_part("visual", with_encoder=False)
     weights = (run.folder / "text" / "weights.safetensors").stat().st_mtime_ns
