@@ -30,6 +30,9 @@ DataOption = Annotated[str, typer.Option("--data", help="Dataset made by 'dsmip 
 DataArgument = Annotated[
     str, typer.Argument(help="Dataset made by 'dsmip prepare': its directory or URI.", metavar="DATA")
 ]
+MovedDataOption = Annotated[
+    str | None, typer.Option("--data", help="Where the run's data lies, if it has moved: a directory or URI.")
+]
 RunOption = Annotated[str, typer.Option("--run", help="Run: a directory, or its URI in an object store.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value of the configuration; may be repeated.")]
 EntityText = Literal["attr", "desc"]
@@ -189,16 +192,18 @@ def train(
 def tune(
     run: RunOption,
     seed: Annotated[int, typer.Option(min=0, help="Draws the trials.")] = 0,
+    data: MovedDataOption = None,
     set: SetOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
     from dsmip.runs.load_config import overridden
-    from dsmip.runs.run import CONFIG, Run
+    from dsmip.runs.run import CONFIG
+    from ray_jobs.jobs.status import open_run
     from ray_jobs.jobs.tune_gate import tune_gate
     from ray_jobs.terminal.display import Display
 
-    opened = Run.open(run)
+    opened = open_run(run, data)
     config = overridden(opened.config, set or [], f"config {opened.folder / CONFIG}")
     tune_gate(opened, config, Display(), seed=seed, verbose=verbose)
 
@@ -259,12 +264,13 @@ def evaluate(
     precision: Annotated[
         PrecisionName, typer.Option("--precision", help="Of token rows while they are scored; auto: fp16 with triton.")
     ] = "auto",
+    data: MovedDataOption = None,
 ) -> None:
     """Ranks the whole knowledge base for every mention of a split."""
     from ray_jobs.jobs.evaluate import evaluate_run
 
     options = RankOptions(top_k=top_k, backend=backend, precision=precision)
-    evaluate_run(run, split, model, device, workers=workers, options=options, candidates=candidates)
+    evaluate_run(run, split, model, device, data=data, workers=workers, options=options, candidates=candidates)
 
 
 @app.command()
@@ -273,11 +279,17 @@ def status(
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write all of it to this file.")
     ] = None,
+    data: MovedDataOption = None,
+    remember: Annotated[
+        bool, typer.Option("--remember", help="From now on, look for the run's data where --data says.")
+    ] = False,
 ) -> None:
     """Says how far a run is and what to do next, from its files alone; also while it is being trained."""
     from ray_jobs.jobs.status import show_status
 
-    show_status(run, json_file)
+    if remember and not data:
+        raise UserError("--remember: say by --data where the run's data lies now")
+    show_status(run, json_file, data, remember=remember)
 
 
 @app.command()

@@ -95,6 +95,7 @@ class RankingFiles:
 
     Attributes:
         run: its location.
+        data: its data's.
         split: of the mentions.
         model: its name in the run.
         name: the index's folder, below the run.
@@ -104,6 +105,7 @@ class RankingFiles:
     """
 
     run: str
+    data: str
     split: str
     model: str
     name: str
@@ -137,7 +139,7 @@ class RankingFiles:
 
     def opened(self) -> OpenedEvaluation:
         """The evaluation that they belong to, opened in this process."""
-        return OpenedEvaluation(Run.open(self.run), self.split, self.model)
+        return OpenedEvaluation(Run.open(self.run, self.data), self.split, self.model)
 
     def build(
         self,
@@ -230,7 +232,8 @@ def plan_files(
             run.storage.delete(outdated)  # of weights or features that are no more
     run.storage.pull(index)
     slices = {path.name: rows for path, rows in index_slices(Path(), run.dataset.num_entities, slice_rows).items()}
-    return RankingFiles(run.storage.location, evaluation.split, model.name, index, made_from, slices, gold_row_M)
+    where = run.storage.location, run.dataset.location
+    return RankingFiles(*where, evaluation.split, model.name, index, made_from, slices, gold_row_M)
 
 
 class _Preparer:

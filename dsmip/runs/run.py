@@ -67,6 +67,7 @@ class Run:
         storage.refresh()
         if (storage.folder / STAMP).is_file():
             run = Run._opened(storage, dataset)
+            run.remember_data()
             if difference := first_difference(_stage_one(run.config), _stage_one(config)):
                 if run.has_begun:
                     raise UserError(
@@ -90,32 +91,46 @@ class Run:
         return Run(storage, config, dataset)
 
     @staticmethod
-    def open(location: Location, dataset: Dataset | None = None) -> "Run":
-        """Opens an existing run with its own data, or with `dataset` when it has the same manifest.
+    def open(location: Location, data: Dataset | Location | None = None) -> "Run":
+        """Opens an existing run.
+
+        Args:
+            location: Where it lies.
+            data: Its data, where that is not where the run remembers it; it must have the same manifest.
 
         Raises:
             UserError: There is no run, its data has moved, or the data's manifest differs.
         """
         storage = open_run_storage(location)
         storage.refresh()
-        return Run._opened(storage, dataset)
+        return Run._opened(storage, data)
 
     @staticmethod
-    def _opened(storage: RunStorage, dataset: Dataset | None) -> "Run":
-        stamp = storage.folder / STAMP
-        if not stamp.is_file():
-            raise UserError(f"no run at {storage} (no {STAMP}); 'dsmip train' makes one")
-        data = read_json(stamp, _data, "; train into another --run folder")
-        if dataset is None:
-            dataset = Dataset.open(data["folder"])
-        if dataset.manifest_hash != data["sha256"]:
+    def _opened(storage: RunStorage, data: Dataset | Location | None) -> "Run":
+        made_on = data_of_run(storage)
+        if data is None:
+            try:
+                data = Dataset.open(made_on.folder)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; if the data of run {storage} has moved, say where it is by --data"
+                ) from error
+        dataset = data if isinstance(data, Dataset) else Dataset.open(data)
+        if dataset.manifest_hash != made_on.sha256:
             raise UserError(
-                f"run {storage} was made on data '{data['name']}' with manifest {data['sha256'][:12]}, but "
+                f"run {storage} was made on data '{made_on.name}' with manifest {made_on.sha256[:12]}, but "
                 f"{dataset.location} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
             )
         if not (storage.folder / CONFIG).is_file():
             raise UserError(f"run {storage} is damaged (no {CONFIG}); train into another --run folder")
         return Run(storage, load_config(str(storage.folder / CONFIG)), dataset)
+
+    def remember_data(self) -> None:
+        """Writes down where the data lies now, for commands that are not told."""
+        stamp = _stamp(self.storage)
+        if stamp["data"]["folder"] != self.dataset.location:
+            stamp["data"]["folder"] = self.dataset.location
+            self.storage.write_json(STAMP, stamp)
 
     @cached_property
     def storage(self) -> RunStorage:
@@ -245,6 +260,37 @@ class Run:
         return self.folder / part / WEIGHTS
 
 
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """What a run remembers of its data.
+
+    Attributes:
+        folder: Where it lies, a folder or URI.
+        name: Of the data set.
+        sha256: Of its manifest.
+    """
+
+    folder: str
+    name: str
+    sha256: str
+
+
+def data_of_run(storage: RunStorage) -> RunData:
+    """What a run remembers of its data, which is not opened. Raises UserError for no run, or a damaged one."""
+    return RunData(**_stamp(storage)["data"])
+
+
+def _stamp(storage: RunStorage) -> dict[str, Any]:
+    path = storage.folder / STAMP
+    if not path.is_file():
+        raise UserError(f"no run at {storage} (no {STAMP}); 'dsmip train' makes one")
+    return read_json(path, _checked_stamp, "; train into another --run folder")
+
+
+def _checked_stamp(stamp: Any) -> dict[str, Any]:
+    return {**stamp, "data": {key: str(stamp["data"][key]) for key in ("folder", "name", "sha256")}}
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A finished part of a run, or its gated whole, that scores cached features.
@@ -277,11 +323,6 @@ def first_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str
         if before.get(key) != after.get(key):
             return f"{key} was {before.get(key)!r}, is now {after.get(key)!r}"
     return ""
-
-
-def _data(stamp: Any) -> dict[str, str]:
-    """What a run's stamp says of its data."""
-    return {key: str(stamp["data"][key]) for key in ("folder", "name", "sha256")}
 
 
 def _made_here(path: Path) -> bool:

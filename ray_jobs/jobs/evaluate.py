@@ -12,8 +12,8 @@ from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
 from dsmip.evaluation.metrics import METRICS, shown_metrics
 from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
 from dsmip.evaluation.report import Evaluated, evaluate_model, evaluation_name
-from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
+from ray_jobs.jobs.status import open_run
 from ray_jobs.terminal.display import Display
 from ray_jobs.terminal.lines import say
 
@@ -29,6 +29,7 @@ def evaluate_run(
     model: str | None,
     device: str,
     *,
+    data: Location | None = None,
     workers: int = 1,
     options: RankOptions = RankOptions(),
     candidates: int | None = None,
@@ -36,6 +37,7 @@ def evaluate_run(
     """Evaluates a finished part or the whole system of a run, prints the main figures and returns the metrics.
 
     Args:
+        data: Where the run's data lies, if it has moved.
         workers: More than one build the index and rank slices of it on Ray, each on its own device; this process then
             needs no GPU.
         candidates: How many to rank among as well, apart from the metrics and in this process.
@@ -45,7 +47,7 @@ def evaluate_run(
             can never give.
         JobFailed: When a worker fails.
     """
-    run, named = Run.open(location), named_device(device)
+    run, named = open_run(location, data), named_device(device)
     workers = min(workers, run.dataset.num_entities)
     with run.recorded("evaluate"):
         if workers > 1:

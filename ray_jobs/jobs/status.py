@@ -1,11 +1,13 @@
-"""The command `dsmip status`: a run's state as a table, from its files alone. It needs no Ray."""
+"""The command `dsmip status`: a run's state from its files alone, and where its data lies. No Ray is needed."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from dsmip.runs.run import Run, data_of_run
 from dsmip.runs.status import Status, TrainingState, read_status
 from dsmip.storage.atomic import write_masked_json
 from dsmip.storage.locations import Location
@@ -14,9 +16,23 @@ from ray_jobs.terminal.lines import result_console
 _SHOWN = ("loss", "mrr", "hits_at_1", "samples_per_second", "data_wait_share")
 
 
-def show_status(location: Location, json_file: Path | None = None) -> Status:
-    """Prints the state of a run and, with `json_file`, writes all of it there. UserError when there is no run."""
+def show_status(
+    location: Location, json_file: Path | None = None, data: Location | None = None, *, remember: bool = False
+) -> Status:
+    """Prints the state of a run.
+
+    Args:
+        location: Where it lies.
+        json_file: Where to write all of it as well.
+        data: Where its data lies now; it is opened and checked.
+        remember: Makes the run remember `data`.
+
+    Raises:
+        UserError: There is no run, or `data` is not its data.
+    """
     status = read_status(location)
+    if data is not None:
+        _check_data(location, data, remember=remember)
     console = result_console()
     console.print(f"{status.folder}: {status.model} on {status.data}", soft_wrap=True)
     console.print(f"last command: {status.last_command}", soft_wrap=True)
@@ -39,6 +55,15 @@ def show_status(location: Location, json_file: Path | None = None) -> Status:
     return status
 
 
+def _check_data(location: Location, data: Location, *, remember: bool) -> None:
+    if not remember:
+        open_run(location, data)
+        return
+    run = Run.open(location, data)
+    run.remember_data()
+    print(f"data: {run.dataset.location} (remembered)")
+
+
 def _print_progress(console: Console, what: str, rows: list[TrainingState]) -> None:
     table = _table(what, "state", "epoch", "step", "figures", "")
     for row in rows:
@@ -59,3 +84,21 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def open_run(location: Location, data: Location | None = None) -> Run:
+    """Opens a run; where its data is not where the run remembers it, prints the command that makes it remember.
+
+    Args:
+        location: Where the run lies.
+        data: Where its data lies now; None: where the run remembers it.
+
+    Raises:
+        UserError: There is no run or no data, or the data's manifest is another one.
+    """
+    run = Run.open(location, data)
+    remembered = data_of_run(run.storage).folder
+    if run.dataset.location != remembered:
+        again = shlex.join(["dsmip", "status", str(location), "--data", str(data), "--remember"])
+        print(f"data: {run.dataset.location} (the run remembers {remembered}; to remember this one: {again})")
+    return run

@@ -82,7 +82,12 @@ def _training(root: Run, home: Run, part: str) -> Training:
     return Training(
         name=name,
         loop=worker_loop,
-        settings={"root": root.storage.location, "config": to_yaml(home.config), "part": part},
+        settings={
+            "root": root.storage.location,
+            "data": root.dataset.location,
+            "config": to_yaml(home.config),
+            "part": part,
+        },
         num_epochs=home.config.train_of(part).epochs,
         location=home.trainings,
         plan=plan,
@@ -91,7 +96,7 @@ def _training(root: Run, home: Run, part: str) -> Training:
 
 
 def worker_loop(context: RayContext, settings: Mapping[str, Any]) -> None:
-    root = Run.open(settings["root"])
+    root = Run.open(settings["root"], settings["data"])
     home = root.home(settings["part"], read_config(settings["config"]))
     train_part(home, settings["part"], context)
 

@@ -129,7 +129,8 @@ def _cache_all_features(run: Run, trials: Sequence[Trial], display: Display) -> 
         f"{part} features" if home.folder == run.folder else f"{part} features {home.folder.name}": (home, part)
         for home, part in _used_parts(run, trials)
     }
-    shares = {name: (run.storage.location, to_yaml(home.config), part) for name, (home, part) in used.items()}
+    where = run.storage.location, run.dataset.location
+    shares = {name: (*where, to_yaml(home.config), part) for name, (home, part) in used.items()}
     made = run_shares(cache_features, shares, cpu=resources.cpu, gpu=resources.gpu, display=display)
     features = {(home.storage.location, part): made[name] for name, (home, part) in used.items()}
     sizes = {name: size for tables in features.values() for name, size in tables.num_bytes.items()}
@@ -170,7 +171,7 @@ def _rung(stored: Any) -> tuple[dict[int, float], dict[str, str], list[int]]:
 def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str], PartTables]) -> TrialTask:
     parts = run.system.feature_parts(trial.config.system)
     tables = {part: features[run.home(part, trial.config).storage.location, part] for part in parts}
-    return TrialTask(trial.number, run.storage.location, to_yaml(trial.config), epochs, tables)
+    return TrialTask(trial.number, run.storage.location, run.dataset.location, to_yaml(trial.config), epochs, tables)
 
 
 def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float], stamp: str) -> dict[str, Any]:

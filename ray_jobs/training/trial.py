@@ -62,11 +62,13 @@ class TrialTask:
 
     Attributes:
         root: The run's location.
+        data: Its data's.
         features: By part.
     """
 
     number: int
     root: str
+    data: str
     config: str
     stop_epoch: int
     features: Mapping[str, PartTables]
@@ -82,10 +84,10 @@ def trial_name(number: int) -> str:
     return f"tune/trials/{number}"
 
 
-def cache_features(root: str, config: str, part: str, name: str, events: Any) -> PartTables:
+def cache_features(root: str, data: str, config: str, part: str, name: str, events: Any) -> PartTables:
     """Computes a part's features of the splits that trials need. Progress goes to `events` under `name`."""
     step_events = start_share(name, events)
-    run = Run.open(root)
+    run = Run.open(root, data)
     total = run.dataset.num_entities + sum(run.dataset.num_mentions(split) for split in SPLITS if split != KB)
     done_of: dict[str, int] = {}
 
@@ -112,7 +114,7 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
     A trial that has come so far before is left as it is.
     """
     set_threads()
-    run, config = Run.open(task.root), read_config(task.config)
+    run, config = Run.open(task.root, task.data), read_config(task.config)
     if done := _finished(task):
         return done
     settings, storage, device = config.tune_train(), task.storage, worker_device()

@@ -43,7 +43,7 @@ def run(tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset) -> 
 
 def task_of(run: Run, number: int) -> TrialTask:
     """A trial that finds none of its features."""
-    return TrialTask(number, run.storage.location, to_yaml(run.config), 1, {})
+    return TrialTask(number, run.storage.location, run.dataset.location, to_yaml(run.config), 1, {})
 
 
 def faulty_trial(fault: Path, config: dict[str, int], tasks: Any, events: Any) -> None:

@@ -132,7 +132,7 @@ def test_the_folder_to_delete_has_the_store_s_address(
 
 @pytest.fixture
 def trial(bucket: str, small_config: ExperimentConfig) -> tuple[TrialTask, TrialContext]:
-    task = TrialTask(3, f"{bucket}/run", to_yaml(small_config), 2, {})
+    task = TrialTask(3, f"{bucket}/run", f"{bucket}/data", to_yaml(small_config), 2, {})
     return task, TrialContext(task, open_run_storage(task.root), small_config, 2, Events(), CPU)
 
 
