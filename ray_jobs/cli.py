@@ -178,14 +178,17 @@ def train(
     config: ConfigOption, data: DataOption, run: RunOption, set: SetOption = None, verbose: VerboseOption = False
 ) -> None:
     """Stage one: trains all parts of the system at once. Run again, it resumes."""
-    from dsmip.runs.load_config import job_config
+    from dsmip.runs.load_config import job_config, shadowed
 
     settings = job_config(config, set or [])
     from dsmip.data.dataset import Dataset
     from ray_jobs.jobs.train_experts import train_experts
     from ray_jobs.terminal.display import Display
 
-    train_experts(settings, Dataset.open(data), run, Display(), verbose=verbose)
+    dataset, display = Dataset.open(data), Display()
+    for warning in shadowed(settings, set or []):
+        display.say(warning)
+    train_experts(settings, dataset, run, display, verbose=verbose)
 
 
 @app.command()

@@ -111,12 +111,13 @@ def _parsed(text: str) -> ExperimentConfig:
 def _read_text(name_or_path: str) -> str:
     if name_or_path in shipped_configs():
         return (resources.files("dsmip") / "configs" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    if not Path(name_or_path).is_file():
+    path = _in_home(name_or_path)
+    if not path.is_file():
         raise UserError(
             f"config '{name_or_path}' is neither a file nor a shipped name; shipped: {', '.join(shipped_configs())}"
         )
     try:
-        return Path(name_or_path).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {name_or_path} cannot be read as text: {error}") from error
 
@@ -135,14 +136,44 @@ def _with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _absolute(tree: Any) -> Any:
-    """The tree with absolute names of the weight and model files in it that exist."""
+    """The tree with absolute names of the weight and model files in it that exist; `~` is a home folder in all."""
     if isinstance(tree, dict):
         return {key: _absolute(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_absolute(value) for value in tree]
-    if isinstance(tree, str) and Path(tree).suffix in _FILES and Path(tree).is_file():
-        return str(Path(tree).resolve())
+    if isinstance(tree, str) and Path(tree).suffix in _FILES:
+        path = _in_home(tree)
+        return str(path.resolve()) if path.is_file() else str(path)
     return tree
+
+
+def _in_home(name: str) -> Path:
+    """The path with `~` and `~user` expanded; as it is where there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def shadowed(config: ExperimentConfig, overrides: Sequence[str]) -> list[str]:
+    """Warnings about `--set train.x=v` where a part has an `x` of its own, which stays.
+
+    Args:
+        config: With the overrides applied.
+        overrides: As on the command line.
+    """
+    owners = {f"parts.{name}.train": part.train for name, part in config.parts.items()}
+    given = {key for override in overrides for key in flat(_parse_override(override))}
+    warnings = []
+    for key in sorted(name.removeprefix("train.") for name in given if name.startswith("train.")):
+        stay = [
+            f"{owner}.{key}={value}"
+            for owner, train in owners.items()
+            if (value := flat(train).get(key)) is not None and f"{owner}.{key}" not in given
+        ]
+        if stay:
+            warnings.append(f"warning: --set train.{key} does not reach {', '.join(stay)}; set these as well")
+    return warnings
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> ExperimentConfig:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from dsmip.config import ExperimentConfig, TrainConfig, Workers, merged
 from dsmip.errors import UserError
-from dsmip.runs.load_config import load_config, parse_config, shipped_configs, to_yaml
+from dsmip.runs.load_config import job_config, load_config, parse_config, shadowed, shipped_configs, to_yaml
 
 MINIMAL: dict[str, Any] = {
     "model": "dsmip",
@@ -229,3 +229,21 @@ def test_workers_are_a_number_or_a_range(given: int | str, workers: tuple[int, i
 def test_wrong_workers_are_refused(given: object) -> None:
     with pytest.raises(UserError, match=r"parts.text.workers: give a number of workers, or a range such as 1..4, not"):
         parse_config({**MINIMAL, "parts": {"text": {"workers": given}}})
+
+
+def test_overrides_that_a_part_s_own_settings_shadow_are_told() -> None:
+    given = ["train.epochs=9", "parts.text.train.epochs=9", "train.batch_size=32", "seed=1"]
+    (warning,) = shadowed(load_config("demo", given), given)
+    assert warning == "warning: --set train.epochs does not reach parts.visual.train.epochs=5; set these as well"
+    assert shadowed(load_config("demo"), []) == []
+
+
+def test_a_home_folder_is_found_in_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text(to_yaml(load_config("demo", ["backbone.pretrained=~/lost.safetensors"])))
+    (tmp_path / "tiny.json").write_text("{}")
+    config = job_config("~/mine.yaml", ["backbone.architecture=~/tiny.json"])
+    assert (config.backbone.architecture, config.backbone.pretrained) == (
+        str(tmp_path / "tiny.json"),
+        str(tmp_path / "lost.safetensors"),
+    )
