@@ -268,12 +268,23 @@ def evaluate(
         PrecisionName, typer.Option("--precision", help="Of token rows while they are scored; auto: fp16 with triton.")
     ] = "auto",
     data: MovedDataOption = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show what exact ranks took.")] = False,
 ) -> None:
     """Ranks the whole knowledge base for every mention of a split."""
     from ray_jobs.jobs.evaluate import evaluate_run
 
     options = RankOptions(top_k=top_k, backend=backend, precision=precision)
-    evaluate_run(run, split, model, device, data=data, workers=workers, options=options, candidates=candidates)
+    evaluate_run(
+        run,
+        split,
+        model,
+        device,
+        data=data,
+        workers=workers,
+        options=options,
+        candidates=candidates,
+        verbose=verbose,
+    )
 
 
 @app.command()

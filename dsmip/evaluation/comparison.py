@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dsmip.errors import UserError
-from dsmip.evaluation.groups import REPORTED, rows_by_value
+from dsmip.evaluation.groups import AMBIGUITY, REPORTED, rows_by_value
 from dsmip.evaluation.metrics import Difference, compare_counts, summarise
 from dsmip.evaluation.report import KB_HASH, RANKS, evaluation_name
 from dsmip.ops.ranking import Counts
@@ -22,6 +22,7 @@ from dsmip.storage.run_storage import STAMP, RunStorage
 
 _COLUMNS = ["mention_id", "gold", "better", "tied", *REPORTED]
 _NAMED_AT_MOST = 3
+_OLD_AMBIGUITY = "word"  # the column's name before it held the mention's word
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def read_evaluation(location: Location, split: str, model: str | None) -> Evalua
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: the file is damaged; make it again: {command}") from error
     metadata = table.schema.metadata or {}
+    if AMBIGUITY not in table.column_names:
+        table = table.rename_columns([AMBIGUITY if name == _OLD_AMBIGUITY else name for name in table.column_names])
     if KB_HASH not in metadata or not {*_COLUMNS} <= {*table.column_names}:
         raise UserError(f"{path} was written by an older version; make it again: {command}")
     seen: Counter[str] = Counter()

@@ -2,7 +2,7 @@
 
 gold_seen   seen, unseen: whether the gold entity is the gold of some training mention.
 picture     mention+entity, mention only, entity only, none: who has a picture, the mention and its gold entity.
-word        ambiguous, unique: whether the mention's word stands for several entities, upper and lower case being equal:
+ambiguity   ambiguous, unique: whether the mention's word stands for several entities, upper and lower case being equal:
             the entities with this name and the golds of all mentions, of any split, with this word.
 A group that the data set itself has under one of these names stands as it is.
 """
@@ -16,9 +16,9 @@ from dsmip.data.manifest import SPLITS
 from dsmip.data.records import Mention
 
 KIND = "kind"
-GOLD_SEEN, PICTURE, WORD = "gold_seen", "picture", "word"
-# Columns of ranks.parquet; further groups of the data set are in metrics.json only.
-REPORTED = (KIND, GOLD_SEEN, PICTURE, WORD)
+GOLD_SEEN, PICTURE, AMBIGUITY = "gold_seen", "picture", "ambiguity"
+# Columns of ranks.parquet; all groups of the data set itself are in its column `groups`.
+REPORTED = (KIND, GOLD_SEEN, PICTURE, AMBIGUITY)
 
 _PICTURES = {
     (True, True): "mention+entity",
@@ -42,7 +42,7 @@ def report_groups(dataset: Dataset, mentions: Sequence[Mention]) -> list[dict[st
         derived = {
             GOLD_SEEN: "seen" if mention.entity_row in train_golds else "unseen",
             PICTURE: _PICTURES[mention.image is not None, num_images_E[mention.entity_row] > 0],
-            WORD: "ambiguous" if len(entities_of[_key(mention.word)]) > 1 else "unique",
+            AMBIGUITY: "ambiguous" if len(entities_of[_key(mention.word)]) > 1 else "unique",
         }
         groups.append({name: value for name, value in derived.items() if name not in own} | dict(mention.groups))
     return groups

@@ -89,10 +89,11 @@ def evaluate_model(
     except NotRankable as error:
         raise _unrankable(error, evaluation, model) from None
     groups = report_groups(evaluation.run.dataset, evaluation.mentions)
+    without_image_M = torch.tensor([mention.image is None for mention in evaluation.mentions])
     metrics = {
         "model": evaluation.model.name,
         "split": evaluation.split,
-        **_metrics(ranking, groups, model.choices, len(model.index)),
+        **_metrics(ranking, groups, without_image_M, model),
         "index_bytes_per_entity": model.index.num_bytes / len(model.index),
     }
     if candidates is not None:
@@ -116,9 +117,10 @@ def _unrankable(error: NotRankable, evaluation: OpenedEvaluation, model: RankedM
 
 
 def _metrics(
-    ranking: Ranking, groups: Sequence[Mapping[str, str]], experts: Sequence[str], num_entities: int
+    ranking: Ranking, groups: Sequence[Mapping[str, str]], without_image_M: Tensor, model: RankedModel
 ) -> dict[str, Any]:
     """What metrics.json holds; `confidence`: 95 % bootstrap interval of each figure, the same at every run."""
+    experts, num_entities = model.choices, len(model.index)
     report: dict[str, Any] = {
         "overall": ranking.metrics(),
         "confidence": _confidence(ranking, [True] * len(groups)),
@@ -142,6 +144,7 @@ def _metrics(
         report["token_pairs_skipped"] = 1 - computed / of_all_parts
     if ranking.choices is not None:
         report["experts"] = _expert_usage(ranking.choices, groups, experts)
+        report["experts"]["best"] = _best_by_expert(ranking, ranking.choices, without_image_M, experts)
         if ranking.choices.tied_M is not None:
             report["experts"]["tie_share"] = float(ranking.choices.tied_M.sum()) / (len(groups) * num_entities)
     return report
@@ -188,12 +191,31 @@ def _expert_usage(choices: Choices, groups: Sequence[Mapping[str, str]], experts
     return {**shares(torch.ones(len(groups), dtype=torch.bool)), "by_kind": by_kind}
 
 
+def _best_by_expert(
+    ranking: Ranking, choices: Choices, without_image_M: Tensor, experts: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Of the mentions whose best entity an expert scored: how many, how many without a picture, and their hits@1."""
+    if not choices.top_Mk.shape[1]:
+        return {}
+    report: dict[str, dict[str, float]] = {}
+    for number, name in enumerate(experts):
+        rows_M = choices.top_Mk[:, 0] == number
+        mentions, without_image = int(rows_M.sum()), int((rows_M & without_image_M).sum())
+        report[name] = {"mentions": mentions, "without_image": without_image}
+        if mentions:
+            report[name]["hits@1"] = ranking.metrics(rows_M)["hits@1"]
+    return report
+
+
 def _write_ranks(
     path: Path, ranking: Ranking, evaluation: OpenedEvaluation, groups: Sequence[Mapping[str, str]]
 ) -> None:
     mentions, entity_ids, experts = evaluation.mentions, evaluation.entity_ids, evaluation.model.choices
     columns: dict[str, Any] = {
         "mention_id": [mention.mention_id for mention in mentions],
+        "word": [mention.word for mention in mentions],
+        "sentence": [mention.sentence for mention in mentions],
+        "groups": pa.array([list(mention.groups.items()) for mention in mentions], pa.map_(pa.string(), pa.string())),
         **{name: pa.array([each.get(name) for each in groups], pa.string()) for name in REPORTED},
         "gold": [mention.entity_id for mention in mentions],
         "rank": ranking.rank_M.tolist(),

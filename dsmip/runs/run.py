@@ -115,7 +115,7 @@ class Run:
                 raise UserError(
                     f"{error}; if the data of run {storage} has moved, say where it is by --data"
                 ) from error
-        dataset = data if isinstance(data, Dataset) else Dataset.open(data)
+        dataset = data if isinstance(data, Dataset) else Dataset.open(str(data))
         if dataset.manifest_hash != made_on.sha256:
             raise UserError(
                 f"run {storage} was made on data '{made_on.name}' with manifest {made_on.sha256[:12]}, but "

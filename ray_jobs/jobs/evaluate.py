@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from dsmip.config import RankOptions
@@ -11,11 +12,12 @@ from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
 from dsmip.evaluation.metrics import METRICS, shown_metrics
 from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
-from dsmip.evaluation.report import Evaluated, evaluate_model, evaluation_name
+from dsmip.evaluation.report import RANKS, Evaluated, evaluate_model, evaluation_name, oracle
+from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from ray_jobs.jobs.status import open_run
 from ray_jobs.terminal.display import Display
-from ray_jobs.terminal.lines import say
+from ray_jobs.terminal.lines import result_console, say
 
 if TYPE_CHECKING:
     from ray_jobs.cluster.events import StepEvents
@@ -33,6 +35,7 @@ def evaluate_run(
     workers: int = 1,
     options: RankOptions = RankOptions(),
     candidates: int | None = None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a finished part or the whole system of a run, prints the main figures and returns the metrics.
 
@@ -41,6 +44,7 @@ def evaluate_run(
         workers: More than one build the index and rank slices of it on Ray, each on its own device; this process then
             needs no GPU.
         candidates: How many to rank among as well, apart from the metrics and in this process.
+        verbose: Also prints what exact ranks took.
 
     Raises:
         UserError: For an unknown model, split or device, a model that is not trained yet, or workers that the cluster
@@ -58,25 +62,33 @@ def evaluate_run(
             evaluation = OpenedEvaluation(run, split, model)
             with Display() as progress:
                 evaluated = evaluate_model(evaluation, named, options=options, progress=progress, candidates=candidates)
-    metrics = evaluated.metrics
+    _show(evaluated.metrics, verbose=verbose)
+    if "experts" in evaluated.metrics:
+        _show_oracle(run, split, list(evaluated.metrics["experts"]["best"]))
+    say(f"  {run.storage}/{evaluation_name(split, evaluated.metrics['model'])}/metrics.json")
+    return evaluated.metrics
+
+
+def _show(metrics: Mapping[str, Any], *, verbose: bool) -> None:
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in shown_metrics())
-    refined = metrics["refinement"]
-    say(f"{metrics['model']} on {split}: {metrics['mentions']} mentions, {metrics['entities']} entities")
+    say(f"{metrics['model']} on {metrics['split']}: {metrics['mentions']} mentions, {metrics['entities']} entities")
     say(f"  {figures}")
-    say(
-        f"  exact: {refined['num_pairs']} pairs within {refined['band']:.1e} of a decision scored again in float64"
-        f" ({refined['num_scored']} with those beside them);"
-        f" index: {metrics['index_bytes_per_entity']:.0f} bytes an entity"
-    )
-    if "token_pairs_skipped" in metrics:
-        say(f"  {metrics['token_pairs_skipped']:.0%} of the experts' token-level scores were not needed")
+    if verbose:
+        refined = metrics["refinement"]
+        say(
+            f"  exact: {refined['num_pairs']} pairs within {refined['band']:.1e} of a decision scored again in float64"
+            f" ({refined['num_scored']} with those beside them);"
+            f" index: {metrics['index_bytes_per_entity']:.0f} bytes an entity"
+        )
+        if "token_pairs_skipped" in metrics:
+            say(f"  {metrics['token_pairs_skipped']:.0%} of the experts' token-level scores were not needed")
+    if "experts" in metrics:
+        _show_experts(metrics["experts"]["best"])
     if "candidates" in metrics:
-        _print_candidates(metrics["candidates"])
-    say(f"  {run.storage}/{evaluation_name(split, metrics['model'])}/metrics.json")
-    return metrics
+        _show_candidates(metrics["candidates"])
 
 
-def _print_candidates(found: dict[str, Any]) -> None:
+def _show_candidates(found: dict[str, Any]) -> None:
     recall = next(name for name in found if name.startswith("recall@"))
     figures = "  ".join(f"{name} {found[name]:.3f}" for name, metric in METRICS.items() if metric.shown_of_candidates)
     say(
@@ -84,6 +96,26 @@ def _print_candidates(found: dict[str, Any]) -> None:
         f" {found[recall]:.1%} of the exact top {recall.split('@')[1]} and {found['gold_recall']:.1%} of the golds"
     )
     say(f"  among candidates only, never to be reported as metrics: {figures}")
+
+
+def _show_experts(best: Mapping[str, Mapping[str, float]]) -> None:
+    """Who scored the best entities, and how well."""
+    table = Table("  best entity scored by", "mentions", "without a picture", "hits@1", box=None, pad_edge=False)
+    for name, found in best.items():
+        hits = f"{found['hits@1']:.3f}" if "hits@1" in found else ""
+        table.add_row(f"  {name}", f"{found['mentions']:.0f}", f"{found['without_image']:.0f}", hits)
+    result_console().print(table)
+
+
+def _show_oracle(run: Run, split: str, experts: Sequence[str]) -> None:
+    """Figures of the oracle over the experts, or what is missing for it."""
+    folders = {name: run.folder / evaluation_name(split, name) for name in experts}
+    if missing := [name for name, folder in folders.items() if not (folder / RANKS).is_file()]:
+        say(f"  the oracle over the experts is shown once they are evaluated too: --model {', '.join(missing)}")
+        return
+    figures = oracle(folders)["overall"]
+    shown = "  ".join(f"{name} {figures[name]:.3f}" for name in shown_metrics())
+    say(f"  oracle, each mention by the expert that ranks its gold best: {shown}")
 
 
 class RayWorkers:

@@ -36,7 +36,7 @@ def evaluation(
     (run / "run.json").write_text('{"seed": 3, "made": {"dsmip": "0"}}')
     (run / "config.yaml").write_text(to_yaml(config))
     columns = {"mention_id": IDS, "gold": GOLDS, "better": better, "tied": [0] * len(better), "kind": KINDS}
-    columns |= {name: ["x"] * len(better) for name in ("gold_seen", "picture", "word")}
+    columns |= {name: ["x"] * len(better) for name in ("gold_seen", "picture", "ambiguity")}
     entity_ids = changes.pop("kb", KB)
     table = pa.table({name: changes.get(name, column) for name, column in columns.items()})
     path = run / evaluation_name(split, model) / "ranks.parquet"
@@ -109,10 +109,20 @@ def test_figures_of_both_and_their_difference(
         "picture": {"mentions": 3, "hits@1": [0.0, 1.0]},
         "text": {"mentions": 2, "hits@1": [1.0, 0.5]},
     }
-    assert list(report["groups"]) == ["gold_seen", "kind", "picture", "word"]
+    assert list(report["groups"]) == ["ambiguity", "gold_seen", "kind", "picture"]
     words = [line.replace("│", " ").split() for line in said.splitlines()]
     assert ["hits@1", "0.500", "0.833", "+0.333"] in [line[:4] for line in words]
     assert ["kind", "picture", "3", "0.000", "1.000", "+1.000"] in words
+
+
+def test_an_older_evaluation_s_column_of_ambiguous_words_is_read(
+    first: Path, tmp_path: Path, small_config: ExperimentConfig, compare: Command
+) -> None:
+    path = evaluation(tmp_path / "second", small_config, SECOND) / evaluation_name("test", "dsmip") / "ranks.parquet"
+    table = pq.read_table(path)
+    columns = ["word" if name == "ambiguity" else name for name in table.column_names]
+    pq.write_table(table.rename_columns(columns).replace_schema_metadata(table.schema.metadata), path)
+    assert "ambiguity" in compare(tmp_path / "second", first)
 
 
 def test_mentions_are_matched_by_id_whatever_their_order(

@@ -61,7 +61,7 @@ def groups_of(dataset: Dataset, split: str) -> dict[str, dict[str, str]]:
 
 
 def test_a_word_is_ambiguous_when_names_or_golds_give_it_several_entities(dataset: Dataset) -> None:
-    assert {mention_id: each["word"] for mention_id, each in groups_of(dataset, "test").items()} == {
+    assert {mention_id: each["ambiguity"] for mention_id, each in groups_of(dataset, "test").items()} == {
         "name of two": "ambiguous",
         "name of one": "unique",
         "name of another": "ambiguous",
@@ -89,9 +89,9 @@ def test_who_has_a_picture(dataset: Dataset) -> None:
 
 
 def test_groups_of_the_data_set_stand_as_they_are(tmp_path: Path) -> None:
-    test = [mention("x", "Paris", "Q3", word="rare", topic="city"), mention("y", "Oslo", "Q6")]
+    test = [mention("x", "Paris", "Q3", ambiguity="rare", topic="city"), mention("y", "Oslo", "Q6")]
     found = groups_of(prepared(tmp_path, test), "test")
-    assert found["x"] == {"word": "rare", "topic": "city", "gold_seen": "seen", "picture": "entity only"}
+    assert found["x"] == {"ambiguity": "rare", "topic": "city", "gold_seen": "seen", "picture": "entity only"}
     assert found["y"] == {"gold_seen": "unseen", "picture": "none"}
 
 

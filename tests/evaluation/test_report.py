@@ -58,7 +58,7 @@ def test_metrics_are_those_of_the_ranks(run: Run, model: str) -> None:
 
     check(metrics["overall"], records)
     assert [found["mentions"] for found in metrics["groups"]["kind"].values()] == [4, 4]
-    assert metrics["groups"].keys() == {"kind", "gold_seen", "picture", "word"}
+    assert metrics["groups"].keys() == {"kind", "gold_seen", "picture", "ambiguity"}
     for group, values in metrics["groups"].items():
         assert set(values) == {record[group] for record in records}
         for value, found in values.items():
@@ -88,6 +88,8 @@ def test_ranks_name_mentions_golds_and_best_entities(run: Run, whole: Evaluated)
     mentions = list(run.dataset.mentions("test"))
     for mention, record in zip(mentions, rows(whole), strict=True):
         assert (record["mention_id"], record["gold"]) == (mention.mention_id, mention.entity_id)
+        assert (record["word"], record["sentence"]) == (mention.word, mention.sentence)
+        assert dict(record["groups"]) == dict(mention.groups)
         assert record["kind"] == mention.groups["kind"]
         assert record["rank"] == 1 + record["better"] + record["tied"] / 2
         assert len(record["top"]) == len(set(record["top"])) == 11
@@ -102,7 +104,7 @@ def test_shares_of_experts(run: Run, whole: Evaluated) -> None:
     records, usage = rows(whole), whole.metrics["experts"]
     pairs = [expert for record in records for expert in record["top_experts"]]
     golds = [record["gold_expert"] for record in records]
-    assert usage.keys() == {"pair_share", "gold_share", "by_kind", "tie_share"}
+    assert usage.keys() == {"pair_share", "gold_share", "by_kind", "tie_share", "best"}
     for found, names in ((usage["pair_share"], pairs), (usage["gold_share"], golds)):
         assert list(found) == ["text", "visual", "multimodal"]
         for name, share in found.items():
@@ -111,6 +113,17 @@ def test_shares_of_experts(run: Run, whole: Evaluated) -> None:
     odd = [record["gold_expert"] for record in records if record["kind"] == "odd"]
     assert usage["by_kind"]["odd"]["gold_share"]["text"] == pytest.approx(odd.count("text") / len(odd))
     assert "experts" not in evaluate_model(OpenedEvaluation(run, "test", "text"), CPU).metrics
+
+
+def test_who_scored_the_best_entities_and_how_well(run: Run, whole: Evaluated) -> None:
+    without_image = [mention.image is None for mention in run.dataset.mentions("test")]
+    best = whole.metrics["experts"]["best"]
+    assert sum(found["mentions"] for found in best.values()) == 8
+    for name, found in best.items():
+        chosen = [number for number, record in enumerate(rows(whole)) if record["top_experts"][0] == name]
+        hits = [rows(whole)[number]["rank"] <= 1 for number in chosen]
+        expected = {"mentions": len(chosen), "without_image": sum(without_image[number] for number in chosen)}
+        assert found == expected | ({"hits@1": pytest.approx(sum(hits) / len(hits))} if hits else {})
 
 
 def test_a_second_evaluation_writes_the_same(run: Run, whole: Evaluated) -> None:

@@ -31,6 +31,7 @@ from tests.support.old_run import unpack
 CPU = torch.device("cpu")
 PARTS = ("text", "visual", "multimodal", "gate")
 SCORES = "top_scores"
+OLD_NAMES = {"word": "ambiguity"}
 FIGURES = ("overall", "groups", "experts", "mentions", "entities")
 EVALUATED = [("test", "dsmip"), ("test", "text"), ("validation", "multimodal")]
 
@@ -217,8 +218,10 @@ def _sweep(stored: Path) -> dict[str, Any]:
 
 
 def _figures(run: Path, split: str, model: str) -> dict[str, Any]:
-    """What papers report, by dotted name; not how it was computed."""
+    """What papers report and reported then, by dotted name; not how it was computed."""
     metrics = json.loads((run / f"evaluate/{split}/{model}/metrics.json").read_text())
+    metrics.get("experts", {}).pop("best", None)
+    metrics["groups"] = {OLD_NAMES.get(name, name): values for name, values in metrics["groups"].items()}
     leaves = flat({name: metrics[name] for name in (*FIGURES, "confidence") if name in metrics})
     of_each = {name: leaf if isinstance(leaf, list) else [leaf] for name, leaf in leaves.items()}
     return {f"{name}/{number}": leaf for name, leaves in of_each.items() for number, leaf in enumerate(leaves)}
@@ -226,4 +229,4 @@ def _figures(run: Path, split: str, model: str) -> dict[str, Any]:
 
 def _ranks(run: Path, split: str, model: str) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = pq.read_table(run / f"evaluate/{split}/{model}/ranks.parquet").to_pydict()
-    return columns
+    return columns if "ambiguity" in columns else {OLD_NAMES.get(name, name): columns[name] for name in columns}
