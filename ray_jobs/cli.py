@@ -4,7 +4,7 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -12,6 +12,20 @@ from dsmip.config import BackendName, PrecisionName, RankOptions
 from dsmip.data.manifest import REJECTS_FILE, SPLITS
 from dsmip.errors import ReportedError, UserError, no_room, no_room_message
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
+from ray_jobs.options import (
+    ConfigOption,
+    DataArgument,
+    DataOption,
+    DeviceName,
+    EntityText,
+    JsonOption,
+    MentionText,
+    MovedDataOption,
+    RunArgument,
+    RunOption,
+    SetOption,
+    VerboseOption,
+)
 from ray_jobs.terminal.lines import complain, open_streams, say
 
 app = typer.Typer(
@@ -22,23 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-DeviceName = Literal["auto", "cpu", "cuda"]
-ConfigOption = Annotated[str, typer.Option("--config", help="A shipped configuration's name or a YAML file.")]
-# Text: a Path would make s3:/bucket of s3://bucket.
-DataOption = Annotated[str, typer.Option("--data", help="Dataset made by 'dsmip prepare': its directory or URI.")]
-DataArgument = Annotated[
-    str, typer.Argument(help="Dataset made by 'dsmip prepare': its directory or URI.", metavar="DATA")
-]
-MovedDataOption = Annotated[
-    str | None, typer.Option("--data", help="Where the run's data lies, if it has moved: a directory or URI.")
-]
-RunOption = Annotated[str, typer.Option("--run", help="Run: a directory, or its URI in an object store.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value of the configuration; may be repeated.")]
-EntityText = Literal["attr", "desc"]
-MentionText = Literal["sentence", "sentence+desc"]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own log.")]
-
 
 # What a demo draws itself, and all that a view has.
 _NOT_OF_DEMOS = frozenset({"entity_text", "mention_text", "kb", "split", "image_size", "seed"})
@@ -124,9 +121,7 @@ def inspect(
     html: Annotated[
         Path | None, typer.Option("--html", dir_okay=False, help="Also write a page with samples and examples.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Also write the figures to this file.")
-    ] = None,
+    json_file: JsonOption = None,
     images: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Compare pictures.")] = True,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
 ) -> None:
@@ -139,9 +134,7 @@ def inspect(
 @app.command()
 def verify(
     data: DataArgument,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Also write what was found to this file.")
-    ] = None,
+    json_file: JsonOption = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
 ) -> None:
     """Reads every file of a dataset and checks it against the manifest; exit code 1 when something is wrong."""
@@ -289,10 +282,8 @@ def evaluate(
 
 @app.command()
 def status(
-    run: Annotated[str, typer.Argument(help="Run: a directory or a URI.", metavar="RUN")],
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Also write all of it to this file.")
-    ] = None,
+    run: RunArgument,
+    json_file: JsonOption = None,
     data: MovedDataOption = None,
     remember: Annotated[
         bool, typer.Option("--remember", help="From now on, look for the run's data where --data says.")
@@ -314,9 +305,7 @@ def compare(
     model1: Annotated[str | None, typer.Option("--model1", help="A part, or the system's name (default).")] = None,
     model2: Annotated[str | None, typer.Option("--model2", help="A part, or the system's name (default).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws resamples and sign flips.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Also write the comparison to this file.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Says whether RUN2 differs from RUN1 by more than luck, from what 'dsmip evaluate' wrote of both."""
     from ray_jobs.jobs.compare import compare_runs
