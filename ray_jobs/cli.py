@@ -298,6 +298,14 @@ def status(
 
 
 @app.command()
+def clean(run: RunArgument) -> None:
+    """Deletes what a run no longer needs: checkpoints of parts and trials that have finished."""
+    from ray_jobs.jobs.status import clean_run
+
+    clean_run(run)
+
+
+@app.command()
 def compare(
     run1: Annotated[str, typer.Argument(help="Run: a directory or a URI.", metavar="RUN1")],
     run2: Annotated[str, typer.Argument(help="Run to compare with it; may be the same.", metavar="RUN2")],

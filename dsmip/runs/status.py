@@ -16,6 +16,7 @@ from dsmip.errors import UserError
 from dsmip.messages import masked
 from dsmip.models import find_system
 from dsmip.runs.checkpoints import MANIFEST, read_manifest
+from dsmip.runs.cleanup import removable
 from dsmip.runs.load_config import load_config
 from dsmip.runs.provenance import RECORDS, RUNNING
 from dsmip.runs.run import CONFIG
@@ -70,6 +71,7 @@ class Status:
     Attributes:
         folder: Where it lies.
         disk: Bytes by entry there.
+        removable: Bytes by folder of what nothing needs any more (`dsmip clean`).
         last_command: Its name and outcome.
     """
 
@@ -80,6 +82,7 @@ class Status:
     trials: list[TrainingState]
     evaluations: list[Evaluation]
     disk: dict[str, int]
+    removable: dict[str, int]
     last_command: str
     problems: list[str]
     next: str
@@ -121,6 +124,7 @@ class _Reader:
             trials=trials,
             evaluations=evaluations,
             disk=dict(self.storage.sizes()),
+            removable=removable(self.storage, self.config.model) if self.config else {},
             last_command=f"{_begun(last)}: {last['outcome']}" if last else "none",
             problems=self.problems,
             next=self._next(parts, trials, evaluations, last),

@@ -7,11 +7,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from dsmip.errors import UserError
 from dsmip.runs.run import Run, data_of_run
 from dsmip.runs.status import Status, TrainingState, read_status
 from dsmip.storage.atomic import write_masked_json
-from dsmip.storage.locations import Location
-from ray_jobs.terminal.lines import result_console
+from dsmip.storage.locations import Location, open_run_storage
+from ray_jobs.terminal.lines import result_console, say
 
 _SHOWN = ("loss", "mrr", "hits_at_1", "samples_per_second", "data_wait_share")
 
@@ -47,6 +48,10 @@ def show_status(
         console.print(table)
     sizes = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in status.disk.items() if size >= 1 << 16)
     console.print(f"disk: {sum(status.disk.values()) / 2**20:.1f} MiB ({sizes})", soft_wrap=True)
+    if status.removable:
+        size = sum(status.removable.values()) / 2**20
+        command = shlex.join(["dsmip", "clean", str(location)])
+        console.print(f"of these {size:.1f} MiB are checkpoints that nothing needs any more: {command}", soft_wrap=True)
     for problem in status.problems:
         console.print(f"problem: {problem}", soft_wrap=True)
     console.print(f"next: {status.next}", soft_wrap=True)
@@ -55,13 +60,24 @@ def show_status(
     return status
 
 
+def clean_run(location: Location) -> None:
+    """Deletes what a run no longer needs and prints it. Raises UserError for no run, or while it is trained."""
+    status, storage = read_status(location), open_run_storage(location)
+    if training := [each.name for each in status.parts + status.trials if each.state == "training"]:
+        raise UserError(f"run {status.folder}: {', '.join(training)} is being trained; wait for it, then clean")
+    for name, size in status.removable.items():
+        storage.delete(name)
+        say(f"  deleted {name}: {size / 2**20:.1f} MiB")
+    say(f"{status.folder}: {sum(status.removable.values()) / 2**20:.1f} MiB deleted that nothing needs any more")
+
+
 def _check_data(location: Location, data: Location, *, remember: bool) -> None:
     if not remember:
         open_run(location, data)
         return
     run = Run.open(location, data)
     run.remember_data()
-    print(f"data: {run.dataset.location} (remembered)")
+    say(f"data: {run.dataset.location} (remembered)")
 
 
 def _print_progress(console: Console, what: str, rows: list[TrainingState]) -> None:
@@ -100,5 +116,5 @@ def open_run(location: Location, data: Location | None = None) -> Run:
     remembered = data_of_run(run.storage).folder
     if run.dataset.location != remembered:
         again = shlex.join(["dsmip", "status", str(location), "--data", str(data), "--remember"])
-        print(f"data: {run.dataset.location} (the run remembers {remembered}; to remember this one: {again})")
+        say(f"data: {run.dataset.location} (the run remembers {remembered}; to remember this one: {again})")
     return run
