@@ -143,7 +143,7 @@ def bucket(object_store: ObjectStore) -> str:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A quiet Ray of this process with 4 CPUs, whatever the machine has; jobs use it instead of starting one."""
-    import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
+    from ray_jobs.cluster.local import start_local
 
     # isort: split
     import ray
@@ -155,14 +155,7 @@ def ray_cluster() -> Iterator[None]:
     variables.setenv("RAY_worker_maximum_startup_concurrency", "16")
     if "RAY_worker_niceness" not in os.environ:
         variables.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves the workers beside any other load
-    ray.init(
-        "local",
-        num_cpus=4,
-        object_store_memory=200 << 20,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        include_dashboard=False,
-    )
+    start_local(num_cpus=4, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:

@@ -2,14 +2,13 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from dsmip.errors import UserError
+from pathlib import Path
 
 # What Ray should do unless the user said otherwise. Ray hands these on to its workers.
 _VARIABLES = {
-    "RAY_AUTH_MODE": "disabled",  # unset, Ray writes a token file and later connections fail obscurely
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` makes Ray upload the folder and build another venv
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Train reports at most about once per interval
@@ -19,15 +18,9 @@ _VARIABLES = {
     "RAY_AIR_NEW_OUTPUT": "0",  # else Tune prints its configuration whatever its verbosity
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # csv, json and tensorboard files of every trial
 }
-# For a cluster that lives and dies with this process.
-_LOCAL_VARIABLES = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less per training: nobody takes this node away
-    "RAY_worker_maximum_startup_concurrency": "16",  # a training's helpers start at once; fewer make Ray warn
-}
-for _name, _value in _VARIABLES.items():
-    os.environ.setdefault(_name, _value)
-
-_OBJECT_STORE_BYTES = 200 << 20  # of a local cluster: tables are shared as files, not as objects
+# Ray replaces a node's address 127.0.0.1 by the machine's own, unless it takes the system for one without clusters.
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextmanager
@@ -35,6 +28,7 @@ def connected(*, verbose: bool = False) -> Iterator[None]:
     """Joins the cluster of RAY_ADDRESS (set inside `ray job submit`), or starts a local one and stops it afterwards.
 
     A cluster that this process is connected to already is used as it is. `verbose` shows Ray's own log.
+    Raises UserError when RAY_ADDRESS names no cluster that takes this process, or the local one does not start.
     """
     import ray
 
@@ -43,9 +37,13 @@ def connected(*, verbose: bool = False) -> Iterator[None]:
         return
     level = logging.INFO if verbose else logging.ERROR
     if starts_own_cluster():
-        _start_local(verbose=verbose, level=level)
+        from ray_jobs.cluster.local import start_local
+
+        start_local(log_to_driver=verbose, logging_level=level)
     else:
-        ray.init(log_to_driver=verbose, logging_level=level)
+        from ray_jobs.cluster.joining import join
+
+        join(os.environ["RAY_ADDRESS"], log_to_driver=verbose, logging_level=level)
     if not verbose:
         logging.getLogger("ray").setLevel(level)
     try:
@@ -54,31 +52,32 @@ def connected(*, verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_cluster() -> None:
+    """Raises UserError when RAY_ADDRESS names no cluster that takes this process: before long work that comes first."""
+    if not starts_own_cluster():
+        from ray_jobs.cluster.joining import check_address
+
+        check_address(os.environ["RAY_ADDRESS"])
+
+
 def starts_own_cluster() -> bool:
     """Whether the cluster lives and dies with this process, as no address of another one was given."""
-    return not os.environ.get("RAY_ADDRESS")
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
-def _start_local(*, verbose: bool, level: int) -> None:
-    """Starts Ray in this process; once more when a busy machine took longer than Ray's fixed 30 s.
-
-    Raises UserError when it does not start the second time either.
-    """
-    import ray
-
-    for name, value in _LOCAL_VARIABLES.items():
+def _prepare_environment() -> None:
+    """Sets what Ray reads when it is imported: where it listens, and who is let in."""
+    for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)
-    for last in (False, True):
-        try:
-            ray.init(
-                "local",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=verbose,
-                logging_level=level,
-            )
-            return
-        except Exception as error:  # Ray raises a bare Exception here
-            ray.shutdown()
-            if last:
-                raise UserError(f"Ray did not start on this machine (is it overloaded?): {error}") from error
+    if "ray" in sys.modules:  # a worker, or a caller who has chosen
+        return
+    if starts_own_cluster():
+        os.environ.update(_LOOPBACK, RAY_AUTH_MODE="token")
+        return
+    if os.environ["RAY_ADDRESS"].startswith(("127.", "localhost:")):
+        os.environ.update(_LOOPBACK)
+    if any(os.environ.get(name) for name in _TOKEN_VARIABLES) or Path("~/.ray/auth_token").expanduser().is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+_prepare_environment()

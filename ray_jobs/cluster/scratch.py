@@ -24,18 +24,35 @@ class Scratch:
         Raises:
             UserError: When that folder is no private one (`dsmip.private`).
         """
-        root = root or Path(tempfile.gettempdir()) / f"dsmip-{os.getuid()}"
+        root = root or default_root(tempfile.gettempdir())
         private_folder(root, "set TMPDIR to another folder")
         with FileLock(lock_file(root / "starting")):
             _remove_abandoned(root)
             self._home = Path(tempfile.mkdtemp(prefix="worker-", dir=root))
             lock = FileLock(lock_file(_lock_of(self._home)))
             lock.acquire()
+        self._lock = lock
         _held.append(lock)
+
+    @property
+    def home(self) -> Path:
+        """The folder of this process."""
+        return self._home
+
+    def remove(self) -> None:
+        """Removes all of it, for a process that ends well."""
+        shutil.rmtree(self._home, ignore_errors=True)
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
 
     def folder(self, prefix: str) -> Path:
         """A new empty folder; who has asked for it may remove it."""
         return Path(tempfile.mkdtemp(prefix=prefix, dir=self._home))
+
+
+def default_root(temporary: str) -> Path:
+    """Where all processes of this user have their folders, in a folder for temporary files."""
+    return Path(temporary) / f"dsmip-{os.getuid()}"
 
 
 def _remove_abandoned(root: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ray_jobs.cluster.connection import connected
+from ray_jobs.cluster.connection import check_cluster, connected
 
 # isort: split
 import torch
@@ -58,6 +58,7 @@ def run_demo(
     """
     out, display = out.resolve(), display or Display()
     base = job_config(config, overrides)
+    check_cluster()
     journal = Journal.open(out, world, display)
     with ExitStack() as ray_runs:
         with (

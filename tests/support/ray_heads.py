@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
+from ray_jobs.cluster.local import own_token
 
 # isort: split
 from ray.job_submission import JobSubmissionClient
@@ -74,7 +74,11 @@ _FROM_HERE = ("--working-dir", ".", "--runtime-env", "deploy/runtime_env.yaml", 
 
 @contextlib.contextmanager
 def running_head(options: Sequence[str], variables: Mapping[str, str] = {}, gcs_port: int = 0) -> Iterator[Head]:
-    """Starts a head with further options and variables of `ray start` and waits until it takes jobs."""
+    """Starts a head with further options and variables of `ray start` and waits until it takes jobs.
+
+    It asks for this process's token, which this process and the `ray` commands that it starts then give.
+    """
+    own_token()
     folder = Path(tempfile.mkdtemp(prefix="dj"))
     gcs, port, agent, client = free_ports(4)
     environment = {**os.environ, "PATH": f"{_BINARIES}{os.pathsep}{os.environ['PATH']}", **_VARIABLES, **variables}

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs.run import Run
+from ray_jobs.cluster.local import own_token  # before Ray is imported
 from tests.support.disturbed import (
     StepLog,
     assert_equal_parts,
@@ -49,6 +49,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             variables.delenv(name)  # other tests' cluster of this process watches for no notice; nodes hand that on
         for name, value in FAST_CHECKS.items():
             variables.setenv(f"RAY_health_check_{name}", str(value))
+        own_token()
         started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         try:
             yield started

@@ -15,7 +15,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import ray_jobs.cluster.connection  # noqa: F401  (before Ray is imported)
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
@@ -30,6 +29,7 @@ from dsmip.storage.object_store import filesystem
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import train_part
 from ray_jobs.cli import app
+from ray_jobs.cluster.local import own_token  # before Ray is imported
 from tests.support.ray_heads import processes_of, wait_until
 
 # isort: split
@@ -123,6 +123,7 @@ def two_nodes(tmp_path: Path) -> Iterator[dict[str, str]]:
         variables.setenv("RAY_worker_niceness", "0")
         variables.delenv("RAY_ADDRESS", raising=False)
         caches = {name: {"DSMIP_CACHE": str(tmp_path / name)} for name in ("head", "one", "two", "driver")}
+        own_token()
         started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "env_vars": caches["head"]})
         try:
             for name in ("one", "two"):
