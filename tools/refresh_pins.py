@@ -3,7 +3,8 @@
     uv run python tools/refresh_pins.py           # newest versions that fit together
     uv run python tools/refresh_pins.py --keep    # present pins stay; new dependencies are pinned, unused pins go
 
-The floors in `dependencies` are not touched. The cluster files follow the Ray version. Run `uv sync` afterwards.
+The floors in `dependencies` are not touched. The cluster files follow the Ray version, and the files of hashed
+requirements in deploy/ follow the pins: what nodes and the image install. Run `uv sync` afterwards.
 """
 
 import re
@@ -18,11 +19,13 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).parents[1]
 PACKAGES, BUILD = "constraint-dependencies", "build-constraint-dependencies"
 CLUSTER_FILES = ("cluster.yaml", "deploy/onprem.yaml", "deploy/Dockerfile", "deploy/kuberay/base/rayjob.yaml")
+REQUIREMENTS = "deploy/requirements.txt"
+BUILD_REQUIREMENTS = "deploy/requirements-build.txt"
 _PLAIN = ("--no-annotate", "--no-header", "--no-emit-index-url")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Resolves in a temporary folder, then rewrites pyproject.toml and the cluster files."""
+    """Resolves in a temporary folder, then rewrites pyproject.toml, the cluster files and the hashed requirements."""
     if arguments not in ([], ["--keep"]):
         sys.exit(__doc__)
     keep = bool(arguments)
@@ -32,7 +35,11 @@ def main(arguments: Sequence[str]) -> None:
     with TemporaryDirectory() as folder:
         packages = _package_pins(bare, Path(folder), keep=keep)
         build = _build_pins(bare, Path(folder))
-    project.write_text(with_pins(with_pins(text, PACKAGES, packages), BUILD, build), encoding="utf-8")
+    pinned = with_pins(with_pins(text, PACKAGES, packages), BUILD, build)
+    project.write_text(pinned, encoding="utf-8")
+    with TemporaryDirectory() as folder:
+        write_hashed(_hashed_packages(pinned, Path(folder)), ROOT / REQUIREMENTS)
+        write_hashed(_hashed_build(pinned, Path(folder)), ROOT / BUILD_REQUIREMENTS)
     for name in CLUSTER_FILES:
         cluster = ROOT / name
         cluster.write_text(with_ray_version(cluster.read_text(encoding="utf-8"), packages), encoding="utf-8")
@@ -80,15 +87,37 @@ def _package_pins(project: str, folder: Path, *, keep: bool) -> list[str]:
     return pins_of(_output([*command, "--no-hashes", *_PLAIN], folder))
 
 
+def write_hashed(exported: str, target: Path) -> None:
+    """Writes requirements with their hashes; lines that name an index, whose address is nobody else's, are left out."""
+    lines = [line for line in exported.splitlines() if line.lstrip().startswith("--hash=") or "==" in line]
+    head = "# Written by tools/refresh_pins.py from the pins in pyproject.toml; for pip install --require-hashes."
+    target.write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
+
+
+def _hashed_packages(project: str, folder: Path) -> str:
+    """What nodes need, object stores included, with the hashes of every file."""
+    (folder / "pyproject.toml").write_text(project, encoding="utf-8")
+    command = ["uv", "export", "--quiet", "--project", str(folder), "--no-dev", "--extra", "s3", "--extra", "gcs"]
+    return _output([*command, "--no-emit-project", *_PLAIN], folder)
+
+
+def _hashed_build(project: str, folder: Path) -> str:
+    return _output([*_build_command(project, folder), "--generate-hashes"], folder)
+
+
 def _build_pins(project: str, folder: Path) -> list[str]:
     """What builds the package itself, in `build-system.requires` and below."""
+    return pins_of(_output(_build_command(project, folder), folder))
+
+
+def _build_command(project: str, folder: Path) -> list[str]:
     tree = tomllib.loads(project)
     requirements, present = folder / "build.in", folder / "build-pins.txt"
     requirements.write_text("\n".join(tree["build-system"]["requires"]), encoding="utf-8")
     present.write_text("\n".join(tree["tool"]["uv"][BUILD]), encoding="utf-8")
     python = tree["project"]["requires-python"].removeprefix(">=")
     command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", python]
-    return pins_of(_output([*command, *_PLAIN, "--constraints", str(present), str(requirements)], folder))
+    return [*command, *_PLAIN, "--constraints", str(present), str(requirements)]
 
 
 def _output(command: Sequence[str], folder: Path) -> str:

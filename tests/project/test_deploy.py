@@ -1,6 +1,7 @@
 """The cluster files: valid by Ray's own schema or KubeRay's resources, scaled from nothing, their commands exist."""
 
 import copy
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,13 +16,14 @@ import yaml
 from dsmip.runs.load_config import shipped_configs
 from ray_jobs.cli import app
 from ray_jobs.cluster.node_types import VARIABLE
-from tests.support.kuberay import PersistentVolumeClaim, RayJob
+from tests.support.kuberay import NetworkPolicy, PersistentVolumeClaim, RayJob
 
 # isort: split
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
 from tests.support.paths import ROOT
+from tools.refresh_pins import BUILD_REQUIREMENTS, REQUIREMENTS
 
 KUBERAY = ROOT / "deploy" / "kuberay"
 STAGES = ("prepare", "train", "tune", "evaluate")
@@ -101,6 +103,43 @@ def test_the_on_premise_file_is_valid_and_its_machines_join_at_once() -> None:
     assert config["file_mounts"].items() <= aws["file_mounts"].items()
 
 
+@pytest.mark.parametrize("name", ["cluster.yaml", "deploy/onprem.yaml"])
+def test_a_cluster_asks_for_a_token_and_installs_what_has_the_pinned_hashes(name: str) -> None:
+    config = _prepared(name)
+    starts = [
+        command
+        for kind in ("head", "worker")
+        for command in config[f"{kind}_start_ray_commands"]
+        if "ray start" in command or "spot_notice.py" in command
+    ]
+    assert len(starts) >= 2
+    assert all("RAY_AUTH_MODE=token " in command for command in starts)
+    assert Path(config["file_mounts"]["/home/ray/.ray/auth_token"]).name == "auth_token"
+    assert any("chmod 600 ~/.ray/auth_token" in command for command in config["setup_commands"])
+    assert (ROOT / config["file_mounts"]["/home/ray/dsmip/requirements.txt"]) == ROOT / REQUIREMENTS
+    installs = [command for command in config["setup_commands"] if "install" in command]
+    assert installs == ["pip install --quiet --require-hashes --requirement ~/dsmip/requirements.txt"]
+    options = " ".join(config["docker"]["run_options"])
+    assert "--privileged" not in options
+    assert "--user" not in options  # the image's own is not root
+
+
+def test_whoever_is_not_of_ray_reaches_no_pod_of_it() -> None:
+    policy = NetworkPolicy.model_validate(_tree(KUBERAY / "network.yaml"))
+    assert policy.spec.policyTypes == ["Ingress"]
+    assert policy.spec.podSelector.matchLabels == {"ray.io/is-ray-node": "yes"}
+    inside, dashboard = policy.spec.ingress
+    assert [peer.podSelector for peer in inside.from_] == [policy.spec.podSelector]
+    assert [peer.namespaceSelector for peer in inside.from_] == [None]  # of this namespace alone
+    assert [port.port for port in dashboard.ports] == [8265]
+    submitters, operator = dashboard.from_
+    assert submitters.podSelector is not None
+    (submitting,) = submitters.podSelector.matchExpressions
+    assert submitting.values == [_built(stage)["metadata"]["name"] for stage in STAGES]
+    assert operator.podSelector is not None
+    assert operator.podSelector.matchLabels == {"app.kubernetes.io/name": "kuberay-operator"}
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_on_kuberay_is_a_rayjob_that_starts_with_no_worker(stage: str) -> None:
     job = RayJob.model_validate(_built(stage))
@@ -109,6 +148,7 @@ def test_a_stage_on_kuberay_is_a_rayjob_that_starts_with_no_worker(stage: str) -
     runtime_env = RuntimeEnv(**yaml.safe_load(job.spec.runtimeEnvYAML))
     cluster = job.spec.rayClusterSpec
     assert cluster.rayVersion == RAY_VERSION
+    assert cluster.authOptions.mode == "token"
     assert cluster.enableInTreeAutoscaling
     assert cluster.headGroupSpec.rayStartParams["num-cpus"] == "0"
     assert [group.groupName for group in cluster.workerGroupSpecs] == ["cpu", "gpu"]
@@ -162,16 +202,20 @@ def test_the_image_holds_what_the_package_needs() -> None:
     packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     lines = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8").splitlines()
     copied = {word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]}
-    assert copied == {*packages, "pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    read = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    assert copied == {*packages, *read, REQUIREMENTS, BUILD_REQUIREMENTS}
     assert f"FROM rayproject/ray:{RAY_VERSION}-py311" in lines
 
 
-def test_the_image_can_have_the_packages_of_a_store() -> None:
-    text = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
-    after_from = text.partition("\nFROM ")[2]  # an argument before it would be unknown to the commands
-    assert after_from.index('\nARG EXTRAS=""\n') < after_from.index(" $EXTRAS ")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert {"s3", "gcs"} <= set(project["project"]["optional-dependencies"])
+def test_the_image_installs_nothing_without_its_hash_and_does_not_run_as_root() -> None:
+    text = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    installs = re.findall(r"pip install [^&\n]*", text)
+    assert len(installs) == 3
+    own = "pip install --no-cache-dir --no-deps --no-build-isolation ."
+    assert all("--require-hashes" in each or each.strip() == own for each in installs)
+    head = RayJob.model_validate(_built("train")).spec.rayClusterSpec.headGroupSpec.template.spec
+    users = [line for line in text.splitlines() if line.startswith("USER ")]
+    assert users == [f"USER {head.securityContext.runAsUser}"]
 
 
 def test_the_runtime_environment_is_rays() -> None:

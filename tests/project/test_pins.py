@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
-from tools.refresh_pins import BUILD, CLUSTER_FILES, PACKAGES, pins_of, with_pins, with_ray_version
+from tools.refresh_pins import (
+    BUILD,
+    BUILD_REQUIREMENTS,
+    CLUSTER_FILES,
+    PACKAGES,
+    REQUIREMENTS,
+    pins_of,
+    with_pins,
+    with_ray_version,
+    write_hashed,
+)
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PINS = PROJECT["tool"]["uv"][PACKAGES]
@@ -74,9 +84,37 @@ def test_every_cluster_file_follows_the_ray_version() -> None:
     version = ray.removeprefix("ray==")
     texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "deploy").rglob("*") if path.is_file()}
     naming = {str(path.relative_to(ROOT)) for path, text in texts.items() if version in text}
-    assert {*naming, "cluster.yaml"} == set(CLUSTER_FILES)
+    assert {*naming, "cluster.yaml"} - {REQUIREMENTS} == set(CLUSTER_FILES)
     for name in CLUSTER_FILES:
         cluster = (ROOT / name).read_text(encoding="utf-8")
         assert with_ray_version(cluster, PINS) == cluster
         assert with_ray_version(cluster, ["ray==9.9.9"]) == cluster.replace(version, "9.9.9")
         assert version in cluster
+
+
+@pytest.mark.parametrize("name", [REQUIREMENTS, BUILD_REQUIREMENTS])
+def test_hashed_requirements_are_the_pins_and_name_no_address(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not re.search(r"https?://|--(extra-)?index|--find-links|@", text)
+    pins = {pin.partition(" ;")[0] for pin in (*PINS, *PROJECT["tool"]["uv"][BUILD])}
+    requirements = re.findall(r"^([^\s#]+==\S+).*((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, flags=re.M)
+    assert len(requirements) == len(re.findall(r"^[^\s#]", text, flags=re.M))  # none without a hash
+    assert {re.sub(r"\[.*\]", "", requirement) for requirement, _ in requirements} <= pins
+
+
+def test_hashed_requirements_hold_all_that_nodes_need() -> None:
+    text = (ROOT / REQUIREMENTS).read_text(encoding="utf-8")
+    there = {_normal(name) for name in re.findall(r"^([\w.-]+)(?:\[.*\])?==", text, flags=re.M)}
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["s3"], *extras["gcs"]]
+    assert {_normal(re.split(r"[\[>=<]", each)[0]) for each in wanted} <= there
+    build = (ROOT / BUILD_REQUIREMENTS).read_text(encoding="utf-8")
+    assert all(f"\n{pin} " in build for pin in PROJECT["tool"]["uv"][BUILD])
+
+
+def test_written_requirements_name_no_index(tmp_path: Path) -> None:
+    hashed = "a==1 \\\n    --hash=sha256:00\nb==2 ; os_name == 'x' \\\n    --hash=sha256:01\n"
+    write_hashed(
+        f"--index-url https://packages.example/simple\n# from https://packages.example\n{hashed}", tmp_path / "r"
+    )
+    assert (tmp_path / "r").read_text().partition("\n")[2] == hashed

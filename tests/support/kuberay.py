@@ -1,4 +1,4 @@
-"""What of KubeRay's v1 resources (ray.io/v1, operator 1.4 and later) and of Kubernetes' pods the manifests may use.
+"""What of KubeRay's v1 resources (ray.io/v1, operator 1.5.1 and later) and of Kubernetes' pods the manifests may use.
 
 Written from the API reference, not copied: a subset, in which every unknown key is an error, as it is to `kubectl`.
 """
@@ -42,9 +42,26 @@ class VolumeMount(_Strict):
     mountPath: str
 
 
+class Capabilities(_Strict):
+    drop: list[Literal["ALL"]]
+
+
+class ContainerSecurity(_Strict):
+    allowPrivilegeEscalation: Literal[False]
+    capabilities: Capabilities
+
+
+class PodSecurity(_Strict):
+    runAsNonRoot: Literal[True]
+    runAsUser: Annotated[int, Field(gt=0)]
+    runAsGroup: Annotated[int, Field(gt=0)]
+    fsGroup: Annotated[int, Field(gt=0)]
+
+
 class Container(_Strict):
     name: Name
     image: str
+    securityContext: ContainerSecurity
     env: list[EnvVar] = []
     ports: list[Port] = []
     resources: Requirements
@@ -74,6 +91,7 @@ class Toleration(_Strict):
 
 class PodSpec(_Strict):
     restartPolicy: Literal["Never"]  # the autoscaler's second version asks for it
+    securityContext: PodSecurity
     containers: Annotated[list[Container], Field(min_length=1)]
     volumes: list[Volume]
     terminationGracePeriodSeconds: Count = 30
@@ -105,8 +123,13 @@ class AutoscalerOptions(_Strict):
     upscalingMode: Literal["Default", "Aggressive", "Conservative"] = "Default"
 
 
+class AuthOptions(_Strict):
+    mode: Literal["disabled", "token"]
+
+
 class RayClusterSpec(_Strict):
     rayVersion: str
+    authOptions: AuthOptions
     enableInTreeAutoscaling: bool
     autoscalerOptions: AutoscalerOptions
     headGroupSpec: HeadGroup
@@ -145,3 +168,42 @@ class PersistentVolumeClaim(_Strict):
     kind: Literal["PersistentVolumeClaim"]
     metadata: Metadata
     spec: _ClaimSpec
+
+
+class _Expression(_Strict):
+    key: str
+    operator: Literal["In", "NotIn"]
+    values: list[str]
+
+
+class Selector(_Strict):
+    matchLabels: dict[str, str] = {}
+    matchExpressions: list[_Expression] = []
+
+
+class Peer(_Strict):
+    podSelector: Selector | None = None
+    namespaceSelector: Selector | None = None
+
+
+class PolicyPort(_Strict):
+    protocol: Literal["TCP", "UDP"]
+    port: Annotated[int, Field(gt=0, lt=1 << 16)]
+
+
+class Ingress(_Strict):
+    from_: Annotated[list[Peer], Field(alias="from", min_length=1)]
+    ports: list[PolicyPort] = []
+
+
+class _PolicySpec(_Strict):
+    podSelector: Selector
+    policyTypes: list[Literal["Ingress", "Egress"]]
+    ingress: list[Ingress]
+
+
+class NetworkPolicy(_Strict):
+    apiVersion: Literal["networking.k8s.io/v1"]
+    kind: Literal["NetworkPolicy"]
+    metadata: Metadata
+    spec: _PolicySpec

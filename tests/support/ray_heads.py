@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +36,10 @@ class Ended:
 
 @dataclass(frozen=True)
 class Head:
-    """A running head. address: its dashboard's."""
+    """A running head. address: its dashboard's; gcs: what RAY_ADDRESS names."""
 
     address: str
+    gcs: str
 
     @property
     def client(self) -> JobSubmissionClient:
@@ -55,13 +55,13 @@ class Head:
         ended = self.ray("job", "submit", "--submission-id", name, "--no-wait", *_FROM_HERE, *arguments)
         assert ended.returncode == 0, ended.stdout + ended.stderr
 
-    def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """The `ray` command against this head."""
-        variables = {**os.environ, "RAY_API_SERVER_ADDRESS": self.address}
+    def ray(self, *arguments: str, variables: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
+        """The `ray` command against this head, with this process's variables and further ones."""
+        environment = {**os.environ, "RAY_API_SERVER_ADDRESS": self.address, **variables}
         return subprocess.run(
             [str(_BINARIES / "ray"), *arguments],
             cwd=ROOT,
-            env=variables,
+            env=environment,
             capture_output=True,
             text=True,
             timeout=300,
@@ -90,7 +90,7 @@ def running_head(options: Sequence[str], variables: Mapping[str, str] = {}, gcs_
             [*command.split(), *options], stdout=log, stderr=log, env=environment, cwd=folder, start_new_session=True
         )
     try:
-        head = Head(f"http://127.0.0.1:{port}")
+        head = Head(f"http://127.0.0.1:{port}", f"127.0.0.1:{gcs_port or gcs}")
 
         def answers() -> bool:
             assert process.poll() is None, (folder / "head.log").read_text()
@@ -136,7 +136,6 @@ def processes_of(folder: Path) -> list[int]:
 def _takes_jobs(address: str) -> bool:
     """Whether the dashboard answers and an agent, which starts later, lists jobs."""
     try:
-        urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
         JobSubmissionClient(address).list_jobs()
     except (OSError, RuntimeError):
         return False

@@ -1,6 +1,9 @@
 """The way to a cluster: a real head with ports of its own, and every stage submitted to it from the checkout."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from dsmip.runs.load_config import to_yaml
 from dsmip.runs.run import Run
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import train_part
+from tests.support.paths import ROOT
 from tests.support.ray_heads import Head, running_head, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -69,6 +73,42 @@ def test_a_mistake_has_its_own_exit_code(
     assert (ended.cli_code, ended.exit_code) == (1, 2), ended.output  # the command line knows only 0 and 1
     assert "did you mean 'epochs'" in ended.output
     assert "exit code 2" in ended.output
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, ""),
+        ({"RAY_AUTH_MODE": "disabled"}, "commands without a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "the token of RAY_AUTH_TOKEN"),
+    ],
+)
+def test_a_command_joins_with_the_token_and_is_refused_in_one_line_without(
+    head: Head, variables: dict[str, str], said: str
+) -> None:
+    code = (
+        "from ray_jobs.cli import app, run_script\n"
+        "@app.command()\n"
+        "def join() -> None:\n"
+        "    from ray_jobs.cluster.connection import connected\n"
+        "    with connected():\n"
+        "        pass\n"
+        "run_script('join')"
+    )
+    environment = {**os.environ, "RAY_ADDRESS": head.gcs, **variables}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    if not said:
+        assert done.returncode == 0, done.stderr
+    else:
+        line = f"error: RAY_ADDRESS={head.gcs}: the cluster does not take {said} (docs/cluster.md, Tokens)"
+        assert done.returncode == 2
+        assert done.stderr == f"{line}; name a running cluster, or unset it for a local Ray\n"
+
+
+def test_who_has_no_token_submits_nothing(head: Head) -> None:
+    ended = head.ray("job", "list", variables={"RAY_AUTH_MODE": "disabled"})
+    assert ended.returncode != 0
+    assert "401" in ended.stderr + ended.stdout or "uthentication" in ended.stderr + ended.stdout
 
 
 def test_preparation_is_submitted(head: Head, tmp_path: Path, small_data: Dataset) -> None:
