@@ -42,6 +42,7 @@ def private_folder(path: Path, instead: str) -> Path:
 
 def own_folder(path: Path, instead: str) -> Path:
     """As `private_folder`, but others may read what is there already: for folders that a user has named."""
+    user = user_number()
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
@@ -50,7 +51,7 @@ def own_folder(path: Path, instead: str) -> Path:
         raise UserError(f"{path}: is a link, which another user may have made; remove it, or {instead}")
     if not stat.S_ISDIR(found.st_mode):
         raise UserError(f"{path}: is no folder; remove it, or {instead}")
-    if found.st_uid != os.getuid():
+    if found.st_uid != user:
         raise UserError(f"{path}: belongs to another user (number {found.st_uid}); {instead}")
     if found.st_mode & _OTHERS_WRITE:
         raise UserError(
@@ -88,7 +89,14 @@ def is_private_file(path: Path) -> bool:
     except OSError:
         return False
     is_file = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-    return is_file and found.st_uid == os.getuid() and not found.st_mode & _OTHERS_WRITE
+    return is_file and found.st_uid == user_number() and not found.st_mode & _OTHERS_WRITE
+
+
+def user_number() -> int:
+    """This user's number. Raises UserError on a system that has none: what is private cannot be told there."""
+    if not hasattr(os, "getuid"):
+        raise UserError("dsmip runs on Linux, on macOS as far as its packages do, and on Windows in WSL")
+    return os.getuid()
 
 
 def user_cache_folder() -> Path:

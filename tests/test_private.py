@@ -106,3 +106,12 @@ def test_a_relative_cache_home_is_passed_over(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HOME", "here")
     with pytest.raises(UserError, match="no home folder for caches; set XDG_CACHE_HOME"):
         user_cache_folder()
+
+
+def test_a_system_without_users_numbers_is_told_which_are_supported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "getuid")
+    with pytest.raises(UserError, match=r"^dsmip runs on Linux, .* and on Windows in WSL$"):
+        private_folder(tmp_path / "folder", "")
+    assert not (tmp_path / "folder").exists()

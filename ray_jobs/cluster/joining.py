@@ -12,7 +12,6 @@ from ray_jobs.cluster import connection  # noqa: F401  (first: Ray reads its var
 # isort: split
 import grpc
 import ray
-from ray._common.network_utils import parse_address
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address_or_die
 
@@ -73,10 +72,10 @@ def _check(address: str) -> None:
 
 
 def _host_and_port(target: str) -> tuple[str, int]:
-    parsed = parse_address(target)
-    if not parsed or not parsed[0] or not parsed[1].isdecimal() or int(parsed[1]) > 65535:
+    host, _, port = target.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535 or "/" in host:
         raise ValueError("is not auto, HOST:PORT or ray://HOST:PORT")
-    return parsed[0], int(parsed[1])
+    return host.strip("[]"), int(port)
 
 
 def _whose_token() -> str:

@@ -20,10 +20,9 @@ from ray_jobs.cluster.scratch import Scratch, default_root
 
 # isort: split
 import ray
-from ray._common.network_utils import is_localhost
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.services import get_node_ip_address
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 # For a cluster that lives and dies with this process; its workers inherit them.
@@ -48,7 +47,7 @@ def start_local(**options: Any) -> None:
         UserError: it does not start the second time either, or Ray was imported before `ray_jobs`, so that it would
             listen to everybody.
     """
-    if not (is_token_auth_enabled() and is_localhost(get_node_ip_address())):
+    if not (is_token_auth_enabled() and get_node_ip_address() in ("127.0.0.1", "::1")):
         raise UserError(
             "Ray was imported before ray_jobs.cluster.connection, and would be open to other users; import it first"
         )

@@ -3,14 +3,13 @@
 A worker that is killed cannot remove its folders: the next one on that machine does.
 """
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dsmip.private import lock_file, private_folder
+from dsmip.private import lock_file, private_folder, user_number
 
 _held: list[FileLock] = []  # until the process ends: Ray stores the last checkpoint after the training has returned
 
@@ -52,7 +51,7 @@ class Scratch:
 
 def default_root(temporary: str) -> Path:
     """Where all processes of this user have their folders, in a folder for temporary files."""
-    return Path(temporary) / f"dsmip-{os.getuid()}"
+    return Path(temporary) / f"dsmip-{user_number()}"
 
 
 def _remove_abandoned(root: Path) -> None:
