@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dsmip.errors import UserError
-from ray_jobs.cluster import connection  # noqa: F401  (first: Ray reads its variables when it is imported)
+from ray_jobs.cluster import environment  # noqa: F401  (first: Ray reads its variables when it is imported)
 
 # isort: split
 import grpc

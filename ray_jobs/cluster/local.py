@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmip.errors import UserError
-from ray_jobs.cluster import connection  # noqa: F401  (first: Ray reads its variables when it is imported)
+from ray_jobs.cluster import environment  # noqa: F401  (first: Ray reads its variables when it is imported)
 from ray_jobs.cluster.scratch import Scratch, default_root
 
 # isort: split

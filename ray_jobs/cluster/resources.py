@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray_jobs.cluster.connection import starts_own_cluster  # first: Ray reads its variables when it is imported
+from ray_jobs.cluster.environment import starts_own_cluster  # first: Ray reads its variables when it is imported
 
 # isort: split
 import ray

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from ray_jobs.cluster.connection import starts_own_cluster  # first: Ray reads its variables when it is imported
+from ray_jobs.cluster.environment import starts_own_cluster  # first: Ray reads its variables when it is imported
 
 # isort: split
 import ray
