@@ -19,6 +19,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import Run
+from ray_jobs.cluster import environment  # noqa: F401  (before any test imports Ray)
 from tests.support.backbones import NARROW_BACKBONE
 from tests.support.object_store import ObjectStore, free_port, running_store, variables
 from tests.support.paths import ROOT
