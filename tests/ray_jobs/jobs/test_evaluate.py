@@ -154,7 +154,7 @@ def test_the_command_writes_the_same_with_workers(run: Run) -> None:
         for folder in ("index", "features"):
             shutil.rmtree(run.folder / folder, ignore_errors=True)
         result = CliRunner().invoke(
-            app, ["evaluate", "--run", str(run.folder), "--model", "multimodal", "--workers", workers]
+            app, ["evaluate", "--run", str(run.folder), "--model", "multimodal", "--workers", workers, "-v"]
         )
         assert result.exit_code == 0, result.output
         assert "scored again in float64" in result.output
