@@ -26,8 +26,9 @@ class FindingLog:
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def note(self, finding: Finding) -> None:
-        """Writes and counts a finding."""
-        self._stream.write(json.dumps(asdict(finding), sort_keys=True, ensure_ascii=False) + "\n")
+        """Writes and counts a finding. Users count records from 1."""
+        line = asdict(finding) | {"record": finding.record + 1}
+        self._stream.write(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
         self._counts[finding.action, finding.reason] += 1
 
     @property

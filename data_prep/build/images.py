@@ -10,7 +10,7 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import Tensor
 from torch.nn import functional
 from torchvision.io import encode_jpeg
@@ -23,10 +23,12 @@ from dsmip.data.manifest import ImageSettings
 JPEG_QUALITY = 92
 IMAGES = ImageSettings(size=224, quality=JPEG_QUALITY)
 MAX_PIXELS = images.MAX_PIXELS  # what is prepared must be readable in training
+# Of JPEGs that are decoded at a fraction of their size, line by line. Pillow itself refuses from 179 million on.
+MAX_REDUCED_PIXELS = 170_000_000
 # A model sees the centre square, so what lies beyond this ratio of the sides is never looked at.
 MAX_ASPECT = 4
 _MAX_JPEG_SIDE = 65500
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else []))
 _ORIENTATION = 0x0112
 
 
@@ -46,7 +48,8 @@ def prepare_image(content: bytes, settings: ImageSettings) -> bytes:
         settings: How images are stored.
 
     Raises:
-        UnusableImage: The bytes are no image, it is cut short, or it has more than MAX_PIXELS pixels.
+        UnusableImage: The bytes are no image, it is cut short, or it has more than MAX_PIXELS pixels (a JPEG that is
+            shrunk and not progressive: MAX_REDUCED_PIXELS).
     """
     if len(content) > MAX_FILE_BYTES:
         raise UnusableImage("picture too large")
@@ -67,7 +70,8 @@ def _prepare(content: bytes, settings: ImageSettings) -> bytes:
     if header is None or (header.metadata and _is_turned(content)):
         return _prepare_with_pillow(content, settings)
     width, height = header.width, header.height
-    _check_size(width, height)
+    if width * height > MAX_PIXELS:
+        return _prepare_with_pillow(content, settings)
     kept = _is_kept(len(content), width, height, header.channels, settings)
     if not kept and min(width, height) >= 4 * settings.size and not settings.keep_original:
         return _prepare_with_pillow(content, settings)  # which decodes it at a fraction of its size
@@ -79,23 +83,27 @@ def _prepare_with_pillow(content: bytes, settings: ImageSettings) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size is checked here; doubtful metadata does not matter
         with Image.open(BytesIO(content), formats=_FORMATS) as image:
-            _check_size(*image.size)
             is_jpeg, turned = image.format in ("JPEG", "MPO"), _orientation(image) != 1
+            # A progressive one is held whole, however small it comes out.
+            is_reduced = is_jpeg and not settings.keep_original and not image.info.get("progressive")
+            _check_size(*image.size, MAX_REDUCED_PIXELS if is_reduced else MAX_PIXELS)
             channels = {"RGB": 3, "L": 1}.get(image.mode, 0)
             if is_jpeg and not turned and _is_kept(len(content), *image.size, channels, settings):
+                _check_size(*image.size, MAX_PIXELS)
                 image.load()
                 return content
             if is_jpeg and not settings.keep_original:
                 # Decodes at 1/2, 1/4 or 1/8 where that still leaves twice the wanted size.
                 scale = 2 * settings.size / min(image.size)
                 image.draft("RGB", (max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+                _check_size(*image.size, MAX_PIXELS)
             upright = ImageOps.exif_transpose(image) if turned else image
             pixels_HWC = np.array(_on_white(upright))
     return _encoded(torch.from_numpy(pixels_HWC).permute(2, 0, 1), settings)
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def _check_size(width: int, height: int, limit: int) -> None:
+    if width * height > limit:
         raise UnusableImage("picture too large")
 
 

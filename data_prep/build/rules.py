@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.formats.release import Finding, RawEntity, RawMention
+from data_prep.formats.release import Action, Finding, RawEntity, RawMention
 
 MAX_TEXT = 1 << 16  # characters; no model reads as much
 MAX_ID = 256
@@ -49,12 +49,12 @@ def checked_entities(items: Iterable[RawEntity | Finding], note: Note) -> Iterat
         if isinstance(item, Finding):
             note(item)
         elif reason := _entity_fault(item, known):
-            note(Finding(item.source, item.record, reason, "rejected", item.entity_id))
+            note(_finding(item, reason, "rejected", item.entity_id))
         else:
             known.add(item.entity_id)
             texts = _clean({"name": item.name, "attributes": item.attributes}, item, note)
             for name in (name for name, text in texts.items() if not text):
-                note(Finding(item.source, item.record, f"empty {name}", "degraded", item.entity_id))
+                note(_finding(item, f"empty {name}", "degraded", item.entity_id))
             yield replace(item, name=texts["name"], attributes=texts["attributes"])
 
 
@@ -80,21 +80,26 @@ def checked_mentions(
             note(item)
             continue
         if not _is_text(item.word, item.sentence, item.gold or "", *_group_texts(item)):
-            note(Finding(item.source, item.record, "broken text", "rejected", item.mention_id))
+            note(_finding(item, "broken text", "rejected", item.mention_id))
             continue
         # Findings on a mention that is rejected in the end would say nothing.
         findings: list[Finding] = []
         texts = _clean({"word": item.word, "sentence": item.sentence}, item, findings.append)
         if reason := _no_target(texts["word"], item.gold, row_of):
-            note(Finding(item.source, item.record, reason, "rejected", item.gold or ""))
+            note(_finding(item, reason, "rejected", item.gold or ""))
             continue
         mention_id = _mention_id(item, ids, findings.append)
         groups = _bounded_groups(item, findings.append)
         if not texts["sentence"]:
-            findings.append(Finding(item.source, item.record, "empty sentence", "degraded", mention_id))
+            findings.append(_finding(item, "empty sentence", "degraded", mention_id))
         for finding in findings:
             note(finding)
         yield replace(item, mention_id=mention_id, word=texts["word"], sentence=texts["sentence"], groups=groups)
+
+
+def _finding(item: RawEntity | RawMention, reason: str, action: Action, detail: str) -> Finding:
+    item_id = item.entity_id if isinstance(item, RawEntity) else item.mention_id
+    return Finding(item.source, item.record, reason, action, detail, item_id)
 
 
 def _entity_fault(item: RawEntity, known: set[str]) -> str | None:
@@ -124,10 +129,10 @@ def _clean(texts: Mapping[str, str], item: RawEntity | RawMention, note: Note) -
     control = [name for name, text in texts.items() if _CONTROL.search(text)]
     if control:
         texts = {name: _CONTROL.sub(" ", text).strip() for name, text in texts.items()}
-        note(Finding(item.source, item.record, "control characters", "repaired", ", ".join(control)))
+        note(_finding(item, "control characters", "repaired", ", ".join(control)))
     long = [name for name, text in texts.items() if len(text) > MAX_TEXT]
     if long:
-        note(Finding(item.source, item.record, "text too long", "degraded", ", ".join(long)))
+        note(_finding(item, "text too long", "degraded", ", ".join(long)))
     return {name: text[:MAX_TEXT].strip() for name, text in texts.items()}
 
 
@@ -135,11 +140,11 @@ def _mention_id(item: RawMention, ids: UniqueIds, note: Note) -> str:
     wanted = item.mention_id
     if not (wanted and _is_id(wanted) and _is_text(wanted)):
         reason = "unusable mention id" if wanted else "no mention id"
-        note(Finding(item.source, item.record, reason, "repaired", wanted))
+        note(_finding(item, reason, "repaired", wanted))
         wanted = f"{Path(item.source).stem}-{item.record}"
     mention_id = ids.take(wanted)
     if mention_id != wanted:
-        note(Finding(item.source, item.record, "duplicate mention id", "repaired", f"{wanted} -> {mention_id}"))
+        note(_finding(item, "duplicate mention id", "repaired", f"{wanted} -> {mention_id}"))
     return mention_id
 
 
@@ -153,7 +158,7 @@ def _bounded_groups(item: RawMention, note: Note) -> dict[str, str]:
         else:
             kept[name] = value
     if unusable:
-        note(Finding(item.source, item.record, "unusable groups", "degraded", ", ".join(unusable)))
+        note(_finding(item, "unusable groups", "degraded", ", ".join(unusable)))
     return kept
 
 

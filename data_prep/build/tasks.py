@@ -198,5 +198,6 @@ def _prepared(image: RawImage, owner: RawEntity | RawMention, settings: ImageSet
                 ) from error
             reason = "picture unreadable"
     detail = f"{image.name} fits {image.fits}" if image.fits else image.name
-    note(Finding(owner.source, owner.record, reason, "degraded", detail))
+    owner_id = owner.entity_id if isinstance(owner, RawEntity) else owner.mention_id
+    note(Finding(owner.source, owner.record, reason, "degraded", detail, owner_id))
     return None

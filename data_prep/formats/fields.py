@@ -21,9 +21,39 @@ def type_problem(record: Any, types: Types) -> str:
         value = record.get(name)
         if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
             return f"{name} is {type(value).__name__}"
-        if isinstance(value, list) and any(not isinstance(item, str) for item in value):
+        if isinstance(value, list) and any(not isinstance(item, str | None) for item in value):
             return f"{name} holds something else than names"
     return ""
+
+
+def without_wrong(record: Any, optional: Types) -> tuple[Any, list[str]]:
+    """A record with null for each optional field of a wrong type, and what was wrong with these.
+
+    A text where a list of names is wanted is a list of one; a list of one text where a text is wanted is the text, an
+    empty one is null. Of a list, only what is no name is lost.
+    """
+    if not isinstance(record, dict):
+        return record, []
+    usable, problems = dict(record), []
+    for name, expected in sorted(optional.items()):
+        value = record.get(name)
+        if expected is list and isinstance(value, str):
+            value = [value]
+        elif expected is str and isinstance(value, list) and len(value) < 2:
+            value = value[0] if value else None
+        if problem := type_problem({name: value}, {name: expected}):
+            problems.append(problem)
+            is_list = expected is list and isinstance(value, list)
+            value = [item for item in value or () if isinstance(item, str)] if is_list else None
+        if name in record:
+            usable[name] = value
+    return usable, problems
+
+
+def id_of(record: Any, name: str) -> str:
+    """The id that a record has in a field, or "": also of a record that is wrong otherwise."""
+    value = record.get(name) if isinstance(record, dict) else None
+    return str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
 def text_of(record: Mapping[str, Any], name: str) -> str:
@@ -62,13 +92,13 @@ class ChosenField:
         self._path, self._name = path, name
         self._records = self._present = 0
 
-    def findings(self, position: int, record: Mapping[str, Any]) -> Iterator[Finding]:
-        """A finding if this record does not have it."""
+    def findings(self, position: int, record: Mapping[str, Any], record_id: str) -> Iterator[Finding]:
+        """A finding if this record, of that id, does not have it."""
         present = record.get(self._name) is not None
         self._records += 1
         self._present += present
         if not present:
-            yield Finding(self._path.name, position, f"no {self._name}", "degraded")
+            yield Finding(self._path.name, position, f"no {self._name}", "degraded", "", record_id)
 
     def finish(self) -> None:
         """Ends the count.

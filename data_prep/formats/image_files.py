@@ -192,6 +192,13 @@ def folder_and_base(name: str) -> tuple[str, str]:
     return ("" if "://" in name else name[: len(name) - len(base)]), base
 
 
+def file_of(image: RawImage | None) -> str | None:
+    """What tells the file of an image from others: where it lies, of a lost one its base name."""
+    if image is None:
+        return None
+    return f"{image.path}:{image.member or ''}" if image.path else base_name(image.name)
+
+
 def read_image(image: RawImage, max_bytes: int) -> bytes:
     """At most `max_bytes` + 1 bytes of an image that was found.
 

@@ -1,7 +1,7 @@
 """Records of large JSON files, one at a time: memory holds a record, not the file.
 
 The standard library's decoder reads each record, so that texts come as they are (faster streaming parsers replace
-lone surrogates, which must be seen to be refused).
+lone surrogates, which must be seen to be refused). NaN, which is no JSON but what tools write for "nothing", is null.
 """
 
 import json
@@ -15,6 +15,7 @@ from dsmip.errors import UserError
 CHUNK = 1 << 20
 MAX_RECORD = 1 << 26  # characters; of a file of lines, bytes
 _SPACE = " \t\n\r"
+_DECODER = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
 
 
 def array_records(path: Path) -> Iterator[Any]:
@@ -79,7 +80,7 @@ def _line_value(line: bytes, number: int) -> Any:
     if len(line) > MAX_RECORD:
         return BrokenLine(f"line {number}: longer than {MAX_RECORD} bytes")
     try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        return _DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         return BrokenLine(f"line {number} column {error.start + 1}: not UTF-8 text")
     except json.JSONDecodeError as error:
@@ -103,7 +104,6 @@ class _Text:
         self._path, self._buffer, self._at, self._complete = path, "", 0, False
         self._line, self._column = 1, 0  # of the buffer's first character: lines and characters before it
         self._first = True
-        self._decoder = json.JSONDecoder()
 
     def __enter__(self) -> "_Text":
         try:
@@ -165,7 +165,7 @@ class _Text:
         self.peek()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._buffer, self._at)
+                value, end = _DECODER.raw_decode(self._buffer, self._at)
             except json.JSONDecodeError as error:
                 ahead = error.pos - self._at
                 if len(self._buffer) - self._at > MAX_RECORD or not self._read_on(len(self._buffer)):

@@ -9,14 +9,15 @@ of a mention become groups.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from data_prep.formats.fields import Types, groups_of, text_of, type_problem
-from data_prep.formats.image_files import ImagePaths
+from data_prep.formats.fields import Types, groups_of, id_of, text_of, type_problem, without_wrong
+from data_prep.formats.image_files import ImagePaths, file_of
 from data_prep.formats.json_records import BrokenLine, line_records
 from data_prep.formats.release import (
     Finding,
@@ -28,19 +29,15 @@ from data_prep.formats.release import (
     ReleaseOptions,
     refuse_unknown_options,
 )
+from data_prep.formats.splits import SplitItem, grouped_split, split_choices
 from dsmip.errors import UserError
 
 ENTITY_FILES = ("entities.jsonl", "entities.parquet")
 _MENTION_FILES = ("mentions.jsonl", "mentions.parquet")
-_ENTITY_TYPES: Types = {"entity_id": (str, int), "name": str, "attributes": (str, dict), "images": list}
-_MENTION_TYPES: Types = {
-    "mention_id": (str, int),
-    "word": str,
-    "sentence": str,
-    "entity_id": (str, int),
-    "image": str,
-    "split": str,
-}
+_ENTITY_TYPES: Types = {"entity_id": (str, int)}
+_OPTIONAL_OF_ENTITIES: Types = {"name": str, "attributes": (str, dict), "images": list}
+_MENTION_TYPES: Types = {"word": str, "entity_id": (str, int), "split": str}
+_OPTIONAL_OF_MENTIONS: Types = {"mention_id": (str, int), "sentence": str, "image": str}
 _SPLIT_OF = {
     "train": "train",
     "test": "test",
@@ -83,17 +80,25 @@ class JsonlKb:
         for position, record in enumerate(_records(self._file)):
             if isinstance(record, BrokenLine):
                 yield Finding(source, position, "wrong JSON", "rejected", record.problem)
-            elif problem := type_problem(record, _ENTITY_TYPES) or _nested(record.get("attributes")):
-                yield Finding(source, position, "wrong type", "rejected", problem)
+            elif problem := type_problem(record, _ENTITY_TYPES):
+                yield Finding(source, position, "wrong type", "rejected", problem, id_of(record, "entity_id"))
             else:
-                images = []
-                for name in filter(None, record.get("images") or []):
-                    if image := self.images.find(name):
-                        images.append(image)
-                    else:
-                        yield _outside(source, position, name)
-                entity_id, name, text = text_of(record, "entity_id"), text_of(record, "name"), attribute_text(record)
-                yield RawEntity(source, position, entity_id, name, text, tuple(images))
+                yield from self._entity(position, record)
+
+    def _entity(self, position: int, record: Mapping[str, Any]) -> Iterator[RawEntity | Finding]:
+        source, entity_id = self._file.name, text_of(record, "entity_id")
+        record, problems = without_wrong(record, _OPTIONAL_OF_ENTITIES)
+        if nested := _nested(record.get("attributes")):
+            record, problems = {**record, "attributes": None}, [*problems, nested]
+        for problem in problems:
+            yield Finding(source, position, "wrong type", "degraded", problem, entity_id)
+        images = []
+        for name in filter(None, record.get("images") or []):
+            if image := self.images.find(name):
+                images.append(image)
+            else:
+                yield _outside(source, position, name, entity_id)
+        yield RawEntity(source, position, entity_id, text_of(record, "name"), attribute_text(record), tuple(images))
 
     def records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Entity ids and records as they are, of all records that have an id."""
@@ -107,18 +112,18 @@ class JsonlRelease:
 
     Args:
         folder: Where it lies.
-        options: This layout has no choices.
+        options: Their `split` counts: it takes the place of the mentions' own splits.
 
     Raises:
-        UserError: A file is missing or there twice, images.zip is damaged, or an option is set.
+        UserError: A file is missing or there twice, images.zip is damaged, or an option is wrong or not of this layout.
     """
 
     layout: str = "jsonl"
 
     def __init__(self, folder: Path, options: ReleaseOptions = ReleaseOptions()) -> None:
-        refuse_unknown_options(options, self.layout, ())
-        self.folder = folder
-        self.choices: Mapping[str, str] = {}
+        refuse_unknown_options(options, self.layout, ("split",))
+        self.folder, self._options = folder, options
+        self.choices: Mapping[str, str] = split_choices(options.split, options.seed) if options.split else {}
         self._kb = JsonlKb(_one_of(folder, ENTITY_FILES), options)
         self._mentions = _one_of(folder, _MENTION_FILES)
 
@@ -129,7 +134,7 @@ class JsonlRelease:
 
     def files(self) -> list[tuple[str, Path]]:
         """The two files, the zip, and every image that a record names."""
-        records = (record for _, record in self._typed_records() if not isinstance(record, Finding))
+        records = (record for _, record in self._usable_records() if not isinstance(record, Finding))
         names = (text_of(record, "image") for record in records)
         found = _image_files(self._kb.images.find(name) for name in names if name)
         # An image may be an entity's and a mention's.
@@ -146,14 +151,14 @@ class JsonlRelease:
             UserError: Wrong parquet.
         """
         source = self._mentions.name
-        for position, record in self._typed_records():
+        for position, record in self._usable_records():
             if isinstance(record, Finding):
                 if split == "train":
                     yield record
-            elif _SPLIT_OF[text_of(record, "split").lower()] == split:
+            elif self._split_of(position, record) == split:
                 image, name = None, text_of(record, "image")
                 if name and (image := self._kb.images.find(name)) is None:
-                    yield _outside(source, position, name)
+                    yield _outside(source, position, name, text_of(record, "mention_id"))
                 yield RawMention(
                     source,
                     position,
@@ -161,21 +166,46 @@ class JsonlRelease:
                     text_of(record, "word"),
                     text_of(record, "sentence"),
                     text_of(record, "entity_id") or None,
-                    groups_of(record, _MENTION_TYPES.keys()),
+                    groups_of(record, _MENTION_TYPES.keys() | _OPTIONAL_OF_MENTIONS.keys()),
                     image,
                 )
 
-    def _typed_records(self) -> Iterator[tuple[int, Any]]:
-        """Positions and mentions; a finding for each record that is none."""
+    def _split_of(self, position: int, record: Mapping[str, Any]) -> str:
+        return self._grouped[position] if self._options.split else _SPLIT_OF[text_of(record, "split").lower()]
+
+    @cached_property
+    def _grouped(self) -> Mapping[int, str]:
+        """The split of every mention, where it is cut by groups."""
+        positions: list[int] = []
+
+        def items() -> Iterator[SplitItem]:
+            for position, record in self._usable_records():
+                if not isinstance(record, Finding):
+                    positions.append(position)
+                    name = text_of(record, "image")
+                    image = file_of(self._kb.images.find(name)) if name else None
+                    yield SplitItem(text_of(record, "sentence"), image, 1)
+
+        assert self._options.split
+        splits = grouped_split(items(), self._options.split, self._options.seed)
+        return dict(zip(positions, splits, strict=True))
+
+    def _usable_records(self) -> Iterator[tuple[int, Any]]:
+        """Positions and mentions; findings for each record that is none, and for wrong fields of others."""
         source = self._mentions.name
         for position, record in enumerate(_records(self._mentions)):
+            record_id = id_of(record, "mention_id")
             if isinstance(record, BrokenLine):
-                record = Finding(source, position, "wrong JSON", "rejected", record.problem)
+                yield position, Finding(source, position, "wrong JSON", "rejected", record.problem)
             elif problem := type_problem(record, _MENTION_TYPES):
-                record = Finding(source, position, "wrong type", "rejected", problem)
-            elif (split := text_of(record, "split")).lower() not in _SPLIT_OF:
-                record = Finding(source, position, "unknown split", "rejected", split)
-            yield position, record
+                yield position, Finding(source, position, "wrong type", "rejected", problem, record_id)
+            elif (split := text_of(record, "split")).lower() not in _SPLIT_OF and not self._options.split:
+                yield position, Finding(source, position, "unknown split", "rejected", split, record_id)
+            else:
+                record, problems = without_wrong(record, _OPTIONAL_OF_MENTIONS)
+                for problem in problems:
+                    yield position, Finding(source, position, "wrong type", "degraded", problem, record_id)
+                yield position, record
 
 
 def attribute_text(record: Mapping[str, Any]) -> str:
@@ -200,9 +230,9 @@ def _nested(attributes: Any) -> str:
     )
 
 
-def _outside(source: str, position: int, name: str) -> Finding:
+def _outside(source: str, position: int, name: str, record_id: str) -> Finding:
     """The finding for an image whose path leads out of the folder."""
-    return Finding(source, position, "picture outside the folder", "degraded", name)
+    return Finding(source, position, "picture outside the folder", "degraded", name, record_id)
 
 
 def _images(item: RawEntity | Finding) -> Sequence[RawImage]:
@@ -234,7 +264,9 @@ def _records(path: Path) -> Iterator[Any]:
     try:
         with pq.ParquetFile(path) as table:
             for batch in table.iter_batches(_BATCH_ROWS):
-                yield from batch.to_pylist()
+                for record in batch.to_pylist():
+                    # What pandas writes for an empty cell of a column of numbers.
+                    yield {name: None if value != value else value for name, value in record.items()}
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as parquet: {error}") from error
 
@@ -246,4 +278,5 @@ LAYOUT = Layout(
     JsonlRelease.fits,
     dict.fromkeys(ENTITY_FILES, KnowledgeBaseReader(JsonlKb)),
     precedence=90,
+    can_split=True,
 )

@@ -20,8 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats.fields import Types, groups_of, text_of, type_problem
-from data_prep.formats.image_files import ImageFiles, base_name, folder_and_base
+from data_prep.formats.fields import Types, groups_of, text_of, type_problem, without_wrong
+from data_prep.formats.image_files import ImageFiles, file_of, folder_and_base
 from data_prep.formats.json_records import object_records, opening
 from data_prep.formats.registry import knowledge_base_file, open_knowledge_base
 from data_prep.formats.release import (
@@ -33,7 +33,7 @@ from data_prep.formats.release import (
     ReleaseOptions,
     refuse_unknown_options,
 )
-from data_prep.formats.splits import SplitFiles, SplitItem, check_percentages, grouped_split
+from data_prep.formats.splits import SplitFiles, SplitItem, grouped_split, split_choices
 from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
 
@@ -41,9 +41,9 @@ _FILES = "*-MEL.json"
 _IMAGES = ("images", "image", "mention_image", "mention_images")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG", ".gif", ".webp")
 _TEXTS = ("mentions", "entities", "answer")
-_TYPES: Types = {"id": (str, int), "sentence": str, "imgPath": str}
+_OPTIONAL: Types = {"id": (str, int), "sentence": str, "imgPath": str}
 # What circulated copies add says nothing to report by.
-_NO_GROUPS = frozenset({*_TEXTS, *_TYPES, "candidates", "brief"})
+_NO_GROUPS = frozenset({*_TEXTS, *_OPTIONAL, "candidates", "brief"})
 
 
 class MelbenchRelease:
@@ -75,9 +75,7 @@ class MelbenchRelease:
 
     def _split_choices(self) -> dict[str, str]:
         if self._options.split is not None:
-            check_percentages(self._options.split)
-            shares = "/".join(map(str, self._options.split))
-            return {"split": shares, "split_seed": str(self._options.seed), "split_groups": "sentence and picture"}
+            return split_choices(self._options.split, self._options.seed)
         if self._ids is None or not self._ids.paths:
             raise UserError(
                 f"{self.folder}: has no splits; pass --split 70/10/20, or put there splits.json or the lists "
@@ -134,29 +132,32 @@ class MelbenchRelease:
             mentions = [item for item in self._read(position, key, record) if isinstance(item, RawMention)]
             if mentions:
                 positions.append(position)
-                yield SplitItem(mentions[0].sentence, _file_of(mentions[0].image), len(mentions))
+                yield SplitItem(mentions[0].sentence, file_of(mentions[0].image), len(mentions))
 
     def _read(self, position: int, key: str, record: Any) -> Iterator[RawMention | Finding]:
         source = self._file.name
         if problem := _problem(record):
-            yield Finding(source, position, "wrong type", "rejected", problem)
+            yield Finding(source, position, "wrong type", "rejected", problem, key)
             return
+        record, problems = without_wrong(record, _OPTIONAL)
+        for problem in problems:
+            yield Finding(source, position, "wrong type", "degraded", problem, key)
         lists = isinstance(record.get("mentions"), list)
         columns = {name: _column(record.get(name), lists) for name in _TEXTS}
         length = len(columns["mentions"])
         if any(len(column) != length for name, column in columns.items() if record.get(name) is not None):
             lengths = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
-            yield Finding(source, position, "lists of different lengths", "rejected", lengths)
+            yield Finding(source, position, "lists of different lengths", "rejected", lengths, key)
             return
         if not length:
-            yield Finding(source, position, "no mentions", "rejected", key)
+            yield Finding(source, position, "no mentions", "rejected", key, key)
             return
         groups = groups_of(record, _NO_GROUPS)
         image = self._image(text_of(record, "imgPath"), text_of(record, "id") or key)
         words, golds = columns["mentions"], columns["answer"] or [None] * length
         for number, (word, gold) in enumerate(zip(words, golds, strict=True)):
             if not isinstance(word, str | None) or not isinstance(gold, str | None):
-                yield Finding(source, position, "wrong type", "rejected", f"mention {number} of {key}")
+                yield Finding(source, position, "wrong type", "rejected", f"mention {number} of {key}", key)
                 continue
             yield RawMention(
                 source,
@@ -194,19 +195,12 @@ def _mention_file(folder: Path) -> Path:
 
 
 def _in_no_split(mention: RawMention) -> Finding:
-    return Finding(mention.source, mention.record, "in no split", "rejected", mention.mention_id)
-
-
-def _file_of(image: RawImage | None) -> str | None:
-    """The file of a picture that was found, else its name."""
-    if image is None:
-        return None
-    return f"{image.path}:{image.member or ''}" if image.path else base_name(image.name)
+    return Finding(mention.source, mention.record, "in no split", "rejected", mention.mention_id, mention.mention_id)
 
 
 def _problem(record: Any) -> str:
     """What is wrong with the types of a whole record, or an empty text. Absent and null are left to other rules."""
-    if problem := type_problem(record, _TYPES):
+    if problem := type_problem(record, {}):
         return problem
     expected = (list if isinstance(record.get("mentions"), list) else str, type(None))
     wrong = [name for name in _TEXTS if not isinstance(record.get(name), expected)]
@@ -218,4 +212,4 @@ def _column(value: Any, lists: bool) -> list[Any]:
     return (value or []) if lists else [value]
 
 
-LAYOUT = Layout(MelbenchRelease.layout, MelbenchRelease, MelbenchRelease.fits, precedence=20)
+LAYOUT = Layout(MelbenchRelease.layout, MelbenchRelease, MelbenchRelease.fits, precedence=20, can_split=True)

@@ -15,7 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.formats.fields import ChosenField, Types, groups_of, percent_decoded, text_of, type_problem
+from data_prep.formats.fields import (
+    ChosenField,
+    Types,
+    groups_of,
+    id_of,
+    percent_decoded,
+    text_of,
+    type_problem,
+    without_wrong,
+)
 from data_prep.formats.image_files import ImageFiles, folder_and_base
 from data_prep.formats.json_records import array_records, object_records
 from data_prep.formats.release import (
@@ -60,17 +69,20 @@ class MimicKb:
         yield from self._images.refused
         rows = _Rows(self._rows_file, self._file)
         text = ChosenField(self._file, self._text) if self._text == "desc" else None
-        types = {"qid": str, "entity_name": str, self._text: str, "image_list": list}
+        source, optional = self._file.name, {"entity_name": str, self._text: str, "image_list": list}
         for position, record in enumerate(array_records(self._file)):
-            if problem := type_problem(record, types):
-                yield Finding(self._file.name, position, "wrong type", "rejected", problem)
+            if problem := type_problem(record, {"qid": str}):
+                yield Finding(source, position, "wrong type", "rejected", problem, id_of(record, "qid"))
                 continue
+            record, problems = without_wrong(record, optional)
+            for problem in problems:
+                yield Finding(source, position, "wrong type", "degraded", problem, text_of(record, "qid"))
             if text:
-                yield from text.findings(position, record)
+                yield from text.findings(position, record, text_of(record, "qid"))
             qid, name, attributes = (text_of(record, field) for field in ("qid", "entity_name", self._text))
             yield from rows.findings(position, qid, record.get("id"))
             images = tuple(self._images.find(file, [file]) for file in record.get("image_list") or [] if file)
-            yield RawEntity(self._file.name, position, qid, percent_decoded(name).strip(), attributes, images)
+            yield RawEntity(source, position, qid, percent_decoded(name).strip(), attributes, images)
         if text:
             text.finish()
         yield from rows.finish()
@@ -98,7 +110,7 @@ class _Rows:
     def findings(self, position: int, qid: str, record_id: object) -> Iterator[Finding]:
         """What is wrong with the numbers of one record."""
         if record_id is not None and record_id != position:
-            yield Finding(self._kb.name, position, "non-contiguous id", "repaired", f"{qid}: {record_id}")
+            yield Finding(self._kb.name, position, "non-contiguous id", "repaired", f"{qid}: {record_id}", qid)
         if not self._row_of or not qid:
             return
         self._left.pop(qid, None)
@@ -108,7 +120,7 @@ class _Rows:
             self._agreed += 1
         else:
             said = "is not in it" if row is None else f"is {row} there"
-            yield Finding(self._kb.name, position, f"{_ROWS_FILE} disagrees", "repaired", f"{qid} {said}")
+            yield Finding(self._kb.name, position, f"{_ROWS_FILE} disagrees", "repaired", f"{qid} {said}", qid)
 
     def finish(self) -> Iterator[Finding]:
         """What the file has and the list has not.
@@ -123,12 +135,13 @@ class _Rows:
             )
         for position, qid in enumerate(self._row_of):
             if qid in self._left:
-                yield Finding(self._path.name, position, f"not in {self._kb.name}", "repaired", qid)
+                yield Finding(self._path.name, position, f"not in {self._kb.name}", "repaired", qid, qid)
 
 
 _MENTION_IMAGES = ("mention_image", "mention_images")
 _SUFFIX = {"train": "_train.json", "validation": "_dev.json", "test": "_test.json"}
-_MENTION_TYPES: Types = {"id": (str, int), **dict.fromkeys(("sentence", "mentions", "imgPath", "answer"), str)}
+_MENTION_TYPES: Types = {"mentions": str, "answer": str}
+_OPTIONAL: Types = {"id": (str, int), "sentence": str, "imgPath": str}
 # The gold's name, texts, and what releases with negatives add: nothing to report by.
 _NO_GROUPS = frozenset({"entities", "desc", "instance", "type", "negative"})
 
@@ -184,13 +197,16 @@ class MimicRelease:
             yield from self._mention_images.refused
         path = self._files[split]
         desc = ChosenField(path, "desc") if self._with_desc else None
-        types = {**_MENTION_TYPES, "desc": str} if desc else _MENTION_TYPES
+        optional = {**_OPTIONAL, "desc": str} if desc else _OPTIONAL
         for position, record in enumerate(array_records(path)):
-            if problem := type_problem(record, types):
-                yield Finding(path.name, position, "wrong type", "rejected", problem)
+            if problem := type_problem(record, _MENTION_TYPES):
+                yield Finding(path.name, position, "wrong type", "rejected", problem, id_of(record, "id"))
                 continue
+            record, problems = without_wrong(record, optional)
+            for problem in problems:
+                yield Finding(path.name, position, "wrong type", "degraded", problem, text_of(record, "id"))
             if desc:
-                yield from desc.findings(position, record)
+                yield from desc.findings(position, record, text_of(record, "id"))
             yield self._mention(path.name, position, record)
         if desc:
             desc.finish()
@@ -206,7 +222,7 @@ class MimicRelease:
             percent_decoded(text_of(record, "mentions")).strip(),
             sentence,
             text_of(record, "answer") or None,
-            groups_of(record, _NO_GROUPS | _MENTION_TYPES.keys()),
+            groups_of(record, _NO_GROUPS | _MENTION_TYPES.keys() | _OPTIONAL.keys()),
             self._mention_image(text_of(record, "imgPath")),
         )
 

@@ -5,12 +5,15 @@ Each module of this package that declares a `LAYOUT` is a layout, found by being
 
 import importlib
 import pkgutil
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from data_prep import formats
 from data_prep.formats.release import KnowledgeBase, KnowledgeBaseReader, Layout, Release, ReleaseOptions
 from dsmip.errors import UserError
+
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
 
 
 def layouts() -> Mapping[str, Layout]:
@@ -30,26 +33,60 @@ def open_release(
     """Opens a release.
 
     Args:
-        folder: Where it lies.
+        folder: Where it lies, or the folder around it.
         layout: Name of its layout; None: the first one that fits.
         options: What to take of it.
         notice: Called with a line that names the layout, where it was found.
 
     Raises:
-        UserError: There is no such folder or layout, nothing fits, or the release is wrong.
+        UserError: There is no such folder or layout, it is an archive, nothing or more than one fits, or the release is
+            wrong.
     """
     known = layouts()
     if layout is not None and layout not in known:
         raise UserError(f"--format {layout} is unknown; known: {', '.join(known)}, demo")
+    if folder.is_file():
+        what = f"an archive; {_unpacking(folder)}" if _is_archive(folder) else "a file"
+        raise UserError(f"{folder}: is {what}; a release is given by its folder")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    if layout is None:
-        fitting = [name for name, candidate in known.items() if candidate.fits(folder)]
-        if not fitting:
-            raise UserError(f"{folder}: no layout that is known ({', '.join(known)}); choose one by --format")
-        layout, others = fitting[0], fitting[1:]
-        notice(f"{folder}: layout {layout}" + (f" ({', '.join(others)} would fit too: --format)" if others else ""))
-    return known[layout].open(folder, options)
+    candidates = known if layout is None else {layout: known[layout]}
+    found = folder if _fitting(candidates, folder) else _one_down(candidates, folder)
+    if found is None and layout is None:
+        archives = sorted(path for path in folder.iterdir() if _is_archive(path))
+        hint = f"it holds {archives[0].name}; {_unpacking(archives[0])}" if archives else "choose one by --format"
+        raise UserError(f"{folder}: no layout that is known ({', '.join(known)}); {hint}")
+    if found is not None and (layout is None or found != folder):
+        layout, *others = _fitting(candidates, found)
+        notice(f"{found}: layout {layout}" + (f" ({', '.join(others)} would fit too: --format)" if others else ""))
+    assert layout is not None
+    return known[layout].open(found or folder, options)
+
+
+def _fitting(candidates: Mapping[str, Layout], folder: Path) -> list[str]:
+    return [name for name, layout in candidates.items() if layout.fits(folder)]
+
+
+def _one_down(candidates: Mapping[str, Layout], folder: Path) -> Path | None:
+    """The only folder in this one that a layout fits.
+
+    Raises:
+        UserError: There are several.
+    """
+    inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = [path for path in inner if _fitting(candidates, path)]
+    if len(found) > 1:
+        raise UserError(f"{folder}: holds {len(found)} releases; choose one, as {found[0]} or {found[1]}")
+    return found[0] if found else None
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.lower().endswith(_ARCHIVES) and path.is_file()
+
+
+def _unpacking(archive: Path) -> str:
+    command = "unzip" if archive.suffix.lower() == ".zip" else "tar -xf"
+    return f"unpack it first, as by: {command} {shlex.quote(str(archive))}"
 
 
 def knowledge_base_file(folder: Path, options: ReleaseOptions) -> Path:

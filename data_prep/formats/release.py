@@ -29,6 +29,7 @@ class Finding:
         reason: What was wrong, in a few words that are counted.
         action: What was done about it.
         detail: What it was about: an id, a name, a field.
+        id: The entity's or mention's id, where the record has one.
     """
 
     source: str
@@ -36,11 +37,15 @@ class Finding:
     reason: str
     action: Action
     detail: str = ""
+    id: str = ""
 
     def __post_init__(self) -> None:
-        detail = self.detail if len(self.detail) <= _MAX_DETAIL else self.detail[: _MAX_DETAIL - 1] + "…"
-        for name, text in (("source", self.source), ("detail", detail)):
+        for name, text in (("source", self.source), ("detail", _cut(self.detail)), ("id", _cut(self.id))):
             object.__setattr__(self, name, text.encode("utf-8", "replace").decode())
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_DETAIL else text[: _MAX_DETAIL - 1] + "…"
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +192,7 @@ class Layout:
         fits: Whether a folder looks like it, by a quick look.
         knowledge_bases: Readers of its entities by file name, for layouts that have none of their own.
         precedence: Of several layouts that fit a folder the one of the lowest precedence is taken.
+        can_split: Whether `ReleaseOptions.split` may be set.
     """
 
     name: str
@@ -194,6 +200,7 @@ class Layout:
     fits: Callable[[Path], bool]
     knowledge_bases: Mapping[str, KnowledgeBaseReader] = field(default_factory=dict)
     precedence: int = 50
+    can_split: bool = False
 
 
 def refuse_unknown_options(options: ReleaseOptions, layout: str, known: Sequence[str]) -> None:

@@ -115,8 +115,8 @@ class SplitItem:
     size: int
 
 
-def check_percentages(percentages: tuple[int, int, int]) -> None:
-    """Checks percentages of train, validation and test.
+def split_choices(percentages: tuple[int, int, int], seed: int) -> dict[str, str]:
+    """What the manifest says of a split by `grouped_split`, of percentages of train, validation and test.
 
     Raises:
         UserError: They are no shares of a whole, or training has none.
@@ -124,6 +124,8 @@ def check_percentages(percentages: tuple[int, int, int]) -> None:
     if sum(percentages) != 100 or min(percentages) < 0 or percentages[0] == 0:
         shown = "/".join(map(str, percentages))
         raise UserError(f"--split {shown}: takes percentages of train/validation/test that sum to 100, as 70/10/20")
+    shares = "/".join(map(str, percentages))
+    return {"split": shares, "split_seed": str(seed), "split_groups": "sentence and picture"}
 
 
 def grouped_split(items: Iterable[SplitItem], percentages: tuple[int, int, int], seed: int) -> list[str]:

@@ -46,8 +46,8 @@ _IMAGES = ("wikinewsImgs", "images")
 _NAMES = {"train": "train", "validation": "valid", "test": "test"}
 _FORMS = {"passages": ".json", "mentions": "_w_10cands.json"}
 _TEXT = (str, type(None))
-_PASSAGE = (("sentence", _TEXT), ("picture", _TEXT), ("topic", _TEXT), ("mentions", (list,)))
-_MENTION = (("mention", _TEXT), ("type", _TEXT), ("start", (object,)), ("end", (object,)), ("address", _TEXT))
+_PASSAGE = (("sentence", (object,)), ("picture", (object,)), ("topic", (object,)), ("mentions", (list,)))
+_MENTION = (("mention", _TEXT), ("type", (object,)), ("start", (object,)), ("end", (object,)), ("address", _TEXT))
 _FLAT = 11  # fields of a record of the mention-level form
 
 
@@ -125,7 +125,7 @@ class WikidiverseRelease:
             # What is rejected anyway needs no second finding.
             action = span_fault(item.sentence, item.word, item.start, item.end) if gold and item.word.strip() else None
             if action:
-                yield Finding(source, item.position, "wrong span", action, item.mention_id)
+                yield Finding(source, item.position, "wrong span", action, item.mention_id, item.mention_id)
             yield RawMention(
                 source,
                 item.position,
@@ -200,14 +200,14 @@ def _passage(path: Path, position: int, record: Any) -> Iterator[_Annotation | F
     if problem := _problem(record, _PASSAGE):
         yield Finding(path.name, position, "wrong type", "rejected", problem)
         return
-    sentence, image, topic, mentions = record
+    *texts, mentions = record
     if not mentions:
         yield Finding(path.name, position, "no mentions", "rejected")
     for number, mention in enumerate(mentions):
         if problem := _problem(mention, _MENTION):
             yield Finding(path.name, position, "wrong type", "rejected", f"mention {number}: {problem}")
         else:
-            yield _annotation(path, position, f"{position}-{number}", (sentence, image, topic), mention)
+            yield from _annotation(path, position, f"{position}-{number}", texts, mention)
 
 
 def _flat(path: Path, position: int, record: Any) -> Iterator[_Annotation | Finding]:
@@ -215,11 +215,11 @@ def _flat(path: Path, position: int, record: Any) -> Iterator[_Annotation | Find
         yield Finding(path.name, position, "wrong type", "rejected", f"record is no list of {_FLAT}")
         return
     sentence, image, word, kind, _left, _right, gold, _candidates, topic, start, end = record
-    passage, mention = [sentence, image, topic, []], [word, kind, start, end, gold]
-    if problem := _problem(passage, _PASSAGE) or _problem(mention, _MENTION):
+    mention = [word, kind, start, end, gold]
+    if problem := _problem(mention, _MENTION):
         yield Finding(path.name, position, "wrong type", "rejected", problem)
     else:
-        yield _annotation(path, position, str(position), (sentence, image, topic), mention)
+        yield from _annotation(path, position, str(position), [sentence, image, topic], mention)
 
 
 _READERS: Mapping[str, Callable[[Path, int, Any], Iterator[_Annotation | Finding]]] = {
@@ -229,19 +229,28 @@ _READERS: Mapping[str, Callable[[Path, int, Any], Iterator[_Annotation | Finding
 
 
 def _annotation(
-    path: Path, position: int, number: str, passage: tuple[str | None, str | None, str | None], mention: list[Any]
-) -> _Annotation:
-    """A mention of a passage (sentence, image, topic); `number` tells it from others of its file."""
-    sentence, image, topic = passage
+    path: Path, position: int, number: str, passage: list[Any], mention: list[Any]
+) -> Iterator[_Annotation | Finding]:
+    """A mention of a passage (sentence, image, topic), and a finding for each text of the two that is none.
+
+    `number` tells the mention from others of its file.
+    """
+    mention_id = f"{path.stem.partition('_')[0]}-{number}"
     word, kind, start, end, gold = mention
-    return _Annotation(
+    texts = dict(zip(("sentence", "image", "topic", "type"), [*passage, kind], strict=True))
+    for name, value in texts.items():
+        if not isinstance(value, str | None):
+            problem = f"{name} is {type(value).__name__}"
+            yield Finding(path.name, position, "wrong type", "degraded", problem, mention_id)
+            texts[name] = None
+    yield _Annotation(
         position,
-        f"{path.stem.partition('_')[0]}-{number}",
-        sentence or "",
-        (image or "").strip(),
-        (topic or "").strip(),
+        mention_id,
+        texts["sentence"] or "",
+        (texts["image"] or "").strip(),
+        (texts["topic"] or "").strip(),
         word or "",
-        (kind or "").strip(),
+        (texts["type"] or "").strip(),
         start,
         end,
         (gold or "").strip(),

@@ -31,7 +31,7 @@ TRAIN: list[Any] = [
     {"id": "d", "sentence": "nothing", "mentions": "none", "answer": None, "imgPath": ""},
     {"id": "e", "sentence": "unknown", "mentions": "word", "answer": "Q99", "imgPath": ""},
     {"id": "f", "sentence": "no word", "mentions": " ", "answer": "Q1", "imgPath": ""},
-    {"id": "g", "sentence": ["list"], "mentions": "word", "answer": "Q1", "imgPath": ""},
+    {"id": "g", "sentence": "list", "mentions": ["word"], "answer": "Q1", "imgPath": ""},
     {"sentence": "", "mentions": "cedar", "answer": "Q3", "imgPath": "gone.jpg"},
     {"id": "i", "sentence": "literal name", "mentions": "elm", "answer": "Q6", "imgPath": "literal.name.png"},
     {"id": "j", "sentence": "broken \ud800", "mentions": "elm", "answer": "Q6", "imgPath": ""},

@@ -44,6 +44,14 @@ def test_every_input_is_in_a_shard_or_rejected(release: MimicRelease, tmp_path: 
     assert in_shards + len(rejected) == NUM_INPUTS
     assert len(rejected) == sum(manifest.rejects.values()) == 9
     assert len({(line["source"], line["record"]) for line in rejected}) == len(rejected)
+    found = {(line["source"], line["record"], line["id"], line["reason"]) for line in lines}
+    assert {
+        ("T_train.json", 3, "c", "nil gold"),  # the third record
+        ("T_train.json", 8, "", "no mention id"),
+        ("T_train.json", 11, "k", "picture unreadable"),
+        ("kb_entity.json", 1 + 3, "Q3", "picture unreadable"),
+        ("kb_entity.json", 7, "", "wrong type"),
+    } <= found
     assert manifest.degraded == {
         "empty attributes": 2,
         "empty sentence": 1,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from data_prep.build import images
 from data_prep.build.images import JPEG_QUALITY, UnusableImage, prepare_image
@@ -196,6 +196,34 @@ def test_what_cannot_be_read_is_unreadable(name: str, settings: ImageSettings) -
 def test_pixels_are_bounded_before_decoding(content: bytes, settings: ImageSettings) -> None:
     with pytest.raises(UnusableImage):
         prepare_image(content, settings)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_where_the_decoder_can() -> None:
+    prepared = _opened(prepare_image(_saved(PHOTO, "AVIF", quality=95), SETTINGS))
+    assert prepared.size == PHOTO.size
+    assert abs(np.asarray(prepared).astype(np.int64) - np.asarray(PHOTO)).mean() < 8
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = _photo(1600, 1200)
+    whole = prepare_image(_saved(large, quality=98), SETTINGS)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1_000_000)  # in the place of 64 million: below 1600 x 1200
+    assert abs(_pixels(prepare_image(_saved(large, quality=98), SETTINGS)) - _pixels(whole)).max() == 0
+    turned = _saved(large.transpose(Image.Transpose.ROTATE_90), exif=_turned(6), quality=98)
+    assert _opened(prepare_image(turned, SETTINGS)).size == (299, 224)
+    refused = [
+        (_saved(large, progressive=True), SETTINGS),  # is held whole
+        (_saved(large, "PNG"), SETTINGS),
+        (_saved(large), ORIGINAL),
+        (_saved(large), SETTINGS.model_copy(update={"size": 500})),  # needs more than half of its size
+    ]
+    for content, chosen in refused:
+        with pytest.raises(UnusableImage, match="too large"):
+            prepare_image(content, chosen)
+    monkeypatch.setattr(images, "MAX_REDUCED_PIXELS", 1_900_000)
+    with pytest.raises(UnusableImage, match="too large"):
+        prepare_image(_saved(large), SETTINGS)
 
 
 def test_too_large_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,10 @@ MIMIC_FILES = {"train": "T_train.json", "validation": "T_dev.json", "test": "T_t
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to one field of a record, and what must become of it. `rule`: seen by the rules, not the parser."""
+    """What is done to one field of a record, and what must become of it.
+
+    `rule`: seen by the rules, not the parser; `then`: what they see of a field that the parser has left out.
+    """
 
     field: str
     value: Any
@@ -33,6 +36,7 @@ class Fault:
     action: str
     rule: bool = True
     only: str = ""
+    then: "Fault | None" = None
 
     @property
     def is_fatal(self) -> bool:
@@ -40,6 +44,8 @@ class Fault:
 
 
 WHOLE, LINE = "whole record", "line"
+EMPTY_NAME = Fault("name", " ", "empty name", "degraded")
+NO_ID = Fault("mention_id", None, "no mention id", "repaired")
 ENTITY_FAULTS = [
     Fault("entity_id", "", "no entity id", "rejected"),
     Fault("entity_id", None, "no entity id", "rejected"),
@@ -47,22 +53,22 @@ ENTITY_FAULTS = [
     Fault("entity_id", "Q\n\x07", "unusable entity id", "rejected"),
     Fault("entity_id", ["Q1"], "wrong type", "rejected", rule=False),
     Fault("name", "\udc00", "broken text", "rejected"),
-    Fault("name", " ", "empty name", "degraded"),
+    EMPTY_NAME,
     Fault("name", "a\x00b", "control characters", "repaired"),
-    Fault("name", 5, "wrong type", "rejected", rule=False),
+    Fault("name", 5, "wrong type", "degraded", rule=False, then=EMPTY_NAME),
     Fault("attributes", None, "empty attributes", "degraded"),
     Fault("attributes", "x" * (MAX_TEXT + 1), "text too long", "degraded"),
-    Fault("images", [3], "wrong type", "rejected", rule=False),
+    Fault("images", [3], "wrong type", "degraded", rule=False),
     Fault("images", ["../a.jpg"], "picture outside the folder", "degraded", rule=False, only="jsonl"),
     Fault("id", 1000, "non-contiguous id", "repaired", rule=False, only="mimic"),
     Fault(WHOLE, ["no object"], "wrong type", "rejected", rule=False),
     Fault(LINE, '{"entity_id": "Q1"', "wrong JSON", "rejected", rule=False, only="jsonl"),
 ]
 MENTION_FAULTS = [
-    Fault("mention_id", None, "no mention id", "repaired"),
+    NO_ID,
     Fault("mention_id", "m" * (MAX_ID + 1), "unusable mention id", "repaired"),
     Fault("mention_id", "\ud800", "unusable mention id", "repaired"),
-    Fault("mention_id", True, "wrong type", "rejected", rule=False),
+    Fault("mention_id", True, "wrong type", "degraded", rule=False, then=NO_ID),
     Fault("word", "\x1f ", "empty word", "rejected"),
     Fault("word", "a\x85b", "control characters", "repaired"),
     Fault("word", {"a": 1}, "wrong type", "rejected", rule=False),
@@ -74,7 +80,7 @@ MENTION_FAULTS = [
     Fault("entity_id", "Q99", "unknown gold", "rejected"),
     Fault("kind", "x" * (MAX_GROUP_VALUE + 1), "unusable groups", "degraded"),
     Fault("kind", "a\x00", "unusable groups", "degraded"),
-    Fault("image", 7, "wrong type", "rejected", rule=False),
+    Fault("image", 7, "wrong type", "degraded", rule=False),
     Fault("image", "C:\\a.jpg", "picture outside the folder", "degraded", rule=False, only="jsonl"),
     Fault("split", "exam", "unknown split", "rejected", rule=False, only="jsonl"),
     Fault(WHOLE, None, "wrong type", "rejected", rule=False),
@@ -95,7 +101,7 @@ class Draft:
         """The faults that leave a finding: of a record that is rejected, not all that it has."""
         fatal = [fault for fault in self.faults if fault.is_fatal]
         if not fatal:
-            return self.faults
+            return self.faults + [fault.then for fault in self.faults if fault.then]
         return fatal if not fatal[0].rule else fatal + [fault for fault in self.faults if not fault.rule]
 
     def written(self) -> Any:

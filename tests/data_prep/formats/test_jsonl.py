@@ -163,8 +163,97 @@ def test_nested_attributes_are_no_text(tmp_path: Path) -> None:
     folder = write_release(tmp_path / "mine", "jsonl")
     wrong = [{"entity_id": "x", "name": "x", "attributes": value} for value in ({"a": {}}, {"a": [[1]]}, ["a"], 3)]
     (folder / "entities.jsonl").write_text("\n".join(map(json.dumps, wrong)))
-    _, _, findings = _read(JsonlRelease(folder))
-    assert [each.reason for each in findings if each.source == "entities.jsonl"] == ["wrong type"] * 4
+    entities, _, findings = _read(JsonlRelease(folder))
+    shown = [(each.reason, each.action, each.id) for each in findings if each.record == 0 and each.source[0] == "e"]
+    assert shown == [("wrong type", "degraded", "x"), ("empty attributes", "degraded", "x")]
+    assert [each.attributes for each in entities] == [""]
+
+
+def _lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_nan_is_null_and_a_text_is_a_list_of_one(tmp_path: Path) -> None:
+    folder = write_release(tmp_path / "mine", "jsonl")
+    nan, elm = float("nan"), "images/elm.jpg"
+    lists = [elm, [elm], [elm, None, nan], nan, None, [], ""]
+    _lines(
+        folder / "entities.jsonl",
+        [{"entity_id": n, "name": "n", "attributes": "a", "images": v} for n, v in enumerate(lists)],
+    )
+    mention = {"word": "w", "sentence": "s", "entity_id": 0, "split": "train"}
+    images = [elm, [elm], nan, None, "", [], [nan]]
+    _lines(
+        folder / "mentions.jsonl", [mention | {"mention_id": n, "image": v, "year": nan} for n, v in enumerate(images)]
+    )
+    entities, mentions, findings = _read(JsonlRelease(folder))
+    assert not findings
+    assert [len(each.images) for each in entities] == [1, 1, 1, 0, 0, 0, 0]
+    assert [each.image is not None for each in mentions["train"]] == [True, True] + [False] * 5
+    assert not any(each.groups for each in mentions["train"])
+
+
+def test_empty_cells_of_a_column_of_numbers_are_null(tmp_path: Path) -> None:
+    folder = write_release(tmp_path / "mine", "jsonl")
+    (folder / "mentions.jsonl").unlink()
+    rows = [{"word": "w", "sentence": "s", "entity_id": "7", "split": "train", "n": n} for n in (1.0, float("nan"))]
+    pq.write_table(pa.Table.from_pylist([row | {"image": float("nan")} for row in rows]), folder / "mentions.parquet")
+    _, mentions, findings = _read(JsonlRelease(folder))
+    assert [dict(each.groups) for each in mentions["train"]] == [{"n": "1.0"}, {}]
+    assert {each.reason for each in findings if each.source[0] == "m"} == {"no mention id"}
+
+
+def test_a_wrong_optional_field_costs_the_field(tmp_path: Path) -> None:
+    folder = write_release(tmp_path / "mine", "jsonl")
+    elm = "images/elm.jpg"
+    _lines(
+        folder / "entities.jsonl",
+        [
+            {"entity_id": "a", "name": 5, "attributes": True, "images": {"x": elm}},
+            {"entity_id": "b", "name": "b", "attributes": "b", "images": [3, elm]},
+            {"entity_id": ["c"], "name": "c"},
+        ],
+    )
+    mention = {"mention_id": "m", "word": "w", "sentence": "s", "entity_id": "a", "split": "train"}
+    wrong: list[dict[str, Any]] = [{"image": 3}, {"image": [elm, elm]}, {"sentence": 5}, {"mention_id": [1]}]
+    _lines(
+        folder / "mentions.jsonl", [mention | one for one in wrong] + [mention | {"word": 5}, mention | {"split": 1}]
+    )
+    entities, mentions, findings = _read(JsonlRelease(folder))
+    assert [(each.entity_id, each.name, len(each.images)) for each in entities] == [("a", "", 0), ("b", "b", 1)]
+    assert [(each.sentence, each.image) for each in mentions["train"]] == [
+        ("s", None),
+        ("s", None),
+        ("", None),
+        ("s", None),
+    ]
+    shown = [(each.source[0], each.record, each.action, each.detail, each.id) for each in findings]
+    assert [one for one in shown if one[3].split(" ")[1:2] == ["is"]] == [
+        ("e", 0, "degraded", "attributes is bool", "a"),
+        ("e", 0, "degraded", "images is dict", "a"),
+        ("e", 0, "degraded", "name is int", "a"),
+        ("e", 2, "rejected", "entity_id is list", ""),
+        ("m", 0, "degraded", "image is int", "m"),
+        ("m", 1, "degraded", "image is list", "m"),
+        ("m", 2, "degraded", "sentence is int", "m"),
+        ("m", 3, "degraded", "mention_id is list", ""),
+        ("m", 4, "rejected", "word is int", "m"),
+        ("m", 5, "rejected", "split is int", "m"),
+    ]
+    assert ("e", 1, "degraded", "images holds something else than names", "b") in shown
+
+
+def test_mentions_are_split_by_groups_where_it_is_asked_for(tmp_path: Path) -> None:
+    folder = write_release(tmp_path / "mine", "jsonl")
+    mentions = [{"mention_id": n, "word": "oak", "sentence": f"Oak {n // 2}.", "entity_id": 7} for n in range(40)]
+    _lines(folder / "mentions.jsonl", [mentions[0] | {"split": "test"}, *mentions[1:]])
+    release = open_release(folder, None, ReleaseOptions(split=(50, 25, 25), seed=1), lambda _: None)
+    assert release.choices == {"split": "50/25/25", "split_seed": "1", "split_groups": "sentence and picture"}
+    assert isinstance(release, JsonlRelease)
+    _, found, findings = _read(release)
+    assert {split: len(items) for split, items in found.items()} == {"train": 20, "validation": 10, "test": 10}
+    assert not [each for each in findings if each.source == "mentions.jsonl"]
+    assert sum(len({each.sentence for each in items}) for items in found.values()) == 20
 
 
 def test_the_documented_example_is_read_without_a_finding(tmp_path: Path) -> None:

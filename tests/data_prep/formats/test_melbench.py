@@ -79,8 +79,16 @@ def test_records_of_one_mention(tmp_path: Path) -> None:
     assert [(finding.record, finding.reason, finding.detail) for finding in findings] == [
         (4, "wrong type", "record is list"),
         (5, "wrong type", "sentence is int"),
+        (5, "in no split", "6"),
         (6, "wrong type", "answer is list"),
         (3, "unknown gold", "Q99"),
+    ]
+    assert [(finding.action, finding.id) for finding in findings] == [
+        ("rejected", "5"),
+        ("degraded", "6"),
+        ("rejected", "6"),
+        ("rejected", "7"),
+        ("rejected", "4"),
     ]
     names = [name for name, _ in release.files()]
     assert names[:2] == ["Richpedia-MEL.json", "splits.json"]

@@ -174,7 +174,7 @@ def test_texts_by_choice(release: MimicRelease) -> None:
     kb, records = json.loads(json.dumps(KB[:4])), json.loads(json.dumps(VALIDATION * 3))
     kb[0] |= {"desc": " a tree ", "instance": "plant"}
     records[1] |= {"desc": "said of it", "type": "entity", "instance": "x"}
-    records[2]["desc"] = ["no text"]
+    records[2]["desc"] = {"no": "text"}
     (release.folder / "kb_entity.json").write_text(json.dumps(kb))
     (release.folder / "T_dev.json").write_text(json.dumps(records))
     chosen = MimicRelease(release.folder, options)
@@ -184,11 +184,13 @@ def test_texts_by_choice(release: MimicRelease) -> None:
     reasons = Counter(finding.reason for finding in findings)
     assert reasons == {"no desc": 3, "empty attributes": 2, "duplicate entity": 1}
     kept, findings = _kept(chosen, "validation")
-    assert [(each.sentence, dict(each.groups)) for each in kept] == [("s", {}), ("s said of it", {})]
+    assert [(each.sentence, dict(each.groups)) for each in kept] == [("s", {}), ("s said of it", {}), ("s", {})]
     assert [(each.record, each.reason, each.action) for each in findings] == [
         (0, "no desc", "degraded"),
         (1, "duplicate mention id", "repaired"),
-        (2, "wrong type", "rejected"),
+        (2, "wrong type", "degraded"),
+        (2, "no desc", "degraded"),
+        (2, "duplicate mention id", "repaired"),
     ]
     with pytest.raises(UserError, match=r'T_test.json: no record has the key "desc"'):
         _kept(chosen, "test")

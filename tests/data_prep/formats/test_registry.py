@@ -1,5 +1,6 @@
 """Layouts are found by being there, and the first one that fits a folder is taken."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -82,6 +83,34 @@ def test_the_entities_of_a_new_layout_serve_layouts_that_have_none(with_words: P
     assert [entity.name for entity in kb.entities() if not isinstance(entity, Finding)] == ["ash", "elm"]
     with pytest.raises(UserError, match=r"has one text of each entity.*or bring a kb_entity.json"):
         open_knowledge_base(with_words / "words.txt", ReleaseOptions(entity_text="desc"))
+
+
+def test_a_release_one_folder_down_is_found_and_said(with_words: Path) -> None:
+    outer, seen = with_words.parent, list[str]()
+    assert open_release(outer, None, ReleaseOptions(), seen.append).folder == with_words
+    assert seen == [f"{with_words}: layout words"]
+    assert open_release(outer, "words", ReleaseOptions(), seen.append).folder == with_words
+    assert seen[1:] == [f"{with_words}: layout words"]
+    (outer / "second").mkdir()
+    (outer / "second/words.txt").write_text("fir")
+    with pytest.raises(UserError, match=r"holds 2 releases; choose one, as .*/release or .*/second"):
+        open_release(outer, None, ReleaseOptions())
+
+
+@pytest.mark.parametrize(("name", "command"), [("a b.tar", "tar -xf"), ("c.zip", "unzip"), ("d.tar.gz", "tar -xf")])
+def test_an_archive_is_to_be_unpacked(name: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    unpack = f"unpack it first, as by: {command} {shlex.quote(str(tmp_path / name))}"
+    for given, what in ((tmp_path / name, "is an archive"), (tmp_path, f"it holds {name}")):
+        with pytest.raises(UserError) as refused:
+            open_release(given, None, ReleaseOptions())
+        assert f"{what}; {unpack}" in str(refused.value)
+
+
+def test_a_file_is_no_release(tmp_path: Path) -> None:
+    (tmp_path / "mentions.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"mentions.jsonl: is a file; a release is given by its folder"):
+        open_release(tmp_path / "mentions.jsonl", None, ReleaseOptions())
 
 
 def test_what_no_layout_fits_is_refused(tmp_path: Path) -> None:

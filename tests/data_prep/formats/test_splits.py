@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.formats.splits import SplitItem, check_percentages, grouped_split
+from data_prep.formats.splits import SplitItem, grouped_split, split_choices
 from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
 
@@ -76,4 +76,4 @@ def test_single_records_are_cut_exactly_and_by_the_seed() -> None:
 @pytest.mark.parametrize("wrong", [(70, 10, 10), (110, -10, 0), (0, 50, 50)])
 def test_percentages_are_checked(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(UserError, match=r"sum to 100, as 70/10/20"):
-        check_percentages(wrong)
+        split_choices(wrong, 0)

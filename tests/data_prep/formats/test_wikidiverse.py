@@ -133,7 +133,7 @@ def test_the_form_with_candidates_reads_the_same(tmp_path: Path) -> None:
     (folder / "train_w_10cands.json").write_text(json.dumps([[1] * 11, [1], *_flat(TRAIN[:1])]))
     mentions, findings = _read(WikidiverseRelease(folder), "train")
     assert [mention.mention_id for mention in mentions][:2] == ["train-2", "train-3"]
-    assert [finding.detail for finding in findings[:2]] == ["sentence is int", "record is no list of 11"]
+    assert [finding.detail for finding in findings[:2]] == ["mention is int", "record is no list of 11"]
 
 
 @pytest.mark.parametrize(
