@@ -94,13 +94,10 @@ def prepare(
             manifest = job.prepare_demo(world, out, options, display)
     else:
         chosen = job.release_options(entity_text, mention_text, kb, split, seed)
-        release = open_release(Path(source), format, chosen)
+        release = open_release(Path(source), format, chosen, say)
         with Display() as display:
-            manifest = job.prepare_release(release, out, options, display)
+            manifest = job.prepare_release(release, out, options, display, display.say)
     rejects = f"{out.rstrip('/')}/{REJECTS_FILE}"
-    for split in SPLITS:
-        if not manifest.splits[split].mentions:
-            say(f"warning: no mention of {split} is left; see {rejects}")
     mentions = ", ".join(f"{split} {manifest.splits[split].mentions}" for split in SPLITS)
     touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
     counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())

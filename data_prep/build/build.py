@@ -25,6 +25,7 @@ from data_prep.build.plan import (
     FinishedShard,
     Plan,
     PlannedShard,
+    Warn,
     make_plan,
     read_finished,
     read_finished_chunk,
@@ -63,6 +64,7 @@ def prepare(
     *,
     run: Runner = run_serially,
     progress: Progress = no_progress,
+    warn: Warn = lambda line: None,
     published: tuple[str, Manifest] | None = None,
 ) -> Manifest:
     """Builds a dataset directory; a complete one of equal source and options is kept.
@@ -76,6 +78,7 @@ def prepare(
         options: How, and what the manifest says of it.
         run: Does the tasks.
         progress: Called while files of the source are hashed, records are read (total 0: not known) and samples made.
+        warn: Gets a line for the user where most of the images that records name were not found.
         published: Where the dataset is complete already, and its manifest, which is checked and returned.
 
     Returns:
@@ -99,7 +102,7 @@ def prepare(
         with _locked(out):
             manifest = _finished(out, settings)  # perhaps since a moment ago
             if manifest is None:
-                plan = _plan(source, out, options, settings, progress)
+                plan = _plan(source, out, options, settings, progress, warn)
                 built = _build(out, plan, options.images, run, progress)
                 manifest = _describe(out, settings, plan, built)
             # Under the lock, or another build would lose the plan that it has just begun with.
@@ -149,7 +152,14 @@ def _source_digest(source: Release, run: Runner, progress: Progress) -> str:
     return whole.hexdigest()
 
 
-def _plan(source: Release, out: Path, options: DatasetOptions, settings: dict[str, Any], progress: Progress) -> Plan:
+def _plan(
+    source: Release,
+    out: Path,
+    options: DatasetOptions,
+    settings: dict[str, Any],
+    progress: Progress,
+    warn: Warn,
+) -> Plan:
     """The plan that an interrupted build left, or a new one in an empty folder."""
     # The plan names the source's files, so its folder belongs to the key.
     values = {name: value.model_dump() if hasattr(value, "model_dump") else value for name, value in settings.items()}
@@ -164,6 +174,7 @@ def _plan(source: Release, out: Path, options: DatasetOptions, settings: dict[st
             key=key,
             options=options,
             scanned=lambda split, count: progress(f"reading {split}", count, 0),
+            warn=warn,
         )
     for split in (KB, *SPLITS):
         (out / split).mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Findings of a build: a line of a file each, and counts of each kind."""
+"""Findings of a build: a line of a file each, and counts of each kind; and how many of the images were found."""
 
 import json
 from collections import Counter
@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
-from data_prep.formats.release import Finding
+from data_prep.formats.image_files import where_images_lie
+from data_prep.formats.release import OUTSIDE, Finding, RawEntity, RawMention
 from dsmip.storage.atomic import atomic_path
 
+Item = TypeVar("Item", bound=RawEntity | RawMention | Finding)
 Counts = dict[str, dict[str, int]]  # action: {reason: count}
 
 
@@ -35,6 +37,49 @@ class FindingLog:
     def counts(self) -> Counts:
         """How many there are, by action and reason."""
         return merged_counts([{action: {reason: count}} for (action, reason), count in self._counts.items()])
+
+
+class ImageCount:
+    """How many of the images that records name were found, as records pass by.
+
+    Args:
+        owners: What the records are, in the plural.
+    """
+
+    def __init__(self, owners: str) -> None:
+        self._owners = owners
+        self._named = self._found = 0
+        self._lost = ""
+
+    def counted(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items."""
+        for item in items:
+            if isinstance(item, Finding):
+                if item.reason == OUTSIDE:
+                    self._count(item.detail, found=False)
+            elif isinstance(item, RawEntity):
+                for image in item.images:
+                    self._count(image.name, found=image.path is not None)
+            elif item.image:
+                self._count(item.image.name, found=item.image.path is not None)
+            yield item
+
+    def _count(self, name: str, *, found: bool) -> None:
+        self._named += 1
+        self._found += found
+        if not found:
+            self._lost = self._lost or name
+
+    def warning(self, folder: Path) -> str | None:
+        """What to tell a user when no image or under half of them was found; `folder`: the release's."""
+        if 2 * self._found >= self._named:
+            return None
+        found = f"only {self._found}" if self._found else "none"
+        return (
+            f"warning: of {self._named} pictures that {self._owners} name {found} "
+            f"{'was' if self._found < 2 else 'were'} found, and not {self._lost}: "
+            f"{where_images_lie(folder, self._lost)}; docs/data.md says where pictures are looked for"
+        )
 
 
 @contextmanager

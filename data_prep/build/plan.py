@@ -13,13 +13,14 @@ until the manifest is: a build that stopped anywhere goes on from the chunks and
 
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data_prep.build.findings import Counts, finding_log
+from data_prep.build.findings import Counts, ImageCount, finding_log
 from data_prep.build.images import IMAGES
 from data_prep.build.rules import UniqueIds, checked_entities, checked_mentions
 from data_prep.build.staged_records import write_entity, write_mention
@@ -41,6 +42,7 @@ SHARD_BYTES = 256_000_000
 _BLOCK = 512  # of a tar: each member takes a header and is rounded up
 
 Scanned = Callable[[str, int], None]
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,13 @@ def staged(out: Path, shard: str, suffix: str) -> Path:
 
 
 def make_plan(
-    source: Release, out: Path, *, key: str, options: DatasetOptions, scanned: Scanned = lambda split, count: None
+    source: Release,
+    out: Path,
+    *,
+    key: str,
+    options: DatasetOptions,
+    scanned: Scanned = lambda split, count: None,
+    warn: Warn = lambda line: None,
 ) -> Plan:
     """Reads the release once and writes the records of every shard, then the plan.
 
@@ -181,9 +189,10 @@ def make_plan(
         key: Names what it is a plan of.
         options: How the dataset is made.
         scanned: Called with the kb or a split and the number of its records that were read so far.
+        warn: Gets a line where most of the images that records name were not found.
 
     Raises:
-        UserError: The release is wrong or has no usable entity.
+        UserError: The release is wrong, has no usable entity, or all of its mentions were rejected.
     """
     (out / STAGE).mkdir(parents=True, exist_ok=True)
     with finding_log(out / STAGE / SCAN_FINDINGS) as log:
@@ -195,21 +204,34 @@ def make_plan(
                 row_of[entity.entity_id] = len(row_of)
                 yield entity
 
-        shards = _stage_kb(out, noted(checked_entities(source.entities(), log.note)), options)
+        count = ImageCount("entities")
+        shards = _stage_kb(out, noted(checked_entities(count.counted(source.entities()), log.note)), options)
+        before = Counter(log.counts.get("rejected", {}))
         if not row_of:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in log.counts.get("rejected", {}).items())
-            raise UserError(
-                f"{source.folder}: no usable entity; " + (f"rejected: {reasons}" if reasons else "it is empty")
-            )
+            rejected = _reasons(before)
+            raise UserError(f"{source.folder}: no usable entity; {rejected or 'it is empty'}")
+        warnings = [count.warning(source.folder)]
         ids = UniqueIds()
         for split in SPLITS:
-            mentions = checked_mentions(source.mentions(split), row_of, log.note, ids)
+            count = ImageCount(f"mentions of {split}")
+            mentions = checked_mentions(count.counted(source.mentions(split)), row_of, log.note, ids)
             rows = ((mention, row_of[mention.gold or ""]) for mention in mentions)
             shards += _stage_split(out, split, rows, options.seed, scanned)
+            warnings.append(count.warning(source.folder))
         counts = log.counts
+    rejected = _reasons(Counter(counts.get("rejected", {})) - before)
+    if rejected and not any(shard.count for shard in shards if shard.split != KB):
+        raise UserError(f"{source.folder}: no usable mention; {rejected} (see {out / STAGE / SCAN_FINDINGS})")
+    for line in filter(None, warnings):
+        warn(line)
     plan = Plan(tuple(shards), counts)
     write_json(out / STAGE / PLAN_FILE, {"key": key, "shards": [asdict(shard) for shard in shards], "findings": counts})
     return plan
+
+
+def _reasons(rejected: Mapping[str, int]) -> str:
+    shown = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
+    return f"rejected: {shown}" if shown else ""
 
 
 def read_plan(out: Path, key: str) -> Plan | None:

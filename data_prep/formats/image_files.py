@@ -7,10 +7,12 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from data_prep.formats.image_index import ImageFile, ImageIndex, plain_path
 from data_prep.formats.release import Finding, RawImage
@@ -20,6 +22,7 @@ MAX_FILE_BYTES = 1 << 28
 MAX_RATIO = 200  # pictures hardly shrink; white ones do, so small members may
 _SMALL_BYTES = 1 << 20
 _OPEN_ZIPS = 4
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 _ZIP = "images.zip"  # of `ImagePaths`
 _KNOWN_PARENTS = 1 << 12
 _ENCRYPTED = 0x1
@@ -211,6 +214,24 @@ def read_image(image: RawImage, max_bytes: int) -> bytes:
         with image.path.open("rb") as stream:
             return stream.read(max_bytes + 1)
     return read_member(image.path, image.member, max_bytes)
+
+
+def where_images_lie(folder: Path, name: str) -> str:
+    """Where below a folder a file of a name that was not found is, or else where images lie; in words."""
+    base = plain_path(unquote(base_name(name))).casefold()
+    wanted = {base, f"{base.split('.')[0]}.jpg"}
+    by_folder: Counter[str] = Counter()
+    for file in _files_below(folder, follow=False):
+        path = Path(file.path)
+        if path.name.casefold() in wanted:
+            return f"a file of that name is {file.path}"
+        if path.suffix.lower() in _IMAGE_SUFFIXES:
+            by_folder[path.parent.as_posix()] += 1
+    if not by_folder:
+        return f"there is no picture in {folder}"
+    ((most, count),) = by_folder.most_common(1)
+    lie = f"picture{' lies' if count == 1 else 's lie'}"
+    return f"{count} {lie} in {folder if most == '.' else most}, but none of that name"
 
 
 class ImagePaths:

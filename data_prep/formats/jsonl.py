@@ -20,6 +20,7 @@ from data_prep.formats.fields import Types, groups_of, id_of, text_of, type_prob
 from data_prep.formats.image_files import ImagePaths, file_of
 from data_prep.formats.json_records import BrokenLine, line_records
 from data_prep.formats.release import (
+    OUTSIDE,
     Finding,
     KnowledgeBaseReader,
     Layout,
@@ -232,7 +233,7 @@ def _nested(attributes: Any) -> str:
 
 def _outside(source: str, position: int, name: str, record_id: str) -> Finding:
     """The finding for an image whose path leads out of the folder."""
-    return Finding(source, position, "picture outside the folder", "degraded", name, record_id)
+    return Finding(source, position, OUTSIDE, "degraded", name, record_id)
 
 
 def _images(item: RawEntity | Finding) -> Sequence[RawImage]:

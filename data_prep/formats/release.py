@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from dsmip.errors import UserError
 
+OUTSIDE = "picture outside the folder"  # the reason of a finding
 Action = Literal["rejected", "repaired", "degraded"]
 
 _MAX_DETAIL = 200

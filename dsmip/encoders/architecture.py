@@ -54,6 +54,10 @@ class Architecture:
         return int(self.config["text_cfg"].get("context_length", 77))
 
     @property
+    def image_size(self) -> int:
+        return int(self.config["vision_cfg"].get("image_size", 224))
+
+    @property
     def quick_gelu(self) -> bool:
         return bool(self.config.get("quick_gelu", False))
 

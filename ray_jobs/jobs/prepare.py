@@ -22,9 +22,10 @@ from data_prep.build.runners import Result, Runner, Task, Tick, run_in_processes
 from data_prep.build.view import make_view
 from data_prep.demo.release import DemoConfig, write_demo_release
 from data_prep.formats.mimic import MimicRelease
+from data_prep.formats.registry import layouts
 from data_prep.formats.release import Release, ReleaseOptions
 from dsmip.data.dataset import Dataset
-from dsmip.data.manifest import ImageSettings, Manifest
+from dsmip.data.manifest import REJECTS_FILE, SPLITS, ImageSettings, Manifest
 from dsmip.errors import UserError, refuse_secret
 from dsmip.private import lock_file
 from dsmip.progress import Progress
@@ -63,13 +64,37 @@ class BuildOptions:
 Published = tuple[str, Manifest] | None
 
 
-def prepare_release(release: Release, out: str | Path, options: BuildOptions, progress: Progress) -> Manifest:
-    """Builds `out`, a folder or a URI, from a release.
+def prepare_release(
+    release: Release,
+    out: str | Path,
+    options: BuildOptions,
+    progress: Progress,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Manifest:
+    """Builds `out`, a folder or a URI, from a release; `warn` gets lines for the user.
 
     Raises:
         UserError: For a wrong release or location.
     """
-    return _built(out, progress, lambda folder, published: _build(release, folder, options, progress, published))
+    manifest = _built(
+        out, progress, lambda folder, published: _build(release, folder, options, progress, published, warn)
+    )
+    for line in _warnings(manifest, f"{str(out).rstrip('/')}/{REJECTS_FILE}"):
+        warn(line)
+    return manifest
+
+
+def _warnings(manifest: Manifest, rejects: str) -> Iterator[str]:
+    """What a user should know of a dataset before training on it."""
+    layout = layouts().get(manifest.layout)
+    for split in SPLITS:
+        if manifest.splits[split].mentions:
+            continue
+        remedy = f"see {rejects}"
+        if layout and layout.can_split:
+            remedy = "--split 70/10/20 cuts all mentions of the release anew, into another directory"
+        need = "" if split == "test" else ", and 'dsmip train' needs some"
+        yield f"warning: no mention of {split} is left{need}; {remedy}"
 
 
 def prepare_demo(config: DemoConfig, out: str | Path, options: BuildOptions, progress: Progress) -> Manifest:
@@ -119,7 +144,14 @@ def _manifest_sha256(data: Path) -> str | None:
     return sha256_file(path) if path.is_file() else None
 
 
-def _build(release: Release, out: Path, options: BuildOptions, progress: Progress, published: Published) -> Manifest:
+def _build(
+    release: Release,
+    out: Path,
+    options: BuildOptions,
+    progress: Progress,
+    published: Published,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Manifest:
     for option, text in (("--name", options.name), ("--licence", options.licence)):
         refuse_secret(text or "", option)
     dataset = DatasetOptions(
@@ -130,7 +162,7 @@ def _build(release: Release, out: Path, options: BuildOptions, progress: Progres
         seed=options.seed,
     )
     with _runner(options) as run:
-        return prepare(release, out, dataset, run=run, progress=progress, published=published)
+        return prepare(release, out, dataset, run=run, progress=progress, warn=warn, published=published)
 
 
 def prepare_view(base: str, out: str, fraction: float, seed: int) -> Dataset:

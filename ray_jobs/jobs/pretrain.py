@@ -20,6 +20,7 @@ from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.keys import key_tree
 from dsmip.models import find_system
+from dsmip.runs.checks import image_warnings
 from dsmip.runs.load_config import read_config, to_yaml
 from dsmip.runs.provenance import environment
 from dsmip.storage.atomic import write_json
@@ -48,6 +49,8 @@ def pretrain_backbone(
     if report := _finished(out, stamp):
         display.say(f"{out} is finished already")
         return report
+    for line in image_warnings(config, dataset):
+        display.say(line)
     started = time.monotonic()
     work = out.with_name(f".{out.name}.{stamp['sha256'][:12]}")
     training = Training(

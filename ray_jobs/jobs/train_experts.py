@@ -10,6 +10,7 @@ from ray_jobs.cluster.connection import connected
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import ReportedError
+from dsmip.runs.checks import check_training
 from dsmip.runs.load_config import read_config, to_yaml
 from dsmip.runs.run import Run
 from dsmip.runs.status import TrainingState, read_status
@@ -27,10 +28,13 @@ def train_experts(
     """Trains all parts that are not finished yet into the run at `location`; run again it resumes.
 
     Raises:
-        UserError: The run belongs to something else, or the cluster can never run a part.
+        UserError: The configuration and the data cannot be trained with, the run belongs to something else, or the
+            cluster can never run a part.
         JobFailed: After all other parts have ended.
     """
     check_tools(config.watch)
+    for line in check_training(config, dataset):
+        display.say(line)
     run = Run.create(location, config, dataset)
     display.interrupted = lambda: _saved(run)
     with run.recorded("train"):

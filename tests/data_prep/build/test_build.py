@@ -311,3 +311,57 @@ def test_a_picture_that_may_be_several_files_is_named(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "data/rejects.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if line["reason"] == "picture ambiguous"]
     assert line["detail"] == "Q1.jpg fits kb_image/a/Q1.jpg and kb_image/b/Q1.jpg"
+
+
+def _warnings(folder: Path, out: Path) -> list[str]:
+    lines: list[str] = []
+    prepare(MimicRelease(folder), out, DatasetOptions(name="small"), warn=lines.append)
+    return lines
+
+
+def test_a_modality_that_is_lost_is_told_with_where_its_files_lie(tmp_path: Path) -> None:
+    folder = plain_release(tmp_path / "release", 9, 4)
+    assert _warnings(folder, tmp_path / "sound") == []
+    (folder / "kb_image").rename(folder / "kb_pictures")
+    (line,) = _warnings(folder, tmp_path / "renamed")
+    assert line == (
+        "warning: of 4 pictures that entities name none was found, and not 0-0.jpg: a file of that name is "
+        "kb_pictures/0-0.jpg; docs/data.md says where pictures are looked for"
+    )
+    for path in (folder / "kb_pictures").iterdir():
+        path.rename(path.with_name(f"own-{path.name}"))
+    (line,) = _warnings(folder, tmp_path / "names")
+    assert "4 pictures lie in kb_pictures, but none of that name" in line
+    (folder / "kb_image").mkdir()
+    (folder / "kb_pictures/own-0-1.jpg").rename(folder / "kb_image/0-1.jpg")
+    (line,) = _warnings(folder, tmp_path / "some")
+    assert "only 1 was found" in line
+    for name in ("0-0.jpg", "3-0.jpg"):
+        (folder / "kb_pictures" / f"own-{name}").rename(folder / "kb_image" / name)
+    assert _warnings(folder, tmp_path / "most") == []
+
+
+def test_pictures_of_a_split_that_are_nowhere_are_told(tmp_path: Path) -> None:
+    folder = plain_release(tmp_path / "release", 2, 4)
+    path = folder / "T_test.json"
+    path.write_text(json.dumps([record | {"imgPath": "x/gone.png"} for record in json.loads(path.read_text())]))
+    shutil.rmtree(folder / "kb_image")
+    lines = _warnings(folder, tmp_path / "data")
+    assert [line.split(":")[1] for line in lines] == [
+        " of 2 pictures that entities name none was found, and not 0-0.jpg",
+        " of 2 pictures that mentions of test name none was found, and not x/gone.png",
+    ]
+    assert f"there is no picture in {folder}" in lines[0]
+
+
+def test_a_release_whose_mentions_are_all_rejected_is_an_error(tmp_path: Path) -> None:
+    folder = plain_release(tmp_path / "release", 2, 4)
+    for path in folder.glob("T_*.json"):
+        records = json.loads(path.read_text())
+        path.write_text(json.dumps([record | {"answer": "nil" if n else "Q99"} for n, record in enumerate(records)]))
+    with pytest.raises(UserError, match=r"no usable mention; rejected: nil gold 5, unknown gold 3") as refused:
+        prepare(MimicRelease(folder), tmp_path / "data", DatasetOptions(name="small"))
+    assert refused.value.exit_code == 2
+    for path in folder.glob("T_*.json"):
+        path.write_text("[]")  # a knowledge base alone can be trained on by 'dsmip pretrain'
+    assert prepare(MimicRelease(folder), tmp_path / "data", DatasetOptions(name="small")).entities == 2
