@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dsmip.encoders.architecture import Architecture, resolve_architecture
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.encoders.stem import STEM, conv_stem
-from dsmip.encoders.weights import load_weights, locate_weights, read_weights, statistics_metadata
+from dsmip.encoders.weights import fitting, load_weights, locate_weights, read_weights, statistics_metadata
 from dsmip.errors import UserError
 from dsmip.storage.atomic import atomic_path
 
@@ -102,6 +102,19 @@ class Backbone(nn.Module):
             load_weights(backbone.clip, read_weights(weights.path), f"{pretrained} ({architecture})")
         backbone.tune("frozen")
         return backbone.to(device).eval()
+
+    @staticmethod
+    def checked(architecture: str, pretrained: str | None) -> "Backbone":
+        """The network without weights, on the device meta, once the weights are found to fit it.
+
+        Raises:
+            UserError: as `build`.
+        """
+        backbone = Backbone.build(architecture, pretrained, device="meta")
+        if pretrained is not None:
+            path = locate_weights(resolve_architecture(architecture), pretrained).path
+            fitting(backbone.clip, read_weights(path), f"{pretrained} ({architecture})")
+        return backbone
 
     @property
     def _text(self) -> Any:

@@ -92,10 +92,19 @@ def load_weights(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> No
     Raises:
         UserError: missing, unexpected or wrongly shaped tensors, the first of them named.
     """
+    clip.load_state_dict(fitting(clip, state, label))
+
+
+def fitting(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
+    """`state` under the names of an open_clip model's tensors; `label` is for the message.
+
+    Raises:
+        UserError: missing, unexpected or wrongly shaped tensors, the first of them named.
+    """
     if hasattr(clip, "text") and "positional_embedding" in state:
         state = {f"text.{key}" if key.startswith(_TEXT_TOWER) else key: value for key, value in state.items()}
     check_fit(state, clip.state_dict(), label)
-    clip.load_state_dict(dict(state))
+    return dict(state)
 
 
 def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], label: str) -> None:

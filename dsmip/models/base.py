@@ -10,6 +10,8 @@ from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.base import FeatureEncoder, StoredFeatures
+from dsmip.encoders.clip import Backbone
+from dsmip.errors import UserError
 from dsmip.units.matcher import Matcher
 
 
@@ -51,6 +53,30 @@ class System(ABC):
     @abstractmethod
     def item_format(cls, section: Any, part: str) -> ItemFormat:
         """Templates and token limit of a feature part's texts."""
+
+    @classmethod
+    def check(cls, config: ExperimentConfig, backbone: Backbone) -> None:
+        """Checks settings of parts against the towers, before anything is built with weights.
+
+        Args:
+            config: Of the run, or of a trial.
+            backbone: Its towers; on the device meta will do.
+
+        Raises:
+            UserError: The towers cannot hold what is asked of them.
+        """
+        for part in cls.feature_parts(config.system):
+            form, room = cls.item_format(config.system, part), backbone.context_length
+            if form.reserve > room - 3:  # start of text, a token, end of text
+                raise UserError(
+                    f"{part}: {form.reserve} prompts leave no room for a text in the {room} positions of "
+                    f"{config.backbone.architecture}; at most {room - 3} do"
+                )
+            if (form.num_tokens or 0) + form.reserve > room:
+                raise UserError(
+                    f"{part}: texts of {form.num_tokens} tokens and {form.reserve} prompts exceed the {room} positions "
+                    f"of {config.backbone.architecture}"
+                )
 
     @classmethod
     @abstractmethod

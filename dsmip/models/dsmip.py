@@ -14,13 +14,15 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureEncoder, Side, StoredFeatures, feature_sizes
+from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_networks import find_network
+from dsmip.errors import UserError
 from dsmip.keys import plain_text
 from dsmip.models.base import System
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.ops.losses import contrastive_loss, contrastive_losses
 from dsmip.units.expert import MODALITIES, Expert, ExpertConfig, ExpertName
-from dsmip.units.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, stored_images
+from dsmip.units.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, check_weights_named, stored_images
 from dsmip.units.matcher import BatchGold, Matcher, Scores, token_pairs
 
 GATE = "gate"
@@ -234,6 +236,19 @@ class Dsmip(System):
         if part == GATE:
             return ItemFormat(section.template)
         return ItemFormat(section.template, section.experts[part].num_prompts, modalities=MODALITIES[part])
+
+    @classmethod
+    def check(cls, config: ExperimentConfig, backbone: Backbone) -> None:
+        super().check(config, backbone)
+        section: DsmipConfig = config.system
+        layers = min(backbone.text_layers, backbone.vision_layers)
+        for name, expert in section.experts.items():
+            if expert.prompt_length and expert.prompt_depth > layers:
+                raise UserError(
+                    f"system.experts.{name}.prompt_depth: {expert.prompt_depth} exceeds the {layers} layers of "
+                    f"{config.backbone.architecture}'s towers"
+                )
+        check_weights_named(section.gate)
 
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> Expert:

@@ -6,6 +6,7 @@ Each side's input is [mean of the frozen input token embeddings ; picture featur
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_features import DTypeName, ImageFeatures, Weights, find_features, network_hash
 from dsmip.encoders.image_networks import ClipImage, Kind, NetworkChoice, find_network
 from dsmip.encoders.vgg import BY_HASH
+from dsmip.errors import UserError
 
 _HASH = re.compile(rf"{BY_HASH}[0-9a-f]{{16,64}}")
 _SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the usual 1e-5 would swallow them
@@ -76,6 +78,18 @@ def image_network(config: GateConfig, backbone: BackboneConfig) -> NetworkChoice
     if find_network(config.picture).of_backbone:
         return NetworkChoice(config.picture, backbone.pretrained, backbone.architecture)
     return NetworkChoice(config.picture, config.vgg_weights)
+
+
+def check_weights_named(config: GateConfig) -> None:
+    """Raises UserError when a weights file of the gate's own image network is named that does not exist.
+
+    Published weights and those that are named by hash are looked for when features are made or found.
+    """
+    network, weights = find_network(config.picture), config.vgg_weights
+    if network.of_backbone or weights in network.published or weights.startswith(BY_HASH):
+        return
+    if not Path(weights).is_file():
+        raise UserError(f"{network.title} weights {weights} do not exist (gate.vgg_weights)")
 
 
 def stored_images(

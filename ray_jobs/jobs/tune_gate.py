@@ -15,6 +15,7 @@ from ray_jobs.cluster.connection import connected
 # isort: split
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
+from dsmip.runs.checks import check_trials
 from dsmip.runs.load_config import key_text, to_yaml
 from dsmip.runs.run import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.storage.parsing import read_json
@@ -49,6 +50,7 @@ def tune_gate(
     if _is_saved(run, stamp):
         display.say(f"  sweep finished already: {_sentence(run.part_report(run.system.name))}")
         return run.part_report(run.system.name)
+    check_trials(trial.config for trial in trials)
     started = time.monotonic()
     with run.recorded("tune", config, seed=seed), connected(verbose=verbose):
         check_feasible([trial_request("a trial", config.tune.resources)])

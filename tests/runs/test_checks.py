@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from data_prep.build.build import prepare
 from data_prep.build.plan import DatasetOptions
@@ -11,10 +12,13 @@ from data_prep.formats.registry import open_release
 from data_prep.formats.release import ReleaseOptions
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import ImageSettings
+from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.runs.checks import check_training
+from dsmip.runs.checks import check_training, check_trials
 from dsmip.runs.load_config import job_config
 from ray_jobs.jobs.prepare import BuildOptions, prepare_release
+
+QUICK = ("train.warmup_steps=0",)
 
 
 def _dataset(folder: Path, splits: list[str], images: ImageSettings) -> Dataset:
@@ -32,7 +36,7 @@ def _dataset(folder: Path, splits: list[str], images: ImageSettings) -> Dataset:
 
 
 def test_a_split_that_training_needs_is_missing(tmp_path: Path) -> None:
-    config, images = job_config("demo", []), ImageSettings(size=64, quality=92)
+    config, images = job_config("demo", QUICK), ImageSettings(size=64, quality=92)
     sound = _dataset(tmp_path / "sound", ["train", "validation"], images)
     assert check_training(config, sound) == []
     for missing, left in (("train", "validation"), ("validation", "train")):
@@ -43,7 +47,7 @@ def test_a_split_that_training_needs_is_missing(tmp_path: Path) -> None:
 
 
 def test_pictures_smaller_than_the_backbones_are_told_with_the_remedy(tmp_path: Path) -> None:
-    config = job_config("demo", [])
+    config = job_config("demo", QUICK)
     small = ImageSettings(size=32, quality=92)
     dataset = _dataset(tmp_path / "small", ["train", "validation"], small)
     (line,) = check_training(config, dataset)
@@ -51,6 +55,42 @@ def test_pictures_smaller_than_the_backbones_are_told_with_the_remedy(tmp_path: 
     assert "takes 64: they are enlarged; 'dsmip prepare --image-size 64'" in line
     kept = _dataset(tmp_path / "kept", ["train", "validation"], small.model_copy(update={"keep_original": True}))
     assert check_training(config, kept) == []
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Dataset:
+    return _dataset(tmp_path / "sound", ["train"] * 9 + ["validation"], ImageSettings(size=64, quality=92))
+
+
+def test_what_the_towers_cannot_hold_is_refused_with_the_key(sound: Dataset) -> None:
+    prompts = "system.experts.multimodal.prompt"
+    with pytest.raises(UserError, match="multimodal: 99 prompts leave no room for a text in the 77 positions of tiny"):
+        check_training(job_config("demo", [f"{prompts}_length=99"]), sound)
+    with pytest.raises(UserError, match=r"multimodal.prompt_depth: 99 exceeds the \d+ layers of tiny's towers"):
+        check_training(job_config("demo", [f"{prompts}_depth=99"]), sound)
+    with pytest.raises(UserError, match=r"VGG-16 weights no.pth do not exist \(gate.vgg_weights\)"):
+        check_training(job_config("demo", ["system.gate.picture=vgg16", "system.gate.vgg_weights=no.pth"]), sound)
+    with pytest.raises(UserError, match="99 prompts leave no room"):
+        check_trials([job_config("demo", []), job_config("demo", [f"{prompts}_length=99"])])
+
+
+def test_weights_that_are_lost_or_of_another_network_are_refused(sound: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"weights file no.safetensors does not exist"):
+        check_training(job_config("demo", ["backbone.pretrained=no.safetensors"]), sound)
+    other = Backbone.build("small", None)
+    save_file(other.clip.state_dict(), tmp_path / "small.safetensors")
+    with pytest.raises(UserError, match=r"small.safetensors \(tiny\) do not fit the architecture"):
+        check_training(job_config("demo", [f"backbone.pretrained={tmp_path}/small.safetensors"]), sound)
+    own = Backbone.build("tiny", None)
+    save_file(own.clip.state_dict(), tmp_path / "tiny.safetensors")
+    settings = [f"backbone.pretrained={tmp_path}/tiny.safetensors", *QUICK]
+    assert check_training(job_config("demo", settings), sound) == []
+
+
+def test_a_warm_up_of_most_steps_is_told(sound: Dataset) -> None:
+    (first, *_) = warnings = check_training(job_config("demo", []), sound)
+    assert len(warnings) == 3
+    assert first.startswith("warning: text: the learning rate grows during 20 of about 5 steps (train.warmup_steps")
 
 
 def test_prepare_says_which_split_is_missing_and_what_helps(tmp_path: Path) -> None:
