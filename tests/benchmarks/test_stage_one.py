@@ -118,7 +118,7 @@ def test_trials_train_alike_with_and_without_cached_features(
     assert found.anew.losses == pytest.approx(found.cached.losses, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_small_run_answers_every_question(
     small_config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -54,6 +54,7 @@ def test_a_killed_command_leaves_no_process_and_goes_on(
     assert_equal_parts(Run.open(tmp_path / "run"), expected)
 
 
+@pytest.mark.soak
 def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run
 ) -> None:
