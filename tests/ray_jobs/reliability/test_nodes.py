@@ -111,6 +111,7 @@ def test_a_node_that_is_taken_away_with_notice_costs_no_step(
     assert_equal_parts(Run.open(tmp_path / "run"), expected)
 
 
+@pytest.mark.soak
 def test_an_elastic_part_goes_on_with_fewer_workers_and_with_more_again(
     tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset, cluster: Any
 ) -> None:

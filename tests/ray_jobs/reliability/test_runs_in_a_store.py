@@ -191,6 +191,7 @@ def driver(arguments: list[str], variables: Mapping[str, str]) -> Iterator[subpr
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.soak
 def test_a_killed_training_goes_on_from_another_machine_to_the_same_weights(
     bucket: str, tmp_path: Path, small_config: ExperimentConfig, data: Dataset
 ) -> None:
