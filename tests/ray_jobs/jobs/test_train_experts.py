@@ -16,7 +16,7 @@ from dsmip.config import ExperimentConfig, Resources, Running
 from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway, UserError
 from dsmip.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from dsmip.runs.load_config import changed, parse_config
+from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
 from dsmip.training.local_context import LocalContext
 from dsmip.training.monitor import StepFigures
@@ -110,14 +110,12 @@ def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
 def test_experts_train_side_by_side_and_finished_ones_are_kept(
     tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
 ) -> None:
-    tree = small_config.model_dump(mode="json")
-    tree["system"]["experts"] |= {"multimodal": {"prompt_length": 1, "prompt_depth": 9}}
-    wrong = parse_config(tree)
+    wrong = changed(small_config, {"parts": {"multimodal": {"train": {"learning_rate": 1e30}}}})
     display = Lines()
     with pytest.raises(JobFailed, match="failed: multimodal") as failed:
         train_experts(wrong, small_data, tmp_path / "run", display)
     assert failed.value.exit_code == 2  # every cause was a user's mistake
-    assert any("multimodal: failed: prompt depth 9 exceeds the 2 layers" in line for line in display.lines)
+    assert any("  multimodal: failed: " in line and "the training has diverged" in line for line in display.lines)
     run = Run.open(tmp_path / "run")
     assert [part for part in run.part_names if run.is_finished(part)] == ["text", "visual"]
     saved = "text finished, visual finished, multimodal nothing yet"
