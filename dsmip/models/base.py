@@ -65,7 +65,7 @@ class System(ABC):
         Raises:
             UserError: The towers cannot hold what is asked of them.
         """
-        for part in cls.feature_parts(config.system):
+        for part in dict.fromkeys((*cls.part_names(config.system), *cls.feature_parts(config.system))):
             form, room = cls.item_format(config.system, part), backbone.context_length
             if form.reserve > room - 3:  # start of text, a token, end of text
                 raise UserError(

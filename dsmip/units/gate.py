@@ -89,7 +89,10 @@ def check_weights_named(config: GateConfig) -> None:
     if network.of_backbone or weights in network.published or weights.startswith(BY_HASH):
         return
     if not Path(weights).is_file():
-        raise UserError(f"{network.title} weights {weights} do not exist (gate.vgg_weights)")
+        raise UserError(
+            f"{network.title} weights {weights} do not exist (system.gate.vgg_weights); name a file of them, "
+            "or set system.gate.picture to clip"
+        )
 
 
 def stored_images(

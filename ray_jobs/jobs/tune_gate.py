@@ -16,6 +16,7 @@ from ray_jobs.cluster.connection import connected
 from dsmip.config import ExperimentConfig
 from dsmip.errors import UserError
 from dsmip.runs.checks import check_trials
+from dsmip.runs.cleanup import SWEEP
 from dsmip.runs.load_config import key_text, to_yaml
 from dsmip.runs.run import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.storage.parsing import read_json
@@ -26,8 +27,6 @@ from ray_jobs.jobs.train_experts import train_parts
 from ray_jobs.terminal.display import Display
 from ray_jobs.training.sweep import Trial, decided, draw_trials, run_rung, survivors, trial_request
 from ray_jobs.training.trial import RESULT, PartTables, TrialTask, cache_features, trial_name
-
-_CLAIM = "tune/sweep.json"
 
 
 def tune_gate(
@@ -77,7 +76,7 @@ def _check_config(run: Run, config: ExperimentConfig) -> None:
 def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
     """Hash of what the sweep is. UserError when the run holds another sweep."""
     stamp = sweep_key(trials, seed)
-    path = run.folder / _CLAIM
+    path = run.folder / SWEEP
     if path.is_file():
         remedy = f"; delete {run.storage}/tune to start anew"
         found, seed, num_trials = read_json(path, lambda it: (it["sha256"], it["seed"], len(it["trials"])), remedy)
@@ -97,7 +96,7 @@ def sweep_key(trials: Sequence[Trial], seed: int) -> str:
 
 def _claim_folder(run: Run, trials: Sequence[Trial], seed: int, stamp: str) -> None:
     shown = {str(trial.number): dict(trial.changes) for trial in trials}
-    run.storage.write_json(_CLAIM, {"sha256": stamp, "seed": seed, "trials": shown})
+    run.storage.write_json(SWEEP, {"sha256": stamp, "seed": seed, "trials": shown})
 
 
 def _used_parts(run: Run, trials: Sequence[Trial]) -> list[tuple[Run, str]]:

@@ -68,8 +68,11 @@ def test_what_the_towers_cannot_hold_is_refused_with_the_key(sound: Dataset) -> 
         check_training(job_config("demo", [f"{prompts}_length=99"]), sound)
     with pytest.raises(UserError, match=r"multimodal.prompt_depth: 99 exceeds the \d+ layers of tiny's towers"):
         check_training(job_config("demo", [f"{prompts}_depth=99"]), sound)
-    with pytest.raises(UserError, match=r"VGG-16 weights no.pth do not exist \(gate.vgg_weights\)"):
+    with pytest.raises(UserError, match=r"VGG-16 weights no.pth do not exist \(system.gate.vgg_weights\); name"):
         check_training(job_config("demo", ["system.gate.picture=vgg16", "system.gate.vgg_weights=no.pth"]), sound)
+    unused = ["system.use=[text, visual]", f"{prompts}_length=99"]  # stage one trains it all the same
+    with pytest.raises(UserError, match="multimodal: 99 prompts leave no room"):
+        check_training(job_config("demo", unused), sound)
     with pytest.raises(UserError, match="99 prompts leave no room"):
         check_trials([job_config("demo", []), job_config("demo", [f"{prompts}_length=99"])])
 

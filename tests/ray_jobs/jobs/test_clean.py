@@ -59,6 +59,15 @@ def test_what_is_not_finished_keeps_them(run: Path) -> None:
     assert not (run / "ray" / "visual").exists()
 
 
+def test_trials_of_a_sweep_that_has_not_ended_keep_them_beside_an_earlier_sweep_s_system(run: Path) -> None:
+    sweep = json.loads((run / "tune/sweep.json").read_text())
+    (run / "tune/sweep.json").write_text(json.dumps({**sweep, "sha256": "of another"}))
+    kept = {name for name in files(run) if name.startswith("tune/")}
+    clean_run(run)
+    assert kept <= files(run)
+    assert not (run / "ray" / "visual").exists()
+
+
 def test_a_run_that_is_being_trained_is_left_alone(run: Path) -> None:
     (run / "text" / "part.json").unlink()
     sign = {"epoch": 0, "step": 1, "num_steps": 4, "num_epochs": 2, "state": "training", "figures": {}}
