@@ -53,7 +53,7 @@ def zip_members(path: Path) -> tuple[list[RawImage], list[Finding]]:
         raise UserError(f"{path}: the zip cannot be read: {error}") from error
     members, refused = [], []
     for position, info in enumerate(archive.infolist()):
-        if info.is_dir():
+        if info.filename.endswith("/"):  # `is_dir` asks for the last letter of a name, and damage can take them all
             continue
         fault = _fault(info)
         if not fault and archive.getinfo(info.filename) is not info:
@@ -89,6 +89,8 @@ def path_fault(name: str) -> str | None:
 
 def _fault(info: zipfile.ZipInfo) -> str | None:
     mode = info.external_attr >> 16
+    if not info.filename:
+        return "no name"
     if fault := path_fault(info.filename):
         return fault
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
