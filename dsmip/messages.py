@@ -1,6 +1,6 @@
 """Texts that leave the program: secrets in addresses are masked, control characters are made visible.
 
-Standard library only, as all of the cellar: errors mask their own messages.
+Standard library only: errors mask their own messages.
 """
 
 import re

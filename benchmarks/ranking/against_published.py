@@ -31,8 +31,8 @@ from benchmarks.ranking.contest import TOLERANCE, Ours, Outcome, Sizes, run_case
 from benchmarks.ranking.published import ENTITY_CHUNK, MENTION_BATCH
 from benchmarks.roofline import device_rates
 from dsmip.config import PrecisionName
-from dsmip.ops.kernels import cpu
 from dsmip.storage.atomic import write_json
+from dsmip.units import text_unit_library
 from dsmip.units.text_unit import Backend
 
 BACKENDS: Mapping[str, Sequence[Backend]] = {"cpu": ("torch", "cpp"), "cuda": ("torch", "triton")}
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def available_backends(device: torch.device) -> list[Backend]:
     """The device's backends; a compiled one that cannot be had is named and left out."""
     backends = list(BACKENDS[device.type])
-    if "cpp" in backends and (reason := cpu.why_unavailable()) is not None:
+    if "cpp" in backends and (reason := text_unit_library.why_unavailable()) is not None:
         print(f"left out: backend cpp ({reason})", file=sys.stderr)
         backends.remove("cpp")
     return backends

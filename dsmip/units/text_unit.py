@@ -18,6 +18,7 @@ from dsmip.errors import UserError
 from dsmip.ops import text_unit as ops
 from dsmip.ops.kernels import cpu, cuda
 from dsmip.ops.kernels.rows import TokenRows
+from dsmip.units import text_unit_library
 
 Backend = Literal["torch", "cpp", "triton"]
 Precision = Literal["fp32", "fp16"]
@@ -123,7 +124,9 @@ class TextUnit(nn.Module):
         key, value, query = (TokenRows(column.values, column.starts, column.lengths) for column in columns)
         if self.backend == "triton":
             return cuda.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
-        return cpu.local_scores(key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME)
+        return cpu.local_scores(
+            text_unit_library.library(), key, value, query, direction_Ed, self.layer_norm.eps, wanted_ME
+        )
 
     def _local_torch(self, mentions: Table, entities: Table, direction_Ed: Tensor) -> Tensor:
         key_MTd, mask_MT = mentions.ragged("key").padded()
@@ -168,7 +171,7 @@ def use_backend(matcher: nn.Module, name: BackendName, device: torch.device) -> 
         processor = "CPU" if name == "cpp" else "GPU"
         raise UserError(f"backend {name} runs on a {processor}, not on {device}: use torch or auto")
     if name != "torch":
-        reason = cpu.why_unavailable() if compiled == "cpp" else cuda.why_unavailable()
+        reason = text_unit_library.why_unavailable() if compiled == "cpp" else cuda.why_unavailable()
         if reason is None:
             backend = compiled
         elif name == compiled:

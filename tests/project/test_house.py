@@ -19,16 +19,14 @@ MAX_ROOM_FILES, MAX_LINES, MAX_FUNCTION_LINES = 12, 365, 70
 GROUND = (
     "dsmip.config",
     "dsmip.distributed",
+    "dsmip.errors",
     "dsmip.keys",
+    "dsmip.messages",
     "dsmip.parallel",
+    "dsmip.private",
     "dsmip.progress",
     "dsmip.version",
 )
-CELLAR = (
-    "dsmip.errors",
-    "dsmip.messages",
-    "dsmip.private",
-)  # below even `dsmip.ops`; they import the standard library alone
 # The house from the roof down. An import may stay in its room or go to a lower floor; rooms of one floor are strangers.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
@@ -62,9 +60,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dsmip.storage",),
     GROUND,
     ("dsmip.ops",),
-    CELLAR,
 )
-DATA_PREP_KNOWS = ("dsmip.data", "dsmip.storage", *GROUND, *CELLAR)
+DATA_PREP_KNOWS = ("dsmip.data", "dsmip.storage", *GROUND)
 
 
 @cache
@@ -111,7 +108,7 @@ def room_of(module: str) -> tuple[int, str]:
     ]
     assert found, f"{module} is in no room of FLOORS"
     _, floor, room = max(found)
-    return floor, "ground" if room in GROUND else "cellar" if room in CELLAR else room
+    return floor, "ground" if room in GROUND else room
 
 
 def circles(graph: Mapping[str, frozenset[str]]) -> list[list[str]]:
@@ -173,7 +170,7 @@ def test_the_figures_of_the_import_graph() -> None:
 
 
 def test_foreign_packages_stay_where_they_belong() -> None:
-    """Ray is known to ray_jobs (and what measures it) alone; data_prep knows no models, ops torch and the cellar."""
+    """Ray is known to ray_jobs (and what measures it) alone; data_prep knows no models, ops torch alone."""
     wrong = []
     for name, path in modules().items():
         for other in names_imported(path):
@@ -183,10 +180,8 @@ def test_foreign_packages_stay_where_they_belong() -> None:
                 allowed = top != "ray"
             if name.startswith("data_prep") and other in modules():
                 allowed = top == "data_prep" or other == "dsmip" or other.startswith(DATA_PREP_KNOWS)
-            if name in CELLAR:
-                allowed = top in sys.stdlib_module_names or other in CELLAR
             if name.startswith("dsmip.ops"):
-                allowed = top == "torch" or top in sys.stdlib_module_names or other.startswith(("dsmip.ops", *CELLAR))
+                allowed = top == "torch" or top in sys.stdlib_module_names or other.startswith("dsmip.ops")
                 allowed |= top == "triton" and name.startswith("dsmip.ops.kernels")
             if name.startswith("ray_jobs.terminal"):
                 allowed = top != "ray"
@@ -203,7 +198,7 @@ def test_rooms_are_small_enough_to_know() -> None:
         if len(list(folder.glob("*.py"))) > MAX_ROOM_FILES
     }
     assert not crowded, crowded
-    ground = {"__init__", *(name.rpartition(".")[2] for name in (*GROUND, *CELLAR))}
+    ground = {"__init__", *(name.rpartition(".")[2] for name in GROUND)}
     assert {path.stem for path in (ROOT / "dsmip").glob("*.py")} == ground
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmip.data.table import Ragged, Table
-from dsmip.ops.kernels import cpu
+from dsmip.units import text_unit_library
 from tests.support.text_unit_pairs import ATOL, INTERPRETED, Pairs, Way, as_seen, changed, pairs
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=6)
@@ -31,7 +31,7 @@ def way(request: pytest.FixtureRequest) -> Way:
         pytest.skip("asked in the process without the interpreter")
     if asked.backend == "triton" and not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("no GPU at hand")
-    if asked.backend == "cpp" and (reason := cpu.why_unavailable()) is not None:
+    if asked.backend == "cpp" and (reason := text_unit_library.why_unavailable()) is not None:
         pytest.skip(reason)
     return asked
 
