@@ -1,14 +1,16 @@
 """Checks before the long work: what configuration and data say about it, in seconds and before Ray starts."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from dsmip.config import ExperimentConfig
+from dsmip.config import Choice, ExperimentConfig, Running, TrainConfig
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.architecture import read_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.models import find_system
+from dsmip.runs.load_config import swept
 
 _NEEDED = {"train": "there is nothing to train on", "validation": "no epoch could be chosen"}
 
@@ -28,22 +30,92 @@ def check_training(config: ExperimentConfig, dataset: Dataset) -> list[str]:
                 f"{dataset.location}: has no mention of {split}, so {consequence}; prepare it from a release that has "
                 "some, or with --split 70/10/20 where the layout has that choice"
             )
-    find_system(config.model).check(config, Backbone.checked(config.backbone.architecture, config.backbone.pretrained))
-    return [*image_warnings(config, dataset), *warmup_warnings(config, dataset)]
+    if dataset.num_mentions("train") < 2:
+        raise UserError(f"{dataset.location}: has one mention of train, and a batch contrasts at least two")
+    system = find_system(config.model)
+    for part in system.part_names(config.system):
+        _check_shares(f"parts.{part}", config.train_of(part), config.part(part))
+    backbone = Backbone.checked(config.backbone.architecture, config.backbone.pretrained)
+    system.check(config, backbone)
+    warnings = [*image_warnings(config, dataset), *warmup_warnings(config, dataset)]
+    if system.gated:
+        for each in _space_corners(config):
+            system.check(each, backbone)
+        warnings += _rung_warnings(config)
+    return warnings
 
 
-def check_trials(configs: Iterable[ExperimentConfig]) -> None:
-    """Checks what trials of stage two ask of the towers. Their weights are not read: features may be there already.
+def check_trials(trials: Sequence[tuple[Mapping[str, Any], ExperimentConfig]]) -> None:
+    """Checks what trials of stage two ask of the towers and of their rungs.
+
+    The towers' weights are not read: features may be there already.
+
+    Args:
+        trials: What each changes, by dotted key, and its configuration.
 
     Raises:
-        UserError: The towers cannot hold it.
+        UserError: The towers cannot hold it, or a trial's training ends before the last rung.
     """
     backbones: dict[str, Backbone] = {}
-    for config in configs:
+    for changes, config in trials:
         name = config.backbone.architecture
         if name not in backbones:
             backbones[name] = Backbone.build(name, None, device="meta")
         find_system(config.model).check(config, backbones[name])
+        if (last := config.tune.rungs[-1]) > (epochs := config.tune_train().epochs):
+            searched = "train.epochs" in changes
+            where = f"tune.space: a trial has train.epochs={epochs}" if searched else f"tune.train.epochs is {epochs}"
+            raise UserError(f"tune.rungs ends at {last} epochs, but {where}")
+
+
+def check_pretraining(config: ExperimentConfig, dataset: Dataset) -> list[str]:
+    """Checks what `dsmip pretrain` needs.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        UserError: It cannot work.
+    """
+    if (pictured := dataset.manifest.entities_with_image) < 2:
+        raise UserError(f"{dataset.location}: fewer than two entities have a picture: nothing to contrast")
+    Backbone.checked(config.backbone.architecture, config.backbone.pretrained)
+    settings = config.pretrain
+    steps = settings.epochs * math.ceil(pictured / settings.batch_size)
+    return [*image_warnings(config, dataset), *_warmup_warning("backbone", "pretrain", settings.warmup_steps, steps)]
+
+
+def _check_shares(where: str, train: TrainConfig, plan: Running) -> None:
+    """UserError where a worker that contrasts with its own share of a batch alone has nothing to contrast with."""
+    if train.negatives == "local" and not train.extra_negatives and train.batch_size < 2 * plan.workers.most:
+        raise UserError(
+            f"{where}: negatives: local leaves each of {plan.workers.most} workers {train.batch_size} / "
+            f"{plan.workers.most} mentions of a batch, and at least two are contrasted; ask a larger batch_size, fewer "
+            "workers, or negatives: gathered"
+        )
+
+
+def _space_corners(config: ExperimentConfig) -> Iterator[ExperimentConfig]:
+    """The configuration with each value, and with both ends of each range, of `tune.space`. UserError names the key."""
+    for key, choice in config.tune.space.items():
+        for value in _corners(choice):
+            yield swept(config, {key: value})
+
+
+def _corners(choice: Choice) -> Sequence[Any]:
+    if choice.values is not None:
+        return [list(value) if isinstance(value, tuple) else value for value in choice.values]
+    low, high = choice.uniform or choice.loguniform or (0.0, 0.0)
+    return low, math.nextafter(high, low)  # the end itself is not drawn
+
+
+def _rung_warnings(config: ExperimentConfig) -> Iterator[str]:
+    """A warning where `tune` will refuse what can be said to it then: experts alone may be trained with any."""
+    if (last := config.tune.rungs[-1]) > (epochs := config.tune_train().epochs):
+        yield (
+            f"warning: tune.rungs ends at {last} epochs, but tune.train.epochs is {epochs}: 'dsmip tune' will want "
+            f"--set tune.rungs or --set tune.train.epochs"
+        )
 
 
 def image_warnings(config: ExperimentConfig, dataset: Dataset) -> Iterator[str]:
@@ -67,8 +139,13 @@ def warmup_warnings(config: ExperimentConfig, dataset: Dataset) -> Iterator[str]
     for part in find_system(config.model).part_names(config.system):
         train = config.train_of(part)
         steps = train.epochs * math.ceil(mentions / train.batch_size)
-        if 2 * train.warmup_steps > steps:
-            yield (
-                f"warning: {part}: the learning rate grows during {train.warmup_steps} of about {steps} steps "
-                f"(train.warmup_steps, train.epochs, train.batch_size); a tenth of all would be {max(steps // 10, 1)}"
-            )
+        yield from _warmup_warning(part, "train", train.warmup_steps, steps)
+
+
+def _warmup_warning(name: str, section: str, warmup_steps: int, steps: int) -> Iterator[str]:
+    if 2 * warmup_steps > steps:
+        yield (
+            f"warning: {name}: the learning rate grows during {warmup_steps} of about {steps} steps "
+            f"({section}.warmup_steps, {section}.epochs, {section}.batch_size); "
+            f"a tenth of all would be {max(steps // 10, 1)}"
+        )

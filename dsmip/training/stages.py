@@ -25,6 +25,7 @@ from dsmip.units.matcher import Matcher
 from dsmip.units.text_unit import use_backend
 
 CPU = torch.device("cpu")
+_SURELY_ENOUGH = 1000  # expected mentions of a stage: it then has some, however they are drawn
 
 
 def held_out_rows(dataset: Dataset, share: float) -> Tensor:
@@ -86,21 +87,33 @@ def start_whole(run: Run, config: ExperimentConfig) -> Matcher:
     return matcher
 
 
+def check_held_out(dataset: Dataset, share: float) -> None:
+    """Checks that both stages have training mentions to contrast. Reads them only where that is in doubt.
+
+    Raises:
+        UserError: One of them has fewer than two.
+    """
+    total = dataset.num_mentions("train")
+    if share == 0 or min(share, 1 - share) * total > _SURELY_ENOUGH:
+        return
+    held_out = int(held_out_rows(dataset, share).sum())
+    for stage, count, remedy in (("two", held_out, "larger"), ("one", total - held_out, "smaller")):
+        if count < 2:
+            raise UserError(
+                f"held_out {share:g} leaves stage {stage} {count} of {total} training mentions; "
+                f"train into a new run with a {remedy} share, or with 0 (both stages see all)"
+            )
+
+
 def stage_two_split(run: Run, mentions: Table) -> SplitFeatures:
     """What stage two trains on: the held-out training mentions, or all of them when none are held out.
 
-    Raises:
-        UserError: Too few are held out to train on.
+    `check_held_out` says whether there are any.
     """
     golds = gold_rows(run.dataset, "train")
     if run.config.held_out == 0:
         return SplitFeatures(mentions, golds)
     rows = held_out_rows(run.dataset, run.config.held_out)
-    if int(rows.sum()) < 2:
-        raise UserError(
-            f"held_out {run.config.held_out:g} leaves stage two {int(rows.sum())} of {len(golds)} training mentions; "
-            "train into a new run with a larger share, or with 0 (both stages see all)"
-        )
     return SplitFeatures(mentions.rows(rows), golds[rows])
 
 

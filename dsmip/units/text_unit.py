@@ -157,6 +157,21 @@ def _in_half(column: Ragged) -> Ragged:
     return column.cast(torch.float16)
 
 
+def check_backend(name: BackendName, precision: PrecisionName, device: torch.device) -> None:
+    """What can be known of these choices before anything is compiled.
+
+    Raises:
+        UserError: The device is none for the backend, or the precision none for the device.
+    """
+    compiled: Backend = "cpp" if device.type == "cpu" else "triton"
+    if name not in ("auto", "torch", compiled):
+        processor = "CPU" if name == "cpp" else "GPU"
+        raise UserError(f"backend {name} runs on a {processor}, not on {device}: use torch or auto")
+    if precision == "fp16" and (device.type == "cpu" or name == "torch"):
+        backend = "torch" if name == "torch" else compiled
+        raise UserError(f"precision fp16 needs a GPU and backend triton, and this is {backend}: use fp32 or auto")
+
+
 def use_backend(matcher: nn.Module, name: BackendName, device: torch.device) -> Backend:
     """Sets what computes the token-level scores of all text units in `matcher`; returns it.
 
@@ -165,11 +180,9 @@ def use_backend(matcher: nn.Module, name: BackendName, device: torch.device) -> 
     Raises:
         UserError: `cpp` or `triton` was asked for and is not to be had.
     """
+    check_backend(name, "auto", device)
     backend: Backend = "torch"
     compiled: Backend = "cpp" if device.type == "cpu" else "triton"
-    if name not in ("auto", "torch", compiled):
-        processor = "CPU" if name == "cpp" else "GPU"
-        raise UserError(f"backend {name} runs on a {processor}, not on {device}: use torch or auto")
     if name != "torch":
         reason = text_unit_library.why_unavailable() if compiled == "cpp" else cuda.why_unavailable()
         if reason is None:

@@ -11,6 +11,7 @@ from ray_jobs.cluster.environment import starts_own_cluster  # first: Ray reads 
 
 # isort: split
 import ray
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
 
@@ -60,9 +61,18 @@ class NodeKind:
         return _times(min(limits, default=math.inf), self.count)
 
 
+def check_before_start(requests: Sequence[Request]) -> None:
+    """As `check_feasible`, before a local cluster starts, which takes half a minute; of others nothing is known yet."""
+    if starts_own_cluster() and not ray.is_initialized():
+        _check(requests, [this_machine()])
+
+
 def check_feasible(requests: Sequence[Request]) -> None:
     """Raises UserError for a request that the cluster cannot fulfil even when it is empty and fully scaled up."""
-    kinds = cluster_kinds()
+    _check(requests, cluster_kinds())
+
+
+def _check(requests: Sequence[Request], kinds: Sequence[NodeKind]) -> None:
     for request in requests:
         if sum(kind.room_for(request) for kind in kinds) < request.workers:
             biggest = max((kind.resources for kind in kinds if kind.count), key=_size, default={})
@@ -70,6 +80,11 @@ def check_feasible(requests: Sequence[Request]) -> None:
                 f"{request}, which this cluster can never give: its biggest node has {_amounts(biggest)}, all together "
                 f"have {_amounts(_sum(kinds))}; ask less (workers, resources) or use a larger cluster"
             )
+
+
+def this_machine() -> NodeKind:
+    """What a local cluster will have: Ray counts before it starts as it does when it starts."""
+    return NodeKind(ResourceAndLabelSpec().resolve(is_head=True).to_resource_dict(), 1.0)
 
 
 def describe_wait(waiting: Sequence[Request]) -> str:

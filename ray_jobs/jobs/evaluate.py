@@ -15,6 +15,7 @@ from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold
 from dsmip.evaluation.report import RANKS, Evaluated, evaluate_model, evaluation_name, oracle
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
+from dsmip.units.text_unit import check_backend
 from ray_jobs.jobs.status import open_run
 from ray_jobs.terminal.display import Display
 from ray_jobs.terminal.lines import result_console, say
@@ -51,7 +52,9 @@ def evaluate_run(
             can never give.
         JobFailed: When a worker fails.
     """
-    run, named = open_run(location, data), named_device(device)
+    named = named_device(device)
+    check_backend(options.backend, options.precision, named)
+    run = open_run(location, data)
     workers = min(workers, run.dataset.num_entities)
     with run.recorded("evaluate"):
         if workers > 1:
@@ -219,11 +222,14 @@ def _evaluate_on_ray(
             f"--device {device} with {workers} workers: Ray gives each worker its device; say {device.type}"
         )
     from ray_jobs.cluster.connection import connected  # these import Ray, which one worker does without
-    from ray_jobs.cluster.resources import Request, check_feasible
+    from ray_jobs.cluster.resources import Request, check_before_start, check_feasible
 
     gpu = device.type == "cuda"
+    request = Request("evaluate", workers, 1, int(gpu))
+    check_before_start([request])
+    _ = evaluation.gold_row_M  # a split without mentions is refused first
     with connected():
-        check_feasible([Request("evaluate", workers, 1, int(gpu))])
+        check_feasible([request])
         return evaluate_model(
             evaluation,
             torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"),

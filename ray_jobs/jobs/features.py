@@ -51,7 +51,7 @@ from dsmip.storage.dataset_storage import DatasetStorage
 from dsmip.units.gate import GateConfig
 from ray_jobs.cluster.events import Event, StepEvents
 from ray_jobs.cluster.failures import JobFailed
-from ray_jobs.cluster.resources import Request, check_feasible
+from ray_jobs.cluster.resources import Request, check_before_start, check_feasible
 from ray_jobs.cluster.tasks import Call, run_watched
 from ray_jobs.cluster.workers import set_threads, worker_device
 from ray_jobs.terminal.display import Display
@@ -186,6 +186,7 @@ def compute_features(
         display.say(f"  {len(chunks) - len(missing)} of {len(chunks)} pieces are there already")
     if missing:
         plan = Plan(dataset.location, request)
+        check_before_start([Request(NAME, min(workers, len(missing)), 1, int(device == "cuda"))])
         with connected(verbose=verbose):
             _encode_on_ray(plan, missing, workers, device, display, verbose=verbose)
     finished = _join(files, origin, chunks)

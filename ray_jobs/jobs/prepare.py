@@ -199,10 +199,11 @@ def run_on_ray(num_workers: int, say: Callable[[str], None], *, verbose: bool = 
     from ray_jobs.cluster.connection import connected  # these import Ray, which a build in processes does without
 
     # isort: split
-    from ray_jobs.cluster.resources import Request, check_feasible
+    from ray_jobs.cluster.resources import Request, check_before_start, check_feasible
     from ray_jobs.cluster.tasks import run_each
 
     request = Request("prepare", 1, 1, 0, most=num_workers)
+    check_before_start([request])
     with connected(verbose=verbose):
         check_feasible([request])
 

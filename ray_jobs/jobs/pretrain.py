@@ -20,13 +20,14 @@ from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.keys import key_tree
 from dsmip.models import find_system
-from dsmip.runs.checks import image_warnings
+from dsmip.runs.checks import check_pretraining
 from dsmip.runs.load_config import read_config, to_yaml
 from dsmip.runs.provenance import environment
 from dsmip.storage.atomic import write_json
 from dsmip.storage.parsing import read_json
 from dsmip.training.pretraining import PairSource, pretrain
 from dsmip.training.trackers import Watched, check_tools
+from ray_jobs.cluster.resources import check_before_start
 from ray_jobs.terminal.display import Display
 from ray_jobs.training.context import RayContext
 from ray_jobs.training.ray_train import Training, run_trainings
@@ -40,7 +41,7 @@ def pretrain_backbone(
     Run again it resumes; a finished file of the same settings and data is kept.
 
     Raises:
-        UserError: When `out` holds something else.
+        UserError: When `out` holds something else, or the settings do not fit the data or the cluster.
         JobFailed: When the training failed.
     """
     check_tools(config.watch)
@@ -49,7 +50,7 @@ def pretrain_backbone(
     if report := _finished(out, stamp):
         display.say(f"{out} is finished already")
         return report
-    for line in image_warnings(config, dataset):
+    for line in check_pretraining(config, dataset):
         display.say(line)
     started = time.monotonic()
     work = out.with_name(f".{out.name}.{stamp['sha256'][:12]}")
@@ -62,6 +63,7 @@ def pretrain_backbone(
         plan=config.pretrain,
         watched=Watched(out.with_name(f"{out.name}.watch"), "backbone", config.watch, config.model_dump(mode="json")),
     )
+    check_before_start([training.request])
     with connected(verbose=verbose):
         run_trainings([training], display)
     shutil.rmtree(work, ignore_errors=True)

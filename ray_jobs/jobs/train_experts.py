@@ -15,8 +15,9 @@ from dsmip.runs.load_config import read_config, to_yaml
 from dsmip.runs.run import Run
 from dsmip.runs.status import TrainingState, read_status
 from dsmip.storage.locations import Location
-from dsmip.training.stages import train_part
+from dsmip.training.stages import check_held_out, train_part
 from dsmip.training.trackers import Watched, check_tools
+from ray_jobs.cluster.resources import check_before_start
 from ray_jobs.terminal.display import Display
 from ray_jobs.training.context import RayContext
 from ray_jobs.training.ray_train import Training, run_trainings
@@ -35,6 +36,7 @@ def train_experts(
     check_tools(config.watch)
     for line in check_training(config, dataset):
         display.say(line)
+    check_held_out(dataset, config.held_out)
     run = Run.create(location, config, dataset)
     display.interrupted = lambda: _saved(run)
     with run.recorded("train"):
@@ -53,6 +55,7 @@ def train_parts(root: Run, parts: Sequence[tuple[Run, str]], display: Display, *
     if not trainings:
         return
     started = time.monotonic()
+    check_before_start([training.request for training in trainings])
     with connected(verbose=verbose):
         run_trainings(trainings, display)
     root.storage.refresh()

@@ -20,8 +20,9 @@ from dsmip.runs.cleanup import SWEEP
 from dsmip.runs.load_config import key_text, to_yaml
 from dsmip.runs.run import CONFIG, PART, WEIGHTS, Run, first_difference
 from dsmip.storage.parsing import read_json
+from dsmip.training.stages import check_held_out
 from dsmip.training.trackers import check_tools
-from ray_jobs.cluster.resources import check_feasible
+from ray_jobs.cluster.resources import check_before_start, check_feasible
 from ray_jobs.cluster.tasks import run_shares
 from ray_jobs.jobs.train_experts import train_parts
 from ray_jobs.terminal.display import Display
@@ -49,7 +50,13 @@ def tune_gate(
     if _is_saved(run, stamp):
         display.say(f"  sweep finished already: {_sentence(run.part_report(run.system.name))}")
         return run.part_report(run.system.name)
-    check_trials(trial.config for trial in trials)
+    check_trials([(trial.changes, trial.config) for trial in trials])
+    check_held_out(run.dataset, run.config.held_out)
+    check_before_start([trial_request("a trial", config.tune.resources)])
+    if len(trials) < config.tune.trials:
+        display.say(
+            f"  tune.space has {len(trials)} different settings: {len(trials)} trials, not {config.tune.trials}"
+        )
     started = time.monotonic()
     with run.recorded("tune", config, seed=seed), connected(verbose=verbose):
         check_feasible([trial_request("a trial", config.tune.resources)])
@@ -63,14 +70,12 @@ def tune_gate(
 
 
 def _check_config(run: Run, config: ExperimentConfig) -> None:
-    """UserError for changes that a sweep cannot make: stage one is over, and rungs are part of a trial's epochs."""
+    """UserError for changes that a sweep cannot make: stage one is over."""
     fixed = {"tune", "system", "watch"}
     if difference := first_difference(
         run.config.model_dump(mode="json", exclude=fixed), config.model_dump(mode="json", exclude=fixed)
     ):
         raise UserError(f"{difference}, but stage one is over: change tune.* or system.*, or train another run")
-    if (last := config.tune.rungs[-1]) > (epochs := config.tune_train().epochs):
-        raise UserError(f"tune.rungs ends at {last} epochs, but tune.train.epochs is {epochs}")
 
 
 def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:

@@ -115,6 +115,8 @@ def test_what_a_run_does_not_have_is_named(  # type: ignore[no-untyped-def]
     assert "unknown model 'sound'" in mistake("evaluate", "--run", run, "--model", "sound")
     assert "unknown split 'dev'" in mistake("evaluate", "--run", run, "--split", "dev")
     assert "is no device" in mistake("evaluate", "--run", run, "--device", "toaster")
+    assert "backend triton runs on a GPU" in mistake("evaluate", "--run", run, "--backend", "triton", "--workers", 2)
+    assert "precision fp16 needs a GPU" in mistake("evaluate", "--run", run, "--precision", "fp16")
     assert "did you mean 'trials'" in mistake("tune", "--run", run, "--set", "tune.trails=3")
     assert "seed was 0, is now 1, but stage one is over" in mistake("tune", "--run", run, "--set", "seed=1")
     assert "tune.rungs ends at 18 epochs" in mistake("tune", "--run", run, "--set", "tune.train.epochs=5")

@@ -1,7 +1,9 @@
-"""What is known of a training before it begins: splits without mentions, pictures smaller than the backbone's."""
+"""What is known of a training before it begins: missing mentions and pictures, settings that cannot work together."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
@@ -10,12 +12,14 @@ from data_prep.build.build import prepare
 from data_prep.build.plan import DatasetOptions
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import ReleaseOptions
+from dsmip.config import Choice, ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import ImageSettings
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.runs.checks import check_training, check_trials
+from dsmip.runs.checks import check_pretraining, check_training, check_trials
 from dsmip.runs.load_config import job_config
+from dsmip.training.stages import check_held_out
 from ray_jobs.jobs.prepare import BuildOptions, prepare_release
 
 QUICK = ("train.warmup_steps=0",)
@@ -37,23 +41,26 @@ def _dataset(folder: Path, splits: list[str], images: ImageSettings) -> Dataset:
 
 def test_a_split_that_training_needs_is_missing(tmp_path: Path) -> None:
     config, images = job_config("demo", QUICK), ImageSettings(size=64, quality=92)
-    sound = _dataset(tmp_path / "sound", ["train", "validation"], images)
+    sound = _dataset(tmp_path / "sound", ["train", "train", "validation"], images)
     assert check_training(config, sound) == []
     for missing, left in (("train", "validation"), ("validation", "train")):
         dataset = _dataset(tmp_path / missing, [left, "test"], images)
         with pytest.raises(UserError, match=f"has no mention of {missing}, so .*--split 70/10/20") as refused:
             check_training(config, dataset)
         assert refused.value.exit_code == 2
+    with pytest.raises(UserError, match="has one mention of train, and a batch contrasts at least two"):
+        check_training(config, _dataset(tmp_path / "one", ["train", "validation"], images))
 
 
 def test_pictures_smaller_than_the_backbones_are_told_with_the_remedy(tmp_path: Path) -> None:
     config = job_config("demo", QUICK)
     small = ImageSettings(size=32, quality=92)
-    dataset = _dataset(tmp_path / "small", ["train", "validation"], small)
+    dataset = _dataset(tmp_path / "small", ["train", "train", "validation"], small)
     (line,) = check_training(config, dataset)
     assert line.startswith(f"warning: {dataset.location} has pictures of at most 32 pixels")
     assert "takes 64: they are enlarged; 'dsmip prepare --image-size 64'" in line
-    kept = _dataset(tmp_path / "kept", ["train", "validation"], small.model_copy(update={"keep_original": True}))
+    as_it_was = small.model_copy(update={"keep_original": True})
+    kept = _dataset(tmp_path / "kept", ["train", "train", "validation"], as_it_was)
     assert check_training(config, kept) == []
 
 
@@ -74,7 +81,57 @@ def test_what_the_towers_cannot_hold_is_refused_with_the_key(sound: Dataset) -> 
     with pytest.raises(UserError, match="multimodal: 99 prompts leave no room"):
         check_training(job_config("demo", unused), sound)
     with pytest.raises(UserError, match="99 prompts leave no room"):
-        check_trials([job_config("demo", []), job_config("demo", [f"{prompts}_length=99"])])
+        check_trials([({}, job_config("demo", [])), ({}, job_config("demo", [f"{prompts}_length=99"]))])
+
+
+def test_a_search_space_is_tried_at_its_ends_before_stage_one(sound: Dataset) -> None:
+    def space(key: str, choice: Mapping[str, Any]) -> ExperimentConfig:
+        tune = TuneConfig(rungs=(2,), space={key: Choice(**choice)})
+        return job_config("demo", QUICK).model_copy(update={"tune": tune})
+
+    prompts = "system.experts.multimodal.prompt_length"
+    for key, choice, wrong in (
+        ("system.gate.dropout", {"values": [0.1, 7]}, "system.gate.dropout: Input should be less than 1"),
+        ("system.gate.dropout", {"uniform": [0.1, 7]}, "system.gate.dropout: Input should be less than 1"),
+        ("train.epochs", {"uniform": [8, 12]}, "tune.train.epochs: Input should be a valid integer"),
+        (prompts, {"values": [2, 99]}, "multimodal: 99 prompts leave no room"),
+    ):
+        with pytest.raises(UserError, match=wrong):
+            check_training(space(key, choice), sound)
+    assert check_training(space("system.gate.dropout", {"uniform": [0, 1]}), sound) == []  # 1 is not drawn
+
+
+def test_rungs_beyond_the_epochs_are_told_by_train_and_refused_by_tune(sound: Dataset) -> None:
+    config = job_config("demo", [*QUICK, "tune.train.epochs=5"])
+    assert [line for line in check_training(config, sound) if "tune.rungs ends at 8 epochs, but" in line]
+    with pytest.raises(UserError, match=r"tune.rungs ends at 8 epochs, but tune.train.epochs is 5"):
+        check_trials([({}, config)])
+    with pytest.raises(UserError, match=r"tune.space: a trial has train.epochs=5"):
+        check_trials([({}, job_config("demo", [])), ({"train.epochs": 5}, config)])
+
+
+def test_a_share_of_a_batch_without_negatives_is_refused(sound: Dataset) -> None:
+    settings = ["train.negatives=local", "train.batch_size=6", "parts.visual.workers=1..4", *QUICK]
+    with pytest.raises(UserError, match=r"parts.visual: negatives: local leaves each of 4 workers 6 / 4 mentions"):
+        check_training(job_config("demo", settings), sound)
+    assert check_training(job_config("demo", [*settings, "train.batch_size=8"]), sound) == []
+
+
+def test_held_out_golds_leave_both_stages_something(sound: Dataset) -> None:
+    """All mentions have one of two golds, so a share takes none, half, or all."""
+    for share, stage in ((1e-9, "two 0"), (1 - 1e-9, "one 0")):
+        with pytest.raises(UserError, match=f"leaves stage {stage} of 9 training mentions"):
+            check_held_out(sound, share)
+    check_held_out(sound, 0)
+
+
+def test_pretraining_without_pairs_or_with_lost_weights_is_refused(sound: Dataset, small_data: Dataset) -> None:
+    with pytest.raises(UserError, match="fewer than two entities have a picture"):
+        check_pretraining(job_config("demo", []), sound)
+    with pytest.raises(UserError, match=r"weights file no.safetensors does not exist"):
+        check_pretraining(job_config("demo", ["backbone.pretrained=no.safetensors"]), small_data)
+    (line,) = check_pretraining(job_config("demo", ["pretrain.epochs=4"]), small_data)
+    assert line.startswith("warning: backbone: the learning rate grows during 20 of about 4 steps (pretrain.warmup")
 
 
 def test_weights_that_are_lost_or_of_another_network_are_refused(sound: Dataset, tmp_path: Path) -> None:

@@ -14,7 +14,14 @@ from ray.core.generated.autoscaler_pb2 import ClusterConfig  # type: ignore[attr
 from dsmip.errors import UserError
 from ray_jobs.cluster import resources
 from ray_jobs.cluster.node_types import VARIABLE
-from ray_jobs.cluster.resources import NodeKind, Request, check_feasible, describe_wait, nodes_on_their_way
+from ray_jobs.cluster.resources import (
+    NodeKind,
+    Request,
+    check_before_start,
+    check_feasible,
+    describe_wait,
+    nodes_on_their_way,
+)
 from tests.support.paths import ROOT
 
 TWO_SMALL = [NodeKind({"CPU": 2.0}, 1.0), NodeKind({"CPU": 2.0, "GPU": 1.0}, 1.0)]
@@ -53,6 +60,21 @@ def test_what_fits(monkeypatch: pytest.MonkeyPatch, kinds: list[NodeKind], reque
         return
     with pytest.raises(UserError, match=r"x asks .* which this cluster can never give"):
         check_feasible([Request("small", 1, 0.1, 0), request_])
+
+
+def test_a_local_cluster_is_asked_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known yet of one that is joined, nor asked of one that this process is connected to."""
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 3, "GPU": 1}')
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    check_before_start([Request("x", 3, 1, 0), Request("y", 1, 3, 1)])
+    with pytest.raises(UserError, match=r"x asks 2 workers with 2 CPU each, which .* biggest node has 3 CPU and 1 GPU"):
+        check_before_start([Request("x", 2, 2, 0)])
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    check_before_start([Request("x", 200, 2, 0)])
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    check_before_start([Request("x", 200, 2, 0)])
 
 
 def test_the_message_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
