@@ -26,7 +26,7 @@ from dsmip.storage.run_storage import STAMP, LocalRun, RunStorage
 
 PROGRESS = "progress.json"  # of a running training, written by its trackers
 
-State = Literal["finished", "training", "paused", "interrupted", "failed", "dropped", "not begun"]
+State = Literal["finished", "training", "paused", "interrupted", "failed", "dropped", "starting", "not begun"]
 _ENDED: dict[str, State] = {"failed": "failed", "finished": "paused"}  # a trial pauses between rungs
 _ALIVE_SECONDS = 300.0  # a training that has written nothing for so long is taken for interrupted
 
@@ -110,11 +110,18 @@ class _Reader:
     def __init__(self, storage: RunStorage, now: datetime) -> None:
         self.storage, self.folder, self.now = storage, storage.folder, now
         self.problems: list[str] = []
+        self._records: dict[Path, dict[str, str] | None] = {}
         self.config = self._config()
         self.data = self._json(self.folder / STAMP, lambda stamp: (stamp["data"]["name"], stamp["data"]["folder"]))
 
     def status(self) -> Status:
-        parts, trials, evaluations = self._parts(), self._trials(), sorted(self._evaluations(), key=lambda e: e.split)
+        parts = self._parts()
+        if self.config:  # the gated whole, and parts of a sweep's other settings, are the work of 'tune'
+            names = find_system(self.config.model).part_names(self.config.system)
+            own = [each for each in parts if each.name in names]
+            parts = [*self._shown_starting(own, "train"), *(each for each in parts if each not in own)]
+        trials = self._shown_starting(self._trials(), "tune")
+        evaluations = sorted(self._evaluations(), key=lambda e: e.split)
         last = self._last_record()
         return Status(
             folder=self.storage.location,
@@ -175,6 +182,18 @@ class _Reader:
         progress = home / "ray" / f"{training}.{PROGRESS}"
         error = home / "ray" / f"{training}.error.txt"
         return self._training(training, progress, home / "ray" / training, error, epochs)
+
+    def _shown_starting(self, found: list[TrainingState], command: str) -> list[TrainingState]:
+        """Those of a running command that have shown no sign of life since it began are starting."""
+        last = self._last_record(command)
+        if not last or last["outcome"] != RUNNING:
+            return found
+        begun = datetime.fromisoformat(last["started"])
+        seconds = max((self.now - begun).total_seconds(), 0.0)
+        if seconds > _ALIVE_SECONDS and not any(each.state == "training" for each in found):
+            return found  # it may have been killed
+        note = f"'dsmip {command}' began {seconds:.0f} s ago: workers start (imports, weights) or wait for room"
+        return [replace(each, state="starting", note=note) if _silent(each, begun) else each for each in found]
 
     def _training(self, name: str, progress: Path, checkpoints: Path, error: Path, epochs: int | None) -> TrainingState:
         """A training that is not finished, from its progress file and else from its newest checkpoint."""
@@ -246,15 +265,14 @@ class _Reader:
             if found is not None:
                 yield Evaluation(path.parent.name, path.parent.parent.name, found[1], found[0])
 
-    def _last_record(self) -> dict[str, str] | None:
-        """Name, start and outcome of the newest command on the run."""
-        paths = sorted((self.folder / RECORDS).glob("*.json"))
+    def _last_record(self, command: str = "*") -> dict[str, str] | None:
+        """Name, start and outcome of the newest call of a command on the run; of any: `*`."""
+        paths = sorted((self.folder / RECORDS).glob(f"*-{command}.json"))
         if not paths:
             return None
-        found: dict[str, str] | None = self._json(
-            paths[-1], lambda record: {key: str(record[key]) for key in ("command", "started", "outcome")}
-        )
-        return found
+        if paths[-1] not in self._records:
+            self._records[paths[-1]] = self._json(paths[-1], _record)
+        return self._records[paths[-1]]
 
     def _next(
         self,
@@ -295,6 +313,13 @@ class _Reader:
         return None
 
 
+def _silent(found: TrainingState, begun: datetime) -> bool:
+    """Whether a training that is not finished has shown no sign of life since then."""
+    if found.state not in ("not begun", "interrupted", "failed"):
+        return False
+    return found.updated is None or datetime.fromisoformat(found.updated) < begun
+
+
 def _begun(record: Mapping[str, str]) -> str:
     return f"{record['command']}, begun {record['started']}"
 
@@ -304,6 +329,12 @@ def _position(found: Any) -> dict[str, Any]:
     numbers = {name: int(found[name]) for name in ("epoch", "step", "num_steps", "num_epochs")}
     datetime.fromisoformat(found["updated"])
     return {**numbers, "state": found["state"], "updated": found["updated"], "figures": _numbers(found["figures"])}
+
+
+def _record(found: Any) -> dict[str, str]:
+    """Checks what is shown of a record."""
+    datetime.fromisoformat(found["started"])
+    return {key: str(found[key]) for key in ("command", "started", "outcome")}
 
 
 def _rung(found: Any) -> dict[str, Any]:

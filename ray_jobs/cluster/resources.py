@@ -14,6 +14,7 @@ import ray
 from ray._private.resource_and_label_spec import ResourceAndLabelSpec
 from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.util import placement_group_table
 
 from dsmip.config import Workers
 from dsmip.errors import UserError
@@ -87,15 +88,66 @@ def this_machine() -> NodeKind:
     return NodeKind(ResourceAndLabelSpec().resolve(is_head=True).to_resource_dict(), 1.0)
 
 
-def describe_wait(waiting: Sequence[Request]) -> str:
-    """One line: who waits, what they ask, what is free, and which nodes are awaited."""
-    asked = "; ".join(str(request) for request in waiting)
-    free = f"{_amounts(ray.available_resources())} of {_amounts(ray.cluster_resources())}"
+def describe_wait(waiting: Sequence[Request], seconds: float) -> str:
+    """One line about workers that do not work yet.
+
+    Those that have their room are starting. Of the others it says what they ask, what is free, and which nodes are
+    awaited.
+
+    Args:
+        waiting: They ask.
+        seconds: Since when.
+    """
     try:
-        awaited = nodes_on_their_way(get_cluster_status(ray.get_runtime_context().gcs_address)) or "no node"
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        without = without_room(waiting, status)
+        awaited = nodes_on_their_way(status) or "no node"
     except ray.exceptions.RayError:  # a busy head that does not answer in time must not end what runs
-        awaited = "unknown"
-    return f"waiting to start: {asked}; free: {free}; awaited: {awaited}"
+        without, awaited = [(len(waiting), list(waiting))], "unknown"
+    starting = sum(each.workers for each in waiting)
+    asks = []
+    for count, alike in without:
+        starting -= count * min(each.workers for each in alike)
+        some = f"{count} of: " if count < len(alike) else ""
+        asks.append(some + "; ".join(str(request) for request in alike))
+    lines = []
+    if starting > 0:
+        workers = f"{starting} worker{'s' * (starting > 1)}"
+        lines.append(f"starting {workers}: imports, weights, {seconds:.0f} s so far")
+    if asks:
+        free = f"{_amounts(ray.available_resources())} of {_amounts(ray.cluster_resources())}"
+        lines.append(f"waiting to start: {'; '.join(asks)}; free: {free}; awaited: {awaited}")
+    return "; ".join(lines)
+
+
+def without_room(waiting: Sequence[Request], status: ClusterStatus) -> list[tuple[int, list[Request]]]:
+    """Requests that the cluster has not fulfilled yet, those of equal workers together, and how many of them."""
+    demands = status.resource_demands
+    open_of: Counter[tuple[float, float]] = Counter()
+    for group in demands.placement_group_demand:  # a training of a fixed number of workers
+        open_of[_shape(group.bundles_by_count[0].bundle)] += 1
+    for demand in demands.ray_task_actor_demand:
+        for each in demand.bundles_by_count:
+            open_of[_shape(each.bundle)] += each.count
+    # That of a training with a range of workers stays when it has been fulfilled.
+    asked = {_shape(each.bundle) for group in demands.cluster_constraint_demand for each in group.bundles_by_count}
+    placed = {
+        _shape(bundle)
+        for group in placement_group_table().values()
+        if group["state"] == "CREATED"
+        for bundle in group["bundles"].values()
+    }
+    alike: dict[tuple[float, float], list[Request]] = {}
+    for request in waiting:
+        shape = _shape({"CPU": request.cpu, "GPU": request.gpu})
+        elastic = request.most > request.workers and shape in asked - placed
+        if open_of[shape] or elastic:
+            alike.setdefault(shape, []).append(request)
+    return [(min(open_of[shape], len(each)) or len(each), each) for shape, each in alike.items()]
+
+
+def _shape(bundle: Mapping[str, float]) -> tuple[float, float]:
+    return round(bundle.get("CPU", 0.0), 4), round(bundle.get("GPU", 0.0), 4)
 
 
 def nodes_on_their_way(status: ClusterStatus) -> str:
@@ -109,17 +161,20 @@ def nodes_on_their_way(status: ClusterStatus) -> str:
 
 
 class WaitingLine:
-    """Says every 30 seconds which of the given names wait; call it often with those that do."""
+    """Says every 30 seconds which of the given names have not started; call it often with those that have not."""
 
     def __init__(self, requests: Mapping[str, Request], say: Callable[[str], None]) -> None:
         self._requests, self._say = requests, say
-        self._next = time.monotonic() + WAIT_LINE_SECONDS
+        self._begun = time.monotonic()
+        self._next = self._begun + WAIT_LINE_SECONDS
 
     def __call__(self, waiting: set[str]) -> None:
-        if time.monotonic() >= self._next:
+        now = time.monotonic()
+        if now >= self._next:
             self._next += WAIT_LINE_SECONDS
             if waiting:
-                self._say(f"  {describe_wait([self._requests[name] for name in sorted(waiting)])}")
+                requests = [self._requests[name] for name in sorted(waiting)]
+                self._say(f"  {describe_wait(requests, now - self._begun)}")
 
 
 def cluster_kinds() -> list[NodeKind]:

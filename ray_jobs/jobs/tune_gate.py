@@ -26,7 +26,7 @@ from ray_jobs.cluster.resources import check_before_start, check_feasible
 from ray_jobs.cluster.tasks import run_shares
 from ray_jobs.jobs.train_experts import train_parts
 from ray_jobs.terminal.display import Display
-from ray_jobs.training.sweep import Trial, decided, draw_trials, run_rung, survivors, trial_request
+from ray_jobs.training.sweep import Trial, best_trial, decided, draw_trials, run_rung, survivors, trial_request
 from ray_jobs.training.trial import RESULT, PartTables, TrialTask, cache_features, trial_name
 
 
@@ -48,7 +48,7 @@ def tune_gate(
     trials = draw_trials(config, seed)
     stamp = _checked_stamp(run, trials, seed)
     if _is_saved(run, stamp):
-        display.say(f"  sweep finished already: {_sentence(run.part_report(run.system.name))}")
+        display.say(f"  sweep finished already: {best_trial(run.part_report(run.system.name))}")
         return run.part_report(run.system.name)
     check_trials([(trial.changes, trial.config) for trial in trials])
     check_held_out(run.dataset, run.config.held_out)
@@ -65,7 +65,7 @@ def tune_gate(
         _claim_folder(run, trials, seed, stamp)
         results = _halve(run, trials, features, display)
         report = _save_winner(run, trials, results, stamp)
-    display.say(f"  swept in {time.monotonic() - started:.0f} s; {_sentence(report)}")
+    display.say(f"  swept in {time.monotonic() - started:.0f} s; {best_trial(report)}")
     return report
 
 
@@ -198,9 +198,3 @@ def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float]
 
 def _is_saved(run: Run, stamp: str) -> bool:
     return run.is_finished(run.system.name) and run.part_report(run.system.name).get("sweep") == stamp
-
-
-def _sentence(report: Mapping[str, Any]) -> str:
-    changes = ", ".join(f"{key}={value}" for key, value in report["changes"].items()) or "the configuration unchanged"
-    best = report["best"]
-    return f"best is trial {report['trial']} ({changes}): validation hits@1 {best['hits@1']:.3f}, MRR {best['mrr']:.3f}"

@@ -142,6 +142,17 @@ def decided(ends: Mapping[int, float | Failure], display: Display) -> dict[str, 
     return {"mrr": mrr, "failed": {number: failure.message for number, failure in failures.items()}}
 
 
+def best_trial(report: Mapping[str, Any]) -> str:
+    """A finished sweep in a sentence: its best trial, and the rule where others are equal."""
+    changes = ", ".join(f"{key}={value}" for key, value in report["changes"].items()) or "the configuration unchanged"
+    best, trial = report["best"], int(report["trial"])
+    mrr = {int(number): value for number, value in report["mrr"].items()}
+    equal = [f"trial {number}" for number in sorted(mrr) if number != trial and mrr[number] == mrr[trial]]
+    have = "have" if len(equal) > 1 else "has"
+    rule = f"; {', '.join(equal)} {have} the same MRR, and of equals the lowest number is taken" if equal else ""
+    return f"best is trial {trial} ({changes}): validation hits@1 {best['hits@1']:.3f}, MRR {best['mrr']:.3f}{rule}"
+
+
 def tune_trial(config: dict[str, int], tasks: Mapping[int, TrialTask], events: Any) -> None:
     tune.report(guarded_trial(tasks[config["number"]], events))
 

@@ -110,6 +110,23 @@ def record(folder: Path, day: int, command: str, outcome: str) -> None:
     )
 
 
+def test_what_a_running_command_has_not_begun_is_starting(folder: Path) -> None:
+    """Its record says so, until nothing has shown a sign of life for so long that it may have been killed."""
+    finish(folder, "text")
+    progress(folder / "ray" / "visual.progress.json", age=3600)  # of an earlier call
+    record(folder, 1, "train", "running")
+    states = {name: row.state for name, row in rows(read_status(folder, NOW + timedelta(seconds=60))).items()}
+    assert states == {"text": "finished", "visual": "starting", "multimodal": "starting", "dsmip": "not begun"}
+    found = rows(read_status(folder, NOW + timedelta(seconds=60)))["multimodal"]
+    assert found.note == "'dsmip train' began 60 s ago: workers start (imports, weights) or wait for room"
+    assert rows(read_status(folder, NOW + timedelta(seconds=301)))["multimodal"].state == "not begun"
+    progress(folder / "ray" / "visual.progress.json", age=-290)
+    states = {name: row.state for name, row in rows(read_status(folder, NOW + timedelta(seconds=301))).items()}
+    assert (states["visual"], states["multimodal"]) == ("training", "starting")  # it waits for room
+    record(folder, 2, "train", "interrupted")
+    assert rows(read_status(folder, NOW + timedelta(seconds=60)))["multimodal"].state == "not begun"
+
+
 def test_a_command_whose_record_says_no_end_may_still_be_running(folder: Path) -> None:
     """It may wait for room, or validate for long: a second one would damage the run."""
     record(folder, 1, "train", "running")
@@ -119,7 +136,7 @@ def test_a_command_whose_record_says_no_end_may_still_be_running(folder: Path) -
     assert status.next.startswith(train)
     assert status.last_command == "train, begun 2026-05-01T12:00:00+00:00: running"
     progress(folder / "ray" / "visual.progress.json", age=1000)
-    status = read_status(folder, NOW)
+    status = read_status(folder, NOW + timedelta(seconds=400))
     assert rows(status)["visual"].state == "interrupted"
     assert status.next.startswith(train)
     progress(folder / "ray" / "visual.progress.json", age=10)

@@ -4,11 +4,21 @@ import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 from ray._private.state import state
-from ray.autoscaler.v2.schema import ClusterStatus, LaunchRequest, NodeInfo
+from ray.autoscaler.v2.schema import (
+    ClusterConstraintDemand,
+    ClusterStatus,
+    LaunchRequest,
+    NodeInfo,
+    PlacementGroupResourceDemand,
+    RayTaskActorDemand,
+    ResourceDemandSummary,
+    ResourceRequestByCount,
+)
 from ray.core.generated.autoscaler_pb2 import ClusterConfig  # type: ignore[attr-defined]  # a generated module
 
 from dsmip.errors import UserError
@@ -133,8 +143,40 @@ def test_a_head_that_gives_no_answer_ends_no_training(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
     monkeypatch.setattr(resources, "get_cluster_status", no_answer)
-    said = describe_wait([Request("visual", 1, 1, 0)])
+    said = describe_wait([Request("visual", 1, 1, 0)], 30.0)
     assert said.endswith("free: 0 CPU of 4 CPU; awaited: unknown")
+
+
+def test_workers_that_have_their_room_are_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cluster has not fulfilled tells them from those that wait; of equal ones it tells how many."""
+    tables: dict[str, Any] = {}
+    status = ClusterStatus()
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=""))
+    monkeypatch.setattr(resources, "get_cluster_status", lambda address: status)
+    monkeypatch.setattr(resources, "placement_group_table", lambda: tables)
+    text, visual = Request("text", 2, 0.6, 0), Request("visual", 2, 0.6, 0)
+    elastic, task = Request("multimodal", 1, 2, 0, most=4), Request("text features", 1, 1, 0)
+    assert describe_wait([text], 60.2) == "starting 2 workers: imports, weights, 60 s so far"
+
+    of_training = [ResourceRequestByCount({"CPU": 0.6}, 2)]
+    status.resource_demands.placement_group_demand = [PlacementGroupResourceDemand(of_training, "")]
+    free = "; free: 1 CPU of 4 CPU; awaited: no node"
+    asks = "text asks 2 workers with 0.6 CPU each"
+    assert describe_wait([text], 60) == f"waiting to start: {asks}{free}"
+    both = f"1 of: {asks}; visual asks 2 workers with 0.6 CPU each"
+    starting = "starting 2 workers: imports, weights, 60 s so far; "
+    assert describe_wait([text, visual], 60) == f"{starting}waiting to start: {both}{free}"
+
+    status.resource_demands = ResourceDemandSummary(
+        ray_task_actor_demand=[RayTaskActorDemand([ResourceRequestByCount({"CPU": 1.0}, 1)])],
+        cluster_constraint_demand=[ClusterConstraintDemand([ResourceRequestByCount({"CPU": 2.0}, 4)])],
+    )
+    assert describe_wait([task], 5) == f"waiting to start: text features asks 1 worker with 1 CPU each{free}"
+    assert describe_wait([elastic], 5) == f"waiting to start: multimodal asks 1..4 workers with 2 CPU each{free}"
+    tables["a"] = {"state": "CREATED", "bundles": {0: {"CPU": 2.0}}}
+    assert describe_wait([elastic], 5) == "starting 1 worker: imports, weights, 5 s so far"
 
 
 def test_node_types_are_read_where_they_were_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import ray.train
 import torch
 from ray.train.v2._internal.execution.storage import StorageContext
+from ray.util import placement_group, remove_placement_group
 
 from dsmip.config import ExperimentConfig, Resources, Running
 from dsmip.data.dataset import Dataset
@@ -228,6 +229,14 @@ def test_a_request_that_can_never_be_fulfilled_ends_at_once(tmp_path: Path) -> N
 
 
 def test_the_waiting_line_says_who_asks_what() -> None:
-    line = describe_wait([Request("visual", 2, 1.5, 1)])
-    assert line.startswith("waiting to start: visual asks 2 workers with 1.5 CPU and 1 GPU each; free: ")
+    request = Request("visual", 2, 3, 0)
+    assert describe_wait([request], 60) == "starting 2 workers: imports, weights, 60 s so far"
+    asked = placement_group([{"CPU": 3}] * 2)  # as Ray Train does, on 4 CPUs of one node
+    ready = asked.ready()
+    try:
+        while "waiting" not in (line := describe_wait([request], 60)):
+            assert not ray.wait([ready], timeout=0.1)[0]
+    finally:
+        remove_placement_group(asked)
+    assert line.startswith("waiting to start: visual asks 2 workers with 3 CPU each; free: ")
     assert line.endswith(" of 4 CPU; awaited: no node")

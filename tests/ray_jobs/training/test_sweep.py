@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.errors import UserError
 from dsmip.runs.load_config import parse_config, to_yaml
-from ray_jobs.training.sweep import draw_trials, survivors
+from ray_jobs.training.sweep import best_trial, draw_trials, survivors
 
 
 def with_space(config: ExperimentConfig, space: dict[str, Any], trials: int = 6) -> ExperimentConfig:
@@ -87,3 +87,13 @@ def test_the_configuration_with_drawn_lists_survives_its_yaml(small_config: Expe
     drawn = draw_trials(config, seed=0)[1].config
     assert read_config(to_yaml(drawn)) == drawn
     assert merged(drawn.tune, {}) == drawn.tune
+
+
+def test_the_best_trial_s_sentence_has_the_rule_of_equals() -> None:
+    report = {"trial": 0, "changes": {}, "best": {"hits@1": 0.25, "mrr": 0.5}, "mrr": {"0": 0.5, "1": 0.4}}
+    said = "best is trial 0 (the configuration unchanged): validation hits@1 0.250, MRR 0.500"
+    assert best_trial(report) == said
+    report["mrr"] = {"2": 0.5, "0": 0.5}
+    assert best_trial(report) == f"{said}; trial 2 has the same MRR, and of equals the lowest number is taken"
+    report["mrr"] = {"0": 0.5, "2": 0.5, "4": 0.5}
+    assert "; trial 2, trial 4 have the same MRR, and" in best_trial(report)
