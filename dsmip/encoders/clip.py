@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dsmip.encoders.architecture import Architecture, resolve_architecture
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.encoders.stem import STEM, conv_stem
-from dsmip.encoders.weights import fitting, load_weights, locate_weights, read_weights, statistics_metadata
+from dsmip.encoders.weights import check_weights, described, load_weights, locate_weights, read_weights
 from dsmip.errors import UserError
 from dsmip.storage.atomic import atomic_path
 
@@ -112,8 +112,7 @@ class Backbone(nn.Module):
         """
         backbone = Backbone.build(architecture, pretrained, device="meta")
         if pretrained is not None:
-            path = locate_weights(resolve_architecture(architecture), pretrained).path
-            fitting(backbone.clip, read_weights(path), f"{pretrained} ({architecture})")
+            check_weights(backbone.clip, resolve_architecture(architecture), pretrained)
         return backbone
 
     @property
@@ -265,10 +264,13 @@ class Backbone(nn.Module):
                 block.compile(dynamic=True)
 
     def save_weights(self, path: Path) -> None:
-        """Writes weights and pixel statistics atomically as safetensors; `build` loads them, and open_clip too (weights
-        without a convolutional stem)."""
+        """Writes weights, pixel statistics and activation atomically as safetensors; `build` loads them, and open_clip
+        too (weights without a convolutional stem)."""
+        from open_clip.transformer import QuickGELU
+
         state = {key: value.detach().cpu().contiguous() for key, value in self.clip.state_dict().items()}
-        metadata = statistics_metadata(self.mean.flatten().tolist(), self.std.flatten().tolist())
+        quick_gelu = any(isinstance(module, QuickGELU) for module in self.clip.modules())
+        metadata = described(self.mean.flatten().tolist(), self.std.flatten().tolist(), quick_gelu=quick_gelu)
         with atomic_path(path) as temporary:
             save_file(state, temporary, metadata=metadata)
 

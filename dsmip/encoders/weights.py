@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,15 @@ HUB = "hf-hub:"
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _TEXT_TOWER = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
 _PREPROCESS = "preprocess_cfg"  # key of a file's metadata; the name of that section in open_clip's configurations
+_MODEL = "model_cfg"  # likewise
+# Names that a hub's repository gives the one weights file beside the configuration of that name.
+_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_HUB_CONFIG = "open_clip_config.json"
+_NEEDED = (
+    "whose tensors have other names and another layout; needed are open_clip's: a tag, an hf-hub: id of an open_clip "
+    "repository, or its open_clip_model.safetensors"
+)
+_HUGGING_FACE = ("text_model.", "vision_model.")  # beginnings of names
 # Numbers that OpenAI's own archives carry beside the tensors.
 _LEGACY_KEYS = ("input_resolution", "context_length", "vocab_size")
 
@@ -40,9 +50,12 @@ def locate_weights(architecture: Architecture, pretrained: str) -> Weights:
         pretrained: local .safetensors/.pt file, "hf-hub:<owner>/<model>", or an open_clip tag of the architecture.
 
     Raises:
-        UserError: no such file or tag, no network, or weights whose activation differs from the architecture's.
+        UserError: no such file or tag, no network, or published weights whose activation differs from the
+            architecture's (of files see `check_weights`).
     """
     path = Path(pretrained)
+    if path.is_dir():
+        raise UserError(_of_folder(path))
     if path.is_file():
         return Weights(path, *_stored_statistics(path))
     if pretrained.startswith(HUB):
@@ -52,9 +65,63 @@ def locate_weights(architecture: Architecture, pretrained: str) -> Weights:
     return _from_tag(architecture, pretrained)
 
 
-def statistics_metadata(mean: Sequence[float], std: Sequence[float]) -> dict[str, str]:
-    """Pixel statistics as metadata of a .safetensors file, where `locate_weights` finds them again."""
-    return {_PREPROCESS: json.dumps({"mean": list(mean), "std": list(std)})}
+def described(mean: Sequence[float], std: Sequence[float], *, quick_gelu: bool) -> dict[str, str]:
+    """Metadata of a .safetensors file: pixel statistics, which `locate_weights` finds again, and the activation."""
+    return {
+        _PREPROCESS: json.dumps({"mean": list(mean), "std": list(std)}),
+        _MODEL: json.dumps({"quick_gelu": quick_gelu}),
+    }
+
+
+def check_weights(clip: nn.Module, architecture: Architecture, pretrained: str) -> None:
+    """Checks weights against a network before anything is built with them.
+
+    Runs that have begun with weights of the other activation still open: `load_weights` does not look at it.
+
+    Raises:
+        UserError: as `locate_weights`, `read_weights` and `load_weights`; a file whose activation is known and another.
+    """
+    path = locate_weights(architecture, pretrained).path
+    state = read_weights(path)
+    if Path(pretrained).is_file() and (known := stored_activation(path)):
+        _check_activation(architecture, pretrained, *known)
+    fitting(clip, state, f"{pretrained} ({architecture.name})")
+
+
+def stored_activation(path: Path) -> tuple[bool, str] | None:
+    """Whether a weights file is of a QuickGELU network, and what says so. None: nothing does, the tensors are alike.
+
+    Raises:
+        UserError: the file, or the configuration beside it, cannot be read.
+    """
+    try:
+        model = json.loads(_metadata(path).get(_MODEL, "{}"))
+        if "quick_gelu" in model:
+            return bool(model["quick_gelu"]), "so its metadata say"
+        beside = path.with_name(_HUB_CONFIG)
+        if path.name in _HUB_FILES and beside.is_file():
+            model = json.loads(beside.read_text(encoding="utf-8"))[_MODEL]
+            return bool(model.get("quick_gelu", False)), f"so {beside} says"
+    except NOT_AS_WRITTEN as error:
+        raise UserError(f"weights file {path}, or {_HUB_CONFIG} beside it, cannot be read: {error!r}") from None
+    if (published := _published_activations().get(path.name)) is not None:
+        return published, "those published under this name were"
+    if path.suffix != ".safetensors" and set(_LEGACY_KEYS) <= _stored(path).keys():
+        return True, "it is a state dict of OpenAI's"
+    return None
+
+
+def _published_activations() -> dict[str, bool]:
+    """By file name, of weights that open_clip knows by tag. Not OpenAI's: their names are everybody's (ViT-B-32.pt)."""
+    from open_clip import pretrained as catalogue
+
+    found: dict[str, bool] = {}
+    for name, tag in catalogue.list_pretrained():
+        config = catalogue.get_pretrained_cfg(name, tag)
+        file = str(config.get("url", "")).rpartition("/")[2]
+        if file and tag != "openai":
+            found[file] = bool(config.get("quick_gelu", False))
+    return found
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -65,6 +132,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: unreadable file, or one that holds anything but tensors.
     """
+    return {key: value for key, value in _stored(path).items() if key not in _LEGACY_KEYS}
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """A file's tensors by name, and OpenAI's numbers."""
+    if _is_program(path):
+        raise UserError(
+            f"weights file {path} is a TorchScript archive, a program with its weights, which is not run; needed is a "
+            "file of tensors alone under open_clip's names (.safetensors, or .pt of a state dict). OpenAI's CLIP is to "
+            "be had so by its tag: pretrained: openai, architecture: ViT-B-32-quickgelu"
+        )
     try:
         if path.suffix == ".safetensors":
             stored: Any = load_file(path, device="cpu")
@@ -83,7 +161,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key, value in tensors.items():
         if key not in _LEGACY_KEYS and not isinstance(value, Tensor):
             raise UserError(f"weights file {path}: {key} is not a tensor")
-    return {key: value for key, value in tensors.items() if key not in _LEGACY_KEYS}
+    return tensors
+
+
+def _is_program(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, by the names of its members."""
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False  # torch says what is wrong with it
 
 
 def load_weights(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
@@ -101,6 +190,8 @@ def fitting(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> dict[st
     Raises:
         UserError: missing, unexpected or wrongly shaped tensors, the first of them named.
     """
+    if any(key.startswith(_HUGGING_FACE) for key in state):
+        raise UserError(f"weights {label} are a Hugging Face model's (text_model..., vision_model...), {_NEEDED}")
     if hasattr(clip, "text") and "positional_embedding" in state:
         state = {f"text.{key}" if key.startswith(_TEXT_TOWER) else key: value for key, value in state.items()}
     check_fit(state, clip.state_dict(), label)
@@ -125,13 +216,33 @@ def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], label
         raise UserError(f"weights {label} do not fit the architecture: {'; '.join(faults[:3])}{more}")
 
 
+def _of_folder(path: Path) -> str:
+    """What a folder that was named as weights is, and what to name instead."""
+    files = [name for name in _HUB_FILES if (path / name).is_file()]
+    if (path / _HUB_CONFIG).is_file() and files:
+        return (
+            f"weights {path} is a folder of an open_clip repository; name its file {path / files[0]}, and "
+            f"{path / _HUB_CONFIG} as architecture"
+        )
+    if (path / "config.json").is_file():
+        return f"weights {path} is a folder of a Hugging Face model, {_NEEDED}"
+    return f"weights {path} is a folder; name a .safetensors or .pt file in it"
+
+
 def _stored_statistics(path: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    try:
+        return pixel_statistics(json.loads(_metadata(path).get(_PREPROCESS, "{}")))
+    except NOT_AS_WRITTEN as error:
+        raise UserError(f"weights file {path} cannot be read: {_first_line(error)}") from None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Of a .safetensors file; others have none."""
     if path.suffix != ".safetensors":
-        return None, None
+        return {}
     try:
         with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-        return pixel_statistics(json.loads(metadata.get(_PREPROCESS, "{}")))
+            return dict(stored.metadata() or {})
     except (SafetensorError, OSError, *NOT_AS_WRITTEN) as error:
         raise UserError(f"weights file {path} cannot be read: {_first_line(error)}") from None
 
@@ -171,7 +282,7 @@ def _from_hub(architecture: Architecture, pretrained: str) -> Weights:
     return Weights(Path(path), mean, std)
 
 
-def _check_activation(architecture: Architecture, pretrained: str, trained_with_it: bool) -> None:
+def _check_activation(architecture: Architecture, pretrained: str, trained_with_it: bool, because: str = "") -> None:
     """Weights of a QuickGELU network load into a GELU network without a sign, and score worse: refused."""
     if trained_with_it == architecture.quick_gelu:
         return
@@ -181,9 +292,11 @@ def _check_activation(architecture: Architecture, pretrained: str, trained_with_
         advice = f"use architecture {architecture.name}-quickgelu"
     else:
         advice = f"use architecture {architecture.name.removesuffix('-quickgelu')}"
+    with_or_without = {True: "with", False: "without"}
     raise UserError(
-        f"weights {pretrained!r} were trained {'with' if trained_with_it else 'without'} QuickGELU but the architecture"
-        f" {architecture.name} is {'without' if trained_with_it else 'with'} it; {advice}"
+        f"weights {pretrained!r} were trained {with_or_without[trained_with_it]} QuickGELU"
+        f"{because and f' ({because})'} but the architecture {architecture.name} is "
+        f"{with_or_without[not trained_with_it]} it; {advice}"
     )
 
 

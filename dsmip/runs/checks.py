@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from dsmip.config import Choice, ExperimentConfig, Running, TrainConfig
+from dsmip.config import BackboneConfig, Choice, ExperimentConfig, Running, TrainConfig
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.architecture import read_architecture
 from dsmip.encoders.clip import Backbone
+from dsmip.encoders.weights import stored_activation
 from dsmip.errors import UserError
 from dsmip.models import find_system
 from dsmip.runs.load_config import swept
@@ -37,7 +39,11 @@ def check_training(config: ExperimentConfig, dataset: Dataset) -> list[str]:
         _check_shares(f"parts.{part}", config.train_of(part), config.part(part))
     backbone = Backbone.checked(config.backbone.architecture, config.backbone.pretrained)
     system.check(config, backbone)
-    warnings = [*image_warnings(config, dataset), *warmup_warnings(config, dataset)]
+    warnings = [
+        *image_warnings(config, dataset),
+        *warmup_warnings(config, dataset),
+        *_activation_warnings(config.backbone),
+    ]
     if system.gated:
         for each in _space_corners(config):
             system.check(each, backbone)
@@ -82,7 +88,8 @@ def check_pretraining(config: ExperimentConfig, dataset: Dataset) -> list[str]:
     Backbone.checked(config.backbone.architecture, config.backbone.pretrained)
     settings = config.pretrain
     steps = settings.epochs * math.ceil(pictured / settings.batch_size)
-    return [*image_warnings(config, dataset), *_warmup_warning("backbone", "pretrain", settings.warmup_steps, steps)]
+    warnings = [*image_warnings(config, dataset), *_activation_warnings(config.backbone)]
+    return [*warnings, *_warmup_warning("backbone", "pretrain", settings.warmup_steps, steps)]
 
 
 def _check_shares(where: str, train: TrainConfig, plan: Running) -> None:
@@ -115,6 +122,17 @@ def _rung_warnings(config: ExperimentConfig) -> Iterator[str]:
         yield (
             f"warning: tune.rungs ends at {last} epochs, but tune.train.epochs is {epochs}: 'dsmip tune' will want "
             f"--set tune.rungs or --set tune.train.epochs"
+        )
+
+
+def _activation_warnings(backbone: BackboneConfig) -> Iterator[str]:
+    """A warning where a file may be of an architecture's twin: open_clip has most with and without QuickGELU."""
+    path = Path(backbone.pretrained or "")
+    if path.is_file() and read_architecture(backbone.architecture).is_open_clip and stored_activation(path) is None:
+        yield (
+            f"warning: nothing tells whether {path} was trained with QuickGELU, and {backbone.architecture} is "
+            f"{'with' if read_architecture(backbone.architecture).quick_gelu else 'without'} it: with the wrong one it "
+            "scores worse without a sign; look it up where the file comes from"
         )
 
 

@@ -21,7 +21,7 @@ from dsmip.storage.parsing import parse_yaml
 
 _log = logging.getLogger(__name__)
 _MAX_DEPTH = 20  # of keys in one another
-_FILES = {".json", ".pt", ".pth", ".safetensors"}
+_FILES = {".bin", ".json", ".pt", ".pth", ".safetensors"}
 
 
 class _Loader(yaml.SafeLoader):

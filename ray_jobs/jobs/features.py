@@ -138,7 +138,8 @@ def _of_backbone(
         raise UserError(f"the backbone of {config} has weights ({backbone.pretrained}): leave out --random-weights")
     architecture = _absolute(backbone.architecture)
     choice = NetworkChoice(kind, backbone.pretrained, architecture, random_seed or 0)
-    return FeatureRequest(choice, _image_size(architecture), settings.cache_dtype)
+    size = Backbone.checked(architecture, backbone.pretrained).image_size
+    return FeatureRequest(choice, size, settings.cache_dtype)
 
 
 def _image_size(architecture: str) -> int:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dsmip.encoders.architecture import SHIPPED, resolve_architecture
 from dsmip.encoders.clip import Backbone, text_mask
 from dsmip.encoders.prompts import InteractivePrompts
+from dsmip.encoders.weights import stored_activation
 from dsmip.errors import UserError
 
 START, END = 49406, 49407
@@ -45,6 +46,7 @@ def small_config(**changes: object) -> dict[str, Any]:
 
 
 def write_config(folder: Path, **changes: object) -> str:
+    folder.mkdir(exist_ok=True)
     path = folder / "small.json"
     path.write_text(json.dumps(small_config(**changes)))
     return str(path)
@@ -305,6 +307,57 @@ def test_activation_of_the_weights_must_be_the_architectures(monkeypatch: pytest
         Backbone.build("ViT-L-14-quickgelu", "hf-hub:other/model", device="meta")
     with pytest.raises(UserError, match='set "quick_gelu": true in it'):
         Backbone.build("tiny", "hf-hub:owner/model")
+
+
+def test_what_a_file_says_of_its_activation_must_be_the_architectures(tmp_path: Path) -> None:
+    gelu, quick = write_config(tmp_path / "gelu"), write_config(tmp_path / "quick", quick_gelu=True)
+    made = Backbone.build(quick, None)
+    (files := tmp_path / "files").mkdir()
+    state = made.clip.state_dict()
+    made.save_weights(files / "own.safetensors")
+    save_file(state, files / "silent.safetensors")
+    save_file(state, files / "open_clip_model.safetensors")
+    (files / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
+    torch.save(state, files / "vit_b_32-quickgelu-laion400m_e32-46683a32.pt")
+    numbers = {"input_resolution": 64, "context_length": 77, "vocab_size": 49408}
+    torch.save({**state, **{name: torch.tensor(value) for name, value in numbers.items()}}, files / "state.pt")
+    for name, because in (
+        ("own.safetensors", "so its metadata say"),
+        ("open_clip_model.safetensors", "so .*open_clip_config.json says"),
+        ("vit_b_32-quickgelu-laion400m_e32-46683a32.pt", "those published under this name were"),
+        ("state.pt", "it is a state dict of OpenAI's"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"trained with QuickGELU \({because}\) but the architecture .* without it"
+        ):
+            Backbone.checked(gelu, str(files / name))
+        Backbone.checked(quick, str(files / name))
+        Backbone.build(gelu, str(files / name), device="meta")  # a run that has begun with it still opens
+    assert stored_activation(files / "silent.safetensors") is None
+    Backbone.checked(gelu, str(files / "silent.safetensors"))
+    Backbone.build(gelu, None).save_weights(files / "other.safetensors")
+    with pytest.raises(UserError, match=r"trained without QuickGELU .* is with it; set .quick_gelu.: false in it"):
+        Backbone.checked(quick, str(files / "other.safetensors"))
+
+
+def test_files_that_are_no_state_dict_of_open_clips_are_called_what_they_are(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "ViT-B-32.pt"))
+    with pytest.raises(UserError, match=r"ViT-B-32.pt is a TorchScript archive, .* not run; .* pretrained: openai"):
+        Backbone.checked(config, str(tmp_path / "ViT-B-32.pt"))
+    save_file({"text_model.embeddings.token_embedding.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.safetensors .* are a Hugging Face model's .* needed are open_clip's"):
+        Backbone.checked(config, str(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a folder of a Hugging Face model, whose tensors"):
+        Backbone.checked(config, str(tmp_path))
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    save_file({"a": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match=r"name its file .*/open_clip_model.safetensors, and .*config.json as arch"):
+        Backbone.checked(config, str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"is a folder; name a .safetensors or .pt file in it"):
+        Backbone.checked(config, str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("pretrained", ["laion2b_s34b_b79k", "hf-hub:owner/model"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from data_prep.build.build import prepare
@@ -144,6 +145,20 @@ def test_weights_that_are_lost_or_of_another_network_are_refused(sound: Dataset,
     own = Backbone.build("tiny", None)
     save_file(own.clip.state_dict(), tmp_path / "tiny.safetensors")
     settings = [f"backbone.pretrained={tmp_path}/tiny.safetensors", *QUICK]
+    assert check_training(job_config("demo", settings), sound) == []
+
+
+def test_a_file_that_tells_nothing_of_its_activation_is_warned_of(
+    sound: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it may be of open_clip's twin with QuickGELU; its own JSON is a user's own network."""
+    monkeypatch.setattr(Backbone, "checked", staticmethod(lambda name, _: Backbone.build(name, None, device="meta")))
+    save_file({"a": torch.zeros(1)}, tmp_path / "some.safetensors")
+    for architecture, state in (("ViT-B-32", "without"), ("ViT-B-32-quickgelu", "with")):
+        settings = [f"backbone.pretrained={tmp_path}/some.safetensors", f"backbone.architecture={architecture}", *QUICK]
+        lines = check_training(job_config("demo", settings), sound)
+        assert [line for line in lines if f"with QuickGELU, and {architecture} is {state} it" in line]
+    settings = [f"backbone.pretrained={tmp_path}/some.safetensors", *QUICK]
     assert check_training(job_config("demo", settings), sound) == []
 
 
