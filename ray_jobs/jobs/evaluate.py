@@ -1,6 +1,6 @@
 """The job `dsmip evaluate`: exact ranking of one model on one split, in this process without Ray, or on Ray workers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -67,6 +67,8 @@ def evaluate_run(
                 evaluated = evaluate_model(evaluation, named, options=options, progress=progress, candidates=candidates)
     _show(evaluated.metrics, verbose=verbose)
     if "experts" in evaluated.metrics:
+        for line in missing_image_notes(evaluated.metrics["experts"]["best"], _image_alone(run)):
+            say(line)
         _show_oracle(run, split, list(evaluated.metrics["experts"]["best"]))
     say(f"  {run.storage}/{evaluation_name(split, evaluated.metrics['model'])}/metrics.json")
     return evaluated.metrics
@@ -108,6 +110,26 @@ def _show_experts(best: Mapping[str, Mapping[str, float]]) -> None:
         hits = f"{found['hits@1']:.3f}" if "hits@1" in found else ""
         table.add_row(f"  {name}", f"{found['mentions']:.0f}", f"{found['without_image']:.0f}", hits)
     result_console().print(table)
+
+
+def missing_image_notes(best: Mapping[str, Mapping[str, float]], image_alone: Collection[str]) -> Iterator[str]:
+    """Why an expert scored the best entity of mentions of which it knows nothing.
+
+    Args:
+        best: By expert, as in metrics.json.
+        image_alone: Experts that look at pictures alone.
+    """
+    for name in image_alone:
+        if name in best and (count := int(best[name]["without_image"])):
+            yield (
+                f"  {name} knows nothing of {count} of its mentions: they have no picture. Nothing forbids the gate to "
+                "choose it (docs/evaluation.md); it learns not to where training mentions lack pictures too"
+            )
+
+
+def _image_alone(run: Run) -> list[str]:
+    formats = {name: run.system.item_format(run.config.system, name) for name in run.part_names}
+    return [name for name, form in formats.items() if form.modalities == ("image",)]
 
 
 def _show_oracle(run: Run, split: str, experts: Sequence[str]) -> None:

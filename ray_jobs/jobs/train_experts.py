@@ -14,7 +14,7 @@ from dsmip.runs.checks import check_training
 from dsmip.runs.load_config import read_config, to_yaml
 from dsmip.runs.run import Run
 from dsmip.runs.status import TrainingState, read_status
-from dsmip.storage.locations import Location
+from dsmip.storage.locations import Location, open_run_storage
 from dsmip.training.stages import check_held_out, train_part
 from dsmip.training.trackers import Watched, check_tools
 from ray_jobs.cluster.resources import check_before_start
@@ -34,10 +34,11 @@ def train_experts(
         JobFailed: After all other parts have ended.
     """
     check_tools(config.watch)
+    storage = open_run_storage(location)  # or the address is refused
     for line in check_training(config, dataset):
         display.say(line)
     check_held_out(dataset, config.held_out)
-    run = Run.create(location, config, dataset)
+    run = Run.create(storage, config, dataset)
     display.interrupted = lambda: _saved(run)
     with run.recorded("train"):
         train_parts(run, [(run, part) for part in run.part_names], display, verbose=verbose)

@@ -19,7 +19,7 @@ from dsmip.runs.provenance import RECORDS
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import write_json
 from ray_jobs import cli
-from ray_jobs.jobs.evaluate import evaluate_run
+from ray_jobs.jobs.evaluate import evaluate_run, missing_image_notes
 from tests.support.full_disk import small_files
 from tests.support.small_release import plain_release
 
@@ -147,3 +147,11 @@ def test_full_disks(dsmip: Dsmip, run: Run, small_data: Dataset, tmp_path: Path)
             f"error: a file has become larger than allowed on the disk of {folder}; raise the limit (ulimit -f)",
         )
         assert sorted(folder.iterdir()) == before
+
+
+def test_mentions_of_which_an_expert_knows_nothing() -> None:
+    best = {"text": {"mentions": 9, "without_image": 4}, "visual": {"mentions": 11, "without_image": 2}}
+    (line,) = missing_image_notes(best, ["visual"])
+    assert line.startswith("  visual knows nothing of 2 of its mentions: they have no picture.")
+    assert list(missing_image_notes({"visual": {"mentions": 11, "without_image": 0}}, ["visual"])) == []
+    assert list(missing_image_notes({"text": best["text"]}, ["visual"])) == []
