@@ -169,8 +169,9 @@ def train(
 ) -> None:
     """Stage one: trains all parts of the system at once. Run again, it resumes."""
     from dsmip.runs.load_config import job_config, shadowed
+    from dsmip.runs.moved_files import found_beside
 
-    settings = job_config(config, set or [])
+    settings = found_beside(job_config(config, set or []), config)
     from dsmip.data.dataset import Dataset
     from ray_jobs.jobs.train_experts import train_experts
     from ray_jobs.terminal.display import Display

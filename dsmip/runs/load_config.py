@@ -5,7 +5,7 @@ The one place that turns a configuration's text into a validated object, with th
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -81,9 +81,14 @@ def to_yaml(config: ExperimentConfig) -> str:
     return _yaml(config.model_dump(mode="json"))
 
 
-def key_text(config: ExperimentConfig) -> str:
-    """What stands for the configuration in a key (`dsmip.keys.key_tree`), as YAML text."""
-    return _yaml(key_tree(config))
+def key_text(config: ExperimentConfig, names: Mapping[str, str] | None = None) -> str:
+    """What stands for the configuration in a key (`dsmip.keys.key_tree`), as YAML text.
+
+    Args:
+        names: Other ones of the files in it.
+    """
+    tree = key_tree(config)
+    return _yaml(with_files(tree, lambda name: names.get(name, name)) if names else tree)
 
 
 def _yaml(tree: Mapping[str, Any]) -> str:
@@ -137,14 +142,21 @@ def _with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 def _absolute(tree: Any) -> Any:
     """The tree with absolute names of the weight and model files in it that exist; `~` is a home folder in all."""
+    return with_files(tree, _absolute_name)
+
+
+def _absolute_name(name: str) -> str:
+    path = _in_home(name)
+    return str(path.resolve()) if path.is_file() else str(path)
+
+
+def with_files(tree: Any, rename: Callable[[str], str]) -> Any:
+    """A configuration's tree with other names of the weight and model files in it."""
     if isinstance(tree, dict):
-        return {key: _absolute(value) for key, value in tree.items()}
+        return {key: with_files(value, rename) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_absolute(value) for value in tree]
-    if isinstance(tree, str) and Path(tree).suffix in _FILES:
-        path = _in_home(tree)
-        return str(path.resolve()) if path.is_file() else str(path)
-    return tree
+        return [with_files(value, rename) for value in tree]
+    return rename(tree) if isinstance(tree, str) and Path(tree).suffix in _FILES else tree
 
 
 def _in_home(name: str) -> Path:

@@ -2,7 +2,7 @@
 
 It lies in a folder or in an object store (`dsmip.storage.run_storage`):
 
-<run>/run.json                    written first: data hash and folder; a run of other data is refused. And what made it
+<run>/run.json                    written first: data hash and folder, hashes of other files; and what made it
 <run>/records/                    what each command was run on, and how it ended
 <run>/config.yaml                 the whole configuration
 <run>/<part>/weights.safetensors  a finished part (or whole system), with part.json (metrics, history) last
@@ -34,6 +34,7 @@ from dsmip.errors import UserError
 from dsmip.models import find_system
 from dsmip.models.base import System
 from dsmip.runs.load_config import load_config, to_yaml
+from dsmip.runs.moved_files import FILES, by_content, found_again, noted_files, noted_in
 from dsmip.runs.provenance import environment, recorded
 from dsmip.runs.weights import load_own_weights, own_weights, save_weights
 from dsmip.storage.locations import Location, open_run_storage
@@ -75,11 +76,14 @@ class Run:
                         "use another --run folder, or the same configuration to resume"
                     )
                 storage.delete(TRAININGS)
-            if run.config != config:
+            if load_config(str(storage.folder / CONFIG)) != config:
                 storage.write_text(CONFIG, to_yaml(config))
-            return Run(storage, config, dataset)
+            run = Run(storage, config, dataset)
+            run.note_files()
+            return run
         made = {  # before anything is written: this takes a while, and may be interrupted
             "data": {"folder": dataset.location, "name": dataset.manifest.name, "sha256": dataset.manifest_hash},
+            FILES: noted_files(config, storage, {}),
             "seed": config.seed,
             "made": environment(),
             "id": uuid.uuid4().hex,
@@ -123,7 +127,7 @@ class Run:
             )
         if not (storage.folder / CONFIG).is_file():
             raise UserError(f"run {storage} is damaged (no {CONFIG}); train into another --run folder")
-        return Run(storage, load_config(str(storage.folder / CONFIG)), dataset)
+        return Run(storage, _stored_config(storage, storage.folder / CONFIG), dataset)
 
     def remember_data(self) -> None:
         """Writes down where the data lies now, for commands that are not told."""
@@ -131,6 +135,18 @@ class Run:
         if stamp["data"]["folder"] != self.dataset.location:
             stamp["data"]["folder"] = self.dataset.location
             self.storage.write_json(STAMP, stamp)
+
+    def note_files(self) -> dict[str, str]:
+        """Writes down the files that the configuration names, where that is news.
+
+        Returns:
+            What stands for their names in keys that a move does not change.
+        """
+        stamp = _stamp(self.storage)
+        noted = noted_files(self.config, self.storage, noted_in(stamp))
+        if noted != noted_in(stamp):
+            self.storage.write_json(STAMP, {**stamp, FILES: noted})
+        return by_content(noted)
 
     @cached_property
     def storage(self) -> RunStorage:
@@ -248,7 +264,7 @@ class Run:
     def whole_config(self) -> ExperimentConfig:
         """The configuration that the best trial chose (temperature, gate width, experts ...)."""
         path = self.folder / self.system.name / CONFIG
-        return load_config(str(path)) if path.is_file() else self.config
+        return _stored_config(self.storage, path) if path.is_file() else self.config
 
     def _check_finished(self, part: str) -> None:
         if not self.is_finished(part):
@@ -280,6 +296,11 @@ def data_of_run(storage: RunStorage) -> RunData:
     return RunData(**_stamp(storage)["data"])
 
 
+def _stored_config(storage: RunStorage, path: Path) -> ExperimentConfig:
+    """A configuration that a run keeps in the file `path`; files that have moved with the run are found again."""
+    return found_again(load_config(str(path)), storage, noted_in(_stamp(storage)))
+
+
 def _stamp(storage: RunStorage) -> dict[str, Any]:
     path = storage.folder / STAMP
     if not path.is_file():
@@ -288,6 +309,7 @@ def _stamp(storage: RunStorage) -> dict[str, Any]:
 
 
 def _checked_stamp(stamp: Any) -> dict[str, Any]:
+    noted_in(stamp)
     return {**stamp, "data": {key: str(stamp["data"][key]) for key in ("folder", "name", "sha256")}}
 
 

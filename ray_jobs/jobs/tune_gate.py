@@ -47,7 +47,7 @@ def tune_gate(
     check_tools(config.watch)
     trials = draw_trials(config, seed)
     stamp = _checked_stamp(run, trials, seed)
-    if _is_saved(run, stamp):
+    if run.is_finished(run.system.name) and run.part_report(run.system.name).get("sweep") == stamp:
         display.say(f"  sweep finished already: {best_trial(run.part_report(run.system.name))}")
         return run.part_report(run.system.name)
     check_trials([(trial.changes, trial.config) for trial in trials])
@@ -80,22 +80,29 @@ def _check_config(run: Run, config: ExperimentConfig) -> None:
 
 def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
     """Hash of what the sweep is. UserError when the run holds another sweep."""
-    stamp = sweep_key(trials, seed)
+    stamp = sweep_key(trials, seed, run.note_files())
     path = run.folder / SWEEP
     if path.is_file():
         remedy = f"; delete {run.storage}/tune to start anew"
-        found, seed, num_trials = read_json(path, lambda it: (it["sha256"], it["seed"], len(it["trials"])), remedy)
+        found, its_seed, num_trials = read_json(path, lambda it: (it["sha256"], it["seed"], len(it["trials"])), remedy)
+        if found == sweep_key(trials, seed):  # of an older version, which had the names of files in it
+            return str(found)
         if found != stamp:
             raise UserError(
-                f"{run.storage}/tune holds another sweep (seed {seed}, {num_trials} trials, or "
+                f"{run.storage}/tune holds another sweep (seed {its_seed}, {num_trials} trials, or "
                 "other settings); repeat that one to resume it, or delete the folder to start anew"
             )
     return stamp
 
 
-def sweep_key(trials: Sequence[Trial], seed: int) -> str:
-    """Hex digest of what a sweep is: its seed and its trials' configurations, without what only shows figures."""
-    text = json.dumps([seed, *(key_text(trial.config.model_copy(update={"watch": ()})) for trial in trials)])
+def sweep_key(trials: Sequence[Trial], seed: int, names: Mapping[str, str] | None = None) -> str:
+    """Hex digest of what a sweep is: its seed and its trials' configurations, without what only shows figures.
+
+    Args:
+        names: What stands for the names of files in it.
+    """
+    configs = (trial.config.model_copy(update={"watch": ()}) for trial in trials)
+    text = json.dumps([seed, *(key_text(config, names) for config in configs)])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -194,7 +201,3 @@ def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float]
     report = {**result, "trial": best, "changes": changes, "mrr": dict(results), "sweep": stamp}
     target.write_json(PART, report)
     return run.part_report(run.system.name)
-
-
-def _is_saved(run: Run, stamp: str) -> bool:
-    return run.is_finished(run.system.name) and run.part_report(run.system.name).get("sweep") == stamp
