@@ -1,5 +1,6 @@
-"""A check: one question about every mention, or every entity, and which of them it is true of."""
+"""A check: one question about every mention, or every entity, which of them it is true of, and how many that are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.inspection.columns import Flags, Hashes, Ints
+from data_prep.inspection.meanings import Meaning
 
 NOBODY = -1
 
@@ -16,11 +18,10 @@ class Check:
     """A question and its answer.
 
     Attributes:
-        name: The key in JSON.
+        name: The key in JSON and in `meanings`.
         label: The words in tables.
         hits: Of which rows it is true.
         of: Which rows it is asked of; the others count nowhere.
-        flaw: Whether a hit is a fault of the data rather than a figure to know.
         partner: By row, the other record that shows the fault: its row, or NOBODY.
         partner_kind: What that record is.
     """
@@ -29,9 +30,31 @@ class Check:
     label: str
     hits: Flags
     of: Flags
-    flaw: bool = False
     partner: Ints | None = None
     partner_kind: Literal["mention", "entity"] = "mention"
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many of how many."""
+
+    count: int
+    of: int
+
+    @property
+    def share(self) -> float | None:
+        """Their quotient; None where the question is asked of nobody."""
+        return self.count / self.of if self.of else None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A check's counts by split, or by "kb"; of nobody where it is not asked."""
+
+    name: str
+    label: str
+    meaning: Meaning
+    counts: Mapping[str, Count]
 
 
 def groups_of(keys: Hashes | Ints) -> Ints:

@@ -96,7 +96,7 @@ def _shared_by_splits(columns: Columns, owner: Ints, of_entity: Flags, alikes: l
             hits = of & (partner != NOBODY)
             label = f"picture is{alike.words} in {split} too"
             partner = np.where(hits, partner, NOBODY)
-            checks.append(Check(f"picture_{alike.name}_in_{split}", label, hits, of, True, partner))
+            checks.append(Check(f"picture_{alike.name}_in_{split}", label, hits, of, partner))
     return checks
 
 
@@ -109,7 +109,7 @@ def _of_other_entities(columns: Columns, owner: Ints, of_entity: Flags, alikes: 
         partner = _by_owner(owner[mine], _other(low, high, gold_P), len(gold_M))
         hits, label = partner != NOBODY, f"picture is{alike.words} another entity's"
         of = columns.mentions.has_image
-        checks.append(Check(f"picture_{alike.name}_of_another", label, hits, of, True, partner, "entity"))
+        checks.append(Check(f"picture_{alike.name}_of_another", label, hits, of, partner, "entity"))
     return checks
 
 
@@ -121,7 +121,7 @@ def _shared_by_entities(columns: Columns, owner: Ints, of_entity: Flags, alikes:
         mine = owner[of_entity]
         partner = _by_owner(mine, _other(low, high, mine), len(num_images))
         hits, label = partner != NOBODY, f"a picture is{alike.words} another entity's too"
-        checks.append(Check(f"picture_{alike.name}_shared", label, hits, num_images > 0, True, partner, "entity"))
+        checks.append(Check(f"picture_{alike.name}_shared", label, hits, num_images > 0, partner, "entity"))
     return checks
 
 
@@ -141,7 +141,7 @@ def _beside_gold(columns: Columns) -> list[Check]:
     for name, words, pairs in (("exact", "", exact), ("near", " or nearly", exact | near)):
         hits = np.zeros(len(gold_M), np.bool_)
         hits[mine.owner[left[pairs]]] = True
-        checks.append(Check(f"picture_{name}_of_gold", f"picture is{words} one of its gold's", hits, of, True))
+        checks.append(Check(f"picture_{name}_of_gold", f"picture is{words} one of its gold's", hits, of))
     return checks
 
 
@@ -153,7 +153,7 @@ def _useless(images: ImageColumns, shown: Flags, subject: str) -> list[Check]:
     ):
         hits = np.zeros(len(shown), np.bool_)
         hits[images.owner[hits_P]] = True
-        checks.append(Check(f"picture_{name}", f"{subject} {words}", hits, shown, True))
+        checks.append(Check(f"picture_{name}", f"{subject} {words}", hits, shown))
     return checks
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from data_prep.inspection.batches import SameGold, same_gold_pairs
-from data_prep.inspection.checks import NOBODY, Check
+from data_prep.inspection.checks import NOBODY, Check, Count, Row
 from data_prep.inspection.columns import Columns, Flags, Ints, read_columns
+from data_prep.inspection.findings import Finding, findings_of
 from data_prep.inspection.images import image_checks
+from data_prep.inspection.meanings import OF_ENTITIES, OF_MENTIONS, Meaning
 from data_prep.inspection.texts import entity_checks, mention_checks
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import SPLITS
@@ -20,29 +22,6 @@ _EXAMPLES_OF_A_CHECK = 3
 _SAMPLES_OF_A_SPLIT = 3
 # Whose example is shown, where there is a choice: the split that results are reported on first.
 _SHOWN_FIRST = tuple(reversed(SPLITS))
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """How many of how many."""
-
-    count: int
-    of: int
-
-    @property
-    def share(self) -> float | None:
-        """Their quotient; None where the question is asked of nobody."""
-        return self.count / self.of if self.of else None
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A check's counts by split, or by "kb"; of nobody where it is not asked."""
-
-    name: str
-    label: str
-    flaw: bool
-    counts: Mapping[str, Count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +42,13 @@ class Example:
 
     Attributes:
         title: The check's label, or "sample".
+        finding: The name of the finding that it shows; "" for a sample.
         split: Where they are from, a split or the kb.
         records: Roles and records, to be shown side by side.
     """
 
     title: str
+    finding: str
     split: str
     records: tuple[tuple[str, Mention | Entity], ...]
 
@@ -88,7 +69,8 @@ class Inspection:
         entities: Counts of the checks over entities.
         lengths: Lengths of texts, by split and of the kb.
         same_gold: Pairs with the same gold in training batches.
-        findings: What preparation touched, by action and reason.
+        findings: What was found, judged, the worst first.
+        prepared: What preparation touched, by action and reason.
         samples: Some records of each split.
         examples: Some records that show what the checks found.
     """
@@ -104,7 +86,8 @@ class Inspection:
     entities: tuple[Row, ...]
     lengths: Mapping[str, Lengths]
     same_gold: SameGold
-    findings: Mapping[str, Mapping[str, int]]
+    findings: tuple[Finding, ...]
+    prepared: Mapping[str, Mapping[str, int]]
     samples: tuple[Example, ...]
     examples: tuple[Example, ...]
 
@@ -122,7 +105,8 @@ class Inspection:
             },
             "tokens": {"limit": self.context_length, **{split: asdict(each) for split, each in self.lengths.items()}},
             "same_gold_pairs": asdict(self.same_gold),
-            "prepared": {action: dict(reasons) for action, reasons in self.findings.items()},
+            "findings": [finding.to_json() for finding in self.findings],
+            "prepared": {action: dict(reasons) for action, reasons in self.prepared.items()},
             "examples": [
                 {
                     "check": example.title,
@@ -156,6 +140,11 @@ def inspect_dataset(
     manifest, mentions = dataset.manifest, columns.mentions
     in_split = {split: mentions.split == number for number, split in enumerate(SPLITS)}
     show = _Shower(dataset, columns)
+    rows_M = tuple(_row(check, OF_MENTIONS, in_split) for check in of_mentions)
+    rows_E = tuple(_row(check, OF_ENTITIES, {"kb": np.ones_like(check.of)}) for check in of_entities)
+    same_gold = same_gold_pairs(
+        mentions.gold[in_split["train"]], [len(samples) for _, samples in dataset.samples_of("train")]
+    )
     return Inspection(
         name=manifest.name,
         licence=manifest.licence,
@@ -164,25 +153,24 @@ def inspect_dataset(
         sizes={split: dataset.num_mentions(split) for split in SPLITS} | {"kb": dataset.num_entities},
         context_length=columns.context_length,
         golds=_golds(columns, in_split),
-        mentions=tuple(_row(check, in_split) for check in of_mentions),
-        entities=tuple(_row(check, {"kb": np.ones_like(check.of)}) for check in of_entities),
+        mentions=rows_M,
+        entities=rows_E,
         lengths={split: _lengths(mentions.positions[inside], columns) for split, inside in in_split.items()}
         | {"kb": _lengths(columns.entities.positions, columns)},
-        same_gold=same_gold_pairs(
-            mentions.gold[in_split["train"]], [len(samples) for _, samples in dataset.samples_of("train")]
-        ),
-        findings={"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded},
+        same_gold=same_gold,
+        findings=findings_of(rows_M, rows_E, same_gold),
+        prepared={"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded},
         samples=tuple(show.samples(in_split)),
         examples=tuple(show.examples(of_mentions, of_entities, in_split)),
     )
 
 
-def _row(check: Check, splits: Mapping[str, Flags]) -> Row:
+def _row(check: Check, meanings: Mapping[str, Meaning], splits: Mapping[str, Flags]) -> Row:
     counts = {
         split: Count(int((check.hits & check.of & inside).sum()), int((check.of & inside).sum()))
         for split, inside in splits.items()
     }
-    return Row(check.name, check.label, check.flaw, counts)
+    return Row(check.name, check.label, meanings[check.name], counts)
 
 
 def _golds(columns: Columns, in_split: Mapping[str, Flags]) -> dict[str, Count]:
@@ -218,23 +206,23 @@ class _Shower:
             rows = np.flatnonzero(inside)
             picked = rows[np.linspace(0, len(rows) - 1, min(_SAMPLES_OF_A_SPLIT, len(rows))).astype(np.int64)]
             for row in picked.tolist():
-                yield Example("sample", split, self._mention(row, "mention"))
+                yield Example("sample", "", split, self._mention(row, "mention"))
 
     def examples(
         self, of_mentions: Sequence[Check], of_entities: Sequence[Check], in_split: Mapping[str, Flags]
     ) -> Iterator[Example]:
         for check in of_mentions:
-            if check.flaw or check.partner is not None:
+            if OF_MENTIONS[check.name].kind != "property" or check.partner is not None:
                 hits = check.hits & check.of
                 rows = np.concatenate([np.flatnonzero(hits & in_split[split]) for split in _SHOWN_FIRST])
                 for row in rows[:_EXAMPLES_OF_A_CHECK].tolist():
                     records = self._mention(row, "mention") + self._partner(check, row)
-                    yield Example(check.label, SPLITS[self._split[row]], records)
+                    yield Example(check.label, check.name, SPLITS[self._split[row]], records)
         for check in of_entities:
-            if check.flaw or check.partner is not None:
+            if OF_ENTITIES[check.name].kind != "property" or check.partner is not None:
                 for row in np.flatnonzero(check.hits & check.of)[:_EXAMPLES_OF_A_CHECK].tolist():
                     records = (("entity", self._dataset.entity(row)), *self._partner(check, row))
-                    yield Example(check.label, "kb", records)
+                    yield Example(check.label, f"kb_{check.name}", "kb", records)
 
     def _partner(self, check: Check, row: int) -> tuple[tuple[str, Mention | Entity], ...]:
         other = NOBODY if check.partner is None else int(check.partner[row])

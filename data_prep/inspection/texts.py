@@ -17,14 +17,13 @@ def mention_checks(columns: Columns) -> list[Check]:
         Check("gold_with_picture", "gold has a picture", has_gold_image, everyone),
         Check("both_with_picture", "both have one", mentions.has_image & has_gold_image, everyone),
         Check("neither_with_picture", "neither has one", ~mentions.has_image & ~has_gold_image, everyone),
-        Check("without_sentence", "has no sentence", ~mentions.has_sentence, everyone, flaw=True),
-        Check("word_absent", "word is not in the sentence", ~mentions.has_word, mentions.has_sentence, flaw=True),
+        Check("without_sentence", "has no sentence", ~mentions.has_sentence, everyone),
+        Check("word_absent", "word is not in the sentence", ~mentions.has_word, mentions.has_sentence),
         Check(
             "text_cut",
             f"text is cut at {columns.context_length} tokens",
             mentions.positions > columns.context_length,
             everyone,
-            flaw=True,
         ),
         *_ambiguity(columns, everyone),
         *_unseen(columns, everyone),
@@ -42,17 +41,16 @@ def entity_checks(columns: Columns) -> list[Check]:
     is_gold = np.isin(np.arange(len(everyone)), columns.mentions.gold)
     return [
         Check("with_picture", "has a picture", entities.num_images > 0, everyone),
-        Check("without_attributes", "has no attributes", ~entities.has_attributes, everyone, flaw=True),
+        Check("without_attributes", "has no attributes", ~entities.has_attributes, everyone),
         Check(
             "text_cut",
             f"text is cut at {columns.context_length} tokens",
             entities.positions > columns.context_length,
             everyone,
-            flaw=True,
         ),
         Check("gold_of_a_mention", "is the gold of a mention", is_gold, everyone),
-        Check("name_shared", "another entity has its name", namesake != NOBODY, everyone, False, namesake, "entity"),
-        Check("duplicate", "another has its name and attributes", copy != NOBODY, everyone, True, copy, "entity"),
+        Check("name_shared", "another entity has its name", namesake != NOBODY, everyone, namesake, "entity"),
+        Check("duplicate", "another has its name and attributes", copy != NOBODY, everyone, copy, "entity"),
     ]
 
 
@@ -77,7 +75,6 @@ def _ambiguity(columns: Columns, everyone: Flags) -> list[Check]:
             "word is another entity's name, not the gold's",
             known & ~is_name,
             everyone,
-            False,
             name_bearer.astype(np.int64),
             "entity",
         ),
@@ -86,7 +83,6 @@ def _ambiguity(columns: Columns, everyone: Flags) -> list[Check]:
             "word is ambiguous: it links to several golds",
             other_golds != NOBODY,
             everyone,
-            False,
             other_golds,
         ),
         Check(
@@ -94,7 +90,6 @@ def _ambiguity(columns: Columns, everyone: Flags) -> list[Check]:
             "gold has a duplicate in the kb",
             _twins(entities)[mentions.gold] != NOBODY,
             everyone,
-            True,
             _twins(entities)[mentions.gold],
             "entity",
         ),
@@ -118,9 +113,7 @@ def _shared_sentences(columns: Columns) -> list[Check]:
         of = mentions.split != number
         hits = of & mentions.has_sentence & (partner != NOBODY)
         checks.append(
-            Check(
-                f"sentence_in_{split}", f"sentence is in {split} too", hits, of, True, np.where(hits, partner, NOBODY)
-            )
+            Check(f"sentence_in_{split}", f"sentence is in {split} too", hits, of, np.where(hits, partner, NOBODY))
         )
     return checks
 
@@ -131,13 +124,12 @@ def _repeats(columns: Columns, everyone: Flags) -> list[Check]:
     same = other_of_group(combine(text, mentions.gold), everyone)
     against = _other_gold(text, mentions.gold)
     return [
-        Check("duplicate", "another mention has its word, sentence and gold", same != NOBODY, everyone, True, same),
+        Check("duplicate", "another mention has its word, sentence and gold", same != NOBODY, everyone, same),
         Check(
             "contradicted",
             "another has its word and sentence, but not its gold",
             against != NOBODY,
             everyone,
-            True,
             against,
         ),
     ]

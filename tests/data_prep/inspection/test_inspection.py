@@ -16,7 +16,7 @@ from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from data_prep.inspection.batches import same_gold_pairs
 from data_prep.inspection.image_hash import MAX_BITS, MAX_COLOUR, near_pairs, read_signature
-from data_prep.inspection.page import write_page
+from data_prep.inspection.presentation.page import write_page
 from data_prep.inspection.report import Inspection, inspect_dataset
 from dsmip.data.dataset import Dataset
 from ray_jobs import cli

@@ -1,21 +1,29 @@
-"""The page of an inspection, which needs no other file: tables, sample records and examples with their images."""
+"""The page of an inspection, which needs no other file: findings and what they mean, figures, records and their images.
+
+It has no script: its tables are sorted when they are written.
+"""
 
 import base64
 import io
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from PIL import Image
 
+from data_prep.inspection.findings import VERDICTS, Finding, percent, touched
+from data_prep.inspection.presentation.tables import VERDICT_NOTE, figure_tables
 from data_prep.inspection.report import Example, Inspection
-from data_prep.inspection.tables import tables
 from dsmip.data.records import Entity, Mention
 from dsmip.storage.atomic import write_text
 
 _IMAGE_SIDE = 128
 _IMAGE_QUALITY = 75
 _TEXT_CHARACTERS = 400
+_OPTION = re.compile(r"--[a-z][a-z-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +48,47 @@ class _Card:
 def write_page(found: Inspection, path: Path) -> None:
     """Writes the page to a file, whole or not at all."""
     environment = Environment(
-        loader=PackageLoader("data_prep.inspection", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("data_prep.inspection.presentation", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    examples: dict[str, list[tuple[str, list[_Card]]]] = {}
-    for example in found.examples:
-        examples.setdefault(example.title, []).append((example.split, _cards(example)))
+    environment.filters |= {"percent": percent, "options_whole": _options_whole}
     page = environment.get_template("page.html.j2").render(
         found=found,
-        tables=tables(found),
+        findings={
+            kind: [finding for finding in found.findings if finding.meaning.kind == kind]
+            for kind in ("leak", "flaw", "property")
+        },
+        verdicts=_verdicts(found.findings),
+        verdict_note=VERDICT_NOTE,
+        tables=figure_tables(found),
+        touched=touched(found.prepared),
         samples=[(example.split, _cards(example)) for example in found.samples],
-        examples=examples,
+        examples=_examples(found),
     )
     write_text(path, page)
+
+
+def _options_whole(text: str) -> Markup:
+    """A text whose options (`--split`) are not broken at a line's end."""
+    return Markup(_OPTION.sub(r'<span class="option">\g<0></span>', str(escape(text))))
+
+
+def _verdicts(findings: Sequence[Finding]) -> list[tuple[str, int]]:
+    """How many findings have each verdict, the worst first."""
+    return [(verdict, sum(finding.verdict == verdict for finding in findings)) for verdict in VERDICTS]
+
+
+def _examples(found: Inspection) -> dict[str, tuple[str, list[tuple[str, list[_Card]]]]]:
+    """Titles and examples by finding, in the order of the findings."""
+    examples: dict[str, tuple[str, list[tuple[str, list[_Card]]]]] = {}
+    for finding in found.findings:
+        shown = [(each.split, _cards(each)) for each in found.examples if each.finding == finding.name]
+        if shown:
+            examples[finding.name] = (finding.label, shown)
+    return examples
 
 
 def _cards(example: Example) -> list[_Card]:
