@@ -1,4 +1,4 @@
-"""What each finding of an inspection means for training and figures, and what to do about it, in words.
+"""Meanings and remedies: each finding of an inspection in words, for training and for figures.
 
 Keys are the names of checks, and the reasons in `rejects.jsonl`. Texts of batches take figures in braces.
 """

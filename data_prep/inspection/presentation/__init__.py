@@ -1,1 +1,1 @@
-"""How an inspection is shown: `tables` are the same for a terminal and for the page, `page` writes the page."""
+"""The two forms of an inspection: `tables`, the same for a terminal and for the page, and the page itself."""
