@@ -2,8 +2,11 @@
 
 import difflib
 import importlib
+import inspect
 import pkgutil
+from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 from dsmip.errors import UserError
 from dsmip.models.base import System
@@ -14,7 +17,15 @@ def systems() -> dict[str, type[System]]:
     """All systems by name."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {system.name: system for system in System.__subclasses__()}
+    return {system.name: system for system in _subclasses(System)}
+
+
+def _subclasses(of: type[Any]) -> Iterator[type[System]]:
+    """Those that can be built, in the order of their definition."""
+    for system in of.__subclasses__():
+        if not inspect.isabstract(system):
+            yield system
+        yield from _subclasses(system)
 
 
 def find_system(name: str) -> type[System]:

@@ -97,3 +97,30 @@ class System(ABC):
     @abstractmethod
     def build_whole(cls, config: ExperimentConfig) -> Matcher:
         """The whole system on cached features, without towers."""
+
+
+class OnePartSystem(System):
+    """A system of one part, which has the system's name and, without its towers, is the whole: there is no gate."""
+
+    gated: ClassVar[bool] = False
+
+    @classmethod
+    def part_names(cls, section: Any) -> tuple[str, ...]:
+        return (cls.name,)
+
+    @classmethod
+    def feature_parts(cls, section: Any) -> tuple[str, ...]:
+        return (cls.name,)
+
+    @classmethod
+    def choices(cls, section: Any) -> tuple[str, ...]:
+        return ()
+
+    @classmethod
+    def build_encoder(cls, part: str, config: ExperimentConfig) -> FeatureEncoder:
+        return cls.build_part(part, config, with_encoder=True)
+
+    @classmethod
+    def build_whole(cls, config: ExperimentConfig) -> Matcher:
+        """The part without its towers: it scores the part's features as they are, without a prefix."""
+        return cls.build_part(cls.name, config, with_encoder=False)

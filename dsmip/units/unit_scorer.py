@@ -1,9 +1,11 @@
-"""The matching units that an expert owns, with the norms and projections before them (MIMIC, Luo et al. 2023).
+"""Matching units with the norms and projections before them (MIMIC, Luo et al. 2023, and what has its form).
 
-Text alone: U_T. Picture alone: U_V. Both: U_T, U_V and the cross unit U_C. Names follow the published state dict.
+MIMIC's and DSMIP's: text alone: U_T; picture alone: U_V; both: U_T, U_V and the cross unit U_C. Names follow the
+published state dict.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from dsmip.data.collate import Modality
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import FeatureSizes, Side
-from dsmip.units.cross_unit import CrossUnit
+from dsmip.units.cross_unit import CrossUnit, FusedUnit
 from dsmip.units.text_unit import TextUnit
 from dsmip.units.visual_unit import VisualUnit
 
@@ -45,22 +47,47 @@ class ImageNorm(nn.Module):
         return global_Nd, tokens.map_rows(lambda x: self.image_tokens_layernorm(self.image_tokens_fc(x)))
 
 
+MakeUnits = Mapping[str, Callable[[], nn.Module]]
+"""How the units named text, image and cross are made; each is a `TextUnit`, a `VisualUnit` or a `FusedUnit`."""
+
+
+def mimic_units(sizes: FeatureSizes, width: int, *, mask_padding: bool = True) -> MakeUnits:
+    """The units of MIMIC and of DSMIP's experts."""
+    return {
+        "text": partial(TextUnit, sizes.embed_width, sizes.text_width, width, mask_padding=mask_padding),
+        "image": partial(VisualUnit, width),
+        "cross": partial(CrossUnit, sizes.embed_width, width),
+    }
+
+
 class UnitScorer(nn.Module):
     """Scores pairs from features: text_global, text_tokens, image_global, image_tokens (those of its modalities)."""
 
     def __init__(
-        self, modalities: Sequence[Modality], sizes: FeatureSizes, width: int, *, mask_padding: bool = True
+        self,
+        modalities: Sequence[Modality],
+        sizes: FeatureSizes,
+        width: int,
+        *,
+        mask_padding: bool = True,
+        units: MakeUnits | None = None,
     ) -> None:
+        """
+        Args:
+            mask_padding: Of MIMIC's text unit.
+            units: Other units than MIMIC's.
+        """
         super().__init__()
+        made = units or mimic_units(sizes, width, mask_padding=mask_padding)
         self.units = nn.ModuleDict()
         if "text" in modalities:
             self.text_norm = TextNorm(sizes.embed_width, sizes.text_width)
-            self.units["text"] = TextUnit(sizes.embed_width, sizes.text_width, width, mask_padding=mask_padding)
+            self.units["text"] = made["text"]()
         if "image" in modalities:
             self.picture_norm = ImageNorm(sizes.embed_width, sizes.vision_width, width)
-            self.units["image"] = VisualUnit(width)
+            self.units["image"] = made["image"]()
         if len(modalities) == 2:
-            self.units["cross"] = CrossUnit(sizes.embed_width, width)
+            self.units["cross"] = made["cross"]()
 
     def prepare_mentions(self, features: Table) -> Table:
         """Everything that the units need of mentions, columns prefixed with the unit's name."""
@@ -71,46 +98,57 @@ class UnitScorer(nn.Module):
         return self._prepare(features, "prepare_entities")
 
     def score(self, mentions: Table, entities: Table, wanted_ME: Tensor | None = None) -> dict[str, Tensor]:
-        """Each unit's scores [M, E], by name; the text unit's lack their token-level half where not wanted (bool)."""
-        scores = {}
-        for name, unit in self.units.items():
-            sides = mentions.under(name), entities.under(name)
-            scores[name] = unit.score(*sides, wanted_ME) if isinstance(unit, TextUnit) else _unit(unit).score(*sides)
+        """Each unit's scores [M, E], by name; a unit with several vectors has one for each, by the vector's name.
+
+        Args:
+            wanted_ME: bool; scores of other pairs lack the text units' token-level half.
+        """
+        scores: dict[str, Tensor] = {}
+        for name in self.units:
+            unit, sides = self._unit(name), (mentions.under(name), entities.under(name))
+            if isinstance(unit, TextUnit):
+                scores[name] = unit.score(*sides, wanted_ME)
+            elif isinstance(unit, FusedUnit) and len(unit.vectors) > 1:
+                scores |= zip(unit.vectors, unit.scores(*sides), strict=True)
+            else:
+                scores[name] = unit.score(*sides)
         return scores
 
+    @property
+    def num_scores(self) -> int:
+        """How many `score` gives."""
+        units = map(self._unit, self.units)
+        return sum(len(unit.vectors) if isinstance(unit, FusedUnit) else 1 for unit in units)
+
     def image_columns(self, prepared: Table) -> list[str]:
-        """Dense columns of prepared items that depend on the picture alone: those of the visual unit."""
-        visual = [name for name, unit in self.units.items() if isinstance(unit, VisualUnit)]
-        return [
-            f"{name}.{column}"
-            for name in visual
-            for column, values in prepared.under(name).columns.items()
-            if not isinstance(values, Ragged)
-        ]
+        """Dense columns of prepared items that depend on the picture alone: those of the unit of pictures."""
+        columns = prepared.under("image").prefixed("image").columns
+        return [name for name, values in columns.items() if not isinstance(values, Ragged)]
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
-        """The units' vectors side by side [N, g]: products are the mean over units of theirs."""
-        blocks = [_unit(unit).global_vectors(prepared.under(name), side) for name, unit in self.units.items()]
+        """The units' vectors side by side [N, g]: products are the mean over all scores of what they stand for."""
+        blocks = [self._unit(name).global_vectors(prepared.under(name), side) for name in self.units]
         vectors_Ng = torch.cat(blocks, dim=-1)
-        return vectors_Ng / len(blocks) if side == "mentions" else vectors_Ng
+        return vectors_Ng / self.num_scores if side == "mentions" else vectors_Ng
 
     def _prepare(self, features: Table, method: str) -> Table:
-        inputs: dict[str, tuple[Tensor, Ragged]] = {}
+        inputs: dict[str, Tensor | Ragged] = {}
         if "text" in self.units:
-            inputs["text"] = self.text_norm(*_float_inputs(features, "text"))
+            inputs["text_global"], inputs["text_tokens"] = self.text_norm(*_float_inputs(features, "text"))
         if "image" in self.units:
-            inputs["image"] = self.picture_norm(*_float_inputs(features, "image"))
-        if "cross" in self.units:
-            inputs["cross"] = (inputs["text"][0], inputs["image"][1])
+            inputs["image_global"], inputs["image_tokens"] = self.picture_norm(*_float_inputs(features, "image"))
         prepared = Table({})
-        for name, unit in self.units.items():
-            prepared = prepared.merged(getattr(unit, method)(*inputs[name]).prefixed(name))
+        for name in self.units:
+            unit = self._unit(name)
+            reads = unit.reads if isinstance(unit, FusedUnit) else (f"{name}_global", f"{name}_tokens")
+            table: Table = getattr(unit, method)(*(inputs[each] for each in reads))
+            prepared = prepared.merged(table.prefixed(name))
         return prepared
 
-
-def _unit(module: nn.Module) -> TextUnit | VisualUnit | CrossUnit:
-    assert isinstance(module, TextUnit | VisualUnit | CrossUnit)
-    return module
+    def _unit(self, name: str) -> TextUnit | VisualUnit | FusedUnit:
+        unit = self.units[name]
+        assert isinstance(unit, TextUnit | VisualUnit | FusedUnit)
+        return unit
 
 
 def _float_inputs(features: Table, modality: Modality) -> tuple[Tensor, Ragged]:

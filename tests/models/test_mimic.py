@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,18 +11,18 @@ from transformers import CLIPConfig, CLIPModel
 from dsmip.config import BackboneConfig, ExperimentConfig
 from dsmip.data.collate import Collator, ItemBatch
 from dsmip.data.records import Entity, Mention
-from dsmip.data.table import Ragged, Table
 from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
-from dsmip.encoders.base import FeatureSizes
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.hugging_face import open_clip_names
 from dsmip.encoders.weights import load_weights
 from dsmip.errors import UserError
-from dsmip.models.mimic import Mimic, MimicConfig, MimicEncoder, MimicMatcher
+from dsmip.models.mimic import Mimic, MimicMatcher
 from dsmip.runs.load_config import load_config, parse_config
 from dsmip.units.matcher import BatchGold
+from dsmip.units.shared_clip import SharedClipEncoder
 from dsmip.units.unit_scorer import UnitScorer
 from tests.support.paths import MIMIC_UNITS
+from tests.support.published import SIZES, WIDTH, published_features, published_weights, stored_values
 
 START, END = 49406, 49407
 NUM_TOKENS = 40
@@ -32,34 +31,23 @@ LENGTHS = (4, 40, 12, 3)
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    return {name: torch.from_numpy(value) for name, value in np.load(MIMIC_UNITS).items()}
+    return stored_values(MIMIC_UNITS)
 
 
 @pytest.fixture(scope="module")
 def published(golden: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("weights/"): t for name, t in golden.items() if name.startswith("weights/")}
+    return published_weights(golden)
 
 
 def golden_matcher() -> MimicMatcher:
-    return MimicMatcher(UnitScorer(("text", "image"), FeatureSizes(64, 96, 64), 24, mask_padding=False))
-
-
-def golden_features(golden: dict[str, Tensor], side: str) -> Table:
-    return Table(
-        {
-            "text_global": golden[f"inputs/{side}_text_cls"],
-            "text_tokens": Ragged.from_padded(golden[f"inputs/{side}_text_tokens"]),
-            "image_global": golden[f"inputs/{side}_image_cls"],
-            "image_tokens": Ragged.from_padded(golden[f"inputs/{side}_image_tokens"]),
-        }
-    )
+    return MimicMatcher(UnitScorer(("text", "image"), SIZES, WIDTH, mask_padding=False))
 
 
 def test_published_weights_give_the_published_scores(golden: dict[str, Tensor], published: dict[str, Tensor]) -> None:
     matcher = golden_matcher()
     matcher.load_published_state_dict(published)
-    mentions = matcher.prepare_mentions(golden_features(golden, "mention"))
-    entities = matcher.prepare_entities(golden_features(golden, "entity"))
+    mentions = matcher.prepare_mentions(published_features(golden, "mention"))
+    entities = matcher.prepare_entities(published_features(golden, "entity"))
     scores = matcher.score(mentions, entities)
     for name, value in {**scores.parts, "mean": scores.total_ME}.items():
         torch.testing.assert_close(value, golden[f"scores/{name}"], atol=1e-4, rtol=1e-5)
@@ -71,7 +59,9 @@ def test_loss_is_the_sum_of_four_contrastive_losses(golden: dict[str, Tensor], p
     column_M = torch.tensor([3, 0, 7, 2, 10])
     excluded = torch.zeros(5, 11, dtype=torch.bool)
     excluded[1, 5] = excluded[4, 2] = True
-    loss = matcher(golden_features(golden, "mention"), golden_features(golden, "entity"), BatchGold(column_M, excluded))
+    loss = matcher(
+        published_features(golden, "mention"), published_features(golden, "entity"), BatchGold(column_M, excluded)
+    )
     expected = torch.zeros(())
     for name in ("mean", "text", "image", "cross"):
         for mention, column in enumerate(column_M.tolist()):
@@ -294,7 +284,7 @@ def test_too_many_tokens_are_refused(config: ExperimentConfig, matcher: MimicMat
     with pytest.raises(ValueError, match="more than 40 tokens"):
         matcher.encode_mentions(ItemBatch(token_ids, items.images, items.has_image))
     with pytest.raises(UserError, match=r"num_tokens 78 exceeds the context length 77"):
-        MimicEncoder(MimicConfig(num_tokens=78), BackboneConfig(architecture=config.backbone.architecture))
+        SharedClipEncoder(BackboneConfig(architecture=config.backbone.architecture), "full", 78, mask_padding=False)
 
 
 def test_shipped_configuration_is_the_published_one() -> None:
