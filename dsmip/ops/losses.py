@@ -1,4 +1,4 @@
-"""The in-batch contrastive loss (DSMIP eqs 17 and 18). M mentions, E entity columns."""
+"""In-batch contrastive losses: DSMIP eqs 17 and 18, and M3EL's within modalities. M mentions, E entity columns."""
 
 import torch
 from torch import Tensor
@@ -26,3 +26,66 @@ def contrastive_losses(scores_ME: Tensor, gold_column_M: Tensor, excluded_ME: Te
 def contrastive_loss(scores_ME: Tensor, gold_column_M: Tensor, excluded_ME: Tensor | None = None) -> Tensor:
     """Sum over mentions of `contrastive_losses`, a scalar (DSMIP eq. 17)."""
     return contrastive_losses(scores_ME, gold_column_M, excluded_ME).sum()
+
+
+def joint_contrast_losses(
+    mentions_Md: Tensor,
+    entities_Ed: Tensor,
+    gold_column_M: Tensor,
+    same_ME: Tensor,
+    *,
+    temperature: float,
+    intra_weight: float,
+) -> Tensor:
+    """Contrast of each mention with its entity, within sides too (M3EL's intra-modal loss), float [M].
+
+    Of vectors of length one: -log softmax over [mention against all entities | intra_weight * mention against all
+    mentions], and the same from its entity's side; the mean of both. A vector against itself counts as 0, not as
+    nothing: so it is published. What has the same gold is no negative.
+
+    Args:
+        mentions_Md, entities_Ed: float, of any length.
+        same_ME: bool [M, E], True where the entity is the mention's gold in another column.
+        temperature: Cosines are divided by it.
+
+    >>> pair = torch.tensor([[3.0, 0.0]])
+    >>> settings = {"temperature": 1.0, "intra_weight": 0.8}
+    >>> loss = joint_contrast_losses(pair, pair, torch.tensor([0]), torch.tensor([[False]]), **settings)
+    >>> bool(torch.isclose(loss[0], torch.tensor(1 + 2.718281828**-1).log()))
+    True
+    """
+    mentions_Md, entities_Ed = F.normalize(mentions_Md, dim=-1), F.normalize(entities_Ed, dim=-1)
+    golds_Md, row_M = entities_Ed[gold_column_M], torch.arange(len(gold_column_M), device=gold_column_M.device)
+    same_MM = same_ME[:, gold_column_M] | (gold_column_M[:, None] == gold_column_M)  # [i, j]: i and j have one gold
+    self_ME = F.one_hot(gold_column_M, len(entities_Ed)).bool()
+    self_MM = F.one_hot(row_M, len(row_M)).bool()
+
+    def logits(own_Md: Tensor, other_Nd: Tensor, excluded_MN: Tensor, kept_MN: Tensor) -> Tensor:
+        return (own_Md @ other_Nd.T / temperature).masked_fill(excluded_MN & ~kept_MN, -torch.inf)
+
+    def inside(own_Md: Tensor, own_Nd: Tensor, excluded_MN: Tensor, self_MN: Tensor) -> Tensor:
+        return intra_weight * logits(own_Md, own_Nd, excluded_MN, self_MN).masked_fill(self_MN, 0.0)
+
+    forth_M = F.cross_entropy(
+        torch.cat(
+            [
+                logits(mentions_Md, entities_Ed, same_ME, self_ME),
+                inside(mentions_Md, mentions_Md, same_MM, self_MM),
+            ],
+            dim=1,
+        ),
+        gold_column_M,
+        reduction="none",
+    )
+    back_M = F.cross_entropy(
+        torch.cat(
+            [
+                logits(golds_Md, mentions_Md, same_MM, self_MM),
+                inside(golds_Md, entities_Ed, same_ME, self_ME),
+            ],
+            dim=1,
+        ),
+        row_M,
+        reduction="none",
+    )
+    return (forth_M + back_M) / 2

@@ -124,6 +124,14 @@ class Matcher(nn.Module, ABC):
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
         """Training loss summed over the M mentions (a scalar): prepare, score, contrast."""
 
+    @property
+    def loss_is_of_whole_batch(self) -> bool:
+        """True when a mention's loss depends on the batch's other mentions, not only on its columns.
+
+        With several workers it then is of each worker's own share of the mentions.
+        """
+        return False
+
     @abstractmethod
     def encoder_trains(self) -> bool:
         """True when encode_* has trainable parameters: features then change during training and cannot be cached."""

@@ -1,11 +1,13 @@
-"""The contrastive loss against the written-out formula."""
+"""The contrastive losses against the written-out formulas."""
 
 import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from dsmip.ops.losses import contrastive_loss
+from dsmip.ops.losses import contrastive_loss, joint_contrast_losses
 
 
 def test_equals_the_formula_with_excluded_pairs_left_out() -> None:
@@ -27,3 +29,43 @@ def test_an_excluded_pair_gets_no_gradient_and_the_gold_always_does() -> None:
 
 def test_large_scores_do_not_overflow() -> None:
     assert float(contrastive_loss(torch.tensor([[1e4, -1e4]]), torch.tensor([1]))) == pytest.approx(2e4)
+
+
+def random_pairs(num_mentions: int, num_entities: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (num_mentions, 4), (num_entities, 4)
+    mentions, entities = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return mentions, entities
+
+
+def test_joint_contrast_equals_a_twin_vector_by_vector() -> None:
+    """Mentions 0 and 2 have one gold, which is there twice; two more entities are nobody's."""
+    mentions, entities = random_pairs(3, 5)
+    rows, column_M = [7, 8, 7, 1, 2], torch.arange(3)
+    same_ME = torch.tensor([[rows[e] == rows[m] and e != m for e in range(5)] for m in range(3)])
+    found = joint_contrast_losses(mentions, entities, column_M, same_ME, temperature=0.5, intra_weight=0.8)
+
+    def cosine(x: Tensor, y: Tensor) -> float:
+        return float(F.cosine_similarity(x, y, dim=0)) / 0.5
+
+    for m in range(3):
+        others_m = [n for n in range(3) if rows[n] != rows[m]]
+        others_e = [e for e in range(5) if rows[e] != rows[m]]
+        own = cosine(mentions[m], entities[m])
+        forth = [own, *(cosine(mentions[m], entities[e]) for e in others_e)]
+        forth += [0.0, *(0.8 * cosine(mentions[m], mentions[n]) for n in others_m)]
+        back = [own, *(cosine(entities[m], mentions[n]) for n in others_m)]
+        back += [0.0, *(0.8 * cosine(entities[m], entities[e]) for e in others_e)]
+        losses = [float(torch.tensor(logits).logsumexp(0)) - own for logits in (forth, back)]
+        assert float(found[m]) == pytest.approx(sum(losses) / 2, abs=1e-5)
+
+
+def test_gradients_of_joint_contrast_equal_finite_differences() -> None:
+    same_ME = torch.zeros(3, 5, dtype=torch.bool)
+    same_ME[0, 2] = same_ME[2, 0] = True
+
+    def losses(mentions: Tensor, entities: Tensor) -> Tensor:
+        return joint_contrast_losses(mentions, entities, torch.arange(3), same_ME, temperature=0.5, intra_weight=0.8)
+
+    inputs = [each.requires_grad_() for each in random_pairs(3, 5)]
+    assert torch.autograd.gradcheck(losses, inputs, fast_mode=True)
