@@ -210,9 +210,11 @@ def plan_files(
         notice: takes a line about features that are read beside the shards.
 
     Raises:
-        UserError: the split has no mentions, or one whose gold is not in the kb.
+        UserError: the split has no mentions, or one whose gold is not in the kb; the model cannot be indexed.
     """
     run, model, features = evaluation.run, evaluation.model, evaluation.features
+    if reason := model.matcher.why_not_indexed():
+        raise UserError(f"{run.storage.location}: {model.name} has no index: {reason}")
     gold_row_M = evaluation.gold_row_M
     sources = [of_part.cached(KB).name for of_part in features.values()]
     for part, of_part in features.items():

@@ -8,6 +8,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def attended(query_Nd: Tensor, tokens_NPd: Tensor, mask_NP: Tensor | None = None) -> Tensor:
+    """Unscaled softmax attention of one vector over an item's tokens, float [N, d].
+
+    Args:
+        mask_NP: bool, True for real tokens, at least one per item (None: all).
+
+    >>> attended(torch.zeros(1, 1), torch.tensor([[[2.0], [4.0]]]))
+    tensor([[3.]])
+    """
+    logits_NP = torch.einsum("nd,npd->np", query_Nd, tokens_NPd)
+    if mask_NP is not None:
+        logits_NP = logits_NP.masked_fill(~mask_NP, -torch.inf)
+    return torch.einsum("np,npd->nd", torch.softmax(logits_NP, dim=-1), tokens_NPd)
+
+
 def cross_vector(
     text_Nd: Tensor,
     tokens_NPd: Tensor,
@@ -30,9 +45,6 @@ def cross_vector(
     >>> cross_vector(text, text[None], None, torch.zeros(1, 2), torch.zeros(1), torch.ones(2), torch.zeros(2), 0.0)
     tensor([[-1.,  1.]])
     """
-    logits_NP = torch.einsum("nd,npd->np", text_Nd, tokens_NPd)
-    if mask_NP is not None:
-        logits_NP = logits_NP.masked_fill(~mask_NP, -torch.inf)
-    context_Nd = torch.einsum("np,npd->nd", torch.softmax(logits_NP, dim=-1), tokens_NPd)
+    context_Nd = attended(text_Nd, tokens_NPd, mask_NP)
     gate_N1 = torch.tanh(F.linear(text_Nd, gate_weight, gate_bias))
     return F.layer_norm(gate_N1 * text_Nd + context_Nd, norm_weight.shape, norm_weight, norm_bias, eps)

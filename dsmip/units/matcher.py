@@ -124,6 +124,10 @@ class Matcher(nn.Module, ABC):
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
         """Training loss summed over the M mentions (a scalar): prepare, score, contrast."""
 
+    def why_not_indexed(self) -> str | None:
+        """Why items must not be prepared in tiles and slices, as an index is; None: they may."""
+        return None
+
     @property
     def loss_is_of_whole_batch(self) -> bool:
         """True when a mention's loss depends on the batch's other mentions, not only on its columns.

@@ -61,7 +61,7 @@ class TextUnit(nn.Module):
         self.fc_query = nn.Linear(token_width, width)
         self.fc_key = nn.Linear(token_width, width)
         self.fc_value = nn.Linear(token_width, width)
-        self.fc_cls = nn.Linear(global_width, width)
+        self.fc_cls: nn.Module = nn.Linear(global_width, width)
         self.layer_norm = nn.LayerNorm(width)
 
     def prepare_mentions(self, global_Nz: Tensor, tokens: Ragged) -> Table:

@@ -12,6 +12,7 @@ from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import FeatureSizes
 from dsmip.models.m3el import M3elConfig, M3elMatcher
 from dsmip.models.mimic import MimicMatcher
+from dsmip.models.mmoe import MmoeConfig, MmoeMatcher
 from dsmip.units.matcher import BatchGold
 from dsmip.units.shared_clip import SharedClipMatcher
 from dsmip.units.unit_scorer import UnitScorer
@@ -23,7 +24,7 @@ M3EL_FORMS: dict[str, dict[str, Any]] = {
     "m3el bidirectional": {"cross": "bidirectional"},
     "m3el bidirectional tokens": {"cross": "bidirectional", "match_keys": "tokens"},
 }
-FORMS = ["mimic", *M3EL_FORMS]
+FORMS = ["mimic", *M3EL_FORMS, "mmoe"]
 
 
 def random_matcher(form: str, seed: int = 0) -> SharedClipMatcher:
@@ -31,6 +32,8 @@ def random_matcher(form: str, seed: int = 0) -> SharedClipMatcher:
         torch.manual_seed(seed)
         if form == "mimic":
             return MimicMatcher(UnitScorer(("text", "image"), SIZES, WIDTH, mask_padding=False))
+        if form == "mmoe":
+            return MmoeMatcher(MmoeConfig(width=WIDTH), SIZES)
         return M3elMatcher(M3elConfig(width=WIDTH, **M3EL_FORMS[form]), SIZES)
 
 
@@ -96,7 +99,7 @@ def seen_again(items: Table, seed: int) -> Table:
     return Table(columns)
 
 
-@pytest.mark.parametrize("form", ["m3el", "m3el bidirectional tokens"])
+@pytest.mark.parametrize("form", ["m3el", "m3el bidirectional tokens", "mmoe"])
 def test_it_learns_which_channels_tell_entities_apart(form: str) -> None:
     """On half of the kb, and then finds those of the other half, among all."""
     matcher, entities = random_matcher(form), random_items(96, 1)

@@ -25,6 +25,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"gate": {"picture": "clip"}, "mask_padding": False},
     ],
     "mimic": [{}, {"mask_padding": True}],
+    "mmoe": [{}],
     "m3el": [{}, {"cross": "bidirectional", "match_keys": "tokens", "mask_padding": True, "contrast_weight": 0.0}],
 }
 # Deep enough for every default (nine layers of prompts), and narrow.
