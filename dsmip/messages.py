@@ -9,7 +9,12 @@ HIDDEN = "***"
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]+:/{1,3}"  # a path has made s3:/ of s3://
 _COLON = r"(?::|%3[Aa])"
 # user:password@, the password up to the last @, as it may hold slashes and more of them; host:8080/... has a port
-_PASSWORD = re.compile(rf"({_SCHEME})[^\s/:@\"'<>]*{_COLON}(?!\d+(?:[/?#]|$))[^\s\"'<>]*@")
+_PASSWORD = re.compile(rf"({_SCHEME})[^\s/:@\"'<>]*{_COLON}(?!\d{{1,5}}(?:[/?#]|$))[^\s\"'<>]*@")
+# but a bucket has none: digits there are a password too
+_BUCKET = re.compile(
+    rf"((?:s3[an]?|gcs?|gs|az|adl|abfss?|wasbs?|oss|cosn?|obs|b2|r2):/{{1,3}})[^\s/:@\"'<>]*{_COLON}[^\s\"'<>]*@",
+    re.IGNORECASE,
+)
 _TOKEN = re.compile(r"(https?:/{1,2})[^\s/:@\"'<>]+@", re.IGNORECASE)  # a name alone is nobody's at a web server
 _QUERY = re.compile(rf"({_SCHEME}[^\s\"'<>?]*\?)([^\s\"'<>]+?)(?=[:.,;)]*(?:[\s\"'<>]|$))")
 _VALUE = re.compile(r"([^=&;]+)=([^&;]+)")
@@ -27,7 +32,8 @@ def masked(text: str) -> str:
     """
     if ":/" not in text:
         return text
-    text = _TOKEN.sub(rf"\1{HIDDEN}@", _PASSWORD.sub(rf"\1{HIDDEN}@", text))
+    for pattern in (_PASSWORD, _BUCKET, _TOKEN):
+        text = pattern.sub(rf"\1{HIDDEN}@", text)
     return _QUERY.sub(lambda found: found[1] + _VALUE.sub(_masked_value, found[2]), text)
 
 

@@ -11,7 +11,6 @@ from ray_jobs.cluster.environment import starts_own_cluster  # first: Ray reads 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, WorkerGroupError
 from ray.train.backend import BackendConfig
-from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.config import ScalingConfig
@@ -31,6 +30,7 @@ from ray_jobs.cluster.tasks import Call, run_watched
 from ray_jobs.terminal.display import Display
 from ray_jobs.training.checkpoint_list import mend_snapshot
 from ray_jobs.training.context import RayContext
+from ray_jobs.training.process_group import group_config
 
 _RESIZE_SECONDS = 30.0  # how often an elastic training looks whether there is room for more workers
 
@@ -142,9 +142,7 @@ def _trainer(training: Training, events: Any) -> Any:
     return _Trainer(
         loop,
         # Workers end themselves when one of them hangs; the collectives' own limit comes after that.
-        backend_config=TorchConfig(timeout_s=int(2 * training.stall_seconds) + 1)
-        if workers.most > 1
-        else BackendConfig(),
+        backend_config=group_config(int(2 * training.stall_seconds) + 1) if workers.most > 1 else BackendConfig(),
         scaling_config=ScalingConfig(
             num_workers=workers.most if workers.least == workers.most else (workers.least, workers.most),
             use_gpu=plan.resources.gpu > 0,

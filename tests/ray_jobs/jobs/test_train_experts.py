@@ -29,6 +29,7 @@ from ray_jobs.jobs.train_experts import train_experts, train_parts
 from ray_jobs.training.context import RayContext
 from ray_jobs.training.ray_train import Training, run_trainings
 from tests.support.displays import Lines
+from tests.support.reached import is_loopback, listeners_of_this_process
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 
@@ -162,10 +163,12 @@ def test_a_store_that_is_away_is_no_mistake(tmp_path: Path) -> None:
 
 
 def keep_times(context: RayContext, settings: Mapping[str, Any]) -> None:
-    """Notes when it starts and, after every worker of this training has started, when it ends."""
+    """Notes when it starts and, after every worker of this training has started, when it ends; and who listens."""
     context.step_done(0, 0, 1, StepFigures(0.0, torch.tensor(0.0), 0.01, 8, 1.0, 0.0))
     with Path(settings["log"]).open("a") as stream:
         stream.write(f"start {settings['name']}\n")
+    with Path(settings["log"] + ".listeners").open("a") as stream:
+        stream.writelines(f"{listener.host}\n" for listener in listeners_of_this_process())
     context.epoch_done({"epoch": 0, "loss": 0.0}, None)  # waits for the others
     with Path(settings["log"]).open("a") as stream:
         stream.write(f"end {settings['name']}\n")
@@ -195,6 +198,9 @@ def test_three_trainings_that_fit_only_one_at_a_time_queue_and_all_end(
     assert sorted(order) == ["a", "b", "c"]
     expected = [f"{what} {name}" for name in order for what in ("start", "start", "end", "end")]
     assert [line.split()[1] for line in lines] == [line.split()[1] for line in expected]  # one after the other
+    hosts = Path(f"{log}.listeners").read_text().split()
+    assert len(hosts) >= 6  # each worker listens for the other ones and for Ray
+    assert [host for host in hosts if not is_loopback(host)] == []
     waits = [line for line in display.lines if "waiting to start" in line]
     assert any(
         f"{order[-1]} asks 2 workers with 2 CPU each" in line and "free: 0 CPU of 4 CPU" in line for line in waits
