@@ -55,10 +55,11 @@ def joint_contrast_losses(
     True
     """
     mentions_Md, entities_Ed = F.normalize(mentions_Md, dim=-1), F.normalize(entities_Ed, dim=-1)
-    golds_Md, row_M = entities_Ed[gold_column_M], torch.arange(len(gold_column_M), device=gold_column_M.device)
+    (num_mentions, num_entities), device = same_ME.shape, gold_column_M.device
+    golds_Md, row_M = entities_Ed[gold_column_M], torch.arange(num_mentions, device=device)
     same_MM = same_ME[:, gold_column_M] | (gold_column_M[:, None] == gold_column_M)  # [i, j]: i and j have one gold
-    self_ME = F.one_hot(gold_column_M, len(entities_Ed)).bool()
-    self_MM = F.one_hot(row_M, len(row_M)).bool()
+    self_ME = gold_column_M[:, None] == torch.arange(num_entities, device=device)
+    self_MM = torch.eye(num_mentions, dtype=torch.bool, device=device)
 
     def logits(own_Md: Tensor, other_Nd: Tensor, excluded_MN: Tensor, kept_MN: Tensor) -> Tensor:
         return (own_Md @ other_Nd.T / temperature).masked_fill(excluded_MN & ~kept_MN, -torch.inf)

@@ -287,8 +287,12 @@ def test_too_many_tokens_are_refused(config: ExperimentConfig, matcher: MimicMat
         SharedClipEncoder(BackboneConfig(architecture=config.backbone.architecture), "full", 78, mask_padding=False)
 
 
-def test_shipped_configuration_is_the_published_one() -> None:
-    config = load_config("mimic_wikimel")
+@pytest.mark.parametrize("name", ["mimic_wikimel", "mimic_richpediamel", "mimic_wikidiverse"])
+def test_shipped_configuration_is_the_published_one(name: str) -> None:
+    config = load_config(name)
+    train = config.train_of("mimic")
+    assert (train.epochs, train.batch_size, train.learning_rate, train.weight_decay) == (20, 128, 1e-5, 1e-4)
+    assert (train.validate_every, train.patience, config.seed) == (2, 6, 43)
     network = resolve_architecture(config.backbone.architecture)
     assert (network.quick_gelu, network.context_length) == (True, 77)
     section = config.system

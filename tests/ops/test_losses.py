@@ -69,3 +69,14 @@ def test_gradients_of_joint_contrast_equal_finite_differences() -> None:
 
     inputs = [each.requires_grad_() for each in random_pairs(3, 5)]
     assert torch.autograd.gradcheck(losses, inputs, fast_mode=True)
+
+
+def test_joint_contrast_of_no_mention_is_nothing() -> None:
+    """A worker's share of a small batch may be empty."""
+    mentions, entities = (each.requires_grad_() for each in random_pairs(0, 5))
+    none = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 5, dtype=torch.bool)
+    losses = joint_contrast_losses(mentions, entities, *none, temperature=0.5, intra_weight=0.8)
+    losses.sum().backward()
+    assert losses.shape == (0,)
+    assert entities.grad is not None
+    assert not entities.grad.any()

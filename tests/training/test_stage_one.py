@@ -13,7 +13,7 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig, merged
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.runs.load_config import changed, load_config, to_yaml
+from dsmip.runs.load_config import changed, load_config, parse_config, to_yaml
 from dsmip.runs.run import Run
 from dsmip.training.local_context import LocalContext
 from dsmip.training.monitor import StepFigures
@@ -63,6 +63,27 @@ def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConf
             assert 0 < found.pop("band") < 1e-2  # each worker measures it on its own slice
             assert 0 < expected.pop("band") < 1e-2
             assert found == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("model", ["m3el", "mmoe"])
+def test_a_system_over_one_clip_trains_with_its_towers(
+    tmp_path: Path, narrow_backbone: Path, small_data: Dataset, model: str
+) -> None:
+    """Whole batches and micro-batches alike, although M3EL's loss is of the whole batch."""
+    histories = []
+    for micro_batch_size in (None, 2):
+        tree = {
+            "model": model,
+            "backbone": {"architecture": str(narrow_backbone)},
+            "system": {"width": 8, "num_tokens": 10},
+            "train": {"epochs": 1, "batch_size": 8, "extra_negatives": 2, "micro_batch_size": micro_batch_size},
+        }
+        folder = tmp_path / str(micro_batch_size)
+        run = Run(folder / "run", parse_config(tree), small_data)
+        (history,) = train_part(run, model, LocalContext(folder / "context", torch.device("cpu"))).history
+        assert 0 < history["mrr"] <= 1
+        histories.append(history["loss"])
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4)
 
 
 class KilledContext(LocalContext):
