@@ -2,7 +2,7 @@
 
 In a place where others write too, as the temporary folder is, a folder, a file or a link of a name that we use may be
 theirs. Nothing is written, read or deleted through it. What is looked at is the last part of a path: who names a place
-by a link above it, as TMPDIR may be one, means that. `dsmip.ops.kernels` stands on this too: the standard library only.
+by a link above it, as TMPDIR may be one, means that. Caches, locks and `dsmip.units.text_unit_library` stand on this.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Checks before the long work: what configuration and data say about it, in seconds and before Ray starts."""
+"""Checks of a training and of trials before the long work: by configuration and data, in seconds, without Ray."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A run: one configuration on one data set, its trained parts, features, trials and evaluations.
+"""A run, and why one is refused: one configuration on one data set, its parts, features, trials and evaluations.
 
 It lies in a folder or in an object store (`dsmip.storage.run_storage`):
 

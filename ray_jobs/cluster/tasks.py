@@ -1,4 +1,4 @@
-"""Work on a Ray cluster, watched: the event queue, the waiting lines, the display and the errors of tasks."""
+"""Work on a Ray cluster, watched: calls side by side, what is shown of them, and the errors of tasks."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
