@@ -68,7 +68,11 @@ def _peak(device: torch.device) -> int:
 
 
 def status_bytes(name: str) -> int:
-    """A figure of /proc/self/status, such as VmRSS. Raises OSError where there is no such file."""
+    """A figure of /proc/self/status, such as VmRSS.
+
+    Raises:
+        OSError: There is no such file.
+    """
     found = re.search(rf"{name}:\s+(\d+) kB", _STATUS.read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -297,7 +297,11 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def validated(config_class: type[Config], tree: Any, source: str, prefix: str) -> Config:
-    """A validated object of `tree`; UserError names each wrong key below `prefix`."""
+    """A validated object of `tree`.
+
+    Raises:
+        UserError: Keys are wrong; each is named, below `prefix`.
+    """
     try:
         return config_class.model_validate(tree)
     except ValidationError as error:

@@ -43,7 +43,7 @@ class StoreAway(ReportedError):
 def no_room(error: BaseException | None) -> int | None:
     """The number of a full disk, quota or file, if the error, or what it came of, is one; else None.
 
-    Not every library raises OSError for that.
+    Not every library has an OSError for that.
     """
     if error is None:
         return None

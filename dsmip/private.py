@@ -93,7 +93,11 @@ def is_private_file(path: Path) -> bool:
 
 
 def user_number() -> int:
-    """This user's number. Raises UserError on a system that has none: what is private cannot be told there."""
+    """This user's number.
+
+    Raises:
+        UserError: The system has none: what is private cannot be told there.
+    """
     if not hasattr(os, "getuid"):
         raise UserError("dsmip runs on Linux, on macOS as far as its packages do, and on Windows in WSL")
     return os.getuid()

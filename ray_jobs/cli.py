@@ -105,7 +105,7 @@ def prepare(
 
 
 def _refuse_given(context: typer.Context, names: Collection[str], why: str) -> None:
-    """Raises UserError where one of these parameters was given on the command line."""
+    """Refuses these parameters where they were given on the command line; `why` says what is wrong with that."""
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":

@@ -64,7 +64,11 @@ def pins_of(exported: str) -> list[str]:
 
 
 def with_pins(text: str, key: str, pins: Sequence[str]) -> str:
-    """pyproject.toml's text with the list `key` replaced. Raises ValueError unless the list is there once."""
+    """pyproject.toml's text with the list `key` replaced.
+
+    Raises:
+        ValueError: The list is not there once.
+    """
     block = "".join(f'    "{pin}",\n' for pin in pins)
     new, count = re.subn(rf"^{key} = \[(?:\]|\n.*?^\])", f"{key} = [\n{block}]", text, flags=re.M | re.S)
     if count != 1:

@@ -107,7 +107,11 @@ class _Items:
 def run_case(
     case: Case, sizes: Sizes, backends: Sequence[Backend], precision: PrecisionName, device: torch.device
 ) -> Outcome:
-    """Measures one case. Raises RuntimeError when scores differ that should be equal."""
+    """Measures one case.
+
+    Raises:
+        RuntimeError: Scores differ that should be equal.
+    """
     matcher = build_matcher(case, device)
     mentions = _prepare(matcher, case, "mentions", sizes.mentions, published.MENTION_BATCH, device)
     entities = _prepare(matcher, case, "entities", sizes.entities, sizes.published_entities, device)
@@ -191,7 +195,8 @@ def rank_ours(
 def checked_difference(what: str, published_scores: Scores, our_scores: Scores, tolerance: float) -> float:
     """The largest difference between scores of the same pairs, those left out that went to another expert.
 
-    Raises RuntimeError when it exceeds the tolerance, or other experts' share MAX_OTHER_CHOICES.
+    Raises:
+        RuntimeError: It exceeds the tolerance, or other experts' share MAX_OTHER_CHOICES.
     """
     same_ME = torch.ones_like(our_scores.total_ME, dtype=torch.bool)
     if published_scores.chosen_ME is not None and our_scores.chosen_ME is not None:

@@ -22,7 +22,8 @@ _MARKS = ("started", "ready", "connected", "in the loop", "before the batch", "b
 def seconds(config: Path, data: Path, run: Path) -> dict[str, float]:
     """Seconds of each of `STAGES` until the first of the parts has made its first step, in the order of time.
 
-    Raises RuntimeError when the command did not get there.
+    Raises:
+        RuntimeError: The command did not get there.
     """
     marks = run.with_name(f"{run.name}.marks")
     options = ["--config", str(config), "--data", str(data), "--run", str(run)]

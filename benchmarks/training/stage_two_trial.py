@@ -56,7 +56,8 @@ class Trials:
 def trials(config: ExperimentConfig, dataset: Dataset, work: Path) -> Trials:
     """Each trial in a fresh process of one thread; experts have random weights.
 
-    Raises RuntimeError when they did not train alike.
+    Raises:
+        RuntimeError: They did not train alike.
     """
     with TemporaryDirectory(dir=work) as folder:
         run = Run.create(Path(folder) / "run", config, dataset)

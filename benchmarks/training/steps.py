@@ -98,7 +98,11 @@ class Stopwatch:
         return self._inner.checkpoint_folder(epoch, step)
 
     def steps(self) -> Steps:
-        """Of one epoch. Raises ValueError when it was too short to measure."""
+        """Of one epoch.
+
+        Raises:
+            ValueError: It was too short to measure.
+        """
         if len(self._ends) <= WARM_UP:
             raise ValueError(f"{len(self._ends)} steps, of which {WARM_UP} are not counted: take more mentions")
         (wall, cpu), (last_wall, last_cpu) = self._ends[WARM_UP - 1], self._ends[-1]

@@ -312,7 +312,11 @@ def _refuse_foreign(out: Path) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Holds the lock of a build; UserError if another process has it."""
+    """Holds the lock of a build.
+
+    Raises:
+        UserError: Another process has it, or there is a link in its place.
+    """
     if (out / STAGE).is_symlink():  # what it leads to would be emptied
         raise UserError(f"{out / STAGE}: is a link; remove it")
     (out / STAGE).mkdir(parents=True, exist_ok=True)

@@ -188,8 +188,8 @@ class Layout:
 
     Attributes:
         name: What `--format` calls it.
-        open: Opens a folder; raises UserError where something is missing or wrong, or an option is set that the layout
-            does not have.
+        open: Opens a folder, or refuses it as the user's mistake: where something is missing or wrong, or an option is
+            set that the layout does not have.
         fits: Whether a folder looks like it, by a quick look.
         knowledge_bases: Readers of its entities by file name, for layouts that have none of their own.
         precedence: Of several layouts that fit a folder the one of the lowest precedence is taken.

@@ -47,8 +47,7 @@ ENTITY_SCHEMA = pa.schema(
 )
 _TEXT_COLUMNS = ["entity_row", "entity_id", "name", "attributes", "num_images"]
 _TEXT_FIELDS = ("json",)
-_ROWS_AT_ONCE = 1024
-_WINDOWS_AHEAD = 1
+_ROWS_AT_ONCE, _WINDOWS_AHEAD = 1024, 1
 
 Shards = Sequence[tuple[ShardInfo, Sequence[int]]]  # with the indices of their samples
 Positions = dict[int, dict[int, int]]
@@ -88,8 +87,7 @@ class Dataset:
     def open(cls, location: str | Path) -> "Dataset":
         """Opens a dataset directory, or the URI of one in an object store.
 
-        In a folder, the files are checked to be there with the right sizes. What comes from a store is checked when it
-        is fetched: a missing or damaged file is a UserError then.
+        In a folder, files are checked to be there with the right sizes; those of a store are when they are fetched.
 
         Raises:
             UserError: there is nothing, or no complete dataset.
@@ -139,7 +137,8 @@ class Dataset:
         """Entities with all their pictures, in the order of `rows` (default: the whole kb); pictures are streamed.
 
         Raises:
-            IndexError: a row is outside the kb. UserError: a shard is missing or damaged.
+            IndexError: a row is outside the kb.
+            UserError: a shard is missing or damaged.
         """
         rows = range(self.num_entities) if rows is None else rows
         if rows and not (min(rows) >= 0 and max(rows) < self.num_entities):
@@ -182,7 +181,8 @@ class Dataset:
         """Mentions of a split in shard order; `rows` (ascending) picks some of them by position.
 
         Raises:
-            ValueError: no such split. UserError: a shard is missing or damaged.
+            ValueError: no such split.
+            UserError: a shard is missing or damaged.
         """
         if split not in self._held:
             yield from self._read_mentions(split, rows)
@@ -240,7 +240,8 @@ class Dataset:
         pictures one is drawn by (seed, epoch, mention_id). Memory holds one window of shards, as encoded bytes.
 
         Raises:
-            ValueError: no such split, or arguments out of range. UserError: a shard is missing or damaged.
+            ValueError: no such split, or arguments out of range.
+            UserError: a shard is missing or damaged.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in 0 .. {world_size - 1}")

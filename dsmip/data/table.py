@@ -142,14 +142,22 @@ class Table:
         return 0
 
     def dense(self, name: str) -> Tensor:
-        """A dense column, a copy where equal rows are stored once; TypeError when it is ragged."""
+        """A dense column, a copy where equal rows are stored once.
+
+        Raises:
+            TypeError: It is ragged.
+        """
         column = self.columns[name]
         if isinstance(column, Ragged):
             raise TypeError(f"column {name} is ragged")
         return column.dense() if isinstance(column, Repeated) else column
 
     def ragged(self, name: str) -> Ragged:
-        """A ragged column; TypeError when it is dense."""
+        """A ragged column.
+
+        Raises:
+            TypeError: It is dense.
+        """
         column = self.columns[name]
         if not isinstance(column, Ragged):
             raise TypeError(f"column {name} is dense")

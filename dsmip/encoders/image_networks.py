@@ -182,7 +182,11 @@ def image_networks() -> dict[str, type[ImageNetwork]]:
 
 
 def find_network(kind: str) -> type[ImageNetwork]:
-    """The image network of that kind; UserError names the nearest one."""
+    """The image network of that kind.
+
+    Raises:
+        UserError: There is none; the nearest one is named.
+    """
     known = image_networks()
     if kind not in known:
         near = difflib.get_close_matches(kind, known, n=1, cutoff=0.0)

@@ -29,12 +29,19 @@ _TILE = 4096
 class CandidateSearch:
     """Finds the entities whose global vectors have the largest dot products with a mention's; none is skipped.
 
-    Holds 4 g bytes per entity. method: `faiss` (its IndexFlatIP) where that package is installed and the vectors lie on
-    a CPU, else `gemm`. Both find the same, but of entities with equal products `gemm` takes those of lower rows.
+    Holds 4 g bytes per entity.
+
+    Attributes:
+        method: `faiss` (its IndexFlatIP) where that package is installed and the vectors lie on a CPU, else `gemm`.
+            Both find the same, but of entities with equal products `gemm` takes those of lower rows.
     """
 
     def __init__(self, vectors_Eg: Tensor, first_row: int = 0) -> None:
-        """vectors_Eg: of kb rows `first_row` .. `first_row + E`. Raises ValueError for one that is not finite."""
+        """Takes the vectors of kb rows `first_row` .. `first_row + E`.
+
+        Raises:
+            ValueError: One of them is not finite.
+        """
         _refuse_infinite(vectors_Eg, "entity", first_row)
         self.first_row, self.device, self._num_entities = first_row, vectors_Eg.device, len(vectors_Eg)
         faiss = _faiss() if self.device.type == "cpu" else None
@@ -52,7 +59,9 @@ class CandidateSearch:
     def build(matcher: Matcher, index: EntityIndex, device: torch.device) -> "CandidateSearch":
         """Vectors of all entities of the index; the matcher moves to `device`.
 
-        Raises UserError for a matcher that has no global vectors, ValueError for a vector that is not finite.
+        Raises:
+            UserError: The matcher has no global vectors.
+            ValueError: A vector is not finite.
         """
         matcher.to(device).eval()
         with torch.no_grad():
@@ -62,7 +71,8 @@ class CandidateSearch:
     def search(self, vectors_Mg: Tensor, k: int) -> Tensor:
         """Kb rows int64 [M, min(k, E)] of each mention's best entities, best first.
 
-        Raises ValueError for k < 1 or a vector that is not finite.
+        Raises:
+            ValueError: k < 1, or a vector is not finite.
         """
         if k < 1:
             raise ValueError(f"{k} candidates: at least one is needed")
@@ -79,8 +89,11 @@ class CandidateSearch:
 class Links:
     """What M mentions are linked to, best first (CPU tensors).
 
-    row_MT: kb rows int64. score_MT: their scores float64, as in a refined ranking. chosen_MT: index of the expert that
-    scored each, None for a matcher that makes no choice. candidate_row_MK: kb rows of all candidates, ascending.
+    Attributes:
+        row_MT: kb rows int64.
+        score_MT: Their scores float64, as in a refined ranking.
+        chosen_MT: Index of the expert that scored each; None for a matcher that makes no choice.
+        candidate_row_MK: kb rows of all candidates, ascending.
     """
 
     row_MT: Tensor
@@ -95,7 +108,9 @@ def link(matcher: Matcher, mentions: Table, index: EntityIndex, search: Candidat
     Candidates are scored in float64 on the ranking's grid (`PairScorer`) and not in float32: a few pairs cost little,
     and so their order is that of the exact ranking, whatever the candidates they are scored beside.
 
-    Raises ValueError for k < 1 or a search of another index, NotRankable for a score that is NaN.
+    Raises:
+        ValueError: k < 1, or a search of another index.
+        NotRankable: A score is NaN.
     """
     if (len(search), search.first_row) != (len(index), index.first_row):
         raise ValueError(f"a search among {len(search)} entities for an index of {len(index)}: they must be the same")

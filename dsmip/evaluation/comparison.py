@@ -29,7 +29,8 @@ _OLD_AMBIGUITY = "word"  # the column's name before it held the mention's word
 class Evaluation:
     """The ranks of one model on one split, by mention; mentions with the same id are told apart by their order.
 
-    records: the mention's row of ranks.parquet by (mention_id, number among its equals).
+    Attributes:
+        records: The mention's row of ranks.parquet by (mention_id, number among its equals).
     """
 
     run: RunStorage
@@ -53,7 +54,8 @@ class Comparison:
 def read_evaluation(location: Location, split: str, model: str | None) -> Evaluation:
     """What `dsmip evaluate` wrote of a model (None: the one it takes by default). The run's data need not be there.
 
-    Raises UserError when there is no such run, model or evaluation, or its file is damaged or of an older version.
+    Raises:
+        UserError: No such run, model or evaluation, or its file is damaged or of an older version.
     """
     run = open_run_storage(location)
     run.refresh()
@@ -90,7 +92,8 @@ def read_evaluation(location: Location, split: str, model: str | None) -> Evalua
 def compare(first: Evaluation, second: Evaluation, generator: torch.Generator) -> Comparison:
     """Compares two evaluations mention by mention; groups are those of the first.
 
-    Raises UserError when they differ in kb, mentions or golds.
+    Raises:
+        UserError: They differ in kb, mentions or golds.
     """
     _check_same_task(first, second)
     keys = sorted(first.records)

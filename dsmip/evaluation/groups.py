@@ -31,7 +31,8 @@ _PICTURES = {
 def report_groups(dataset: Dataset, mentions: Sequence[Mention]) -> list[dict[str, str]]:
     """Group values of each mention by group name. Reads all splits.
 
-    Raises UserError when a shard is missing or damaged.
+    Raises:
+        UserError: A shard is missing or damaged.
     """
     own = {name for mention in mentions for name in mention.groups}
     kb = dataset.entity_texts()

@@ -74,7 +74,8 @@ class EntityIndex:
     def open(folder: Path, made_from: dict[str, Any]) -> "EntityIndex":
         """Opens a finished index memory-mapped.
 
-        Raises UserError when there is none, when it was made from something else, or a slice is missing or cut off.
+        Raises:
+            UserError: There is none, it was made from something else, or a slice is missing or cut off.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -110,7 +111,9 @@ def finish_index(folder: Path, made_from: dict[str, Any], slices: Mapping[Path, 
     """Opens the index at `folder`; where all of its slices have just been built, checks them and writes the manifest.
 
     The folder must belong to `made_from` alone (carry a hash of it in its name).
-    Raises UserError when a slice is missing or damaged.
+
+    Raises:
+        UserError: A slice is missing or damaged.
     """
     if not (folder / MANIFEST).is_file():
         for path, rows in slices.items():

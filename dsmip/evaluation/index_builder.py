@@ -69,7 +69,11 @@ class OpenedEvaluation:
 
     @cached_property
     def gold_row_M(self) -> Tensor:
-        """kb rows int64 [M]. Raises UserError as `gold_rows` does."""
+        """kb rows int64 [M].
+
+        Raises:
+            UserError: As `gold_rows` says.
+        """
         return gold_rows(self.run.dataset, self.split)
 
     @cached_property
@@ -171,7 +175,11 @@ class RankingFiles:
                 table.to(CPU).save(temporary)
 
     def finish(self) -> None:
-        """Writes the index's manifest, once all slices are there. Raises UserError when one is missing or damaged."""
+        """Writes the index's manifest, once all slices are there.
+
+        Raises:
+            UserError: One is missing or damaged.
+        """
         storage, folder = self.storage, self.index
         storage.pull("")  # what other nodes have built
         finish_index(folder, dict(self.made_from), {folder / name: rows for name, rows in self.slices.items()})

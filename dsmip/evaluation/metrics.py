@@ -63,9 +63,12 @@ def shown_metrics() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of two systems on the same mentions; `difference` is second minus first.
+    """A metric of two systems on the same mentions.
 
-    interval: paired bootstrap, 95 %. p_value: paired randomisation test; None for a metric that is no mean.
+    Attributes:
+        difference: Second minus first.
+        interval: Of the difference; paired bootstrap, 95 %.
+        p_value: Of a paired randomisation test; None for a metric that is no mean.
     """
 
     first: float
@@ -78,7 +81,8 @@ class Difference:
 def measure(counts: ops.Counts) -> dict[str, Tensor]:
     """All metrics of counts int64 [..., M], each float64 [X]; realistic ranks unless the name says otherwise.
 
-    Raises ValueError when M is 0.
+    Raises:
+        ValueError: M is 0.
     """
     return {name: metric.of(metric.ranks(counts)) for name, metric in METRICS.items()}
 
@@ -96,7 +100,7 @@ def summarise(counts: ops.Counts) -> dict[str, float]:
 def confidence(
     counts: ops.Counts, generator: torch.Generator, *, num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap interval over mentions (low, high) of each metric. counts: int64 [M] on the generator's device."""
+    """95 % bootstrap interval (low, high) over mentions of each metric; counts are int64 [M] where the generator is."""
     resampled = [
         _stack(measure(_take(counts, rows_RM))) for rows_RM in resamples(len(counts.better_M), num_resamples, generator)
     ]
@@ -113,7 +117,8 @@ def compare_counts(
 ) -> dict[str, Difference]:
     """Each metric of two systems on the same mentions in the same order, counts int64 [M] each.
 
-    Raises ValueError when they have different numbers of mentions, or none.
+    Raises:
+        ValueError: They have different numbers of mentions, or none.
     """
     if first.better_M.shape != second.better_M.shape:
         raise ValueError(f"{len(first.better_M)} mentions against {len(second.better_M)}: nothing to pair")

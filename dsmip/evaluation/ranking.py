@@ -41,7 +41,11 @@ CPU_TILES, GPU_TILES = TileSize(128, 2048), TileSize(512, 8192)
 
 @dataclass(frozen=True)
 class RankedModel:
-    """A model and all that its ranking needs. choices: the experts that the model chooses from (may be none)."""
+    """A model and all that its ranking needs.
+
+    Attributes:
+        choices: The experts that the model chooses from (may be none).
+    """
 
     matcher: Matcher
     mentions: Table
@@ -56,7 +60,11 @@ class RankedModel:
         notice: Callable[[str], None] = print,
         progress: Progress = no_progress,
     ) -> Ranking:
-        """Exact ranks and the best entities of all mentions. Raises UserError when an option cannot be had."""
+        """Exact ranks and the best entities of all mentions.
+
+        Raises:
+            UserError: An option cannot be had.
+        """
         gold_score_M = self.gold_scores(self.index, device)
         return self.rank_slice(self.index, gold_score_M, device, options, notice, progress)
 
@@ -179,7 +187,8 @@ def _opened(
 def _default_tiles(device: torch.device, num_entities: int) -> TileSize:
     """Fewer mentions of a large slice, so that scores of a tile of mentions take the same memory for any slice.
 
-    num_entities: 0 where workers must all have the same tiles, though their slices differ by an entity.
+    Args:
+        num_entities: Of the slice; 0 where workers must all have the same tiles, though slices differ by an entity.
     """
     size, num_pairs = (CPU_TILES, 2**21) if device.type == "cpu" else (GPU_TILES, 2**26)
     return TileSize(max(min(size.mentions, num_pairs // max(num_entities, 1)), 1), size.entities)
@@ -198,7 +207,8 @@ def _placed(index: EntityIndex, device: torch.device, notice: Callable[[str], No
 class _Tiles:
     """Mentions against an index, one tile of both at a time.
 
-    gold_column_M: positions in the index; a gold that is not in it has a position outside.
+    Attributes:
+        gold_column_M: Positions in the index; a gold that is not in it has a position outside.
     """
 
     matcher: Matcher
@@ -217,7 +227,8 @@ class _Tiles:
     def rank(self, top_k: int, num_choices: int, close: Refiner | float) -> dict[str, Tensor]:
         """Columns of a `Ranking` for all mentions, on the CPU; rows are positions in the index.
 
-        close: what refines close pairs, or the band within which they are counted.
+        Args:
+            close: What refines close pairs, or the band within which they are counted.
         """
         tiles = []
         for start in range(0, len(self.mentions), self.size.mentions):
@@ -256,7 +267,7 @@ class _Tiles:
         return tile
 
     def _check_slices(self, start: int, times_M: Tensor) -> None:
-        """times_M: in how many workers' slices each gold is."""
+        """Checks that each gold is in some worker's slice: `times_M` says in how many."""
         for mention in (times_M == 0).nonzero()[:, 0].tolist():
             row = int(self.gold_column_M[start + mention]) + self.index.first_row
             raise ValueError(f"mention {start + mention}: its gold, kb row {row}, is in no worker's index")
@@ -311,7 +322,11 @@ def _counted(scores: Scores) -> dict[str, Tensor]:
 
 
 def _refuse_broken(scores: Scores, first_mention: int, first_row: int) -> None:
-    """Raises NotRankable for a score that is NaN or infinite."""
+    """Checks a tile's scores.
+
+    Raises:
+        NotRankable: One is NaN or infinite.
+    """
     broken_ME = ~scores.total_ME.isfinite()
     if bool(broken_ME.any()):
         mention, entity = broken_ME.nonzero()[0].tolist()

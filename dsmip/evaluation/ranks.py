@@ -145,7 +145,11 @@ def merge_rankings(rankings: Sequence[Ranking], top_k: int) -> Ranking:
 
 
 def _merged_choices(choices: Sequence[Choices], column_MK: Tensor) -> Choices:
-    """column_MK: where the best entities of all slices are among the slices' best entities, one slice after another."""
+    """Choices of all slices together.
+
+    Args:
+        column_MK: Where the best entities of all are among the slices' best entities, one slice after another.
+    """
     return Choices(
         torch.stack([each.gold_M for each in choices]).amax(dim=0),
         torch.cat([each.top_Mk for each in choices], dim=1).gather(1, column_MK),

@@ -33,8 +33,12 @@ _CALL_ON_CPU, _CALL_ON_GPU = 256, 2**15
 class Refinement:
     """What scoring close pairs again took.
 
-    num_pairs: of close pairs. num_scored: of pairs that were scored in float64 for it, since several mentions are
-    scored against the close entities of all at a time. largest_error: of the first scores of close pairs.
+    Attributes:
+        num_pairs: Number of close pairs.
+        num_scored: Number of pairs that were scored in float64 for it: several mentions are scored against the close
+            entities of all at a time.
+        band: Pairs within it of a decision are close.
+        largest_error: Of the first scores of close pairs.
     """
 
     num_pairs: int
@@ -47,7 +51,8 @@ class Refinement:
 class Unrefined:
     """What the scores' own precision leaves open: entities within `band` of the gold may be on its other side.
 
-    close_M: number of such entities int64 [M], true ties among them; no rank is off by more than that.
+    Attributes:
+        close_M: Number of such entities int64 [M], true ties among them; no rank is off by more than that.
     """
 
     band: float
@@ -63,7 +68,7 @@ class Unrefined:
 
 
 class PairScorer:
-    """Scores of single pairs in float64, on the grid. notice: takes lines about memory."""
+    """Scores of single pairs in float64, on the grid. Lines about memory go to `notice`."""
 
     def __init__(
         self,
@@ -138,7 +143,12 @@ def _joined(scores: Sequence[tuple[Tensor, Tensor | None]], dim: int) -> tuple[T
 
 
 class SampleErrors(NamedTuple):
-    """largest: by how much scores of a sample of pairs differ from exact ones. spacing: of numbers of their size."""
+    """How precise scores are, by a sample of pairs.
+
+    Attributes:
+        largest: By how much they differ from exact ones, at most.
+        spacing: Of numbers of their size.
+    """
 
     largest: float
     spacing: float
@@ -154,8 +164,14 @@ def sample_errors(
 ) -> SampleErrors:
     """Errors of `score` (prepared mentions and entities to [m, e]) on some mentions, some entities and their golds.
 
-    gold_column_M: int64, positions in the index; a gold that is not in it has one outside. The sample has golds: they
-    score high, and errors grow with scores. Four times as many entities as mentions are taken.
+    The sample has golds: they score high, and errors grow with scores. Four times as many entities as mentions are
+    taken.
+
+    Args:
+        pairs: Scores them exactly.
+        score: What is measured.
+        gold_column_M: int64, positions in the index; a gold that is not in it has one outside.
+        num_mentions: How many are taken.
     """
     row_m = _spread(len(pairs.mentions), num_mentions)
     gold_m = gold_column_M[row_m]
@@ -168,7 +184,7 @@ def sample_errors(
 class Refiner:
     """Replaces close scores of a tile by exact ones. The band is measured on the first tile, and checked at the end.
 
-    gold_score_M: float64 [M] of all mentions, from `PairScorer`.
+    `gold_score_M` is float64 [M] of all mentions, from `PairScorer`.
     """
 
     def __init__(self, pairs: PairScorer, gold_score_M: Tensor) -> None:
@@ -190,10 +206,16 @@ class Refiner:
         return Refinement(self._num_pairs, self._num_scored, self._band, self._largest_error)
 
     def refine(self, scores_ME: Tensor, first_mention: int, own_M: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The scores of the tile of mentions from `first_mention`, exact where they are close, and its golds' scores.
+        """Makes the close scores of a tile exact.
 
-        float64 [M, E] and [M]. own_M: the golds' scores in single precision, NaN where they are not in the index. k:
-        ranks of the top-k that must be exact as well.
+        Args:
+            scores_ME: Of the tile, in single precision.
+            first_mention: The tile's first one.
+            own_M: The golds' scores in single precision, NaN where they are not in the index.
+            k: Ranks of the top-k must be exact as well.
+
+        Returns:
+            The tile's scores float64 [M, E], exact where they are close, and its golds' scores float64 [M].
         """
         gold_M = self._gold_score_M[first_mention : first_mention + len(scores_ME)].to(scores_ME.device)
         self._note_errors((own_M.double() - gold_M)[~own_M.isnan()])

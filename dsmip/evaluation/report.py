@@ -239,7 +239,14 @@ def kb_hash(entity_ids: Sequence[str]) -> bytes:
 def oracle(folders: Mapping[str, Path]) -> dict[str, Any]:
     """Metrics of the oracle that takes, for each mention, the expert that ranks its gold best.
 
-    folders: evaluation folders by expert name, of the same split. Returns overall metrics and hits@1 by kind.
+    Args:
+        folders: Evaluation folders by expert name, of the same split.
+
+    Returns:
+        Overall metrics, and hits@1 by kind.
+
+    Raises:
+        UserError: They are not of the same mentions.
     """
     tables = [pq.read_table(folder / RANKS) for folder in folders.values()]
     if len({tuple(table.column("mention_id").to_pylist()) for table in tables}) != 1:

@@ -29,7 +29,11 @@ def _subclasses(of: type[Any]) -> Iterator[type[System]]:
 
 
 def find_system(name: str) -> type[System]:
-    """The system of that name; UserError names the nearest one."""
+    """The system of that name.
+
+    Raises:
+        UserError: There is none; the nearest one is named.
+    """
     known = systems()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)

@@ -72,8 +72,11 @@ def pessimistic_ranks(counts: Counts) -> Tensor:
 def hits_at(ranks_XM: Tensor, k: int) -> Tensor:
     """float64 [X]: share of ranks <= k, in 0..1; fractional ranks compare as they are.
 
-    Like all means below it takes ranks float [..., M] of any leading shape X, () for one sample of mentions, and raises
-    ValueError when M is 0. Source: DSMIP eq. 19, which prints < by a slip.
+    Like all means below it takes ranks float [..., M] of any leading shape X, () for one sample of mentions. Source:
+    DSMIP eq. 19, which prints < by a slip.
+
+    Raises:
+        ValueError: M is 0, here and in all means below.
     """
     return (_some(ranks_XM) <= k).double().mean(dim=-1)
 

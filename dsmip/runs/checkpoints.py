@@ -69,7 +69,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Position, history and the files' hashes of a checkpoint; UserError when it is incomplete or damaged."""
+    """Position, history and the files' hashes of a checkpoint.
+
+    Raises:
+        UserError: It is incomplete or damaged.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"checkpoint {folder} is not complete (no {MANIFEST})")

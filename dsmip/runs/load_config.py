@@ -189,7 +189,11 @@ def shadowed(config: ExperimentConfig, overrides: Sequence[str]) -> list[str]:
 
 
 def parse_config(tree: Mapping[str, Any], source: str = "configuration") -> ExperimentConfig:
-    """Validates a mapping, the search space with a value of each key included; UserError names each wrong key."""
+    """Validates a mapping, the search space with a value of each key included.
+
+    Raises:
+        UserError: Keys are wrong; each is named.
+    """
     _log.debug("%s is parsed", source)
     config = _parse(tree, source)
     for key, choice in config.tune.space.items():

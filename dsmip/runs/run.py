@@ -292,7 +292,11 @@ class RunData:
 
 
 def data_of_run(storage: RunStorage) -> RunData:
-    """What a run remembers of its data, which is not opened. Raises UserError for no run, or a damaged one."""
+    """What a run remembers of its data, which is not opened.
+
+    Raises:
+        UserError: There is no run, or a damaged one.
+    """
     return RunData(**_stamp(storage)["data"])
 
 

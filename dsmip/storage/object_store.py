@@ -53,8 +53,10 @@ class ObjectStore:
     """The objects below a URI, by their names from there (with slashes; "" is all of them).
 
     Connections are opened when they are needed, in each process; so it pickles. Lost ones are tried again (`attempt`).
-    Every method raises UserError when the store refuses and StoreAway when it cannot be reached, in one line with the
-    object's address.
+
+    Raises:
+        UserError: By every method, in one line with the object's address: the store refuses.
+        StoreAway: By every method, likewise: the store cannot be reached.
     """
 
     uri: str

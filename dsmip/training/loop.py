@@ -207,7 +207,14 @@ class Loop:
             raise Left
 
     def _update(self, batch: Any, progress: LoopState) -> tuple[BatchSums, Tensor]:
-        """One step; returns the batch's sums and the gradient's norm. UserError, on all workers, when it diverges."""
+        """One step.
+
+        Returns:
+            The batch's sums, and the gradient's norm.
+
+        Raises:
+            UserError: On all workers: the training diverges.
+        """
         module = self.objective.module
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.objective.backward(batch, self.context.device, self.scaler.scale)

@@ -81,9 +81,12 @@ def image_network(config: GateConfig, backbone: BackboneConfig) -> NetworkChoice
 
 
 def check_weights_named(config: GateConfig) -> None:
-    """Raises UserError when a weights file of the gate's own image network is named that does not exist.
+    """Checks that the weights of the gate's own image network are there, where they are named by a file.
 
     Published weights and those that are named by hash are looked for when features are made or found.
+
+    Raises:
+        UserError: There is no such file.
     """
     network, weights = find_network(config.picture), config.vgg_weights
     if network.of_backbone or weights in network.published or weights.startswith(BY_HASH):

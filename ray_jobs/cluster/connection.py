@@ -13,7 +13,9 @@ def connected(*, verbose: bool = False) -> Iterator[None]:
     """Joins the cluster of RAY_ADDRESS (set inside `ray job submit`), or starts a local one and stops it afterwards.
 
     A cluster that this process is connected to already is used as it is. `verbose` shows Ray's own log.
-    Raises UserError when RAY_ADDRESS names no cluster that takes this process, or the local one does not start.
+
+    Raises:
+        UserError: RAY_ADDRESS names no cluster that takes this process, or the local one does not start.
     """
     import ray
 
@@ -38,7 +40,11 @@ def connected(*, verbose: bool = False) -> Iterator[None]:
 
 
 def check_cluster() -> None:
-    """Raises UserError when RAY_ADDRESS names no cluster that takes this process: before long work that comes first."""
+    """Checks the cluster of RAY_ADDRESS, before long work that comes first.
+
+    Raises:
+        UserError: It names no cluster that takes this process.
+    """
     if not starts_own_cluster():
         from ray_jobs.cluster.joining import check_address
 

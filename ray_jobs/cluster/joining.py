@@ -37,7 +37,11 @@ def join(address: str, **options: Any) -> None:
 
 
 def check_address(address: str) -> None:
-    """Raises UserError when no cluster answers there, or it refuses this process."""
+    """Checks that a cluster answers there and takes this process.
+
+    Raises:
+        UserError: None does.
+    """
     with _told(address):
         _check(address)
 
@@ -52,7 +56,13 @@ def _told(address: str) -> Iterator[None]:
 
 
 def _check(address: str) -> None:
-    """Raises OSError, ConnectionError or ValueError unless a Ray answers there and takes this process's token."""
+    """Checks that a Ray answers there and takes this process's token.
+
+    Raises:
+        OSError: Nothing answers.
+        ConnectionError: What answers is no Ray, or refuses.
+        ValueError: It is no address.
+    """
     client = address.startswith("ray://")
     target = canonicalize_bootstrap_address_or_die(address) if address == "auto" else address.removeprefix("ray://")
     socket.create_connection(_host_and_port(target), timeout=_CONNECT_SECONDS).close()

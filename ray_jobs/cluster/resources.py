@@ -69,7 +69,11 @@ def check_before_start(requests: Sequence[Request]) -> None:
 
 
 def check_feasible(requests: Sequence[Request]) -> None:
-    """Raises UserError for a request that the cluster cannot fulfil even when it is empty and fully scaled up."""
+    """Checks requests against the cluster.
+
+    Raises:
+        UserError: It cannot fulfil one even when it is empty and fully scaled up.
+    """
     _check(requests, cluster_kinds())
 
 

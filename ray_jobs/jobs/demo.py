@@ -167,7 +167,11 @@ class Journal:
 
     @staticmethod
     def open(out: Path, world: DemoConfig, display: Display) -> "Journal":
-        """The journal of `out`, new or from an earlier try. UserError when the folder holds something else."""
+        """The journal of `out`, new or from an earlier try.
+
+        Raises:
+            UserError: The folder holds something else.
+        """
         path = out / "demo.json"
         if path.is_file():
             remedy = "; use another --out"

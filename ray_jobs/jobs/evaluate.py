@@ -262,7 +262,11 @@ def _evaluate_on_ray(
 
 
 def named_device(name: str) -> torch.device:
-    """The device of that name, wherever it is; UserError when there is no such name."""
+    """The device of that name, wherever it is.
+
+    Raises:
+        UserError: There is no such name.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -273,6 +277,10 @@ def named_device(name: str) -> torch.device:
 
 
 def check_here(device: torch.device) -> None:
-    """Raises UserError when this machine does not have the device."""
+    """Checks that this machine has the device.
+
+    Raises:
+        UserError: It has not.
+    """
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs")

@@ -95,7 +95,11 @@ class Chunk:
 def feature_request(
     kind: str, config: str | None, overrides: Sequence[str], weights: str | None, random_seed: int | None
 ) -> FeatureRequest:
-    """From the command line; what is not said there is the configuration's. UserError for what does not go together."""
+    """From the command line; what is not said there is the configuration's.
+
+    Raises:
+        UserError: What is said does not go together.
+    """
     if weights is not None and random_seed is not None:
         raise UserError("--weights and --random-weights exclude each other")
     network = find_network(kind)

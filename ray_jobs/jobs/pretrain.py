@@ -102,7 +102,11 @@ def weights_stamp(config: ExperimentConfig, manifest_hash: str) -> dict[str, Any
 
 
 def _finished(out: Path, stamp: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of a finished `out` of this stamp, None when there is nothing; UserError for something else."""
+    """The report of a finished `out` of this stamp, None when there is nothing.
+
+    Raises:
+        UserError: It holds something else.
+    """
     path = _report_path(out)
     if not out.exists():
         return None

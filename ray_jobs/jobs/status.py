@@ -61,7 +61,11 @@ def show_status(
 
 
 def clean_run(location: Location) -> None:
-    """Deletes what a run no longer needs and prints it. Raises UserError for no run, or while it is trained."""
+    """Deletes what a run no longer needs and prints it.
+
+    Raises:
+        UserError: There is no run, or it is being trained.
+    """
     status, storage = read_status(location), open_run_storage(location)
     if training := [each.name for each in status.parts + status.trials if each.state == "training"]:
         raise UserError(f"run {status.folder}: {', '.join(training)} is being trained; wait for it, then clean")

@@ -70,7 +70,11 @@ def tune_gate(
 
 
 def _check_config(run: Run, config: ExperimentConfig) -> None:
-    """UserError for changes that a sweep cannot make: stage one is over."""
+    """Checks the configuration of a sweep against the run's.
+
+    Raises:
+        UserError: A sweep cannot make a change: stage one is over.
+    """
     fixed = {"tune", "system", "watch"}
     if difference := first_difference(
         run.config.model_dump(mode="json", exclude=fixed), config.model_dump(mode="json", exclude=fixed)
@@ -79,7 +83,11 @@ def _check_config(run: Run, config: ExperimentConfig) -> None:
 
 
 def _checked_stamp(run: Run, trials: Sequence[Trial], seed: int) -> str:
-    """Hash of what the sweep is. UserError when the run holds another sweep."""
+    """Hash of what the sweep is.
+
+    Raises:
+        UserError: The run holds another sweep.
+    """
     stamp = sweep_key(trials, seed, run.note_files())
     path = run.folder / SWEEP
     if path.is_file():
