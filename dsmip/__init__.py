@@ -49,6 +49,8 @@ def open_dataset(location: "str | Path") -> "Dataset":
 def evaluate(run: "Location", split: str = "test", model: str | None = None) -> "Evaluated":
     """Ranks the whole knowledge base for every mention of a split, in this process, as `dsmip evaluate` does.
 
+    It writes the same files, a record of it in the run's `records/` among them, and prints nothing.
+
     Args:
         run: the run's folder, or its URI in an object store.
         split: train, validation or test.
@@ -66,8 +68,9 @@ def evaluate(run: "Location", split: str = "test", model: str | None = None) -> 
     from dsmip.evaluation.report import evaluate_model
     from dsmip.runs.run import Run
 
-    opened = OpenedEvaluation(Run.open(run), split, model)
-    return evaluate_model(opened, torch.device("cpu"), notice=lambda line: None)
+    opened = Run.open(run)
+    with opened.recorded("evaluate"):
+        return evaluate_model(OpenedEvaluation(opened, split, model), torch.device("cpu"))
 
 
 def systems() -> "dict[str, type[System]]":

@@ -1,5 +1,6 @@
 """The public face: `import dsmip` is light, and README's example runs."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 import dsmip
 from dsmip.data.dataset import Dataset
+from dsmip.runs.provenance import RECORDS
 from dsmip.runs.run import Run
 from tests.support.paths import ROOT
 
@@ -44,3 +46,16 @@ def test_the_readme_example_runs(run: Run, small_data: Dataset, capsys: pytest.C
     assert "dsmip" in said
     metrics = dsmip.evaluate(run.folder, "test").metrics
     assert f"{metrics['overall']['hits@1']:.3f}" in said
+    assert capsys.readouterr().out == ""
+
+
+def test_an_evaluation_leaves_a_record_as_the_command_does(run: Run) -> None:
+    before = {*(run.folder / RECORDS).glob("*")}
+    dsmip.evaluate(run.folder, "validation", "text")
+    with pytest.raises(dsmip.UserError, match="unknown model"):
+        dsmip.evaluate(run.folder, "validation", "nothing")
+    records = [json.loads(path.read_text()) for path in sorted({*(run.folder / RECORDS).glob("*")} - before)]
+    assert [(record["command"], record["outcome"].partition(":")[0]) for record in records] == [
+        ("evaluate", "finished"),
+        ("evaluate", "failed"),
+    ]

@@ -28,7 +28,7 @@ def layouts() -> Mapping[str, Layout]:
 
 
 def open_release(
-    folder: Path, layout: str | None, options: ReleaseOptions, notice: Callable[[str], None] = print
+    folder: Path, layout: str | None, options: ReleaseOptions, notice: Callable[[str], None] = lambda line: None
 ) -> Release:
     """Opens a release.
 

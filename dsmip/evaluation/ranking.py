@@ -57,7 +57,7 @@ class RankedModel:
         self,
         device: torch.device,
         options: RankOptions = RankOptions(),
-        notice: Callable[[str], None] = print,
+        notice: Callable[[str], None] = lambda line: None,
         progress: Progress = no_progress,
     ) -> Ranking:
         """Exact ranks and the best entities of all mentions.
@@ -86,7 +86,7 @@ class RankedModel:
         gold_score_M: Tensor,
         device: torch.device,
         options: RankOptions = RankOptions(),
-        notice: Callable[[str], None] = print,
+        notice: Callable[[str], None] = lambda line: None,
         progress: Progress = no_progress,
     ) -> Ranking:
         """The ranking against a slice of the index, given all golds' exact scores."""
@@ -111,7 +111,7 @@ def rank(
     top_k: int = 0,
     gold_score_M: Tensor | None = None,
     tile_size: TileSize | None = None,
-    notice: Callable[[str], None] = lambda text: None,
+    notice: Callable[[str], None] = lambda line: None,
     progress: Callable[[int], None] = lambda num_mentions: None,
 ) -> Ranking:
     """Exact ranks: close pairs are scored again in float64, so neither tiles nor slices of the kb change a rank.
@@ -150,7 +150,7 @@ def rank_unrefined(
     *,
     top_k: int = 0,
     tile_size: TileSize | None = None,
-    notice: Callable[[str], None] = lambda text: None,
+    notice: Callable[[str], None] = lambda line: None,
     progress: Callable[[int], None] = lambda num_mentions: None,
 ) -> Ranking:
     """Ranks by the scores' own precision, off by at most the number of pairs within a band of the gold (`Unrefined`).

@@ -57,7 +57,7 @@ def evaluate_model(
     options: RankOptions = RankOptions(),
     candidates: int | None = None,
     workers: RankingWorkers | None = None,
-    notice: Callable[[str], None] = print,
+    notice: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
 ) -> Evaluated:
     """Ranks the whole kb for every mention of a split and writes metrics.json and ranks.parquet.

@@ -92,8 +92,7 @@ def compare(run: Run, split: str) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = replace(run, dataset=run.dataset.holding(split))  # read once for all models
     evaluated = {
-        model: evaluate_model(OpenedEvaluation(run, split, model), device, notice=lambda text: None)
-        for model in (*experts, run.system.name)
+        model: evaluate_model(OpenedEvaluation(run, split, model), device) for model in (*experts, run.system.name)
     }
     best = oracle({name: evaluated[name].folder for name in experts})
     overall = {name: each.metrics["overall"] for name, each in evaluated.items()} | {ORACLE: best["overall"]}

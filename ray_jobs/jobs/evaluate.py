@@ -64,7 +64,9 @@ def evaluate_run(
             check_here(named)
             evaluation = OpenedEvaluation(run, split, model)
             with Display() as progress:
-                evaluated = evaluate_model(evaluation, named, options=options, progress=progress, candidates=candidates)
+                evaluated = evaluate_model(
+                    evaluation, named, options=options, notice=say, progress=progress, candidates=candidates
+                )
     _show(evaluated.metrics, verbose=verbose)
     if "experts" in evaluated.metrics:
         for line in missing_image_notes(evaluated.metrics["experts"]["best"], _image_alone(run)):
@@ -256,6 +258,7 @@ def _evaluate_on_ray(
             evaluation,
             torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"),
             options=options,
+            notice=say,
             candidates=candidates,
             workers=RayWorkers(workers, gpu, options, Display()),
         )

@@ -348,11 +348,10 @@ def test_no_candidates_are_refused_before_anything_is_ranked(run: Run) -> None:
         evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU, workers=NoWorkers(), candidates=0)
 
 
-def test_more_candidates_than_entities_are_all_of_them(
-    run: Run, exact: Evaluated, capsys: pytest.CaptureFixture[str]
-) -> None:
-    section = evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU, candidates=50).metrics["candidates"]
-    assert "50 candidates of 11 entities: all entities are candidates" in capsys.readouterr().out
+def test_more_candidates_than_entities_are_all_of_them(run: Run, exact: Evaluated) -> None:
+    opened, notices = OpenedEvaluation(run, "test", "dsmip"), list[str]()
+    section = evaluate_model(opened, CPU, candidates=50, notice=notices.append).metrics["candidates"]
+    assert "50 candidates of 11 entities: all entities are candidates" in notices
     assert (section["k"], section["recall@11"], section["gold_recall"]) == (11, 1.0, 1.0)
     for name in ("mrr", *(f"hits@{k}" for k in HITS_AT)):
         assert section[name] == exact.metrics["overall"][name]

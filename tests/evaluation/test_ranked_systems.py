@@ -122,7 +122,7 @@ def test_the_part_whose_score_is_nan_is_named(small_config: ExperimentConfig, fo
         rank_unrefined(broken.against(EntityIndex([broken.entities]), elsewhere_M), CPU)
     model = RankedModel(case.matcher, case.mentions, EntityIndex([broken.entities]), elsewhere_M + 5)
     with pytest.raises(NotRankable) as raised:
-        model.rank(CPU, notice=lambda line: None)
+        model.rank(CPU)
     assert model.broken_part(raised.value.mention, raised.value.entity_row) == name
     assert model.broken_part(0, 0) is None
 
