@@ -21,6 +21,10 @@ from dsmip.private import is_private_file, private_folder, user_cache_folder
 _SECONDS = 300  # for the compiler
 
 
+class NoCompiler(Exception):
+    """The compiler's command, which is not to be found."""
+
+
 def why_unavailable() -> str | None:
     """Why there is no compiled kernel, in one line; None when there is one. The first call builds it."""
     found = library_or_reason()
@@ -45,8 +49,8 @@ def library_or_reason() -> ctypes.CDLL | str:
     compiler = _compiler()
     try:
         return cpu.load(_built(compiler))
-    except FileNotFoundError:
-        return f"no C++ compiler named {compiler[0]} (set CXX to one)"
+    except NoCompiler as error:
+        return f"no C++ compiler named {error} (set CXX to one)"
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if line.strip()] or ["it said nothing"]
         return f"{compiler[0]} failed: {next((line for line in lines if 'error' in line), lines[-1])}"
@@ -97,6 +101,8 @@ def _sha256(path: Path) -> str:
 
 
 def _run(command: list[str]) -> str:
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS
-    ).stdout
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
+    except FileNotFoundError as error:
+        raise NoCompiler(command[0]) from error
+    return done.stdout

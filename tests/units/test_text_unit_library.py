@@ -36,6 +36,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     [
         ("no-such-compiler -O2", "no C[+][+] compiler named no-such-compiler"),
         ("false", "false failed: it said nothing"),
+        ("true", r"\[Errno 2\] No such file or directory: .*text_unit-"),  # it runs, and makes nothing
         ('c++ "-O2', 'no C[+][+] compiler named c[+][+] "-O2'),
     ],
 )
