@@ -10,7 +10,7 @@ Else they are computed on the way and not kept: of a full-size kb they are large
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from dsmip.data.table import Table, concatenate
 from dsmip.encoders.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
 from dsmip.errors import UserError
 from dsmip.evaluation.index import LAYOUT, MANIFEST, SLICE_ROWS, EntityIndex, finish_index, index_slices
-from dsmip.evaluation.preparation import entities_with_image, prepare_in_tiles, share_image
+from dsmip.evaluation.preparation import entities_with_image, prepare_in_tiles, sharing_image
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.keys import Plain, plain_text
 from dsmip.parallel import map_alone
@@ -254,27 +254,22 @@ class _Preparer:
         self._dataset, self._split = evaluation.run.dataset, evaluation.split
         self._matcher, self._features = evaluation.model.matcher.to(device), evaluation.features
         self._sources: dict[str, Callable[[range], Table]] = {}
+        self._alone = cache(self._prepared_alone)  # all slices share one row
 
     def entities(self, rows: range, progress: Callable[[int], None]) -> Table:
         """Prepared entities of these kb rows."""
         if not self._sources:
             self._sources = {part: features.kb_rows(self._device) for part, features in self._features.items()}
         prepared = self._prepared(rows, "entities", self._sources, progress)
-        lacking_N = self._lacking_E[rows.start : rows.stop].to(self._device)
-        columns = self._matcher.image_columns(prepared)
-        if not (columns and bool(lacking_N.any())):
-            return prepared
-        return share_image(prepared, self._alike, lacking_N, columns)
+        return sharing_image(self._matcher, prepared, rows, self._lacking_E, self._alone)
 
     @cached_property
     def _lacking_E(self) -> Tensor:
         """bool [E]: entities without a picture."""
         return ~entities_with_image(self._dataset)
 
-    @cached_property
-    def _alike(self) -> Table:
-        """The kb's first entity without a picture, encoded in its batch, prepared alone: the same for all slices."""
-        row = int(self._lacking_E.nonzero()[0])
+    def _prepared_alone(self, row: int) -> Table:
+        """An entity, encoded in its batch, prepared in a call of its own."""
         start = row - row % BATCH_SIZE
         batch = range(start, min(start + BATCH_SIZE, len(self._lacking_E)))
         sources = {
@@ -286,7 +281,7 @@ class _Preparer:
     def _prepared(
         self, rows: range, side: str, sources: Mapping[str, Callable[[range], Table]], progress: Callable[[int], None]
     ) -> Table:
-        """Prepared items of these rows, tile by tile. sources: what gives each part's features of some rows."""
+        """Prepared items of these rows, tile by tile; `sources` give each part's features of some rows."""
 
         def prepare(tile: range) -> Table:
             tables = {part: source(tile) for part, source in sources.items()}

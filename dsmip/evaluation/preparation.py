@@ -5,7 +5,7 @@ Prepared in a matrix product with others, equal rows differ in their last bits f
 should tie would be ranked by rounding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def entities_with_image(dataset: Dataset) -> Tensor:
 
 
 def with_has_image(kb: Table, dataset: Dataset) -> Table:
-    """Features of the whole kb with the column `has_image` (bool [E]), which `prepare_entities` reads and keeps."""
+    """Features of the whole kb with the column `has_image` (bool [E]), which `prepare_entities` reads."""
     has_image_E = entities_with_image(dataset)
     for column in kb.columns.values():  # a training may have moved them to its GPU
         has_image_E = has_image_E.to(column.device if isinstance(column, Tensor) else column.values.device)
@@ -67,9 +67,7 @@ def with_has_image(kb: Table, dataset: Dataset) -> Table:
 
 @torch.no_grad()
 def prepare_entities(matcher: Matcher, kb: Table, rows: range, device: torch.device) -> Table:
-    """`prepare_in_tiles` of some rows of the kb's features; all entities without a picture share its columns' row.
-
-    That row is prepared from the kb's first such entity in a call of its own: slices of the kb have the same numbers.
+    """`prepare_in_tiles` of some rows of the kb's features, with `sharing_image`.
 
     Args:
         matcher: on the device.
@@ -78,24 +76,33 @@ def prepare_entities(matcher: Matcher, kb: Table, rows: range, device: torch.dev
         device: where they are prepared.
     """
     prepared = prepare_in_tiles(matcher, kb.rows(slice(rows.start, rows.stop)), "entities", device)
-    has_image_E = kb.dense(HAS_IMAGE)
-    has_image_N = has_image_E[rows.start : rows.stop]
-    if not bool(has_image_N.all()):
-        first = (~has_image_E).nonzero()[:1, 0]
-        alike = matcher.prepare_entities(kb.take(first).to(device))
-        prepared = share_image(prepared, alike, ~has_image_N.to(device), matcher.image_columns(prepared))
-    return prepared.merged(Table({HAS_IMAGE: has_image_N.to(device)}))
+    lacking_E = ~kb.dense(HAS_IMAGE)
+
+    def alone(row: int) -> Table:
+        return prepare_in_tiles(matcher, kb.rows(slice(row, row + 1)), "entities", device)
+
+    return sharing_image(matcher, prepared, rows, lacking_E, alone)
 
 
-def share_image(prepared: Table, alike: Table, lacking_N: Tensor, columns: Sequence[str]) -> Table:
-    """Prepared entities whose `columns` are those of `alike`, stored once, where they lack a picture.
+def sharing_image(
+    matcher: Matcher, prepared: Table, rows: range, lacking_E: Tensor, alone: Callable[[int], Table]
+) -> Table:
+    """Prepared entities of which all without a picture share one row of what depends on the picture alone.
+
+    That row is of the kb's first such entity, prepared in a call of its own: slices of the kb have the same numbers.
 
     Args:
-        prepared: N entities.
-        alike: one entity without a picture, prepared in a call of its own.
-        lacking_N: bool [N], which have none.
-        columns: that depend on the picture alone (`Matcher.image_columns`).
+        matcher: it says which columns these are (`Matcher.image_columns`).
+        prepared: entities of `rows`.
+        rows: of the kb.
+        lacking_E: bool [E], which entities of the kb have no picture.
+        alone: prepares one kb row in a call of its own; asked only where the row is needed.
     """
+    columns, lacking_N = matcher.image_columns(prepared), lacking_E[rows.start : rows.stop]
+    if not (columns and bool(lacking_N.any())):
+        return prepared
+    alike = alone(int(lacking_E.nonzero()[0]))
+    lacking_N = lacking_N.to(alike.dense(columns[0]).device)
     num_own = int((~lacking_N).sum())
     index_N = ((~lacking_N).cumsum(0) - 1).where(~lacking_N, num_own).int()
     shared = {
