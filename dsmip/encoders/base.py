@@ -1,6 +1,6 @@
 """The contract of encoders: features of one side's items, their widths, and those stored beside the shards."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import index
@@ -55,6 +55,9 @@ class FeatureEncoder(Protocol):
     def encode_entities(self, batch: ItemBatch) -> Table: ...
 
     def encoder_state(self) -> Mapping[str, Tensor]: ...
+
+    def image_token_columns(self) -> Sequence[str]:
+        """Ragged columns of its features that depend on the picture alone: stored once for all items without one."""
 
 
 @dataclass(frozen=True, slots=True)

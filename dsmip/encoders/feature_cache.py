@@ -120,13 +120,11 @@ def encode_split(
     dtype: torch.dtype = torch.float32,
     progress: CountRows = lambda count: None,
 ) -> None:
-    """Encodes a whole split (or the kb) batch by batch into a table file; a missing picture's tokens are kept once.
-
-    Picture tokens are ragged columns whose last name part is `image_tokens`: they depend on the picture alone.
-    """
+    """Encodes a whole split (or the kb) batch by batch into a table file; a missing picture's tokens are kept once."""
     with TableWriter(path) as writer:
         for table, has_image in _encoded(split, encoder, dataset, collator, device):
-            writer.append(table.to(torch.device("cpu")).cast(dtype), dict.fromkeys(_image_columns(table), ~has_image))
+            lacking = dict.fromkeys(encoder.image_token_columns(), ~has_image)
+            writer.append(table.to(torch.device("cpu")).cast(dtype), lacking)
             progress(len(has_image))
 
 
@@ -146,7 +144,7 @@ def encode_rows(
     batches = list(_encoded(KB, encoder, dataset, collator, device, rows))
     table = concatenate([table for table, _ in batches]).cast(dtype)
     missing_N = ~torch.cat([has_image for _, has_image in batches]).to(device)
-    shared = {name: table.ragged(name).sharing(missing_N) for name in _image_columns(table)}
+    shared = {name: table.ragged(name).sharing(missing_N) for name in encoder.image_token_columns()}
     return table.merged(Table(shared))
 
 
@@ -162,10 +160,6 @@ def _encoded(
     encode = encoder.encode_entities if split == KB else encoder.encode_mentions
     batches = item_batches(split, dataset, collator, rows)
     return map_alone(lambda batch: (encode(batch.to(device)), batch.has_image), batches, device)
-
-
-def _image_columns(table: Table) -> list[str]:
-    return [name for name in table.columns if name.split(".")[-1] == "image_tokens"]
 
 
 def item_batches(split: str, dataset: Dataset, collator: Collator, rows: range | None = None) -> Iterator[ItemBatch]:

@@ -290,9 +290,8 @@ def _spacing(scores_ME: Tensor) -> float:
 
 
 def _without_towers(matcher: Matcher) -> Matcher:
-    """A copy for scoring alone: towers (submodules named `backbone`) would be most of what is copied."""
-    towers = [module for name, module in matcher.named_modules() if name.split(".")[-1] == "backbone"]
-    return copy.deepcopy(matcher, {id(tower): nn.Identity() for tower in towers})
+    """A copy for scoring alone: towers would be most of what is copied."""
+    return copy.deepcopy(matcher, {id(tower): nn.Identity() for tower in matcher.pretrained_towers()})
 
 
 def _spread(num_items: int, num_chosen: int) -> Tensor:

@@ -4,7 +4,7 @@ The three experts are one class that uses the text, the picture or both; only th
 cross unit. Without an encoder an expert scores cached features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -162,6 +162,9 @@ class Expert(Matcher):
 
     def encoder_state(self) -> Mapping[str, Tensor]:
         return self._encoder().state_dict()
+
+    def image_token_columns(self) -> Sequence[str]:
+        return ("image_tokens",) if "image" in self._encoder().modalities else ()
 
     def _encoder(self) -> ExpertEncoder:
         if self.encoder is None:

@@ -5,7 +5,7 @@ Each side's input is [mean of the frozen input token embeddings ; picture featur
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -142,6 +142,9 @@ class GateTextEncoder(nn.Module):
     def encoder_state(self) -> Mapping[str, Tensor]:
         return {name: tensor for name, tensor in self.state_dict().items() if "token_embedding" in name}
 
+    def image_token_columns(self) -> Sequence[str]:
+        return ()
+
     @torch.no_grad()
     def _encode(self, batch: ItemBatch) -> Table:
         return Table({"text": self.backbone.token_embedding_mean(batch.token_ids)})
@@ -167,6 +170,9 @@ class GateEncoder(nn.Module):
 
     def encoder_state(self) -> Mapping[str, Tensor]:
         return self.state_dict()
+
+    def image_token_columns(self) -> Sequence[str]:
+        return ()
 
     @torch.no_grad()
     def _encode(self, batch: ItemBatch) -> Table:

@@ -157,6 +157,10 @@ class Matcher(nn.Module, ABC):
         """The tensors that features depend on (their hash keys the feature cache)."""
         return self.state_dict()
 
+    def image_token_columns(self) -> Sequence[str]:
+        """Ragged columns of its features that depend on the picture alone: stored once for all items without one."""
+        return ()
+
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers; one that has two names is under both."""

@@ -5,7 +5,7 @@ number of tokens, and the tower hides padding from attention. One decision of ou
 negatives, as in all systems here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import ClassVar
@@ -132,6 +132,9 @@ class SharedClipMatcher(Matcher):
 
     def encoder_state(self) -> Mapping[str, Tensor]:
         return self._encoder().state_dict()
+
+    def image_token_columns(self) -> Sequence[str]:
+        return ("image_tokens",)
 
     def load_published_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads a released checkpoint's tensors (read a file with `dsmip.encoders.weights.read_weights`).

@@ -57,6 +57,9 @@ class CountingEncoder:
     def encoder_state(self) -> Mapping[str, Tensor]:
         return {"weight": self.weight}
 
+    def image_token_columns(self) -> list[str]:
+        return ["image_tokens"]
+
 
 def untrained(run: Run) -> Matcher:
     with torch.random.fork_rng(devices=[]):

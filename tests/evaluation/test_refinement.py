@@ -84,7 +84,10 @@ class WithTowers(NoisyMatcher):
 
     def __init__(self, scores_ME: Tensor) -> None:
         super().__init__(scores_ME, torch.zeros_like(scores_ME))
-        self.encoder = nn.ModuleDict({"backbone": Uncopied()})
+        self.encoder = nn.ModuleDict({"tower": Uncopied()})
+
+    def pretrained_towers(self) -> list[nn.Module]:
+        return [self.encoder["tower"]]
 
 
 class Uncopied(nn.Module):

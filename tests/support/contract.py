@@ -1,6 +1,6 @@
 """The systems under the contract of `dsmip.models.base`: every registered one, every part of it and the whole."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,11 +45,17 @@ Encode = Callable[[ItemBatch], Table]
 
 @dataclass(frozen=True)
 class Subject:
-    """A matcher under test, and how its features are made from raw items. `rebuild`: the same with fresh weights."""
+    """A matcher under test, and how its features are made from raw items.
+
+    Attributes:
+        image_token_columns: Of its features, as their encoders declare them.
+        rebuild: Makes the same with fresh weights.
+    """
 
     matcher: Matcher
     encode_mentions: Encode
     encode_entities: Encode
+    image_token_columns: Sequence[str]
     rebuild: Callable[[], "Subject"]
     draws_noise: bool = False
 
@@ -72,7 +78,11 @@ def cases() -> Iterator[Any]:
 def part_of(system: type[System], part: str, config: ExperimentConfig) -> Subject:
     matcher = system.build_part(part, config, with_encoder=True)
     return Subject(
-        matcher, matcher.encode_mentions, matcher.encode_entities, rebuild=lambda: part_of(system, part, config)
+        matcher,
+        matcher.encode_mentions,
+        matcher.encode_entities,
+        matcher.image_token_columns(),
+        rebuild=lambda: part_of(system, part, config),
     )
 
 
@@ -85,11 +95,18 @@ def whole(system: type[System], config: ExperimentConfig) -> Subject:
         tables = {name: getattr(encoder, method)(batch) for name, encoder in encoders.items()}
         return whole_features(tables, names) if system.gated else tables[names[0]]
 
+    image_token_columns = [
+        f"{name}.{column}" if system.gated else column
+        for name, encoder in encoders.items()
+        for column in encoder.image_token_columns()
+    ]
+
     def build() -> Subject:
         return Subject(
             system.build_whole(config),
             lambda batch: encode(batch, "encode_mentions"),
             lambda batch: encode(batch, "encode_entities"),
+            image_token_columns,
             rebuild=build,
             draws_noise=system.gated,
         )
