@@ -72,10 +72,10 @@ class BigRelease:
     seed: int = 0
     faults: int = 0
 
-    def fault(self, part: str, number: int) -> str | None:
+    def fault(self, side: str, number: int) -> str | None:
         """What is wrong with a record of "kb" or "mentions"; its first record is faultless."""
-        draw = self._rng("fault", part, number).random() * 1000
-        kinds = FAULTS[part]
+        draw = self._rng("fault", side, number).random() * 1000
+        kinds = FAULTS[side]
         return kinds[int(draw / self.faults)] if number and draw < self.faults * len(kinds) else None
 
     def entity(self, row: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class BigRelease:
 
 
 def write_big_release(release: BigRelease, folder: Path, workers: int = 1) -> dict[str, Counter[str]]:
-    """Writes the release into a new folder, kb_entity.json last; the number of records of each fault, by part.
+    """Writes the release into a new folder, kb_entity.json last; the number of records of each fault, by side.
 
     Raises:
         UserError: the folder already holds something.
@@ -146,8 +146,8 @@ def write_big_release(release: BigRelease, folder: Path, workers: int = 1) -> di
         raise UserError(f"{folder} already holds something: name a new folder, or delete it")
     counts = {"kb": release.entities, "mentions": release.mentions}
     tasks = [
-        (release, folder / _FOLDERS[part], part, start, min(start + _IMAGES_PER_TASK, count))
-        for part, count in counts.items()
+        (release, folder / _FOLDERS[side], side, start, min(start + _IMAGES_PER_TASK, count))
+        for side, count in counts.items()
         for start in range(0, count, _IMAGES_PER_TASK)
     ]
     for name in _FOLDERS.values():
@@ -166,17 +166,17 @@ def write_big_release(release: BigRelease, folder: Path, workers: int = 1) -> di
         _write_records(folder / f"BIG_{split}.json", (release.mention(number) for number in numbers))
         start += share
     _write_records(folder / "kb_entity.json", (release.entity(row) for row in range(release.entities)))
-    faults = {part: Counter(release.fault(part, number) or "" for number in range(counts[part])) for part in counts}
-    return {part: Counter({kind: count for kind, count in found.items() if kind}) for part, found in faults.items()}
+    faults = {side: Counter(release.fault(side, number) or "" for number in range(counts[side])) for side in counts}
+    return {side: Counter({kind: count for kind, count in found.items() if kind}) for side, found in faults.items()}
 
 
-def _write_images(release: BigRelease, folder: Path, part: str, start: int, stop: int) -> None:
+def _write_images(release: BigRelease, folder: Path, side: str, start: int, stop: int) -> None:
     drawer = _drawer(release.size, release.seed)
     for number in range(start, stop):
-        fault = release.fault(part, number)
+        fault = release.fault(side, number)
         if fault == MISSING:
             continue
-        letter, index = ("Q", number) if part == "kb" else ("m", release.entities + number)
+        letter, index = ("Q", number) if side == "kb" else ("m", release.entities + number)
         spoil = ODD_IMAGES.get(fault or "") or BROKEN_IMAGES.get(fault or "")
         content = spoil(Image.fromarray(drawer.pixels(index))) if spoil else drawer.jpeg(index)
         (folder / f"{letter}{number}.jpg").write_bytes(content)
@@ -217,8 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     num_bytes = sum(path.stat().st_size for name in _FOLDERS.values() for path in (options.folder / name).iterdir())
     print(f"{count:,} records and pictures in {seconds:.0f} s: {count / seconds:,.0f} a second")
     print(f"{num_bytes / 2**30:.2f} GiB of pictures, {num_bytes / count / 1000:.1f} KB each")
-    for part, found in faults.items():
-        print(f"faulty {part}: " + (", ".join(f"{kind} {n}" for kind, n in sorted(found.items())) or "none"))
+    for side, found in faults.items():
+        print(f"faulty {side}: " + (", ".join(f"{kind} {n}" for kind, n in sorted(found.items())) or "none"))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -31,14 +31,14 @@ class Verification:
     Attributes:
         shards: How many were read.
         samples: How many were read.
-        pictures: How many were read.
+        images: How many were read.
         num_problems: How many there are.
         problems: The first MAX_PROBLEMS of them, in the files' order.
     """
 
     shards: int
     samples: int
-    pictures: int
+    images: int
     num_problems: int
     problems: tuple[Problem, ...]
 

@@ -5,7 +5,7 @@ stale file is never read and a finished one is never computed again.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +21,10 @@ from dsmip.data.table_writer import TableWriter
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.keys import plain_text
 from dsmip.parallel import map_alone
+from dsmip.progress import CountRows
 from dsmip.storage.locations import Location, open_run_storage
 
 Item = TypeVar("Item")
-CountRows = Callable[[int], None]  # gets how many more rows are encoded
 BATCH_SIZE = 256  # rows that an encoder takes at once
 _DTYPES = {torch.float32: "torch.float32", torch.float16: "torch.float16"}  # words of a key
 
@@ -50,10 +50,10 @@ class FeatureCache:
         dataset: Dataset,
         collator: Collator,
         device: torch.device,
-        progress: CountRows = lambda count: None,
+        count_rows: CountRows = lambda count: None,
     ) -> Table:
         """Features of a split's mentions (in shard order) or of the kb (split "kb", in row order)."""
-        return Table.load(self.ensure(part, split, encoder, dataset, collator, device, progress))
+        return Table.load(self.ensure(part, split, encoder, dataset, collator, device, count_rows))
 
     def ensure(
         self,
@@ -63,13 +63,13 @@ class FeatureCache:
         dataset: Dataset,
         collator: Collator,
         device: torch.device,
-        progress: CountRows = lambda count: None,
+        count_rows: CountRows = lambda count: None,
     ) -> Path:
         """The file of those features, computed unless it is there."""
         path = self.path(part, split, encoder, dataset, collator)
         if not self.has(path):
             with self.storage.atomic(path.name) as temporary:
-                encode_split(temporary, split, encoder, dataset, collator, device, self.dtype, progress)
+                encode_split(temporary, split, encoder, dataset, collator, device, self.dtype, count_rows)
         return path
 
     def has(self, path: Path) -> bool:
@@ -118,14 +118,14 @@ def encode_split(
     collator: Collator,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    progress: CountRows = lambda count: None,
+    count_rows: CountRows = lambda count: None,
 ) -> None:
     """Encodes a whole split (or the kb) batch by batch into a table file; a missing picture's tokens are kept once."""
     with TableWriter(path) as writer:
         for table, has_image in _encoded(split, encoder, dataset, collator, device):
             lacking = dict.fromkeys(encoder.image_token_columns(), ~has_image)
             writer.append(table.to(torch.device("cpu")).cast(dtype), lacking)
-            progress(len(has_image))
+            count_rows(len(has_image))
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from dsmip.evaluation.preparation import entities_with_image, prepare_in_tiles, 
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.keys import Plain, plain_text
 from dsmip.parallel import map_alone
-from dsmip.progress import Progress, counting, no_progress
+from dsmip.progress import CountRows, Progress, counting, no_progress
 from dsmip.runs.part_features import PartFeatures, rows_of
 from dsmip.runs.run import Run, model_names
 from dsmip.storage.locations import open_run_storage
@@ -256,11 +256,11 @@ class _Preparer:
         self._sources: dict[str, Callable[[range], Table]] = {}
         self._alone = cache(self._prepared_alone)  # all slices share one row
 
-    def entities(self, rows: range, progress: Callable[[int], None]) -> Table:
+    def entities(self, rows: range, count_rows: CountRows) -> Table:
         """Prepared entities of these kb rows."""
         if not self._sources:
             self._sources = {part: features.kb_rows(self._device) for part, features in self._features.items()}
-        prepared = self._prepared(rows, "entities", self._sources, progress)
+        prepared = self._prepared(rows, "entities", self._sources, count_rows)
         return sharing_image(self._matcher, prepared, rows, self._lacking_E, self._alone)
 
     @cached_property
@@ -279,7 +279,7 @@ class _Preparer:
         return self._prepared(range(row, row + 1), "entities", sources, lambda count: None)
 
     def _prepared(
-        self, rows: range, side: str, sources: Mapping[str, Callable[[range], Table]], progress: Callable[[int], None]
+        self, rows: range, side: str, sources: Mapping[str, Callable[[range], Table]], count_rows: CountRows
     ) -> Table:
         """Prepared items of these rows, tile by tile; `sources` give each part's features of some rows."""
 
@@ -293,13 +293,13 @@ class _Preparer:
             prepare, [rows[start : start + _TILE] for start in range(0, len(rows), _TILE)], self._device
         ):
             tiles.append(table)
-            progress(len(table))
+            count_rows(len(table))
         return concatenate(tiles)
 
-    def mentions(self, progress: Callable[[int], None]) -> Table:
+    def mentions(self, count_rows: CountRows) -> Table:
         """Prepared mentions. Their features go to the run's cache: several models read them."""
         sources = {
             part: rows_of(load_features(features.files(self._split, self._device, self._progress)))
             for part, features in self._features.items()
         }
-        return self._prepared(range(self._dataset.num_mentions(self._split)), "mentions", sources, progress)
+        return self._prepared(range(self._dataset.num_mentions(self._split)), "mentions", sources, count_rows)

@@ -99,7 +99,7 @@ class RankedModel:
             top_k=options.top_k,
             gold_score_M=gold_score_M,
             notice=notice,
-            progress=lambda done: progress("ranked mentions", done, len(self.mentions)),
+            after_tile=lambda done: progress("ranked mentions", done, len(self.mentions)),
         )
 
 
@@ -112,7 +112,7 @@ def rank(
     gold_score_M: Tensor | None = None,
     tile_size: TileSize | None = None,
     notice: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int], None] = lambda num_mentions: None,
+    after_tile: Callable[[int], None] = lambda num_mentions: None,
 ) -> Ranking:
     """Exact ranks: close pairs are scored again in float64, so neither tiles nor slices of the kb change a rank.
 
@@ -125,13 +125,13 @@ def rank(
         gold_score_M: float64 [M], exact scores of all golds (`RankedModel.gold_scores`); None: all are in the index.
         tile_size: Default: what suits the device.
         notice: Takes lines about memory.
-        progress: Called with the number of mentions that are ranked.
+        after_tile: Called with the number of mentions that are ranked so far.
 
     Raises:
         NotRankable: A score is NaN or infinite.
         ValueError: No mentions, no entities, or a gold that is not in the index and whose score is not given.
     """
-    tiles, pairs = _opened(model, device, tile_size or _default_tiles(device, len(model.index)), notice, progress)
+    tiles, pairs = _opened(model, device, tile_size or _default_tiles(device, len(model.index)), notice, after_tile)
     gold_score_M = pairs.gold_scores(model.gold_row_M) if gold_score_M is None else gold_score_M
     first_row = model.index.first_row
     check_golds(gold_score_M, model.gold_row_M, range(first_row, first_row + len(model.index)))
@@ -151,7 +151,7 @@ def rank_unrefined(
     top_k: int = 0,
     tile_size: TileSize | None = None,
     notice: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int], None] = lambda num_mentions: None,
+    after_tile: Callable[[int], None] = lambda num_mentions: None,
 ) -> Ranking:
     """Ranks by the scores' own precision, off by at most the number of pairs within a band of the gold (`Unrefined`).
 
@@ -159,7 +159,7 @@ def rank_unrefined(
     and `top_k` must be 0. Arguments and errors are those of `rank`; a gold must be in some worker's index.
     """
     # workers must all have the same tiles, though their slices differ by an entity
-    tiles, pairs = _opened(model, device, tile_size or _default_tiles(device, 0), notice, progress)
+    tiles, pairs = _opened(model, device, tile_size or _default_tiles(device, 0), notice, after_tile)
     sample = sample_errors(pairs, tiles.score, tiles.gold_column_M, _SAMPLE_MENTIONS)
     band = max_over_workers(sample.band, device)
     columns = tiles.rank(top_k, len(model.choices), band)
@@ -172,7 +172,7 @@ def _opened(
     device: torch.device,
     size: TileSize,
     notice: Callable[[str], None],
-    progress: Callable[[int], None],
+    after_tile: Callable[[int], None],
 ) -> tuple["_Tiles", PairScorer]:
     """What scores tiles, and what scores single pairs exactly."""
     matcher, mentions, index = model.matcher, model.mentions, model.index
@@ -180,7 +180,7 @@ def _opened(
         raise ValueError(f"{len(mentions)} mentions against {len(index)} entities: nothing to rank")
     matcher.eval()
     index = _placed(index, device, notice)
-    tiles = _Tiles(matcher, mentions, index, model.gold_row_M - index.first_row, device, size, notice, progress)
+    tiles = _Tiles(matcher, mentions, index, model.gold_row_M - index.first_row, device, size, notice, after_tile)
     return tiles, PairScorer(matcher, mentions, index, device, notice)
 
 
@@ -218,7 +218,7 @@ class _Tiles:
     device: torch.device
     size: TileSize
     notice: Callable[[str], None]
-    progress: Callable[[int], None]
+    after_tile: Callable[[int], None]
 
     def score(self, mentions: Table, entities: Table) -> Tensor:
         """[m, e] of a few mentions and entities, as `rank` scores them."""
@@ -233,7 +233,7 @@ class _Tiles:
         tiles = []
         for start in range(0, len(self.mentions), self.size.mentions):
             tiles.append(self._rank_tile(start, top_k, num_choices, close))
-            self.progress(min(start + self.size.mentions, len(self.mentions)))
+            self.after_tile(min(start + self.size.mentions, len(self.mentions)))
         return {name: torch.cat([tile[name] for tile in tiles]).cpu() for name in tiles[0]}
 
     def _rank_tile(self, start: int, top_k: int, num_choices: int, close: Refiner | float) -> dict[str, Tensor]:

@@ -40,6 +40,11 @@ def evaluation_name(split: str, model: str) -> str:
     return f"evaluate/{split}/{model}"
 
 
+def recall_name(k: int) -> str:
+    """The figure among candidates that says how many of the exact ranking's best `k` entities they hold."""
+    return f"recall@{k}"
+
+
 class RankingWorkers(Protocol):
     """Processes elsewhere that build what a ranking reads, and rank."""
 
@@ -169,7 +174,7 @@ def _candidate_metrics(
     return {
         "k": links.candidate_row_MK.shape[1],
         "search": search.method,
-        f"recall@{ranking.top_row_Mk.shape[1]}": ops.recall_at(ranking.top_row_Mk, links.candidate_row_MK),
+        recall_name(ranking.top_row_Mk.shape[1]): ops.recall_at(ranking.top_row_Mk, links.candidate_row_MK),
         "gold_recall": float(ranks_M.isfinite().double().mean()),
         **measure_among(ranks_M),
         "note": _CANDIDATES_NOTE,

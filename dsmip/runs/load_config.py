@@ -246,9 +246,9 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not key:
         raise UserError(f"--set takes key=value (for example train.epochs=5), got '{text}'")
     parsed = parse_yaml(value, f"--set {key}: the value", _Loader)
-    parts = key.split(".")
-    if len(parts) > _MAX_DEPTH:
-        raise UserError(f"--set {key[:40]}...: {len(parts)} names in one another; no key is so deep")
-    for part in reversed(parts):
-        parsed = {part: parsed}
+    names = key.split(".")
+    if len(names) > _MAX_DEPTH:
+        raise UserError(f"--set {key[:40]}...: {len(names)} names in one another; no key is so deep")
+    for name in reversed(names):
+        parsed = {name: parsed}
     return dict(parsed)

@@ -40,7 +40,7 @@ class LocalContext:
         """Nobody watches."""
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
-        """Tells nobody."""
+        """Nothing is shown of a step."""
 
     def asked_to_leave(self) -> bool:
         return False

@@ -156,19 +156,19 @@ class Loop:
         self.scaler.load_state_dict(stored.scaler)
         return LoopState(stored.epoch, stored.step, stored.sums, stored.count, stored.history, stored.best)
 
-    def save(self, progress: LoopState) -> Path | None:
+    def save(self, state: LoopState) -> Path | None:
         """A finished checkpoint on the first worker, None on the others."""
         if distributed.rank() > 0:
             return None
-        folder = self.context.checkpoint_folder(progress.epoch, progress.step)
+        folder = self.context.checkpoint_folder(state.epoch, state.step)
         checkpoint = Checkpoint(
-            epoch=progress.epoch,
-            step=progress.step,
-            sums=progress.sums,
-            count=progress.count,
-            history=progress.history,
+            epoch=state.epoch,
+            step=state.step,
+            sums=state.sums,
+            count=state.count,
+            history=state.history,
             weights=self.objective.state(),
-            best=progress.best,
+            best=state.best,
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
             scaler=self.scaler.state_dict(),
@@ -176,7 +176,7 @@ class Loop:
         save_checkpoint(folder, checkpoint)
         return folder
 
-    def epoch(self, source: StepSource, progress: LoopState) -> None:
+    def epoch(self, source: StepSource, state: LoopState) -> None:
         """What is left of an epoch.
 
         Raises:
@@ -185,28 +185,28 @@ class Loop:
         """
         self.objective.module.train()
         num_steps = source.num_steps()
-        for batch, wait_seconds in timed(source.steps(progress.epoch, progress.step)):
+        for batch, wait_seconds in timed(source.steps(state.epoch, state.step)):
             started = time.perf_counter()
             # dropout and Gumbel noise are a function of the position, so that a resumed run draws the same
-            torch.manual_seed(draw(2**63, "noise", self.seed, progress.epoch, progress.step, distributed.rank()))
+            torch.manual_seed(draw(2**63, "noise", self.seed, state.epoch, state.step, distributed.rank()))
             learning_rate = float(self.schedule.get_last_lr()[0])
-            sums, gradient_norm = self._update(batch, progress)
-            progress.add(sums)
+            sums, gradient_norm = self._update(batch, state)
+            state.add(sums)
             seconds = wait_seconds + time.perf_counter() - started
             loss = sums.sums["loss"] / max(sums.count, 1)
             figures = StepFigures(loss, gradient_norm, learning_rate, sums.count, seconds, wait_seconds)
-            self.context.step_done(progress.epoch, progress.step - 1, num_steps, figures)
-            self._save_within_epoch(progress, num_steps)
+            self.context.step_done(state.epoch, state.step - 1, num_steps, figures)
+            self._save_within_epoch(state, num_steps)
 
-    def _save_within_epoch(self, progress: LoopState, num_steps: int) -> None:
+    def _save_within_epoch(self, state: LoopState, num_steps: int) -> None:
         leave = self.context.asked_to_leave()
         every = self.checkpoint_steps
-        if leave or (every is not None and progress.step % every == 0 and progress.step < num_steps):
-            self.context.step_saved(progress.epoch, progress.step, self.save(progress))
+        if leave or (every is not None and state.step % every == 0 and state.step < num_steps):
+            self.context.step_saved(state.epoch, state.step, self.save(state))
         if leave:
             raise Left
 
-    def _update(self, batch: Any, progress: LoopState) -> tuple[BatchSums, Tensor]:
+    def _update(self, batch: Any, state: LoopState) -> tuple[BatchSums, Tensor]:
         """One step.
 
         Returns:
@@ -219,23 +219,23 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.objective.backward(batch, self.context.device, self.scaler.scale)
         if not math.isfinite(sums.sums["loss"]):
-            raise _diverged(f"the loss is {sums.sums['loss']}", progress)
+            raise _diverged(f"the loss is {sums.sums['loss']}", state)
         distributed.sum_gradients(module.parameters())
         self.scaler.unscale_(self.optimizer)
         gradient_norm = clip_gradients(module, self.clip_norm)
         if not (self.scaler.is_enabled() or bool(torch.isfinite(gradient_norm))):  # the scaler passes such steps over
-            raise _diverged(f"the gradient's norm is {float(gradient_norm)}", progress)
+            raise _diverged(f"the gradient's norm is {float(gradient_norm)}", state)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < _LEAST_SCALE:
-            raise _diverged("no step has had a finite gradient for long", progress)
+            raise _diverged("no step has had a finite gradient for long", state)
         self.schedule.step()
         self.objective.after_step()
         return sums, gradient_norm
 
 
-def _diverged(what: str, progress: LoopState) -> UserError:
+def _diverged(what: str, state: LoopState) -> UserError:
     return UserError(
-        f"{what} in epoch {progress.epoch + 1}, step {progress.step + 1}: the training has diverged and stops before "
+        f"{what} in epoch {state.epoch + 1}, step {state.step + 1}: the training has diverged and stops before "
         "its weights are lost; train anew with a lower learning_rate, with warmup_steps or with clip_norm"
     )

@@ -134,14 +134,14 @@ def pretrain(
         seed=seed,
         checkpoint_steps=config.checkpoint_steps,
     )
-    progress = loop.resume()
-    while progress.epoch < config.epochs:
-        loop.epoch(pairs, progress)
-        metrics = progress.end_epoch() | {"temperature": math.exp(-backbone.logit_scale.item())}
-        progress.history.append(metrics)
-        context.epoch_done(metrics, loop.save(progress))
+    state = loop.resume()
+    while state.epoch < config.epochs:
+        loop.epoch(pairs, state)
+        metrics = state.end_epoch() | {"temperature": math.exp(-backbone.logit_scale.item())}
+        state.history.append(metrics)
+        context.epoch_done(metrics, loop.save(state))
     backbone.tune("frozen")
-    return progress.history
+    return state.history
 
 
 class PairObjective(Objective):

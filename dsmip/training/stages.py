@@ -194,7 +194,7 @@ def _figures(
     """Metrics, and how many pairs are too close for single precision to order them (for the records alone)."""
     use_backend(matcher, "auto", context.device)
     model = RankedModel(matcher, mentions, index, gold_row_M)
-    ranking = rank_unrefined(model, context.device, progress=lambda _: context.alive())
+    ranking = rank_unrefined(model, context.device, after_tile=lambda _: context.alive())
     return ranking.metrics() | (ranking.cost.unrefined.metrics() if ranking.cost.unrefined else {})
 
 

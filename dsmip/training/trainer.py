@@ -65,19 +65,19 @@ def train(
         clip_norm=config.clip_norm,
         checkpoint_steps=checkpoint_steps,
     )
-    progress = loop.resume()
+    state = loop.resume()
     last = config.epochs if stop_epoch is None else min(stop_epoch, config.epochs)
-    while progress.epoch < last and not _patience_lost(progress.history, config.patience):
-        loop.epoch(source, progress)
-        metrics = progress.end_epoch()
-        if progress.epoch % config.validate_every == 0 or progress.epoch == last:
+    while state.epoch < last and not _patience_lost(state.history, config.patience):
+        loop.epoch(source, state)
+        metrics = state.end_epoch()
+        if state.epoch % config.validate_every == 0 or state.epoch == last:
             metrics |= validate(matcher)
-        progress.history.append(metrics)
-        if _best_epoch(progress.history) == len(progress.history) - 1:
-            progress.best = {name: tensor.detach().clone() for name, tensor in trained_state(matcher).items()}
-        context.epoch_done(metrics, loop.save(progress))
-    matcher.load_state_dict(progress.best, strict=False)
-    return TrainResult(progress.history, _best_epoch(progress.history))
+        state.history.append(metrics)
+        if _best_epoch(state.history) == len(state.history) - 1:
+            state.best = {name: tensor.detach().clone() for name, tensor in trained_state(matcher).items()}
+        context.epoch_done(metrics, loop.save(state))
+    matcher.load_state_dict(state.best, strict=False)
+    return TrainResult(state.history, _best_epoch(state.history))
 
 
 class MatcherObjective(Objective):

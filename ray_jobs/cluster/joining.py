@@ -32,7 +32,7 @@ def join(address: str, **options: Any) -> None:
         UserError: no cluster answers there, or it refuses this process.
     """
     check_address(address)
-    with _told(address):
+    with _refusals_in_words(address):
         ray.init(**options)
 
 
@@ -42,12 +42,12 @@ def check_address(address: str) -> None:
     Raises:
         UserError: None does.
     """
-    with _told(address):
+    with _refusals_in_words(address):
         _check(address)
 
 
 @contextmanager
-def _told(address: str) -> Iterator[None]:
+def _refusals_in_words(address: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:

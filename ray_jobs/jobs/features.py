@@ -58,7 +58,7 @@ from ray_jobs.terminal.display import Display
 
 CHUNK_ITEMS = BATCH_SIZE  # as many as the gate encodes at once: the last bits depend on the size of a batch
 NAME = "picture features"
-_CHUNKS = "pieces-"
+_CHUNKS = "pieces-"  # the word that is stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ def compute_features(
     there = {f"{chunks_name}/{each}" for each in files.children(chunks_name)}
     missing = [chunk for chunk in chunks if chunk.file not in there]
     if len(missing) < len(chunks):
-        display.say(f"  {len(chunks) - len(missing)} of {len(chunks)} pieces are there already")
+        display.say(f"  {len(chunks) - len(missing)} of {len(chunks)} chunks are there already")
     if missing:
         plan = Plan(dataset.location, request)
         check_before_start([Request(NAME, min(workers, len(missing)), 1, int(device == "cuda"))])

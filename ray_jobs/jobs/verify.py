@@ -23,7 +23,7 @@ def verify_data(data: str, *, json_file: Path | None, workers: int) -> Verificat
         say(str(problem))
     if found.num_problems > len(found.problems):
         say(f"... and {found.num_problems - len(found.problems)} more")
-    read = f"{found.shards} shards, {found.samples} samples, {found.pictures} pictures read"
+    read = f"{found.shards} shards, {found.samples} samples, {found.images} pictures read"
     verdict = "all as the manifest says" if found.ok else f"{found.num_problems} problems; prepare the dataset again"
     say(f"{data}: {read}: {verdict}")
     return found

@@ -77,7 +77,7 @@ def test_the_job_writes_what_the_gate_computes(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_finished_pieces_are_kept_and_a_damaged_shard_is_named(dataset: Dataset, config: Path) -> None:
+def test_finished_chunks_are_kept_and_a_damaged_shard_is_named(dataset: Dataset, config: Path) -> None:
     (shard,) = (dataset.folder / "test").iterdir()
     content = shard.read_bytes()
     shard.write_bytes(b"x" * len(content))
@@ -90,14 +90,14 @@ def test_finished_pieces_are_kept_and_a_damaged_shard_is_named(dataset: Dataset,
     outdated = folder / "pieces-0123456789abcdef"  # of data that was prepared anew
     outdated.mkdir()
     resumed = features(dataset.folder, *OF_CLIP, config)
-    assert re.search(r"[123] of 4 pieces are there already", resumed.output), resumed.output
+    assert re.search(r"[123] of 4 chunks are there already", resumed.output), resumed.output
     assert set(contents(folder)) == {"manifest.json", *(f"{split}.safetensors" for split in KB_AND_SPLITS)}
 
 
 @pytest.mark.soak
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_job_goes_on_and_ends_the_same(dataset: Dataset, config: Path, tmp_path: Path) -> None:
-    """With a network of real size, so that a piece takes a second and the kill comes in the middle."""
+    """With a network of real size, so that a chunk takes a second and the kill comes in the middle."""
     large = tmp_path / "large.json"
     vision = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32}
     large.write_text(json.dumps({**NARROW_BACKBONE, "vision_cfg": vision}))
@@ -127,7 +127,7 @@ def test_a_killed_job_goes_on_and_ends_the_same(dataset: Dataset, config: Path, 
         shutil.rmtree(temporary, ignore_errors=True)
     assert not list((tmp_path / "killed").glob("features/*/manifest.json"))
     resumed = features(tmp_path / "killed", *options)
-    assert re.search(r"[123] of 4 pieces are there already", resumed.output), resumed.output
+    assert re.search(r"[123] of 4 chunks are there already", resumed.output), resumed.output
     assert contents(tmp_path / "killed") == contents(dataset.folder)
 
 
