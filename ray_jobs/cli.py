@@ -48,7 +48,7 @@ def prepare(
     source: Annotated[str, typer.Argument(help="Release folder; dataset directory; for demo: a seed or a YAML.")],
     out: Annotated[str, typer.Argument(help="Dataset directory to make, or its URI in an object store.")],
     format: Annotated[
-        str | None, typer.Option("--format", help="mimic, melbench, wikidiverse, jsonl or demo (default: as found).")
+        str | None, typer.Option("--format", help="A layout's name, such as mimic, or demo (default: as found).")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the data set (default: the folder's).")] = None,
     licence: Annotated[str, typer.Option(help="Its licence, for the manifest.")] = "unknown",

@@ -12,7 +12,7 @@ from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
 from dsmip.evaluation.metrics import METRICS, shown_metrics
 from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
-from dsmip.evaluation.report import RANKS, Evaluated, evaluate_model, evaluation_name, oracle
+from dsmip.evaluation.report import RANKS, Evaluated, evaluate_model, evaluation_name, oracle, recall_name
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from dsmip.units.text_unit import check_backend
@@ -67,7 +67,7 @@ def evaluate_run(
                 evaluated = evaluate_model(
                     evaluation, named, options=options, notice=say, progress=progress, candidates=candidates
                 )
-    _show(evaluated.metrics, verbose=verbose)
+    _show(evaluated.metrics, options.top_k, verbose=verbose)
     if "experts" in evaluated.metrics:
         for line in missing_image_notes(evaluated.metrics["experts"]["best"], _image_alone(run)):
             say(line)
@@ -76,7 +76,7 @@ def evaluate_run(
     return evaluated.metrics
 
 
-def _show(metrics: Mapping[str, Any], *, verbose: bool) -> None:
+def _show(metrics: Mapping[str, Any], top_k: int, *, verbose: bool) -> None:
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in shown_metrics())
     say(f"{metrics['model']} on {metrics['split']}: {metrics['mentions']} mentions, {metrics['entities']} entities")
     say(f"  {figures}")
@@ -92,15 +92,15 @@ def _show(metrics: Mapping[str, Any], *, verbose: bool) -> None:
     if "experts" in metrics:
         _show_experts(metrics["experts"]["best"])
     if "candidates" in metrics:
-        _show_candidates(metrics["candidates"])
+        _show_candidates(metrics["candidates"], min(top_k, metrics["entities"]))
 
 
-def _show_candidates(found: dict[str, Any]) -> None:
-    recall = next(name for name in found if name.startswith("recall@"))
+def _show_candidates(found: Mapping[str, Any], exact_k: int) -> None:
+    """Figures among candidates; the exact ranking has kept `exact_k` entities."""
     figures = "  ".join(f"{name} {found[name]:.3f}" for name, metric in METRICS.items() if metric.shown_of_candidates)
     say(
         f"  candidates, not the full ranking: {found['k']} by global vectors ({found['search']}) hold"
-        f" {found[recall]:.1%} of the exact top {recall.split('@')[1]} and {found['gold_recall']:.1%} of the golds"
+        f" {found[recall_name(exact_k)]:.1%} of the exact top {exact_k} and {found['gold_recall']:.1%} of the golds"
     )
     say(f"  among candidates only, never to be reported as metrics: {figures}")
 
