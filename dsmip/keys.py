@@ -1,7 +1,7 @@
 """Texts that keys are hashed from: the same for the same values in every version of the code.
 
 A key names what a stored result was made from: features, a part of other settings, an index, a sweep. Whoever changes
-a text that exists already costs every user the results stored under it; `tests/runs/test_keys.py` holds them.
+a text that exists already costs every user the results stored under it; `tests/test_keys.py` holds them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -231,7 +231,7 @@ class Refiner:
             close_ME |= scores_ME >= last_M1 - self._band
         close_ME |= self._probes(scores_ME, first_mention)
         call = _CALL_ON_CPU if scores_ME.device.type == "cpu" else _CALL_ON_GPU
-        for row_m in _scored_together(close_ME, call):
+        for row_m in scored_together(close_ME, call):
             column_e = close_ME[row_m].any(dim=0).nonzero()[:, 0]
             close_me = close_ME[row_m][:, column_e]
             exact_me = self._pairs.score(first_mention + row_m, column_e.cpu()).to(scores_ME.device)
@@ -259,8 +259,8 @@ class Refiner:
         self._largest_error = max(self._largest_error, _largest(errors))
 
 
-def _scored_together(close_ME: Tensor, call: int) -> Iterator[Tensor]:
-    """Places of mentions to score at a time against the close entities of all of them, bool [M, E].
+def scored_together(close_ME: Tensor, call: int) -> Iterator[Tensor]:
+    """Rows of mentions to score at a time against the close entities of all of them, bool [M, E].
 
     A group is halved until its needless pairs are fewer than what one `call` more would cost: mentions whose close
     entities are the same stay together.

@@ -32,15 +32,16 @@ from dsmip.ops.ranking import largest_products, ranks_among, recall_at, top_k
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import Run
 from dsmip.units.cross_unit import CrossUnit
+from dsmip.units.expert import Expert
 from dsmip.units.matcher import Matcher
 from dsmip.units.text_unit import TextUnit
 from dsmip.units.unit_scorer import UnitScorer
 from dsmip.units.visual_unit import DualUnit, VisualUnit
 from ray_jobs.cli import app
-from tests.support.dual_units import direct, random_items, random_weights
-from tests.support.matchers import CPU, TableMatcher, numbered
-from tests.support.matching_units import random_features, random_units
-from tests.support.systems import features, seeded, with_system
+from tests.support.scoring.dual_units import direct, random_items, random_weights
+from tests.support.scoring.matchers import CPU, TableMatcher, numbered
+from tests.support.scoring.matching_units import random_features, random_units
+from tests.support.scoring.systems import features, seeded, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 6, 13
 M = TypeVar("M", bound=nn.Module)
@@ -142,8 +143,10 @@ def test_products_of_a_systems_vectors_join_those_of_its_units(prepared: Prepare
     found_ME = matcher.global_vectors(mentions, "mentions") @ matcher.global_vectors(entities, "entities").T
     shut_matcher, mentions, entities = prepared.in_double(shut(prepared.matcher))
     if isinstance(shut_matcher, DsmipMatcher):
-        experts = shut_matcher._experts()
-        parts = [mean_part(x.scorer, mentions.under(n), entities.under(n)) for n, x in experts.items()]
+        parts = []
+        for name, expert in shut_matcher.experts.items():
+            assert isinstance(expert, Expert)
+            parts.append(mean_part(expert.scorer, mentions.under(name), entities.under(name)))
         parts_MEB = torch.stack(parts, dim=-1) * shut_matcher.scale_B()
         expected_ME = parts_MEB.sum(dim=-1)
         if shut_matcher.gate.config.choice == "mention":

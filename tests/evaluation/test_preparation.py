@@ -18,8 +18,8 @@ from dsmip.evaluation.refinement import GRID, PairScorer
 from dsmip.models.dsmip import Dsmip
 from dsmip.units.matcher import Matcher
 from dsmip.units.visual_unit import DualUnit
-from tests.support.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
-from tests.support.systems import features, whole
+from tests.support.scoring.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
+from tests.support.scoring.systems import features, whole
 
 NUM_MENTIONS, NUM_ENTITIES = 6, 700  # more than one tile of preparing
 LACKING = torch.arange(NUM_ENTITIES) % 3 == 1

@@ -22,9 +22,9 @@ from dsmip.evaluation.refinement import PairScorer
 from dsmip.training.batches import CachedSource
 from dsmip.training.local_context import LocalContext
 from dsmip.training.trainer import train
-from tests.support.matchers import CPU
-from tests.support.ranking_cases import FORMS, Case, assert_equal, case_of, random_matcher, seen_by
-from tests.support.systems import features, with_system
+from tests.support.scoring.matchers import CPU
+from tests.support.scoring.ranking_cases import FORMS, Case, assert_equal, case_of, random_matcher, seen_by
+from tests.support.scoring.systems import features, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 9, 90
 NUM_TIED = 10

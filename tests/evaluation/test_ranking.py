@@ -15,8 +15,8 @@ from dsmip.evaluation.metrics import summarise
 from dsmip.evaluation.ranking import RankedModel, TileSize, rank_unrefined
 from dsmip.evaluation.ranks import Ranking
 from dsmip.ops.ranking import Counts
-from tests.support.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
-from tests.support.workers import run_workers
+from tests.support.scoring.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
+from tests.support.training.workers import run_workers
 
 
 def ranked(

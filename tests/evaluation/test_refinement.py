@@ -14,9 +14,9 @@ from dsmip.data.table import Table
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranking import RankedModel, TileSize, rank, rank_unrefined
 from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
-from dsmip.evaluation.refinement import GRID, PairScorer, _scored_together
+from dsmip.evaluation.refinement import GRID, PairScorer, scored_together
 from dsmip.units.matcher import Scores
-from tests.support.matchers import CPU, NoisyMatcher, TableMatcher, numbered, ranks_by_sorting, weighted
+from tests.support.scoring.matchers import CPU, NoisyMatcher, TableMatcher, numbered, ranks_by_sorting, weighted
 
 
 def refined(matcher: TableMatcher, shape: tuple[int, int], gold_M: Tensor, **options: Any) -> Ranking:
@@ -126,13 +126,13 @@ def test_mentions_are_scored_together_while_little_is_needless(
 ) -> None:
     seed, share = data.draw(st.integers(0, 10**6)), data.draw(st.sampled_from([0.0, 0.05, 0.9]))
     close_ME = torch.rand(num_mentions, 20, generator=torch.Generator().manual_seed(seed)) < share
-    groups = list(_scored_together(close_ME, call))
+    groups = list(scored_together(close_ME, call))
     assert torch.cat(groups).tolist() == list(range(num_mentions))
     for row_m in groups:
         needless = len(row_m) * int(close_ME[row_m].any(dim=0).sum()) - int(close_ME[row_m].sum())
         assert needless <= call
         assert len(row_m) <= 32
-    assert len(list(_scored_together(close_ME[:1].expand(32, 20), 0))) == 1
+    assert len(list(scored_together(close_ME[:1].expand(32, 20), 0))) == 1
 
 
 def test_an_error_that_the_sample_missed_widens_the_band() -> None:

@@ -9,7 +9,7 @@ from dsmip.data.table import Table
 from dsmip.models import systems
 from dsmip.runs.load_config import parse_config
 from dsmip.units.matcher import Scores
-from tests.support.contract import BACKBONE, ENTITIES, MENTIONS, Subject, cases, part_of, seeded, shake, whole
+from tests.support.scoring.contract import BACKBONE, ENTITIES, MENTIONS, Subject, cases, part_of, seeded, shake, whole
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The contract of `dsmip.models.base`, run over every registered system, every part of it and the whole.
 
 A new file in `dsmip/models/` is tested by being there, with its default settings; a system whose defaults need
-downloads or that has several forms is named in `FORMS` of `tests/support/contract.py`.
+downloads or that has several forms is named in `FORMS` of `tests/support/scoring/contract.py`.
 """
 
 import copy
@@ -21,7 +21,7 @@ from dsmip.evaluation.refinement import GRID, PairScorer
 from dsmip.ops.ranking import count_against, top_k
 from dsmip.runs.weights import load_own_weights, own_weights, save_weights
 from dsmip.units.matcher import Scores
-from tests.support.contract import (
+from tests.support.scoring.contract import (
     CPU,
     ENTITIES,
     MENTIONS,

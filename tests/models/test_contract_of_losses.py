@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dsmip.data.table import Table
 from dsmip.units.matcher import BatchGold
-from tests.support.contract import ENTITIES, MENTIONS, Subject, seeded
+from tests.support.scoring.contract import ENTITIES, MENTIONS, Subject, seeded
 
 
 def loss_of(subject: Subject, features: tuple[Table, Table], rows_M: list[int], gold_rows: list[int]) -> Tensor:

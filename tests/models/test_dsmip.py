@@ -20,7 +20,7 @@ from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.weights import load_own_weights, own_weights, save_weights
 from dsmip.units.matcher import BatchGold
-from tests.support.systems import features, seeded, whole, with_system
+from tests.support.scoring.systems import features, seeded, whole, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 5, 6
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsmip.ops.visual_unit import DualWeights, dual_unit, query_side, value_side
-from tests.support.dual_units import direct, random_items, random_weights
+from tests.support.scoring.dual_units import direct, random_items, random_weights
 
 
 def ours(query_Ad: Tensor, value_Bd: Tensor, key_Bd: Tensor, w: DualWeights) -> Tensor:

@@ -16,7 +16,7 @@ import yaml
 from dsmip.runs.load_config import shipped_configs
 from ray_jobs.cli import app
 from ray_jobs.cluster.node_types import VARIABLE
-from tests.support.kuberay import NetworkPolicy, PersistentVolumeClaim, RayJob
+from tests.support.cluster.kuberay import NetworkPolicy, PersistentVolumeClaim, RayJob
 
 # isort: split
 from ray.autoscaler._private.util import prepare_config, validate_config

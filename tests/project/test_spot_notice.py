@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.cluster.ray_heads import free_ports, running_head
 from tests.support.paths import ROOT
-from tests.support.ray_heads import free_ports, running_head
 
 SCRIPT = ROOT / "deploy" / "spot_notice.py"
 IN_USE = """

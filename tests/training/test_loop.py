@@ -17,7 +17,7 @@ from dsmip.training.local_context import LocalContext
 from dsmip.training.loop import Left
 from dsmip.training.trainer import train
 from dsmip.units.matcher import BatchGold, Scores
-from tests.support.toy_training import (
+from tests.support.training.toy_training import (
     CPU,
     RISING,
     SETTINGS,

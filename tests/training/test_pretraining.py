@@ -19,7 +19,7 @@ from dsmip.errors import UserError
 from dsmip.training.local_context import LocalContext
 from dsmip.training.monitor import StepFigures
 from dsmip.training.pretraining import MAX_LOGIT_SCALE, PairSource, contrast, pretrain
-from tests.support.workers import run_workers
+from tests.support.training.workers import run_workers
 
 CPU = torch.device("cpu")
 CONFIG = PretrainConfig(epochs=3, batch_size=4, learning_rate=3e-3, warmup_steps=2)

@@ -19,7 +19,7 @@ from dsmip.training.local_context import LocalContext
 from dsmip.training.monitor import StepFigures
 from dsmip.training.stages import train_part
 from tests.support.small_release import plain_release
-from tests.support.workers import run_workers
+from tests.support.training.workers import run_workers
 
 
 def train_in_worker(folder: Path, config_path: Path, data: Path, parts: list[str]) -> dict[str, Any]:

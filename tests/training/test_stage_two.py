@@ -16,7 +16,7 @@ from dsmip.training.batches import StreamSource, is_held_out
 from dsmip.training.stages import held_out_rows, stage_two_split
 from dsmip.training.trainer import trained_state
 from dsmip.units.matcher import BatchGold
-from tests.support.systems import features, whole
+from tests.support.scoring.systems import features, whole
 
 NUM_MENTIONS, NUM_ENTITIES = 5, 6
 COLUMN_M = torch.tensor([0, 3, 1, 1, 5])

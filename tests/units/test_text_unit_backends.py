@@ -1,6 +1,6 @@
 """Every backend of the text unit under the same tests: its scores are those of a slow twin in float64.
 
-Triton runs here on a GPU; `tests/ops/test_kernels_cuda.py` runs this file once more in Triton's interpreter, where no
+Triton runs here on a GPU; `tests/ops/kernels/test_cuda.py` runs this file once more in Triton's interpreter, where no
 other backend is asked again.
 """
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dsmip.data.table import Ragged, Table
 from dsmip.units import text_unit_library
-from tests.support.text_unit_pairs import ATOL, INTERPRETED, Pairs, Way, as_seen, changed, pairs
+from tests.support.scoring.text_unit_pairs import ATOL, INTERPRETED, Pairs, Way, as_seen, changed, pairs
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 

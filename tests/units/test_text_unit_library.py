@@ -10,7 +10,7 @@ import torch
 from dsmip.errors import UserError
 from dsmip.units.text_unit import TextUnit, use_backend
 from dsmip.units.text_unit_library import library, library_or_reason, why_unavailable
-from tests.support.text_unit_pairs import Way, pairs
+from tests.support.scoring.text_unit_pairs import Way, pairs
 
 CPU = torch.device("cpu")
 CPP = Way("cpp")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dsmip.data.table import Ragged, Table
 from dsmip.units.text_unit import TextUnit
-from tests.support.matching_units import Units, random_features, random_units
 from tests.support.paths import MIMIC_UNITS
+from tests.support.scoring.matching_units import Units, random_features, random_units
 
 PUBLISHED = {
     "matcher.tglu": "text",

@@ -1,7 +1,7 @@
 """The text unit's token-level score in Triton (text_unit_triton.py) on a GPU; float32 or float16 rows, no gradients.
 
 M mentions, E entities, R token rows, d unit width. Triton is imported when it is first needed: not every platform has
-it. Tests run the same code on CPU tensors, in Triton's interpreter (see `tests/ops/test_kernels_cuda.py`).
+it. Tests run the same code on CPU tensors, in Triton's interpreter (see `tests/ops/kernels/test_cuda.py`).
 """
 
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ def _scores(pairs: Pairs, eps: float) -> Tensor:
     tensors = (direction_Ed, mentions_M5, query.start_N.int(), num_rows_E, entity_of_pair)
     launch = _LAUNCH[key.values_Rd.dtype]
     with torch.cuda.device_of(scores_ME):  # Triton launches on the current device
-        for (first, second), programs_P2 in _programs(key.length_N, end_M - first_M, pairs.num_entities):
+        for (first, second), programs_P2 in programs(key.length_N, end_M - first_M, pairs.num_entities):
             _kernel().text_unit[(len(programs_P2),)](
                 key.values_Rd,
                 centred_Rd,
@@ -128,7 +128,7 @@ def _scores(pairs: Pairs, eps: float) -> Tensor:
     return scores_ME
 
 
-def _programs(num_tokens_M: Tensor, num_pairs_M: Tensor, num_entities: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
+def programs(num_tokens_M: Tensor, num_pairs_M: Tensor, num_entities: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """For each way to cut keys that is needed: its blocks, and all groups of pairs int64 [P, 2] as (group, mention).
 
     Programs that run at the same time score like entities, whose rows are then in the cache.

@@ -14,7 +14,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs.run import Run
 from ray_jobs.cluster.node_types import VARIABLE
-from tests.support.ray_heads import Head, free_ports, running_head, wait_until
+from tests.support.cluster.ray_heads import Head, free_ports, running_head, wait_until
 
 # isort: split
 from ray.util import get_node_ip_address

@@ -10,14 +10,14 @@ import pytest
 
 from ray_jobs.cluster.connection import connected
 from ray_jobs.cluster.local import own_folder, own_token
-from tests.support.paths import ROOT
-from tests.support.reached import (
+from tests.support.cluster.reached import (
     CALLS,
     calls_without_token,
     is_loopback,
     listeners_of_this_process,
     pages_without_token,
 )
+from tests.support.paths import ROOT
 
 # isort: split
 import ray
@@ -54,7 +54,7 @@ print(opened(lambda: open(token)), opened(lambda: os.listdir(folder)))
 ALONE = """
 import os, sys
 from ray_jobs.cluster.connection import connected
-from tests.support.reached import answers, listeners_of_this_process
+from tests.support.cluster.reached import answers, listeners_of_this_process
 import ray
 import psutil
 with connected():

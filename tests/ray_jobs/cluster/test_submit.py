@@ -15,8 +15,8 @@ from dsmip.runs.load_config import to_yaml
 from dsmip.runs.run import Run
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import train_part
+from tests.support.cluster.ray_heads import Head, running_head, wait_until
 from tests.support.paths import ROOT
-from tests.support.ray_heads import Head, running_head, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -29,7 +29,7 @@ from dsmip.runs.run import Run
 from dsmip.training.stages import CPU
 from ray_jobs.cli import app
 from tests.support.backbones import NARROW_BACKBONE
-from tests.support.ray_heads import processes_of
+from tests.support.cluster.ray_heads import processes_of
 
 OF_CLIP = ("--kind", "clip", "--random-weights", "0", "--config")
 

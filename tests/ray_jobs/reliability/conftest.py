@@ -5,7 +5,7 @@ import pytest
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs.run import Run
-from tests.support.disturbed import disturbed_config, undisturbed
+from tests.support.cluster.disturbed import disturbed_config, undisturbed
 
 
 @pytest.fixture(scope="session")

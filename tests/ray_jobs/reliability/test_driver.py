@@ -12,7 +12,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
-from tests.support.disturbed import (
+from tests.support.cluster.disturbed import (
     WAIT_SECONDS,
     StepLog,
     assert_equal_parts,
@@ -23,8 +23,8 @@ from tests.support.disturbed import (
     train_arguments,
     wait_stored,
 )
+from tests.support.cluster.ray_heads import processes_of, running_head, wait_until
 from tests.support.full_disk import fill, small_disk
-from tests.support.ray_heads import processes_of, running_head, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 WORKERS = {"text": 1, "visual": 1}

@@ -15,7 +15,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.runs.run import Run
 from ray_jobs.cluster.local import own_token  # before Ray is imported
-from tests.support.disturbed import (
+from tests.support.cluster.disturbed import (
     StepLog,
     assert_equal_parts,
     command,
@@ -26,7 +26,7 @@ from tests.support.disturbed import (
     undisturbed,
     wait_stored,
 )
-from tests.support.ray_heads import wait_until
+from tests.support.cluster.ray_heads import wait_until
 
 # isort: split
 from ray.cluster_utils import Cluster

@@ -30,7 +30,7 @@ from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import train_part
 from ray_jobs.cli import app
 from ray_jobs.cluster.local import own_token  # before Ray is imported
-from tests.support.ray_heads import processes_of, wait_until
+from tests.support.cluster.ray_heads import processes_of, wait_until
 
 # isort: split
 from ray.cluster_utils import Cluster

@@ -15,8 +15,8 @@ from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import train_part
 from ray_jobs.jobs.tune_gate import tune_gate
 from ray_jobs.terminal.display import Display
-from tests.support.disturbed import NOTED_JOB, WAIT_SECONDS, StepLog, command, descendants, ended, is_alive
-from tests.support.ray_heads import wait_until
+from tests.support.cluster.disturbed import NOTED_JOB, WAIT_SECONDS, StepLog, command, descendants, ended, is_alive
+from tests.support.cluster.ray_heads import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
 SPACE = {"system.gate.temperature": {"values": [0.1, 0.5, 1.0]}, "train.learning_rate": {"loguniform": [1e-3, 1e-2]}}

@@ -21,8 +21,7 @@ from ray_jobs.cluster.failures import JobFailed
 from ray_jobs.jobs import train_experts as job
 from ray_jobs.jobs.train_experts import train_experts
 from ray_jobs.terminal.display import Display
-from tests.support.displays import Lines
-from tests.support.disturbed import (
+from tests.support.cluster.disturbed import (
     StepLog,
     assert_equal_parts,
     checkpoints,
@@ -31,6 +30,7 @@ from tests.support.disturbed import (
     undisturbed,
     wait_stored,
 )
+from tests.support.displays import Lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 WORKERS = {"text": 1, "visual": 2}

@@ -1,6 +1,7 @@
 """What a training on Ray tells the outside, without a cluster: signs of life, addresses, who was ended before it."""
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,14 +71,19 @@ def test_a_worker_says_at_once_that_it_trains(tmp_path: Path, worker: SimpleName
     assert progress(tmp_path)["state"] == "finished"
 
 
-def test_a_training_that_fails_with_its_device_ends_as_any_other(tmp_path: Path, worker: SimpleNamespace) -> None:
+def test_a_training_that_fails_with_its_device_ends_as_any_other(
+    tmp_path: Path, worker: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     unreadable = torch.empty((), device="meta")
     context = opened(LocalRun(tmp_path), Events())
+    assert list(temporary.rglob("restored-*"))
     context.step_done(0, 0, 3, StepFigures(0.5, unreadable, 0.01, 8, 2.0, 0.5))
     with pytest.raises(ValueError, match="the first error"), context:
         raise ValueError("the first error")
     assert progress(tmp_path)["state"] == "failed"
-    assert not context._restored.exists()
+    assert not list(temporary.rglob("restored-*"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -24,9 +24,9 @@ from dsmip.ops.kernels import cuda
 from dsmip.ops.kernels.rows import TokenRows
 from dsmip.units.matcher import Scores
 from dsmip.units.text_unit import HalfOverflow, TextUnit, use_backend, use_precision
-from tests.support.matchers import TableMatcher, ranks_by_sorting
 from tests.support.paths import ROOT
-from tests.support.text_unit_pairs import CPU, INTERPRETED, Way, pairs
+from tests.support.scoring.matchers import TableMatcher, ranks_by_sorting
+from tests.support.scoring.text_unit_pairs import CPU, INTERPRETED, Way, pairs
 
 TRITON = Way("triton")
 DEVICE = TRITON.device
@@ -52,7 +52,7 @@ def test_all_holds_in_the_interpreter() -> None:
 
 def test_programs_are_groups_of_wanted_pairs_alone() -> None:
     """Mentions of 5, 77 and 9 tokens want 20, 16 and none of 40 entities: 2 + 1 groups, in two ways to cut keys."""
-    programs = dict(cuda._programs(torch.tensor([5, 77, 9]), torch.tensor([20, 16, 0]), 40))
+    programs = dict(cuda.programs(torch.tensor([5, 77, 9]), torch.tensor([20, 16, 0]), 40))
     assert {blocks: each.tolist() for blocks, each in programs.items()} == {
         (16, 16): [[0, 0], [1, 0]],
         (64, 16): [[0, 1]],

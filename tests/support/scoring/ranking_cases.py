@@ -16,8 +16,8 @@ from dsmip.models.dsmip import Dsmip
 from dsmip.models.mimic import MimicMatcher
 from dsmip.units.matcher import Matcher, Scores
 from dsmip.units.unit_scorer import UnitScorer
-from tests.support.matchers import CPU
-from tests.support.systems import whole
+from tests.support.scoring.matchers import CPU
+from tests.support.scoring.systems import whole
 
 
 def build_mimic(config: ExperimentConfig) -> Matcher:

@@ -1,6 +1,6 @@
 """`dsmip train` or `dsmip tune` whose workers note their steps.
 
-python -m tests.support.noted_job '<StepLog>' <command> <options>
+python -m tests.support.cluster.noted_job '<StepLog>' <command> <options>
 """
 
 import sys
@@ -8,7 +8,7 @@ import sys
 from ray_jobs.cli import run_script
 from ray_jobs.jobs import train_experts
 from ray_jobs.training import sweep
-from tests.support.disturbed import StepLog, noted, noted_trial
+from tests.support.cluster.disturbed import StepLog, noted, noted_trial
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import torch
 from dsmip.ops.kernels import cpu
 from dsmip.ops.kernels.rows import TokenRows
 from dsmip.units.text_unit_library import library_or_reason
-from tests.support.text_unit_pairs import Way, pairs
+from tests.support.scoring.text_unit_pairs import Way, pairs
 
 CPP = Way("cpp")
 

@@ -25,11 +25,11 @@ from dsmip.runs.load_config import changed, parse_config, to_yaml
 from dsmip.runs.run import Run
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import CPU, train_part
+from tests.support.cluster.ray_heads import wait_until
 from tests.support.paths import ROOT
-from tests.support.ray_heads import wait_until
-from tests.support.workers import run_workers
+from tests.support.training.workers import run_workers
 
-NOTED_JOB = "tests.support.noted_job"
+NOTED_JOB = "tests.support.cluster.noted_job"
 WAIT_SECONDS = 600.0  # of a machine that has much else to do
 HOLD_SECONDS = 900.0  # nobody came: the test has failed, and its workers must not stay
 Position = tuple[int, int]
