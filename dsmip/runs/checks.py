@@ -93,7 +93,11 @@ def check_pretraining(config: ExperimentConfig, dataset: Dataset) -> list[str]:
 
 
 def _check_shares(where: str, train: TrainConfig, plan: Running) -> None:
-    """UserError where a worker that contrasts with its own share of a batch alone has nothing to contrast with."""
+    """Checks that a worker that contrasts with its own share of a batch alone has something to contrast with.
+
+    Raises:
+        UserError: It has not.
+    """
     if train.negatives == "local" and not train.extra_negatives and train.batch_size < 2 * plan.workers.most:
         raise UserError(
             f"{where}: negatives: local leaves each of {plan.workers.most} workers {train.batch_size} / "
@@ -103,7 +107,11 @@ def _check_shares(where: str, train: TrainConfig, plan: Running) -> None:
 
 
 def _space_corners(config: ExperimentConfig) -> Iterator[ExperimentConfig]:
-    """The configuration with each value, and with both ends of each range, of `tune.space`. UserError names the key."""
+    """The configuration with each value, and with both ends of each range, of `tune.space`.
+
+    Raises:
+        UserError: One cannot be had; the key is named.
+    """
     for key, choice in config.tune.space.items():
         for value in _corners(choice):
             yield swept(config, {key: value})
