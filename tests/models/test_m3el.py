@@ -13,7 +13,7 @@ from dsmip.models.m3el import M3elConfig, M3elMatcher
 from dsmip.runs.load_config import load_config
 from dsmip.units.match_unit import BidirectionalMatch, MatchKeys, OneWayMatch
 from dsmip.units.matcher import BatchGold
-from tests.support.published import SIZES, WIDTH, golden_values, published_features, published_weights
+from tests.support.scoring.published import SIZES, WIDTH, golden_values, published_features, published_weights
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from dsmip.units.matcher import BatchGold
 from dsmip.units.shared_clip import SharedClipEncoder
 from dsmip.units.unit_scorer import UnitScorer
 from tests.support.paths import MIMIC_UNITS
-from tests.support.published import SIZES, WIDTH, published_features, published_weights, stored_values
+from tests.support.scoring.published import SIZES, WIDTH, published_features, published_weights, stored_values
 
 START, END = 49406, 49407
 NUM_TOKENS = 40
