@@ -292,11 +292,7 @@ class RunData:
 
 
 def data_of_run(storage: RunStorage) -> RunData:
-    """What a run remembers of its data, which is not opened.
-
-    Raises:
-        UserError: There is no run, or a damaged one.
-    """
+    """What a run remembers of its data, which is not opened; no run, or a damaged one, is refused."""
     return RunData(**_stamp(storage)["data"])
 
 
