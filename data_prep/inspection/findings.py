@@ -16,7 +16,7 @@ SERIOUS_LEAK, SERIOUS_FLAW, NOTABLE = 0.05, 0.10, 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SplitCount:
     """A finding's count in one split, or in "kb".
 
     Attributes:
@@ -38,23 +38,23 @@ class Finding:
         name: The check's name, of entities with "kb_" before it.
         label: The check's words, of entities with "entity: " before them.
         meaning: What it means, and what to do.
-        parts: Its counts, without those that are 0.
+        counts: By split, without those that are 0.
     """
 
     name: str
     label: str
     meaning: Meaning
-    parts: tuple[Part, ...]
+    counts: tuple[SplitCount, ...]
 
     @property
     def verdict(self) -> Verdict | None:
-        """The worst of its parts."""
-        return min((part.verdict for part in self.parts if part.verdict), key=VERDICTS.index, default=None)
+        """The worst of its counts."""
+        return min((each.verdict for each in self.counts if each.verdict), key=VERDICTS.index, default=None)
 
     @property
     def share(self) -> float:
-        """The largest of its parts."""
-        return max(part.count.share or 0.0 for part in self.parts)
+        """The largest of its counts."""
+        return max(each.count.share or 0.0 for each in self.counts)
 
     def to_json(self) -> dict[str, Any]:
         """Its words and figures."""
@@ -65,9 +65,9 @@ class Finding:
             "verdict": self.verdict,
             "means": self.meaning.means,
             "remedy": self.meaning.remedy,
-            "parts": [
-                {"part": part.name, "count": part.count.count, "of": part.count.of, "verdict": part.verdict}
-                for part in self.parts
+            "splits": [
+                {"split": each.name, "count": each.count.count, "of": each.count.of, "verdict": each.verdict}
+                for each in self.counts
             ],
         }
 
@@ -116,21 +116,21 @@ def _of_rows(rows: Iterable[Row], prefix: str = "", subject: str = "") -> Iterat
     counts_of = {row.name: row.counts for row in rows}
     for row in rows:
         exact = counts_of.get(row.name.replace("_near_", "_exact_"), {}) if "_near_" in row.name else {}
-        parts = tuple(
-            Part(name, count, verdict(row.meaning.kind, count.share or 0.0))
+        by_split = tuple(
+            SplitCount(name, count, verdict(row.meaning.kind, count.share or 0.0))
             for name, count in row.counts.items()
             if count.count
             and not _is_of_a_later_split(row.name, name)
             and not (name in exact and exact[name].count == count.count)
         )
-        if parts:
-            yield Finding(prefix + row.name, subject + row.label, row.meaning, parts)
+        if by_split:
+            yield Finding(prefix + row.name, subject + row.label, row.meaning, by_split)
 
 
-def _is_of_a_later_split(check: str, part: str) -> bool:
+def _is_of_a_later_split(check: str, split: str) -> bool:
     """Whether a check tells what a split shares with one behind it, which is told there."""
     other = check.rpartition("_in_")[2]
-    return other in SPLITS and part in SPLITS and SPLITS.index(other) > SPLITS.index(part)
+    return other in SPLITS and split in SPLITS and SPLITS.index(other) > SPLITS.index(split)
 
 
 def _of_batches(pairs: SameGold) -> Finding:
@@ -138,4 +138,6 @@ def _of_batches(pairs: SameGold) -> Finding:
     means = OF_BATCHES.means.format(share=percent(count.share), mean=pairs.mean)
     remedy = OF_BATCHES.remedy.format(expected=pairs.expected_mean)
     label = f"a batch of {pairs.batch_size} has mentions of the same gold"
-    return Finding("same_gold_pairs", label, Meaning(OF_BATCHES.kind, means, remedy), (Part("train", count, None),))
+    return Finding(
+        "same_gold_pairs", label, Meaning(OF_BATCHES.kind, means, remedy), (SplitCount("train", count, None),)
+    )

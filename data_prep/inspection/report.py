@@ -110,7 +110,7 @@ class Inspection:
             "examples": [
                 {
                     "check": example.title,
-                    "part": example.split,
+                    "split": example.split,
                     "records": [{"role": role, "id": _record_id(record)} for role, record in example.records],
                 }
                 for example in self.examples

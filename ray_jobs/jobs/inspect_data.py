@@ -56,9 +56,9 @@ def _show_findings(console: Console, title: str, findings: list[Finding]) -> Non
     for name in ("of", "count", "share", "verdict"):
         table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
     for finding in findings:
-        for part in finding.parts:
-            verdict = part.verdict or ""
-            figures = (part.name, f"{part.count.count} of {part.count.of}", percent(part.count.share))
+        for each in finding.counts:
+            verdict = each.verdict or ""
+            figures = (each.name, f"{each.count.count} of {each.count.of}", percent(each.count.share))
             table.add_row(*map(Text, (finding.label, *figures)), Text(verdict, _STYLES.get(verdict, "")))
     console.print(table)
     _explain(console, [(finding.label, finding.meaning) for finding in findings if finding.verdict != "negligible"])

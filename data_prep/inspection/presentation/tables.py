@@ -95,7 +95,7 @@ def _batches(found: Inspection) -> TextTable:
     return TextTable(f"Training batches of {pairs.batch_size}", ("", "train"), rows, note)
 
 
-def _sorted(rows: Iterable[Row], parts: Sequence[str]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+def _sorted(rows: Iterable[Row], splits: Sequence[str]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """Cells of rows with hits, the largest share first, and the labels of those without."""
 
     def largest(row: Row) -> float:
@@ -103,13 +103,13 @@ def _sorted(rows: Iterable[Row], parts: Sequence[str]) -> tuple[list[tuple[str, 
 
     rows = sorted(rows, key=lambda row: -largest(row))
     return (
-        [_cells(row, parts) for row in rows if largest(row)],
+        [_cells(row, splits) for row in rows if largest(row)],
         tuple(row.label for row in rows if not largest(row)),
     )
 
 
-def _cells(row: Row, parts: Sequence[str]) -> tuple[str, ...]:
-    return (row.label, *(_text(row.counts[part]) if row.counts[part].of else "-" for part in parts))
+def _cells(row: Row, splits: Sequence[str]) -> tuple[str, ...]:
+    return (row.label, *(_text(row.counts[split]) if row.counts[split].of else "-" for split in splits))
 
 
 def _text(count: Count) -> str:

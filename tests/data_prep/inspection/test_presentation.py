@@ -110,7 +110,7 @@ def test_leaks_come_first_and_the_worst_of_each_kind() -> None:
         "small_flaw",
         "large_property",
     ]
-    assert [part.verdict for part in found[2].parts] == ["negligible", "serious"]
+    assert [each.verdict for each in found[2].counts] == ["negligible", "serious"]
     assert all(finding.verdict in VERDICTS for finding in found[:5])
 
 
@@ -123,11 +123,11 @@ def test_what_two_splits_share_is_told_of_the_later_one_and_exact_copies_once() 
         row("picture_near_in_train", "leak", shared | {"train": (0, 0)}),
     ]
     found = findings_of(rows, [], NO_PAIRS)
-    parts = {finding.name: {part.name: part.count.count for part in finding.parts} for finding in found}
-    assert parts["picture_exact_in_train"] == {"validation": 1, "test": 2}
-    assert "picture_near_in_train" not in parts
-    assert parts["picture_near_in_validation"]["test"] == 3
-    assert "train" not in parts["picture_near_in_validation"]
+    counts = {finding.name: {each.name: each.count.count for each in finding.counts} for finding in found}
+    assert counts["picture_exact_in_train"] == {"validation": 1, "test": 2}
+    assert "picture_near_in_train" not in counts
+    assert counts["picture_near_in_validation"]["test"] == 3
+    assert "train" not in counts["picture_near_in_validation"]
 
 
 def test_same_gold_pairs_are_said_in_words_and_figures_and_are_no_fault() -> None:
@@ -151,7 +151,7 @@ def test_the_page_tells_leaks_flaws_and_properties_apart_with_both_columns(page:
     cells = re.findall(r'<td data-head="What (?:it means|to do)">(.*?)</td>', page)
     assert len(cells) >= 2 * len(found.findings)
     assert all(cells)
-    judged = [part for finding in found.findings for part in finding.parts if part.verdict]
+    judged = [each for finding in found.findings for each in finding.counts if each.verdict]
     for section in ("leaks", "flaws"):
         assert sections[section].count('class="share-') == sections[section].count('class="badge') > 0
     assert page.count('class="share-') == len(judged)
