@@ -18,7 +18,7 @@ from dsmip.models.mmoe import Mmoe, MmoeConfig, MmoeMatcher
 from dsmip.runs.load_config import load_config, parse_config
 from dsmip.runs.run import Run
 from dsmip.units.mixture import MixedCrossUnit, Mixture
-from tests.support.published import SIZES, WIDTH, golden_values, published_features, published_weights
+from tests.support.scoring.published import SIZES, WIDTH, golden_values, published_features, published_weights
 
 GATES = ["per_token", "published"]
 

@@ -28,8 +28,8 @@ from ray_jobs.cluster.resources import Request, check_feasible, describe_wait
 from ray_jobs.jobs.train_experts import train_experts, train_parts
 from ray_jobs.training.context import RayContext
 from ray_jobs.training.ray_train import Training, run_trainings
+from tests.support.cluster.reached import is_loopback, listeners_of_this_process
 from tests.support.displays import Lines
-from tests.support.reached import is_loopback, listeners_of_this_process
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
 
