@@ -137,7 +137,9 @@ def drawn_items(count: int, num_tokens: int, image_size: int, seed: int) -> Item
     token_ids = torch.randint(1, _END_OF_TEXT - 1, (count, num_tokens), generator=generator)
     token_ids[:, -1] = _END_OF_TEXT
     images = torch.randint(0, 256, (count, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
-    return ItemBatch(token_ids, images, torch.ones(count, dtype=torch.bool))
+    return ItemBatch(
+        token_ids, torch.ones_like(token_ids, dtype=torch.bool), images, torch.ones(count, dtype=torch.bool)
+    )
 
 
 def count_operations(step: Callable[[], None]) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from dsmip.data.dataset import Dataset
 from dsmip.data.images import UnreadableImage, decode, fit
 from dsmip.data.records import Entity, Mention
-from dsmip.data.text import Template, Tokenizer, entity_text, mention_text
+from dsmip.data.text import Template, Tokenizer, Tokens, entity_text, mention_text
 from dsmip.errors import UserError
 
 Modality = Literal["text", "image"]
@@ -24,13 +24,15 @@ class ItemBatch:
     """N mentions or N entities before encoding.
 
     Attributes:
-        token_ids: int64 [N, L], start-of-text ... end-of-text, then zeros; L is at most the backbone's context length
-            and may be trimmed to the longest text of the batch.
+        token_ids: int64 [N, L] with L at most the text tower's context length, trimmed to the longest text of the batch
+            or not; what stands at padding means nothing.
+        token_mask: bool [N, L], True from a text's first token to its last; the first place is always True.
         images: uint8 [N, 3, S, S], all zero where `has_image` is False.
         has_image: bool [N].
     """
 
     token_ids: Tensor
+    token_mask: Tensor
     images: Tensor
     has_image: Tensor
 
@@ -41,6 +43,7 @@ class ItemBatch:
         """The same batch on `device`."""
         return ItemBatch(
             self.token_ids.to(device, non_blocking=True),
+            self.token_mask.to(device, non_blocking=True),
             self.images.to(device, non_blocking=True),
             self.has_image.to(device, non_blocking=True),
         )
@@ -48,15 +51,19 @@ class ItemBatch:
     def rows(self, start: int, stop: int) -> "ItemBatch":
         """Items start..stop (views)."""
         rows = slice(start, stop)
-        return ItemBatch(self.token_ids[rows], self.images[rows], self.has_image[rows])
+        return ItemBatch(self.token_ids[rows], self.token_mask[rows], self.images[rows], self.has_image[rows])
 
 
 def stacked(first: ItemBatch, second: ItemBatch) -> ItemBatch:
-    """Items of both batches, texts padded with zeros to the longer of the two."""
+    """Items of both batches, texts padded to the longer of the two."""
     length = max(first.token_ids.shape[1], second.token_ids.shape[1])
-    ids = [functional.pad(b.token_ids, (0, length - b.token_ids.shape[1])) for b in (first, second)]
+
+    def joined(one: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([functional.pad(each, (0, length - each.shape[1])) for each in (one, other)])
+
     return ItemBatch(
-        torch.cat(ids),
+        joined(first.token_ids, second.token_ids),
+        joined(first.token_mask, second.token_mask),
         torch.cat([first.images, second.images]),
         torch.cat([first.has_image, second.has_image]),
     )
@@ -100,16 +107,17 @@ class Collator:
     def _batch(self, texts: list[str], items: Sequence[Mention | Entity]) -> ItemBatch:
         shown = items if "image" in self.item_format.modalities else [None] * len(items)
         images, has_image = self._images(shown)
-        return ItemBatch(self._token_ids(texts), images, has_image)
+        return ItemBatch(*self._tokens(texts), images, has_image)
 
-    def _token_ids(self, texts: list[str]) -> Tensor:
+    def _tokens(self, texts: list[str]) -> Tokens:
         if "text" not in self.item_format.modalities:
             texts = [""] * len(texts)
         length = self.item_format.num_tokens
         if length is None:
             return self.tokenizer(texts, self.item_format.reserve)
-        token_ids = self.tokenizer(texts, self.tokenizer.context_length - length)
-        return functional.pad(token_ids, (0, length - token_ids.shape[1]))
+        ids, mask = self.tokenizer(texts, self.tokenizer.context_length - length)
+        missing = (0, length - ids.shape[1])
+        return Tokens(functional.pad(ids, missing), functional.pad(mask, missing))
 
 
 class ImageCollator:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from string import Formatter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -62,6 +62,18 @@ def entity_text(entity: Entity, template: Template) -> str:
     return template.entity.format(name=entity.name, attributes=entity.attributes)
 
 
+class Tokens(NamedTuple):
+    """Tokens of N texts, at most L of each.
+
+    Attributes:
+        ids: int64 [N, L].
+        mask: bool [N, L], False at padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+
 class Tokenizer:
     """CLIP's byte-pair tokenizer (the same vocabulary for all backbones that are supported).
 
@@ -81,8 +93,8 @@ class Tokenizer:
         self._start: int = self._bpe.sot_token_id
         self._end: int = self._bpe.eot_token_id
 
-    def __call__(self, texts: Sequence[str], reserve: int = 0) -> Tensor:
-        """Token ids int64 [N, L]: start-of-text, tokens, end-of-text, zeros; L is the longest text of the batch.
+    def __call__(self, texts: Sequence[str], reserve: int = 0) -> Tokens:
+        """Start-of-text, tokens, end-of-text, padding (zeros); L is the longest text of the batch.
 
         A text longer than context_length - reserve is cut at its end; its last token is still end-of-text.
 
@@ -99,7 +111,8 @@ class Tokenizer:
         token_ids = torch.zeros(len(rows), max(map(len, rows), default=2), dtype=torch.int64)
         for row, ids in enumerate(rows):
             token_ids[row, : len(ids)] = torch.tensor(ids)
-        return token_ids
+        length_N1 = torch.tensor([[len(ids)] for ids in rows], dtype=torch.int64).view(-1, 1)
+        return Tokens(token_ids, torch.arange(token_ids.shape[1]) < length_N1)
 
     def num_positions(self, text: str) -> int:
         """Positions that a text takes before it is cut, start and end of text included."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dsmip.encoders.architecture import Architecture, resolve_architecture
 from dsmip.encoders.prompts import InteractivePrompts
@@ -42,26 +43,18 @@ class TokenFeatures:
     mask: Tensor
 
 
-def text_mask(token_ids: Tensor) -> Tensor:
-    """bool [N, L]: True up to and including end-of-text, the highest id of CLIP's vocabulary."""
-    position_L = torch.arange(token_ids.shape[1], device=token_ids.device)
-    return position_L <= token_ids.argmax(dim=1, keepdim=True)
-
-
-def padded_with_end(token_ids_NL: Tensor, length: int) -> Tensor:
-    """int64 [N, length]: end-of-text instead of zeros, and as much of it as is missing (MIMIC's published form).
+def padded_with_end(token_ids_NL: Tensor, mask_NL: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """int64 and bool [N, length]: a text's last token at every place of padding (MIMIC's published form).
 
     Raises:
         ValueError: a text of more than `length` tokens.
     """
-    mask_NL = text_mask(token_ids_NL)
     if bool(mask_NL[:, length:].any()):
         raise ValueError(f"texts of more than {length} tokens: tokenize to {length}")
-    kept = min(length, token_ids_NL.shape[1])
-    end_N1 = token_ids_NL.amax(dim=1, keepdim=True)
-    padded_NL = end_N1.repeat(1, length)
-    padded_NL[:, :kept] = token_ids_NL[:, :kept].where(mask_NL[:, :kept], end_N1)
-    return padded_NL
+    missing = max(length - token_ids_NL.shape[1], 0)
+    mask_NL = F.pad(mask_NL[:, :length], (0, missing))
+    end_N1 = token_ids_NL.gather(1, mask_NL.sum(dim=1, keepdim=True) - 1)
+    return F.pad(token_ids_NL[:, :length], (0, missing)).where(mask_NL, end_N1), mask_NL
 
 
 class Backbone(nn.Module):
@@ -168,12 +161,13 @@ class Backbone(nn.Module):
         return scale
 
     def encode_text(
-        self, token_ids: Tensor, prompts: InteractivePrompts | None = None, *, hide_padding: bool = False
+        self, token_ids: Tensor, mask: Tensor, prompts: InteractivePrompts | None = None, *, hide_padding: bool = False
     ) -> TokenFeatures:
         """Text tower (eqs. 3, 6, 7): tokens [N, L (+r), d_t] after the final norm, prompts right after start-of-text.
 
         Args:
             token_ids: int64 [N, L] as `dsmip.data.text.Tokenizer` makes them, with L + r <= context length.
+            mask: bool [N, L], False at padding.
             hide_padding: no place attends to padding, as Hugging Face's towers do with an attention mask. Only the
                 outputs at padding places change: the causal mask hides padding from all others.
 
@@ -191,7 +185,7 @@ class Backbone(nn.Module):
             )
         text = self._text
         x = text.token_embedding(token_ids).to(text.transformer.get_cast_dtype())
-        mask, end = text_mask(token_ids), token_ids.argmax(dim=1)
+        end = mask.sum(dim=1) - 1
         if inserted:
             x = torch.cat([x[:, :1], _batched(inserted[0], x), x[:, 1:]], dim=1)
             mask, end = (torch.cat([mask.new_ones(len(mask), num_prompts), mask], dim=1), end + num_prompts)
@@ -237,11 +231,10 @@ class Backbone(nn.Module):
         pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         return pixels.masked_fill(~has_image[:, None, None, None], 0.0)
 
-    def token_embedding_mean(self, token_ids: Tensor) -> Tensor:
-        """[N, d_t]: mean of the input embeddings of all tokens from start-of-text to end-of-text (the f of eq. 15)."""
-        mask = text_mask(token_ids)[..., None]
+    def token_embedding_mean(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        """[N, d_t]: mean of the input embeddings of all tokens that are not padding (the f of eq. 15)."""
         embeddings: Tensor = self._text.token_embedding(token_ids)
-        return _at_least_float32((embeddings * mask).sum(dim=1) / mask.sum(dim=1))
+        return _at_least_float32((embeddings * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True))
 
     def tune(self, mode: Tuning, towers: Collection[Tower] = ("text", "vision")) -> None:
         """Sets which parameters train: none, the projections of `towers`, or all of `towers`.

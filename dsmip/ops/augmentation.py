@@ -81,29 +81,30 @@ def augment_images(images: Tensor, has_image: Tensor, strength: ImageAugmentatio
     return augmented.masked_fill(~has_image[:, None, None, None], 0)
 
 
-def drop_tokens(token_ids: Tensor, probability: float, chance: Tensor) -> Tensor:
-    """int64 [N, L]: each token between start-of-text and end-of-text is dropped with `probability`.
+def drop_tokens(token_ids: Tensor, token_mask: Tensor, probability: float, chance: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 and bool [N, L]: each token but a text's first and last is dropped with `probability`.
 
-    The rest moves left and zeros fill the end. End-of-text is the highest id of a row (CLIP's vocabulary).
+    The rest moves left, and the end is padding.
 
     Args:
+        token_mask: bool [N, L], True from a text's first token to its last.
         chance: Uniform draws in [0, 1), float [N, at least L].
 
     Raises:
         ValueError: probability outside [0, 1].
 
-    >>> drop_tokens(torch.tensor([[90, 5, 6, 91, 0]]), 1.0, torch.rand(1, 5))
-    tensor([[90, 91,  0,  0,  0]])
+    >>> ids, mask = torch.tensor([[90, 5, 6, 91, 0]]), torch.tensor([[True, True, True, True, False]])
+    >>> drop_tokens(ids, mask, 1.0, torch.rand(1, 5))
+    (tensor([[90, 91,  0,  0,  0]]), tensor([[ True,  True, False, False, False]]))
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability {probability} is outside [0, 1]")
     position_L = torch.arange(token_ids.shape[1], device=token_ids.device)
-    end_N1 = token_ids.argmax(dim=1, keepdim=True)
-    inner = (position_L > 0) & (position_L < end_N1)
-    kept = (position_L <= end_N1) & ~(inner & (chance[:, : token_ids.shape[1]] < probability))
+    inner = (position_L > 0) & (position_L < token_mask.sum(dim=1, keepdim=True) - 1)
+    kept = token_mask & ~(inner & (chance[:, : token_ids.shape[1]] < probability))
     order = torch.argsort(~kept, dim=1, stable=True)
-    moved = token_ids.gather(1, order)
-    return moved.masked_fill(position_L >= kept.sum(dim=1, keepdim=True), 0)
+    mask = position_L < kept.sum(dim=1, keepdim=True)
+    return token_ids.gather(1, order).masked_fill(~mask, 0), mask
 
 
 class _Random:

@@ -165,20 +165,15 @@ def augmented(batch: ItemBatch, config: AugmentConfig, draws: Draws, width: int)
     if config == AugmentConfig():
         return batch
     device = batch.token_ids.device
-    token_ids = augmentation.drop_tokens(batch.token_ids, config.drop_tokens, draws.unit(width, device=device))
+    chance = draws.unit(width, device=device)
+    token_ids, mask = augmentation.drop_tokens(batch.token_ids, batch.token_mask, config.drop_tokens, chance)
     has_image = batch.has_image & (draws.unit(device=device) >= config.drop_pictures)
     if has_image.any():  # the last draws: whoever has no picture may leave them out
         images = augmentation.augment_images(batch.images, has_image, _strength(config), draws)
     else:
         images = torch.zeros_like(batch.images)
-    return ItemBatch(_trimmed(token_ids), images, has_image)
-
-
-def _trimmed(token_ids: Tensor) -> Tensor:
-    """Without the places that no text uses any more: towers take as long as their longest text."""
-    if len(token_ids) == 0:
-        return token_ids
-    return token_ids[:, : int(token_ids.argmax(dim=1).max()) + 1]  # end-of-text is the highest id
+    longest = int(mask.sum(dim=1).max()) if len(mask) else mask.shape[1]  # towers take as long as their longest text
+    return ItemBatch(token_ids[:, :longest], mask[:, :longest], images, has_image)
 
 
 def _strength(config: AugmentConfig) -> augmentation.ImageAugmentation:

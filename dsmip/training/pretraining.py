@@ -57,7 +57,7 @@ class PairSource:
         self.num_images = [counts[row] for row in self.rows]
         if len(self.rows) < 2:
             raise UserError(f"{dataset.location}: fewer than two entities have a picture: nothing to contrast")
-        self.token_ids = tokenizer([entity_text(e, template) for e in _without_images(dataset, self.rows)])
+        self.tokens = tokenizer([entity_text(e, template) for e in _without_images(dataset, self.rows)])
         fits = sum(self.num_images) * 3 * image_size**2 <= decoded_bytes
         self.decoded = self._decode_all() if fits else None
 
@@ -80,16 +80,16 @@ class PairSource:
             position_N = torch.arange(share.start - whole.start, share.stop - whole.start)
             draws = Draws(generator, len(whole), position_N)
             batch = self._batch([order[p] for p in share], epoch)
-            yield augmented(batch, self.config.augment, draws, self.token_ids.shape[1])
+            yield augmented(batch, self.config.augment, draws, self.tokens.ids.shape[1])
 
     def _batch(self, items: Sequence[int], epoch: int) -> ItemBatch:
         images = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
         for slot, item in enumerate(items):
             number = draw(self.num_images[item], "pair", self.seed, epoch, self.rows[item])
             images[slot] = self._image(item, number)
-        token_ids = self.token_ids[list(items)]
-        longest = int(token_ids.count_nonzero(dim=1).max()) if items else 1
-        return ItemBatch(token_ids[:, :longest], images, torch.ones(len(items), dtype=torch.bool))
+        ids, mask = (each[list(items)] for each in self.tokens)
+        longest = int(mask.sum(dim=1).max()) if items else 1
+        return ItemBatch(ids[:, :longest], mask[:, :longest], images, torch.ones(len(items), dtype=torch.bool))
 
     def _image(self, item: int, number: int) -> Tensor:
         if self.decoded is not None:
@@ -178,7 +178,7 @@ def contrast(
     """
     batch = batch.to(device)
     with _precision(config, device):
-        text_Nz = backbone.encode_text(batch.token_ids).pooled
+        text_Nz = backbone.encode_text(batch.token_ids, batch.token_mask).pooled
         image_Nz = backbone.encode_image(backbone.normalise(batch.images, batch.has_image)).pooled
     text_Nz = nn.functional.normalize(distributed.gather_rows(text_Nz.float()), dim=-1)
     image_Nz = nn.functional.normalize(distributed.gather_rows(image_Nz.float()), dim=-1)

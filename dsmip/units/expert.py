@@ -69,7 +69,7 @@ class ExpertEncoder(nn.Module):
         """Features of N items: text_global [N, d_z], text_tokens, image_global [N, d_z], image_tokens (ragged)."""
         columns: dict[str, Tensor | Ragged] = {}
         if "text" in self.modalities:
-            text = self._encode_text(batch.token_ids, prompts)
+            text = self._encode_text(batch, prompts)
             columns["text_global"] = text.pooled
             columns["text_tokens"] = Ragged.from_padded(text.tokens, text.mask if self.mask_padding else None)
         if "image" in self.modalities:
@@ -79,11 +79,12 @@ class ExpertEncoder(nn.Module):
             columns["image_tokens"] = Ragged.from_padded(image.tokens)
         return Table(columns)
 
-    def _encode_text(self, token_ids: Tensor, prompts: InteractivePrompts) -> TokenFeatures:
+    def _encode_text(self, batch: ItemBatch, prompts: InteractivePrompts) -> TokenFeatures:
         if self.mask_padding:
-            return self.backbone.encode_text(token_ids, prompts)
-        token_ids = padded_with_end(token_ids, self.backbone.context_length - prompts.num_prompts)
-        return self.backbone.encode_text(token_ids, prompts, hide_padding=True)
+            return self.backbone.encode_text(batch.token_ids, batch.token_mask, prompts)
+        length = self.backbone.context_length - prompts.num_prompts
+        padded = padded_with_end(batch.token_ids, batch.token_mask, length)
+        return self.backbone.encode_text(*padded, prompts, hide_padding=True)
 
 
 class Expert(Matcher):

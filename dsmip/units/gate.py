@@ -147,7 +147,7 @@ class GateTextEncoder(nn.Module):
 
     @torch.no_grad()
     def _encode(self, batch: ItemBatch) -> Table:
-        return Table({"text": self.backbone.token_embedding_mean(batch.token_ids)})
+        return Table({"text": self.backbone.token_embedding_mean(batch.token_ids, batch.token_mask)})
 
 
 class GateEncoder(nn.Module):
@@ -177,7 +177,7 @@ class GateEncoder(nn.Module):
     @torch.no_grad()
     def _encode(self, batch: ItemBatch) -> Table:
         image = self._network.vectors(batch.images, batch.has_image)
-        return Table({"text": self.backbone.token_embedding_mean(batch.token_ids), "picture": image})
+        return Table({"text": self.backbone.token_embedding_mean(batch.token_ids, batch.token_mask), "picture": image})
 
 
 class Gate(nn.Module):

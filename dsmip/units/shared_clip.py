@@ -64,7 +64,8 @@ class SharedClipEncoder(nn.Module):
         Raises:
             ValueError: a text of more than `num_tokens` tokens.
         """
-        text = self.backbone.encode_text(padded_with_end(batch.token_ids, self.num_tokens), hide_padding=True)
+        padded = padded_with_end(batch.token_ids, batch.token_mask, self.num_tokens)
+        text = self.backbone.encode_text(*padded, hide_padding=True)
         image = self.backbone.encode_image(self.backbone.normalise(batch.images, batch.has_image))
         return Table(
             {

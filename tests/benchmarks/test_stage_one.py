@@ -30,7 +30,7 @@ def test_operations_are_those_of_the_layers_products(narrow_backbone: Path) -> N
     backbone = Backbone.build(str(narrow_backbone), None)
     backbone.tune("full")  # attention that needs no gradient is one call, whose products are not seen
     items = drawn_items(BATCH, TOKENS, 16, seed=0)
-    text = count_operations(lambda: backbone.encode_text(items.token_ids))  # type: ignore[arg-type, return-value]
+    text = count_operations(lambda: backbone.encode_text(items.token_ids, items.token_mask))  # type: ignore[arg-type, return-value]
     assert text == BATCH * (tower_operations(TOKENS, 16, 2) + 2 * 16 * 24)
     pixels = backbone.normalise(items.images, items.has_image)
     patches = 2 * PATCHES * (3 * 8 * 8) * 32

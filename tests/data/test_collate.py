@@ -34,7 +34,7 @@ def test_mentions_become_texts_and_pictures(tokenizer: Tokenizer) -> None:
         [_mention("one", None), _mention("two words", image)]
     )
     assert batch.has_image.tolist() == [False, True]
-    assert torch.equal(batch.token_ids, tokenizer(["one : in a sentence", "two words : in a sentence"]))
+    assert torch.equal(batch.token_ids, tokenizer(["one : in a sentence", "two words : in a sentence"]).ids)
     assert not batch.images[0].any()
     assert torch.equal(batch.images[1], fit(decode(image), 32))
 
@@ -42,7 +42,7 @@ def test_mentions_become_texts_and_pictures(tokenizer: Tokenizer) -> None:
 def test_an_entity_shows_its_first_picture(tokenizer: Tokenizer) -> None:
     entity = Entity(0, "E1", "name", "attributes", (_image_bytes("red"), _image_bytes("blue")))
     batch = Collator(tokenizer, ItemFormat(Template()), 32).entities([entity])
-    assert torch.equal(batch.token_ids, tokenizer(["name : attributes"]))
+    assert torch.equal(batch.token_ids, tokenizer(["name : attributes"]).ids)
     assert torch.equal(batch.images[0], fit(decode(entity.images[0]), 32))
 
 
@@ -57,7 +57,7 @@ def test_what_is_not_read_is_empty(tokenizer: Tokenizer) -> None:
     image = Collator(tokenizer, ItemFormat(Template(), modalities=("image",)), 32).mentions(mentions)
     assert not text.has_image.any()
     assert image.has_image.all()
-    assert torch.equal(image.token_ids, tokenizer([""]))
+    assert torch.equal(image.token_ids, tokenizer([""]).ids)
 
 
 def test_lengths(tokenizer: Tokenizer) -> None:
@@ -66,4 +66,5 @@ def test_lengths(tokenizer: Tokenizer) -> None:
     fixed = Collator(tokenizer, ItemFormat(Template(), num_tokens=40), 32).mentions([long, short])
     assert reserved.token_ids.shape == (1, tokenizer.context_length - 2)
     assert fixed.token_ids.shape == (2, 40)
+    assert fixed.token_mask.sum(dim=1).tolist() == [40, len(tokenizer(["one : in a sentence"]).ids[0])]
     assert fixed.token_ids[0, -1] == fixed.token_ids[1].max()  # both keep their end-of-text

@@ -41,49 +41,51 @@ def test_entity_template_has_the_entitys_fields() -> None:
 
 def test_rows_are_open_clips_trimmed_to_the_longest() -> None:
     texts = ["a dog", "a photo of two dogs, running!", ""]
-    token_ids = TOKENIZER(texts)
+    token_ids, mask = TOKENIZER(texts)
     whole = open_clip.tokenize(texts)
     longest = int((whole != 0).sum(dim=1).max())
     assert token_ids.dtype == torch.int64
     assert torch.equal(token_ids, whole[:, :longest])
     assert not whole[:, longest:].any()
+    assert torch.equal(mask, whole[:, :longest] != 0)
 
 
 @pytest.mark.parametrize("reserve", [0, 2, 50])
 def test_truncation_keeps_end_of_text(reserve: int) -> None:
-    token_ids = TOKENIZER(["word " * 200, "short"], reserve)
+    token_ids, _ = TOKENIZER(["word " * 200, "short"], reserve)
     assert token_ids.shape == (2, 77 - reserve)
     assert token_ids[0, 0] == START
     assert token_ids[0, -1] == END
     assert (token_ids == END).sum(dim=1).tolist() == [1, 1]
-    assert torch.equal(token_ids[0, :-1], TOKENIZER(["word " * 200])[0, : 76 - reserve])
+    assert torch.equal(token_ids[0, :-1], TOKENIZER(["word " * 200]).ids[0, : 76 - reserve])
 
 
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(st.text(max_size=40), max_size=4), reserve=st.integers(0, 74))
 def test_every_row_is_start_words_end_zeros(texts: list[str], reserve: int) -> None:
-    token_ids = TOKENIZER(texts, reserve)
+    token_ids, mask = TOKENIZER(texts, reserve)
     assert token_ids.shape[0] == len(texts)
     assert token_ids.shape[1] <= 77 - reserve
-    for row in token_ids.tolist():
+    for row, real in zip(token_ids.tolist(), mask.tolist(), strict=True):
         end = row.index(END)
+        assert real == [place <= end for place in range(len(row))]
         assert row[0] == START
         assert not any(row[end + 1 :])
         assert all(token < START for token in row[1:end])
     if texts:
         # The batch does not change a row.
-        alone = TOKENIZER(texts[:1], reserve)[0]
+        alone = TOKENIZER(texts[:1], reserve).ids[0]
         assert torch.equal(token_ids[0, : len(alone)], alone)
 
 
 def test_special_tokens_written_in_a_text_mean_nothing() -> None:
-    assert torch.equal(TOKENIZER(["a <end_of_text> dog <start_of_text>"]), TOKENIZER(["a dog"]))
+    assert torch.equal(TOKENIZER(["a <end_of_text> dog <start_of_text>"]).ids, TOKENIZER(["a dog"]).ids)
 
 
 def test_tokenizers_of_all_supported_names_agree() -> None:
     other = build_tokenizer("ViT-B-32")
     assert (other.vocab_size, other.context_length) == (TOKENIZER.vocab_size, TOKENIZER.context_length) == (49408, 77)
-    assert torch.equal(other(["a dog"]), TOKENIZER(["a dog"]))
+    assert torch.equal(other(["a dog"]).ids, TOKENIZER(["a dog"]).ids)
 
 
 def test_mistakes_are_named() -> None:

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsmip.encoders.architecture import SHIPPED, resolve_architecture
-from dsmip.encoders.clip import Backbone, text_mask
+from dsmip.encoders.clip import Backbone
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.encoders.weights import stored_activation
 from dsmip.errors import UserError
+from tests.support.tokens import mask_to_end
 
 START, END = 49406, 49407
 
@@ -73,7 +74,10 @@ def test_without_prompts_equals_open_clip_to_the_last_bit(
         assert sum(p.numel() for p in prompts.parameters()) == 0
     for training in (False, True):
         backbone.clip.train(training)
-        texts, images = backbone.encode_text(token_ids, prompts), backbone.encode_image(pixels, prompts)
+        texts, images = (
+            backbone.encode_text(token_ids, mask_to_end(token_ids), prompts),
+            backbone.encode_image(pixels, prompts),
+        )
         assert torch.equal(texts.pooled, backbone.clip.encode_text(token_ids))
         assert torch.equal(images.pooled, backbone.clip.encode_image(pixels))
     assert texts.tokens.shape == (3, 77, 32)
@@ -85,7 +89,7 @@ def test_without_prompts_equals_open_clip_to_the_last_bit(
 def test_text_tokens_are_normed_and_picture_tokens_are_not(
     backbone: Backbone, token_ids: torch.Tensor, pixels: torch.Tensor
 ) -> None:
-    texts, images = backbone.encode_text(token_ids), backbone.encode_image(pixels)
+    texts, images = backbone.encode_text(token_ids, mask_to_end(token_ids)), backbone.encode_image(pixels)
     end = texts.tokens[torch.arange(3), token_ids.argmax(dim=1)]
     torch.testing.assert_close(end @ backbone.clip.text_projection, texts.pooled)
     class_token = backbone.clip.visual.ln_post(images.tokens[:, 0])
@@ -94,7 +98,10 @@ def test_text_tokens_are_normed_and_picture_tokens_are_not(
 
 def test_trimmed_texts_give_the_same_features(backbone: Backbone, token_ids: torch.Tensor) -> None:
     rows = token_ids[[0, 2]]
-    full, trimmed = backbone.encode_text(rows), backbone.encode_text(rows[:, :12])
+    full, trimmed = (
+        backbone.encode_text(rows, mask_to_end(rows)),
+        backbone.encode_text(rows[:, :12], mask_to_end(rows[:, :12])),
+    )
     torch.testing.assert_close(trimmed.pooled, full.pooled, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(trimmed.tokens, full.tokens[:, :12], rtol=1e-5, atol=1e-5)
 
@@ -113,7 +120,7 @@ def test_half_precision_towers_return_float32(
     backbone: Backbone, token_ids: torch.Tensor, pixels: torch.Tensor
 ) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        features = [backbone.encode_text(token_ids), backbone.encode_image(pixels)]
+        features = [backbone.encode_text(token_ids, mask_to_end(token_ids)), backbone.encode_image(pixels)]
     for feature in features:
         assert feature.pooled.dtype == feature.tokens.dtype == torch.float32
 
@@ -135,12 +142,7 @@ def test_token_embedding_mean_ignores_padding(backbone: Backbone, token_ids: tor
     ids = token_ids.clone()
     ids[0, 1] = 0
     expected = torch.stack([table[row[: row.tolist().index(END) + 1]].mean(dim=0) for row in ids])
-    torch.testing.assert_close(backbone.token_embedding_mean(ids), expected)
-
-
-def test_text_mask_reaches_to_end_of_text() -> None:
-    ids = torch.tensor([[START, 0, END, 0, 0], [START, 5, 6, 7, END]])
-    assert text_mask(ids).tolist() == [[True, True, True, False, False], [True] * 5]
+    torch.testing.assert_close(backbone.token_embedding_mean(ids, mask_to_end(ids)), expected)
 
 
 def trainable(backbone: Backbone) -> set[str]:
@@ -165,7 +167,8 @@ def test_tune_sets_what_trains(tmp_path: Path, custom_text: bool) -> None:
 def test_vit_b_32_sizes_without_building_it() -> None:
     backbone = Backbone.build("ViT-B-32", None, device="meta")
     assert sum(p.numel() for p in backbone.parameters()) == 151_277_313
-    features = backbone.encode_text(torch.zeros(2, 10, dtype=torch.int64, device="meta"))
+    ids = torch.zeros(2, 10, dtype=torch.int64, device="meta")
+    features = backbone.encode_text(ids, ids == 0)
     assert (features.pooled.shape, features.tokens.shape) == ((2, 512), (2, 10, 512))
 
 

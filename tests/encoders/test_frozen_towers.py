@@ -28,7 +28,9 @@ def items() -> ItemBatch:
     token_ids = torch.randint(1, 49000, (NUM_ITEMS, NUM_TOKENS), generator=generator)
     token_ids[:, -1] = 49407
     images = torch.randint(0, 256, (NUM_ITEMS, 3, SIZE, SIZE), generator=generator, dtype=torch.uint8)
-    return ItemBatch(token_ids, images, torch.ones(NUM_ITEMS, dtype=torch.bool))
+    return ItemBatch(
+        token_ids, torch.ones_like(token_ids, dtype=torch.bool), images, torch.ones(NUM_ITEMS, dtype=torch.bool)
+    )
 
 
 def encoded(of: Expert) -> tuple[Table, int]:

@@ -8,6 +8,7 @@ import torch
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.prompts import InteractivePrompts
 from dsmip.errors import UserError
+from tests.support.tokens import mask_to_end
 
 START, END = 49406, 49407
 NUM_PROMPTS = 2
@@ -50,7 +51,7 @@ def layer_inputs(
         for tower, into in zip(towers, seen, strict=True)
         for block in tower.resblocks
     ]
-    backbone.encode_text(token_ids, prompts)
+    backbone.encode_text(token_ids, mask_to_end(token_ids), prompts)
     backbone.encode_image(pixels, prompts)
     for hook in hooks:
         hook.remove()
@@ -102,7 +103,7 @@ def test_prompts_of_one_layer_change_nothing_before_it(
 
 def test_pooling_and_mask_follow_the_shift(backbone: Backbone, token_ids: torch.Tensor, pixels: torch.Tensor) -> None:
     prompts = make_prompts(backbone, depth=2)
-    texts = backbone.encode_text(token_ids, prompts)
+    texts = backbone.encode_text(token_ids, mask_to_end(token_ids), prompts)
     assert texts.mask.tolist() == [[True] * 8, [True] * 5 + [False] * 3]
     end = texts.tokens[torch.arange(2), torch.tensor([7, 4])]
     torch.testing.assert_close(end @ backbone.clip.text_projection, texts.pooled)
@@ -112,14 +113,17 @@ def test_pooling_and_mask_follow_the_shift(backbone: Backbone, token_ids: torch.
 
 
 def test_start_of_text_does_not_see_the_prompts(backbone: Backbone, token_ids: torch.Tensor) -> None:
-    with_prompts = backbone.encode_text(token_ids, make_prompts(backbone, depth=3)).tokens
-    torch.testing.assert_close(with_prompts[:, 0], backbone.encode_text(token_ids).tokens[:, 0])
+    with_prompts = backbone.encode_text(token_ids, mask_to_end(token_ids), make_prompts(backbone, depth=3)).tokens
+    torch.testing.assert_close(with_prompts[:, 0], backbone.encode_text(token_ids, mask_to_end(token_ids)).tokens[:, 0])
 
 
 def test_padding_does_not_change_prompted_texts(backbone: Backbone, token_ids: torch.Tensor) -> None:
     prompts = make_prompts(backbone, depth=2)
     padded = torch.cat([token_ids, token_ids.new_zeros(2, 5)], dim=1)
-    short, long = backbone.encode_text(token_ids, prompts), backbone.encode_text(padded, prompts)
+    short, long = (
+        backbone.encode_text(token_ids, mask_to_end(token_ids), prompts),
+        backbone.encode_text(padded, mask_to_end(padded), prompts),
+    )
     torch.testing.assert_close(short.pooled, long.pooled, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(short.tokens, long.tokens[:, :8], rtol=1e-5, atol=1e-5)
 
@@ -128,7 +132,10 @@ def test_gradients_reach_every_prompt_and_no_tower(
     backbone: Backbone, token_ids: torch.Tensor, pixels: torch.Tensor
 ) -> None:
     prompts = make_prompts(backbone, depth=3)
-    texts, images = backbone.encode_text(token_ids, prompts), backbone.encode_image(pixels, prompts)
+    texts, images = (
+        backbone.encode_text(token_ids, mask_to_end(token_ids), prompts),
+        backbone.encode_image(pixels, prompts),
+    )
     (texts.pooled.square().sum() + images.pooled.square().sum()).backward()
     assert prompts.tables_Jrt.grad is not None
     assert (prompts.tables_Jrt.grad.abs().amax(dim=(1, 2)) > 0).all()
@@ -163,10 +170,10 @@ def test_too_long_and_too_deep_are_refused(backbone: Backbone, token_ids: torch.
     long = torch.full((1, 76), 5)
     long[0, -1] = END
     with pytest.raises(ValueError, match="tokenize with reserve=2"):
-        backbone.encode_text(long, make_prompts(backbone, depth=1))
+        backbone.encode_text(long, mask_to_end(long), make_prompts(backbone, depth=1))
     deep = make_prompts(backbone, depth=4)
     assert backbone.encode_image(pixels, deep).tokens.shape[1] == 67
     with pytest.raises(UserError, match="prompt depth 4 exceeds the 3 layers of the text tower"):
-        backbone.encode_text(token_ids, deep)
+        backbone.encode_text(token_ids, mask_to_end(token_ids), deep)
     with pytest.raises(ValueError, match="negative"):
         InteractivePrompts(-1, 2, 8, 8)

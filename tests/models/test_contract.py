@@ -150,7 +150,7 @@ def test_token_rows_of_a_picture_are_declared(subject: Subject, features: tuple[
 @torch.no_grad()
 def test_columns_of_a_picture_do_not_depend_on_the_text(subject: Subject, features: tuple[Table, Table]) -> None:
     """What entities without a picture share (`dsmip.evaluation.preparation`)."""
-    other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.images, ENTITIES.has_image)
+    other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.token_mask.flip(0), ENTITIES.images, ENTITIES.has_image)
     prepared, again = map(subject.matcher.prepare_entities, (features[1], subject.encode_entities(other)))
     declared = subject.matcher.image_columns(prepared)
     assert bool(declared) == bool(subject.image_token_columns)

@@ -182,10 +182,10 @@ def test_without_prompts_a_long_text_has_all_of_clips_places(
 ) -> None:
     table = encoded(with_system(small_config, experts={"multimodal": none}), "multimodal")
     architecture = small_config.backbone.architecture
-    token_ids = build_tokenizer(architecture)([mention_text(mention, Template()) for mention in LONG])
-    assert token_ids.shape == (2, 77)
+    tokens = build_tokenizer(architecture)([mention_text(mention, Template()) for mention in LONG])
+    assert tokens.ids.shape == (2, 77)
     with torch.no_grad():
-        plain = Backbone.build(architecture, None).encode_text(token_ids)
+        plain = Backbone.build(architecture, None).encode_text(*tokens)
     assert torch.equal(table.dense("text_global"), plain.pooled)
     assert not torch.equal(encoded(small_config, "multimodal").dense("text_global"), plain.pooled)
 

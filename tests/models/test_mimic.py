@@ -24,6 +24,7 @@ from dsmip.units.shared_clip import SharedClipEncoder
 from dsmip.units.unit_scorer import UnitScorer
 from tests.support.paths import MIMIC_UNITS
 from tests.support.scoring.published import SIZES, WIDTH, published_features, published_weights, stored_values
+from tests.support.tokens import mask_to_end
 
 START, END = 49406, 49407
 NUM_TOKENS = 40
@@ -163,7 +164,7 @@ def items() -> ItemBatch:
     images = torch.randint(0, 256, (len(LENGTHS), 3, 32, 32), generator=generator).to(torch.uint8)
     has_image = torch.tensor([True, True, False, True])
     images[~has_image] = 0
-    return ItemBatch(token_ids, images, has_image)
+    return ItemBatch(token_ids, mask_to_end(token_ids), images, has_image)
 
 
 def as_published(items: ItemBatch) -> tuple[Tensor, Tensor]:
@@ -201,8 +202,8 @@ def test_features_equal_hugging_face_at_every_place(
 def test_padding_places_see_no_padding(hugging_face: CLIPModel, matcher: MimicMatcher, items: ItemBatch) -> None:
     """The test above would not notice a tower without the mask if padding did not matter: it does."""
     input_ids, attention_mask = as_published(items)
-    hidden = towers(matcher).encode_text(input_ids, hide_padding=True).tokens
-    seen = towers(matcher).encode_text(input_ids).tokens
+    hidden = towers(matcher).encode_text(input_ids, attention_mask.bool(), hide_padding=True).tokens
+    seen = towers(matcher).encode_text(input_ids, attention_mask.bool()).tokens
     real = attention_mask.bool()
     torch.testing.assert_close(hidden[real], seen[real])
     last = NUM_TOKENS - 1
@@ -288,7 +289,7 @@ def test_texts_are_written_and_cut_as_published(config: ExperimentConfig) -> Non
 def test_too_many_tokens_are_refused(config: ExperimentConfig, matcher: MimicMatcher, items: ItemBatch) -> None:
     token_ids = torch.cat([items.token_ids[:, :1], items.token_ids], dim=1)
     with pytest.raises(ValueError, match="more than 40 tokens"):
-        matcher.encode_mentions(ItemBatch(token_ids, items.images, items.has_image))
+        matcher.encode_mentions(ItemBatch(token_ids, mask_to_end(token_ids), items.images, items.has_image))
     with pytest.raises(UserError, match=r"num_tokens 78 exceeds the context length 77"):
         SharedClipEncoder(BackboneConfig(architecture=config.backbone.architecture), "full", 78, mask_padding=False)
 

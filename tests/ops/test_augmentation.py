@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmip.ops.augmentation import Draws, ImageAugmentation, augment_images, drop_tokens
+from tests.support.tokens import mask_to_end
 
 START, END = 49406, 49407
 STRONG = ImageAugmentation(
@@ -160,7 +161,9 @@ def token_rows(rows: list[list[int]], width: int) -> torch.Tensor:
     seed=st.integers(0, 99),
 )
 def test_dropped_rows_are_subsequences(rows: list[list[int]], probability: float, seed: int) -> None:
-    dropped = drop_tokens(token_rows(rows, 12), probability, torch.rand(len(rows), 12, generator=seeded(seed)))
+    token_ids, chance = token_rows(rows, 12), torch.rand(len(rows), 12, generator=seeded(seed))
+    dropped, mask = drop_tokens(token_ids, mask_to_end(token_ids), probability, chance)
+    assert torch.equal(mask, mask_to_end(dropped))
     assert dropped.shape == (len(rows), 12)
     for inner, row in zip(rows, dropped.tolist(), strict=True):
         end = row.index(END)
@@ -172,14 +175,14 @@ def test_dropped_rows_are_subsequences(rows: list[list[int]], probability: float
 
 def test_drop_tokens_frequency_and_limits() -> None:
     token_ids = token_rows([list(range(1, 71))] * 200, 77)
-    chance = torch.rand(200, 80, generator=seeded())
-    assert torch.equal(drop_tokens(token_ids, 0.0, chance), token_ids)
-    everything = drop_tokens(token_ids, 1.0, chance)
+    mask, chance = mask_to_end(token_ids), torch.rand(200, 80, generator=seeded())
+    assert torch.equal(drop_tokens(token_ids, mask, 0.0, chance)[0], token_ids)
+    everything, _ = drop_tokens(token_ids, mask, 1.0, chance)
     assert torch.equal(everything[:, :3], torch.tensor([START, END, 0]).expand(200, 3))
-    kept = (drop_tokens(token_ids, 0.25, chance) != 0).sum(dim=1).float() - 2
+    kept = drop_tokens(token_ids, mask, 0.25, chance)[1].sum(dim=1).float() - 2
     assert abs(kept.mean().item() / 70 - 0.75) < 0.02
     with pytest.raises(ValueError, match="probability"):
-        drop_tokens(token_ids, 1.5, chance)
+        drop_tokens(token_ids, mask, 1.5, chance)
 
 
 def test_an_item_is_changed_alike_whoever_holds_it() -> None:

@@ -195,7 +195,9 @@ def items(count: int) -> ItemBatch:
     token_ids = torch.randint(1, 49000, (count, 8), generator=generator)
     token_ids[:, 0], token_ids[:, 7] = 49406, 49407
     images = torch.randint(1, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
-    return ItemBatch(token_ids, images, torch.ones(count, dtype=torch.bool))
+    return ItemBatch(
+        token_ids, torch.ones_like(token_ids, dtype=torch.bool), images, torch.ones(count, dtype=torch.bool)
+    )
 
 
 def test_augmentation_that_is_off_returns_the_batch_itself() -> None:

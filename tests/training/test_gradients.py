@@ -19,6 +19,7 @@ from dsmip.training.batches import Step
 from dsmip.training.gradients import batch_backward
 from dsmip.units.matcher import BatchGold, Matcher, Scores
 from tests.support.training.workers import run_workers
+from tests.support.tokens import mask_to_end
 
 CPU = torch.device("cpu")
 BACKBONE = {
@@ -42,9 +43,7 @@ class BilinearMatcher(Matcher):
 
     def encode_mentions(self, batch: ItemBatch) -> Table:
         image = torch.tanh(self.images(batch.images.flatten(1).double() / 255))
-        return Table(
-            {"picture": image, "tokens": Ragged.from_padded(self.tokens(batch.token_ids), batch.token_ids > 0)}
-        )
+        return Table({"picture": image, "tokens": Ragged.from_padded(self.tokens(batch.token_ids), batch.token_mask)})
 
     def encode_entities(self, batch: ItemBatch) -> Table:
         return self.encode_mentions(batch)
@@ -104,7 +103,7 @@ def make_items(count: int, seed: int, size: int) -> ItemBatch:
     images = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
     has_image = torch.arange(count) % 3 != 1
     images[~has_image] = 0
-    return ItemBatch(token_ids, images, has_image)
+    return ItemBatch(token_ids, mask_to_end(token_ids), images, has_image)
 
 
 def make_matcher(name: str, architecture: str) -> Matcher:
@@ -123,7 +122,7 @@ def expert_config(architecture: str) -> ExperimentConfig:
 
 
 def item_rows(items: ItemBatch, rows: list[int]) -> ItemBatch:
-    return ItemBatch(items.token_ids[rows], items.images[rows], items.has_image[rows])
+    return ItemBatch(items.token_ids[rows], items.token_mask[rows], items.images[rows], items.has_image[rows])
 
 
 def share(case: Case, rank: int | None) -> Step:
@@ -131,7 +130,7 @@ def share(case: Case, rank: int | None) -> Step:
     size = 2 if case.matcher == "bilinear" else 16
     mentions, kb = make_items(len(GOLD_ROWS), 1, size), make_items(10, 2, size)
     if case.matcher == "bilinear":
-        mentions, kb = (ItemBatch(b.token_ids % 50, b.images, b.has_image) for b in (mentions, kb))
+        mentions, kb = (ItemBatch(b.token_ids % 50, b.token_mask, b.images, b.has_image) for b in (mentions, kb))
     first = 0 if rank is None else sum(case.mentions[:rank])
     number = len(GOLD_ROWS) if rank is None else case.mentions[rank]
     own = list(range(first, first + number))

@@ -31,7 +31,7 @@ def source(data: Dataset, backbone: Path, config: PretrainConfig = CONFIG, decod
 
 def rows_of(batches: Iterable[ItemBatch], pairs: PairSource) -> list[int]:
     """Which entity each item is, by its text."""
-    known = {tuple(ids[ids > 0].tolist()): row for ids, row in zip(pairs.token_ids, pairs.rows, strict=True)}
+    known = {tuple(ids[ids > 0].tolist()): row for ids, row in zip(pairs.tokens.ids, pairs.rows, strict=True)}
     return [known[tuple(ids[ids > 0].tolist())] for batch in batches for ids in batch.token_ids]
 
 

@@ -17,6 +17,7 @@ from dsmip.models.base import System
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.weights import own_weights
 from dsmip.units.matcher import Matcher, Scores
+from tests.support.tokens import mask_to_end
 
 FORMS: dict[str, list[dict[str, Any]]] = {
     "dsmip": [
@@ -141,18 +142,20 @@ def make_items(count: int, seed: int) -> ItemBatch:
     images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
     has_image = torch.arange(count) % 3 != 1
     images[~has_image] = 0
-    return ItemBatch(token_ids, images, has_image)
+    return ItemBatch(token_ids, mask_to_end(token_ids), images, has_image)
 
 
 def trimmed(batch: ItemBatch) -> ItemBatch:
     """Without columns that are padding in every row."""
-    longest = int(batch.token_ids.argmax(dim=1).max()) + 1
-    return ItemBatch(batch.token_ids[:, :longest], batch.images, batch.has_image)
+    longest = int(batch.token_mask.sum(dim=1).max())
+    return ItemBatch(batch.token_ids[:, :longest], batch.token_mask[:, :longest], batch.images, batch.has_image)
 
 
 def padded(batch: ItemBatch, columns: int) -> ItemBatch:
-    zeros = batch.token_ids.new_zeros(len(batch), columns)
-    return ItemBatch(torch.cat([batch.token_ids, zeros], dim=1), batch.images, batch.has_image)
+    """With padding, whose ids mean nothing: the highest one would be taken for an end of text."""
+    ids, mask = torch.full((len(batch), columns), END), torch.zeros(len(batch), columns, dtype=torch.bool)
+    padded_ids, padded_mask = torch.cat([batch.token_ids, ids], dim=1), torch.cat([batch.token_mask, mask], dim=1)
+    return ItemBatch(padded_ids, padded_mask, batch.images, batch.has_image)
 
 
 MENTIONS, ENTITIES = make_items(NUM_MENTIONS, seed=2), make_items(NUM_ENTITIES, seed=3)
