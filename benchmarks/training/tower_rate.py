@@ -111,7 +111,7 @@ def training_step(
 ) -> tuple[Callable[[], None], Expert]:
     """An update on one drawn batch of the longest texts, and the expert with random weights that it updates."""
     sizes = Backbone.build(architecture, None, device="meta")
-    depth = min(case.prompt_depth, sizes.text_layers, sizes.vision_layers)
+    depth = min(case.prompt_depth, len(sizes.text.layers), len(sizes.vision.layers))
     expert_config = ExpertConfig(tune=case.tune, prompt_length=case.prompt_length, prompt_depth=depth)
     backbone = BackboneConfig(architecture=architecture)
     matcher = Expert.build("multimodal", expert_config, backbone, WIDTH, mask_padding=True, with_encoder=True)

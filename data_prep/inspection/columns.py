@@ -20,7 +20,8 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB, SPLITS, ShardInfo
 from dsmip.data.records import Entity, read_mention
 from dsmip.data.tar import Fields, read_samples
-from dsmip.data.text import Template, Tokenizer, entity_text, mention_text
+from dsmip.data.text import Template, entity_text, mention_text
+from dsmip.data.tokenizers import ClipTokenizer, Tokenizer
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting
 from dsmip.storage.dataset_storage import DatasetStorage, open_file
@@ -190,7 +191,7 @@ def _hash(content: bytes) -> int:
 
 @lru_cache(1)
 def _tokenizer() -> Tokenizer:
-    return Tokenizer(CONTEXT_LENGTH)
+    return ClipTokenizer(CONTEXT_LENGTH)
 
 
 def _texts(table: Any) -> _Texts:

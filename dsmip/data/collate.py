@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from dsmip.data.dataset import Dataset
-from dsmip.data.images import UnreadableImage, decode, fit
+from dsmip.data.images import CLIP_PIXELS, PixelForm, UnreadableImage, decode, fit
 from dsmip.data.records import Entity, Mention
-from dsmip.data.text import Template, Tokenizer, Tokens, entity_text, mention_text
+from dsmip.data.text import Template, entity_text, mention_text
+from dsmip.data.tokenizers import Tokenizer, Tokens
 from dsmip.errors import UserError
 
 Modality = Literal["text", "image"]
@@ -79,12 +80,14 @@ class ItemFormat:
         reserve: Positions kept free for prompts.
         num_tokens: Every text is padded (and cut) to exactly this length, for systems that attend over padding; None
             trims a batch to its longest text.
+        pixels: How pictures become squares; None: as the backbone's weights expect it.
     """
 
     template: Template
     reserve: int = 0
     num_tokens: int | None = None
     modalities: tuple[Modality, ...] = ("text", "image")
+    pixels: PixelForm | None = None
 
 
 class Collator:
@@ -92,7 +95,7 @@ class Collator:
 
     def __init__(self, tokenizer: Tokenizer, item_format: ItemFormat, image_size: int) -> None:
         self.tokenizer, self.item_format = tokenizer, item_format
-        self._images = ImageCollator(image_size)
+        self._images = ImageCollator(image_size, item_format.pixels or CLIP_PIXELS)
 
     def mentions(self, mentions: Sequence[Mention]) -> ItemBatch:
         """A batch of mentions, in order."""
@@ -117,16 +120,16 @@ class Collator:
             return self.tokenizer(texts, self.item_format.reserve)
         ids, mask = self.tokenizer(texts, self.tokenizer.context_length - length)
         missing = (0, length - ids.shape[1])
-        return Tokens(functional.pad(ids, missing), functional.pad(mask, missing))
+        return Tokens(functional.pad(ids, missing, value=self.tokenizer.pad_id), functional.pad(mask, missing))
 
 
 class ImageCollator:
     """Makes batches of the pictures alone: a mention's, an entity's first."""
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: int, pixels: PixelForm = CLIP_PIXELS) -> None:
         self.image_size = image_size
         kept = _KEPT_BYTES // (3 * image_size**2)
-        self._fitted_image = lru_cache(maxsize=kept)(lambda image: _fitted(image, image_size))
+        self._fitted_image = lru_cache(maxsize=kept)(lambda image: _fitted(image, image_size, pixels))
 
     def __call__(self, items: Sequence[Mention | Entity | None]) -> tuple[Tensor, Tensor]:
         """(uint8 [N, 3, S, S], bool [N]); zeros and False for None, and where there is no readable picture."""
@@ -165,8 +168,8 @@ def _image(item: Mention | Entity | None) -> bytes | None:
     return None if item is None else item.image
 
 
-def _fitted(image: bytes, size: int) -> Tensor | None:
+def _fitted(image: bytes, size: int, pixels: PixelForm) -> Tensor | None:
     try:
-        return fit(decode(image), size)
+        return fit(decode(image), size, pixels)
     except UnreadableImage:
         return None

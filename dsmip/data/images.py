@@ -3,10 +3,12 @@
 import io
 import struct
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode
@@ -115,22 +117,50 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
-def fit(image: Tensor, size: int) -> Tensor:
-    """uint8 [3, size, size]: shorter side resized (antialiased bicubic), then the centre, as CLIP prepares pictures.
+class PixelForm(BaseModel):
+    """How a picture becomes a square; the defaults are CLIP's.
+
+    Attributes:
+        resize: crop: the shorter side is resized, then the centre is taken; squash: both sides are resized.
+        filter: Of the resizing, antialiased.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resize: Literal["crop", "squash"] = "crop"
+    filter: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+
+
+CLIP_PIXELS = PixelForm()
+
+
+def fit(image: Tensor, size: int, form: PixelForm = CLIP_PIXELS) -> Tensor:
+    """uint8 [3, size, size].
 
     Args:
         image: uint8 [3, H, W].
+        form: How it becomes a square.
     """
     height, width = image.shape[1:]
     if (height, width) == (size, size):
         return image
+    if form.resize == "squash":
+        return _resized(image, (size, size), form.filter)
     # Only the centre square is kept: a margin around it bounds the memory for extreme aspect ratios.
     short = min(height, width)
     image = _centre(image, min(height, 3 * short), min(width, 3 * short))
     height, width = image.shape[1:]
     target = (max(size, size * height // short), max(size, size * width // short))
-    resized = functional.interpolate(image[None], size=target, mode="bicubic", antialias=True)[0]
-    return _centre(resized, size, size).contiguous()
+    return _centre(_resized(image, target, form.filter), size, size).contiguous()
+
+
+def _resized(image: Tensor, target: tuple[int, int], name: str) -> Tensor:
+    """uint8 [3, *target]."""
+    if name != "lanczos":
+        return functional.interpolate(image[None], size=target, mode=name, antialias=True)[0]
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    resized = picture.resize((target[1], target[0]), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
 def _centre(image: Tensor, height: int, width: int) -> Tensor:

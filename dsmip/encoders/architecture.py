@@ -6,48 +6,52 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dsmip.data.text import Tokenizer
-from dsmip.encoders.stem import STEM, check_stem
+from pydantic import ValidationError
+
+from dsmip.data.images import PixelForm
+from dsmip.data.tokenizers import ClipTokenizer, HuggingFaceTokenizer, Tokenizer
+from dsmip.encoders.towers.stem import STEM, check_stem
 from dsmip.errors import UserError
 from dsmip.storage.parsing import parse_json
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "backbones"
-CLIP_VOCAB_SIZE = 49408
 # OpenAI's CLIP statistics: the default of every open_clip model that states no others.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_TOP_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale")
-# What the towers are walked for; any other value changes which tokens exist or what pooling means.
-_VISION_MUST_BE = {"timm_model_name": None, "attentional_pool": False, "pool_type": "tok", "patch_dropout": 0.0}
-_TEXT_MUST_BE = {
-    "hf_model_name": None,
-    "hf_tokenizer_name": None,
-    "embed_cls": False,
-    "no_causal_mask": False,
-    "pool_type": "argmax",
-    "proj_type": "linear",
-    "proj_bias": False,
-    "vocab_size": CLIP_VOCAB_SIZE,
-}
-_SUPPORTED = (
-    "supported are open_clip's own VisionTransformer (class-token pooling) and causal TextTransformer (end-of-text"
-    " pooling, CLIP vocabulary), such as ViT-B-32, ViT-B-16, ViT-L-14 or ViT-H-14"
+_TOP_KEYS = (
+    "embed_dim",
+    "vision_cfg",
+    "text_cfg",
+    "multimodal_cfg",
+    "quick_gelu",
+    "custom_text",
+    "init_logit_scale",
+    "init_logit_bias",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A network before its weights: open_clip's model config, and the pixel statistics it expects.
+    """A network before its weights: open_clip's model config, and how it expects pictures.
 
-    `name` is what the user wrote; `is_open_clip` says that open_clip knows weights by tag for it.
+    Attributes:
+        name: What the user wrote.
+        mean, std: Of pixels in [0, 1].
+        pixels: How pictures become squares.
+        is_open_clip: open_clip knows weights by tag for it.
     """
 
     name: str
     config: Mapping[str, Any]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    pixels: PixelForm
     is_open_clip: bool
+
+    @property
+    def embed_width(self) -> int:
+        return int(self.config["embed_dim"])
 
     @property
     def context_length(self) -> int:
@@ -61,6 +65,24 @@ class Architecture:
     def quick_gelu(self) -> bool:
         return bool(self.config.get("quick_gelu", False))
 
+    @property
+    def is_hugging_face(self) -> bool:
+        """Its text tower comes from the Hugging Face library."""
+        return bool(self.config["text_cfg"].get("hf_model_name"))
+
+    @property
+    def is_plain(self) -> bool:
+        """Both towers are open_clip's own transformers, whose widths are stated."""
+        vision = self.config["vision_cfg"]
+        return not (self.is_hugging_face or vision.get("timm_model_name") or isinstance(vision.get("layers"), list))
+
+    @property
+    def reads_padding(self) -> bool:
+        """Its text tower reads all of its places (`TextTower.reads_padding`)."""
+        text = self.config["text_cfg"]
+        whole = text.get("no_causal_mask") or text.get("embed_cls") or text.get("pool_type") == "last"
+        return bool(whole) and not self.is_hugging_face
+
 
 def resolve_architecture(architecture: str) -> Architecture:
     """Reads and checks a backbone's configuration; no weights, no network access.
@@ -70,10 +92,10 @@ def resolve_architecture(architecture: str) -> Architecture:
             (open_clip's model config, or its open_clip_config.json with model_cfg and preprocess_cfg).
 
     Raises:
-        UserError: unknown name (nearest ones are listed), missing or wrong JSON, unknown key, unsupported network.
+        UserError: unknown name (nearest ones are listed), missing or wrong JSON, unknown key.
     """
     network = read_architecture(architecture)
-    _check_supported(architecture, network.config)
+    _check_keys_and_sizes(architecture, network.config)
     return network
 
 
@@ -91,8 +113,10 @@ def read_architecture(architecture: str) -> Architecture:
     else:
         stored, is_open_clip = _open_clip_config(architecture), True
     config = stored.get("model_cfg", stored)
-    mean, std = pixel_statistics(stored.get("preprocess_cfg", {}))
-    return Architecture(architecture, config, mean or CLIP_MEAN, std or CLIP_STD, is_open_clip)
+    preprocess = stored.get("preprocess_cfg") or (_of_all_tags(architecture) if is_open_clip else {})
+    mean, std = pixel_statistics(preprocess)
+    pixels = _pixel_form(architecture, preprocess)
+    return Architecture(architecture, config, mean or CLIP_MEAN, std or CLIP_STD, pixels, is_open_clip)
 
 
 def build_tokenizer(architecture: str) -> Tokenizer:
@@ -102,13 +126,46 @@ def build_tokenizer(architecture: str) -> Tokenizer:
         UserError: unknown or unsupported architecture.
     """
     network = resolve_architecture(architecture)
-    return Tokenizer(network.context_length, network.config["text_cfg"].get("tokenizer_kwargs") or {})
+    text = network.config["text_cfg"]
+    options, name = dict(text.get("tokenizer_kwargs") or {}), text.get("hf_tokenizer_name")
+    if name is None:
+        return ClipTokenizer(network.context_length, options, fills_context=network.reads_padding)
+    if text.get("tokenizer_mode") or not options.keys() <= {"clean", "strip_sep_token"}:
+        raise UserError(
+            f"backbone {architecture}: text_cfg.tokenizer_mode and tokenizer_kwargs {options} are unknown here"
+        )
+    return HuggingFaceTokenizer(name, network.context_length, fills_context=network.reads_padding, **options)
 
 
 def pixel_statistics(preprocess: Mapping[str, Any]) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Mean and standard deviation of pixels in [0, 1] from an open_clip preprocessing config (None where unstated)."""
     mean, std = preprocess.get("mean"), preprocess.get("std")
     return (tuple(mean) if mean else None, tuple(std) if std else None)
+
+
+def _pixel_form(name: str, preprocess: Mapping[str, Any]) -> PixelForm:
+    resize = {"shortest": "crop", "squash": "squash"}.get(preprocess.get("resize_mode", "shortest"))
+    form = {"resize": resize, "filter": preprocess.get("interpolation", "bicubic")}
+    try:
+        return PixelForm.model_validate(form)
+    except ValidationError:
+        raise UserError(
+            f"backbone {name}: preprocess_cfg: resize_mode is shortest or squash, interpolation bicubic, bilinear or "
+            f"lanczos, not {preprocess.get('resize_mode')!r} and {preprocess.get('interpolation')!r}"
+        ) from None
+
+
+def _of_all_tags(name: str) -> dict[str, Any]:
+    """What all published weights of an open_clip architecture say alike of their pictures."""
+    from open_clip import pretrained as catalogue
+
+    stated = [catalogue.get_pretrained_cfg(name, tag) for tag in catalogue.list_pretrained_tags_by_model(name)]
+    keys = ("mean", "std", "resize_mode", "interpolation")
+    return {
+        key: stated[0][key]
+        for key in keys
+        if stated and all(one.get(key) == stated[0].get(key) is not None for one in stated)
+    }
 
 
 def shipped_names() -> list[str]:
@@ -143,30 +200,18 @@ def _open_clip_config(name: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _check_supported(name: str, config: Any) -> None:
+def _check_keys_and_sizes(name: str, config: Any) -> None:
     if not isinstance(config, dict):
         raise UserError(f"backbone {name}: model_cfg must be an object with embed_dim, vision_cfg and text_cfg")
-    for key in ("multimodal_cfg", "init_logit_bias"):
-        if key in config:
-            raise UserError(f"backbone {name} has {key} (a CoCa or SigLIP model); {_SUPPORTED}")
     _check_keys(name, "", config, _TOP_KEYS)
     for key, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict)):
         if not isinstance(config.get(key), kind):
             raise UserError(f"backbone {name}: {key} is missing or not {'an integer' if kind is int else 'an object'}")
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-    for section, known, required in (
-        ("vision_cfg", CLIPVisionCfg, _VISION_MUST_BE),
-        ("text_cfg", CLIPTextCfg, _TEXT_MUST_BE),
-    ):
-        stated = config[section]
+    for section, known in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         ours = [STEM] if section == "vision_cfg" else []
-        _check_keys(name, f"{section}.", stated, [*(field.name for field in fields(known)), *ours])
-        for key, value in required.items():
-            if stated.get(key, value) != value:
-                raise UserError(f"backbone {name}: {section}.{key} = {stated[key]!r} is not supported; {_SUPPORTED}")
-    if not isinstance(config["vision_cfg"].get("layers", 12), int):
-        raise UserError(f"backbone {name} has a ResNet vision tower; {_SUPPORTED}")
+        _check_keys(name, f"{section}.", config[section], [*(field.name for field in fields(known)), *ours])
     if not isinstance(config["text_cfg"].get("context_length", 77), int):
         raise UserError(f"backbone {name}: text_cfg.context_length must be an integer")
     if not isinstance(config["vision_cfg"].get("image_size", 224), int):

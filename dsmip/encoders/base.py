@@ -1,6 +1,7 @@
 """The contract of encoders: features of one side's items, their widths, and those stored beside the shards."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from operator import index
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from dsmip.data.collate import ItemBatch, ItemFormat
 from dsmip.data.table import Table
-from dsmip.encoders.architecture import read_architecture, resolve_architecture
-from dsmip.errors import UserError
+from dsmip.encoders.architecture import read_architecture
+from dsmip.encoders.clip import Backbone
 
 Side = Literal["mentions", "entities"]
+_STATED = (("text_cfg", "width"), ("vision_cfg", "width"), ("", "embed_dim"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +31,18 @@ class FeatureSizes:
 
 @cache
 def feature_sizes(architecture: str) -> FeatureSizes:
-    """Widths of a backbone's features, from its configuration alone.
+    """Widths of a backbone's features: as its configuration states them, else (it takes seconds) those of its towers.
 
     Raises:
-        UserError: It does not state them.
+        UserError: It is unknown or cannot be built.
     """
-    config = read_architecture(architecture).config
-    try:
-        return FeatureSizes(
-            *map(index, (config["text_cfg"]["width"], config["vision_cfg"]["width"], config["embed_dim"]))
-        )
-    except (KeyError, TypeError):
-        resolve_architecture(architecture)  # says what is wrong with it, if more than this
-        message = f"backbone {architecture} must state the integers embed_dim, vision_cfg.width and text_cfg.width"
-        raise UserError(message) from None
+    network = read_architecture(architecture)
+    config = network.config
+    if network.is_plain:
+        with suppress(KeyError, TypeError):
+            return FeatureSizes(*(index(config[section][key] if section else config[key]) for section, key in _STATED))
+    backbone = Backbone.build(architecture, None, device="meta")
+    return FeatureSizes(backbone.text_width, backbone.vision_width, backbone.embed_width)
 
 
 class FeatureEncoder(Protocol):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsmip.data.collate import Collator, ItemBatch, ItemFormat
 from dsmip.data.dataset import Dataset
+from dsmip.data.images import CLIP_PIXELS
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table, concatenate
 from dsmip.data.table_writer import TableWriter
@@ -97,6 +98,8 @@ def feature_key(
     texts = f"Template(mention={template.mention!r}, entity={template.entity!r})"
     modalities = plain_text(item_format.modalities)
     items = f"ItemFormat(template={texts}, reserve={item_format.reserve}, num_tokens={tokens}, modalities={modalities})"
+    if (pixels := item_format.pixels) not in (None, CLIP_PIXELS):
+        items += f", {plain_text((pixels.resize, pixels.filter))}"
     return fingerprint(weights, f"({manifest_hash!r}, {items}, {split!r}, {_DTYPES[dtype]})")
 
 

@@ -16,7 +16,6 @@ from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureEncoder, Side, StoredFeatures, feature_sizes
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_networks import find_network
-from dsmip.errors import UserError
 from dsmip.keys import plain_text
 from dsmip.models.base import System
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
@@ -241,13 +240,11 @@ class Dsmip(System):
     def check(cls, config: ExperimentConfig, backbone: Backbone) -> None:
         super().check(config, backbone)
         section: DsmipConfig = config.system
-        layers = min(backbone.text_layers, backbone.vision_layers)
         for name, expert in section.experts.items():
-            if expert.prompt_length and expert.prompt_depth > layers:
-                raise UserError(
-                    f"system.experts.{name}.prompt_depth: {expert.prompt_depth} exceeds the {layers} layers of "
-                    f"{config.backbone.architecture}'s towers"
-                )
+            for tower in (backbone.text, backbone.vision):
+                if expert.num_prompts:
+                    where = f"system.experts.{name}.prompt_depth"
+                    tower.check_prompts(expert.prompt_depth, f"{config.backbone.architecture} ({where})")
         check_weights_named(section.gate)
 
     @classmethod

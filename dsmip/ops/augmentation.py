@@ -81,10 +81,12 @@ def augment_images(images: Tensor, has_image: Tensor, strength: ImageAugmentatio
     return augmented.masked_fill(~has_image[:, None, None, None], 0)
 
 
-def drop_tokens(token_ids: Tensor, token_mask: Tensor, probability: float, chance: Tensor) -> tuple[Tensor, Tensor]:
+def drop_tokens(
+    token_ids: Tensor, token_mask: Tensor, probability: float, chance: Tensor, pad_id: int = 0
+) -> tuple[Tensor, Tensor]:
     """int64 and bool [N, L]: each token but a text's first and last is dropped with `probability`.
 
-    The rest moves left, and the end is padding.
+    The rest moves left, and the end is padding (`pad_id`).
 
     Args:
         token_mask: bool [N, L], True from a text's first token to its last.
@@ -104,7 +106,7 @@ def drop_tokens(token_ids: Tensor, token_mask: Tensor, probability: float, chanc
     kept = token_mask & ~(inner & (chance[:, : token_ids.shape[1]] < probability))
     order = torch.argsort(~kept, dim=1, stable=True)
     mask = position_L < kept.sum(dim=1, keepdim=True)
-    return token_ids.gather(1, order).masked_fill(~mask, 0), mask
+    return token_ids.gather(1, order).masked_fill(~mask, pad_id), mask
 
 
 class _Random:

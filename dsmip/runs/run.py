@@ -16,7 +16,7 @@ import hashlib
 import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ import torch
 from dsmip.config import ExperimentConfig, flat
 from dsmip.data.collate import Collator, ItemFormat
 from dsmip.data.dataset import Dataset
-from dsmip.encoders.architecture import build_tokenizer
+from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
 from dsmip.encoders.base import FeatureEncoder
-from dsmip.encoders.clip import Backbone
 from dsmip.encoders.feature_cache import FeatureCache
 from dsmip.errors import UserError
 from dsmip.models import find_system
@@ -197,9 +196,10 @@ class Run:
 
     def collator_of(self, item_format: ItemFormat) -> Collator:
         """Makes batches of that form."""
-        architecture = self.config.backbone.architecture
-        size = Backbone.build(architecture, None, device="meta").image_size
-        return Collator(build_tokenizer(architecture), item_format, size)
+        network = resolve_architecture(self.config.backbone.architecture)
+        if item_format.pixels is None:
+            item_format = replace(item_format, pixels=network.pixels)
+        return Collator(build_tokenizer(network.name), item_format, network.image_size)
 
     def home(self, part: str, config: ExperimentConfig) -> "Run":
         """Where a part of that form lives: this run, or its variant with another stage one (a tuned prompt length)."""

@@ -21,6 +21,7 @@ from dsmip.data.dataset import Dataset, TrainingBatch
 from dsmip.data.records import Entity, Mention
 from dsmip.data.sampler import draw, step_bounds
 from dsmip.data.table import Table
+from dsmip.data.tokenizers import Tokenizer
 from dsmip.ops import augmentation
 from dsmip.ops.augmentation import Draws
 
@@ -80,7 +81,7 @@ class StreamSource:
 
     def _step(self, epoch: int, batch: TrainingBatch) -> Step:
         """This worker's share of a step: mentions, then self mentions; golds, self mentions' golds, random entities."""
-        config, width = self.config, self.collator.tokenizer.context_length
+        config, tokenizer = self.config, self.collator.tokenizer
         size, position_M = self._positions(batch.step)
         generator = _generator("entities", self.seed, epoch, batch.step)
         position_S, own = self._random_entities(config.self_mentions, generator)
@@ -93,15 +94,17 @@ class StreamSource:
         def draws(kind: str, total: int, position_N: Tensor) -> Draws:
             return Draws(_generator(kind, self.seed, epoch, batch.step), total, position_N)
 
-        mentions = augmented(
-            self.collator.mentions(real), config.augment, draws("augment mentions", size, position_M), width
-        )
+        def changed(batch: ItemBatch, how: AugmentConfig, own: Draws) -> ItemBatch:
+            return augmented(batch, how, own, tokenizer, tokenizer.context_length)
+
+        real_draws = draws("augment mentions", size, position_M)
+        mentions = changed(self.collator.mentions(real), config.augment, real_draws)
         if config.self_mentions:
             own_draws = draws("augment self mentions", config.self_mentions, position_S)
-            mentions = stacked(mentions, augmented(self.collator.entities(own), config.self_augment, own_draws, width))
+            mentions = stacked(mentions, changed(self.collator.entities(own), config.self_augment, own_draws))
         all_columns = size + config.self_mentions + config.extra_negatives
         entity_draws = draws("augment entities", all_columns, position_E)
-        entities = augmented(self.collator.entities(columns), config.augment, entity_draws, width)
+        entities = changed(self.collator.entities(columns), config.augment, entity_draws)
         return Step(mentions, entities, _rows([*real, *own]), _rows(columns))
 
     def _positions(self, step: int) -> tuple[int, Tensor]:
@@ -156,24 +159,28 @@ def is_held_out(entity_id: str, share: float) -> bool:
     return draw(_DRAWS, "held out", entity_id) < share * _DRAWS
 
 
-def augmented(batch: ItemBatch, config: AugmentConfig, draws: Draws, width: int) -> ItemBatch:
+def augmented(batch: ItemBatch, config: AugmentConfig, draws: Draws, tokenizer: Tokenizer, width: int) -> ItemBatch:
     """The batch with random changes of pictures and texts; the same object when all is off.
 
     Args:
+        tokenizer: Of the batch.
         width: Tokens that the longest text of any share may have, the same for all workers.
     """
     if config == AugmentConfig():
         return batch
     device = batch.token_ids.device
     chance = draws.unit(width, device=device)
-    token_ids, mask = augmentation.drop_tokens(batch.token_ids, batch.token_mask, config.drop_tokens, chance)
+    tokens = (batch.token_ids, batch.token_mask)
+    token_ids, mask = augmentation.drop_tokens(*tokens, config.drop_tokens, chance, tokenizer.pad_id)
     has_image = batch.has_image & (draws.unit(device=device) >= config.drop_pictures)
     if has_image.any():  # the last draws: whoever has no picture may leave them out
         images = augmentation.augment_images(batch.images, has_image, _strength(config), draws)
     else:
         images = torch.zeros_like(batch.images)
-    longest = int(mask.sum(dim=1).max()) if len(mask) else mask.shape[1]  # towers take as long as their longest text
-    return ItemBatch(token_ids[:, :longest], mask[:, :longest], images, has_image)
+    if len(mask) and not tokenizer.fills_context:  # towers take as long as their longest text
+        longest = int(mask.sum(dim=1).max())
+        token_ids, mask = token_ids[:, :longest], mask[:, :longest]
+    return ItemBatch(token_ids, mask, images, has_image)
 
 
 def _strength(config: AugmentConfig) -> augmentation.ImageAugmentation:

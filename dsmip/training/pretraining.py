@@ -21,7 +21,8 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.images import decode, fit
 from dsmip.data.records import Entity
 from dsmip.data.sampler import count_steps, draw, permutation, step_bounds
-from dsmip.data.text import Template, Tokenizer, entity_text
+from dsmip.data.text import Template, entity_text
+from dsmip.encoders.architecture import Architecture, build_tokenizer
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.ops.augmentation import Draws
@@ -44,21 +45,21 @@ class PairSource:
     def __init__(
         self,
         dataset: Dataset,
-        tokenizer: Tokenizer,
+        network: Architecture,
         template: Template,
-        image_size: int,
         config: PretrainConfig,
         seed: int,
         decoded_bytes: int = DECODED_BYTES,
     ) -> None:
-        self.dataset, self.image_size, self.config, self.seed = dataset, image_size, config, seed
+        self.dataset, self.config, self.seed = dataset, config, seed
+        self.tokenizer, self.image_size, self.pixels = build_tokenizer(network.name), network.image_size, network.pixels
         counts = dataset.entity_texts()["num_images"].to_pylist()
         self.rows = [row for row, count in enumerate(counts) if count]
         self.num_images = [counts[row] for row in self.rows]
         if len(self.rows) < 2:
             raise UserError(f"{dataset.location}: fewer than two entities have a picture: nothing to contrast")
-        self.tokens = tokenizer([entity_text(e, template) for e in _without_images(dataset, self.rows)])
-        fits = sum(self.num_images) * 3 * image_size**2 <= decoded_bytes
+        self.tokens = self.tokenizer([entity_text(e, template) for e in _without_images(dataset, self.rows)])
+        fits = sum(self.num_images) * 3 * self.image_size**2 <= decoded_bytes
         self.decoded = self._decode_all() if fits else None
 
     def num_steps(self) -> int:
@@ -80,7 +81,7 @@ class PairSource:
             position_N = torch.arange(share.start - whole.start, share.stop - whole.start)
             draws = Draws(generator, len(whole), position_N)
             batch = self._batch([order[p] for p in share], epoch)
-            yield augmented(batch, self.config.augment, draws, self.tokens.ids.shape[1])
+            yield augmented(batch, self.config.augment, draws, self.tokenizer, self.tokens.ids.shape[1])
 
     def _batch(self, items: Sequence[int], epoch: int) -> ItemBatch:
         images = torch.zeros(len(items), 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -88,18 +89,20 @@ class PairSource:
             number = draw(self.num_images[item], "pair", self.seed, epoch, self.rows[item])
             images[slot] = self._image(item, number)
         ids, mask = (each[list(items)] for each in self.tokens)
-        longest = int(mask.sum(dim=1).max()) if items else 1
-        return ItemBatch(ids[:, :longest], mask[:, :longest], images, torch.ones(len(items), dtype=torch.bool))
+        if items and not self.tokenizer.fills_context:
+            longest = int(mask.sum(dim=1).max())
+            ids, mask = ids[:, :longest], mask[:, :longest]
+        return ItemBatch(ids, mask, images, torch.ones(len(items), dtype=torch.bool))
 
     def _image(self, item: int, number: int) -> Tensor:
         if self.decoded is not None:
             return self.decoded[item][number]
-        return fit(decode(self.dataset.entity_images(self.rows[item])[number]), self.image_size)
+        return fit(decode(self.dataset.entity_images(self.rows[item])[number]), self.image_size, self.pixels)
 
     def _decode_all(self) -> list[Tensor]:
         """uint8 [num_images, 3, S, S] of every pictured entity."""
         return [
-            torch.stack([fit(decode(image), self.image_size) for image in entity.images])
+            torch.stack([fit(decode(image), self.image_size, self.pixels) for image in entity.images])
             for entity in self.dataset.entities()
             if entity.images
         ]

@@ -15,8 +15,9 @@ from dsmip.config import BackboneConfig, Frozen
 from dsmip.data.collate import ItemBatch, Modality
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side, feature_sizes
-from dsmip.encoders.clip import Backbone, TokenFeatures, Tower, Tuning, padded_with_end
-from dsmip.encoders.prompts import InteractivePrompts
+from dsmip.encoders.clip import Backbone, TowerName, Tuning, padded_with_end
+from dsmip.encoders.towers.base import TokenFeatures
+from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.ops.losses import contrastive_loss
 from dsmip.units.matcher import BatchGold, Matcher, Scores
 from dsmip.units.unit_scorer import UnitScorer
@@ -27,7 +28,7 @@ MODALITIES: Mapping[str, tuple[Modality, ...]] = {
     "visual": ("image",),
     "multimodal": ("text", "image"),
 }
-_TOWERS: Mapping[Modality, Tower] = {"text": "text", "image": "vision"}
+_TOWERS: Mapping[Modality, TowerName] = {"text": "text", "image": "vision"}
 
 
 class ExpertConfig(Frozen):

@@ -15,7 +15,7 @@ from dsmip import distributed
 from dsmip.config import ExperimentConfig, Running
 from dsmip.data.dataset import Dataset
 from dsmip.data.text import Template
-from dsmip.encoders.architecture import build_tokenizer
+from dsmip.encoders.architecture import resolve_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.keys import key_tree
@@ -76,8 +76,8 @@ def _loop(context: RayContext, settings: Mapping[str, Any]) -> None:
     config = read_config(settings["config"])
     dataset = Dataset.open(settings["data"])
     backbone = Backbone.build(config.backbone.architecture, config.backbone.pretrained, seed=config.seed)
-    tokenizer = build_tokenizer(config.backbone.architecture)
-    pairs = PairSource(dataset, tokenizer, _template(config), backbone.image_size, config.pretrain, config.seed)
+    network = resolve_architecture(config.backbone.architecture)
+    pairs = PairSource(dataset, network, _template(config), config.pretrain, config.seed)
     history = pretrain(backbone, pairs, config.pretrain, context, seed=config.seed)
     if distributed.rank() == 0:
         out = Path(settings["out"])

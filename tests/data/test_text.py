@@ -84,7 +84,7 @@ def test_special_tokens_written_in_a_text_mean_nothing() -> None:
 
 def test_tokenizers_of_all_supported_names_agree() -> None:
     other = build_tokenizer("ViT-B-32")
-    assert (other.vocab_size, other.context_length) == (TOKENIZER.vocab_size, TOKENIZER.context_length) == (49408, 77)
+    assert other.context_length == TOKENIZER.context_length == 77
     assert torch.equal(other(["a dog"]).ids, TOKENIZER(["a dog"]).ids)
 
 

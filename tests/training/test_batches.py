@@ -14,6 +14,7 @@ from dsmip.config import AugmentConfig, ExperimentConfig, TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
+from dsmip.data.tokenizers import ClipTokenizer
 from dsmip.ops.augmentation import Draws
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, Step, StreamSource, augmented, read_ahead
@@ -190,6 +191,9 @@ def test_a_cached_epoch_goes_on_in_its_middle(start: int) -> None:
     assert summary(source.steps(1, start)) == summary(source.steps(1))[start:]
 
 
+TOKENIZER = ClipTokenizer(77)
+
+
 def items(count: int) -> ItemBatch:
     generator = torch.Generator().manual_seed(1)
     token_ids = torch.randint(1, 49000, (count, 8), generator=generator)
@@ -202,11 +206,12 @@ def items(count: int) -> ItemBatch:
 
 def test_augmentation_that_is_off_returns_the_batch_itself() -> None:
     batch = items(3)
-    assert augmented(batch, AugmentConfig(), Draws(torch.Generator(), 3), 8) is batch
+    assert augmented(batch, AugmentConfig(), Draws(torch.Generator(), 3), TOKENIZER, 8) is batch
 
 
 def test_dropped_pictures_are_missing_pictures() -> None:
-    result = augmented(items(40), AugmentConfig(drop_pictures=0.5), Draws(torch.Generator().manual_seed(2), 40), 8)
+    draws = Draws(torch.Generator().manual_seed(2), 40)
+    result = augmented(items(40), AugmentConfig(drop_pictures=0.5), draws, TOKENIZER, 8)
     assert 8 < int(result.has_image.sum()) < 32
     assert torch.equal(result.images.flatten(1).any(dim=1), result.has_image)
 

@@ -16,6 +16,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.sampler import draw, permutation
 from dsmip.data.table import Table
 from dsmip.data.text import Template
+from dsmip.encoders.architecture import resolve_architecture
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, StreamSource, is_held_out
 from dsmip.training.pretraining import PairSource
@@ -135,8 +136,8 @@ def test_cached_batches_are_the_same() -> None:
 
 def test_pairs_of_the_kb_are_the_same(run: Run) -> None:
     config = PretrainConfig(batch_size=3, augment=AUGMENT)
-    tokenizer = run.collator("text").tokenizer
-    source = PairSource(run.dataset, tokenizer, Template(), 16, config, seed=3)
+    network = resolve_architecture(run.config.backbone.architecture)
+    source = PairSource(run.dataset, network, Template(), config, seed=3)
     assert_alike(
         list(source.steps(1)),
         [

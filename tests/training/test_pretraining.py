@@ -13,7 +13,7 @@ from dsmip.config import PretrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.text import Template
-from dsmip.encoders.architecture import build_tokenizer
+from dsmip.encoders.architecture import resolve_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.training.local_context import LocalContext
@@ -26,7 +26,9 @@ CONFIG = PretrainConfig(epochs=3, batch_size=4, learning_rate=3e-3, warmup_steps
 
 
 def source(data: Dataset, backbone: Path, config: PretrainConfig = CONFIG, decoded_bytes: int = 1 << 20) -> PairSource:
-    return PairSource(data, build_tokenizer(str(backbone)), Template(), 16, config, seed=3, decoded_bytes=decoded_bytes)
+    return PairSource(
+        data, resolve_architecture(str(backbone)), Template(), config, seed=3, decoded_bytes=decoded_bytes
+    )
 
 
 def rows_of(batches: Iterable[ItemBatch], pairs: PairSource) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.prompts import InteractivePrompts
+from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.errors import UserError
 from tests.support.tokens import mask_to_end
 

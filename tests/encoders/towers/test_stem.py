@@ -9,7 +9,7 @@ import torch
 
 from dsmip.encoders.architecture import SHIPPED
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.stem import conv_stem
+from dsmip.encoders.towers.stem import conv_stem
 from dsmip.errors import UserError
 
 
@@ -28,7 +28,7 @@ def pixels() -> torch.Tensor:
 
 def test_the_shipped_small_backbone_has_a_stem() -> None:
     backbone = Backbone.build("small", None)
-    assert (backbone.image_size, backbone.num_patches, backbone.vision_width) == (40, 25, 128)
+    assert (backbone.image_size, backbone.vision_width) == (40, 128)
     features = backbone.encode_image(torch.zeros(2, 3, 40, 40))
     assert features.tokens.shape == (2, 26, 128)
     assert features.pooled.shape == (2, 128)

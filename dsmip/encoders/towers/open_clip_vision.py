@@ -1,0 +1,77 @@
+"""Vision towers of open_clip's own: its `VisionTransformer` (CLIP's, CLIPA's, CoCa's) and CLIP's ResNets."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dsmip.encoders.towers.base import TokenFeatures, VisionTower, inserted, replaced
+
+
+class OpenClipVision(VisionTower):
+    """A `VisionTransformer`: tokens before the last norm, first the class token, then patches, then prompts (eq. 8).
+
+    Whatever pools the tokens does not see the prompts' own places; a class token has seen them in every layer.
+    """
+
+    def __init__(self, visual: Any) -> None:
+        self._visual = visual
+        self.layers = list(visual.transformer.resblocks)
+        self.width = int(visual.class_embedding.shape[0])
+        self.image_size = _side(visual.image_size)
+
+    @property
+    def projection(self) -> list[nn.Parameter]:
+        return [] if self._visual.proj is None else [self._visual.proj]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._visual.parameters())
+
+    def encode(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TokenFeatures:
+        """See `VisionTower.encode`."""
+        visual = self._visual
+        x = visual.conv1(pixels).flatten(2).transpose(1, 2)
+        class_token = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = inserted(x, class_token[0], 0) + visual.positional_embedding.to(x.dtype)
+        num_own = x.shape[1]
+        if prompts:
+            x = inserted(x, prompts[0], num_own)
+        x = visual.ln_pre(x)
+        for layer, block in enumerate(self.layers):
+            if 0 < layer < len(prompts):
+                x = replaced(x, prompts[layer], num_own)
+            x = block(x)
+        pooled, _ = visual._pool(x[:, :num_own])
+        return TokenFeatures.of(pooled if visual.proj is None else pooled @ visual.proj, x)
+
+
+class ResNetVision(VisionTower):
+    """CLIP's `ModifiedResNet`: tokens are the places of the last feature map, pooled by its attention."""
+
+    no_prompts = "it is a convolutional network, which has no tokens between its layers"
+
+    def __init__(self, visual: Any) -> None:
+        self._visual = visual
+        self.width = int(visual.attnpool.c_proj.in_features)
+        self.image_size = _side(visual.image_size)
+
+    @property
+    def projection(self) -> list[nn.Parameter]:
+        return list(self._visual.attnpool.c_proj.parameters())
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._visual.parameters())
+
+    def encode(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TokenFeatures:
+        """See `VisionTower.encode`."""
+        visual = self._visual
+        x = visual.stem(pixels)
+        for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            x = stage(x)
+        return TokenFeatures.of(visual.attnpool(x), x.flatten(2).transpose(1, 2))
+
+
+def _side(size: Any) -> int:
+    return int(size[0] if isinstance(size, tuple) else size)

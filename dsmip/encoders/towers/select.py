@@ -1,0 +1,36 @@
+"""The towers of a network: which kind each of its two sides is."""
+
+from typing import Any
+
+from torch import nn
+
+from dsmip.encoders.towers.base import TextTower, VisionTower
+from dsmip.encoders.towers.hugging_face_text import HuggingFaceText
+from dsmip.encoders.towers.open_clip_text import OpenClipText
+from dsmip.encoders.towers.open_clip_vision import OpenClipVision, ResNetVision
+from dsmip.encoders.towers.timm_vision import TimmVision
+
+
+def text_tower(clip: Any, context_length: int) -> TextTower:
+    """The text side of an open_clip network.
+
+    Args:
+        clip: `CLIP`, `CustomTextCLIP` or `CoCa`.
+        context_length: Places of a Hugging Face encoder, which does not say it itself.
+    """
+    from open_clip.hf_model import HFTextEncoder
+
+    if isinstance(getattr(clip, "text", None), HFTextEncoder):
+        return HuggingFaceText(clip.text, context_length)
+    return OpenClipText(clip)
+
+
+def vision_tower(clip: nn.Module) -> VisionTower:
+    """The vision side of an open_clip network."""
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+
+    visual = clip.get_submodule("visual")
+    if isinstance(visual, TimmModel):
+        return TimmVision(visual)
+    return ResNetVision(visual) if isinstance(visual, ModifiedResNet) else OpenClipVision(visual)
