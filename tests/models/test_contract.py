@@ -137,7 +137,7 @@ def test_missing_pictures_may_be_stored_once(
 @torch.no_grad()
 def test_token_rows_of_a_picture_are_declared(subject: Subject, features: tuple[Table, Table]) -> None:
     """What the feature cache stores once for all items without a picture is what does not change with the text."""
-    other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.images, ENTITIES.has_image)
+    other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.token_mask.flip(0), ENTITIES.images, ENTITIES.has_image)
     again = subject.encode_entities(other)
     ragged = [name for name, column in features[1].columns.items() if isinstance(column, Ragged)]
     padded = {name: [table.ragged(name).padded()[0] for table in (features[1], again)] for name in ragged}

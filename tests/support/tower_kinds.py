@@ -31,7 +31,7 @@ def tower_kinds() -> dict[str, Callable[[Path], dict[str, Any]]]:
     """Configurations by kind; a folder for what they refer to comes in."""
     from transformers import BertConfig, MT5Config, XLMRobertaConfig
 
-    small = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    small: dict[str, Any] = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     return {
         "clip": lambda _: _clip(),
         "siglip": lambda _: _clip(

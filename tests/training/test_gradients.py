@@ -18,8 +18,8 @@ from dsmip.runs.load_config import parse_config
 from dsmip.training.batches import Step
 from dsmip.training.gradients import batch_backward
 from dsmip.units.matcher import BatchGold, Matcher, Scores
-from tests.support.training.workers import run_workers
 from tests.support.tokens import mask_to_end
+from tests.support.training.workers import run_workers
 
 CPU = torch.device("cpu")
 BACKBONE = {

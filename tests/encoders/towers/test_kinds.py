@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.support.tower_kinds import tower_kinds
 KINDS = tower_kinds()
 TRANSFORMERS_ALONE = {"resnet", "convnext", "efficientnet", "swin"}  # what prompts have no place in
 NUM_PROMPTS, LENGTHS = 2, (6, 10, 4)
-ALIKE = {"atol": 1e-5, "rtol": 1e-5}
+ALIKE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module", params=KINDS)
