@@ -20,8 +20,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB, SPLITS, ShardInfo
 from dsmip.data.records import Entity, read_mention
 from dsmip.data.tar import Fields, read_samples
-from dsmip.data.text import Template, entity_text, mention_text
-from dsmip.data.tokenizers import ClipTokenizer, Tokenizer
+from dsmip.data.text import ClipTokenizer, Template, Tokenizer, entity_text, mention_text
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting
 from dsmip.storage.dataset_storage import DatasetStorage, open_file

@@ -12,8 +12,7 @@ from torch.nn import functional
 from dsmip.data.dataset import Dataset
 from dsmip.data.images import CLIP_PIXELS, PixelForm, UnreadableImage, decode, fit
 from dsmip.data.records import Entity, Mention
-from dsmip.data.text import Template, entity_text, mention_text
-from dsmip.data.tokenizers import Tokenizer, Tokens
+from dsmip.data.text import Template, Tokenizer, Tokens, entity_text, mention_text
 from dsmip.errors import UserError
 
 Modality = Literal["text", "image"]

@@ -1,10 +1,21 @@
-"""Texts of items: templates over a record's fields."""
+"""Texts of items: templates over a record's fields, and tokenizers (CLIP's byte pairs, Hugging Face's)."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from string import Formatter
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, field_validator
+from torch import Tensor
 
 from dsmip.data.records import Entity, Mention
+from dsmip.errors import UserError
+
+_KEPT_TEXTS = 1 << 17  # training reads the same texts every epoch
+_SHORTEST = 3  # start of text, a token, end of text
 
 
 class Template(BaseModel):
@@ -52,3 +63,143 @@ def mention_text(mention: Mention, template: Template) -> str:
 def entity_text(entity: Entity, template: Template) -> str:
     """The line that stands for an entity."""
     return template.entity.format(name=entity.name, attributes=entity.attributes)
+
+
+class Tokens(NamedTuple):
+    """Tokens of N texts, at most L of each.
+
+    Attributes:
+        ids: int64 [N, L], the tokenizer's padding behind each text.
+        mask: bool [N, L], False at padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+
+class Tokenizer(ABC):
+    """Texts as a text tower reads them.
+
+    Attributes:
+        context_length: Places of the text tower.
+        pad_id: What stands behind a text.
+        fills_context: Every text is padded to all places that it may take, for towers that read padding; else a batch
+            is as long as its longest text.
+    """
+
+    context_length: int
+    pad_id: int = 0
+    fills_context: bool = False
+
+    def __call__(self, texts: Sequence[str], reserve: int = 0) -> Tokens:
+        """Tokens of texts; one that is too long is cut at its end and keeps the token that ends a text.
+
+        Args:
+            reserve: Places to leave free for prompts.
+
+        Raises:
+            ValueError: `reserve` leaves no room for one token between start and end.
+        """
+        limit = self.context_length - reserve
+        if reserve < 0 or limit < _SHORTEST:
+            raise ValueError(f"reserve {reserve} does not fit the context length {self.context_length}")
+        rows = [self._cut(text, limit) for text in texts]
+        length = limit if self.fills_context else max(map(len, rows), default=2)
+        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
+        for row, own in enumerate(rows):
+            ids[row, : len(own)] = torch.tensor(own)
+        length_N1 = torch.tensor([len(own) for own in rows], dtype=torch.int64).view(-1, 1)
+        return Tokens(ids, torch.arange(length) < length_N1)
+
+    @abstractmethod
+    def num_positions(self, text: str) -> int:
+        """Places that a text takes before it is cut, its first and last token included."""
+
+    @abstractmethod
+    def _cut(self, text: str, limit: int) -> Sequence[int]:
+        """Ids of a text with its first and last token, at most `limit` of them."""
+
+
+class ClipTokenizer(Tokenizer):
+    """CLIP's byte-pair tokenizer: start-of-text, tokens, end-of-text, zeros.
+
+    Args:
+        context_length: Places of the text tower.
+        options: Of open_clip's `SimpleTokenizer`, such as how texts are cleaned.
+        fills_context: See `Tokenizer`.
+    """
+
+    def __init__(
+        self, context_length: int, options: Mapping[str, Any] = MappingProxyType({}), *, fills_context: bool = False
+    ) -> None:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        self.context_length, self.fills_context = context_length, fills_context
+        self._encode = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_anew)
+        self._bpe = SimpleTokenizer(context_length=context_length, **options)
+        self._start: int = self._bpe.sot_token_id
+        self._end: int = self._bpe.eot_token_id
+
+    def num_positions(self, text: str) -> int:
+        return len(self._encode(text)) + 2
+
+    def _cut(self, text: str, limit: int) -> Sequence[int]:
+        return [self._start, *self._encode(text)[: limit - 2], self._end]
+
+    def _encode_anew(self, text: str) -> list[int]:
+        # The vocabulary's two special tokens may be written out in a text; there they mean nothing.
+        return [token for token in self._bpe.encode(text) if token < self._start]
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of the Hugging Face library, as open_clip's `HFTokenizer` uses it.
+
+    Args:
+        name: Of the hub, or a folder.
+        context_length: Places of the text tower.
+        clean: How open_clip cleans a text first.
+        strip_sep_token: Separators become zeros and count as padding (CLIPA's towers).
+        fills_context: See `Tokenizer`.
+
+    Raises:
+        UserError: It cannot be had, or knows no padding.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        context_length: int,
+        *,
+        clean: str = "whitespace",
+        strip_sep_token: bool = False,
+        fills_context: bool = False,
+    ) -> None:
+        from open_clip.tokenizer import get_clean_fn
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            first = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise UserError(
+                f"tokenizer {name} cannot be had ({first}); without internet give a folder that holds it"
+            ) from None
+        if self._tokenizer.pad_token_id is None:
+            raise UserError(f"tokenizer {name} has no padding token, which texts of different length need")
+        self._tokenizer.truncation_side = "right"
+        self.context_length, self.fills_context = context_length, fills_context
+        self.pad_id = 0 if strip_sep_token else int(self._tokenizer.pad_token_id)
+        self._separator = self._tokenizer.sep_token_id if strip_sep_token else None
+        self._clean = get_clean_fn(clean)
+        self._encode = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_anew)
+
+    def num_positions(self, text: str) -> int:
+        return len(self._encode(text, None))
+
+    def _cut(self, text: str, limit: int) -> Sequence[int]:
+        return self._encode(text, limit)
+
+    def _encode_anew(self, text: str, limit: int | None) -> Sequence[int]:
+        found = self._tokenizer(self._clean(text), truncation=limit is not None, max_length=limit)
+        ids: list[int] = found.input_ids
+        return ids[:-1] if self._separator is not None and ids[-1] == self._separator else ids

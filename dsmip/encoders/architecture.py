@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dsmip.data.images import PixelForm
-from dsmip.data.tokenizers import ClipTokenizer, HuggingFaceTokenizer, Tokenizer
+from dsmip.data.text import ClipTokenizer, HuggingFaceTokenizer, Tokenizer
 from dsmip.encoders.towers.stem import STEM, check_stem
 from dsmip.errors import UserError
 from dsmip.storage.parsing import parse_json

@@ -135,7 +135,7 @@ class Backbone(nn.Module):
         """Text tower (eqs. 3, 6, 7): tokens [N, L (+r), d_t], prompts right after the first token.
 
         Args:
-            token_ids: int64 [N, L] as `dsmip.data.tokenizers.Tokenizer` makes them, with L + r <= context length.
+            token_ids: int64 [N, L] as `dsmip.data.text.Tokenizer` makes them, with L + r <= context length.
             mask: bool [N, L], False at padding.
             hide_padding: no place attends to padding, as Hugging Face's towers do with an attention mask. Of causal
                 towers only the outputs at padding places change: the causal mask hides padding from all others.
@@ -145,6 +145,9 @@ class Backbone(nn.Module):
             UserError: prompts deeper than the tower, or where it has no place for any.
         """
         own = _per_layer(self.text, prompts, InteractivePrompts.text_prompts)
+        if not len(token_ids):  # of a worker's empty share; libraries' layers take no empty batch
+            one = token_ids.new_zeros(1, token_ids.shape[1])
+            return self.text.encode(one, torch.ones_like(one, dtype=torch.bool), own, hide_padding=hide_padding).none()
         return self.text.encode(token_ids, mask, own, hide_padding=hide_padding)
 
     def encode_image(self, pixels: Tensor, prompts: InteractivePrompts | None = None) -> TokenFeatures:
@@ -156,7 +159,10 @@ class Backbone(nn.Module):
         Raises:
             UserError: prompts deeper than the tower, or where it has no place for any.
         """
-        return self.vision.encode(pixels, _per_layer(self.vision, prompts, InteractivePrompts.image_prompts))
+        own = _per_layer(self.vision, prompts, InteractivePrompts.image_prompts)
+        if not len(pixels):
+            return self.vision.encode(pixels.new_zeros(1, *pixels.shape[1:]), own).none()
+        return self.vision.encode(pixels, own)
 
     def normalise(self, images: Tensor, has_image: Tensor) -> Tensor:
         """float32 [N, 3, S, S] from uint8 [N, 3, S, S]: the backbone's pixel statistics; zeros where no picture is.
@@ -221,7 +227,8 @@ def _per_layer(
 ) -> list[Tensor]:
     if prompts is None:
         return []
-    tower.check_prompts(prompts.depth)
+    if fault := tower.prompt_fault(prompts.depth):
+        raise UserError(fault)
     return [of_layer(prompts, layer) for layer in range(prompts.depth)]
 
 

@@ -77,6 +77,11 @@ class System(ABC):
                     f"{part}: texts of {form.num_tokens} tokens and {form.reserve} prompts exceed the {room} positions "
                     f"of {config.backbone.architecture}"
                 )
+            if backbone.text.reads_padding and form.num_tokens and form.num_tokens + form.reserve < room:
+                raise UserError(
+                    f"{part}: texts of {form.num_tokens} tokens do not fill the {room} positions, which the text tower "
+                    f"of {config.backbone.architecture} reads whole: set system.num_tokens to {room - form.reserve}"
+                )
 
     @classmethod
     @abstractmethod

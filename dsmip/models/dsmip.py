@@ -16,6 +16,7 @@ from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureEncoder, Side, StoredFeatures, feature_sizes
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_networks import find_network
+from dsmip.errors import UserError
 from dsmip.keys import plain_text
 from dsmip.models.base import System
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
@@ -242,9 +243,8 @@ class Dsmip(System):
         section: DsmipConfig = config.system
         for name, expert in section.experts.items():
             for tower in (backbone.text, backbone.vision):
-                if expert.num_prompts:
-                    where = f"system.experts.{name}.prompt_depth"
-                    tower.check_prompts(expert.prompt_depth, f"{config.backbone.architecture} ({where})")
+                if expert.num_prompts and (fault := tower.prompt_fault(expert.prompt_depth)):
+                    raise UserError(f"system.experts.{name}.prompt_depth: {fault} of {config.backbone.architecture}")
         check_weights_named(section.gate)
 
     @classmethod

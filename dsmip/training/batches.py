@@ -21,7 +21,7 @@ from dsmip.data.dataset import Dataset, TrainingBatch
 from dsmip.data.records import Entity, Mention
 from dsmip.data.sampler import draw, step_bounds
 from dsmip.data.table import Table
-from dsmip.data.tokenizers import Tokenizer
+from dsmip.data.text import Tokenizer
 from dsmip.ops import augmentation
 from dsmip.ops.augmentation import Draws
 

@@ -9,8 +9,7 @@ from PIL import Image
 from dsmip.data.collate import Collator, ItemFormat
 from dsmip.data.images import decode, fit
 from dsmip.data.records import Entity, Mention
-from dsmip.data.text import Template
-from dsmip.data.tokenizers import Tokenizer
+from dsmip.data.text import Template, Tokenizer
 from dsmip.encoders.architecture import build_tokenizer
 
 

@@ -10,7 +10,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from dsmip.data import images
-from dsmip.data.images import JpegHeader, UnreadableImage, decode, fit, jpeg_header
+from dsmip.data.images import JpegHeader, PixelForm, UnreadableImage, decode, fit, jpeg_header
 
 
 def smooth_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -112,6 +112,16 @@ def test_fit_is_clips_preprocessing(width: int, height: int) -> None:
     difference = (fitted.float() - expected).abs()
     # Pillow and torch round differently; a picture cut to its centre first may shift by a part of a pixel.
     assert difference.max() <= (1 if max(width, height) < 3 * min(width, height) else 20)
+
+
+@pytest.mark.parametrize("name", ["bilinear", "bicubic", "lanczos"])
+def test_a_squashed_picture_is_seen_whole(name: Any) -> None:
+    """As Pillow resizes it, whose filters torch follows within rounding."""
+    wide = torch.randint(0, 256, (3, 30, 90), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    expected = Image.fromarray(wide.permute(1, 2, 0).numpy()).resize((16, 16), getattr(Image.Resampling, name.upper()))
+    squashed = fit(wide, 16, PixelForm(resize="squash", filter=name))
+    assert (squashed.int() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).int()).abs().max() <= 1
+    assert not torch.equal(squashed, fit(wide, 16, PixelForm(filter=name)))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 4000), (4000, 1), (3, 2000), (5000, 64)])

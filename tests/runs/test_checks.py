@@ -22,6 +22,7 @@ from dsmip.runs.checks import check_pretraining, check_training, check_trials
 from dsmip.runs.load_config import job_config
 from dsmip.training.stages import check_held_out
 from ray_jobs.jobs.prepare import BuildOptions, prepare_release
+from tests.support.tower_kinds import tower_kinds
 
 QUICK = ("train.warmup_steps=0",)
 
@@ -74,7 +75,9 @@ def test_what_the_towers_cannot_hold_is_refused_with_the_key(sound: Dataset) -> 
     prompts = "system.experts.multimodal.prompt"
     with pytest.raises(UserError, match="multimodal: 99 prompts leave no room for a text in the 77 positions of tiny"):
         check_training(job_config("demo", [f"{prompts}_length=99"]), sound)
-    with pytest.raises(UserError, match=r"multimodal.prompt_depth: 99 exceeds the \d+ layers of tiny's towers"):
+    with pytest.raises(
+        UserError, match=r"multimodal.prompt_depth: prompt depth 99 exceeds the \d+ layers of the text tower"
+    ):
         check_training(job_config("demo", [f"{prompts}_depth=99"]), sound)
     with pytest.raises(UserError, match=r"VGG-16 weights no.pth do not exist \(system.gate.vgg_weights\); name"):
         check_training(job_config("demo", ["system.gate.picture=vgg16", "system.gate.vgg_weights=no.pth"]), sound)
@@ -180,3 +183,20 @@ def test_prepare_says_which_split_is_missing_and_what_helps(tmp_path: Path) -> N
     assert all("--split 70/10/20" in line for line in lines)
     split = open_release(tmp_path / "own", None, ReleaseOptions(split=(34, 33, 33)), lambda _: None)
     assert {part: len(list(split.mentions(part))) for part in ("train", "validation", "test")}["train"] == 2
+
+
+def test_a_tower_that_reads_padding_wants_full_texts(sound: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "clipa.json").write_text(json.dumps(tower_kinds()["clipa"](tmp_path)))
+    config = job_config(
+        "mimic_wikimel",
+        [f"backbone={{architecture: {tmp_path / 'clipa.json'}, pretrained: null}}", "system.num_tokens=9"],
+    )
+    with pytest.raises(UserError, match=r"9 tokens do not fill the 12 positions.*set system.num_tokens to 12"):
+        check_training(config, sound)
+
+
+def test_prompts_are_refused_where_a_tower_has_no_place_for_them(sound: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "resnet.json").write_text(json.dumps(tower_kinds()["resnet"](tmp_path)))
+    config = job_config("demo", [f"backbone={{architecture: {tmp_path / 'resnet.json'}}}"])
+    with pytest.raises(UserError, match="prompts have no place in the vision tower: it is a convolutional network"):
+        check_training(config, sound)

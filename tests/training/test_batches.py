@@ -14,7 +14,7 @@ from dsmip.config import AugmentConfig, ExperimentConfig, TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
-from dsmip.data.tokenizers import ClipTokenizer
+from dsmip.data.text import ClipTokenizer
 from dsmip.ops.augmentation import Draws
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, Step, StreamSource, augmented, read_ahead

@@ -12,8 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dsmip.errors import UserError
-
 
 @dataclass(frozen=True, slots=True)
 class TokenFeatures:
@@ -35,6 +33,10 @@ class TokenFeatures:
         if mask is None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         return TokenFeatures(at_least_float32(pooled), at_least_float32(tokens), mask)
+
+    def none(self) -> "TokenFeatures":
+        """Of no item, in the form and with the graph of these."""
+        return TokenFeatures(self.pooled[:0], self.tokens[:0], self.mask[:0])
 
 
 class Tower(ABC):
@@ -62,15 +64,13 @@ class Tower(ABC):
     def parameters(self) -> list[nn.Parameter]:
         """All of its own, the projection too."""
 
-    def check_prompts(self, depth: int, architecture: str = "") -> None:
-        """Raises:
-        UserError: Prompts in so many layers have no place in it; `architecture` is for the message.
-        """
-        of = f" of {architecture}" if architecture else ""
+    def prompt_fault(self, depth: int) -> str | None:
+        """Why prompts in so many layers have no place in it."""
         if depth and self.no_prompts:
-            raise UserError(f"prompts have no place in the {self.name} tower{of}: {self.no_prompts}")
+            return f"prompts have no place in the {self.name} tower: {self.no_prompts}"
         if depth > len(self.layers):
-            raise UserError(f"prompt depth {depth} exceeds the {len(self.layers)} layers of the {self.name} tower{of}")
+            return f"prompt depth {depth} exceeds the {len(self.layers)} layers of the {self.name} tower"
+        return None
 
 
 class TextTower(Tower):
@@ -105,8 +105,10 @@ class TextTower(Tower):
         """Its input embeddings: int64 [...] to [..., d_t]."""
 
     def check_length(self, num_tokens: int, num_prompts: int) -> None:
-        """Raises:
-        ValueError: Tokens and prompts exceed the context, or do not fill one that must be full.
+        """Checks the places that a text takes.
+
+        Raises:
+            ValueError: Tokens and prompts exceed the context, or do not fill one that must be full.
         """
         if num_tokens + num_prompts > self.context_length:
             raise ValueError(

@@ -32,8 +32,7 @@ class OpenClipVision(VisionTower):
         """See `VisionTower.encode`."""
         visual = self._visual
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)
-        class_token = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = inserted(x, class_token[0], 0) + visual.positional_embedding.to(x.dtype)
+        x = inserted(x, visual.class_embedding[None], 0) + visual.positional_embedding.to(x.dtype)
         num_own = x.shape[1]
         if prompts:
             x = inserted(x, prompts[0], num_own)
@@ -42,7 +41,10 @@ class OpenClipVision(VisionTower):
             if 0 < layer < len(prompts):
                 x = replaced(x, prompts[layer], num_own)
             x = block(x)
-        pooled, _ = visual._pool(x[:, :num_own])
+        if visual.attn_pool is None and visual.pool_type == "tok":
+            pooled = visual.ln_post(x[:, 0])  # a backward pass then keeps one token, not all
+        else:
+            pooled, _ = visual._pool(x[:, :num_own])
         return TokenFeatures.of(pooled if visual.proj is None else pooled @ visual.proj, x)
 
 

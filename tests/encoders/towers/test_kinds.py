@@ -80,6 +80,16 @@ def test_a_text_does_not_depend_on_the_others(backbone: Backbone, texts: tuple[T
         torch.testing.assert_close(alone.tokens[0, :count], together.tokens[row, :count], **ALIKE)
 
 
+def test_a_worker_may_have_no_item(backbone: Backbone, texts: tuple[Tensor, Tensor], pixels: Tensor) -> None:
+    backbone.tune("full")
+    ids, mask = texts
+    features = backbone.encode_text(ids[:0], mask[:0]), backbone.encode_image(pixels[:0])
+    backbone.tune("frozen")
+    for each in features:
+        assert each.pooled.shape == (0, 24)
+        each.pooled.sum().backward()
+
+
 def prompts_of(backbone: Backbone, depth: int) -> InteractivePrompts:
     generator = torch.Generator().manual_seed(4)
     prompts = InteractivePrompts(NUM_PROMPTS, depth, backbone.text_width, backbone.vision_width, generator=generator)
