@@ -127,6 +127,19 @@ class AugmentConfig(Frozen):
     drop_pictures: float = Field(0.0, ge=0, lt=1)
 
 
+class OptimizerConfig(Frozen):
+    """AdamW's own settings; rates are the training's.
+
+    Attributes:
+        decay: What `weight_decay` is put on. matrices: all but vectors, so norms and biases are spared, as is usual.
+            all_but_biases: norms and single vectors decay, too, as in the published MIMIC and its relatives.
+    """
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    decay: Literal["matrices", "all_but_biases"] = "matrices"
+
+
 class TrainConfig(Frozen):
     """One stage-one or stage-two training. Batch sizes count mentions over all workers.
 
@@ -139,12 +152,15 @@ class TrainConfig(Frozen):
         compile: Towers that train have their layers compiled (`torch.compile`) at the first step. Meant for GPUs.
     """
 
+    added: ClassVar[Mapping[str, Any]] = {"optimizer": {"betas": [0.9, 0.999], "eps": 1e-8, "decay": "matrices"}}
+
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=2)
     micro_batch_size: int | None = Field(None, ge=1)
     learning_rate: float = Field(5e-4, gt=0)
     tower_learning_rate: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    optimizer: OptimizerConfig = OptimizerConfig()
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     clip_norm: float | None = Field(None, gt=0)

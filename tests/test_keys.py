@@ -14,6 +14,7 @@ import torch
 
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
+from dsmip.data.images import PixelForm
 from dsmip.data.text import Template
 from dsmip.encoders.feature_cache import feature_key, fingerprint
 from dsmip.encoders.image_features import network_hash
@@ -75,6 +76,7 @@ def test_every_field_of_an_item_format_is_in_the_key_of_features() -> None:
         "reserve": 1,
         "num_tokens": 12,
         "modalities": ("image",),
+        "pixels": PixelForm(resize="squash"),
     }
     formats = [replace(PLAIN_FORMAT, **{field.name: other[field.name]}) for field in fields(ItemFormat)]
     formats += [replace(PLAIN_FORMAT, template=Template(entity="{name}")), PLAIN_FORMAT]

@@ -160,6 +160,7 @@ def _encoded(
     rows: range | None = None,
 ) -> Iterator[tuple[Table, Tensor]]:
     """Features batch by batch, and which items of the batch have a picture (bool [N], CPU)."""
+    encoder.eval()  # what dropout leaves out is no feature
     encode = encoder.encode_entities if split == KB else encoder.encode_mentions
     batches = item_batches(split, dataset, collator, rows)
     return map_alone(lambda batch: (encode(batch.to(device)), batch.has_image), batches, device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
+from dsmip.data.images import PixelForm
 from dsmip.data.table import Table
 from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureSizes, feature_sizes
@@ -52,6 +53,7 @@ class M3elConfig(Frozen):
     """
 
     tune: Tuning = "full"
+    pixels: PixelForm | None = None
     width: int = Field(96, ge=1)
     num_tokens: int = Field(40, ge=3)
     mask_padding: bool = False
@@ -119,7 +121,7 @@ class M3el(OnePartSystem):
 
     @classmethod
     def item_format(cls, section: Any, part: str) -> ItemFormat:
-        return ItemFormat(section.template, num_tokens=section.num_tokens)
+        return ItemFormat(section.template, num_tokens=section.num_tokens, pixels=section.pixels)
 
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> M3elMatcher:

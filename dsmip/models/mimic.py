@@ -4,12 +4,14 @@ Follows the published code where it says more than the paper (`dsmip.units.share
 padding, as there.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
+from dsmip.data.images import PixelForm
 from dsmip.data.text import Template
 from dsmip.encoders.base import feature_sizes
 from dsmip.encoders.clip import Tuning
@@ -24,9 +26,13 @@ class MimicConfig(Frozen):
     Attributes:
         num_tokens: Every text is cut or padded to this length.
         mask_padding: Whether the text unit ignores padding; the published model does not.
+        pixels: How pictures become squares; null: as the backbone's weights expect it. The published model squashes.
     """
 
+    added: ClassVar[Mapping[str, Any]] = {"pixels": None}
+
     tune: Tuning = "full"
+    pixels: PixelForm | None = None
     width: int = Field(96, ge=1)
     num_tokens: int = Field(40, ge=3)
     mask_padding: bool = False
@@ -52,7 +58,7 @@ class Mimic(OnePartSystem):
 
     @classmethod
     def item_format(cls, section: Any, part: str) -> ItemFormat:
-        return ItemFormat(section.template, num_tokens=section.num_tokens)
+        return ItemFormat(section.template, num_tokens=section.num_tokens, pixels=section.pixels)
 
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> MimicMatcher:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
+from dsmip.data.images import PixelForm
 from dsmip.data.table import Table
 from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureSizes, feature_sizes
@@ -42,6 +43,7 @@ class MmoeConfig(Frozen):
     """
 
     tune: Tuning = "full"
+    pixels: PixelForm | None = None
     width: int = Field(96, ge=1)
     num_tokens: int = Field(50, ge=3)
     num_experts: int = Field(4, ge=1)
@@ -93,7 +95,7 @@ class Mmoe(OnePartSystem):
 
     @classmethod
     def item_format(cls, section: Any, part: str) -> ItemFormat:
-        return ItemFormat(section.template, num_tokens=section.num_tokens)
+        return ItemFormat(section.template, num_tokens=section.num_tokens, pixels=section.pixels)
 
     @classmethod
     def check(cls, config: ExperimentConfig, backbone: Backbone) -> None:

@@ -5,8 +5,8 @@ feature cache (towers frozen). Negatives are gathered over workers, and micro-ba
 2021).
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ def batch_backward(
     """Accumulates the gradient of the whole batch's mean loss, which is returned.
 
     With `micro_batch_size` the towers run twice over small slices: once without a graph for the features, once to carry
-    the features' gradients back. The towers must be deterministic (they are: no dropout), else the passes would differ.
+    the features' gradients back, with the same random draws (dropout), else the passes would differ.
     """
     mentions, replay_mentions = _features(matcher.encode_mentions, step.mentions, config, device)
     entities, replay_entities = _features(matcher.encode_entities, step.entities, config, device)
@@ -80,15 +80,34 @@ def _features(
             return encode(items.to(device)), _nothing
         with torch.no_grad():
             slices = [items.rows(start, start + size).to(device) for start in range(0, len(items), size)]
-            tables = [_as_leaves(encode(rows)) for rows in slices]
+            states, tables = [], []
+            for rows in slices:
+                states.append(_random_state(device))
+                tables.append(_as_leaves(encode(rows)))
 
     def replay() -> None:
-        for rows, leaves in zip(slices, tables, strict=True):
-            with _autocast(config, device):
+        for rows, state, leaves in zip(slices, states, tables, strict=True):
+            with _autocast(config, device), _drawing_again(state, device):
                 features = encode(rows)
             _backward(features, [leaf.grad for leaf in _floats(leaves)])
 
     return concatenate(tables), replay
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of the generators that layers on a device draw from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _drawing_again(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """Draws are those that followed a state; afterwards all goes on as if there had been none."""
+    cpu, cuda = state
+    with torch.random.fork_rng(devices=[] if cuda is None else [device]):
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+        yield
 
 
 def _gathered(own: Table) -> tuple[Table, Callable[[], None]]:

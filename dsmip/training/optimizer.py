@@ -6,7 +6,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from dsmip.config import TrainConfig
+from dsmip.config import OptimizerConfig, TrainConfig
 
 
 def clip_gradients(module: nn.Module, clip_norm: float | None) -> Tensor:
@@ -17,7 +17,7 @@ def clip_gradients(module: nn.Module, clip_norm: float | None) -> Tensor:
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig, towers: Collection[str] = ()) -> torch.optim.Optimizer:
-    """AdamW (Adam when `weight_decay` is 0). Weight decay spares vectors (norms and biases), as is usual.
+    """AdamW (Adam when `weight_decay` is 0), with the configuration's betas, eps and rule of decay.
 
     Args:
         module: its parameters that require gradients are trained.
@@ -27,9 +27,19 @@ def build_optimizer(module: nn.Module, config: TrainConfig, towers: Collection[s
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             rate = (config.tower_learning_rate or config.learning_rate) if name in towers else config.learning_rate
-            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            decay = config.weight_decay if _decays(name, parameter, config.optimizer) else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
-    return torch.optim.AdamW([{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()])
+    return torch.optim.AdamW(
+        [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+    )
+
+
+def _decays(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> bool:
+    if config.decay == "matrices":
+        return parameter.ndim > 1
+    return not name.endswith("bias")  # PyTorch's word for them in every layer, in_proj_bias too
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:

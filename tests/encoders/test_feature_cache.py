@@ -40,10 +40,14 @@ class CountingEncoder:
     """Features made of token ids and pictures; notes how often it is asked."""
 
     def __init__(self, weight: float = 1.0) -> None:
-        self.weight, self.calls = torch.tensor([weight]), 0
+        self.weight, self.calls, self.drops = torch.tensor([weight]), 0, True
 
     def to(self, device: torch.device) -> Self:
         self.weight = self.weight.to(device)
+        return self
+
+    def eval(self) -> Self:
+        self.drops = False
         return self
 
     def encode_mentions(self, batch: ItemBatch) -> Table:
@@ -79,6 +83,7 @@ def test_features_are_computed_once(run: Run) -> None:
     calls = encoder.calls
     again = cache.table(*arguments)
     assert encoder.calls == calls == 1
+    assert not encoder.drops
     assert torch.equal(first.dense("text_global"), again.dense("text_global"))
     assert [path.name.startswith("text-test-") for path in run.folder.iterdir()] == [True]
 

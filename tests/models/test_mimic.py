@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from dsmip.config import BackboneConfig, ExperimentConfig
+from dsmip.config import BackboneConfig, ExperimentConfig, OptimizerConfig
 from dsmip.data.collate import Collator, ItemBatch
+from dsmip.data.images import PixelForm
 from dsmip.data.records import Entity, Mention
 from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
 from dsmip.encoders.clip import Backbone
@@ -299,6 +300,8 @@ def test_shipped_configuration_is_the_published_one(name: str) -> None:
     config = load_config(name)
     train = config.train_of("mimic")
     assert (train.epochs, train.batch_size, train.learning_rate, train.weight_decay) == (20, 128, 1e-5, 1e-4)
+    assert train.optimizer == OptimizerConfig(eps=1e-4, decay="all_but_biases")
+    assert config.system.pixels == PixelForm(resize="squash", filter="lanczos")
     assert (train.validate_every, train.patience, config.seed) == (2, 6, 43)
     network = resolve_architecture(config.backbone.architecture)
     assert (network.quick_gelu, network.context_length) == (True, 77)

@@ -271,3 +271,37 @@ def test_a_batch_without_mentions_moves_nothing(architecture: str, name: str) ->
     matcher = make_matcher(name, architecture)
     assert batch_backward(matcher, step, TrainConfig(), CPU).mean == 0.0
     assert all(p.grad is None or not p.grad.any() for p in matcher.parameters())
+
+
+class ForgetfulMatcher(BilinearMatcher):
+    """Its towers have dropout, and keep what they said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[Tensor] = []
+
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        features = super().encode_mentions(batch)
+        dropped = functional.dropout(features.dense("picture"), 0.5, self.training)
+        self.said.append(dropped.detach())
+        return Table({**features.columns, "picture": dropped})
+
+
+def test_dropout_draws_the_same_when_gradients_are_carried_back() -> None:
+    """What is left out of a batch's features gets no gradient either: both passes leave out the same."""
+    torch.manual_seed(1)
+    matcher = ForgetfulMatcher().train()
+    step = share(Case((5,), (2,)), None)
+    before = torch.get_rng_state()
+    batch_backward(matcher, step, TrainConfig(micro_batch_size=2), CPU)
+    first, again = matcher.said[: len(matcher.said) // 2], matcher.said[len(matcher.said) // 2 :]
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    drawn = torch.get_rng_state()
+    torch.set_rng_state(before)
+    with torch.no_grad():
+        for items in (step.mentions, step.entities):
+            assert isinstance(items, ItemBatch)
+            for start in range(0, len(items), 2):
+                matcher.encode_mentions(items.rows(start, start + 2))
+    assert torch.equal(torch.get_rng_state(), drawn)  # the second pass draws nothing more

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from dsmip.config import TrainConfig
+from dsmip.config import OptimizerConfig, TrainConfig
 from dsmip.training.optimizer import build_optimizer, learning_rate_factor
 
 
@@ -44,3 +44,14 @@ def test_parameter_groups() -> None:
         id(towers.unit.weight): (0.1, 0.5),
         id(towers.unit.bias): (0.1, 0.0),
     }
+
+
+def test_the_published_rule_spares_biases_alone() -> None:
+    module = nn.ModuleDict({"norm": nn.LayerNorm(2), "attention": nn.MultiheadAttention(2, 1)})
+    published = OptimizerConfig(betas=(0.8, 0.9), eps=1e-4, decay="all_but_biases")
+    config = TrainConfig(learning_rate=0.1, weight_decay=0.5, optimizer=published)
+    optimizer = build_optimizer(module, config)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    spared = {name for name, parameter in module.named_parameters() if decays[id(parameter)] == 0.0}
+    assert spared == {"norm.bias", "attention.in_proj_bias", "attention.out_proj.bias"}
+    assert all((group["betas"], group["eps"]) == ((0.8, 0.9), 1e-4) for group in optimizer.param_groups)
