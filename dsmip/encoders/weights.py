@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dsmip.encoders.architecture import Architecture, pixel_statistics
+from dsmip.encoders.formats import hugging_face
+from dsmip.encoders.formats.sizes import networks_of_such_sizes
+from dsmip.encoders.formats.torchscript import is_archive, read_archive
 from dsmip.errors import UserError
 from dsmip.storage.parsing import NOT_AS_WRITTEN
 
@@ -25,11 +27,6 @@ _MODEL = "model_cfg"  # likewise
 # Names that a hub's repository gives the one weights file beside the configuration of that name.
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _HUB_CONFIG = "open_clip_config.json"
-_NEEDED = (
-    "whose tensors have other names and another layout; needed are open_clip's: a tag, an hf-hub: id of an open_clip "
-    "repository, or its open_clip_model.safetensors"
-)
-_HUGGING_FACE = ("text_model.", "vision_model.")  # beginnings of names
 # Numbers that OpenAI's own archives carry beside the tensors.
 _LEGACY_KEYS = ("input_resolution", "context_length", "vocab_size")
 
@@ -47,7 +44,8 @@ def locate_weights(architecture: Architecture, pretrained: str) -> Weights:
     """Finds or downloads the weights.
 
     Args:
-        pretrained: local .safetensors/.pt file, "hf-hub:<owner>/<model>", or an open_clip tag of the architecture.
+        pretrained: local file of weights, folder of a Hugging Face model, "hf-hub:<owner>/<model>", or an open_clip
+            tag of the architecture.
 
     Raises:
         UserError: no such file or tag, no network, or published weights whose activation differs from the
@@ -55,7 +53,7 @@ def locate_weights(architecture: Architecture, pretrained: str) -> Weights:
     """
     path = Path(pretrained)
     if path.is_dir():
-        raise UserError(_of_folder(path))
+        path = weights_in(path)
     if path.is_file():
         return Weights(path, *_stored_statistics(path))
     if pretrained.startswith(HUB):
@@ -83,7 +81,7 @@ def check_weights(clip: nn.Module, architecture: Architecture, pretrained: str) 
     """
     path = locate_weights(architecture, pretrained).path
     state = read_weights(path)
-    if Path(pretrained).is_file() and (known := stored_activation(path)):
+    if Path(pretrained).exists() and (known := stored_activation(path)):
         _check_activation(architecture, pretrained, *known)
     fitting(clip, state, f"{pretrained} ({architecture.name})")
 
@@ -106,8 +104,14 @@ def stored_activation(path: Path) -> tuple[bool, str] | None:
         raise UserError(f"weights file {path}, or {_HUB_CONFIG} beside it, cannot be read: {error!r}") from None
     if (published := _published_activations().get(path.name)) is not None:
         return published, "those published under this name were"
+    if path.name in hugging_face.FILES:
+        known = hugging_face.quick_gelu(hugging_face.read_model_config(path))
+        if known is not None:
+            return known, f"so {path.with_name(hugging_face.CONFIG)} says"
     if path.suffix != ".safetensors" and set(_LEGACY_KEYS) <= _stored(path).keys():
         return True, "it is a state dict of OpenAI's"
+    if is_archive(path) and "QuickGELU" in read_archive(path).classes:
+        return True, "so its program says"
     return None
 
 
@@ -125,7 +129,7 @@ def _published_activations() -> dict[str, bool]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from a torch file read with weights_only=True.
+    """A state dict from .safetensors, a torch file read with weights_only=True, or a TorchScript archive.
 
     A training checkpoint's `state_dict` entry and a `module.` prefix are unwrapped.
 
@@ -137,15 +141,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _stored(path: Path) -> dict[str, Any]:
     """A file's tensors by name, and OpenAI's numbers."""
-    if _is_program(path):
-        raise UserError(
-            f"weights file {path} is a TorchScript archive, a program with its weights, which is not run; needed is a "
-            "file of tensors alone under open_clip's names (.safetensors, or .pt of a state dict). OpenAI's CLIP is to "
-            "be had so by its tag: pretrained: openai, architecture: ViT-B-32-quickgelu"
-        )
     try:
         if path.suffix == ".safetensors":
             stored: Any = load_file(path, device="cpu")
+        elif is_archive(path):
+            stored = read_archive(path).tensors
         else:
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -164,17 +164,6 @@ def _stored(path: Path) -> dict[str, Any]:
     return tensors
 
 
-def _is_program(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, by the names of its members."""
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except zipfile.BadZipFile:
-        return False  # torch says what is wrong with it
-
-
 def load_weights(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
     """Copies `state` into an open_clip model; every tensor must be there and fit.
 
@@ -190,11 +179,15 @@ def fitting(clip: nn.Module, state: Mapping[str, Tensor], label: str) -> dict[st
     Raises:
         UserError: missing, unexpected or wrongly shaped tensors, the first of them named.
     """
-    if any(key.startswith(_HUGGING_FACE) for key in state):
-        raise UserError(f"weights {label} are a Hugging Face model's (text_model..., vision_model...), {_NEEDED}")
+    state = hugging_face.open_clip_names(state, label)
     if hasattr(clip, "text") and "positional_embedding" in state:
         state = {f"text.{key}" if key.startswith(_TEXT_TOWER) else key: value for key, value in state.items()}
-    check_fit(state, clip.state_dict(), label)
+    try:
+        check_fit(state, clip.state_dict(), label)
+    except UserError as error:
+        if names := networks_of_such_sizes(state):
+            raise UserError(f"{error}; they have the sizes of {', '.join(names[:4])}") from None
+        raise
     return dict(state)
 
 
@@ -216,20 +209,26 @@ def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], label
         raise UserError(f"weights {label} do not fit the architecture: {'; '.join(faults[:3])}{more}")
 
 
-def _of_folder(path: Path) -> str:
-    """What a folder that was named as weights is, and what to name instead."""
+def weights_in(path: Path) -> Path:
+    """The file in a folder that was named as weights: a Hugging Face model's.
+
+    Raises:
+        UserError: There is none; what the folder is, and what to name instead.
+    """
     files = [name for name in _HUB_FILES if (path / name).is_file()]
     if (path / _HUB_CONFIG).is_file() and files:
-        return (
+        raise UserError(
             f"weights {path} is a folder of an open_clip repository; name its file {path / files[0]}, and "
             f"{path / _HUB_CONFIG} as architecture"
         )
-    if (path / "config.json").is_file():
-        return f"weights {path} is a folder of a Hugging Face model, {_NEEDED}"
-    return f"weights {path} is a folder; name a .safetensors or .pt file in it"
+    if not (path / hugging_face.CONFIG).is_file():
+        raise UserError(f"weights {path} is a folder; name a .safetensors or .pt file in it")
+    return hugging_face.weights_file(path)
 
 
 def _stored_statistics(path: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    if path.name in hugging_face.FILES:
+        return hugging_face.pixel_statistics(path)
     try:
         return pixel_statistics(json.loads(_metadata(path).get(_PREPROCESS, "{}")))
     except NOT_AS_WRITTEN as error:

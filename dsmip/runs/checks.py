@@ -9,7 +9,7 @@ from dsmip.config import BackboneConfig, Choice, ExperimentConfig, Running, Trai
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.architecture import read_architecture
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.weights import stored_activation
+from dsmip.encoders.weights import locate_weights, stored_activation
 from dsmip.errors import UserError
 from dsmip.models import find_system
 from dsmip.runs.load_config import swept
@@ -135,11 +135,14 @@ def _rung_warnings(config: ExperimentConfig) -> Iterator[str]:
 
 def _activation_warnings(backbone: BackboneConfig) -> Iterator[str]:
     """A warning where a file may be of an architecture's twin: open_clip has most with and without QuickGELU."""
-    path = Path(backbone.pretrained or "")
-    if path.is_file() and read_architecture(backbone.architecture).is_open_clip and stored_activation(path) is None:
+    if not backbone.pretrained or not Path(backbone.pretrained).exists():
+        return
+    network = read_architecture(backbone.architecture)
+    path = locate_weights(network, backbone.pretrained).path
+    if network.is_open_clip and stored_activation(path) is None:
         yield (
             f"warning: nothing tells whether {path} was trained with QuickGELU, and {backbone.architecture} is "
-            f"{'with' if read_architecture(backbone.architecture).quick_gelu else 'without'} it: with the wrong one it "
+            f"{'with' if network.quick_gelu else 'without'} it: with the wrong one it "
             "scores worse without a sign; look it up where the file comes from"
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from dsmip.config import ExperimentConfig, TrainConfig, deep_merged, flat, validated
+from dsmip.encoders.weights import weights_in
 from dsmip.errors import UserError, refuse_secret
 from dsmip.keys import key_tree
 from dsmip.models import find_system
@@ -141,7 +142,13 @@ def _with_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _absolute(tree: Any) -> Any:
-    """The tree with absolute names of the weight and model files in it that exist; `~` is a home folder in all."""
+    """The tree with absolute names of the weight and model files in it that exist; `~` is a home folder in all.
+
+    A folder of a Hugging Face model that was named as weights becomes the file in it.
+    """
+    backbone = tree.get("backbone") if isinstance(tree, dict) else None
+    if isinstance(backbone, dict) and isinstance(name := backbone.get("pretrained"), str) and _in_home(name).is_dir():
+        tree = {**tree, "backbone": {**backbone, "pretrained": str(weights_in(_in_home(name)))}}
     return with_files(tree, _absolute_name)
 
 

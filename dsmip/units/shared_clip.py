@@ -18,7 +18,7 @@ from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side
 from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
-from dsmip.encoders.hugging_face import open_clip_names
+from dsmip.encoders.formats.hugging_face_clip import open_clip_names
 from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
 from dsmip.ops.losses import contrastive_loss

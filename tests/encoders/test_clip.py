@@ -340,13 +340,21 @@ def test_what_a_file_says_of_its_activation_must_be_the_architectures(tmp_path: 
 def test_files_that_are_no_state_dict_of_open_clips_are_called_what_they_are(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "ViT-B-32.pt"))
-    with pytest.raises(UserError, match=r"ViT-B-32.pt is a TorchScript archive, .* not run; .* pretrained: openai"):
+    with pytest.raises(UserError, match=r"ViT-B-32.pt .* do not fit the architecture: .* is missing"):
         Backbone.checked(config, str(tmp_path / "ViT-B-32.pt"))
-    save_file({"text_model.embeddings.token_embedding.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"model.safetensors .* are a Hugging Face model's .* needed are open_clip's"):
+    save_file({"bert.embeddings.word_embeddings.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"model.safetensors .* are a Hugging Face text encoder's, one tower of the two"
+    ):
         Backbone.checked(config, str(tmp_path / "model.safetensors"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="is a folder of a Hugging Face model, whose tensors"):
+    with pytest.raises(UserError, match="are a Hugging Face text encoder's"):
+        Backbone.checked(config, str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"a Hugging Face model without model.safetensors or pytorch_model.bin"):
+        Backbone.checked(config, str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"are in several files \(model.safetensors.index.json\)"):
         Backbone.checked(config, str(tmp_path))
     (tmp_path / "open_clip_config.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")

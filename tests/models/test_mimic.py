@@ -15,7 +15,7 @@ from dsmip.data.images import PixelForm
 from dsmip.data.records import Entity, Mention
 from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.hugging_face import open_clip_names
+from dsmip.encoders.formats.hugging_face_clip import open_clip_names
 from dsmip.encoders.weights import load_weights
 from dsmip.errors import UserError
 from dsmip.models.mimic import Mimic, MimicMatcher

@@ -57,7 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dsmip.models",),
     ("dsmip.units",),
     ("dsmip.encoders",),
-    ("dsmip.encoders.towers",),
+    ("dsmip.encoders.formats", "dsmip.encoders.towers"),
     ("dsmip.data",),
     ("dsmip.storage",),
     GROUND,
