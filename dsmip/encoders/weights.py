@@ -23,7 +23,8 @@ HUB = "hf-hub:"
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _TEXT_TOWER = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
 _PREPROCESS = "preprocess_cfg"  # key of a file's metadata; the name of that section in open_clip's configurations
-_MODEL = "model_cfg"  # likewise
+_MODEL = "model_cfg"  # likewise, of a file beside the weights
+_ACTIVATION = "quick_gelu"
 # Names that a hub's repository gives the one weights file beside the configuration of that name.
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _HUB_CONFIG = "open_clip_config.json"
@@ -65,10 +66,8 @@ def locate_weights(architecture: Architecture, pretrained: str) -> Weights:
 
 def described(mean: Sequence[float], std: Sequence[float], *, quick_gelu: bool) -> dict[str, str]:
     """Metadata of a .safetensors file: pixel statistics, which `locate_weights` finds again, and the activation."""
-    return {
-        _PREPROCESS: json.dumps({"mean": list(mean), "std": list(std)}),
-        _MODEL: json.dumps({"quick_gelu": quick_gelu}),
-    }
+    # one entry: several are written in any order, and the same weights must be the same bytes
+    return {_PREPROCESS: json.dumps({"mean": list(mean), "std": list(std), _ACTIVATION: quick_gelu})}
 
 
 def check_weights(clip: nn.Module, architecture: Architecture, pretrained: str) -> None:
@@ -93,13 +92,13 @@ def stored_activation(path: Path) -> tuple[bool, str] | None:
         UserError: the file, or the configuration beside it, cannot be read.
     """
     try:
-        model = json.loads(_metadata(path).get(_MODEL, "{}"))
-        if "quick_gelu" in model:
-            return bool(model["quick_gelu"]), "so its metadata say"
+        model = json.loads(_metadata(path).get(_PREPROCESS, "{}"))
+        if _ACTIVATION in model:
+            return bool(model[_ACTIVATION]), "so its metadata say"
         beside = path.with_name(_HUB_CONFIG)
         if path.name in _HUB_FILES and beside.is_file():
             model = json.loads(beside.read_text(encoding="utf-8"))[_MODEL]
-            return bool(model.get("quick_gelu", False)), f"so {beside} says"
+            return bool(model.get(_ACTIVATION, False)), f"so {beside} says"
     except NOT_AS_WRITTEN as error:
         raise UserError(f"weights file {path}, or {_HUB_CONFIG} beside it, cannot be read: {error!r}") from None
     if (published := _published_activations().get(path.name)) is not None:
