@@ -65,9 +65,12 @@ def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConf
             assert found == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("model", ["m3el", "mmoe"])
+@pytest.mark.parametrize(
+    ("model", "system"),
+    [("m3el", {"width": 8, "num_tokens": 10}), ("mmoe", {"width": 8, "num_tokens": 10}), ("clip", {})],
+)
 def test_a_system_over_one_clip_trains_with_its_towers(
-    tmp_path: Path, narrow_backbone: Path, small_data: Dataset, model: str
+    tmp_path: Path, narrow_backbone: Path, small_data: Dataset, model: str, system: dict[str, int]
 ) -> None:
     """Whole batches and micro-batches alike, although M3EL's loss is of the whole batch."""
     histories = []
@@ -75,7 +78,7 @@ def test_a_system_over_one_clip_trains_with_its_towers(
         tree = {
             "model": model,
             "backbone": {"architecture": str(narrow_backbone)},
-            "system": {"width": 8, "num_tokens": 10},
+            "system": system,
             "train": {"epochs": 1, "batch_size": 8, "extra_negatives": 2, "micro_batch_size": micro_batch_size},
         }
         folder = tmp_path / str(micro_batch_size)
@@ -84,6 +87,19 @@ def test_a_system_over_one_clip_trains_with_its_towers(
         assert 0 < history["mrr"] <= 1
         histories.append(history["loss"])
     assert histories[1] == pytest.approx(histories[0], rel=1e-4)
+
+
+def test_a_part_may_have_nothing_to_train(tmp_path: Path, narrow_backbone: Path, small_data: Dataset) -> None:
+    """CLIP zero-shot is validated once and saved, and ranks as any other."""
+    tree = {"model": "clip", "backbone": {"architecture": str(narrow_backbone)}, "system": {"tune": "frozen"}}
+    run = Run(tmp_path / "run", parse_config(tree), small_data)
+    context = LocalContext(tmp_path / "context", torch.device("cpu"))
+    (figures,) = train_part(run, "clip", context).history
+    assert 0 < figures["mrr"] <= 1
+    assert "loss" not in figures
+    assert run.is_finished("clip")
+    again = run.load_part("clip", with_encoder=True)
+    assert not any(parameter.requires_grad for parameter in again.parameters())
 
 
 class KilledContext(LocalContext):
