@@ -109,6 +109,7 @@ def test_a_failure_stops_no_other_and_is_resumed(tmp_path: Path) -> None:
     assert (tmp_path / "full").read_text() == "0 1 2 3 "
 
 
+@pytest.mark.slow
 def test_experts_train_side_by_side_and_finished_ones_are_kept(
     tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
 ) -> None:
@@ -174,7 +175,7 @@ def keep_times(context: RayContext, settings: Mapping[str, Any]) -> None:
         stream.write(f"end {settings['name']}\n")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_three_trainings_that_fit_only_one_at_a_time_queue_and_all_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
