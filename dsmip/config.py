@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from pydantic_core import ErrorDetails
 
 from dsmip.errors import UserError
+from dsmip.tower_pair import PAIR_KEYS, with_architecture
 
 Scalar = str | int | float | bool | None
 WatchTool = Literal["tensorboard", "mlflow", "wandb"]
@@ -28,9 +29,11 @@ class Frozen(BaseModel):
     Attributes:
         added: Fields that came after results had been stored, each with the value (as in YAML) that means what was
             before: with it, keys stay what they were (`dsmip.keys.key_tree`).
+        short_for: Keys that may be written in place of a field.
     """
 
     added: ClassVar[Mapping[str, Any]] = {}
+    short_for: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -89,15 +92,20 @@ class Running(Frozen):
 
 
 class BackboneConfig(Frozen):
-    """Which CLIP the towers come from.
+    """Which network the towers come from, or which two.
 
     Attributes:
-        architecture: An open_clip name, the name of a shipped JSON (`tiny`) or a path to a JSON of that form.
-        pretrained: An open_clip tag, a hub id (`hf-hub:...`), a local weights file, or null for random weights.
+        architecture: An open_clip name, the name of a shipped JSON (`tiny`), a path to a JSON of that form, or the text
+            of a `TowerPair`, which the keys `text`, `vision` and `embed_dim` may be written for.
+        pretrained: A tag, a hub id (`hf-hub:...`), a file or folder, or null for random weights (of a pair: its own).
     """
+
+    short_for: ClassVar[tuple[str, ...]] = PAIR_KEYS
 
     architecture: str
     pretrained: str | None = None
+
+    _pair = model_validator(mode="before")(with_architecture)
 
 
 class AugmentConfig(Frozen):
@@ -225,8 +233,11 @@ class TuneConfig(Frozen):
 
 
 class PretrainConfig(Running):
-    """Contrastive training of the backbone on the kb's own picture-text pairs (`dsmip pretrain`)."""
+    """Contrastive training of the backbone on the kb's own pairs (`dsmip pretrain`): all, or projections alone."""
 
+    added: ClassVar[Mapping[str, Any]] = {"towers": "tuned"}
+
+    towers: Literal["tuned", "locked"] = "tuned"
     epochs: int = Field(10, ge=1)
     batch_size: int = Field(256, ge=2)
     learning_rate: float = Field(1e-3, gt=0)
@@ -342,7 +353,7 @@ def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
         if inner is None:
             continue
         model = inner
-    return sorted(model.model_fields)
+    return sorted([*model.model_fields, *(model.short_for if issubclass(model, Frozen) else ())])
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -2,17 +2,20 @@
 
 import io
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_jpeg as decode_with_torchvision
+
+from dsmip.config import Frozen
 
 MAX_PIXELS = 64_000_000
 _START, _END = b"\xff\xd8", b"\xff\xd9"
@@ -117,18 +120,20 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
-class PixelForm(BaseModel):
+class PixelForm(Frozen):
     """How a picture becomes a square; the defaults are CLIP's.
 
     Attributes:
         resize: crop: the shorter side is resized, then the centre is taken; squash: both sides are resized.
         filter: Of the resizing, antialiased.
+        part: Share of the resized side that is kept, the middle (timm's crop_pct).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    added: ClassVar[Mapping[str, Any]] = {"part": 1.0}
 
     resize: Literal["crop", "squash"] = "crop"
     filter: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    part: float = Field(1.0, gt=0, le=1)
 
 
 CLIP_PIXELS = PixelForm()
@@ -141,6 +146,9 @@ def fit(image: Tensor, size: int, form: PixelForm = CLIP_PIXELS) -> Tensor:
         image: uint8 [3, H, W].
         form: How it becomes a square.
     """
+    if form.part < 1:
+        whole = fit(image, int(size / form.part), form.model_copy(update={"part": 1.0}))
+        return _centre(whole, size, size).contiguous()
     height, width = image.shape[1:]
     if (height, width) == (size, size):
         return image

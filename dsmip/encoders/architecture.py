@@ -10,9 +10,11 @@ from pydantic import ValidationError
 
 from dsmip.data.images import PixelForm
 from dsmip.data.text import ClipTokenizer, HuggingFaceTokenizer, Tokenizer
+from dsmip.encoders.towers.pair import as_open_clip
 from dsmip.encoders.towers.stem import STEM, check_stem
 from dsmip.errors import UserError
 from dsmip.storage.parsing import parse_json
+from dsmip.tower_pair import TowerPair
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "backbones"
 # OpenAI's CLIP statistics: the default of every open_clip model that states no others.
@@ -40,6 +42,7 @@ class Architecture:
         mean, std: Of pixels in [0, 1].
         pixels: How pictures become squares.
         is_open_clip: open_clip knows weights by tag for it.
+        pair: The two separate towers that it is made of.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Architecture:
     std: tuple[float, ...]
     pixels: PixelForm
     is_open_clip: bool
+    pair: TowerPair | None = None
 
     @property
     def embed_width(self) -> int:
@@ -89,7 +93,8 @@ def resolve_architecture(architecture: str) -> Architecture:
 
     Args:
         architecture: name of a shipped JSON ("tiny"), an open_clip name ("ViT-B-32"), or a path that ends in .json
-            (open_clip's model config, or its open_clip_config.json with model_cfg and preprocess_cfg).
+            (open_clip's model config, or its open_clip_config.json with model_cfg and preprocess_cfg), or the text of
+            a `TowerPair`.
 
     Raises:
         UserError: unknown name (nearest ones are listed), missing or wrong JSON, unknown key.
@@ -105,8 +110,10 @@ def read_architecture(architecture: str) -> Architecture:
     Raises:
         UserError: An unknown name, or a missing or wrong JSON.
     """
-    shipped = SHIPPED / f"{architecture}.json"
-    if architecture.endswith(".json"):
+    shipped, pair = SHIPPED / f"{architecture}.json", TowerPair.parsed(architecture)
+    if pair is not None:
+        stored, is_open_clip = as_open_clip(pair), False
+    elif architecture.endswith(".json"):
         stored, is_open_clip = _read_json(Path(architecture)), False
     elif shipped.name == f"{architecture}.json" and shipped.is_file():
         stored, is_open_clip = _read_json(shipped), False
@@ -116,7 +123,7 @@ def read_architecture(architecture: str) -> Architecture:
     preprocess = stored.get("preprocess_cfg") or (_of_all_tags(architecture) if is_open_clip else {})
     mean, std = pixel_statistics(preprocess)
     pixels = _pixel_form(architecture, preprocess)
-    return Architecture(architecture, config, mean or CLIP_MEAN, std or CLIP_STD, pixels, is_open_clip)
+    return Architecture(architecture, config, mean or CLIP_MEAN, std or CLIP_STD, pixels, is_open_clip, pair)
 
 
 def build_tokenizer(architecture: str) -> Tokenizer:
@@ -146,6 +153,7 @@ def pixel_statistics(preprocess: Mapping[str, Any]) -> tuple[tuple[float, ...] |
 def _pixel_form(name: str, preprocess: Mapping[str, Any]) -> PixelForm:
     resize = {"shortest": "crop", "squash": "squash"}.get(preprocess.get("resize_mode", "shortest"))
     form = {"resize": resize, "filter": preprocess.get("interpolation", "bicubic")}
+    form |= {"part": preprocess["crop_pct"]} if "crop_pct" in preprocess else {}
     try:
         return PixelForm.model_validate(form)
     except ValidationError:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dsmip.encoders.architecture import Architecture, resolve_architecture
 from dsmip.encoders.networks import build_network
+from dsmip.encoders.pair_weights import load_towers
 from dsmip.encoders.towers.base import TextTower, TokenFeatures, Tower, VisionTower, at_least_float32
 from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.encoders.towers.select import text_tower, vision_tower
@@ -51,8 +52,11 @@ class Backbone(nn.Module):
         text: Its text tower.
         vision: Its vision tower.
         embed_width: d_z.
+        keeps_statistics: Those of batch norms stay as they are while it trains: they came with its weights, and every
+            worker would have its own.
     """
 
+    keeps_statistics: bool = False
     mean: Tensor
     std: Tensor
 
@@ -73,7 +77,7 @@ class Backbone(nn.Module):
 
         Args:
             architecture: open_clip name, name of a shipped JSON, or path of a JSON (see `resolve_architecture`).
-            pretrained: open_clip tag, "hf-hub:<owner>/<model>", local .safetensors or .pt file; None: random weights.
+            pretrained: see `dsmip.encoders.weights.locate_weights`; None: random weights, of a pair the towers' own.
             seed: of the random weights; the same seed gives the same weights.
 
         Raises:
@@ -89,6 +93,9 @@ class Backbone(nn.Module):
             backbone = Backbone(build_network(network), network, mean, std)
         if weights is not None and not on_meta:
             load_weights(backbone.clip, read_weights(weights.path), f"{pretrained} ({architecture})")
+        elif network.pair is not None and not on_meta:
+            load_towers(backbone.clip, network.pair)
+        backbone.keeps_statistics = weights is not None or network.pair is not None
         backbone.tune("frozen")
         return backbone.to(device).eval()
 
@@ -99,9 +106,11 @@ class Backbone(nn.Module):
         Raises:
             UserError: as `build`.
         """
-        backbone = Backbone.build(architecture, pretrained, device="meta")
+        backbone, network = Backbone.build(architecture, pretrained, device="meta"), resolve_architecture(architecture)
         if pretrained is not None:
-            check_weights(backbone.clip, resolve_architecture(architecture), pretrained)
+            check_weights(backbone.clip, network, pretrained)
+        elif network.pair is not None:
+            Backbone.build(architecture, None)
         return backbone
 
     @property
@@ -200,6 +209,16 @@ class Backbone(nn.Module):
             for parameter in parameters:
                 parameter.requires_grad_(True)
 
+    def train(self, mode: bool = True) -> "Backbone":
+        """What has nothing to train stays in eval mode, without dropout, and so do batch norms that keep statistics."""
+        super().train(mode)
+        _rest(self.clip)
+        if self.keeps_statistics:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
     def compile_layers(self) -> None:
         """Has the towers' layers compiled when they first run; the same values up to rounding, the same state.
 
@@ -220,6 +239,16 @@ class Backbone(nn.Module):
         metadata = described(self.mean.flatten().tolist(), self.std.flatten().tolist(), quick_gelu=quick_gelu)
         with atomic_path(path) as temporary:
             save_file(state, temporary, metadata=metadata)
+
+
+def _rest(module: nn.Module) -> None:
+    """Puts into eval mode the modules in it that have parameters, of which none trains."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    for inner in module.children():
+        _rest(inner)
 
 
 def _per_layer(

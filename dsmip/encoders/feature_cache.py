@@ -99,7 +99,8 @@ def feature_key(
     modalities = plain_text(item_format.modalities)
     items = f"ItemFormat(template={texts}, reserve={item_format.reserve}, num_tokens={tokens}, modalities={modalities})"
     if (pixels := item_format.pixels) not in (None, CLIP_PIXELS):
-        items += f", {plain_text((pixels.resize, pixels.filter))}"
+        part = () if pixels.part == 1 else (pixels.part,)
+        items += f", {plain_text((pixels.resize, pixels.filter, *part))}"
     return fingerprint(weights, f"({manifest_hash!r}, {items}, {split!r}, {_DTYPES[dtype]})")
 
 

@@ -22,6 +22,8 @@ from dsmip.storage.parsing import parse_yaml
 
 _log = logging.getLogger(__name__)
 _MAX_DEPTH = 20  # of keys in one another
+_TOWERS = ("hf:", "timm:")
+_TOWER_FILE = re.compile(r"(hf:|timm:[^@\s]+@)(\S.*?)(?= \+ |$)")  # what a pair of towers names; a name is its own file
 _FILES = {".bin", ".json", ".pt", ".pth", ".safetensors"}
 
 
@@ -154,7 +156,7 @@ def _absolute(tree: Any) -> Any:
 
 def _absolute_name(name: str) -> str:
     path = _in_home(name)
-    return str(path.resolve()) if path.is_file() else str(path)
+    return str(path.resolve()) if path.exists() else str(path)
 
 
 def with_files(tree: Any, rename: Callable[[str], str]) -> Any:
@@ -163,6 +165,8 @@ def with_files(tree: Any, rename: Callable[[str], str]) -> Any:
         return {key: with_files(value, rename) for key, value in tree.items()}
     if isinstance(tree, list):
         return [with_files(value, rename) for value in tree]
+    if isinstance(tree, str) and tree.startswith(_TOWERS):
+        return _TOWER_FILE.sub(lambda found: found[1] + rename(found[2]), tree)
     return rename(tree) if isinstance(tree, str) and Path(tree).suffix in _FILES else tree
 
 

@@ -23,7 +23,7 @@ from dsmip.data.records import Entity
 from dsmip.data.sampler import count_steps, draw, permutation, step_bounds
 from dsmip.data.text import Template, entity_text
 from dsmip.encoders.architecture import Architecture, build_tokenizer
-from dsmip.encoders.clip import Backbone
+from dsmip.encoders.clip import Backbone, TowerName
 from dsmip.errors import UserError
 from dsmip.ops.augmentation import Draws
 from dsmip.training.batches import augmented, read_ahead
@@ -111,7 +111,7 @@ class PairSource:
 def pretrain(
     backbone: Backbone, pairs: PairSource, config: PretrainConfig, context: Context, *, seed: int
 ) -> list[dict[str, float]]:
-    """Trains both towers in place and returns the metrics of every epoch: loss, and accuracy of picture to text.
+    """Trains both towers, or what joins them, in place; the metrics of every epoch: loss, accuracy of picture to text.
 
     Accuracy is the share of pictures whose own text scores best in the batch. Goes on from `context.restore()`.
 
@@ -119,7 +119,12 @@ def pretrain(
         UserError: The training diverges.
         Left: This worker was told to leave, and has saved.
     """
-    backbone.tune("full")
+    if config.towers == "tuned":
+        backbone.tune("full")
+    else:
+        projected: dict[TowerName, bool] = {"text": bool(backbone.text.projection)}
+        projected["vision"] = bool(backbone.vision.projection)
+        backbone.tune("projection", [name for name, has_one in projected.items() if has_one])
     backbone.logit_scale.requires_grad_(True)
     backbone.to(context.device)
     settings = TrainConfig(

@@ -1,0 +1,136 @@
+"""Two separate towers, a Hugging Face text encoder and a timm network, as one network of open_clip's form.
+
+What joins them is one matrix each, without which a text tower of the shared width stays as it is.
+"""
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmip.errors import UserError
+from dsmip.storage.parsing import parse_json
+from dsmip.tower_pair import TowerPair
+
+MAX_CONTEXT = 512
+_TYPES = ("bert", "roberta", "xlm-roberta", "mt5", "m2m_100")  # those that open_clip's HFTextEncoder takes
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta")
+# Of sentence-transformers, by the key that says so.
+_POOLERS = {
+    "pooling_mode_cls_token": "cls_last_hidden_state_pooler",
+    "pooling_mode_max_tokens": "max_pooler",
+    "pooling_mode_mean_tokens": "mean_pooler",
+}
+_RESIZE = {"center": "shortest", "squash": "squash"}
+
+
+def as_open_clip(pair: TowerPair) -> dict[str, Any]:
+    """`model_cfg` and `preprocess_cfg`, as open_clip writes them.
+
+    Raises:
+        UserError: A tower is unknown, cannot be had, or is of a kind that does not fit.
+    """
+    width, text = _text_tower(pair.text)
+    vision, preprocess = _vision_tower(pair.vision)
+    text["hf_proj_type"] = "linear" if width != pair.embed_dim else None  # else its vectors stay as they are
+    config = {"embed_dim": pair.embed_dim, "custom_text": True, "vision_cfg": dict(vision), "text_cfg": text}
+    return {"model_cfg": config, "preprocess_cfg": dict(preprocess)}
+
+
+def _text_tower(name: str) -> tuple[int, dict[str, Any]]:
+    """Its width and its `text_cfg`."""
+    config = _read(name, "config.json")
+    kind = config.get("model_type")
+    if kind not in _TYPES:
+        raise UserError(
+            f"backbone.text hf:{name} is a model of the type {kind!r}; a text tower is one of {', '.join(_TYPES)}"
+        )
+    pooling = _read(name, "1_Pooling/config.json", needed=False)
+    pooler = next((pooler for key, pooler in _POOLERS.items() if pooling.get(key)), "mean_pooler")
+    text = {
+        "hf_model_name": name,
+        "hf_tokenizer_name": name,
+        "hf_pooler_type": pooler,
+        "context_length": _context(name, config),
+    }
+    return int(config.get("hidden_size") or config["d_model"]), text
+
+
+def _context(name: str, config: Mapping[str, Any]) -> int:
+    """Places for tokens, as many as its authors used: more cost more and were not trained."""
+    places = config.get("max_position_embeddings") or MAX_CONTEXT
+    if config["model_type"] in _POSITIONS_AFTER_PADDING:
+        places -= config.get("pad_token_id", 1) + 1
+    used = _read(name, "sentence_bert_config.json", needed=False).get("max_seq_length") or MAX_CONTEXT
+    return int(min(places, used, MAX_CONTEXT))
+
+
+def _read(name: str, file: str, *, needed: bool = True) -> dict[str, Any]:
+    """A JSON file of a folder, or of a model of the hub; empty where there is none and none is needed."""
+    path: str | Path | None = Path(name) / file
+    if not Path(name).is_dir():
+        path = _fetched(name, file, needed=needed)
+    elif not (Path(name) / file).is_file():
+        path = None
+    if path is None:
+        if needed:
+            raise UserError(f"backbone.text hf:{name} has no {file}: no folder of a Hugging Face model")
+        return {}
+    found = parse_json(Path(path).read_bytes(), path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return found
+
+
+@cache
+def _fetched(name: str, file: str, *, needed: bool) -> str | None:
+    from transformers.utils.hub import cached_file
+
+    try:
+        path: str | None = cached_file(
+            name, file, _raise_exceptions_for_missing_entries=needed, _raise_exceptions_for_connection_errors=needed
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"backbone.text hf:{name} cannot be had ({_first_line(error)}); without internet give a folder"
+        ) from None
+    return path
+
+
+@cache
+def _vision_tower(name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Its `vision_cfg` and `preprocess_cfg`: timm's own of these weights."""
+    import timm
+    from timm.data import config as data_config
+
+    try:
+        with torch.device("meta"):
+            trunk: Any = timm.create_model(name)
+    except (RuntimeError, ValueError) as error:
+        known = timm.list_models()
+        near = difflib.get_close_matches(name.partition(".")[0], known, n=3, cutoff=0.4)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise UserError(f"backbone.vision timm:{name}: {_first_line(error)}{hint}") from None
+    if getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features:
+        raise UserError(f"backbone.vision timm:{name} pools to another width than its features have; take another one")
+    library: Any = data_config
+    stated = library.resolve_data_config(pretrained_cfg=trunk.pretrained_cfg)
+    size = stated["input_size"]
+    if size[0] != 3 or size[1] != size[2]:
+        raise UserError(f"backbone.vision timm:{name} wants pictures of {size}, and is given square ones of 3 colours")
+    vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear", "image_size": size[1]}
+    preprocess = {
+        "mean": list(stated["mean"]),
+        "std": list(stated["std"]),
+        "interpolation": stated["interpolation"],
+        "resize_mode": _RESIZE.get(stated["crop_mode"], "shortest"),
+        "crop_pct": stated["crop_pct"],
+    }
+    return vision, preprocess
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,207 @@
+"""A backbone of two separate towers: each gives its own library's features, and `dsmip pretrain` joins them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from dsmip.config import BackboneConfig, PretrainConfig, validated
+from dsmip.data.dataset import Dataset
+from dsmip.data.images import PixelForm, fit
+from dsmip.data.text import Template
+from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
+from dsmip.encoders.base import feature_sizes
+from dsmip.encoders.clip import Backbone
+from dsmip.errors import UserError
+from dsmip.runs.load_config import job_config, read_config, to_yaml
+from dsmip.tower_pair import TowerPair
+from dsmip.training.local_context import LocalContext
+from dsmip.training.pretraining import PairSource, pretrain
+
+VISION = "test_efficientnet"  # of timm's own tests: batch norms, 160 pixels
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "lion", "arms", "of", "a", "red", "blue", ":"]
+ALIKE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def text_folder(small_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As sentence-transformers writes it: a BERT with dropout, its tokenizer, how tokens are pooled, how many count."""
+    folder = tmp_path_factory.mktemp("text")
+    torch.manual_seed(1)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=60, intermediate_size=32, **sizes)).save_pretrained(folder)
+    known = dict.fromkeys(
+        [*WORDS, *(word for e in small_data.entities() for word in f"{e.name} {e.attributes}".split())]
+    )
+    words = Tokenizer(WordLevel({word: place for place, word in enumerate(known)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    words.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])  # type: ignore[assignment]
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    of_library: Any = PreTrainedTokenizerFast
+    of_library(tokenizer_object=words, **special).save_pretrained(folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 24}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vision_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a classifier of another number of classes than timm's own."""
+    path = tmp_path_factory.mktemp("vision") / "own.safetensors"
+    torch.manual_seed(2)
+    save_file(timm.create_model(VISION, num_classes=7).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(text_folder: Path, vision_file: Path) -> TowerPair:
+    return TowerPair(str(text_folder), VISION, str(vision_file), 16)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    return torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [16, 24])
+def test_towers_give_their_own_libraries_features(pair: TowerPair, pixels: Tensor, width: int) -> None:
+    backbone = Backbone.build(str(replace(pair, embed_dim=width)), None, seed=5)
+    assert backbone.context_length == 24
+    tokens = build_tokenizer(str(pair))(["the lion", "arms of a red lion"])
+    assert tokens.ids[0].tolist() == [2, 4, 5, 3, 0, 0, 0]
+    bert: Any = BertModel.from_pretrained(pair.text)
+    bert.eval()
+    states = bert(input_ids=tokens.ids, attention_mask=tokens.mask.long()).last_hidden_state
+    mean = (states * tokens.mask[..., None]).sum(dim=1) / tokens.mask.sum(dim=1, keepdim=True)
+    text = backbone.encode_text(*tokens)
+    if width == 24:
+        mean = backbone.text.projection[0].new_tensor(mean) @ backbone.text.projection[0].T
+    torch.testing.assert_close(text.pooled, mean, **ALIKE)  # of the shared width the tower's vectors stay as they are
+    assert len(backbone.text.projection) == (width == 24)
+
+    assert pair.vision_file is not None
+    trunk = timm.create_model(VISION, num_classes=7, checkpoint_path=pair.vision_file).eval()
+    features = trunk.forward_head(trunk.forward_features(pixels), pre_logits=True)
+    torch.testing.assert_close(
+        backbone.encode_image(pixels).pooled, features @ backbone.vision.projection[0].T, **ALIKE
+    )
+    sizes = feature_sizes(str(replace(pair, embed_dim=width)))
+    assert (sizes.text_width, sizes.embed_width) == (16, width)
+
+
+def test_pictures_are_as_timm_says(pair: TowerPair) -> None:
+    network, stated = resolve_architecture(str(pair)), timm.get_pretrained_cfg(VISION)
+    assert stated is not None
+    assert (network.mean, network.std, network.image_size) == (stated.mean, stated.std, stated.input_size[1])
+    assert network.pixels == PixelForm(filter="bicubic", part=stated.crop_pct)
+    image = torch.arange(100).expand(3, 60, 100).to(torch.uint8)
+    middle = fit(image, 48, PixelForm(part=0.8))  # 60 high before and after: nothing is resized
+    assert torch.equal(middle, image[:, 6:54, 26:74])
+
+
+def test_a_configuration_names_the_towers_by_keys_or_in_one_text(pair: TowerPair) -> None:
+    keys = {"text": f"hf:{pair.text}", "vision": f"timm:{VISION}@{pair.vision_file}", "embed_dim": 16}
+    config = validated(BackboneConfig, keys, "here", "backbone.")
+    assert config == BackboneConfig(architecture=str(pair))
+    assert TowerPair.parsed(config.architecture) == pair
+    hub = validated(BackboneConfig, {"text": "hf:owner/model", "vision": "timm:resnet18.a1_in1k"}, "here", "")
+    assert hub.architecture == "hf:owner/model + timm:resnet18.a1_in1k + 256"
+    assert BackboneConfig.model_validate(hub.model_dump()) == hub
+    for name in ("ViT-B-32", "tiny", "hf:a", "hf:a + timm:b", "a + b + 3", "models/a + b.json"):
+        assert TowerPair.parsed(name) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"text": "hf:a", "vision": "timm:b", "architecture": "tiny"}, "give architecture, or text and vision"),
+        ({"text": "hf:a"}, r"vision is timm:<name> or timm:<name>@<file of weights>, not None"),
+        ({"text": "bert", "vision": "timm:b"}, "text is hf:<name or folder>.* not 'bert'"),
+        ({"vision": "timm:b"}, "text is hf:<name or folder>.* not None"),
+        ({"text": "hf:a", "vision": "timm:b", "embed_dim": 0}, "embed_dim is the width that both .* not 0"),
+        ({"text": "hf:a", "vision": "timm:b", "visoin": "timm:c"}, "unknown key 'visoin'; did you mean 'vision'"),
+        ({"embed_dim": 3, "architecture": "tiny"}, "give architecture, or text and vision"),
+    ],
+)
+def test_a_pair_that_is_not_of_its_form_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validated(BackboneConfig, keys, "here", "")
+
+
+def test_a_job_knows_its_towers_wherever_it_runs(
+    pair: TowerPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_folder: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "minilm").symlink_to(text_folder)
+    (tmp_path / "own.pth").write_bytes(b"")
+    sets = [
+        "text=hf:~/minilm",
+        f"vision=timm:{VISION}@~/own.pth",
+        "embed_dim=32",
+        "architecture=null",
+        "pretrained=null",
+    ]
+    config = job_config("demo", [f"backbone.{each}" for each in sets])
+    assert config.backbone.architecture == f"hf:{text_folder} + timm:{VISION}@{tmp_path}/own.pth + 32"
+    assert read_config(to_yaml(config)) == config
+
+
+def test_towers_that_cannot_be_had_are_named(pair: TowerPair, tmp_path: Path) -> None:
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            Backbone.checked(str(replace(pair, **changes)), None)
+        assert "\n" not in str(caught.value)
+
+    refused(r"vision timm:test_eficientnet: Unknown model .*; nearest: .*test_efficientnet", vision="test_eficientnet")
+    refused(r"weights file gone.pth of backbone.vision does not exist", vision_file="gone.pth")
+    save_file(timm.create_model("test_convnext").state_dict(), tmp_path / "other.safetensors")
+    refused(
+        "other.safetensors do not fit timm:test_efficientnet: .*Missing", vision_file=f"{tmp_path}/other.safetensors"
+    )
+    (tmp_path / "empty").mkdir()
+    refused(r"hf:.*empty has no config.json", text=f"{tmp_path}/empty")
+    (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    refused(r"of the type 'clip'; a text tower is one of bert, roberta", text=f"{tmp_path}/empty")
+    config = json.loads((Path(pair.text) / "config.json").read_text())
+    (tmp_path / "empty" / "config.json").write_text(json.dumps(config))
+    refused(r"weights of backbone.text hf:.*empty cannot be had", text=f"{tmp_path}/empty")
+    save_file(
+        {"embeddings.word_embeddings.weight": torch.zeros(60, 16)},
+        tmp_path / "empty" / "model.safetensors",
+        {"format": "pt"},
+    )
+    refused(r"hf:.*empty have no embeddings.LayerNorm.bias, .* and \d+ more", text=f"{tmp_path}/empty")
+
+
+@pytest.mark.parametrize("towers", ["locked", "tuned"])
+def test_pretraining_joins_them(
+    towers: Any, pair: TowerPair, small_data: Dataset, tmp_path: Path, pixels: Tensor
+) -> None:
+    config = PretrainConfig(epochs=20, batch_size=8, learning_rate=1e-3, warmup_steps=2, towers=towers)
+    backbone = Backbone.build(str(pair), None)
+    before = {name: tensor.clone() for name, tensor in backbone.clip.state_dict().items()}
+    source = PairSource(small_data, resolve_architecture(str(pair)), Template(), config, seed=3)
+    history = pretrain(backbone, source, config, LocalContext(tmp_path / "work"), seed=0)
+    assert history[-1]["loss"] < history[0]["loss"]
+    changed = {name for name, tensor in backbone.clip.state_dict().items() if not torch.equal(tensor, before[name])}
+    joins = {"visual.head.proj.weight", "logit_scale"}  # the text tower has the shared width already
+    assert changed == joins if towers == "locked" else joins < changed
+    assert not any("running_" in name for name in changed)
+    backbone.save_weights(tmp_path / "joined.safetensors")
+    again = Backbone.build(str(pair), str(tmp_path / "joined.safetensors"), seed=9)
+    with torch.no_grad():
+        assert torch.equal(again.encode_image(pixels).pooled, backbone.eval().encode_image(pixels).pooled)
+    Backbone.checked(str(pair), str(tmp_path / "joined.safetensors"))
