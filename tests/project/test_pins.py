@@ -41,7 +41,8 @@ def test_every_installed_package_is_pinned() -> None:
 
 
 def test_every_dependency_is_pinned() -> None:
-    wanted = [*PROJECT["project"]["dependencies"], *PROJECT["dependency-groups"]["dev"]]
+    groups = PROJECT["dependency-groups"].values()
+    wanted = [*PROJECT["project"]["dependencies"], *(each for group in groups for each in group)]
     names = {_normal(re.split(r"[\[>=<]", each)[0]) for each in wanted}
     assert names <= {pin.partition("==")[0] for pin in PINS}
     assert any(pin.startswith("hatchling==") for pin in PROJECT["tool"]["uv"][BUILD])
