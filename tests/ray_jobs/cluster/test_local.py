@@ -168,9 +168,11 @@ def test_ray_that_was_imported_before_is_not_started_open() -> None:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=variables)
     assert "open to other users; import it first False" in done.stdout, done
+    assert done.stderr == "  starting Ray on this machine ...\n"  # said before the seconds that it takes
 
 
-def test_connected_uses_the_cluster_that_is_there(ray_cluster: None) -> None:
+def test_connected_uses_the_cluster_that_is_there(ray_cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
     with connected():
         assert ray.is_initialized()
     assert ray.is_initialized()
+    assert capsys.readouterr() == ("", "")
