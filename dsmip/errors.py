@@ -40,6 +40,11 @@ class StoreAway(ReportedError):
     may_pass = True
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in a line of at most 200 characters; its class where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
 def no_room(error: BaseException | None) -> int | None:
     """The number of a full disk, quota or file, if the error, or what it came of, is one; else None.
 

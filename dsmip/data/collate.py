@@ -25,7 +25,7 @@ class ItemBatch:
 
     Attributes:
         token_ids: int64 [N, L] with L at most the text tower's context length, trimmed to the longest text of the batch
-            or not; what stands at padding means nothing.
+            or not; the tokenizer's padding behind a text, which some towers read.
         token_mask: bool [N, L], True from a text's first token to its last; the first place is always True.
         images: uint8 [N, 3, S, S], all zero where `has_image` is False.
         has_image: bool [N].

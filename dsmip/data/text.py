@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
 from dsmip.data.records import Entity, Mention
-from dsmip.errors import UserError
+from dsmip.errors import UserError, first_line
 
 _KEPT_TEXTS = 1 << 17  # training reads the same texts every epoch
 _SHORTEST = 3  # start of text, a token, end of text
@@ -180,9 +180,8 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, ImportError, KeyError) as error:
-            first = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise UserError(
-                f"tokenizer {name} cannot be had ({first}); without internet give a folder that holds it"
+                f"tokenizer {name} cannot be had ({first_line(error)}); without internet give a folder that holds it"
             ) from None
         if self._tokenizer.pad_token_id is None:
             raise UserError(f"tokenizer {name} has no padding token, which texts of different length need")

@@ -89,7 +89,7 @@ class Architecture:
 
 
 def resolve_architecture(architecture: str) -> Architecture:
-    """Reads and checks a backbone's configuration; no weights, no network access.
+    """Reads and checks a backbone's configuration, no weights. Of a pair, one on a hub is downloaded once.
 
     Args:
         architecture: name of a shipped JSON ("tiny"), an open_clip name ("ViT-B-32"), or a path that ends in .json

@@ -159,6 +159,21 @@ class Backbone(nn.Module):
             return self.text.encode(one, torch.ones_like(one, dtype=torch.bool), own, hide_padding=hide_padding).none()
         return self.text.encode(token_ids, mask, own, hide_padding=hide_padding)
 
+    def encode_padded_text(
+        self, token_ids: Tensor, mask: Tensor, length: int, prompts: InteractivePrompts | None = None
+    ) -> TokenFeatures:
+        """As `encode_text`, with features at every one of `length` places, for systems that attend over padding.
+
+        Padding is the text's last token and hidden from attention, as MIMIC was published; where the tower reads
+        padding, it stays its tokenizer's.
+
+        Raises:
+            ValueError: a text of more than `length` tokens.
+        """
+        if not self.text.reads_padding:
+            token_ids, mask = padded_with_end(token_ids, mask, length)
+        return self.encode_text(token_ids, mask, prompts, hide_padding=True)
+
     def encode_image(self, pixels: Tensor, prompts: InteractivePrompts | None = None) -> TokenFeatures:
         """Vision tower (eqs. 4, 5, 8): tokens [N, T (+r), d_v], prompts last.
 

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
+from dsmip.data.images import CLIP_PIXELS, PixelForm
 from dsmip.data.manifest import KB, SPLITS, Count, Digest, Section
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import fingerprint
@@ -42,12 +43,26 @@ class Weights(Section):
 
 
 class Pixels(Section):
-    """Pictures are fitted to `size` x `size`, brought to the network's `side`, and normalised."""
+    """Pictures are fitted to `size` x `size` (`form` says how), brought to the network's `side`, and normalised."""
 
     size: Annotated[int, Field(ge=1)]
     side: Annotated[int, Field(ge=1)]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    form: PixelForm = CLIP_PIXELS
+
+    @property
+    def fitted(self) -> str:
+        """What pictures are before the network, in a word."""
+        return fitted_name(self.size, self.form)
+
+
+def fitted_name(size: int, form: PixelForm) -> str:
+    """40px; where pictures do not become squares as CLIP's do, how they do."""
+    if form == CLIP_PIXELS:
+        return f"{size}px"
+    part = "" if form.part == 1 else f"-{form.part:g}"
+    return f"{size}px-{form.resize}-{form.filter}{part}"
 
 
 class Data(Section):
@@ -69,7 +84,7 @@ class Origin(Section):
 
     @property
     def folder_name(self) -> str:
-        return f"{self.kind}-{self.weights.sha256[:16]}-{self.pixels.size}px-{self.dtype}"
+        return f"{self.kind}-{self.weights.sha256[:16]}-{self.pixels.fitted}-{self.dtype}"
 
 
 class FeatureFile(Section):
@@ -164,9 +179,11 @@ def read_features(files: DatasetStorage, name: str) -> ImageFeatures | None:
     return ImageFeatures(files, name, manifest)
 
 
-def find_features(dataset: Dataset, kind: Kind, size: int, dtype: DTypeName) -> Iterator[ImageFeatures]:
-    """Finished features of this very data, by any weights."""
-    for folder in fnmatch.filter(dataset.own.children(FOLDER), f"{kind}-*-{size}px-{dtype}"):
+def find_features(
+    dataset: Dataset, kind: Kind, size: int, form: PixelForm, dtype: DTypeName
+) -> Iterator[ImageFeatures]:
+    """Finished features of this very data, of pictures fitted alike, by any weights."""
+    for folder in fnmatch.filter(dataset.own.children(FOLDER), f"{kind}-*-{fitted_name(size, form)}-{dtype}"):
         found = read_features(dataset.own, f"{FOLDER}/{folder}")
         if found and found.manifest.origin.data.sha256 == dataset.manifest_hash:
             yield found

@@ -6,7 +6,7 @@ from torch import nn
 
 from dsmip.encoders.architecture import Architecture
 from dsmip.encoders.towers.stem import STEM, conv_stem
-from dsmip.errors import UserError
+from dsmip.errors import UserError, first_line
 
 
 def build_network(architecture: Architecture) -> nn.Module:
@@ -31,9 +31,9 @@ def build_network(architecture: Architecture) -> nn.Module:
     except (AssertionError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"backbone {architecture.name} cannot be built from its sizes: {error}") from None
     except OSError as error:  # a Hugging Face configuration
-        first = str(error).splitlines()[0][:200]
         raise UserError(
-            f"backbone {architecture.name}: text_cfg.hf_model_name = {text.hf_model_name!r} cannot be had ({first}); "
+            f"backbone {architecture.name}: text_cfg.hf_model_name = {text.hf_model_name!r} cannot be had "
+            f"({first_line(error)}); "
             "without internet give a folder that holds it"
         ) from None
     if stem is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsmip.encoders.weights import check_fit, read_weights
-from dsmip.errors import UserError
+from dsmip.errors import UserError, first_line
 from dsmip.tower_pair import TowerPair
 
 
@@ -43,7 +43,7 @@ def _text_weights(clip: nn.Module, name: str) -> dict[str, Tensor]:
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(
-            f"weights of backbone.text hf:{name} cannot be had ({_first_line(error)}); without internet give a folder "
+            f"weights of backbone.text hf:{name} cannot be had ({first_line(error)}); without internet give a folder "
             "with config.json, the tokenizer and model.safetensors or pytorch_model.bin"
         ) from None
     missing = sorted(key for key in said["missing_keys"] if not both or key.startswith(("encoder.", "shared.")))
@@ -78,7 +78,7 @@ def _vision_weights(pair: TowerPair) -> dict[str, Tensor]:
             said = " ".join(str(error).split())[:300]
             raise UserError(f"weights {pair.vision_file} do not fit timm:{pair.vision}: {said}") from None
         raise UserError(
-            f"weights of backbone.vision timm:{pair.vision} could not be downloaded ({_first_line(error)}); without "
+            f"weights of backbone.vision timm:{pair.vision} could not be downloaded ({first_line(error)}); without "
             f"internet give a file: timm:{pair.vision}@<.safetensors or .pth>"
         ) from None
     trunk.reset_classifier(0)
@@ -103,7 +103,3 @@ def _silent_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -16,7 +16,7 @@ from dsmip.encoders.architecture import Architecture, pixel_statistics
 from dsmip.encoders.formats import hugging_face
 from dsmip.encoders.formats.sizes import networks_of_such_sizes
 from dsmip.encoders.formats.torchscript import is_archive, read_archive
-from dsmip.errors import UserError
+from dsmip.errors import UserError, first_line
 from dsmip.storage.parsing import NOT_AS_WRITTEN
 
 HUB = "hf-hub:"
@@ -151,7 +151,7 @@ def _stored(path: Path) -> dict[str, Any]:
         # weights_only refused the content; it was not executed.
         raise UserError(f"weights file {path} is not a plain file of tensors") from None
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"weights file {path} cannot be read: {_first_line(error)}") from None
+        raise UserError(f"weights file {path} cannot be read: {first_line(error)}") from None
     if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
         stored = stored["state_dict"]
     if not isinstance(stored, dict) or not stored:
@@ -231,7 +231,7 @@ def _stored_statistics(path: Path) -> tuple[tuple[float, ...] | None, tuple[floa
     try:
         return pixel_statistics(json.loads(_metadata(path).get(_PREPROCESS, "{}")))
     except NOT_AS_WRITTEN as error:
-        raise UserError(f"weights file {path} cannot be read: {_first_line(error)}") from None
+        raise UserError(f"weights file {path} cannot be read: {first_line(error)}") from None
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -242,7 +242,7 @@ def _metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as stored:
             return dict(stored.metadata() or {})
     except (SafetensorError, OSError, *NOT_AS_WRITTEN) as error:
-        raise UserError(f"weights file {path} cannot be read: {_first_line(error)}") from None
+        raise UserError(f"weights file {path} cannot be read: {first_line(error)}") from None
 
 
 def _from_tag(architecture: Architecture, tag: str) -> Weights:
@@ -300,10 +300,6 @@ def _check_activation(architecture: Architecture, pretrained: str, trained_with_
 
 def _download_failed(what: str, error: Exception) -> str:
     return (
-        f"weights {what} could not be downloaded ({_first_line(error)});"
+        f"weights {what} could not be downloaded ({first_line(error)});"
         " without internet give a local .safetensors or .pt file as pretrained"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -22,7 +22,7 @@ from dsmip.encoders.base import Side
 from dsmip.encoders.clip import Backbone, Tuning
 from dsmip.models.base import OnePartSystem
 from dsmip.ops.losses import contrastive_loss
-from dsmip.units.matcher import BatchGold, Matcher, Scores
+from dsmip.units.matcher import BatchGold, Scores, TowerMatcher
 
 _LOG_SCALE = 2.6593  # of CLIP's start, log(1 / 0.07)
 _HIGHEST = 4.6052  # log(100), as in CLIP
@@ -65,7 +65,7 @@ class ClipEncoder(nn.Module):
         return Table({"vector": F.normalize(torch.where(batch.has_image[:, None], mean_Nz, text_Nz), dim=-1)})
 
 
-class ClipMatcher(Matcher):
+class ClipMatcher(TowerMatcher[ClipEncoder]):
     """Scaled cosines; without an encoder it scores cached features."""
 
     def __init__(self, *, scale_trains: bool, encoder: ClipEncoder | None = None) -> None:
@@ -98,17 +98,8 @@ class ClipMatcher(Matcher):
         scores = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features))
         return contrastive_loss(scores.total_ME, gold.column_M, gold.same_ME)
 
-    def encoder_trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self._encoder().parameters())
-
     def encoder_state(self) -> Mapping[str, Tensor]:
-        encoder = self._encoder()
-        return {**encoder.state_dict(), "image_weight": torch.tensor(encoder.image_weight)}
-
-    def _encoder(self) -> ClipEncoder:
-        if self.encoder is None:
-            raise RuntimeError("this matcher was built without towers: it scores cached features only")
-        return self.encoder
+        return {**super().encoder_state(), "image_weight": torch.tensor(self._encoder().image_weight)}
 
 
 class Clip(OnePartSystem):

@@ -1,4 +1,4 @@
-"""M3EL (Hu et al., 2024): MIMIC's form with one kind of unit for text and pictures, and a contrast within modalities.
+"""M3EL (Hu et al., KDD 2025): MIMIC's form with one kind of unit for both inputs, and a contrast within modalities.
 
 Follows the released code where it says more than the paper. Two faults of the release do not have to be repeated:
 

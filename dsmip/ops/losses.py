@@ -67,26 +67,10 @@ def joint_contrast_losses(
     def inside(own_Md: Tensor, own_Nd: Tensor, excluded_MN: Tensor, self_MN: Tensor) -> Tensor:
         return intra_weight * logits(own_Md, own_Nd, excluded_MN, self_MN).masked_fill(self_MN, 0.0)
 
-    forth_M = F.cross_entropy(
-        torch.cat(
-            [
-                logits(mentions_Md, entities_Ed, same_ME, self_ME),
-                inside(mentions_Md, mentions_Md, same_MM, self_MM),
-            ],
-            dim=1,
-        ),
-        gold_column_M,
-        reduction="none",
-    )
-    back_M = F.cross_entropy(
-        torch.cat(
-            [
-                logits(golds_Md, mentions_Md, same_MM, self_MM),
-                inside(golds_Md, entities_Ed, same_ME, self_ME),
-            ],
-            dim=1,
-        ),
-        row_M,
-        reduction="none",
+    across = logits(mentions_Md, entities_Ed, same_ME, self_ME), logits(golds_Md, mentions_Md, same_MM, self_MM)
+    within = inside(mentions_Md, mentions_Md, same_MM, self_MM), inside(golds_Md, entities_Ed, same_ME, self_ME)
+    forth_M, back_M = (
+        F.cross_entropy(torch.cat(both, dim=1), target_M, reduction="none")
+        for *both, target_M in zip(across, within, (gold_column_M, row_M), strict=True)
     )
     return (forth_M + back_M) / 2

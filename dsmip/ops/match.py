@@ -1,4 +1,4 @@
-"""Matching of two sequences and pooling at several temperatures (M3EL: Hu et al., 2024; its cross unit).
+"""Matching of two sequences and pooling at several temperatures (M3EL: Hu et al., KDD 2025; its cross unit).
 
 N items, P and Q tokens of two sequences, d unit width. Differentiable; the inputs' dtype is kept.
 """

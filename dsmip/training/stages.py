@@ -44,28 +44,32 @@ class SplitFeatures:
 def train_part(run: Run, part: str, context: Context) -> TrainResult:
     """Stage one of one part: from cached features when its towers are frozen, else from streamed shards.
 
-    The finished part is written into the run by rank 0.
+    What has nothing to train is validated once. The finished part is written into the run by rank 0.
     """
     config = run.config.train_of(part)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)  # every worker starts from the same weights
         matcher = run.system.build_part(part, run.config, with_encoder=True).to(context.device)
     validation = gold_rows(run.dataset, "validation")
-    source: StepSource
+    source: StepSource | None = None
     if matcher.encoder_trains():
         if config.compile:
             compile_towers(matcher)
         source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)
         validate = _validate_by_encoding(run, part, validation, context)
     else:
-        tables = {split: run_features(run, part, split, matcher, context) for split in ("train", "validation", KB)}
-        seen = ~held_out_rows(run.dataset, run.config.held_out)
-        golds = gold_rows(run.dataset, "train")[seen]
-        source = CachedSource(tables["train"].rows(seen), tables[KB], golds, config, run.config.seed)
-        kb = with_has_image(tables[KB], run.dataset)
-        validate = validate_on(SplitFeatures(tables["validation"], validation), kb, context)
-    checkpoint_steps = run.config.part(part).checkpoint_steps
-    result = train(matcher, source, config, context, validate, seed=run.config.seed, checkpoint_steps=checkpoint_steps)
+        features, kb = (run_features(run, part, split, matcher, context) for split in ("validation", KB))
+        validate = validate_on(SplitFeatures(features, validation), with_has_image(kb, run.dataset), context)
+        if any(parameter.requires_grad for parameter in matcher.parameters()):
+            mentions = run_features(run, part, "train", matcher, context)
+            seen = ~held_out_rows(run.dataset, run.config.held_out)
+            golds = gold_rows(run.dataset, "train")[seen]
+            source = CachedSource(mentions.rows(seen), kb, golds, config, run.config.seed)
+    if source is None:
+        result = TrainResult([dict(validate(matcher))], 0)
+    else:
+        steps = run.config.part(part).checkpoint_steps
+        result = train(matcher, source, config, context, validate, seed=run.config.seed, checkpoint_steps=steps)
     if distributed.rank() == 0:
         run.save_part(part, matcher, {"best": result.best, "history": result.history})
     return result

@@ -42,9 +42,8 @@ def train(
 ) -> TrainResult:
     """Trains until `config.epochs` or until validation MRR has not risen for `config.patience` epochs.
 
-    What has nothing to train is validated once. Resumes from `context.restore()`. On return the matcher holds the
-    weights of the best epoch. `validate` returns metrics with the key `mrr`; with several workers it is called on
-    each, and must return the same on each.
+    Resumes from `context.restore()`. On return the matcher holds the weights of the best epoch. `validate` returns
+    metrics with the key `mrr`; with several workers it is called on each, and must return the same on each.
 
     Args:
         stop_epoch: Pause there (a rung of successive halving); the schedule still spans `config.epochs`.
@@ -55,8 +54,6 @@ def train(
         Left: This worker was told to leave, and has saved.
     """
     matcher.to(context.device)
-    if not any(parameter.requires_grad for parameter in matcher.parameters()):
-        return TrainResult([dict(validate(matcher))], 0)  # zero-shot
     total_steps = config.epochs * source.num_steps()
     loop = Loop(
         MatcherObjective(matcher, config),

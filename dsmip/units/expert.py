@@ -15,11 +15,11 @@ from dsmip.config import BackboneConfig, Frozen
 from dsmip.data.collate import ItemBatch, Modality
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side, feature_sizes
-from dsmip.encoders.clip import Backbone, TowerName, Tuning, padded_with_end
+from dsmip.encoders.clip import Backbone, TowerName, Tuning
 from dsmip.encoders.towers.base import TokenFeatures
 from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.ops.losses import contrastive_loss
-from dsmip.units.matcher import BatchGold, Matcher, Scores
+from dsmip.units.matcher import BatchGold, Scores, TowerMatcher
 from dsmip.units.unit_scorer import UnitScorer
 
 ExpertName = Literal["text", "visual", "multimodal"]
@@ -84,11 +84,10 @@ class ExpertEncoder(nn.Module):
         if self.mask_padding:
             return self.backbone.encode_text(batch.token_ids, batch.token_mask, prompts)
         length = self.backbone.context_length - prompts.num_prompts
-        padded = padded_with_end(batch.token_ids, batch.token_mask, length)
-        return self.backbone.encode_text(*padded, prompts, hide_padding=True)
+        return self.backbone.encode_padded_text(batch.token_ids, batch.token_mask, length, prompts)
 
 
-class Expert(Matcher):
+class Expert(TowerMatcher[ExpertEncoder]):
     """One of the three experts.
 
     Its score is the mean of its units' (eqs. 9, 10, 14); the loss is in-batch contrastive (eq. 17).
@@ -159,16 +158,5 @@ class Expert(Matcher):
         scores = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features))
         return contrastive_loss(scores.total_ME, gold.column_M, gold.same_ME)
 
-    def encoder_trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self._encoder().parameters())
-
-    def encoder_state(self) -> Mapping[str, Tensor]:
-        return self._encoder().state_dict()
-
     def image_token_columns(self) -> Sequence[str]:
         return ("image_tokens",) if "image" in self._encoder().modalities else ()
-
-    def _encoder(self) -> ExpertEncoder:
-        if self.encoder is None:
-            raise RuntimeError("this expert was built without towers: it scores cached features only")
-        return self.encoder

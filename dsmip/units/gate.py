@@ -17,6 +17,7 @@ from dsmip.config import BackboneConfig, Frozen
 from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
+from dsmip.encoders.architecture import resolve_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_features import DTypeName, ImageFeatures, Weights, find_features, network_hash
 from dsmip.encoders.image_networks import ClipImage, Kind, NetworkChoice, find_network
@@ -108,8 +109,8 @@ def stored_images(
     Raises:
         UserError: Weights cannot be loaded, or the features are damaged.
     """
-    size = Backbone.build(backbone.architecture, None, device="meta").image_size
-    found = list(find_features(dataset, config.picture, size, dtype))
+    network = resolve_architecture(backbone.architecture)
+    found = list(find_features(dataset, config.picture, network.image_size, network.pixels, dtype))
     if not found:
         return None
     is_wanted = _same_weights(config, backbone)

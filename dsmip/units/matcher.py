@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from dsmip.data.table import Table
 from dsmip.encoders.base import Side
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
+
+Encoder = TypeVar("Encoder", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,27 @@ class Matcher(nn.Module, ABC):
     def image_token_columns(self) -> Sequence[str]:
         """Ragged columns of its features that depend on the picture alone: stored once for all items without one."""
         return ()
+
+
+class TowerMatcher(Matcher, Generic[Encoder]):
+    """A matcher with towers of its own.
+
+    Attributes:
+        encoder: The towers; None: it was built without them and scores cached features.
+    """
+
+    encoder: Encoder | None
+
+    def encoder_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self._encoder().parameters())
+
+    def encoder_state(self) -> Mapping[str, Tensor]:
+        return self._encoder().state_dict()
+
+    def _encoder(self) -> Encoder:
+        if self.encoder is None:
+            raise RuntimeError("this matcher was built without towers: it scores cached features only")
+        return self.encoder
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

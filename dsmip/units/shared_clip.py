@@ -17,12 +17,12 @@ from dsmip.config import BackboneConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side
-from dsmip.encoders.clip import Backbone, Tuning, padded_with_end
+from dsmip.encoders.clip import Backbone, Tuning
 from dsmip.encoders.formats.hugging_face_clip import open_clip_names
 from dsmip.encoders.weights import check_fit, load_weights
 from dsmip.errors import UserError
 from dsmip.ops.losses import contrastive_loss
-from dsmip.units.matcher import BatchGold, Matcher, Scores
+from dsmip.units.matcher import BatchGold, Scores, TowerMatcher
 from dsmip.units.unit_scorer import UnitScorer
 
 PUBLISHED_NORMS: Mapping[str, str] = {
@@ -64,8 +64,7 @@ class SharedClipEncoder(nn.Module):
         Raises:
             ValueError: a text of more than `num_tokens` tokens.
         """
-        padded = padded_with_end(batch.token_ids, batch.token_mask, self.num_tokens)
-        text = self.backbone.encode_text(*padded, hide_padding=True)
+        text = self.backbone.encode_padded_text(batch.token_ids, batch.token_mask, self.num_tokens)
         image = self.backbone.encode_image(self.backbone.normalise(batch.images, batch.has_image))
         return Table(
             {
@@ -77,7 +76,7 @@ class SharedClipEncoder(nn.Module):
         )
 
 
-class SharedClipMatcher(Matcher):
+class SharedClipMatcher(TowerMatcher[SharedClipEncoder]):
     """Matching units over one encoder; without an encoder it scores cached features.
 
     Attributes:
@@ -128,12 +127,6 @@ class SharedClipMatcher(Matcher):
             loss = loss + contrastive_loss(unit_ME, gold.column_M, gold.same_ME)
         return loss
 
-    def encoder_trains(self) -> bool:
-        return any(parameter.requires_grad for parameter in self._encoder().parameters())
-
-    def encoder_state(self) -> Mapping[str, Tensor]:
-        return self._encoder().state_dict()
-
     def image_token_columns(self) -> Sequence[str]:
         return ("image_tokens",)
 
@@ -163,8 +156,3 @@ class SharedClipMatcher(Matcher):
         starts = {**self.published_units, **PUBLISHED_NORMS}
         start = next(start for start in starts if name.startswith(start))
         return starts[start] + name.removeprefix(start)
-
-    def _encoder(self) -> SharedClipEncoder:
-        if self.encoder is None:
-            raise RuntimeError("this matcher was built without towers: it scores cached features only")
-        return self.encoder

@@ -20,9 +20,11 @@ import ray.data
 
 from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
+from dsmip.data.images import CLIP_PIXELS, PixelForm
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.data.table_writer import TableWriter
+from dsmip.encoders.architecture import resolve_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.feature_cache import BATCH_SIZE
 from dsmip.encoders.image_features import (
@@ -67,11 +69,13 @@ class FeatureRequest:
 
     Attributes:
         size: Side that pictures are fitted to before the network, as a run's gate does it.
+        form: How they are fitted.
     """
 
     choice: NetworkChoice
     size: int
     dtype: DTypeName
+    form: PixelForm = CLIP_PIXELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +109,24 @@ def feature_request(
     network = find_network(kind)
     if network.of_backbone:
         return _of_backbone(kind, config, overrides, weights, random_seed)
-    size, named = network.side, GateConfig().vgg_weights
+    size, form, named = network.side, CLIP_PIXELS, GateConfig().vgg_weights
     dtype: DTypeName = "float32"
     if config is not None:
         settings = job_config(config, overrides)
-        size, dtype = _image_size(settings.backbone.architecture), settings.cache_dtype
+        of_run, dtype = resolve_architecture(settings.backbone.architecture), settings.cache_dtype
+        size, form = of_run.image_size, of_run.pixels
         if isinstance(settings.system, DsmipConfig):
             named = settings.system.gate.vgg_weights
     elif overrides:
         raise UserError("--set changes a configuration: name one by --config")
     if random_seed is not None:
-        return FeatureRequest(NetworkChoice(kind, None, seed=random_seed), size, dtype)
+        return FeatureRequest(NetworkChoice(kind, None, seed=random_seed), size, dtype, form)
     named = weights or named
     if named.startswith(BY_HASH):
         raise UserError(
             f"the configuration names the weights of {network.title} by their hash ({named}); say where by --weights"
         )
-    return FeatureRequest(NetworkChoice(kind, _absolute(named)), size, dtype)
+    return FeatureRequest(NetworkChoice(kind, _absolute(named)), size, dtype, form)
 
 
 def _of_backbone(
@@ -143,11 +148,7 @@ def _of_backbone(
     architecture = _absolute(backbone.architecture)
     choice = NetworkChoice(kind, backbone.pretrained, architecture, random_seed or 0)
     size = Backbone.checked(architecture, backbone.pretrained).image_size
-    return FeatureRequest(choice, size, settings.cache_dtype)
-
-
-def _image_size(architecture: str) -> int:
-    return Backbone.build(architecture, None, device="meta").image_size
+    return FeatureRequest(choice, size, settings.cache_dtype, resolve_architecture(architecture).pixels)
 
 
 def _absolute(name: str) -> str:
@@ -215,7 +216,9 @@ def _origin(dataset: Dataset, request: FeatureRequest) -> Origin:
     return Origin(
         kind=choice.kind,
         weights=Weights(name=choice.weights_name, sha256=network_hash(described)),
-        pixels=Pixels(size=request.size, side=described.side, mean=described.mean, std=described.std),
+        pixels=Pixels(
+            size=request.size, side=described.side, mean=described.mean, std=described.std, form=request.form
+        ),
         dtype=request.dtype,
         data=Data(name=dataset.manifest.name, sha256=dataset.manifest_hash),
     )
@@ -284,7 +287,7 @@ class _Encoder:
         StepEvents(NAME, 1, events)
         self._request, self._device = plan.request, worker_device()
         self._dataset = Dataset.open(plan.data)
-        self._images = ImageCollator(plan.request.size)
+        self._images = ImageCollator(plan.request.size, plan.request.form)
         self._network: ImageNetwork = plan.request.choice.build(self._device)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:

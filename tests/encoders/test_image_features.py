@@ -15,6 +15,7 @@ from torchvision.models.vgg import VGG, make_layers
 from dsmip.config import ExperimentConfig, validated
 from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
+from dsmip.data.images import CLIP_PIXELS, PixelForm
 from dsmip.data.manifest import KB
 from dsmip.encoders.feature_cache import load_features
 from dsmip.encoders.image_features import (
@@ -37,11 +38,12 @@ from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, plan_files
 from dsmip.models.dsmip import GATE
 from dsmip.parallel import map_alone
-from dsmip.runs.load_config import parse_config
+from dsmip.runs.load_config import changed, parse_config, to_yaml
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
 from dsmip.training.stages import CPU
 from dsmip.units.gate import GateConfig, stored_images
+from ray_jobs.jobs.features import feature_request
 
 
 @pytest.fixture
@@ -51,21 +53,28 @@ def dataset(small_data: Dataset, tmp_path: Path) -> Dataset:
     return Dataset.open(tmp_path / "data")
 
 
-def store(dataset: Dataset, choice: NetworkChoice, size: int = 16, dtype: DTypeName = "float32") -> ImageFeatures:
+def store(
+    dataset: Dataset,
+    choice: NetworkChoice,
+    size: int = 16,
+    dtype: DTypeName = "float32",
+    form: PixelForm = CLIP_PIXELS,
+) -> ImageFeatures:
     """Features in one go, without the job."""
     network = choice.build()
     described = network.identity()
     origin = Origin(
         kind=choice.kind,
         weights=Weights(name=choice.weights_name, sha256=network_hash(described)),
-        pixels=Pixels(size=size, side=described.side, mean=described.mean, std=described.std),
+        pixels=Pixels(size=size, side=described.side, mean=described.mean, std=described.std, form=form),
         dtype=dtype,
         data=Data(name=dataset.manifest.name, sha256=dataset.manifest_hash),
     )
     name = features_name(origin)
     for split in KB_AND_SPLITS:
         rows = range(dataset.num_entities if split == KB else dataset.num_mentions(split))
-        encode = partial(image_rows, network, dataset, split, collator=ImageCollator(size), dtype=dtype, device=CPU)
+        images = ImageCollator(size, form)
+        encode = partial(image_rows, network, dataset, split, collator=images, dtype=dtype, device=CPU)
         for table in map_alone(encode, [rows], CPU):
             table.save(dataset.folder / features_file(name, split))
     return write_manifest(dataset.own, origin)
@@ -96,6 +105,28 @@ def test_the_gate_reads_what_it_would_compute(
     assert PartFeatures(Run.open(tmp_path / "reading"), GATE, config).beside == stored.folder
     for name, column in expected.items():
         assert column.dtype == getattr(torch, cache_dtype)
+        assert torch.equal(found[name], column), name
+
+
+def test_the_gate_reads_pictures_that_were_fitted_as_its_backbone_wants(
+    small_config: ExperimentConfig, narrow_backbone: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Cropped ones of the same network are others, and are not taken for squashed ones."""
+    form = PixelForm(resize="squash", filter="bilinear")
+    path = tmp_path / "squashed.json"
+    stated = {"resize_mode": "squash", "interpolation": "bilinear"}
+    path.write_text(json.dumps({"model_cfg": json.loads(narrow_backbone.read_text()), "preprocess_cfg": stated}))
+    config = changed(small_config, {"backbone": {"architecture": str(path)}})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    request = feature_request("clip", str(tmp_path / "config.yaml"), (), None, 0)
+    assert (request.size, request.form) == (16, form)
+    expected = gate_features(Run.create(tmp_path / "computing", config, dataset))
+    store(dataset, request.choice)  # cropped
+    assert stored_images(GateConfig(picture="clip"), config.backbone, dataset, "float32") is None
+    squashed = store(dataset, request.choice, form=form)
+    assert stored_images(GateConfig(picture="clip"), config.backbone, dataset, "float32") == squashed
+    found = gate_features(Run.create(tmp_path / "reading", config, dataset))
+    for name, column in expected.items():
         assert torch.equal(found[name], column), name
 
 
@@ -185,8 +216,8 @@ def test_what_features_depend_on_is_in_their_key(
     for path in (heads, means):
         other = backbone.model_copy(update={"architecture": str(path)})
         assert stored_images(gate, other, dataset, "float32") is None
-    changed = dataset.folder / "manifest.json"
-    changed.write_text(changed.read_text().replace('"name": "small"', '"name": "smaller"'))
+    manifest = dataset.folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"name": "small"', '"name": "smaller"'))
     assert stored_images(gate, backbone, Dataset.open(dataset.folder), "float32") is None
 
 

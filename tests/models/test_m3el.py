@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsmip.data.images import PixelForm
 from dsmip.data.table import Ragged, Table
 from dsmip.errors import UserError
 from dsmip.models.m3el import M3elConfig, M3elMatcher
@@ -99,7 +100,7 @@ def test_only_token_keys_let_the_pooled_branch_see_tokens(kind: type[OneWayMatch
 )
 def test_shipped_configurations_train_the_unit_that_ranks(name: str, cross: str) -> None:
     config = load_config(f"m3el_{name}")
-    assert config.system == M3elConfig(cross=cross)
+    assert config.system == M3elConfig(cross=cross, pixels=PixelForm(resize="squash", filter="lanczos"))
     train = config.train_of("m3el")
     assert (train.epochs, train.batch_size, train.learning_rate, train.weight_decay) == (20, 128, 1e-5, 1e-4)
     assert (train.validate_every, train.patience, config.seed) == (2, 6, 43)

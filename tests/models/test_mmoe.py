@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsmip.data.dataset import Dataset
+from dsmip.data.images import PixelForm
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import FeatureSizes
 from dsmip.encoders.clip import Backbone
@@ -136,7 +137,7 @@ def test_places_that_one_side_lacks_are_gated_by_its_pooled_vector() -> None:
 )
 def test_shipped_configurations_have_the_published_settings(name: str, top_k: int, rate: float) -> None:
     config = load_config(f"mmoe_{name}")
-    assert config.system == MmoeConfig(top_k=top_k)
+    assert config.system == MmoeConfig(top_k=top_k, pixels=PixelForm(resize="squash", filter="lanczos"))
     train = config.train_of("mmoe")
     assert (train.epochs, train.batch_size, train.learning_rate, train.weight_decay) == (20, 32, rate, 1e-4)
     assert (train.validate_every, train.patience, config.seed) == (2, 6, 43)

@@ -4,12 +4,11 @@ The two write the same network differently: query, key and value maps are three 
 applied from the other side.
 """
 
-import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from dsmip.encoders.formats.hugging_face_blocks import BLOCK, POSITION_NUMBERS, QUERY_KEY_VALUE, joined
 from dsmip.errors import UserError
 
 # Whole names, and (for weight and bias) modules.
@@ -37,10 +36,6 @@ _IN_BLOCK = {
 }
 _BLOCKS = {"text_model": "transformer.resblocks", "vision_model": "visual.transformer.resblocks"}
 _TRANSPOSED = ("text_projection.weight", "visual_projection.weight")
-_BLOCK = re.compile(r"(text_model|vision_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
-_QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-# Older versions saved the numbers 0, 1, 2 ... of the positions as well.
-_POSITION_NUMBERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 
 def open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -52,14 +47,14 @@ def open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     converted: dict[str, Tensor] = {}
     attention: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        block = _BLOCK.fullmatch(name)
-        if name in _POSITION_NUMBERS:
+        block = BLOCK.fullmatch(name)
+        if name in POSITION_NUMBERS:
             continue
         if name in _TENSORS:
             converted[_TENSORS[name]] = tensor.T if name in _TRANSPOSED else tensor
-        elif block and block[3] in _QUERY_KEY_VALUE:
-            joined = f"{_BLOCKS[block[1]]}.{block[2]}.attn.in_proj_{block[4]}"
-            attention.setdefault(joined, {})[block[3]] = tensor
+        elif block and block[3] in QUERY_KEY_VALUE:
+            together = f"{_BLOCKS[block[1]]}.{block[2]}.attn.in_proj_{block[4]}"
+            attention.setdefault(together, {})[block[3]] = tensor
         elif block and block[3] in _IN_BLOCK:
             converted[f"{_BLOCKS[block[1]]}.{block[2]}.{_IN_BLOCK[block[3]]}.{block[4]}"] = tensor
         elif name.rpartition(".")[0] in _NORMS:
@@ -67,8 +62,4 @@ def open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             converted[f"{_NORMS[module]}.{kind}"] = tensor
         else:
             raise UserError(f"{name} is not a tensor of a Hugging Face CLIPModel")
-    for joined, maps in attention.items():
-        if missing := [name for name in _QUERY_KEY_VALUE if name not in maps]:
-            raise UserError(f"weights have no {missing[0]} for {joined}")
-        converted[joined] = torch.cat([maps[name] for name in _QUERY_KEY_VALUE])
-    return converted
+    return converted | joined(attention)

@@ -6,9 +6,9 @@ Attention maps are three tensors or one, and the head that pools a picture split
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from dsmip.encoders.formats.hugging_face_blocks import BLOCK, POSITION_NUMBERS, QUERY_KEY_VALUE, joined
 from dsmip.errors import UserError
 
 _TEXT, _VISION, _POOL = "text.", "visual.trunk.", "visual.trunk.attn_pool."
@@ -45,10 +45,7 @@ _IN_BLOCK = {
     },
 }
 _JOINED = {"text_model": "attn.in_proj_", "vision_model": "attn.qkv."}
-_QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_BLOCK = re.compile(r"(text_model|vision_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 _POOL_MAP = re.compile(r"vision_model\.head\.attention\.in_proj_(weight|bias)")
-_POSITION_NUMBERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 
 def open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -61,7 +58,7 @@ def open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     attention: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
-        if name in _POSITION_NUMBERS:
+        if name in POSITION_NUMBERS:
             continue
         if name in ("logit_scale", "logit_bias"):
             converted[name] = tensor.reshape(())
@@ -72,17 +69,13 @@ def open_clip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif found := _POOL_MAP.fullmatch(name):
             width = len(tensor) // 3
             converted[f"{_POOL}q.{found[1]}"], converted[f"{_POOL}kv.{found[1]}"] = tensor[:width], tensor[width:]
-        elif (block := _BLOCK.fullmatch(name)) and block[3] in _QUERY_KEY_VALUE:
-            joined = f"{_BLOCKS[block[1]]}.{block[2]}.{_JOINED[block[1]]}{block[4]}"
-            attention.setdefault(joined, {})[block[3]] = tensor
+        elif (block := BLOCK.fullmatch(name)) and block[3] in QUERY_KEY_VALUE:
+            together = f"{_BLOCKS[block[1]]}.{block[2]}.{_JOINED[block[1]]}{block[4]}"
+            attention.setdefault(together, {})[block[3]] = tensor
         elif block and block[3] in _IN_BLOCK[block[1]]:
             converted[f"{_BLOCKS[block[1]]}.{block[2]}.{_IN_BLOCK[block[1]][block[3]]}.{block[4]}"] = tensor
         elif module in _MODULES:
             converted[f"{_MODULES[module]}.{kind}"] = tensor
         else:
             raise UserError(f"{name} is not a tensor of a Hugging Face SiglipModel")
-    for joined, maps in attention.items():
-        if missing := [name for name in _QUERY_KEY_VALUE if name not in maps]:
-            raise UserError(f"weights have no {missing[0]} for {joined}")
-        converted[joined] = torch.cat([maps[name] for name in _QUERY_KEY_VALUE])
-    return converted
+    return converted | joined(attention)

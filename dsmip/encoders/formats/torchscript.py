@@ -17,7 +17,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from dsmip.errors import UserError
+from dsmip.errors import UserError, first_line
 
 _CONSTANTS = "/constants.pkl"  # only a TorchScript archive has it
 _MAX_OBJECTS, _MAX_DEPTH = 200_000, 100
@@ -91,8 +91,7 @@ def read_archive(path: Path) -> Archive:
                 module = unpickler.load()
             named = dict(_tensors(module))
     except _FAULTS as error:
-        first = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"weights file {path}, a TorchScript archive, cannot be read: {first}") from None
+        raise UserError(f"weights file {path}, a TorchScript archive, cannot be read: {first_line(error)}") from None
     tensors = {name: tensor for name, tensor in named.items() if name.rpartition(".")[2] != "attn_mask"}
     return Archive(tensors, frozenset(unpickler.classes))
 

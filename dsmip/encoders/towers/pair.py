@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dsmip.errors import UserError
+from dsmip.errors import UserError, first_line
 from dsmip.storage.parsing import parse_json
 from dsmip.tower_pair import TowerPair
 
@@ -95,7 +95,7 @@ def _fetched(name: str, file: str, *, needed: bool) -> str | None:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"backbone.text hf:{name} cannot be had ({_first_line(error)}); without internet give a folder"
+            f"backbone.text hf:{name} cannot be had ({first_line(error)}); without internet give a folder"
         ) from None
     return path
 
@@ -113,7 +113,7 @@ def _vision_tower(name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         known = timm.list_models()
         near = difflib.get_close_matches(name.partition(".")[0], known, n=3, cutoff=0.4)
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise UserError(f"backbone.vision timm:{name}: {_first_line(error)}{hint}") from None
+        raise UserError(f"backbone.vision timm:{name}: {first_line(error)}{hint}") from None
     if getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features:
         raise UserError(f"backbone.vision timm:{name} pools to another width than its features have; take another one")
     library: Any = data_config
@@ -130,7 +130,3 @@ def _vision_tower(name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         "crop_pct": stated["crop_pct"],
     }
     return vision, preprocess
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -20,21 +20,8 @@ from data_prep.inspection.presentation.page import write_page
 from data_prep.inspection.report import Inspection, inspect_dataset
 from dsmip.data.dataset import Dataset
 from ray_jobs import cli
-from tests.support.planted import noise, planted_release
+from tests.support.planted import noise
 from tests.support.small_release import image_bytes, write_release
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("planted")
-    prepare(MimicRelease(planted_release(folder / "release")), folder / "data", DatasetOptions(name="planted"))
-    return Dataset.open(folder / "data")
-
-
-@pytest.fixture(scope="module")
-def found(data: Dataset) -> Inspection:
-    return inspect_dataset(data)
-
 
 # counts in train, validation, test; None: not asked
 MENTIONS = {

@@ -7,35 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.build.build import prepare
-from data_prep.build.plan import DatasetOptions
-from data_prep.formats.mimic import MimicRelease
 from data_prep.inspection.batches import SameGold
 from data_prep.inspection.checks import Count, Row
 from data_prep.inspection.findings import VERDICTS, Finding, Verdict, findings_of, touched, verdict
 from data_prep.inspection.meanings import OF_ENTITIES, OF_MENTIONS, OF_REASONS, Kind, Meaning, meaning_of
 from data_prep.inspection.presentation.page import write_page
 from data_prep.inspection.presentation.tables import figure_tables
-from data_prep.inspection.report import Inspection, inspect_dataset
+from data_prep.inspection.report import Inspection
 from dsmip.data.dataset import Dataset
 from ray_jobs.jobs.inspect_data import inspect_data
 from tests.support.paths import ROOT
-from tests.support.planted import planted_release
 
 NO_PAIRS = SameGold(128, 4, 0.0, 0, 0, 0.0)
 MARKUP = "<b onclick='x'>&\"</b>"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("planted")
-    prepare(MimicRelease(planted_release(folder / "release")), folder / "data", DatasetOptions(name="planted"))
-    return Dataset.open(folder / "data")
-
-
-@pytest.fixture(scope="module")
-def found(data: Dataset) -> Inspection:
-    return inspect_dataset(data)
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,16 @@ def test_pooled_features_are_the_librarys_own(backbone: Backbone, texts: tuple[T
 
 
 @torch.no_grad()
+def test_every_place_of_a_text_has_features_and_padding_that_is_read_stays(
+    backbone: Backbone, texts: tuple[Tensor, Tensor]
+) -> None:
+    ids, mask = texts
+    padded = backbone.encode_padded_text(ids, mask, backbone.context_length)
+    assert padded.tokens.shape[1] == padded.mask.shape[1] == backbone.context_length
+    torch.testing.assert_close(padded.pooled, backbone.encode_text(ids, mask).pooled, **ALIKE)
+
+
+@torch.no_grad()
 def test_a_text_does_not_depend_on_the_others(backbone: Backbone, texts: tuple[Tensor, Tensor]) -> None:
     ids, mask = texts
     together = backbone.encode_text(ids, mask)

@@ -14,6 +14,7 @@ from data_prep.build.plan import DatasetOptions
 from data_prep.build.publish import upload_dataset
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset
+from dsmip.data.images import CLIP_PIXELS
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.image_features import KB_AND_SPLITS, find_features
@@ -171,7 +172,7 @@ def test_picture_features_lie_beside_the_shards(
     code, said, wrong = dsmip("features", bucket, *options, *setting)
     assert code == 0, wrong
     assert f"{bucket}/features/clip-" in said
-    (found,) = find_features(Dataset.open(bucket), "clip", 16, "float32")
+    (found,) = find_features(Dataset.open(bucket), "clip", 16, CLIP_PIXELS, "float32")
     names = {Path(name).name for name in stored(f"{bucket}/features")}
     assert names == {"manifest.json", *(f"{part}.safetensors" for part in KB_AND_SPLITS)}
     kb = Table.load(found.file(KB)).dense("picture").clone()
