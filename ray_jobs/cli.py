@@ -1,7 +1,7 @@
 """The command `dsmip`. Ray and torch are imported inside the commands that need them: help and errors are quick."""
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -9,24 +9,22 @@ from typing import Annotated
 import typer
 
 from dsmip.config import BackendName, PrecisionName, RankOptions
-from dsmip.data.manifest import REJECTS_FILE, SPLITS
 from dsmip.errors import ReportedError, UserError, no_room, no_room_message
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
-from ray_jobs.options import (
+from ray_jobs.commands import data as data_commands
+from ray_jobs.commands.options import (
     ConfigOption,
     DataArgument,
     DataOption,
     DeviceName,
-    EntityText,
     JsonOption,
-    MentionText,
     MovedDataOption,
     RunArgument,
     RunOption,
     SetOption,
     VerboseOption,
 )
-from ray_jobs.terminal.lines import complain, open_streams, say
+from ray_jobs.terminal.lines import complain, open_streams
 
 app = typer.Typer(
     name="dsmip",
@@ -37,108 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# What a demo draws itself, and all that a view has.
-_NOT_OF_DEMOS = frozenset({"entity_text", "mention_text", "kb", "split", "image_size", "seed"})
-_OF_VIEWS = frozenset({"source", "out", "train_fraction", "seed"})
-
-
-@app.command()
-def prepare(
-    context: typer.Context,
-    source: Annotated[str, typer.Argument(help="Release folder; dataset directory; for demo: a seed or a YAML.")],
-    out: Annotated[str, typer.Argument(help="Dataset directory to make, or its URI in an object store.")],
-    format: Annotated[
-        str | None, typer.Option("--format", help="A layout's name, such as mimic, or demo (default: as found).")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the data set (default: the folder's).")] = None,
-    licence: Annotated[str, typer.Option(help="Its licence, for the manifest.")] = "unknown",
-    entity_text: Annotated[EntityText, typer.Option(help="Field that entities' attributes are read from.")] = "attr",
-    mention_text: Annotated[MentionText, typer.Option(help="What mentions' sentences are made of.")] = "sentence",
-    kb: Annotated[Path | None, typer.Option(help="Knowledge base, for layouts that come without one.")] = None,
-    split: Annotated[str | None, typer.Option(help="Percentages, as 70/10/20, for layouts without splits.")] = None,
-    image_size: Annotated[int, typer.Option(min=16, help="Shorter side that pictures are shrunk to.")] = 224,
-    keep_original: Annotated[bool, typer.Option("--keep-original", help="Store JPEGs as they are.")] = False,
-    shard_size: Annotated[str, typer.Option(help="About the size of the kb's shards.")] = "256MB",
-    train_fraction: Annotated[
-        float | None, typer.Option(help="Of a dataset directory: a view that keeps this share of training mentions.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Orders training mentions; draws --split, --train-fraction.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, or Ray tasks at a time.")] = 1,
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Work on the Ray cluster of RAY_ADDRESS, or on a local one.")
-    ] = False,
-) -> None:
-    """Makes a dataset directory from a raw release. Run again after an interruption it goes on where it was."""
-    from data_prep.formats.registry import open_release
-    from ray_jobs.jobs import prepare as job
-    from ray_jobs.terminal.display import Display
-
-    if train_fraction is not None:
-        _refuse_given(context, {*context.params} - _OF_VIEWS, "a view (--train-fraction) has no such choice")
-        view = job.prepare_view(source, out, train_fraction, seed)
-        say(f"{out}: a view of {source} with {view.num_mentions('train')} training mentions; its shards stay there")
-        return
-    options = job.BuildOptions(
-        name=name,
-        licence=licence,
-        images=job.image_settings(image_size, keep_original=keep_original),
-        shard_bytes=job.parse_size(shard_size),
-        seed=seed,
-        workers=workers,
-        on_ray=ray,
-    )
-    if format == "demo":
-        _refuse_given(context, _NOT_OF_DEMOS, "a demo has what SOURCE says: a seed, or a YAML file")
-        world = job.demo_config(source)
-        with Display() as display:
-            manifest = job.prepare_demo(world, out, options, display)
-    else:
-        chosen = job.release_options(entity_text, mention_text, kb, split, seed)
-        release = open_release(Path(source), format, chosen, say)
-        with Display() as display:
-            manifest = job.prepare_release(release, out, options, display, display.say)
-    rejects = f"{out.rstrip('/')}/{REJECTS_FILE}"
-    mentions = ", ".join(f"{split} {manifest.splits[split].mentions}" for split in SPLITS)
-    touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
-    counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())
-    say(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {rejects})")
-
-
-def _refuse_given(context: typer.Context, names: Collection[str], why: str) -> None:
-    """Refuses these parameters where they were given on the command line; `why` says what is wrong with that."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
-            raise UserError(f"{parameter.opts[0]}: {why}; leave it out")
-
-
-@app.command()
-def inspect(
-    data: DataArgument,
-    html: Annotated[
-        Path | None, typer.Option("--html", dir_okay=False, help="Also write a page with samples and examples.")
-    ] = None,
-    json_file: JsonOption = None,
-    images: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Compare pictures.")] = True,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
-) -> None:
-    """Shows what a dataset holds and its flaws: coverage, ambiguity, duplicates, and what its splits share."""
-    from ray_jobs.jobs.inspect_data import inspect_data
-
-    inspect_data(data, html=html, json_file=json_file, images=images, workers=workers)
-
-
-@app.command()
-def verify(
-    data: DataArgument,
-    json_file: JsonOption = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
-) -> None:
-    """Reads every file of a dataset and checks it against the manifest; exit code 1 when something is wrong."""
-    from ray_jobs.jobs.verify import verify_data
-
-    if not verify_data(data, json_file=json_file, workers=workers).ok:
-        raise typer.Exit(1)
+for _command in (data_commands.prepare, data_commands.inspect, data_commands.verify):
+    app.command()(_command)
 
 
 @app.command()
@@ -193,8 +91,8 @@ def tune(
     """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
     from dsmip.runs.load_config import overridden
     from dsmip.runs.run import CONFIG
-    from ray_jobs.jobs.status import open_run
     from ray_jobs.jobs.tune_gate import tune_gate
+    from ray_jobs.local_jobs.status import open_run
     from ray_jobs.terminal.display import Display
 
     opened = open_run(run, data)
@@ -288,7 +186,7 @@ def status(
     ] = False,
 ) -> None:
     """Says how far a run is and what to do next, from its files alone; also while it is being trained."""
-    from ray_jobs.jobs.status import show_status
+    from ray_jobs.local_jobs.status import show_status
 
     if remember and not data:
         raise UserError("--remember: say by --data where the run's data lies now")
@@ -298,7 +196,7 @@ def status(
 @app.command()
 def clean(run: RunArgument) -> None:
     """Deletes what a run no longer needs: checkpoints of parts and trials that have finished."""
-    from ray_jobs.jobs.status import clean_run
+    from ray_jobs.local_jobs.status import clean_run
 
     clean_run(run)
 
@@ -314,7 +212,7 @@ def compare(
     json_file: JsonOption = None,
 ) -> None:
     """Says whether RUN2 differs from RUN1 by more than luck, from what 'dsmip evaluate' wrote of both."""
-    from ray_jobs.jobs.compare import compare_runs
+    from ray_jobs.local_jobs.compare import compare_runs
 
     compare_runs(run1, run2, split=split, model1=model1, model2=model2, seed=seed, json_file=json_file)
 

@@ -1,1 +1,1 @@
-"""Jobs: one file per command."""
+"""Jobs of commands that may work on Ray, one file each."""

@@ -16,7 +16,7 @@ from dsmip.evaluation.report import RANKS, Evaluated, evaluate_model, evaluation
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from dsmip.units.text_unit import check_backend
-from ray_jobs.jobs.status import open_run
+from ray_jobs.local_jobs.status import open_run
 from ray_jobs.terminal.display import Display
 from ray_jobs.terminal.lines import result_console, say
 

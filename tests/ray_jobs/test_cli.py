@@ -82,7 +82,7 @@ def test_a_store_that_is_away_is_one_line_and_no_mistake(
     def away(*arguments: object) -> None:
         raise StoreAway("s3://b/run: the store failed or cannot be reached")
 
-    monkeypatch.setattr("ray_jobs.jobs.status.read_status", away)
+    monkeypatch.setattr("ray_jobs.local_jobs.status.read_status", away)
     monkeypatch.setattr(sys, "argv", ["dsmip", "status", "s3://b/run"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

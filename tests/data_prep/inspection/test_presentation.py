@@ -15,7 +15,7 @@ from data_prep.inspection.presentation.page import write_page
 from data_prep.inspection.presentation.tables import figure_tables
 from data_prep.inspection.report import Inspection
 from dsmip.data.dataset import Dataset
-from ray_jobs.jobs.inspect_data import inspect_data
+from ray_jobs.local_jobs.inspect_data import inspect_data
 from tests.support.paths import ROOT
 
 NO_PAIRS = SameGold(128, 4, 0.0, 0, 0, 0.0)

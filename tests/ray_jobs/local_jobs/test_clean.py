@@ -9,7 +9,7 @@ import pytest
 
 from dsmip.errors import UserError
 from dsmip.runs.status import read_status
-from ray_jobs.jobs.status import clean_run, show_status
+from ray_jobs.local_jobs.status import clean_run, show_status
 from tests.support.old_run import unpack
 
 TRIALS = [f"tune/trials/{number}/checkpoints" for number in (0, 1)]

@@ -1,0 +1,112 @@
+"""Commands of data sets. Whatever needs torch is imported inside the functions: help and errors are quick."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsmip.data.manifest import REJECTS_FILE, SPLITS
+from dsmip.errors import UserError
+from ray_jobs.commands.options import DataArgument, EntityText, JsonOption, MentionText
+from ray_jobs.terminal.lines import say
+
+# What a demo draws itself, and all that a view has.
+_NOT_OF_DEMOS = frozenset({"entity_text", "mention_text", "kb", "split", "image_size", "seed"})
+_OF_VIEWS = frozenset({"source", "out", "train_fraction", "seed"})
+
+
+def prepare(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="Release folder; dataset directory; for demo: a seed or a YAML.")],
+    out: Annotated[str, typer.Argument(help="Dataset directory to make, or its URI in an object store.")],
+    format: Annotated[
+        str | None, typer.Option("--format", help="A layout's name, such as mimic, or demo (default: as found).")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the data set (default: the folder's).")] = None,
+    licence: Annotated[str, typer.Option(help="Its licence, for the manifest.")] = "unknown",
+    entity_text: Annotated[EntityText, typer.Option(help="Field that entities' attributes are read from.")] = "attr",
+    mention_text: Annotated[MentionText, typer.Option(help="What mentions' sentences are made of.")] = "sentence",
+    kb: Annotated[Path | None, typer.Option(help="Knowledge base, for layouts that come without one.")] = None,
+    split: Annotated[str | None, typer.Option(help="Percentages, as 70/10/20, for layouts without splits.")] = None,
+    image_size: Annotated[int, typer.Option(min=16, help="Shorter side that pictures are shrunk to.")] = 224,
+    keep_original: Annotated[bool, typer.Option("--keep-original", help="Store JPEGs as they are.")] = False,
+    shard_size: Annotated[str, typer.Option(help="About the size of the kb's shards.")] = "256MB",
+    train_fraction: Annotated[
+        float | None, typer.Option(help="Of a dataset directory: a view that keeps this share of training mentions.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Orders training mentions; draws --split, --train-fraction.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, or Ray tasks at a time.")] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Work on the Ray cluster of RAY_ADDRESS, or on a local one.")
+    ] = False,
+) -> None:
+    """Makes a dataset directory from a raw release. Run again after an interruption it goes on where it was."""
+    from data_prep.formats.registry import open_release
+    from ray_jobs.jobs import prepare as job
+    from ray_jobs.terminal.display import Display
+
+    if train_fraction is not None:
+        _refuse_given(context, {*context.params} - _OF_VIEWS, "a view (--train-fraction) has no such choice")
+        view = job.prepare_view(source, out, train_fraction, seed)
+        say(f"{out}: a view of {source} with {view.num_mentions('train')} training mentions; its shards stay there")
+        return
+    options = job.BuildOptions(
+        name=name,
+        licence=licence,
+        images=job.image_settings(image_size, keep_original=keep_original),
+        shard_bytes=job.parse_size(shard_size),
+        seed=seed,
+        workers=workers,
+        on_ray=ray,
+    )
+    if format == "demo":
+        _refuse_given(context, _NOT_OF_DEMOS, "a demo has what SOURCE says: a seed, or a YAML file")
+        world = job.demo_config(source)
+        with Display() as display:
+            manifest = job.prepare_demo(world, out, options, display)
+    else:
+        chosen = job.release_options(entity_text, mention_text, kb, split, seed)
+        release = open_release(Path(source), format, chosen, say)
+        with Display() as display:
+            manifest = job.prepare_release(release, out, options, display, display.say)
+    rejects = f"{out.rstrip('/')}/{REJECTS_FILE}"
+    mentions = ", ".join(f"{split} {manifest.splits[split].mentions}" for split in SPLITS)
+    touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
+    counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())
+    say(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {rejects})")
+
+
+def _refuse_given(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Refuses these parameters where they were given on the command line; `why` says what is wrong with that."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"{parameter.opts[0]}: {why}; leave it out")
+
+
+def inspect(
+    data: DataArgument,
+    html: Annotated[
+        Path | None, typer.Option("--html", dir_okay=False, help="Also write a page with samples and examples.")
+    ] = None,
+    json_file: JsonOption = None,
+    images: Annotated[bool, typer.Option("--pictures/--no-pictures", help="Compare pictures.")] = True,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
+) -> None:
+    """Shows what a dataset holds and its flaws: coverage, ambiguity, duplicates, and what its splits share."""
+    from ray_jobs.local_jobs.inspect_data import inspect_data
+
+    inspect_data(data, html=html, json_file=json_file, images=images, workers=workers)
+
+
+def verify(
+    data: DataArgument,
+    json_file: JsonOption = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that read shards.")] = 1,
+) -> None:
+    """Reads every file of a dataset and checks it against the manifest; exit code 1 when something is wrong."""
+    from ray_jobs.local_jobs.verify import verify_data
+
+    if not verify_data(data, json_file=json_file, workers=workers).ok:
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Tests: ray_jobs/local_jobs."""
