@@ -12,6 +12,7 @@ from dsmip.config import BackendName, PrecisionName, RankOptions
 from dsmip.errors import ReportedError, UserError, no_room, no_room_message
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
 from ray_jobs.commands import data as data_commands
+from ray_jobs.commands import systems as system_commands
 from ray_jobs.commands.options import (
     ConfigOption,
     DataArgument,
@@ -35,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for _command in (data_commands.prepare, data_commands.inspect, data_commands.verify):
+for _command in (data_commands.prepare, data_commands.inspect, data_commands.verify, system_commands.systems):
     app.command()(_command)
 
 

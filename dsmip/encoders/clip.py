@@ -71,13 +71,14 @@ class Backbone(nn.Module):
 
     @staticmethod
     def build(
-        architecture: str, pretrained: str | None, *, device: torch.device | str = "cpu", seed: int = 0
+        architecture: str, pretrained: str | None, *, device: torch.device | str | None = None, seed: int = 0
     ) -> "Backbone":
         """Builds the network and loads its weights; it starts frozen and in eval mode.
 
         Args:
             architecture: open_clip name, name of a shipped JSON, or path of a JSON (see `resolve_architecture`).
             pretrained: see `dsmip.encoders.weights.locate_weights`; None: random weights, of a pair the towers' own.
+            device: where it goes (None: torch's default device); on meta no weights are read.
             seed: of the random weights; the same seed gives the same weights.
 
         Raises:
@@ -87,7 +88,8 @@ class Backbone(nn.Module):
         weights = locate_weights(network, pretrained) if pretrained is not None else None
         mean = (weights and weights.mean) or network.mean
         std = (weights and weights.std) or network.std
-        on_meta = torch.device(device).type == "meta"
+        device = torch.get_default_device() if device is None else torch.device(device)
+        on_meta = device.type == "meta"
         with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
             torch.default_generator.manual_seed(seed)
             backbone = Backbone(build_network(network), network, mean, std)

@@ -20,9 +20,15 @@ class System(ABC):
 
     `part_names` are trained in stage one, each a `Matcher` of its own. `build_whole` scores from cached features of
     `feature_parts`, whose columns carry the part's name as prefix. `gated` systems have a stage two.
+
+    Attributes:
+        paper: Who published it, where and when.
+        published_config: The shipped configuration with its published settings, of WikiMEL.
     """
 
     name: ClassVar[str]
+    paper: ClassVar[str]
+    published_config: ClassVar[str]
     config_class: ClassVar[type[Frozen]]
     gated: ClassVar[bool]
 

@@ -106,6 +106,8 @@ class Clip(OnePartSystem):
     """How CLIP is built: one part, which is the whole system."""
 
     name: ClassVar[str] = "clip"
+    paper: ClassVar[str] = "Radford et al., ICML 2021"
+    published_config: ClassVar[str] = "clip_wikimel"
     config_class: ClassVar[type[Frozen]] = ClipConfig
 
     @classmethod

@@ -201,6 +201,8 @@ class Dsmip(System):
     """How DSMIP is built: parts text, visual, multimodal, then the gate."""
 
     name: ClassVar[str] = "dsmip"
+    paper: ClassVar[str] = "Ma et al., TKDE 2025"
+    published_config: ClassVar[str] = "wikimel"
     config_class: ClassVar[type[Frozen]] = DsmipConfig
     gated: ClassVar[bool] = True
 

@@ -117,6 +117,8 @@ class M3el(OnePartSystem):
     """How M3EL is built: one part, which is the whole system."""
 
     name: ClassVar[str] = "m3el"
+    paper: ClassVar[str] = "Hu et al., KDD 2025"
+    published_config: ClassVar[str] = "m3el_wikimel"
     config_class: ClassVar[type[Frozen]] = M3elConfig
 
     @classmethod

@@ -54,6 +54,8 @@ class Mimic(OnePartSystem):
     """How MIMIC is built: one part, which is the whole system."""
 
     name: ClassVar[str] = "mimic"
+    paper: ClassVar[str] = "Luo et al., KDD 2023"
+    published_config: ClassVar[str] = "mimic_wikimel"
     config_class: ClassVar[type[Frozen]] = MimicConfig
 
     @classmethod

@@ -91,6 +91,8 @@ class Mmoe(OnePartSystem):
     """How MMoE is built: one part, which is the whole system."""
 
     name: ClassVar[str] = "mmoe"
+    paper: ClassVar[str] = "Multi-level mixture of experts, 2025"
+    published_config: ClassVar[str] = "mmoe_wikimel"
     config_class: ClassVar[type[Frozen]] = MmoeConfig
 
     @classmethod
