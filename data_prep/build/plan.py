@@ -293,6 +293,12 @@ def _read_done(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def training_order(count: int, seed: int) -> list[int]:
+    """Which place in the release's order each of the training mentions in the shards has, counted among those kept."""
+    order: list[int] = permutation(count, "build", seed).tolist()
+    return order
+
+
 def _stage_kb(out: Path, entities: Iterable[RawEntity], options: DatasetOptions) -> list[PlannedShard]:
     """Shards of about `shard_bytes`, by what the images will take at most, more or less."""
     shards: list[PlannedShard] = []
@@ -333,7 +339,7 @@ def _stage_split(
             offsets.append(offset)
             offset += write_mention(stream, mention, row)
     is_train = split == "train"
-    order: Sequence[int] = permutation(len(offsets), "build", seed).tolist() if is_train else range(len(offsets))
+    order: Sequence[int] = training_order(len(offsets), seed) if is_train else range(len(offsets))
     shards = []
     with spool.open("rb") as lines:
         for index, positions in enumerate(

@@ -3,9 +3,10 @@
 import os
 from pathlib import Path, PurePath
 
+from data_prep.build.plan import training_order
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import SplitCounts
-from dsmip.data.views import TRAIN, View, draw_rows, parse_view
+from dsmip.data.views import TRAIN, Take, View, draw_rows, parse_view
 from dsmip.errors import UserError
 from dsmip.storage.atomic import json_text, write_json
 from dsmip.storage.dataset_storage import MANIFEST_FILE
@@ -13,7 +14,7 @@ from dsmip.storage.locations import local_path
 from dsmip.storage.object_store import ObjectStore, is_uri
 
 
-def make_view(base: str | Path, out: str | Path, fraction: float, seed: int) -> Dataset:
+def make_view(base: str | Path, out: str | Path, fraction: float, seed: int, take: Take = "random") -> Dataset:
     """Makes a view and opens it; an equal one that is there already stays.
 
     Args:
@@ -21,6 +22,7 @@ def make_view(base: str | Path, out: str | Path, fraction: float, seed: int) -> 
         out: Where the view goes, a folder or a URI.
         fraction: The share of training mentions to keep.
         seed: Draws them; the view of a smaller share lies in that of a larger one.
+        take: `first`: none are drawn, but the first ones of the release are kept (`first_rows`).
 
     Raises:
         UserError: `base` is no dataset or itself a view, or lies in a folder though `out` does not, or `out` holds
@@ -29,7 +31,11 @@ def make_view(base: str | Path, out: str | Path, fraction: float, seed: int) -> 
     dataset = Dataset.open(base)
     if dataset.files != dataset.own:
         raise UserError(f"{base}: is a view itself; make the new one of the dataset that it is a view of")
-    rows = draw_rows(dataset.num_mentions(TRAIN), fraction, seed)
+    num_mentions = dataset.num_mentions(TRAIN)
+    if take == "first":
+        rows = first_rows(num_mentions, fraction, dataset.manifest.seed)
+    else:
+        rows = draw_rows(num_mentions, fraction, seed)
     kept = set(rows)
     images = [mention.image is not None for row, mention in enumerate(dataset.mentions(TRAIN)) if row in kept]
     folder = local_path(out)
@@ -37,7 +43,8 @@ def make_view(base: str | Path, out: str | Path, fraction: float, seed: int) -> 
         view_of=_relative_address(dataset.location, folder),
         base_sha256=dataset.manifest_hash,
         train_fraction=fraction,
-        seed=seed,
+        take=take,
+        seed=seed if take == "random" else None,
         train=SplitCounts(mentions=len(rows), with_image=sum(images)),
         train_keys=tuple(f"{TRAIN}-{row:08d}" for row in rows),
     )
@@ -46,6 +53,20 @@ def make_view(base: str | Path, out: str | Path, fraction: float, seed: int) -> 
     else:
         _write(view, folder)
     return Dataset.open(out)
+
+
+def first_rows(num_mentions: int, fraction: float, seed: int) -> list[int]:
+    """Positions, ascending, of the first int(fraction * num_mentions) in the release's order, at least one.
+
+    As papers take them that report on few mentions; mentions that preparation rejected do not count.
+
+    Args:
+        num_mentions: Of training.
+        fraction: The share to keep.
+        seed: What the dataset was prepared with: it ordered the mentions in the shards.
+    """
+    count = max(int(fraction * num_mentions), min(num_mentions, 1))
+    return [row for row, place in enumerate(training_order(num_mentions, seed)) if place < count]
 
 
 def _relative_address(location: str, out: Path | None) -> str:

@@ -3,7 +3,7 @@
 <view>/manifest.json names the dataset it is a view of, relative to its own folder, and the keys that are kept.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -14,6 +14,7 @@ from dsmip.storage.parsing import parse_json_object
 
 TRAIN = "train"
 _BASE = "view_of"
+Take = Literal["random", "first"]
 
 
 class View(Section):
@@ -22,13 +23,16 @@ class View(Section):
     Attributes:
         view_of: The dataset's folder, relative, or its URI in a store.
         base_sha256: Of the dataset's manifest.
+        take: Which training mentions are kept: `random` ones, drawn with `seed`, or the `first` of the release.
+        seed: None where nothing is drawn.
     """
 
     format: int = FORMAT
     view_of: str
     base_sha256: Digest
     train_fraction: Annotated[float, Field(gt=0, le=1)]
-    seed: int
+    take: Take = "random"
+    seed: int | None
     train: SplitCounts
     train_keys: tuple[str, ...]
 

@@ -8,12 +8,12 @@ import typer
 
 from dsmip.data.manifest import REJECTS_FILE, SPLITS
 from dsmip.errors import UserError
-from ray_jobs.commands.options import DataArgument, EntityText, JsonOption, MentionText
+from ray_jobs.commands.options import DataArgument, EntityText, JsonOption, MentionText, TakeName
 from ray_jobs.terminal.lines import say
 
 # What a demo draws itself, and all that a view has.
 _NOT_OF_DEMOS = frozenset({"entity_text", "mention_text", "kb", "split", "image_size", "seed"})
-_OF_VIEWS = frozenset({"source", "out", "train_fraction", "seed"})
+_OF_VIEWS = frozenset({"source", "out", "train_fraction", "take", "seed"})
 
 
 def prepare(
@@ -35,6 +35,9 @@ def prepare(
     train_fraction: Annotated[
         float | None, typer.Option(help="Of a dataset directory: a view that keeps this share of training mentions.")
     ] = None,
+    take: Annotated[
+        TakeName, typer.Option(help="Which mentions --train-fraction keeps: drawn, or the release's first (published).")
+    ] = "random",
     seed: Annotated[int, typer.Option(min=0, help="Orders training mentions; draws --split, --train-fraction.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes, or Ray tasks at a time.")] = 1,
     ray: Annotated[
@@ -48,9 +51,12 @@ def prepare(
 
     if train_fraction is not None:
         _refuse_given(context, {*context.params} - _OF_VIEWS, "a view (--train-fraction) has no such choice")
-        view = job.prepare_view(source, out, train_fraction, seed)
+        if take == "first":
+            _refuse_given(context, ["seed"], "--take first draws nothing")
+        view = job.prepare_view(source, out, train_fraction, seed, take)
         say(f"{out}: a view of {source} with {view.num_mentions('train')} training mentions; its shards stay there")
         return
+    _refuse_given(context, ["take"], "says which mentions a view keeps (--train-fraction)")
     options = job.BuildOptions(
         name=name,
         licence=licence,

@@ -26,6 +26,7 @@ from data_prep.formats.registry import layouts
 from data_prep.formats.release import Release, ReleaseOptions
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import REJECTS_FILE, SPLITS, ImageSettings, Manifest
+from dsmip.data.views import Take
 from dsmip.errors import UserError, refuse_secret
 from dsmip.private import lock_file
 from dsmip.progress import Progress
@@ -165,7 +166,7 @@ def _build(
         return prepare(release, out, dataset, run=run, progress=progress, warn=warn, published=published)
 
 
-def prepare_view(base: str, out: str, fraction: float, seed: int) -> Dataset:
+def prepare_view(base: str, out: str, fraction: float, seed: int, take: Take) -> Dataset:
     """Makes a view of a dataset.
 
     Raises:
@@ -178,7 +179,7 @@ def prepare_view(base: str, out: str, fraction: float, seed: int) -> Dataset:
         raise UserError(
             f"{base}: --train-fraction takes a dataset directory; prepare the release without it, then a view of that"
         )
-    return make_view(base, out, fraction, seed)
+    return make_view(base, out, fraction, seed, take)
 
 
 def _runner(options: BuildOptions) -> AbstractContextManager[Runner]:

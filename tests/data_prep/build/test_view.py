@@ -1,5 +1,6 @@
 """Views: some of the training mentions of a dataset directory, and everything else as it is there."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -79,11 +80,46 @@ def test_a_view_below_a_linked_folder_finds_its_data(base: Dataset, tmp_path: Pa
     assert _ids(Dataset.open(tmp_path / "deep/disk/half")) == _ids(view)
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.1, 6), (0.13, 7), (0.001, 1), (1.0, 60)])
+def test_the_first_mentions_of_the_release_are_kept_as_published(
+    base: Dataset, tmp_path: Path, share: float, count: int
+) -> None:
+    """File order and int(n * share), though the shards hold training mentions in another order."""
+    view = make_view(base.folder, tmp_path / "first", share, 0, "first")
+    assert set(_ids(view)) == {f"m{number}" for number in range(count)}
+    assert [name for name in _ids(base) if name in _ids(view)] == _ids(view)
+    stored = json.loads((view.folder / "manifest.json").read_text())
+    assert (stored["take"], stored["seed"], stored["train_fraction"]) == ("first", None, share)
+
+
+def test_the_first_mentions_do_not_depend_on_the_order_of_the_shards(base: Dataset, tmp_path: Path) -> None:
+    release, options = MimicRelease(tmp_path / "release"), DatasetOptions(name="plain", seed=7)
+    prepare(release, tmp_path / "other", options)
+    ids = [
+        _ids(make_view(data, tmp_path / f"of-{data.name}", 0.2, 0, "first"))
+        for data in (base.folder, tmp_path / "other")
+    ]
+    assert ids[0] != ids[1]
+    assert sorted(ids[0]) == sorted(ids[1])
+
+
+def test_a_view_of_an_older_version_opens(base: Dataset, tmp_path: Path) -> None:
+    view = make_view(base.folder, tmp_path / "half", 0.5, 0)
+    manifest = view.folder / "manifest.json"
+    stored = json.loads(manifest.read_text())
+    assert stored.pop("take") == "random"
+    manifest.write_text(json.dumps(stored))
+    assert _ids(Dataset.open(view.folder)) == _ids(view)
+    assert _ids(make_view(base.folder, view.folder, 0.5, 0)) == _ids(view)
+
+
 def test_what_cannot_be_a_view_is_refused(base: Dataset, tmp_path: Path) -> None:
     view = make_view(base.folder, tmp_path / "half", 0.5, 0)
     assert make_view(base.folder, tmp_path / "half", 0.5, 0).manifest_hash == view.manifest_hash
     with pytest.raises(UserError, match="is not empty and no such view"):
         make_view(base.folder, tmp_path / "half", 0.4, 0)
+    with pytest.raises(UserError, match="is not empty and no such view"):
+        make_view(base.folder, tmp_path / "half", 0.5, 0, "first")
     with pytest.raises(UserError, match="is not empty and no such view"):
         make_view(base.folder, tmp_path / "release", 0.5, 0)
     with pytest.raises(UserError, match="is a view itself"):
