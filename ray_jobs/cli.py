@@ -38,6 +38,7 @@ app = typer.Typer(
 
 for _command in (data_commands.prepare, data_commands.inspect, data_commands.verify, system_commands.systems):
     app.command()(_command)
+app.command("import")(system_commands.import_checkpoint)
 
 
 @app.command()

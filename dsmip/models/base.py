@@ -24,11 +24,13 @@ class System(ABC):
     Attributes:
         paper: Who published it, where and when.
         published_config: The shipped configuration with its published settings, of WikiMEL.
+        published_sign: How a name begins that only this system's released checkpoints have; empty: none are known.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     published_config: ClassVar[str]
+    published_sign: ClassVar[str] = ""
     config_class: ClassVar[type[Frozen]]
     gated: ClassVar[bool]
 

@@ -119,6 +119,7 @@ class M3el(OnePartSystem):
     name: ClassVar[str] = "m3el"
     paper: ClassVar[str] = "Hu et al., KDD 2025"
     published_config: ClassVar[str] = "m3el_wikimel"
+    published_sign: ClassVar[str] = "matcher.timm."
     config_class: ClassVar[type[Frozen]] = M3elConfig
 
     @classmethod

@@ -56,6 +56,7 @@ class Mimic(OnePartSystem):
     name: ClassVar[str] = "mimic"
     paper: ClassVar[str] = "Luo et al., KDD 2023"
     published_config: ClassVar[str] = "mimic_wikimel"
+    published_sign: ClassVar[str] = "matcher.tglu."
     config_class: ClassVar[type[Frozen]] = MimicConfig
 
     @classmethod

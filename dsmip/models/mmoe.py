@@ -93,6 +93,7 @@ class Mmoe(OnePartSystem):
     name: ClassVar[str] = "mmoe"
     paper: ClassVar[str] = "Multi-level mixture of experts, 2025"
     published_config: ClassVar[str] = "mmoe_wikimel"
+    published_sign: ClassVar[str] = "matcher.text_module."
     config_class: ClassVar[type[Frozen]] = MmoeConfig
 
     @classmethod
