@@ -284,9 +284,13 @@ def compile_towers(module: nn.Module) -> None:
     Raises:
         UserError: There is no compiler.
     """
-    compiler = shlex.split(os.environ.get("CXX", "g++"))[0]
+    given = os.environ.get("CXX", "g++")
+    try:
+        compiler = next(iter(shlex.split(given)), given)
+    except ValueError:  # no words of a shell
+        compiler = given
     if shutil.which(compiler) is None:
-        raise UserError(f"train.compile: no C++ compiler named {compiler} (set CXX to one, or leave compile out)")
+        raise UserError(f"train.compile: no C++ compiler named {compiler!r} (set CXX to one, or leave compile out)")
     for backbone in module.modules():
         if isinstance(backbone, Backbone):
             backbone.compile_layers()

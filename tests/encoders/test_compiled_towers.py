@@ -58,7 +58,12 @@ def test_features_and_gradients_are_the_same_for_any_sizes(narrow_backbone: Path
     assert 0 < counters["stats"]["unique_graphs"] <= 4
 
 
-def test_a_missing_compiler_is_named(narrow_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    with pytest.raises(UserError, match="no C\\+\\+ compiler named no-such-compiler"):
+@pytest.mark.parametrize(
+    ("given", "named"), [("no-such-compiler -O2", "'no-such-compiler'"), ("", "''"), ("g++ '", '"g\\+\\+ \'"')]
+)
+def test_a_missing_compiler_is_named(
+    narrow_backbone: Path, monkeypatch: pytest.MonkeyPatch, given: str, named: str
+) -> None:
+    monkeypatch.setenv("CXX", given)
+    with pytest.raises(UserError, match=f"no C\\+\\+ compiler named {named} "):
         compile_towers(expert(narrow_backbone, "frozen", 0))
