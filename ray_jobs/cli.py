@@ -91,15 +91,17 @@ def tune(
     verbose: VerboseOption = False,
 ) -> None:
     """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
-    from dsmip.runs.load_config import overridden
+    from dsmip.runs.load_config import overridden, shadowed
     from dsmip.runs.run import CONFIG
     from ray_jobs.jobs.tune_gate import tune_gate
     from ray_jobs.local_jobs.status import open_run
     from ray_jobs.terminal.display import Display
 
-    opened = open_run(run, data)
+    opened, display = open_run(run, data), Display()
     config = overridden(opened.config, set or [], f"config {opened.folder / CONFIG}")
-    tune_gate(opened, config, Display(), seed=seed, verbose=verbose)
+    for warning in shadowed(config, set or []):
+        display.say(warning)
+    tune_gate(opened, config, display, seed=seed, verbose=verbose)
 
 
 @app.command()

@@ -156,7 +156,9 @@ def _absolute(tree: Any) -> Any:
 
 def _absolute_name(name: str) -> str:
     path = _in_home(name)
-    return str(path.resolve()) if path.exists() else str(path)
+    if path.exists():
+        return str(path.resolve())
+    return str(path) if name.startswith("~") else name  # ./model, which a Path takes for a name of the hub
 
 
 def with_files(tree: Any, rename: Callable[[str], str]) -> Any:
@@ -179,14 +181,14 @@ def _in_home(name: str) -> Path:
 
 
 def shadowed(config: ExperimentConfig, overrides: Sequence[str]) -> list[str]:
-    """Warnings about `--set train.x=v` where a part has an `x` of its own, which stays.
+    """Warnings about `--set` of what something else decides: a part's own settings, or the search space.
 
     Args:
         config: With the overrides applied.
         overrides: As on the command line.
     """
     owners = {f"parts.{name}.train": part.train for name, part in config.parts.items()}
-    given = {key for override in overrides for key in flat(_parse_override(override))}
+    given = {key: value for override in overrides for key, value in flat(_parse_override(override)).items()}
     warnings = []
     for key in sorted(name.removeprefix("train.") for name in given if name.startswith("train.")):
         stay = [
@@ -196,6 +198,13 @@ def shadowed(config: ExperimentConfig, overrides: Sequence[str]) -> list[str]:
         ]
         if stay:
             warnings.append(f"warning: --set train.{key} does not reach {', '.join(stay)}; set these as well")
+    for key, choice in config.tune.space.items():
+        name = f"tune.{key}" if key.startswith("train.") else key
+        if name in given and not (choice.values and len(choice.values) == 1 and choice.example == given[name]):
+            warnings.append(
+                f"warning: --set {name} counts for the first trial of 'dsmip tune' alone: tune.space draws {key} for "
+                "the others; set it there too"
+            )
     return warnings
 
 

@@ -66,7 +66,7 @@ def test_a_smaller_museum_is_made_prepared_and_trained_without_a_warning(
 
 def test_settings_that_the_page_shows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [words for words in COMMANDS if words[1] == "train"]
-    assert len(shown) == 2
+    assert len(shown) == 3
     for words in shown:
         settings = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
         config = job_config(words[words.index("--config") + 1], settings)

@@ -236,6 +236,15 @@ def test_overrides_that_a_part_s_own_settings_shadow_are_told() -> None:
     (warning,) = shadowed(load_config("demo", given), given)
     assert warning == "warning: --set train.epochs does not reach parts.visual.train.epochs=5; set these as well"
     assert shadowed(load_config("demo"), []) == []
+    drawn = ["tune.train.learning_rate=0.1", "system.gate.dropout=0.9", "train.learning_rate=0.1"]
+    assert shadowed(load_config("own", drawn), drawn) == [  # stage one's own rate is drawn by nothing
+        f"warning: --set {name} counts for the first trial of 'dsmip tune' alone: tune.space draws {key} for the "
+        "others; set it there too"
+        for name, key in (
+            ("tune.train.learning_rate", "train.learning_rate"),
+            ("system.gate.dropout", "system.gate.dropout"),
+        )
+    ]
 
 
 def test_a_home_folder_is_found_in_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
