@@ -41,8 +41,9 @@ class StoreAway(ReportedError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, in a line of at most 200 characters; its class where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    """What a library's error says, in a line of at most 200 characters; its class too where that is little."""
+    said = str(error).strip()
+    return (repr(error) if not said or isinstance(error, LookupError) else said).splitlines()[0][:200]
 
 
 def no_room(error: BaseException | None) -> int | None:

@@ -179,7 +179,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except Exception as error:  # tokenizers raises a bare Exception of a file that is none
             raise UserError(
                 f"tokenizer {name} cannot be had ({first_line(error)}); without internet give a folder that holds it"
             ) from None

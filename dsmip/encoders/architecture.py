@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dsmip.data.images import PixelForm
 from dsmip.data.text import ClipTokenizer, HuggingFaceTokenizer, Tokenizer
+from dsmip.encoders.formats.statistics import pixel_statistics
 from dsmip.encoders.towers.pair import as_open_clip
 from dsmip.encoders.towers.stem import STEM, check_stem
 from dsmip.errors import UserError
@@ -121,7 +122,7 @@ def read_architecture(architecture: str) -> Architecture:
         stored, is_open_clip = _open_clip_config(architecture), True
     config = stored.get("model_cfg", stored)
     preprocess = stored.get("preprocess_cfg") or (_of_all_tags(architecture) if is_open_clip else {})
-    mean, std = pixel_statistics(preprocess)
+    mean, std = pixel_statistics(preprocess, f"backbone {architecture}: preprocess_cfg")
     pixels = _pixel_form(architecture, preprocess)
     return Architecture(architecture, config, mean or CLIP_MEAN, std or CLIP_STD, pixels, is_open_clip, pair)
 
@@ -144,14 +145,8 @@ def build_tokenizer(architecture: str) -> Tokenizer:
     return HuggingFaceTokenizer(name, network.context_length, fills_context=network.reads_padding, **options)
 
 
-def pixel_statistics(preprocess: Mapping[str, Any]) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Mean and standard deviation of pixels in [0, 1] from an open_clip preprocessing config (None where unstated)."""
-    mean, std = preprocess.get("mean"), preprocess.get("std")
-    return (tuple(mean) if mean else None, tuple(std) if std else None)
-
-
 def _pixel_form(name: str, preprocess: Mapping[str, Any]) -> PixelForm:
-    resize = {"shortest": "crop", "squash": "squash"}.get(preprocess.get("resize_mode", "shortest"))
+    resize = {"shortest": "crop", "squash": "squash"}.get(str(preprocess.get("resize_mode", "shortest")))
     form = {"resize": resize, "filter": preprocess.get("interpolation", "bicubic")}
     form |= {"part": preprocess["crop_pct"]} if "crop_pct" in preprocess else {}
     try:
@@ -159,7 +154,8 @@ def _pixel_form(name: str, preprocess: Mapping[str, Any]) -> PixelForm:
     except ValidationError:
         raise UserError(
             f"backbone {name}: preprocess_cfg: resize_mode is shortest or squash, interpolation bicubic, bilinear or "
-            f"lanczos, not {preprocess.get('resize_mode')!r} and {preprocess.get('interpolation')!r}"
+            "lanczos, crop_pct a share of the picture, not "
+            + ", ".join(repr(preprocess.get(key)) for key in ("resize_mode", "interpolation", "crop_pct"))
         ) from None
 
 

@@ -28,14 +28,14 @@ def build_network(architecture: Architecture) -> nn.Module:
     network: Any = CLIP if not custom_text else CoCa if "multimodal_cfg" in config else CustomTextCLIP
     try:
         clip: nn.Module = network(vision_cfg=vision, text_cfg=text, **config)
-    except (AssertionError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"backbone {architecture.name} cannot be built from its sizes: {error}") from None
     except OSError as error:  # a Hugging Face configuration
         raise UserError(
             f"backbone {architecture.name}: text_cfg.hf_model_name = {text.hf_model_name!r} cannot be had "
             f"({first_line(error)}); "
             "without internet give a folder that holds it"
         ) from None
+    except Exception as error:  # whatever three libraries make of sizes and names that do not go together
+        raise UserError(f"backbone {architecture.name} cannot be built from its sizes: {first_line(error)}") from None
     if stem is not None:
         tower: Any = clip.get_submodule("visual")
         tower.conv1 = conv_stem(stem, vision.width)

@@ -41,7 +41,7 @@ def _text_weights(clip: nn.Module, name: str) -> dict[str, Tensor]:
             model, said = AutoModel.from_pretrained(
                 name, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **options
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # a wrong file makes the library, safetensors and pickle raise what they like
         raise UserError(
             f"weights of backbone.text hf:{name} cannot be had ({first_line(error)}); without internet give a folder "
             "with config.json, the tokenizer and model.safetensors or pytorch_model.bin"
@@ -68,12 +68,13 @@ def _vision_weights(pair: TowerPair) -> dict[str, Tensor]:
         stored = read_weights(Path(pair.vision_file))
         classifier = stated.classifier if stated is not None else None
         names = (classifier,) if isinstance(classifier, str) else classifier or ()
-        classes = next((len(stored[f"{name}.weight"]) for name in names if f"{name}.weight" in stored), 0)
+        sizes = [stored[f"{name}.weight"].shape for name in names if f"{name}.weight" in stored]
+        classes = int(sizes[0][0]) if sizes and sizes[0] else 0
         overlay = {"source": "", "state_dict": stored, "num_classes": classes, "label_offset": 0}
         options = {"num_classes": classes, "pretrained_cfg_overlay": overlay}
     try:
         trunk: Any = timm.create_model(pair.vision, pretrained=True, **options)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         if pair.vision_file is not None:
             said = " ".join(str(error).split())[:300]
             raise UserError(f"weights {pair.vision_file} do not fit timm:{pair.vision}: {said}") from None

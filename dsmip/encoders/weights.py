@@ -12,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dsmip.encoders.architecture import Architecture, pixel_statistics
+from dsmip.encoders.architecture import Architecture
 from dsmip.encoders.formats import hugging_face
 from dsmip.encoders.formats.sizes import networks_of_such_sizes
+from dsmip.encoders.formats.statistics import Statistic, pixel_statistics
 from dsmip.encoders.formats.torchscript import is_archive, read_archive
 from dsmip.errors import UserError, first_line
 from dsmip.storage.parsing import NOT_AS_WRITTEN
@@ -225,13 +226,14 @@ def weights_in(path: Path) -> Path:
     return hugging_face.weights_file(path)
 
 
-def _stored_statistics(path: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+def _stored_statistics(path: Path) -> tuple[Statistic, Statistic]:
     if path.name in hugging_face.FILES:
-        return hugging_face.pixel_statistics(path)
+        return hugging_face.statistics_beside(path)
     try:
-        return pixel_statistics(json.loads(_metadata(path).get(_PREPROCESS, "{}")))
+        stated = json.loads(_metadata(path).get(_PREPROCESS, "{}"))
     except NOT_AS_WRITTEN as error:
         raise UserError(f"weights file {path} cannot be read: {first_line(error)}") from None
+    return pixel_statistics(stated, f"weights file {path}: its {_PREPROCESS}")
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -261,7 +263,7 @@ def _from_tag(architecture: Architecture, tag: str) -> Weights:
         path = catalogue.download_pretrained(config)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(_download_failed(f"{tag!r} of {architecture.name}", error)) from None
-    mean, std = pixel_statistics(config)
+    mean, std = pixel_statistics(config, f"tag {tag!r}")
     return Weights(Path(path), mean, std)
 
 
@@ -276,7 +278,7 @@ def _from_hub(architecture: Architecture, pretrained: str) -> Weights:
         path = download_pretrained_from_hf(model_id)
     except (OSError, RuntimeError, *NOT_AS_WRITTEN) as error:
         raise UserError(_download_failed(f"{pretrained} for {architecture.name}", error)) from None
-    mean, std = pixel_statistics(config.get("preprocess_cfg", {}))
+    mean, std = pixel_statistics(config.get(_PREPROCESS, {}), f"{config_path}: {_PREPROCESS}")
     return Weights(Path(path), mean, std)
 
 

@@ -217,7 +217,7 @@ def test_saved_weights_bring_their_pixel_statistics(tmp_path: Path) -> None:
     foreign = Backbone.build(write_config(tmp_path), str(tmp_path / "foreign.safetensors"))
     assert torch.equal(foreign.mean, Backbone.build(write_config(tmp_path), None).mean)
     save_file(adapted.clip.state_dict(), tmp_path / "odd.safetensors", metadata={"preprocess_cfg": "[1]"})
-    with pytest.raises(UserError, match=r"odd\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"odd\.safetensors: its preprocess_cfg must be an object, not list"):
         Backbone.build(write_config(tmp_path), str(tmp_path / "odd.safetensors"))
 
 
@@ -229,6 +229,7 @@ def test_saved_weights_bring_their_pixel_statistics(tmp_path: Path) -> None:
         (without_text("pool_type", "nth"), "cannot be built"),
         (without_text("heads", 5), "cannot be built"),
         ({"embed_dim": None}, "embed_dim"),
+        ({"vision_cfg": {"timm_model_name": 5}}, "cannot be built"),
     ],
 )
 def test_wrong_configurations_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -236,6 +237,27 @@ def test_wrong_configurations_are_named(tmp_path: Path, changes: dict[str, Any],
     with pytest.raises(UserError, match=message) as caught:
         Backbone.build(path, None)
     assert path in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ([1], "preprocess_cfg must be an object, not list"),
+        ({"mean": 5}, "preprocess_cfg: mean must be three numbers, not 5"),
+        ({"mean": [0.5]}, r"mean must be three numbers, not \[0.5\]"),
+        ({"mean": "abc"}, "mean must be three numbers, not abc"),
+        ({"std": [0.5, 0.5, None]}, "std must be three numbers"),
+        ({"std": [1, 1, 0]}, "std must be above 0"),
+        ({"resize_mode": ["x"]}, "resize_mode is shortest or squash"),
+        ({"crop_pct": 7}, "crop_pct a share of the picture, not None, None, 7"),
+    ],
+)
+def test_what_stands_wrongly_of_pictures_is_named(tmp_path: Path, stated: Any, message: str) -> None:
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps({"model_cfg": small_config(), "preprocess_cfg": stated}))
+    with pytest.raises(UserError, match=f"{path}.*{message}") as caught:
+        Backbone.checked(str(path), None)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_architecture_lists_the_nearest() -> None:

@@ -1,6 +1,8 @@
 """A backbone of two separate towers: each gives its own library's features, and `dsmip pretrain` joins them."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,44 @@ def test_towers_that_cannot_be_had_are_named(pair: TowerPair, tmp_path: Path) ->
         {"format": "pt"},
     )
     refused(r"hf:.*empty have no embeddings.LayerNorm.bias, .* and \d+ more", text=f"{tmp_path}/empty")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", '{"model_type": "bert", "hidden_size": "x"}', "hidden_size must be a whole number .*, not 'x'"),
+        ("config.json", '{"model_type": "bert"}', "its config.json has neither hidden_size nor d_model"),
+        ("config.json", '{"model_type": "bert", "hidden_size": 24, "hidden_act": "x"}', "built .*: KeyError..x"),
+        ("config.json", "[1]", "config.json must hold a JSON object"),
+        ("sentence_bert_config.json", '{"max_seq_length": [1]}', r"max_seq_length must be a whole number .*'\[1\]'"),
+        ("model.safetensors", "cut off", "weights of backbone.text hf:.* cannot be had"),
+        ("pytorch_model.bin", "no pickle", "weights of backbone.text hf:.* cannot be had"),
+    ],
+)
+def test_a_damaged_folder_is_one_line(pair: TowerPair, tmp_path: Path, file: str, content: str, message: str) -> None:
+    folder = tmp_path / "text"
+    shutil.copytree(pair.text, folder)
+    if file == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        Backbone.checked(str(replace(pair, text=str(folder))), None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_tokenizer_is_one_line(pair: TowerPair, tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    shutil.copytree(pair.text, folder)
+    (folder / "tokenizer.json").write_text('{"model": 5}')
+    with pytest.raises(UserError, match=r"tokenizer .*text cannot be had"):
+        build_tokenizer(str(replace(pair, text=str(folder))))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])
+def test_a_folder_that_is_not_there_is_no_name_of_the_hub(pair: TowerPair, name: str) -> None:
+    config = job_config("demo", [f"backbone={{architecture: null, text: 'hf:{name}', vision: 'timm:{VISION}'}}"])
+    with pytest.raises(UserError, match=f"^backbone.text hf:{re.escape(name)}: no such folder$"):
+        resolve_architecture(config.backbone.architecture)
 
 
 @pytest.mark.parametrize("towers", ["locked", "tuned"])

@@ -227,6 +227,26 @@ def test_a_siglip_model_gives_its_own_features(tmp_path: Path, ids: Tensor, pixe
         Backbone.checked(written(tmp_path, quick_gelu=True), pretrained)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("preprocessor_config.json", '{"image_mean": 5}', "image_mean must be three numbers, not 5"),
+        ("preprocessor_config.json", '{"image_std": [1]}', r"image_std must be three numbers, not \[1\]"),
+        ("preprocessor_config.json", "[1]", "must hold a JSON object"),
+        ("config.json", '{"model_type": ["clip"]}', "do not fit"),
+        ("config.json", '{"model_type": "clip", "text_config": 5}', "with QuickGELU"),
+    ],
+)
+def test_odd_files_beside_weights_are_one_line(tmp_path: Path, file: str, content: str, message: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        Backbone.checked("tiny", str(folder))
+
+
 def test_weights_of_another_network_are_told_whose_they_are(tmp_path: Path) -> None:
     with torch.device("meta"):
         state: Mapping[str, Tensor] = build_network(resolve_architecture("ViT-B-16-quickgelu")).state_dict()

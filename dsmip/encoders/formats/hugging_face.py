@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dsmip.encoders.formats import hugging_face_clip, hugging_face_siglip
+from dsmip.encoders.formats.statistics import Statistic, pixel_statistics
 from dsmip.errors import UserError
 from dsmip.storage.parsing import parse_json
 
@@ -62,23 +63,22 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def quick_gelu(config: Mapping[str, Any]) -> bool | None:
     """Whether a model of two towers is with QuickGELU, by its config.json; None: that is of something else."""
-    if config.get("model_type") not in _TWO_TOWERS:
+    if config.get("model_type") not in tuple(_TWO_TOWERS):
         return None
     # What a CLIP's configuration leaves out is QuickGELU, a SigLIP's GELU.
     usual = "quick_gelu" if config["model_type"] == "clip" else "gelu"
-    sides = [config.get(key) for key in ("text_config", "vision_config")]
-    return any((side or {}).get("hidden_act", usual) == "quick_gelu" for side in sides)
+    sides = [side if isinstance(side := config.get(key), dict) else {} for key in ("text_config", "vision_config")]
+    return any(side.get("hidden_act", usual) == "quick_gelu" for side in sides)
 
 
-def pixel_statistics(path: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+def statistics_beside(path: Path) -> tuple[Statistic, Statistic]:
     """Mean and standard deviation of pixels in [0, 1] that stand beside a file of weights (None where nothing does).
 
     Raises:
         UserError: What stands there cannot be read.
     """
-    stated = _read_object(path.with_name(_PREPROCESSOR))
-    mean, std = stated.get("image_mean"), stated.get("image_std")
-    return (tuple(mean) if mean else None, tuple(std) if std else None)
+    file = path.with_name(_PREPROCESSOR)
+    return pixel_statistics(_read_object(file), str(file), ("image_mean", "image_std"))
 
 
 def kind_of(state: Mapping[str, Tensor]) -> str | None:

@@ -56,22 +56,36 @@ def _text_tower(name: str) -> tuple[int, dict[str, Any]]:
         "hf_pooler_type": pooler,
         "context_length": _context(name, config),
     }
-    return int(config.get("hidden_size") or config["d_model"]), text
+    width = _size(name, config, "hidden_size") or _size(name, config, "d_model")
+    if width is None:
+        raise UserError(f"backbone.text hf:{name}: its config.json has neither hidden_size nor d_model")
+    return width, text
 
 
 def _context(name: str, config: Mapping[str, Any]) -> int:
     """Places for tokens, as many as its authors used: more cost more and were not trained."""
-    places = config.get("max_position_embeddings") or MAX_CONTEXT
+    places = _size(name, config, "max_position_embeddings") or MAX_CONTEXT
     if config["model_type"] in _POSITIONS_AFTER_PADDING:
-        places -= config.get("pad_token_id", 1) + 1
-    used = _read(name, "sentence_bert_config.json", needed=False).get("max_seq_length") or MAX_CONTEXT
-    return int(min(places, used, MAX_CONTEXT))
+        padding = config.get("pad_token_id")
+        places -= (padding if isinstance(padding, int) else 1) + 1
+    used = _size(name, _read(name, "sentence_bert_config.json", needed=False), "max_seq_length") or MAX_CONTEXT
+    return min(places, used, MAX_CONTEXT)
+
+
+def _size(name: str, config: Mapping[str, Any], key: str) -> int | None:
+    """A size that a model states; None where it does not."""
+    value = config.get(key)
+    if value is not None and (type(value) is not int or value < 1):
+        raise UserError(f"backbone.text hf:{name}: {key} must be a whole number above 0, not {str(value)[:80]!r}")
+    return value
 
 
 def _read(name: str, file: str, *, needed: bool = True) -> dict[str, Any]:
     """A JSON file of a folder, or of a model of the hub; empty where there is none and none is needed."""
     path: str | Path | None = Path(name) / file
     if not Path(name).is_dir():
+        if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no owner/model of the hub
+            raise UserError(f"backbone.text hf:{name}: no such folder")
         path = _fetched(name, file, needed=needed)
     elif not (Path(name) / file).is_file():
         path = None
@@ -109,7 +123,7 @@ def _vision_tower(name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     try:
         with torch.device("meta"):
             trunk: Any = timm.create_model(name)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # of names that ask a hub or a folder, others than of unknown ones
         known = timm.list_models()
         near = difflib.get_close_matches(name.partition(".")[0], known, n=3, cutoff=0.4)
         hint = f"; nearest: {', '.join(near)}" if near else ""
