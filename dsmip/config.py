@@ -35,7 +35,7 @@ class Frozen(BaseModel):
     added: ClassVar[Mapping[str, Any]] = {}
     short_for: ClassVar[tuple[str, ...]] = ()
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Resources(Frozen):
@@ -339,7 +339,7 @@ def validated(config_class: type[Config], tree: Any, source: str, prefix: str) -
 def _explain(detail: ErrorDetails, root: type[BaseModel], prefix: str) -> str:
     key = prefix + ".".join(str(each) for each in detail["loc"])
     if detail["type"] != "extra_forbidden":
-        return f"{key.rstrip('.')}: {detail['msg'].removeprefix('Value error, ')}"
+        return (f"{key.rstrip('.')}: " if key else "") + detail["msg"].removeprefix("Value error, ")
     valid = _keys_at(root, detail["loc"][:-1])
     near = difflib.get_close_matches(str(detail["loc"][-1]), valid, n=1, cutoff=0.0)
     hint = f"; did you mean '{near[0]}'?" if near else ""

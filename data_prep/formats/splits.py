@@ -15,6 +15,7 @@ seen.)
 import hashlib
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,8 @@ def grouped_split(items: Iterable[SplitItem], percentages: tuple[int, int, int],
 
     Sentences are equal here when they differ only in case, width and white space; empty ones join nothing. Large groups
     come first, equal ones in the seed's order, each into the split where most mentions are wanting: no split exceeds
-    its share of the mentions by as much as the largest group.
+    its share of the mentions by as much as the largest group. A split that has a share and got no group then takes the
+    smallest one of a split that has several.
 
     Args:
         items: The records.
@@ -154,6 +156,12 @@ def grouped_split(items: Iterable[SplitItem], percentages: tuple[int, int, int],
         chosen = wanting.index(max(wanting))
         wanting[chosen] -= 100 * group_sizes[root]
         split_of[root] = SPLITS[chosen]
+    for split, percentage in zip(SPLITS, percentages, strict=True):
+        if percentage and split not in split_of.values():
+            held = Counter(split_of.values())
+            spare = [root for root in split_of if held[split_of[root]] > 1]
+            if spare:
+                split_of[min(spare, key=group_sizes.__getitem__)] = split
     return [split_of[root] for root in roots]
 
 

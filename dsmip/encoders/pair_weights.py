@@ -3,6 +3,7 @@
 What joins the towers stays random until `dsmip pretrain` trains it.
 """
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +43,10 @@ def _text_weights(clip: nn.Module, name: str) -> dict[str, Tensor]:
                 name, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **options
             )
     except Exception as error:  # a wrong file makes the library, safetensors and pickle raise what they like
+        is_program = isinstance(error, pickle.UnpicklingError)  # it was not run
+        why = "its file is not a plain file of tensors" if is_program else first_line(error)
         raise UserError(
-            f"weights of backbone.text hf:{name} cannot be had ({first_line(error)}); without internet give a folder "
+            f"weights of backbone.text hf:{name} cannot be had ({why}); without internet give a folder "
             "with config.json, the tokenizer and model.safetensors or pytorch_model.bin"
         ) from None
     missing = sorted(key for key in said["missing_keys"] if not both or key.startswith(("encoder.", "shared.")))

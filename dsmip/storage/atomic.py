@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,13 @@ def atomic_path(target: Path) -> Iterator[Path]:
         with naming_full_disk(target.parent):
             yield temporary
             os.replace(temporary, target)
+    except OSError as error:
+        if error.filename == str(temporary):  # a name that tells a user nothing
+            error.filename = str(target)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or went the way of the error
+            temporary.unlink()
 
 
 @contextmanager

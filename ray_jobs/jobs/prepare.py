@@ -92,7 +92,9 @@ def _warnings(manifest: Manifest, rejects: str) -> Iterator[str]:
         if manifest.splits[split].mentions:
             continue
         remedy = f"see {rejects}"
-        if layout and layout.can_split:
+        if "split_groups" in manifest.choices:
+            remedy = "--split keeps mentions of equal sentence or picture together, and there are too few others"
+        elif layout and layout.can_split:
             remedy = "--split 70/10/20 cuts all mentions of the release anew, into another directory"
         need = "" if split == "test" else ", and 'dsmip train' needs some"
         yield f"warning: no mention of {split} is left{need}; {remedy}"

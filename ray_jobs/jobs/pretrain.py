@@ -52,6 +52,7 @@ def pretrain_backbone(
         return report
     for line in check_pretraining(config, dataset):
         display.say(line)
+    out.parent.mkdir(parents=True, exist_ok=True)  # or it is said now that it cannot be
     started = time.monotonic()
     work = out.with_name(f".{out.name}.{stamp['sha256'][:12]}")
     training = Training(

@@ -181,6 +181,12 @@ def test_prepare_says_which_split_is_missing_and_what_helps(tmp_path: Path) -> N
         "warning: no mention of test is left",
     ]
     assert all("--split 70/10/20" in line for line in lines)
+    lines.clear()
+    cut = open_release(tmp_path / "own", None, ReleaseOptions(split=(70, 10, 20)), lambda _: None)
+    prepare_release(cut, tmp_path / "cut", BuildOptions(), lambda part, done, total: None, lines.append)
+    assert [line.partition("; ")[2] for line in lines] == [  # of two mentions of one sentence
+        "--split keeps mentions of equal sentence or picture together, and there are too few others"
+    ] * 2
     split = open_release(tmp_path / "own", None, ReleaseOptions(split=(34, 33, 33)), lambda _: None)
     assert {part: len(list(split.mentions(part))) for part in ("train", "validation", "test")}["train"] == 2
 

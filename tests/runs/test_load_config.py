@@ -86,6 +86,8 @@ def test_an_unknown_key_names_the_nearest(change: dict[str, Any], key: str, near
         ({"train": {"epochs": 0}}, "train.epochs"),
         ({"train": {"batch_size": 1}}, "train.batch_size"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
+        ({"train": {"learning_rate": float("inf")}}, "train.learning_rate: Input should be a finite number"),
+        ({"tune": {"space": {"train.learning_rate": {"loguniform": [1e-3, float("inf")]}}}}, "a finite number"),
         ({"train": {"precision": "int8"}}, "train.precision"),
         ({"train": {"augment": {"hue": 0.7}}}, "train.augment.hue"),
         ({"train": 5}, "train"),

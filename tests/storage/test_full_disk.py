@@ -75,3 +75,9 @@ def test_files_that_may_not_grow(write: Callable[[Path], None], tmp_path: Path) 
     assert str(tmp_path / "new") in no_room_message(caught.value, "elsewhere")
     assert "ulimit -f" in no_room_message(caught.value, "elsewhere")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_file_that_cannot_be_made_goes_by_its_own_name(tmp_path: Path) -> None:
+    """Not by that of the unfinished one beside it, which here is longer than a name may be."""
+    with pytest.raises(OSError, match=r"/r+'$"):
+        write_json(tmp_path / ("r" * 240), {})

@@ -4,6 +4,7 @@ What joins them is one matrix each, without which a text tower of the shared wid
 """
 
 import difflib
+import os.path
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -83,7 +84,7 @@ def _size(name: str, config: Mapping[str, Any], key: str) -> int | None:
 def _read(name: str, file: str, *, needed: bool = True) -> dict[str, Any]:
     """A JSON file of a folder, or of a model of the hub; empty where there is none and none is needed."""
     path: str | Path | None = Path(name) / file
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no owner/model of the hub
             raise UserError(f"backbone.text hf:{name}: no such folder")
         path = _fetched(name, file, needed=needed)

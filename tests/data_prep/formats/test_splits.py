@@ -60,6 +60,8 @@ def test_groups_stay_whole_and_sizes_near(items: list[SplitItem], shares: tuple[
         surplus = sizes[split] - sum(item.size for item in items) * percentage / 100
         assert surplus < largest or not items
         assert percentage or not sizes[split]
+    wanted = sum(percentage > 0 for percentage in percentages)
+    assert len(set(found)) == min(len(groups), wanted)
 
 
 def test_single_records_are_cut_exactly_and_by_the_seed() -> None:

@@ -44,6 +44,14 @@ def lab(tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset, mon
     return lab
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_anything_starts(lab: Lab) -> None:
+    (lab.out.parent / "file").touch()
+    lab.out = lab.out.parent / "file" / "backbone.safetensors"
+    with pytest.raises(OSError, match=r"/file'$"):
+        lab.pretrain()
+    assert lab.num_trainings == 0
+
+
 def test_finished_weights_are_kept_and_deleted_ones_made_again(lab: Lab) -> None:
     report = lab.pretrain()
     assert len(report["history"]) == 1
