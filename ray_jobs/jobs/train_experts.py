@@ -111,5 +111,7 @@ def worker_loop(context: RayContext, settings: Mapping[str, Any]) -> None:
 
 def _figures(home: Run, part: str) -> str:
     best = home.part_report(part)["best"]
+    if not best:  # `dsmip import` made it
+        return "imported, without validation figures"
     when = f"after epoch {int(best['epoch']) + 1}" if "epoch" in best else "with nothing to train"
     return f"validation hits@1 {best['hits@1']:.3f}, MRR {best['mrr']:.3f} {when}"

@@ -1,5 +1,6 @@
 """The job `dsmip import`: a released checkpoint of a published system becomes a run that can be evaluated."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def import_run(
             run.save_part(name, matcher, {"best": {}, "history": [], IMPORTED: about})
     epoch = "" if found.epoch is None else f", epoch {found.epoch}"
     say(f"{run.storage}: {name} with the weights of {checkpoint} ({len(found.tensors)} tensors{epoch})")
-    say(f"  next: dsmip evaluate --run {run.storage} --split test")
+    say(f"  next: {shlex.join(['dsmip', 'evaluate', '--run', str(run.storage), '--split', 'test'])}")
     return run
 
 

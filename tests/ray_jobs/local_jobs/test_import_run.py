@@ -20,9 +20,12 @@ from dsmip.errors import UserError
 from dsmip.models import systems
 from dsmip.runs.load_config import load_config
 from dsmip.runs.run import Run
+from dsmip.runs.status import read_status
 from dsmip.units.shared_clip import PUBLISHED_NORMS, SharedClipMatcher
+from ray_jobs.jobs.train_experts import train_parts
 from ray_jobs.local_jobs.import_run import import_run
 from tests.support.backbones import NARROW_BACKBONE
+from tests.support.displays import Lines
 
 IMPORTABLE = sorted(name for name, system in systems().items() if system.published_sign)
 
@@ -146,6 +149,19 @@ def test_an_imported_run_is_ranked_by_the_matchers_own_scores(
     other = write_checkpoint(tmp_path / "other.ckpt", {**state, "matcher.tglu.fc_query.bias": torch.ones(8)}, tmp_path)
     with pytest.raises(UserError, match="holds another 'mimic', which is kept; give a new folder"):
         import_run("mimic", other, tmp_path / "run", small_data.location, **options)
+
+
+def test_an_imported_run_is_finished_and_its_next_command_can_be_copied(
+    overrides: list[str], small_data: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_checkpoint(tmp_path / "released.ckpt", released_state("mimic", overrides), tmp_path / "planted")
+    folder = tmp_path / "my run; echo"
+    run = import_run("mimic", file, folder, small_data.location, config=None, overrides=overrides)
+    assert f"next: dsmip evaluate --run '{folder}' --split test" in capsys.readouterr().out
+    train_parts(run, [(run, "mimic")], display := Lines())
+    assert display.lines == ["  mimic: finished already, imported, without validation figures"]
+    (part,) = read_status(folder).parts
+    assert (part.state, part.figures) == ("finished", {})
 
 
 def test_what_does_not_fit_is_named_and_makes_no_run(overrides: list[str], small_data: Dataset, tmp_path: Path) -> None:
