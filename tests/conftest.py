@@ -28,11 +28,16 @@ from tests.support.small_release import image_bytes, write_release
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "grey", "pink", "brown", "cyan", "white")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Several processes (`-n 2`): one has all modules of the shared Ray; modules stay whole."""
+    from tests.support.scheduling import WholeModules
+
+    return WholeModules(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Several processes (`-n 2`): one has all tests of the shared Ray, and begins with them; modules stay whole."""
-    for item in items:
-        shared = "ray_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if shared else item.nodeid.partition("::")[0]))
+    """Tests of the shared Ray come first: they are the longest of what one process has."""
     items.sort(key=lambda item: "ray_cluster" not in getattr(item, "fixturenames", ()))
 
 
