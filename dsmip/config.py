@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from pydantic_core import ErrorDetails
 
 from dsmip.errors import UserError
-from dsmip.tower_pair import PAIR_KEYS, with_architecture
+from dsmip.separate_towers import TOWER_KEYS, with_architecture
 
 Scalar = str | int | float | bool | None
 WatchTool = Literal["tensorboard", "mlflow", "wandb"]
@@ -96,11 +96,11 @@ class BackboneConfig(Frozen):
 
     Attributes:
         architecture: An open_clip name, the name of a shipped JSON (`tiny`), a path to a JSON of that form, or the text
-            of a `TowerPair`, which the keys `text`, `vision` and `embed_dim` may be written for.
+            of a `SeparateTowers`, which the keys `text`, `vision` and `embed_dim` may be written for.
         pretrained: A tag, a hub id (`hf-hub:...`), a file or folder, or null for random weights (of a pair: its own).
     """
 
-    short_for: ClassVar[tuple[str, ...]] = PAIR_KEYS
+    short_for: ClassVar[tuple[str, ...]] = TOWER_KEYS
 
     architecture: str
     pretrained: str | None = None

@@ -1,11 +1,11 @@
-"""A backbone of two separate towers, as a configuration names it: `hf:` and `timm:` names and the width they share."""
+"""A backbone of separate towers, as a configuration names it: an `hf:` and a `timm:` name, or one of them alone."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PAIR_KEYS = ("text", "vision", "embed_dim")
+TOWER_KEYS = ("text", "vision", "embed_dim")
 """Keys of a configuration's `backbone` that stand in place of `architecture`."""
 EMBED_DIM = 256
 _TEXT, _VISION = re.compile(r"hf:(\S.*)"), re.compile(r"timm:([^@\s]+)(?:@(\S.*))?")
@@ -13,68 +13,88 @@ _PAIR = re.compile(r"(hf:\S.*) \+ (timm:\S.*) \+ ([1-9]\d*)")
 
 
 @dataclass(frozen=True, slots=True)
-class TowerPair:
-    """Two towers and what joins them. Its text stands wherever an architecture has a name.
+class SeparateTowers:
+    """Two towers and what joins them, or one. Its text stands wherever an architecture has a name.
 
     Attributes:
-        text: A model of Hugging Face's hub, or a folder.
-        vision: A network of timm's list.
+        text: A model of Hugging Face's hub, or a folder; None: there are pictures alone.
+        vision: A network of timm's list; None: there are texts alone.
         vision_file: Its weights, where they are not timm's own.
-        embed_dim: Width of the shared space.
+        embed_dim: Width of the shared space; None: one tower has the space that it was trained in.
 
-    >>> pair = TowerPair("models/minilm", "resnet18", None, 256)
+    >>> pair = SeparateTowers("models/minilm", "resnet18", None, 256)
     >>> str(pair)
     'hf:models/minilm + timm:resnet18 + 256'
-    >>> TowerPair.parsed(str(pair)) == pair
+    >>> SeparateTowers.parsed(str(pair)) == pair
+    True
+    >>> SeparateTowers.parsed("hf:bert-base-uncased").vision is None
     True
     """
 
-    text: str
-    vision: str
-    vision_file: str | None
-    embed_dim: int
+    text: str | None
+    vision: str | None = None
+    vision_file: str | None = None
+    embed_dim: int | None = None
 
     def __str__(self) -> str:
         file = f"@{self.vision_file}" if self.vision_file else ""
-        return f"hf:{self.text} + timm:{self.vision}{file} + {self.embed_dim}"
+        text = f"hf:{self.text}" if self.text else None
+        vision = f"timm:{self.vision}{file}" if self.vision else None
+        return " + ".join(str(each) for each in (text, vision, self.embed_dim) if each)
 
     @staticmethod
-    def parsed(text: str) -> "TowerPair | None":
-        """The pair that a text stands for; None where it stands for none."""
-        found = _PAIR.fullmatch(text)
-        text_tower, vision = (_TEXT.fullmatch(found[1]), _VISION.fullmatch(found[2])) if found else (None, None)
-        if found is None or text_tower is None or vision is None:
-            return None
-        return TowerPair(text_tower[1], vision[1], vision[2], int(found[3]))
+    def parsed(text: str) -> "SeparateTowers | None":
+        """The towers that a text stands for; None where it stands for none."""
+        if found := _PAIR.fullmatch(text):
+            return SeparateTowers._of(found[1], found[2], int(found[3]))
+        if _TEXT.fullmatch(text):
+            return SeparateTowers._of(text, None, None)
+        return SeparateTowers._of(None, text, None) if _VISION.fullmatch(text) else None
 
     @staticmethod
-    def of_keys(keys: Mapping[str, Any]) -> "TowerPair":
-        """The pair of a configuration's keys.
+    def _of(text: str | None, vision: str | None, embed_dim: int | None) -> "SeparateTowers":
+        text_tower = _TEXT.fullmatch(text) if text else None
+        network = _VISION.fullmatch(vision) if vision else None
+        return SeparateTowers(
+            text_tower[1] if text_tower else None,
+            network[1] if network else None,
+            network[2] if network else None,
+            embed_dim,
+        )
+
+    @staticmethod
+    def of_keys(keys: Mapping[str, Any]) -> "SeparateTowers":
+        """The towers of a configuration's keys.
 
         Raises:
-            ValueError: One is missing, or not of its form.
+            ValueError: One is not of its form, or a width is asked of one tower.
         """
-        text, vision, width = keys.get("text"), keys.get("vision"), keys.get("embed_dim", EMBED_DIM)
-        text_tower = _TEXT.fullmatch(text) if isinstance(text, str) else None
-        if text_tower is None:
+        text, vision, width = keys.get("text"), keys.get("vision"), keys.get("embed_dim")
+        if text is not None and not (isinstance(text, str) and _TEXT.fullmatch(text)):
             raise ValueError(f"text is hf:<name or folder>, such as hf:bert-base-uncased, not {text!r}")
-        found = _VISION.fullmatch(vision) if isinstance(vision, str) else None
-        if found is None:
+        if vision is not None and not (isinstance(vision, str) and _VISION.fullmatch(vision)):
             raise ValueError(f"vision is timm:<name> or timm:<name>@<file of weights>, not {vision!r}")
+        if text is None or vision is None:
+            if text is None and vision is None:
+                raise ValueError("embed_dim is of two towers: give text and vision")
+            if width is not None:
+                raise ValueError("embed_dim is the width that two towers are mapped to: one tower has its own")
+            return SeparateTowers._of(text, vision, None)
+        width = EMBED_DIM if width is None else width
         if type(width) is not int or width < 1:
             raise ValueError(f"embed_dim is the width that both towers are mapped to, not {width!r}")
-        return TowerPair(text_tower[1], found[1], found[2], width)
+        return SeparateTowers._of(text, vision, width)
 
 
 def with_architecture(backbone: Any) -> Any:
-    """The `backbone` of a configuration with the pair's text as its architecture, where it names a pair.
+    """The `backbone` of a configuration with its towers' text as its architecture, where it names them.
 
     Raises:
-        ValueError: It names an architecture too, or the pair is not of its form.
+        ValueError: It names an architecture too, or the towers are not of their form.
     """
-    if not isinstance(backbone, Mapping) or not any(backbone.get(key) is not None for key in PAIR_KEYS):
+    if not isinstance(backbone, Mapping) or not any(backbone.get(key) is not None for key in TOWER_KEYS):
         return backbone
     if backbone.get("architecture") is not None:
-        raise ValueError("give architecture, or text and vision (two separate towers), not both")
-    rest = {key: value for key, value in backbone.items() if key not in PAIR_KEYS}
-    return {**rest, "architecture": str(TowerPair.of_keys(backbone))}
+        raise ValueError("give architecture, or text and vision (separate towers), not both")
+    rest = {key: value for key, value in backbone.items() if key not in TOWER_KEYS}
+    return {**rest, "architecture": str(SeparateTowers.of_keys(backbone))}

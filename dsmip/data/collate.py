@@ -1,9 +1,9 @@
 """Records as tensors: batches of items with their texts and pictures, and the rows of golds."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dsmip.data.text import Template, Tokenizer, Tokens, entity_text, mention_te
 from dsmip.errors import UserError
 
 Modality = Literal["text", "image"]
+Item = TypeVar("Item", Mention, Entity)
 _KEPT_BYTES = 256 << 20  # decoded pictures that a collator keeps: all of a small data set, a sliver of a large one
 
 
@@ -29,12 +30,14 @@ class ItemBatch:
         token_mask: bool [N, L], True from a text's first token to its last; the first place is always True.
         images: uint8 [N, 3, S, S], all zero where `has_image` is False.
         has_image: bool [N].
+        extras: Further tensors [N, ...] by name, as the system's `ItemFormat` asks for.
     """
 
     token_ids: Tensor
     token_mask: Tensor
     images: Tensor
     has_image: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -46,19 +49,21 @@ class ItemBatch:
             self.token_mask.to(device, non_blocking=True),
             self.images.to(device, non_blocking=True),
             self.has_image.to(device, non_blocking=True),
+            {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()},
         )
 
     def rows(self, start: int, stop: int) -> "ItemBatch":
         """Items start..stop (views)."""
         rows = slice(start, stop)
-        return ItemBatch(self.token_ids[rows], self.token_mask[rows], self.images[rows], self.has_image[rows])
+        extras = {name: tensor[rows] for name, tensor in self.extras.items()}
+        return ItemBatch(self.token_ids[rows], self.token_mask[rows], self.images[rows], self.has_image[rows], extras)
 
 
 def stacked(first: ItemBatch, second: ItemBatch) -> ItemBatch:
     """Items of both batches, texts padded to the longer of the two."""
-    length = max(first.token_ids.shape[1], second.token_ids.shape[1])
 
     def joined(one: Tensor, other: Tensor) -> Tensor:
+        length = max(one.shape[1], other.shape[1])
         return torch.cat([functional.pad(each, (0, length - each.shape[1])) for each in (one, other)])
 
     return ItemBatch(
@@ -66,6 +71,7 @@ def stacked(first: ItemBatch, second: ItemBatch) -> ItemBatch:
         joined(first.token_mask, second.token_mask),
         torch.cat([first.images, second.images]),
         torch.cat([first.has_image, second.has_image]),
+        {name: joined(tensor, second.extras[name]) for name, tensor in first.extras.items()},
     )
 
 
@@ -80,6 +86,8 @@ class ItemFormat:
         num_tokens: Every text is padded (and cut) to exactly this length, for systems that attend over padding; None
             trims a batch to its longest text.
         pixels: How pictures become squares; None: as the backbone's weights expect it.
+        markers: Tokens that the template writes out, such as [unused0]; the tokenizer must have each of them.
+        texts: Further texts of an item, by name: `ItemBatch.extras` has each as <name>_ids and <name>_mask.
     """
 
     template: Template
@@ -87,6 +95,8 @@ class ItemFormat:
     num_tokens: int | None = None
     modalities: tuple[Modality, ...] = ("text", "image")
     pixels: PixelForm | None = None
+    markers: tuple[str, ...] = ()
+    texts: tuple[tuple[str, Template], ...] = ()
 
 
 class Collator:
@@ -98,18 +108,21 @@ class Collator:
 
     def mentions(self, mentions: Sequence[Mention]) -> ItemBatch:
         """A batch of mentions, in order."""
-        texts = [mention_text(mention, self.item_format.template) for mention in mentions]
-        return self._batch(texts, mentions)
+        return self._batch(partial(mention_text, without=self.item_format.markers), mentions)
 
     def entities(self, entities: Sequence[Entity]) -> ItemBatch:
         """A batch of entities with their first picture, in order."""
-        texts = [entity_text(entity, self.item_format.template) for entity in entities]
-        return self._batch(texts, entities)
+        return self._batch(partial(entity_text, without=self.item_format.markers), entities)
 
-    def _batch(self, texts: list[str], items: Sequence[Mention | Entity]) -> ItemBatch:
+    def _batch(self, text_of: Callable[[Item, Template], str], items: Sequence[Item]) -> ItemBatch:
         shown = items if "image" in self.item_format.modalities else [None] * len(items)
         images, has_image = self._images(shown)
-        return ItemBatch(*self._tokens(texts), images, has_image)
+        tokens = self._tokens([text_of(item, self.item_format.template) for item in items])
+        extras: dict[str, Tensor] = {}
+        for name, template in self.item_format.texts:
+            further = self.tokenizer([text_of(item, template) for item in items])
+            extras |= {f"{name}_ids": further.ids, f"{name}_mask": further.mask}
+        return ItemBatch(*tokens, images, has_image, extras)
 
     def _tokens(self, texts: list[str]) -> Tokens:
         if "text" not in self.item_format.modalities:

@@ -1,5 +1,6 @@
 """Texts of items: templates over a record's fields, and tokenizers (CLIP's byte pairs, Hugging Face's)."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -21,7 +22,8 @@ _SHORTEST = 3  # start of text, a token, end of text
 class Template(BaseModel):
     """How a mention and an entity become one line of text (DSMIP eq. 2).
 
-    Each is a format string that may name its record's fields only: word and sentence, name and attributes.
+    Each is a format string that may name its record's fields only: word and sentence, and what stands left and right of
+    the word in its sentence; name and attributes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,7 +34,7 @@ class Template(BaseModel):
     @field_validator("mention")
     @classmethod
     def _check_mention(cls, value: str) -> str:
-        return _checked(value, {"word", "sentence"})
+        return _checked(value, {"word", "sentence", "left", "right"})
 
     @field_validator("entity")
     @classmethod
@@ -55,14 +57,47 @@ def _checked(template: str, allowed: set[str]) -> str:
     return template
 
 
-def mention_text(mention: Mention, template: Template) -> str:
-    """The line that stands for a mention."""
-    return template.mention.format(word=mention.word, sentence=mention.sentence)
+def mention_text(mention: Mention, template: Template, without: Sequence[str] = ()) -> str:
+    """The line that stands for a mention.
+
+    Args:
+        without: Texts that mean something in the template, and are taken out of what a user wrote.
+    """
+    beside = any(name in template.mention for name in ("{left}", "{right}"))
+    left, right = beside_word(mention.word, mention.sentence) if beside else ("", "")
+    fields = {"word": mention.word, "sentence": mention.sentence, "left": left, "right": right}
+    return template.mention.format(**_stripped(fields, without))
 
 
-def entity_text(entity: Entity, template: Template) -> str:
-    """The line that stands for an entity."""
-    return template.entity.format(name=entity.name, attributes=entity.attributes)
+def entity_text(entity: Entity, template: Template, without: Sequence[str] = ()) -> str:
+    """The line that stands for an entity; `without` as in `mention_text`."""
+    return template.entity.format(**_stripped({"name": entity.name, "attributes": entity.attributes}, without))
+
+
+def beside_word(word: str, sentence: str) -> tuple[str, str]:
+    """What stands left and right of a word where it first stands in its sentence, as a word of its own if it does.
+
+    Of a sentence without the word all is on the right.
+
+    >>> beside_word("Java", "JavaScript is not Java, nor java.")
+    ('JavaScript is not', ', nor java.')
+    >>> beside_word("Paris", "The capital of France.")
+    ('', 'The capital of France.')
+    """
+    found = word and (
+        re.search(rf"(?<!\w){re.escape(word)}(?!\w)", sentence, re.IGNORECASE)
+        or re.search(re.escape(word), sentence, re.IGNORECASE)
+    )
+    if not found:
+        return "", sentence.strip()
+    return sentence[: found.start()].strip(), sentence[found.end() :].strip()
+
+
+def _stripped(fields: Mapping[str, str], without: Sequence[str]) -> Mapping[str, str]:
+    if not any(text in value for text in without for value in fields.values()):
+        return fields
+    pattern = re.compile("|".join(map(re.escape, without)))
+    return {name: pattern.sub(" ", value) for name, value in fields.items()}
 
 
 class Tokens(NamedTuple):
@@ -160,9 +195,10 @@ class HuggingFaceTokenizer(Tokenizer):
         clean: How open_clip cleans a text first.
         strip_sep_token: Separators become zeros and count as padding (CLIPA's towers).
         fills_context: See `Tokenizer`.
+        markers: Tokens of its vocabulary that a text may write out.
 
     Raises:
-        UserError: It cannot be had, or knows no padding.
+        UserError: It cannot be had, or knows no padding or not each of the markers.
     """
 
     def __init__(
@@ -173,6 +209,7 @@ class HuggingFaceTokenizer(Tokenizer):
         clean: str = "whitespace",
         strip_sep_token: bool = False,
         fills_context: bool = False,
+        markers: Sequence[str] = (),
     ) -> None:
         from open_clip.tokenizer import get_clean_fn
         from transformers import AutoTokenizer
@@ -185,6 +222,12 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from None
         if self._tokenizer.pad_token_id is None:
             raise UserError(f"tokenizer {name} has no padding token, which texts of different length need")
+        if missing := [token for token in markers if token not in self._tokenizer.get_vocab()]:
+            raise UserError(
+                f"tokenizer {name} has no token {', '.join(missing)}, by which the system's template marks things; "
+                "take a text tower of BERT's vocabulary, or a template of tokens that it has"
+            )
+        self._tokenizer.add_tokens(list(markers), special_tokens=True)  # as one token each; the vocabulary stays
         self._tokenizer.truncation_side = "right"
         self.context_length, self.fills_context = context_length, fills_context
         self.pad_id = 0 if strip_sep_token else int(self._tokenizer.pad_token_id)

@@ -1,7 +1,7 @@
 """Architectures by name: an open_clip name, a shipped JSON, or a JSON file of the user's."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from dsmip.data.images import PixelForm
 from dsmip.data.text import ClipTokenizer, HuggingFaceTokenizer, Tokenizer
 from dsmip.encoders.formats.statistics import pixel_statistics
-from dsmip.encoders.towers.pair import as_open_clip
+from dsmip.encoders.towers.separate import as_open_clip
 from dsmip.encoders.towers.stem import STEM, check_stem
 from dsmip.errors import UserError
+from dsmip.separate_towers import SeparateTowers
 from dsmip.storage.parsing import parse_json
-from dsmip.tower_pair import TowerPair
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "backbones"
 # OpenAI's CLIP statistics: the default of every open_clip model that states no others.
@@ -43,7 +43,7 @@ class Architecture:
         mean, std: Of pixels in [0, 1].
         pixels: How pictures become squares.
         is_open_clip: open_clip knows weights by tag for it.
-        pair: The two separate towers that it is made of.
+        separate: The separate towers that it is made of, or the one.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Architecture:
     std: tuple[float, ...]
     pixels: PixelForm
     is_open_clip: bool
-    pair: TowerPair | None = None
+    separate: SeparateTowers | None = None
 
     @property
     def embed_width(self) -> int:
@@ -95,7 +95,7 @@ def resolve_architecture(architecture: str) -> Architecture:
     Args:
         architecture: name of a shipped JSON ("tiny"), an open_clip name ("ViT-B-32"), or a path that ends in .json
             (open_clip's model config, or its open_clip_config.json with model_cfg and preprocess_cfg), or the text of
-            a `TowerPair`.
+            a `SeparateTowers`.
 
     Raises:
         UserError: unknown name (nearest ones are listed), missing or wrong JSON, unknown key.
@@ -111,9 +111,9 @@ def read_architecture(architecture: str) -> Architecture:
     Raises:
         UserError: An unknown name, or a missing or wrong JSON.
     """
-    shipped, pair = SHIPPED / f"{architecture}.json", TowerPair.parsed(architecture)
-    if pair is not None:
-        stored, is_open_clip = as_open_clip(pair), False
+    shipped, towers = SHIPPED / f"{architecture}.json", SeparateTowers.parsed(architecture)
+    if towers is not None:
+        stored, is_open_clip = as_open_clip(towers), False
     elif architecture.endswith(".json"):
         stored, is_open_clip = _read_json(Path(architecture)), False
     elif shipped.name == f"{architecture}.json" and shipped.is_file():
@@ -124,25 +124,34 @@ def read_architecture(architecture: str) -> Architecture:
     preprocess = stored.get("preprocess_cfg") or (_of_all_tags(architecture) if is_open_clip else {})
     mean, std = pixel_statistics(preprocess, f"backbone {architecture}: preprocess_cfg")
     pixels = _pixel_form(architecture, preprocess)
-    return Architecture(architecture, config, mean or CLIP_MEAN, std or CLIP_STD, pixels, is_open_clip, pair)
+    return Architecture(architecture, config, mean or CLIP_MEAN, std or CLIP_STD, pixels, is_open_clip, towers)
 
 
-def build_tokenizer(architecture: str) -> Tokenizer:
+def build_tokenizer(architecture: str, markers: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer of a backbone: its context length and cleaning rule are read, never its weights.
 
+    Args:
+        markers: tokens of its vocabulary that a text may write out.
+
     Raises:
-        UserError: unknown or unsupported architecture.
+        UserError: unknown or unsupported architecture, or one whose vocabulary has not each of the markers.
     """
     network = resolve_architecture(architecture)
     text = network.config["text_cfg"]
     options, name = dict(text.get("tokenizer_kwargs") or {}), text.get("hf_tokenizer_name")
+    if name is None and markers:
+        raise UserError(
+            f"backbone {architecture} has CLIP's vocabulary, without {', '.join(markers)} that the system's template "
+            "marks the mention by: take a text tower of BERT's vocabulary (backbone.text: hf:<name or folder>)"
+        )
     if name is None:
         return ClipTokenizer(network.context_length, options, fills_context=network.reads_padding)
     if text.get("tokenizer_mode") or not options.keys() <= {"clean", "strip_sep_token"}:
         raise UserError(
             f"backbone {architecture}: text_cfg.tokenizer_mode and tokenizer_kwargs {options} are unknown here"
         )
-    return HuggingFaceTokenizer(name, network.context_length, fills_context=network.reads_padding, **options)
+    whole = network.reads_padding
+    return HuggingFaceTokenizer(name, network.context_length, fills_context=whole, markers=markers, **options)
 
 
 def _pixel_form(name: str, preprocess: Mapping[str, Any]) -> PixelForm:

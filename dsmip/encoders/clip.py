@@ -1,4 +1,4 @@
-"""A backbone: two towers that share a space, with their weights; prompts, what trains, and how pixels are normalised.
+"""A backbone: two towers that share a space, or one, with weights; prompts, what trains, how pixels are normalised.
 
 Shapes: N items, L text tokens, T tokens that a tower returns, r prompts per layer, S picture side; d_t text width, d_v
 vision width, d_z projection width.
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dsmip.encoders.architecture import Architecture, resolve_architecture
 from dsmip.encoders.networks import build_network
-from dsmip.encoders.pair_weights import load_towers
+from dsmip.encoders.tower_weights import load_towers
 from dsmip.encoders.towers.base import TextTower, TokenFeatures, Tower, VisionTower, at_least_float32
 from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.encoders.towers.select import text_tower, vision_tower
@@ -45,7 +45,7 @@ def padded_with_end(token_ids_NL: Tensor, mask_NL: Tensor, length: int) -> tuple
 
 
 class Backbone(nn.Module):
-    """An open_clip model whose two towers share a projection space. Make one with `Backbone.build`.
+    """A network whose two towers share a projection space, or one tower alone. Make one with `Backbone.build`.
 
     Attributes:
         clip: The network, with all weights.
@@ -95,9 +95,9 @@ class Backbone(nn.Module):
             backbone = Backbone(build_network(network), network, mean, std)
         if weights is not None and not on_meta:
             load_weights(backbone.clip, read_weights(weights.path), f"{pretrained} ({architecture})")
-        elif network.pair is not None and not on_meta:
-            load_towers(backbone.clip, network.pair)
-        backbone.keeps_statistics = weights is not None or network.pair is not None
+        elif network.separate is not None and not on_meta:
+            load_towers(backbone.clip, network.separate)
+        backbone.keeps_statistics = weights is not None or network.separate is not None
         backbone.tune("frozen")
         return backbone.to(device).eval()
 
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         backbone, network = Backbone.build(architecture, pretrained, device="meta"), resolve_architecture(architecture)
         if pretrained is not None:
             check_weights(backbone.clip, network, pretrained)
-        elif network.pair is not None:
+        elif network.separate is not None:
             Backbone.build(architecture, None)
         return backbone
 
@@ -218,7 +218,7 @@ class Backbone(nn.Module):
         if mode == "frozen":
             return
         for tower in (self.text, self.vision):
-            if tower.name not in towers:
+            if tower.name not in towers or tower.is_absent:
                 continue
             parameters = tower.parameters if mode == "full" else tower.projection
             if not parameters:

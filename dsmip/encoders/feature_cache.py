@@ -101,6 +101,11 @@ def feature_key(
     if (pixels := item_format.pixels) not in (None, CLIP_PIXELS):
         part = () if pixels.part == 1 else (pixels.part,)
         items += f", {plain_text((pixels.resize, pixels.filter, *part))}"
+    if item_format.texts:
+        further = tuple((name, each.mention, each.entity) for name, each in item_format.texts)
+        items += f", texts={plain_text(further)}"
+    if item_format.markers:
+        items += f", markers={plain_text(item_format.markers)}"
     return fingerprint(weights, f"({manifest_hash!r}, {items}, {split!r}, {_DTYPES[dtype]})")
 
 

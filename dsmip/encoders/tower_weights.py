@@ -1,6 +1,6 @@
-"""The weights of two separate towers: a Hugging Face model's and a timm network's own, into one network.
+"""The weights of separate towers: a Hugging Face model's and a timm network's own, into one network.
 
-What joins the towers stays random until `dsmip pretrain` trains it.
+What joins two towers stays random until `dsmip pretrain` trains it.
 """
 
 import pickle
@@ -14,19 +14,22 @@ from torch import Tensor, nn
 
 from dsmip.encoders.weights import check_fit, read_weights
 from dsmip.errors import UserError, first_line
-from dsmip.tower_pair import TowerPair
+from dsmip.separate_towers import SeparateTowers
 
 
-def load_towers(clip: nn.Module, pair: TowerPair) -> None:
-    """Loads the two towers' own weights into a network that was built as `towers.pair.as_open_clip` says.
+def load_towers(clip: nn.Module, towers: SeparateTowers) -> None:
+    """Loads the towers' own weights into a network that was built as `towers.separate.as_open_clip` says.
 
     Raises:
         UserError: Weights cannot be had or do not fit.
     """
-    for module, state, label in (
-        (clip.get_submodule("text.transformer"), _text_weights(clip, pair.text), f"hf:{pair.text}"),
-        (clip.get_submodule("visual.trunk"), _vision_weights(pair), f"timm:{pair.vision}"),
-    ):
+    loaded: list[tuple[str, dict[str, Tensor], str]] = []
+    if towers.text:
+        loaded.append(("text.transformer", _text_weights(clip, towers.text), f"hf:{towers.text}"))
+    if towers.vision:
+        loaded.append(("visual.trunk", _vision_weights(towers.vision, towers.vision_file), f"timm:{towers.vision}"))
+    for name, state, label in loaded:
+        module = clip.get_submodule(name)
         check_fit(state, module.state_dict(), label)
         module.load_state_dict(state)
 
@@ -57,18 +60,18 @@ def _text_weights(clip: nn.Module, name: str) -> dict[str, Tensor]:
     return state
 
 
-def _vision_weights(pair: TowerPair) -> dict[str, Tensor]:
+def _vision_weights(name: str, file: str | None) -> dict[str, Tensor]:
     """Those of the trunk without its classifier, whatever number of classes the file has."""
     import timm
 
     options: dict[str, Any] = {}
-    stated = timm.get_pretrained_cfg(pair.vision)
-    if pair.vision_file is None and not (stated is not None and stated.has_weights):
-        raise UserError(f"timm has no weights of {pair.vision}: give a file, timm:{pair.vision}@<.safetensors or .pth>")
-    if pair.vision_file is not None:
-        if not Path(pair.vision_file).is_file():
-            raise UserError(f"weights file {pair.vision_file} of backbone.vision does not exist")
-        stored = read_weights(Path(pair.vision_file))
+    stated = timm.get_pretrained_cfg(name)
+    if file is None and not (stated is not None and stated.has_weights):
+        raise UserError(f"timm has no weights of {name}: give a file, timm:{name}@<.safetensors or .pth>")
+    if file is not None:
+        if not Path(file).is_file():
+            raise UserError(f"weights file {file} of backbone.vision does not exist")
+        stored = read_weights(Path(file))
         classifier = stated.classifier if stated is not None else None
         names = (classifier,) if isinstance(classifier, str) else classifier or ()
         sizes = [stored[f"{name}.weight"].shape for name in names if f"{name}.weight" in stored]
@@ -76,14 +79,14 @@ def _vision_weights(pair: TowerPair) -> dict[str, Tensor]:
         overlay = {"source": "", "state_dict": stored, "num_classes": classes, "label_offset": 0}
         options = {"num_classes": classes, "pretrained_cfg_overlay": overlay}
     try:
-        trunk: Any = timm.create_model(pair.vision, pretrained=True, **options)
+        trunk: Any = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # as above
-        if pair.vision_file is not None:
+        if file is not None:
             said = " ".join(str(error).split())[:300]
-            raise UserError(f"weights {pair.vision_file} do not fit timm:{pair.vision}: {said}") from None
+            raise UserError(f"weights {file} do not fit timm:{name}: {said}") from None
         raise UserError(
-            f"weights of backbone.vision timm:{pair.vision} could not be downloaded ({first_line(error)}); without "
-            f"internet give a file: timm:{pair.vision}@<.safetensors or .pth>"
+            f"weights of backbone.vision timm:{name} could not be downloaded ({first_line(error)}); without "
+            f"internet give a file: timm:{name}@<.safetensors or .pth>"
         ) from None
     trunk.reset_classifier(0)
     state: dict[str, Tensor] = trunk.state_dict()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
 from dsmip.data.dataset import Dataset
+from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.base import FeatureEncoder, StoredFeatures
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
@@ -75,6 +76,15 @@ class System(ABC):
         """
         for part in dict.fromkeys((*cls.part_names(config.system), *cls.feature_parts(config.system))):
             form, room = cls.item_format(config.system, part), backbone.context_length
+            for modality, tower in (("text", backbone.text), ("image", backbone.vision)):
+                if modality in form.modalities and tower.is_absent:
+                    read, key = ("texts", "text: hf:") if modality == "text" else ("pictures", "vision: timm:")
+                    raise UserError(
+                        f"{part} reads {read}, and backbone {config.backbone.architecture} has no {tower.name} tower: "
+                        f"add one ({key}<name>), or take a system that reads none"
+                    )
+            if form.markers:
+                build_tokenizer(config.backbone.architecture, form.markers)
             if form.reserve > room - 3:  # start of text, a token, end of text
                 raise UserError(
                     f"{part}: {form.reserve} prompts leave no room for a text in the {room} positions of "

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
-from dsmip.data.collate import ItemBatch, ItemFormat
+from dsmip.data.collate import ItemBatch, ItemFormat, Modality
 from dsmip.data.images import PixelForm
 from dsmip.data.table import Table
 from dsmip.data.text import Template
-from dsmip.encoders.base import Side
 from dsmip.encoders.clip import Backbone, Tuning
 from dsmip.models.base import OnePartSystem
-from dsmip.ops.losses import contrastive_loss
-from dsmip.units.matcher import BatchGold, Scores, TowerMatcher
+from dsmip.units.matcher import VectorMatcher
 
 _LOG_SCALE = 2.6593  # of CLIP's start, log(1 / 0.07)
 _HIGHEST = 4.6052  # log(100), as in CLIP
@@ -33,7 +31,8 @@ class ClipConfig(Frozen):
 
     Attributes:
         tune: frozen is zero-shot.
-        image_weight: Of the picture in an item's vector; 0 is text alone, 1 the picture alone where there is one.
+        image_weight: Of the picture in an item's vector; 0 is text alone (so may the backbone be), 1 the picture alone
+            where there is one.
         pixels: How pictures become squares; null: as the backbone's weights expect it.
     """
 
@@ -59,13 +58,15 @@ class ClipEncoder(nn.Module):
     def forward(self, batch: ItemBatch) -> Table:
         """`vector` [N, d_z] of length one."""
         text_Nz = F.normalize(self.backbone.encode_text(batch.token_ids, batch.token_mask).pooled, dim=-1)
+        if not self.image_weight:
+            return Table({"vector": text_Nz})
         pixels = self.backbone.normalise(batch.images, batch.has_image)
         image_Nz = F.normalize(self.backbone.encode_image(pixels).pooled, dim=-1)
         mean_Nz = torch.lerp(text_Nz, image_Nz, self.image_weight)
         return Table({"vector": F.normalize(torch.where(batch.has_image[:, None], mean_Nz, text_Nz), dim=-1)})
 
 
-class ClipMatcher(TowerMatcher[ClipEncoder]):
+class ClipMatcher(VectorMatcher[ClipEncoder]):
     """Scaled cosines; without an encoder it scores cached features."""
 
     def __init__(self, *, scale_trains: bool, encoder: ClipEncoder | None = None) -> None:
@@ -73,30 +74,12 @@ class ClipMatcher(TowerMatcher[ClipEncoder]):
         self.encoder = encoder
         self.log_scale = nn.Parameter(torch.tensor(_LOG_SCALE), requires_grad=scale_trains)
 
-    def encode_mentions(self, batch: ItemBatch) -> Table:
-        features: Table = self._encoder()(batch)
-        return features
-
-    def encode_entities(self, batch: ItemBatch) -> Table:
-        return self.encode_mentions(batch)
-
     def prepare_mentions(self, features: Table) -> Table:
         """The scale is a mention's: an index of entities does not depend on it."""
         return Table({"vector": features.dense("vector") * self.log_scale.clamp(max=_HIGHEST).exp()})
 
     def prepare_entities(self, features: Table) -> Table:
         return features
-
-    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
-        return Scores(mentions.dense("vector") @ entities.dense("vector").T)
-
-    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
-        """The vectors themselves: their product is the score, and nothing is left out."""
-        return prepared.dense("vector")
-
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        scores = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features))
-        return contrastive_loss(scores.total_ME, gold.column_M, gold.same_ME)
 
     def encoder_state(self) -> Mapping[str, Tensor]:
         return {**super().encoder_state(), "image_weight": torch.tensor(self._encoder().image_weight)}
@@ -112,7 +95,8 @@ class Clip(OnePartSystem):
 
     @classmethod
     def item_format(cls, section: Any, part: str) -> ItemFormat:
-        return ItemFormat(section.template, pixels=section.pixels)
+        modalities: tuple[Modality, ...] = ("text", "image") if section.image_weight else ("text",)
+        return ItemFormat(section.template, modalities=modalities, pixels=section.pixels)
 
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> ClipMatcher:

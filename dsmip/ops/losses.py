@@ -1,4 +1,4 @@
-"""In-batch contrastive losses: DSMIP eqs 17 and 18, and M3EL's within modalities. M mentions, E entity columns."""
+"""In-batch losses: contrastive (DSMIP eqs 17, 18), M3EL's within modalities, triplets. M mentions, E entity columns."""
 
 import torch
 from torch import Tensor
@@ -74,3 +74,30 @@ def joint_contrast_losses(
         for *both, target_M in zip(across, within, (gold_column_M, row_M), strict=True)
     )
     return (forth_M + back_M) / 2
+
+
+def triplet_losses(
+    scores_ME: Tensor, gold_column_M: Tensor, excluded_ME: Tensor | None = None, *, margin: float, hardest: bool
+) -> Tensor:
+    """max(0, margin + negative - gold) of each mention, float [M]: of its best scored negative, or their mean.
+
+    Args:
+        scores_ME: float [M, E], such as cosines.
+        gold_column_M: int64 [M].
+        excluded_ME: bool [M, E], True where a column is no negative (the same gold in another column).
+        margin: by which a gold is to score better than a negative.
+        hardest: the negative with the highest score alone counts.
+
+    >>> scores = torch.tensor([[0.9, 0.8, 0.1]])
+    >>> round(float(triplet_losses(scores, torch.tensor([0]), margin=0.5, hardest=True)), 4)
+    0.4
+    >>> round(float(triplet_losses(scores, torch.tensor([0]), margin=0.5, hardest=False)), 4)
+    0.2
+    """
+    is_negative_ME = torch.ones_like(scores_ME, dtype=torch.bool) if excluded_ME is None else ~excluded_ME
+    is_negative_ME = is_negative_ME.scatter(1, gold_column_M[:, None], False)
+    hinge_ME = (margin + scores_ME - scores_ME.gather(1, gold_column_M[:, None])).clamp_min(0)
+    hinge_ME = hinge_ME.masked_fill(~is_negative_ME, 0.0)
+    if hardest:
+        return hinge_ME.amax(dim=1)
+    return hinge_ME.sum(dim=1) / is_negative_ME.sum(dim=1).clamp_min(1)

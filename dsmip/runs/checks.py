@@ -85,7 +85,11 @@ def check_pretraining(config: ExperimentConfig, dataset: Dataset) -> list[str]:
     """
     if (pictured := dataset.manifest.entities_with_image) < 2:
         raise UserError(f"{dataset.location}: fewer than two entities have a picture: nothing to contrast")
-    Backbone.checked(config.backbone.architecture, config.backbone.pretrained)
+    backbone = Backbone.checked(config.backbone.architecture, config.backbone.pretrained)
+    if backbone.text.is_absent or backbone.vision.is_absent:
+        raise UserError(
+            f"backbone {config.backbone.architecture} is one tower: 'dsmip pretrain' aligns a text and a vision tower"
+        )
     settings = config.pretrain
     steps = settings.epochs * math.ceil(pictured / settings.batch_size)
     warnings = [*image_warnings(config, dataset), *_activation_warnings(config.backbone)]

@@ -199,7 +199,7 @@ class Run:
         network = resolve_architecture(self.config.backbone.architecture)
         if item_format.pixels is None:
             item_format = replace(item_format, pixels=network.pixels)
-        return Collator(build_tokenizer(network.name), item_format, network.image_size)
+        return Collator(build_tokenizer(network.name, item_format.markers), item_format, network.image_size)
 
     def home(self, part: str, config: ExperimentConfig) -> "Run":
         """Where a part of that form lives: this run, or its variant with another stage one (a tuned prompt length)."""

@@ -180,7 +180,7 @@ def augmented(batch: ItemBatch, config: AugmentConfig, draws: Draws, tokenizer: 
     if len(mask) and not tokenizer.fills_context:  # towers take as long as their longest text
         longest = int(mask.sum(dim=1).max())
         token_ids, mask = token_ids[:, :longest], mask[:, :longest]
-    return ItemBatch(token_ids, mask, images, has_image)
+    return ItemBatch(token_ids, mask, images, has_image, batch.extras)
 
 
 def _strength(config: AugmentConfig) -> augmentation.ImageAugmentation:

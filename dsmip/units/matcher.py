@@ -20,6 +20,7 @@ from dsmip.data.table import Table
 from dsmip.encoders.base import Side
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
+from dsmip.ops.losses import contrastive_loss
 
 Encoder = TypeVar("Encoder", bound=nn.Module)
 
@@ -184,6 +185,32 @@ class TowerMatcher(Matcher, Generic[Encoder]):
         if self.encoder is None:
             raise RuntimeError("this matcher was built without towers: it scores cached features only")
         return self.encoder
+
+
+class VectorMatcher(TowerMatcher[Encoder]):
+    """A matcher of one vector per item, the prepared column `vector`: a pair's score is the product of its two."""
+
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        features: Table = self._encoder()(batch)
+        return features
+
+    def encode_entities(self, batch: ItemBatch) -> Table:
+        return self.encode_mentions(batch)
+
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        return Scores(mentions.dense("vector") @ entities.dense("vector").T)
+
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        """The vectors themselves: their product is the score, and nothing is left out."""
+        return prepared.dense("vector")
+
+    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+        scores = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features))
+        return self.loss(scores.total_ME, gold)
+
+    def loss(self, scores_ME: Tensor, gold: BatchGold) -> Tensor:
+        """Summed over mentions."""
+        return contrastive_loss(scores_ME, gold.column_M, gold.same_ME)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

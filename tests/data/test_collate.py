@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dsmip.data.collate import Collator, ItemFormat
+from dsmip.data.collate import Collator, ItemFormat, stacked
 from dsmip.data.images import decode, fit
 from dsmip.data.records import Entity, Mention
-from dsmip.data.text import Template, Tokenizer
+from dsmip.data.text import Template, Tokenizer, beside_word, entity_text, mention_text
 from dsmip.encoders.architecture import build_tokenizer
 
 
@@ -68,3 +68,39 @@ def test_lengths(tokenizer: Tokenizer) -> None:
     assert fixed.token_ids.shape == (2, 40)
     assert fixed.token_mask.sum(dim=1).tolist() == [40, len(tokenizer(["one : in a sentence"]).ids[0])]
     assert fixed.token_ids[0, -1] == fixed.token_ids[1].max()  # both keep their end-of-text
+
+
+def test_further_texts_are_extras_and_stay_with_their_items(tokenizer: Tokenizer) -> None:
+    form = ItemFormat(Template(), texts=(("word", Template(mention="{word}", entity="{name}")),))
+    collator = Collator(tokenizer, form, 32)
+    batch = collator.mentions([_mention("one", None), _mention("two words", None)])
+    expected = tokenizer(["one", "two words"])
+    assert torch.equal(batch.extras["word_ids"], expected.ids)
+    assert torch.equal(batch.extras["word_mask"], expected.mask)
+    assert torch.equal(batch.rows(1, 2).to(torch.device("cpu")).extras["word_ids"], expected.ids[1:])
+    entity = collator.entities([Entity(0, "E1", "a name of four", "attributes")])
+    both = stacked(batch, entity)
+    assert torch.equal(both.extras["word_ids"][2], tokenizer(["a name of four"]).ids[0])
+    assert both.extras["word_mask"].sum(dim=1).tolist() == [3, 4, 6]
+
+
+def test_what_marks_a_template_is_taken_out_of_texts() -> None:
+    template = Template(mention="{left} [M] {word} [/M] {right}", entity="{name} [M] {attributes}")
+    mention = Mention("m", "Jaguar", "A [M] Jaguar crossed", "E1", 0)
+    assert mention_text(mention, template, without=("[M]", "[/M]")) == "A   [M] Jaguar [/M] crossed"
+    entity = Entity(0, "E1", "[/M]Jaguar", "a cat")
+    assert entity_text(entity, template, without=("[M]", "[/M]")) == " Jaguar [M] a cat"
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence", "left", "right"),
+    [
+        ("Java", "JavaScript is not java, nor is Java.", "JavaScript is not", ", nor is Java."),
+        ("ava", "JavaScript", "J", "Script"),
+        ("Paris", " The capital of France. ", "", "The capital of France."),
+        ("", "a sentence", "", "a sentence"),
+        ("C++ (2020)", "in C++ (2020) one may", "in", "one may"),
+    ],
+)
+def test_what_stands_beside_a_word(word: str, sentence: str, left: str, right: str) -> None:
+    assert beside_word(word, sentence) == (left, right)

@@ -26,8 +26,10 @@ from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
 from dsmip.encoders.base import feature_sizes
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.runs.load_config import job_config, read_config, to_yaml
-from dsmip.tower_pair import TowerPair
+from dsmip.models import find_system
+from dsmip.runs.checks import check_pretraining
+from dsmip.runs.load_config import job_config, parse_config, read_config, to_yaml
+from dsmip.separate_towers import SeparateTowers
 from dsmip.training.local_context import LocalContext
 from dsmip.training.pretraining import PairSource, pretrain
 
@@ -68,8 +70,8 @@ def vision_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(text_folder: Path, vision_file: Path) -> TowerPair:
-    return TowerPair(str(text_folder), VISION, str(vision_file), 16)
+def pair(text_folder: Path, vision_file: Path) -> SeparateTowers:
+    return SeparateTowers(str(text_folder), VISION, str(vision_file), 16)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def pixels() -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("width", [16, 24])
-def test_towers_give_their_own_libraries_features(pair: TowerPair, pixels: Tensor, width: int) -> None:
+def test_towers_give_their_own_libraries_features(pair: SeparateTowers, pixels: Tensor, width: int) -> None:
     backbone = Backbone.build(str(replace(pair, embed_dim=width)), None, seed=5)
     assert backbone.context_length == 24
     tokens = build_tokenizer(str(pair))(["the lion", "arms of a red lion"])
@@ -104,7 +106,7 @@ def test_towers_give_their_own_libraries_features(pair: TowerPair, pixels: Tenso
     assert (sizes.text_width, sizes.embed_width) == (16, width)
 
 
-def test_pictures_are_as_timm_says(pair: TowerPair) -> None:
+def test_pictures_are_as_timm_says(pair: SeparateTowers) -> None:
     network, stated = resolve_architecture(str(pair)), timm.get_pretrained_cfg(VISION)
     assert stated is not None
     assert (network.mean, network.std, network.image_size) == (stated.mean, stated.std, stated.input_size[1])
@@ -114,25 +116,26 @@ def test_pictures_are_as_timm_says(pair: TowerPair) -> None:
     assert torch.equal(middle, image[:, 6:54, 26:74])
 
 
-def test_a_configuration_names_the_towers_by_keys_or_in_one_text(pair: TowerPair) -> None:
+def test_a_configuration_names_the_towers_by_keys_or_in_one_text(pair: SeparateTowers) -> None:
     keys = {"text": f"hf:{pair.text}", "vision": f"timm:{VISION}@{pair.vision_file}", "embed_dim": 16}
     config = validated(BackboneConfig, keys, "here", "backbone.")
     assert config == BackboneConfig(architecture=str(pair))
-    assert TowerPair.parsed(config.architecture) == pair
+    assert SeparateTowers.parsed(config.architecture) == pair
     hub = validated(BackboneConfig, {"text": "hf:owner/model", "vision": "timm:resnet18.a1_in1k"}, "here", "")
     assert hub.architecture == "hf:owner/model + timm:resnet18.a1_in1k + 256"
     assert BackboneConfig.model_validate(hub.model_dump()) == hub
-    for name in ("ViT-B-32", "tiny", "hf:a", "hf:a + timm:b", "a + b + 3", "models/a + b.json"):
-        assert TowerPair.parsed(name) is None
+    for name in ("ViT-B-32", "tiny", "hf-hub:a", "a + b + 3", "models/a + b.json"):
+        assert SeparateTowers.parsed(name) is None
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"text": "hf:a", "vision": "timm:b", "architecture": "tiny"}, "give architecture, or text and vision"),
-        ({"text": "hf:a"}, r"vision is timm:<name> or timm:<name>@<file of weights>, not None"),
+        ({"text": "hf:a", "vision": "b"}, r"vision is timm:<name> or timm:<name>@<file of weights>, not 'b'"),
+        ({"text": "hf:a", "embed_dim": 3}, "embed_dim is the width that two .* one tower has its own"),
+        ({"embed_dim": 3}, "embed_dim is of two towers: give text and vision"),
         ({"text": "bert", "vision": "timm:b"}, "text is hf:<name or folder>.* not 'bert'"),
-        ({"vision": "timm:b"}, "text is hf:<name or folder>.* not None"),
         ({"text": "hf:a", "vision": "timm:b", "embed_dim": 0}, "embed_dim is the width that both .* not 0"),
         ({"text": "hf:a", "vision": "timm:b", "visoin": "timm:c"}, "unknown key 'visoin'; did you mean 'vision'"),
         ({"embed_dim": 3, "architecture": "tiny"}, "give architecture, or text and vision"),
@@ -144,7 +147,7 @@ def test_a_pair_that_is_not_of_its_form_is_refused(keys: dict[str, Any], message
 
 
 def test_a_job_knows_its_towers_wherever_it_runs(
-    pair: TowerPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_folder: Path
+    pair: SeparateTowers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_folder: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "minilm").symlink_to(text_folder)
@@ -161,7 +164,7 @@ def test_a_job_knows_its_towers_wherever_it_runs(
     assert read_config(to_yaml(config)) == config
 
 
-def test_towers_that_cannot_be_had_are_named(pair: TowerPair, tmp_path: Path) -> None:
+def test_towers_that_cannot_be_had_are_named(pair: SeparateTowers, tmp_path: Path) -> None:
     def refused(message: str, **changes: Any) -> None:
         with pytest.raises(UserError, match=message) as caught:
             Backbone.checked(str(replace(pair, **changes)), None)
@@ -228,7 +231,7 @@ def test_a_folder_that_is_not_there_is_no_name_of_the_hub(pair: TowerPair, name:
 
 @pytest.mark.parametrize("towers", ["locked", "tuned"])
 def test_pretraining_joins_them(
-    towers: Any, pair: TowerPair, small_data: Dataset, tmp_path: Path, pixels: Tensor
+    towers: Any, pair: SeparateTowers, small_data: Dataset, tmp_path: Path, pixels: Tensor
 ) -> None:
     config = PretrainConfig(epochs=20, batch_size=8, learning_rate=1e-3, warmup_steps=2, towers=towers)
     backbone = Backbone.build(str(pair), None)
@@ -245,3 +248,46 @@ def test_pretraining_joins_them(
     with torch.no_grad():
         assert torch.equal(again.encode_image(pixels).pooled, backbone.eval().encode_image(pixels).pooled)
     Backbone.checked(str(pair), str(tmp_path / "joined.safetensors"))
+
+
+@torch.no_grad()
+def test_one_tower_alone_gives_its_librarys_features(pair: SeparateTowers, pixels: Tensor) -> None:
+    both = Backbone.build(str(pair), None)
+    text, vision = Backbone.build(f"hf:{pair.text}", None), Backbone.build(f"timm:{VISION}@{pair.vision_file}", None)
+    tokens = build_tokenizer(f"hf:{pair.text}")(["the lion", "arms of a red lion"])
+    assert torch.equal(text.encode_text(*tokens).pooled, both.encode_text(*tokens).pooled)
+    trunk: Any = timm.create_model(VISION, num_classes=7, checkpoint_path=str(pair.vision_file)).eval()
+    pooled = trunk.forward_head(trunk.forward_features(pixels), pre_logits=True)
+    torch.testing.assert_close(vision.encode_image(pixels).pooled, pooled, **ALIKE)
+    assert text.vision.is_absent
+    assert vision.text.is_absent
+    assert feature_sizes(f"hf:{pair.text}").embed_width == 16
+    assert feature_sizes(f"timm:{VISION}@{pair.vision_file}").embed_width == pooled.shape[1]
+    text.tune("full")
+    assert all(p.requires_grad for p in text.text.parameters)
+
+
+def test_what_needs_a_tower_that_is_not_there_is_refused(pair: SeparateTowers, small_data: Dataset) -> None:
+    name = f"hf:{pair.text}"
+    backbone = Backbone.build(name, None, device="meta")
+    for model, system, reads in (
+        ("clip", {}, "clip reads pictures"),
+        ("mimic", {}, "mimic reads pictures"),
+        ("dsmip", {"gate": {"picture": "clip"}}, "visual reads pictures"),
+    ):
+        config = parse_config({"model": model, "backbone": {"text": name}, "system": system})
+        with pytest.raises(UserError, match=f"{reads}, and backbone hf:.* has no vision tower: add one"):
+            find_system(model).check(config, backbone)
+    alone = parse_config({"model": "clip", "backbone": {"text": name}, "system": {"image_weight": 0}})
+    find_system("clip").check(alone, backbone)
+    with pytest.raises(UserError, match="is one tower: 'dsmip pretrain' aligns a text and a vision tower"):
+        check_pretraining(alone, small_data)
+
+
+def test_markers_are_one_token_each_and_the_vocabulary_stays(pair: SeparateTowers) -> None:
+    plain, marking = build_tokenizer(f"hf:{pair.text}"), build_tokenizer(f"hf:{pair.text}", ("[SEP]", "arms"))
+    assert marking(["the [SEP] lion"]).ids[0].tolist() == [2, 4, 3, 5, 3]
+    assert marking(["lionarms of"]).ids[0].tolist() == [2, 5, 6, 7, 3]
+    assert plain(["lion of"]).ids[0].tolist() == marking(["lion of"]).ids[0].tolist() == [2, 5, 7, 3]
+    with pytest.raises(UserError, match=r"has no token \[M\], by which the system's template"):
+        build_tokenizer(f"hf:{pair.text}", ("[SEP]", "[M]"))

@@ -5,6 +5,7 @@ downloads or that has several forms is named in `FORMS` of `tests/support/scorin
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -137,7 +138,7 @@ def test_missing_pictures_may_be_stored_once(
 @torch.no_grad()
 def test_token_rows_of_a_picture_are_declared(subject: Subject, features: tuple[Table, Table]) -> None:
     """What the feature cache stores once for all items without a picture is what does not change with the text."""
-    other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.token_mask.flip(0), ENTITIES.images, ENTITIES.has_image)
+    other = replace(ENTITIES, token_ids=ENTITIES.token_ids.flip(0), token_mask=ENTITIES.token_mask.flip(0))
     again = subject.encode_entities(other)
     ragged = [name for name, column in features[1].columns.items() if isinstance(column, Ragged)]
     padded = {name: [table.ragged(name).padded()[0] for table in (features[1], again)] for name in ragged}
@@ -150,7 +151,7 @@ def test_token_rows_of_a_picture_are_declared(subject: Subject, features: tuple[
 @torch.no_grad()
 def test_columns_of_a_picture_do_not_depend_on_the_text(subject: Subject, features: tuple[Table, Table]) -> None:
     """What entities without a picture share (`dsmip.evaluation.preparation`)."""
-    other = ItemBatch(ENTITIES.token_ids.flip(0), ENTITIES.token_mask.flip(0), ENTITIES.images, ENTITIES.has_image)
+    other = replace(ENTITIES, token_ids=ENTITIES.token_ids.flip(0), token_mask=ENTITIES.token_mask.flip(0))
     prepared, again = map(subject.matcher.prepare_entities, (features[1], subject.encode_entities(other)))
     declared = subject.matcher.image_columns(prepared)
     assert bool(declared) == bool(subject.image_token_columns)
@@ -166,7 +167,8 @@ def test_saved_weights_give_the_same_scores(
     with seeded(7):
         again = subject.rebuild()
     again.matcher.eval()
-    assert not torch.equal(again.score(*features).total_ME, scores.total_ME)
+    if set(subject.matcher.state_dict()) - subject.matcher.tower_tensors():  # else features are compared as they are
+        assert not torch.equal(again.score(*features).total_ME, scores.total_ME)
     load_own_weights(again.matcher, tmp_path / "weights.safetensors")
     assert_equal_bits(again.score(*again.encode(MENTIONS, ENTITIES)), scores)
 

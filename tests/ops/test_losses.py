@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsmip.ops.losses import contrastive_loss, joint_contrast_losses
+from dsmip.ops.losses import contrastive_loss, joint_contrast_losses, triplet_losses
 
 
 def test_equals_the_formula_with_excluded_pairs_left_out() -> None:
@@ -80,3 +80,29 @@ def test_joint_contrast_of_no_mention_is_nothing() -> None:
     assert losses.shape == (0,)
     assert entities.grad is not None
     assert not entities.grad.any()
+
+
+@pytest.mark.parametrize("hardest", [True, False])
+def test_triplets_are_hinges_over_other_golds(hardest: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(6, 9, generator=generator, dtype=torch.float64)
+    gold, excluded = torch.tensor([0, 3, 8, 2, 2, 5]), torch.rand(6, 9, generator=generator) < 0.4
+    found = triplet_losses(scores, gold, excluded, margin=0.3, hardest=hardest)
+    for mention in range(6):
+        own = float(scores[mention, gold[mention]])
+        hinges = [
+            max(0.0, 0.3 + float(scores[mention, column]) - own)
+            for column in range(9)
+            if column != gold[mention] and not excluded[mention, column]
+        ]
+        assert float(found[mention]) == pytest.approx(max(hinges) if hardest else sum(hinges) / len(hinges))
+
+
+def test_triplets_without_a_negative_cost_nothing() -> None:
+    for hardest in (True, False):
+        scores = torch.tensor([[0.2, 0.9]], requires_grad=True)
+        loss = triplet_losses(scores, torch.tensor([0]), torch.tensor([[False, True]]), margin=0.5, hardest=hardest)
+        assert not loss.any()
+        loss.sum().backward()
+        assert scores.grad is not None
+        assert not scores.grad.any()

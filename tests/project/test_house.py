@@ -25,7 +25,7 @@ GROUND = (
     "dsmip.parallel",
     "dsmip.private",
     "dsmip.progress",
-    "dsmip.tower_pair",
+    "dsmip.separate_towers",
     "dsmip.version",
 )
 # The house from the roof down. An import may stay in its room or go to a lower floor; rooms of one floor are strangers.

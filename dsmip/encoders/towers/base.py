@@ -47,9 +47,11 @@ class Tower(ABC):
         width: Of its tokens.
         layers: Those that prompts can be put into; none where prompts have no place.
         no_prompts: Why prompts have no place in it; empty where they have.
+        is_absent: The network has no such side.
     """
 
     name: ClassVar[str]
+    is_absent: ClassVar[bool] = False
     width: int
     layers: Sequence[nn.Module] = ()
     no_prompts: str = ""
@@ -80,11 +82,13 @@ class TextTower(Tower):
         context_length: Places that tokens and prompts share.
         reads_padding: Padding changes what it says of a text (no causal mask hides it, or the last place is pooled): a
             text must fill the context, as in its training.
+        is_causal: A place sees those before it alone: the first one says nothing of a text.
     """
 
     name = "text"
     context_length: int
     reads_padding: bool = False
+    is_causal: bool = False
 
     @abstractmethod
     def encode(

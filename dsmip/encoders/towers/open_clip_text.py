@@ -27,6 +27,7 @@ class OpenClipText(TextTower):
         self._pool: str = text.pool_type if hasattr(text, "pool_type") else text.text_pool_type
         self._class_token: nn.Parameter | None = getattr(text, "cls_emb", None)
         self._projection: nn.Parameter | nn.Linear | None = text.text_projection
+        self.is_causal = text.attn_mask is not None
         self.reads_padding = text.attn_mask is None or self._pool == "last" or self._class_token is not None
 
     @property

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from torch import nn
-
+from dsmip.encoders.towers.absent import AbsentText, AbsentVision
 from dsmip.encoders.towers.base import TextTower, VisionTower
 from dsmip.encoders.towers.hugging_face_text import HuggingFaceText
 from dsmip.encoders.towers.open_clip_text import OpenClipText
@@ -15,22 +14,25 @@ def text_tower(clip: Any, context_length: int) -> TextTower:
     """The text side of an open_clip network.
 
     Args:
-        clip: `CLIP`, `CustomTextCLIP` or `CoCa`.
+        clip: `CLIP`, `CustomTextCLIP` or `CoCa`, or one tower alone: its `text` or its `visual` is None then.
         context_length: Places of a Hugging Face encoder, which does not say it itself.
     """
     from open_clip.hf_model import HFTextEncoder
 
-    if isinstance(getattr(clip, "text", None), HFTextEncoder):
-        return HuggingFaceText(clip.text, context_length)
-    return OpenClipText(clip)
+    text = getattr(clip, "text", clip)
+    if text is None:
+        return AbsentText()
+    return HuggingFaceText(text, context_length) if isinstance(text, HFTextEncoder) else OpenClipText(clip)
 
 
-def vision_tower(clip: nn.Module) -> VisionTower:
+def vision_tower(clip: Any) -> VisionTower:
     """The vision side of an open_clip network."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.timm_model import TimmModel
 
-    visual = clip.get_submodule("visual")
+    visual = clip.visual
+    if visual is None:
+        return AbsentVision()
     if isinstance(visual, TimmModel):
         return TimmVision(visual)
     return ResNetVision(visual) if isinstance(visual, ModifiedResNet) else OpenClipVision(visual)

@@ -1,6 +1,6 @@
-"""Two separate towers, a Hugging Face text encoder and a timm network, as one network of open_clip's form.
+"""Separate towers, a Hugging Face text encoder and a timm network or one of them, as a network of open_clip's form.
 
-What joins them is one matrix each, without which a text tower of the shared width stays as it is.
+What joins two is one matrix each, without which a text tower of the shared width stays as it is.
 """
 
 import difflib
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from dsmip.errors import UserError, first_line
+from dsmip.separate_towers import SeparateTowers
 from dsmip.storage.parsing import parse_json
-from dsmip.tower_pair import TowerPair
 
 MAX_CONTEXT = 512
 _TYPES = ("bert", "roberta", "xlm-roberta", "mt5", "m2m_100")  # those that open_clip's HFTextEncoder takes
@@ -25,23 +25,26 @@ _POOLERS = {
     "pooling_mode_max_tokens": "max_pooler",
     "pooling_mode_mean_tokens": "mean_pooler",
 }
+_NO_TEXT, _NO_VISION = {"context_length": 77}, {"image_size": 1}  # an empty text's places, and a picture's least side
 _RESIZE = {"center": "shortest", "squash": "squash"}
 
 
-def as_open_clip(pair: TowerPair) -> dict[str, Any]:
-    """`model_cfg` and `preprocess_cfg`, as open_clip writes them.
+def as_open_clip(towers: SeparateTowers) -> dict[str, Any]:
+    """`model_cfg` and `preprocess_cfg`, as open_clip writes them; of a tower that is not there next to nothing.
 
     Raises:
         UserError: A tower is unknown, cannot be had, or is of a kind that does not fit.
     """
-    width, text = _text_tower(pair.text)
-    vision, preprocess = _vision_tower(pair.vision)
-    text["hf_proj_type"] = "linear" if width != pair.embed_dim else None  # else its vectors stay as they are
-    config = {"embed_dim": pair.embed_dim, "custom_text": True, "vision_cfg": dict(vision), "text_cfg": text}
+    width, text = _text_tower(towers.text) if towers.text else (0, _NO_TEXT)
+    features, vision, preprocess = _vision_tower(towers.vision) if towers.vision else (0, _NO_VISION, {})
+    embed_dim = towers.embed_dim or width or features
+    if towers.text and width != embed_dim:  # else its vectors stay as they are
+        text = {**text, "hf_proj_type": "linear"}
+    config = {"embed_dim": embed_dim, "custom_text": True, "vision_cfg": dict(vision), "text_cfg": dict(text)}
     return {"model_cfg": config, "preprocess_cfg": dict(preprocess)}
 
 
-def _text_tower(name: str) -> tuple[int, dict[str, Any]]:
+def _text_tower(name: str) -> tuple[int, Mapping[str, Any]]:
     """Its width and its `text_cfg`."""
     config = _read(name, "config.json")
     kind = config.get("model_type")
@@ -55,6 +58,7 @@ def _text_tower(name: str) -> tuple[int, dict[str, Any]]:
         "hf_model_name": name,
         "hf_tokenizer_name": name,
         "hf_pooler_type": pooler,
+        "hf_proj_type": None,
         "context_length": _context(name, config),
     }
     width = _size(name, config, "hidden_size") or _size(name, config, "d_model")
@@ -116,8 +120,8 @@ def _fetched(name: str, file: str, *, needed: bool) -> str | None:
 
 
 @cache
-def _vision_tower(name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Its `vision_cfg` and `preprocess_cfg`: timm's own of these weights."""
+def _vision_tower(name: str) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
+    """Its width, its `vision_cfg` and its `preprocess_cfg`: timm's own of these weights."""
     import timm
     from timm.data import config as data_config
 
@@ -144,4 +148,4 @@ def _vision_tower(name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         "resize_mode": _RESIZE.get(stated["crop_mode"], "shortest"),
         "crop_pct": stated["crop_pct"],
     }
-    return vision, preprocess
+    return int(trunk.num_features), vision, preprocess

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -27,6 +27,10 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     ],
     "mimic": [{}, {"mask_padding": True}],
     "mmoe": [{}],
+    "bert": [{"pooling": "tower"}, {"pooling": "tower", "similarity": "cosine"}],
+    "dzmned": [{"width": 16}],
+    "jmel": [{}, {"hardest": True}],
+    "ghmfc": [{"width": 16, "heads": 2}],
     "m3el": [{}, {"cross": "bidirectional", "match_keys": "tokens", "mask_padding": True, "contrast_weight": 0.0}],
 }
 # Deep enough for every default (nine layers of prompts), and narrow.
@@ -142,20 +146,22 @@ def make_items(count: int, seed: int) -> ItemBatch:
     images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
     has_image = torch.arange(count) % 3 != 1
     images[~has_image] = 0
-    return ItemBatch(token_ids, mask_to_end(token_ids), images, has_image)
+    word_ids = token_ids[:, :3].clamp(min=1)  # of systems that read an item's name apart
+    extras = {"word_ids": word_ids, "word_mask": torch.ones_like(word_ids, dtype=torch.bool)}
+    return ItemBatch(token_ids, mask_to_end(token_ids), images, has_image, extras)
 
 
 def trimmed(batch: ItemBatch) -> ItemBatch:
     """Without columns that are padding in every row."""
     longest = int(batch.token_mask.sum(dim=1).max())
-    return ItemBatch(batch.token_ids[:, :longest], batch.token_mask[:, :longest], batch.images, batch.has_image)
+    return replace(batch, token_ids=batch.token_ids[:, :longest], token_mask=batch.token_mask[:, :longest])
 
 
 def padded(batch: ItemBatch, columns: int) -> ItemBatch:
     """With padding, whose ids mean nothing: the highest one would be taken for an end of text."""
     ids, mask = torch.full((len(batch), columns), END), torch.zeros(len(batch), columns, dtype=torch.bool)
     padded_ids, padded_mask = torch.cat([batch.token_ids, ids], dim=1), torch.cat([batch.token_mask, mask], dim=1)
-    return ItemBatch(padded_ids, padded_mask, batch.images, batch.has_image)
+    return replace(batch, token_ids=padded_ids, token_mask=padded_mask)
 
 
 MENTIONS, ENTITIES = make_items(NUM_MENTIONS, seed=2), make_items(NUM_ENTITIES, seed=3)

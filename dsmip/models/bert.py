@@ -1,0 +1,106 @@
+"""BERT (Devlin et al., 2019) as a linker: a bi-encoder of texts alone, one vector of an item's text.
+
+Decisions of ours, as papers that report BERT are silent: one encoder reads mentions and entities, an item's vector is
+that of the text's first token, the score is a product, and the loss contrasts a batch's mentions with their golds.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
+from dsmip.data.collate import ItemBatch, ItemFormat
+from dsmip.data.table import Table
+from dsmip.data.text import Template
+from dsmip.encoders.clip import Backbone, Tuning
+from dsmip.errors import UserError
+from dsmip.models.base import OnePartSystem
+from dsmip.units.matcher import VectorMatcher
+
+Pooling = Literal["first", "tower"]
+_LOG_SCALE = 2.9957  # of cosines at the start, log(20)
+_HIGHEST = 4.6052  # log(100)
+
+
+class BertConfig(Frozen):
+    """The `system` section.
+
+    Attributes:
+        tune: frozen is zero-shot.
+        pooling: The vector of the first token ([CLS]), or what the tower pools as its authors do (a mean, mostly).
+        similarity: A product, or a cosine times a learned factor.
+        markers: Tokens of the vocabulary that the template writes out.
+    """
+
+    tune: Tuning = "full"
+    pooling: Pooling = "first"
+    similarity: Literal["product", "cosine"] = "product"
+    template: Template = Template(mention="{word} [SEP] {sentence}", entity="{name} [SEP] {attributes}")
+    markers: tuple[str, ...] = ("[SEP]",)
+
+
+class TextEncoder(nn.Module):
+    """A text tower that gives one vector per text, `text` [N, d]: d_t of a first token, d_z of what the tower pools."""
+
+    def __init__(self, backbone: BackboneConfig, tune: Tuning, pooling: Pooling) -> None:
+        super().__init__()
+        self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
+        self.backbone.tune(tune, ("text",))
+        self.pooling = pooling
+
+    def forward(self, batch: ItemBatch) -> Table:
+        """Features of N items."""
+        found = self.backbone.encode_text(batch.token_ids, batch.token_mask)
+        return Table({"text": found.tokens[:, 0] if self.pooling == "first" else found.pooled})
+
+
+class BertMatcher(VectorMatcher[TextEncoder]):
+    """Products of text vectors; without an encoder it scores cached features."""
+
+    def __init__(self, config: BertConfig, encoder: TextEncoder | None = None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.log_scale: nn.Parameter | None = None
+        if config.similarity == "cosine":
+            self.log_scale = nn.Parameter(torch.tensor(_LOG_SCALE), requires_grad=config.tune != "frozen")
+
+    def prepare_mentions(self, features: Table) -> Table:
+        """The scale is a mention's: an index of entities does not depend on it."""
+        vector_Nd = self._vector(features)
+        scale = 1.0 if self.log_scale is None else self.log_scale.clamp(max=_HIGHEST).exp()
+        return Table({"vector": vector_Nd * scale})
+
+    def prepare_entities(self, features: Table) -> Table:
+        return Table({"vector": self._vector(features)})
+
+    def _vector(self, features: Table) -> Tensor:
+        text_Nd = features.dense("text")
+        return text_Nd if self.log_scale is None else F.normalize(text_Nd, dim=-1)
+
+
+class Bert(OnePartSystem):
+    """How BERT is built: one part, which is the whole system."""
+
+    name: ClassVar[str] = "bert"
+    config_class: ClassVar[type[Frozen]] = BertConfig
+
+    @classmethod
+    def item_format(cls, section: Any, part: str) -> ItemFormat:
+        return ItemFormat(section.template, modalities=("text",), markers=section.markers)
+
+    @classmethod
+    def check(cls, config: ExperimentConfig, backbone: Backbone) -> None:
+        super().check(config, backbone)
+        if config.system.pooling == "first" and backbone.text.is_causal:
+            raise UserError(
+                f"system.pooling: first: the first token of {config.backbone.architecture} sees no other one; take "
+                "pooling: tower, or a text tower such as backbone.text: hf:bert-base-uncased"
+            )
+
+    @classmethod
+    def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> BertMatcher:
+        section: BertConfig = config.system
+        encoder = TextEncoder(config.backbone, section.tune, section.pooling) if with_encoder else None
+        return BertMatcher(section, encoder)
