@@ -20,7 +20,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import Run
 from ray_jobs.cluster import environment  # noqa: F401  (before any test imports Ray)
-from tests.support.backbones import NARROW_BACKBONE
+from tests.support.encoders.backbones import NARROW_BACKBONE
 from tests.support.object_store import ObjectStore, free_port, running_store, variables
 from tests.support.paths import ROOT
 from tests.support.small_release import image_bytes, write_release

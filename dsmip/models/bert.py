@@ -47,7 +47,7 @@ class TextEncoder(nn.Module):
     def __init__(self, backbone: BackboneConfig, tune: Tuning, pooling: Pooling) -> None:
         super().__init__()
         self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
-        self.backbone.tune(tune, ("text",))
+        self.backbone.tune(tune, ["text"])
         self.pooling = pooling
 
     def forward(self, batch: ItemBatch) -> Table:
@@ -84,6 +84,8 @@ class Bert(OnePartSystem):
     """How BERT is built: one part, which is the whole system."""
 
     name: ClassVar[str] = "bert"
+    paper: ClassVar[str] = "Devlin et al., NAACL 2019"
+    published_config: ClassVar[str] = "bert_wikimel"
     config_class: ClassVar[type[Frozen]] = BertConfig
 
     @classmethod

@@ -86,7 +86,7 @@ class ModalityAttention(nn.Module):
         """Float [N, width] of length one."""
         text_NLt, mask_NL = features.ragged("text").padded()
         if not len(text_NLt):  # of a worker's empty share; a sequence of nothing cannot be packed
-            return self.word(features.dense("word"))
+            return F.normalize(self.word(features.dense("word")), dim=-1)
         packed = pack_padded_sequence(text_NLt, mask_NL.sum(dim=1).cpu(), batch_first=True, enforce_sorted=False)
         _, (last_2Nh, _) = self.text(packed)
         word_Nd, image_Nd = self.word(features.dense("word")), self.image(features.dense("image"))
@@ -120,6 +120,8 @@ class Dzmned(OnePartSystem):
     """How DZMNED is built: one part, which is the whole system."""
 
     name: ClassVar[str] = "dzmned"
+    paper: ClassVar[str] = "Moon et al., ACL 2018"
+    published_config: ClassVar[str] = "dzmned_wikimel"
     config_class: ClassVar[type[Frozen]] = DzmnedConfig
 
     @classmethod

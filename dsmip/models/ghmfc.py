@@ -177,6 +177,8 @@ class Ghmfc(OnePartSystem):
     """How GHMFC is built: one part, which is the whole system."""
 
     name: ClassVar[str] = "ghmfc"
+    paper: ClassVar[str] = "Wang et al., SIGIR 2022"
+    published_config: ClassVar[str] = "ghmfc_wikimel"
     config_class: ClassVar[type[Frozen]] = GhmfcConfig
 
     @classmethod

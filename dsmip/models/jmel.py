@@ -83,6 +83,8 @@ class Jmel(OnePartSystem):
     """How JMEL is built: one part, which is the whole system."""
 
     name: ClassVar[str] = "jmel"
+    paper: ClassVar[str] = "Adjali et al., ECIR 2020"
+    published_config: ClassVar[str] = "jmel_wikimel"
     config_class: ClassVar[type[Frozen]] = JmelConfig
 
     @classmethod

@@ -10,6 +10,7 @@ from torch import nn
 
 from dsmip.config import ExperimentConfig
 from dsmip.encoders.architecture import resolve_architecture
+from dsmip.errors import UserError
 from dsmip.models import find_system, systems
 from dsmip.models.base import System
 from dsmip.runs.load_config import changed, job_config, load_config
@@ -63,13 +64,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A system under a configuration."""
+    """A system under a configuration.
+
+    Attributes:
+        unknown: Why its parts are not known: its backbone's description cannot be had.
+    """
 
     system: str
     paper: str
     config: str
     backbone: str
     parts: tuple[Part, ...]
+    unknown: str | None = None
 
 
 def describe(config: ExperimentConfig, name: str) -> Description:
@@ -104,12 +110,14 @@ def show_systems(config: str | None, overrides: Sequence[str], json_file: Path |
     """
     if config is None:
         names = [system.published_config for _, system in sorted(systems().items())]
-        found = [describe(load_config(name, overrides), name) for name in names]
+        found = [_described_if_possible(load_config(name, overrides), name) for name in names]
     else:
         found = [describe(job_config(config, overrides), config)]
     table = Table("system", "configuration", "part", "texts", "pictures", "trained", "of", header_style="bold")
     for each in found:
         table.add_section()
+        if each.unknown:
+            table.add_row(each.system, each.config, "?", "", "", "?", "?")
         for number, part in enumerate(each.parts):
             about = (each.system, each.config) if number == 0 else ("", "")
             part_name = f"{part.name} (stage two)" if part.stage == 2 else part.name
@@ -117,10 +125,20 @@ def show_systems(config: str | None, overrides: Sequence[str], json_file: Path |
     console = result_console()
     console.print(table)
     for each in found:
-        console.print(f"  {each.system}: {each.paper}; backbone {each.backbone}", soft_wrap=True)
+        unknown = f"; not counted: {each.unknown}" if each.unknown else ""
+        console.print(f"  {each.system}: {each.paper}; backbone {each.backbone}{unknown}", soft_wrap=True)
     if json_file is not None:
         write_masked_json(json_file, [asdict(each) for each in found])
     return found
+
+
+def _described_if_possible(config: ExperimentConfig, name: str) -> Description:
+    """As `describe`; a backbone that cannot be had keeps none of the others from being listed."""
+    try:
+        return describe(config, name)
+    except UserError as error:
+        system = find_system(config.model)
+        return Description(system.name, system.paper, name, config.backbone.architecture, (), str(error))
 
 
 def _part(system: type[System], name: str, config: ExperimentConfig) -> Part:

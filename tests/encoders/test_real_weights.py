@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.clip import Backbone
-from tests.support.real_weights import (
+from tests.support.encoders.real_weights import (
     EFFICIENTNET,
     efficientnet_features,
     minilm_folder,

@@ -180,7 +180,7 @@ def test_towers_that_cannot_be_had_are_named(pair: SeparateTowers, tmp_path: Pat
     refused(r"hf:.*empty has no config.json", text=f"{tmp_path}/empty")
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"model_type": "clip"}))
     refused(r"of the type 'clip'; a text tower is one of bert, roberta", text=f"{tmp_path}/empty")
-    config = json.loads((Path(pair.text) / "config.json").read_text())
+    config = json.loads((Path(str(pair.text)) / "config.json").read_text())
     (tmp_path / "empty" / "config.json").write_text(json.dumps(config))
     refused(r"weights of backbone.text hf:.*empty cannot be had", text=f"{tmp_path}/empty")
     save_file(

@@ -22,7 +22,7 @@ from dsmip.runs.checks import check_pretraining, check_training, check_trials
 from dsmip.runs.load_config import job_config
 from dsmip.training.stages import check_held_out
 from ray_jobs.jobs.prepare import BuildOptions, prepare_release
-from tests.support.tower_kinds import tower_kinds
+from tests.support.encoders.tower_kinds import tower_kinds
 
 QUICK = ("train.warmup_steps=0",)
 

@@ -5,7 +5,7 @@ Each process has fixtures of its own: a module in two of them would make its own
 
 from functools import cache
 
-from xdist.scheduler import LoadScopeScheduling
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.support.paths import ROOT
 
@@ -13,7 +13,7 @@ SHARED_RAY = "ray_cluster"
 """The fixture, whose name stands in each module that uses it."""
 
 
-class WholeModules(LoadScopeScheduling):
+class WholeModules(LoadScopeScheduling):  # type: ignore[misc]
     """Sends modules to processes that have nothing left to do."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -34,8 +34,10 @@ class AbsentText(TextTower):
     def encode(
         self, token_ids: Tensor, mask: Tensor, prompts: Sequence[Tensor], *, hide_padding: bool = False
     ) -> NoReturn:
-        """Raises:
-        RuntimeError: Always.
+        """There is nothing to give.
+
+        Raises:
+            RuntimeError: Always.
         """
         raise RuntimeError("this backbone has no text tower")
 
@@ -57,7 +59,9 @@ class AbsentVision(VisionTower):
         return []
 
     def encode(self, pixels: Tensor, prompts: Sequence[Tensor]) -> NoReturn:
-        """Raises:
-        RuntimeError: Always.
+        """There is nothing to give.
+
+        Raises:
+            RuntimeError: Always.
         """
         raise RuntimeError("this backbone has no vision tower")

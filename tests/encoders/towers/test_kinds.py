@@ -11,7 +11,7 @@ from torch import Tensor
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.errors import UserError
-from tests.support.tower_kinds import tower_kinds
+from tests.support.encoders.tower_kinds import tower_kinds
 
 KINDS = tower_kinds()
 TRANSFORMERS_ALONE = {"resnet", "convnext", "efficientnet", "swin"}  # what prompts have no place in

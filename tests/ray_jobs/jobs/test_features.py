@@ -28,8 +28,8 @@ from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
 from dsmip.training.stages import CPU
 from ray_jobs.cli import app
-from tests.support.backbones import NARROW_BACKBONE
 from tests.support.cluster.ray_heads import processes_of
+from tests.support.encoders.backbones import NARROW_BACKBONE
 
 OF_CLIP = ("--kind", "clip", "--random-weights", "0", "--config")
 
