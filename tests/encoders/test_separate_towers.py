@@ -203,9 +203,11 @@ def test_towers_that_cannot_be_had_are_named(pair: SeparateTowers, tmp_path: Pat
         ("pytorch_model.bin", "no pickle", r"hf:.* cannot be had \(its file is not a plain file of tensors\)"),
     ],
 )
-def test_a_damaged_folder_is_one_line(pair: TowerPair, tmp_path: Path, file: str, content: str, message: str) -> None:
+def test_a_damaged_folder_is_one_line(
+    pair: SeparateTowers, tmp_path: Path, file: str, content: str, message: str
+) -> None:
     folder = tmp_path / "text"
-    shutil.copytree(pair.text, folder)
+    shutil.copytree(str(pair.text), folder)
     if file == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
     (folder / file).write_text(content)
@@ -214,16 +216,16 @@ def test_a_damaged_folder_is_one_line(pair: TowerPair, tmp_path: Path, file: str
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_tokenizer_is_one_line(pair: TowerPair, tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_one_line(pair: SeparateTowers, tmp_path: Path) -> None:
     folder = tmp_path / "text"
-    shutil.copytree(pair.text, folder)
+    shutil.copytree(str(pair.text), folder)
     (folder / "tokenizer.json").write_text('{"model": 5}')
     with pytest.raises(UserError, match=r"tokenizer .*text cannot be had"):
         build_tokenizer(str(replace(pair, text=str(folder))))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])
-def test_a_folder_that_is_not_there_is_no_name_of_the_hub(pair: TowerPair, name: str) -> None:
+def test_a_folder_that_is_not_there_is_no_name_of_the_hub(pair: SeparateTowers, name: str) -> None:
     config = job_config("demo", [f"backbone={{architecture: null, text: 'hf:{name}', vision: 'timm:{VISION}'}}"])
     with pytest.raises(UserError, match=f"^backbone.text hf:{re.escape(name)}: no such folder$"):
         resolve_architecture(config.backbone.architecture)

@@ -24,8 +24,8 @@ from dsmip.runs.status import read_status
 from dsmip.units.shared_clip import PUBLISHED_NORMS, SharedClipMatcher
 from ray_jobs.jobs.train_experts import train_parts
 from ray_jobs.local_jobs.import_run import import_run
-from tests.support.backbones import NARROW_BACKBONE
 from tests.support.displays import Lines
+from tests.support.encoders.backbones import NARROW_BACKBONE
 
 IMPORTABLE = sorted(name for name, system in systems().items() if system.published_sign)
 
