@@ -4,12 +4,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from dsmip.config import BackendName, PrecisionName, RankOptions
 from dsmip.errors import ReportedError, UserError, no_room, no_room_message
+from dsmip.messages import shown
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
 from ray_jobs.commands import data as data_commands
 from ray_jobs.commands import systems as system_commands
@@ -27,8 +29,31 @@ from ray_jobs.commands.options import (
 )
 from ray_jobs.terminal.lines import complain, open_streams
 
+
+class _Group(TyperGroup):
+    """Commands whose usage errors, as all other lines, show no secret of what was typed."""
+
+    def make_context(self, *about: Any, **more: Any) -> Any:
+        with _masked_usage():
+            return super().make_context(*about, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _masked_usage():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _masked_usage() -> Iterator[None]:
+    try:
+        yield
+    except typer.TyperException as error:
+        error.message = shown(error.message)
+        raise
+
+
 app = typer.Typer(
     name="dsmip",
+    cls=_Group,
     help="Multimodal entity linking on Ray: prepare data, train experts, tune the gate, evaluate.",
     no_args_is_help=True,
     add_completion=False,

@@ -7,6 +7,7 @@ vision width, d_z projection width.
 import os
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal
@@ -24,10 +25,13 @@ from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.encoders.towers.select import text_tower, vision_tower
 from dsmip.encoders.weights import check_weights, described, load_weights, locate_weights, read_weights
 from dsmip.errors import UserError
+from dsmip.private import private_folder, user_cache_folder
 from dsmip.storage.atomic import atomic_path
 
 Tuning = Literal["frozen", "projection", "full"]
 TowerName = Literal["text", "vision"]
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+_SHARED = "torchinductor_"  # what PyTorch writes into it when it is imported begins so, in the temporary folder
 
 
 def padded_with_end(token_ids_NL: Tensor, mask_NL: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -281,8 +285,11 @@ def _per_layer(
 def compile_towers(module: nn.Module) -> None:
     """Compiles the layers of every backbone in a module (`Backbone.compile_layers`).
 
+    PyTorch keeps what is compiled, libraries among it, in a folder of a predictable name in the temporary one, and
+    loads what it finds there: unless a user has named another, it is one in the user's cache folder.
+
     Raises:
-        UserError: There is no compiler.
+        UserError: There is no compiler, or the cache folder may be another user's.
     """
     given = os.environ.get("CXX", "g++")
     try:
@@ -291,6 +298,10 @@ def compile_towers(module: nn.Module) -> None:
         compiler = given
     if shutil.which(compiler) is None:
         raise UserError(f"train.compile: no C++ compiler named {compiler!r} (set CXX to one, or leave compile out)")
+    named = Path(os.environ.get(_COMPILED, _SHARED))
+    if named.name.startswith(_SHARED) and named.parent in (Path(), Path(tempfile.gettempdir())):
+        instead = "set XDG_CACHE_HOME to another folder"
+        os.environ[_COMPILED] = str(private_folder(private_folder(user_cache_folder(), instead) / "compiled", instead))
     for backbone in module.modules():
         if isinstance(backbone, Backbone):
             backbone.compile_layers()

@@ -1,5 +1,7 @@
 """Towers with compiled layers: the same gradients, the same state, no compilation for each length of text."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,24 @@ def test_a_missing_compiler_is_named(
     monkeypatch.setenv("CXX", given)
     with pytest.raises(UserError, match=f"no C\\+\\+ compiler named {named} "):
         compile_towers(expert(narrow_backbone, "frozen", 0))
+
+
+def test_what_is_compiled_lies_in_a_private_folder(
+    narrow_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's own has a name that another user knows, and what lies there is loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "named by the user"))
+    matcher = expert(narrow_backbone, "frozen", 0)
+    compile_towers(matcher)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "named by the user")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_somebody")
+    compile_towers(matcher)
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.parent == tmp_path / "dsmip"
+    assert (folder.parent.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == (0o700, 0o700)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="compiled: is a link"):
+        compile_towers(matcher)

@@ -77,6 +77,8 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         ("import mimic F --data D --run R", "checkpoint F does not exist; needed is a .ckpt file"),
         ("import mimic F --run R", "Missing option '--data'"),
         ("nonsense", "No such command"),
+        ("s3://user:word@b/x", r"No such command 's3://\*\*\*@b/x'"),
+        ("verify D s3://user:word@b/x", r"unexpected extra argument.*\(s3://\*\*\*@b/x\)"),
         ("train --config demo", "Missing option"),
     ],
 )
