@@ -1,11 +1,13 @@
-"""Weight and model files that a run's configuration names: found again where they were moved together with the run."""
+"""Files and folders of a backbone that a run's configuration names: found again where they were moved with the run."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dsmip.config import ExperimentConfig
+from dsmip.encoders.formats import hugging_face
 from dsmip.errors import UserError
 from dsmip.runs.load_config import parse_config, with_files
 from dsmip.storage.atomic import sha256_file
@@ -24,8 +26,8 @@ def noted_files(config: ExperimentConfig, storage: RunStorage, before: Noted) ->
     A run in an object store has no way to a node's files, and notes their hashes alone.
     """
     noted = {name: dict(about) for name, about in before.items()}
-    for name in filter(os.path.isfile, _names(config)):
-        noted[name] = {"sha256": sha256_file(Path(name))}
+    for name in filter(os.path.exists, _names(config)):
+        noted[name] = {"sha256": _sha256(Path(name))}
         if isinstance(storage, LocalRun):
             noted[name]["beside"] = os.path.relpath(Path(name).resolve(), storage.path.resolve())
     return noted
@@ -35,10 +37,10 @@ def found_again(config: ExperimentConfig, storage: RunStorage, noted: Noted) -> 
     """The configuration with the present names of files that lie where they lay as seen from the run, unchanged."""
     moved = {}
     for name, about in noted.items():
-        if "beside" not in about or not isinstance(storage, LocalRun) or Path(name).is_file():
+        if "beside" not in about or not isinstance(storage, LocalRun) or Path(name).exists():
             continue
         here = Path(os.path.normpath(storage.path.resolve() / about["beside"]))
-        if here.is_file() and sha256_file(here) == about["sha256"]:
+        if here.exists() and _sha256(here) == about["sha256"]:
             moved[name] = str(here)
     if not moved:
         return config
@@ -66,6 +68,16 @@ def noted_in(stamp: Any) -> dict[str, dict[str, str]]:
     """What a stamp has of files: nothing in those of older versions."""
     files = stamp.get(FILES, {})
     return {str(name): {str(key): str(value) for key, value in about.items()} for name, about in files.items()}
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of what a text tower reads in a folder: descriptions, its tokenizer, one file of weights."""
+    if path.is_file():
+        return sha256_file(path)
+    weights = [path / name for name in hugging_face.FILES if (path / name).is_file()][:1]
+    described = (each for form in ("*.json", "*.txt", "*.model", "1_Pooling/*.json") for each in path.glob(form))
+    lines = [f"{sha256_file(each)} {each.relative_to(path).as_posix()}" for each in sorted((*described, *weights))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _names(config: ExperimentConfig) -> list[str]:

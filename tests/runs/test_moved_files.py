@@ -10,7 +10,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.runs.load_config import changed, job_config
+from dsmip.runs.load_config import changed, job_config, key_text
 from dsmip.runs.moved_files import found_beside
 from dsmip.runs.run import Run
 from ray_jobs.jobs.tune_gate import sweep_key, tune_gate
@@ -42,6 +42,30 @@ def test_a_run_that_was_moved_with_its_backbone_opens_and_goes_on(made: Run, tmp
     assert given == run.config
     assert Run.create(there / "again", given, run.dataset).config == given
     assert job_config(path) == given  # from now on it is what the run's own file says
+
+
+def test_a_run_of_two_towers_finds_their_folder_and_file(
+    tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
+) -> None:
+    tower = tmp_path / "here" / "text"
+    tower.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors", "notes.md"):
+        (tower / name).write_text(name)
+    (tmp_path / "here" / "vision.pth").write_text("weights")
+    pair = "hf:{0}/text + timm:test_vit@{0}/vision.pth + 16"
+    config = changed(small_config, {"backbone": {"architecture": pair.format(tmp_path / "here"), "pretrained": None}})
+    before = key_text(config, Run.create(tmp_path / "here" / "run", config, small_data).note_files())
+    assert str(tmp_path) not in before.partition("system:")[0]
+    there = (tmp_path / "here").rename(tmp_path / "there")
+    (there / "text" / "notes.md").write_text("nothing that a tower reads")
+    run = Run.open(there / "run")
+    assert run.config.backbone.architecture == pair.format(there)
+    assert key_text(run.config, run.note_files()) == before
+    (there / "text" / "tokenizer.json").write_text("another")
+    there.rename(tmp_path / "elsewhere")
+    architecture = Run.open(tmp_path / "elsewhere" / "run").config.backbone.architecture
+    assert not architecture.startswith(f"hf:{tmp_path}/elsewhere/text")
+    assert f"@{tmp_path}/elsewhere/vision.pth" in architecture
 
 
 def test_another_file_in_its_place_is_not_taken(made: Run, tmp_path: Path) -> None:
