@@ -92,9 +92,11 @@ def with_architecture(backbone: Any) -> Any:
     Raises:
         ValueError: It names an architecture too, or the towers are not of their form.
     """
-    if not isinstance(backbone, Mapping) or not any(backbone.get(key) is not None for key in TOWER_KEYS):
+    if not isinstance(backbone, Mapping):
         return backbone
+    rest = {key: value for key, value in backbone.items() if key not in TOWER_KEYS}
+    if not any(backbone.get(key) is not None for key in TOWER_KEYS):
+        return rest  # null takes away what a configuration names, so that an architecture can be set
     if backbone.get("architecture") is not None:
         raise ValueError("give architecture, or text and vision (separate towers), not both")
-    rest = {key: value for key, value in backbone.items() if key not in TOWER_KEYS}
     return {**rest, "architecture": str(SeparateTowers.of_keys(backbone))}

@@ -147,8 +147,11 @@ def _of_backbone(
         raise UserError(f"the backbone of {config} has weights ({backbone.pretrained}): leave out --random-weights")
     architecture = _absolute(backbone.architecture)
     choice = NetworkChoice(kind, backbone.pretrained, architecture, random_seed or 0)
-    size = Backbone.checked(architecture, backbone.pretrained).image_size
-    return FeatureRequest(choice, size, settings.cache_dtype, resolve_architecture(architecture).pixels)
+    vision = Backbone.checked(architecture, backbone.pretrained).vision
+    if vision.is_absent:
+        raise UserError(f"the backbone of {config} has no vision tower, so there are no features of its pictures")
+    pixels = resolve_architecture(architecture).pixels
+    return FeatureRequest(choice, vision.image_size, settings.cache_dtype, pixels)
 
 
 def _absolute(name: str) -> str:

@@ -124,6 +124,8 @@ def test_a_configuration_names_the_towers_by_keys_or_in_one_text(pair: SeparateT
     hub = validated(BackboneConfig, {"text": "hf:owner/model", "vision": "timm:resnet18.a1_in1k"}, "here", "")
     assert hub.architecture == "hf:owner/model + timm:resnet18.a1_in1k + 256"
     assert BackboneConfig.model_validate(hub.model_dump()) == hub
+    taken_away = dict.fromkeys(("text", "vision", "embed_dim")) | {"architecture": "tiny"}
+    assert validated(BackboneConfig, taken_away, "here", "") == BackboneConfig(architecture="tiny")
     for name in ("ViT-B-32", "tiny", "hf-hub:a", "a + b + 3", "models/a + b.json"):
         assert SeparateTowers.parsed(name) is None
 

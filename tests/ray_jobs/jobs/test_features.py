@@ -10,9 +10,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 from typer.testing import CliRunner, Result
 
 from dsmip.config import ExperimentConfig
@@ -151,3 +153,11 @@ def test_mistakes_are_told_before_ray_starts(dataset: Dataset, config: Path, opt
     assert isinstance(ended.exception, UserError), ended.output
     assert re.search(said, str(ended.exception))
     assert not (dataset.folder / "features").exists()
+
+
+def test_a_backbone_of_texts_alone_has_no_features_of_pictures(dataset: Dataset, config: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60}
+    BertModel(BertConfig(intermediate_size=32, **sizes)).save_pretrained(tmp_path / "text")
+    ended = features(dataset.folder, *OF_CLIP, config, "--set", f"backbone.architecture=hf:{tmp_path / 'text'}")
+    assert isinstance(ended.exception, UserError), ended.output
+    assert "has no vision tower" in str(ended.exception)
