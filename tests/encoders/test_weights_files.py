@@ -164,6 +164,16 @@ def test_an_archive_without_its_numbers_or_with_other_sizes_is_refused(program: 
         read_weights(rewritten(program, tmp_path / "sized.pt", sized))
 
 
+def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(program: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(program) as before, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as after:
+        for name in before.namelist():
+            after.writestr(name, before.read(name), zipfile.ZIP_DEFLATED if name.endswith("/data/0") else None)
+    with pytest.raises(UserError, match=r"bomb.pt, a TorchScript archive, cannot be read: .*data/0 is compressed"):
+        read_weights(tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match="cannot be read: its pickle is too large"):
+        read_weights(rewritten(program, tmp_path / "large.pt", bytes((256 << 20) + 1)))
+
+
 def test_modules_without_end_are_refused(program: Path, tmp_path: Path) -> None:
     """Each of 40 modules holds the next one twice: 2^40 names."""
     levels = b"".join(b"cm\nC\n)\x81}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00ubq\x00" for _ in range(40))

@@ -20,6 +20,7 @@ from torch import Tensor
 from dsmip.errors import UserError, first_line
 
 _PICKLE = "/data.pkl"
+_MAX_PICKLE_BYTES = 256 << 20  # a name and a few numbers of each tensor
 _STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -105,6 +106,8 @@ class Archive:
         names = file.namelist()
         self._file, self._root = file, next(name for name in names if name.endswith(_PICKLE)).removesuffix(_PICKLE)
         self._storages: dict[tuple[str, torch.dtype], Tensor] = {}
+        if file.getinfo(f"{self._root}{_PICKLE}").file_size > _MAX_PICKLE_BYTES:
+            raise ValueError("its pickle is too large")
         with file.open(f"{self._root}{_PICKLE}") as data:
             unpickler = _Unpickler(data)
             self.content: Any = unpickler.load()
@@ -120,7 +123,10 @@ class Archive:
         if offset < 0 or min((*size, *stride), default=0) < 0 or len(size) != len(stride):
             raise ValueError("a tensor with negative sizes")
         if (key, dtype) not in self._storages:
-            content = bytearray(self._file.read(f"{self._root}/data/{key}"))
+            member = self._file.getinfo(f"{self._root}/data/{key}")
+            if member.compress_type != zipfile.ZIP_STORED:  # torch writes none, and a small one may be endless
+                raise ValueError(f"{member.filename} is compressed")
+            content = bytearray(self._file.read(member))
             self._storages[key, dtype] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0).to(dtype)
         storage = self._storages[key, dtype]
         if math.prod(size) > len(storage):
