@@ -61,8 +61,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for _command in (data_commands.prepare, data_commands.inspect, data_commands.verify, system_commands.systems):
+for _command in (data_commands.prepare, data_commands.enhance, data_commands.inspect, data_commands.verify):
     app.command()(_command)
+app.command()(system_commands.systems)
 app.command("import")(system_commands.import_checkpoint)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from data_prep.inspection.image_hash import GRID, read_signature
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB, SPLITS, ShardInfo
-from dsmip.data.records import Entity, read_mention
+from dsmip.data.records import Entity, read_gold, read_mention
 from dsmip.data.tar import Fields, read_samples
 from dsmip.data.text import ClipTokenizer, Template, Tokenizer, entity_text, mention_text
 from dsmip.parallel import map_tasks
@@ -69,6 +69,8 @@ class MentionColumns:
         has_sentence: Whether there is a sentence.
         has_word: Whether the word is in it.
         has_image: Whether there is an image.
+        has_desc: Whether 'dsmip enhance' has given a description.
+        desc_of_gold: Whether the gold's own text is in that.
     """
 
     split: Ints
@@ -79,6 +81,8 @@ class MentionColumns:
     has_sentence: Flags
     has_word: Flags
     has_image: Flags
+    has_desc: Flags
+    desc_of_gold: Flags
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +184,12 @@ def read_columns(dataset: Dataset, *, images: bool, workers: int, progress: Prog
 
 def text_hash(*texts: str) -> int:
     """A hash of 64 bits that two texts share when they differ in case, width of letters and spaces only."""
-    plain = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
-    return _hash("\0".join(plain).encode("utf-8", "surrogatepass"))
+    return _hash("\0".join(map(plain_text, texts)).encode("utf-8", "surrogatepass"))
+
+
+def plain_text(text: str) -> str:
+    """What is left of a text when case, width of letters and spaces do not count."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _hash(content: bytes) -> int:
@@ -239,6 +247,7 @@ def _read_shard(shard: _Shard) -> tuple[MentionColumns | None, ImageColumns]:
 def _mention_record(fields: Fields, address: str) -> tuple[Any, ...]:
     mention = read_mention(fields, address)
     word, sentence = mention.word.casefold(), mention.sentence
+    gold_text = read_gold(fields, address).attributes if mention.desc else ""
     return (
         mention.entity_row,
         text_hash(mention.word),
@@ -247,6 +256,8 @@ def _mention_record(fields: Fields, address: str) -> tuple[Any, ...]:
         bool(sentence.strip()),
         word.strip() in sentence.casefold(),
         mention.image is not None,
+        bool(mention.desc),
+        bool(gold_text.strip()) and plain_text(gold_text) in plain_text(mention.desc),
     )
 
 
@@ -258,7 +269,7 @@ def _image_record(content: bytes) -> tuple[Any, ...]:
 
 
 def _mention_columns(records: Sequence[tuple[Any, ...]], split: int) -> MentionColumns:
-    gold, word, sentence, positions, has_sentence, has_word, has_image = _transposed(records, 7)
+    gold, word, sentence, positions, has_sentence, has_word, has_image, has_desc, desc_of_gold = _transposed(records, 9)
     return MentionColumns(
         split=np.full(len(records), split, np.int64),
         gold=_ints(gold),
@@ -268,6 +279,8 @@ def _mention_columns(records: Sequence[tuple[Any, ...]], split: int) -> MentionC
         has_sentence=_flags(has_sentence),
         has_word=_flags(has_word),
         has_image=_flags(has_image),
+        has_desc=_flags(has_desc),
+        desc_of_gold=_flags(desc_of_gold),
     )
 
 

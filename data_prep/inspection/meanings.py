@@ -93,6 +93,18 @@ OF_MENTIONS: Mapping[str, Meaning] = {
         "What stands behind the cut is never read; with prompts some tokens less are.",
         "Shorten the sentences around the word before dsmip prepare.",
     ),
+    "with_desc": Meaning(
+        "property",
+        "dsmip enhance has chosen a description for these by word and sentence; templates with {desc} read it.",
+        "Nothing to mend. The others' {desc} is empty.",
+    ),
+    "desc_of_gold": Meaning(
+        "property",
+        "The text that was chosen is, or holds, what the knowledge base says of the gold: a model that reads both finds"
+        " the gold by comparing copies. It is the share that the chooser got right where it chose from the knowledge"
+        " base.",
+        "Report figures with {desc} in system.template.mention and without it.",
+    ),
     "word_is_gold_name": Meaning(
         "property",
         "Here the word alone leads to the gold, or to it and its namesakes.",

@@ -25,6 +25,7 @@ def mention_checks(columns: Columns) -> list[Check]:
             mentions.positions > columns.context_length,
             everyone,
         ),
+        *_descriptions(columns, everyone),
         *_ambiguity(columns, everyone),
         *_unseen(columns, everyone),
         *_shared_sentences(columns),
@@ -51,6 +52,15 @@ def entity_checks(columns: Columns) -> list[Check]:
         Check("gold_of_a_mention", "is the gold of a mention", is_gold, everyone),
         Check("name_shared", "another entity has its name", namesake != NOBODY, everyone, namesake, "entity"),
         Check("duplicate", "another has its name and attributes", copy != NOBODY, everyone, copy, "entity"),
+    ]
+
+
+def _descriptions(columns: Columns, everyone: Flags) -> list[Check]:
+    """Of data that 'dsmip enhance' has made."""
+    mentions = columns.mentions
+    return [
+        Check("with_desc", "has an added description", mentions.has_desc, everyone),
+        Check("desc_of_gold", "added description is the gold's own text", mentions.desc_of_gold, mentions.has_desc),
     ]
 
 

@@ -19,6 +19,7 @@ SPLITS = ("train", "validation", "test")
 KB = "kb"
 ENTITIES_FILE = "kb/entities.parquet"
 REJECTS_FILE = "rejects.jsonl"
+MENTION_DESC = "mention_desc"  # of the choices: how 'dsmip enhance' has given descriptions to mentions
 FORMAT = 1
 
 # Nothing else is ever opened: no other folder, no URL, no shell pipe.

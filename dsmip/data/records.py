@@ -31,7 +31,8 @@ class Mention:
     """One occurrence to be linked.
 
     `entity_id` / `entity_row` name the gold entity. `groups` (kind, source, topic ...) are for reports only and
-    are never a model input. `image` is an encoded picture (JPEG bytes) or None.
+    are never a model input. `image` is an encoded picture (JPEG bytes) or None. `desc` is a description that
+    `dsmip enhance` has chosen for the mention without looking at its gold; empty where there is none.
     """
 
     mention_id: str
@@ -41,6 +42,7 @@ class Mention:
     entity_row: int
     groups: Mapping[str, str] = field(default_factory=dict)
     image: bytes | None = None
+    desc: str = ""
 
 
 def entity_fields(entity: Entity) -> dict[str, bytes]:
@@ -64,11 +66,17 @@ def mention_fields(mention: Mention, entity: Entity) -> dict[str, bytes]:
         "entity_id": mention.entity_id,
         "entity_row": mention.entity_row,
         "groups": dict(mention.groups),
+        **described(mention.desc),
     }
     fields = {"json": json_field(record)}
     if mention.image is not None:
         fields["jpg"] = mention.image
     return fields | {f"entity.{field}": content for field, content in entity_fields(entity).items()}
+
+
+def described(desc: str) -> dict[str, str]:
+    """The description's field in a mention's record; none where there is no description."""
+    return {"desc": desc} if desc else {}
 
 
 def read_mention(fields: Fields, source: str) -> Mention:
@@ -88,6 +96,15 @@ def read_pair(fields: Fields, source: str, *label: str | int) -> tuple[Mention, 
     """
     mention = read_mention(fields, source)
     return mention, _checked(source, lambda: _entity_with_one_image(fields, (*label, mention.mention_id)))
+
+
+def read_gold(fields: Fields, source: str) -> Entity:
+    """The gold entity of a sample, without its pictures.
+
+    Raises:
+        UserError: the sample is not what `mention_fields` makes.
+    """
+    return _checked(source, lambda: make_entity(_object(fields["entity.json"]), ()))
 
 
 def make_entity(record: Mapping[str, Any], images: tuple[bytes, ...]) -> Entity:

@@ -22,8 +22,8 @@ _SHORTEST = 3  # start of text, a token, end of text
 class Template(BaseModel):
     """How a mention and an entity become one line of text (DSMIP eq. 2).
 
-    Each is a format string that may name its record's fields only: word and sentence, and what stands left and right of
-    the word in its sentence; name and attributes.
+    Each is a format string that may name its record's fields only: word and sentence, what stands left and right of the
+    word in its sentence, and (of enhanced data) desc; name and attributes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,10 +31,15 @@ class Template(BaseModel):
     mention: str = "{word} : {sentence}"
     entity: str = "{name} : {attributes}"
 
+    @property
+    def reads_desc(self) -> bool:
+        """Whether a mention's line has its description."""
+        return any(name == "desc" for _, name, _, _ in Formatter().parse(self.mention))
+
     @field_validator("mention")
     @classmethod
     def _check_mention(cls, value: str) -> str:
-        return _checked(value, {"word", "sentence", "left", "right"})
+        return _checked(value, {"word", "sentence", "left", "right", "desc"})
 
     @field_validator("entity")
     @classmethod
@@ -65,7 +70,7 @@ def mention_text(mention: Mention, template: Template, without: Sequence[str] = 
     """
     beside = any(name in template.mention for name in ("{left}", "{right}"))
     left, right = beside_word(mention.word, mention.sentence) if beside else ("", "")
-    fields = {"word": mention.word, "sentence": mention.sentence, "left": left, "right": right}
+    fields = {"word": mention.word, "sentence": mention.sentence, "left": left, "right": right, "desc": mention.desc}
     return template.mention.format(**_stripped(fields, without))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsmip.config import BackboneConfig, Choice, ExperimentConfig, Running, TrainConfig
 from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import MENTION_DESC
 from dsmip.encoders.architecture import read_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.weights import locate_weights, stored_activation
@@ -37,6 +38,7 @@ def check_training(config: ExperimentConfig, dataset: Dataset) -> list[str]:
     system = find_system(config.model)
     for part in system.part_names(config.system):
         _check_shares(f"parts.{part}", config.train_of(part), config.part(part))
+    check_texts(config, dataset)
     backbone = Backbone.checked(config.backbone.architecture, config.backbone.pretrained)
     system.check(config, backbone)
     warnings = [
@@ -49,6 +51,22 @@ def check_training(config: ExperimentConfig, dataset: Dataset) -> list[str]:
             system.check(each, backbone)
         warnings += _rung_warnings(config)
     return warnings
+
+
+def check_texts(config: ExperimentConfig, dataset: Dataset) -> None:
+    """Checks that mentions have what their templates name.
+
+    Raises:
+        UserError: A template has descriptions, and the data none.
+    """
+    system = find_system(config.model)
+    for part in dict.fromkeys((*system.part_names(config.system), *system.feature_parts(config.system))):
+        template = system.item_format(config.system, part).template
+        if template.reads_desc and MENTION_DESC not in dataset.manifest.choices:
+            raise UserError(
+                f"{dataset.location}: has no descriptions of mentions, and the template {template.mention!r} of {part} "
+                "names {desc}; make them with 'dsmip enhance', or change system.template.mention"
+            )
 
 
 def check_trials(trials: Sequence[tuple[Mapping[str, Any], ExperimentConfig]]) -> None:

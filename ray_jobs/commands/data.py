@@ -8,11 +8,12 @@ import typer
 
 from dsmip.data.manifest import REJECTS_FILE, SPLITS
 from dsmip.errors import UserError
-from ray_jobs.commands.options import DataArgument, EntityText, JsonOption, MentionText, TakeName
+from ray_jobs.commands.options import ChooserName, DataArgument, EntityText, JsonOption, MentionText, TakeName
 from ray_jobs.terminal.lines import say
 
 # What a demo draws itself, and all that a view has.
 _NOT_OF_DEMOS = frozenset({"entity_text", "mention_text", "kb", "split", "image_size", "seed"})
+_OF_ENDPOINTS = ("url", "model", "prompt", "at_once", "timeout", "retries")
 _OF_VIEWS = frozenset({"source", "out", "train_fraction", "take", "seed"})
 
 
@@ -89,6 +90,42 @@ def _refuse_given(context: typer.Context, names: Collection[str], why: str) -> N
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
             raise UserError(f"{parameter.opts[0]}: {why}; leave it out")
+
+
+def enhance(
+    context: typer.Context,
+    data: DataArgument,
+    out: Annotated[str, typer.Argument(help="Dataset directory to make.")],
+    chooser: Annotated[ChooserName, typer.Option(help="BM25 over the sentence, or a language model.")] = "lexical",
+    descriptions: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines of labels and descriptions, or Wikidata's dump (default: the knowledge base)."),
+    ] = None,
+    language: Annotated[str, typer.Option(help="Of the labels in Wikidata's dump.")] = "en",
+    candidates: Annotated[int, typer.Option(min=1, help="How many descriptions to choose from.")] = 10,
+    url: Annotated[
+        str | None, typer.Option(help="Of an OpenAI-compatible API: http://.../v1. Its key: DSMIP_ENDPOINT_KEY.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As the endpoint calls it.")] = None,
+    prompt: Annotated[
+        Path | None, typer.Option(help="Text file with {word}, {sentence} and {candidates} (default: one of ours).")
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Questions under way at a time.")] = 8,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without an answer.")] = 60.0,
+    retries: Annotated[int, typer.Option(min=0, help="How often a question is asked again.")] = 5,
+) -> None:
+    """Gives mentions a description, chosen among those of their name. Run again, it goes on; no gold is looked at."""
+    if chooser == "lexical":
+        _refuse_given(context, _OF_ENDPOINTS, "belongs to --chooser endpoint")
+    elif url is None or model is None:
+        raise UserError("--chooser endpoint: say by --url and --model whom to ask")
+    from data_prep.enhancement.endpoint import EndpointOptions
+    from ray_jobs.local_jobs.enhance import EnhanceOptions, enhance_data
+    from ray_jobs.terminal.display import Display
+
+    asked = url and model and EndpointOptions(url, model, at_once=at_once, timeout=timeout, retries=retries)
+    options = EnhanceOptions(descriptions, language, candidates, asked or None, prompt)
+    enhance_data(data, out, options, Display())
 
 
 def inspect(

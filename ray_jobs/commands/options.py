@@ -19,6 +19,7 @@ RunOption = Annotated[str, typer.Option("--run", help="Run: a directory, or its 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="key=value of the configuration; may be repeated.")]
 EntityText = Literal["attr", "desc"]
 MentionText = Literal["sentence", "sentence+desc"]
+ChooserName = Literal["lexical", "endpoint"]
 TakeName = Literal["random", "first"]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Show Ray's own log.")]
 JsonOption = Annotated[

@@ -13,7 +13,7 @@ from dsmip.encoders.formats.lightning import read_checkpoint
 from dsmip.errors import UserError
 from dsmip.models import find_system, systems
 from dsmip.models.base import System
-from dsmip.runs.checks import image_warnings
+from dsmip.runs.checks import check_texts, image_warnings
 from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
@@ -46,6 +46,7 @@ def import_run(
     found = read_checkpoint(checkpoint)
     _check_system(found.tensors, system, checkpoint)
     dataset = Dataset.open(data)
+    check_texts(settings, dataset)
     system.check(settings, Backbone.build(settings.backbone.architecture, None, device="meta"))
     matcher = system.build_part(name, settings, with_encoder=True)
     assert isinstance(matcher, SharedClipMatcher)  # as every system with a `published_sign`

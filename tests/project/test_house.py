@@ -49,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("ray_jobs.cluster",),
     ("ray_jobs.terminal",),
     ("data_prep.inspection.presentation",),
-    ("data_prep.demo", "data_prep.inspection"),
+    ("data_prep.demo", "data_prep.enhancement", "data_prep.inspection"),
     ("data_prep.build",),
     ("data_prep.formats",),
     ("data_prep",),

@@ -32,6 +32,8 @@ MENTIONS = {
     "without_sentence": (0, 0, 1),
     "word_absent": (1, 0, 1),
     "text_cut": (0, 1, 0),
+    "with_desc": (0, 0, 0),
+    "desc_of_gold": (None, None, None),
     "word_is_gold_name": (3, 1, 2),
     "lookup_finds": (0, 1, 1),
     "word_names_none": (1, 0, 0),
