@@ -142,6 +142,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _stored(path: Path) -> dict[str, Any]:
     """A file's tensors by name, and OpenAI's numbers."""
     try:
+        path.open("rb").close()  # safetensors says of a file that is closed to a user that there is none
         if path.suffix == ".safetensors":
             stored: Any = load_file(path, device="cpu")
         elif is_archive(path):
@@ -241,6 +242,7 @@ def _metadata(path: Path) -> dict[str, str]:
     if path.suffix != ".safetensors":
         return {}
     try:
+        path.open("rb").close()  # as in `_stored`
         with safe_open(path, framework="pt") as stored:
             return dict(stored.metadata() or {})
     except (SafetensorError, OSError, *NOT_AS_WRITTEN) as error:

@@ -5,6 +5,7 @@ settled here and in `dsmip.storage.remote_dataset`.
 `dsmip.storage.locations.open_dataset_storage` opens what lies at a location.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -98,7 +99,7 @@ class DatasetStorage(Protocol):
         """Checks that files are there in their sizes, where that can be seen at once.
 
         Raises:
-            UserError: A file is missing or of a wrong size.
+            UserError: A file is missing, of a wrong size, or closed to this user.
         """
         ...
 
@@ -159,6 +160,8 @@ class LocalDataset:
                 raise UserError(f"{path}: the file is missing; prepare the dataset again")
             if file.bytes not in (None, found):
                 raise UserError(f"{path}: has {found} bytes instead of {file.bytes}; prepare the dataset again")
+            if not os.access(path, os.R_OK):
+                raise UserError(f"{path}: this user may not read it; open the dataset's files to its readers")
 
     def send(self, name: str) -> None:
         """Does nothing: files are written in place."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -53,6 +54,8 @@ def pretrain_backbone(
     for line in check_pretraining(config, dataset):
         display.say(line)
     out.parent.mkdir(parents=True, exist_ok=True)  # or it is said now that it cannot be
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out}: this user may not write into {out.parent}")
     started = time.monotonic()
     work = out.with_name(f".{out.name}.{stamp['sha256'][:12]}")
     training = Training(

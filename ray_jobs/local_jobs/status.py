@@ -64,14 +64,19 @@ def clean_run(location: Location) -> None:
     """Deletes what a run no longer needs and prints it.
 
     Raises:
-        UserError: There is no run, or it is being trained.
+        UserError: There is no run, it is being trained, or something cannot be deleted.
     """
     status, storage = read_status(location), open_run_storage(location)
     if training := [each.name for each in status.parts + status.trials if each.state == "training"]:
         raise UserError(f"run {status.folder}: {', '.join(training)} is being trained; wait for it, then clean")
-    for name, size in status.removable.items():
+    for name in status.removable:
         storage.delete(name)
-        say(f"  deleted {name}: {size / 2**20:.1f} MiB")
+    left = read_status(location).removable
+    for name, size in status.removable.items():
+        if name not in left:
+            say(f"  deleted {name}: {size / 2**20:.1f} MiB")
+    if left:
+        raise UserError(f"run {status.folder}: {', '.join(left)} cannot be deleted; are these files another user's?")
     say(f"{status.folder}: {sum(status.removable.values()) / 2**20:.1f} MiB deleted that nothing needs any more")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -156,6 +157,15 @@ def test_damage_is_found(folder: Path) -> None:
         list(dataset.mentions("train"))
     shard.unlink()
     with pytest.raises(UserError, match=r"train-000000.tar: the file is missing"):
+        Dataset.open(folder)
+
+
+def test_files_that_are_closed_to_this_user_are_named_when_it_is_opened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by each worker of a training, after Ray has started."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "entities.parquet")
+    with pytest.raises(UserError, match=r"kb/entities\.parquet: this user may not read it"):
         Dataset.open(folder)
 
 

@@ -170,8 +170,11 @@ def test_an_archive_that_unpacks_to_more_than_it_is_is_refused(program: Path, tm
             after.writestr(name, before.read(name), zipfile.ZIP_DEFLATED if name.endswith("/data/0") else None)
     with pytest.raises(UserError, match=r"bomb.pt, a TorchScript archive, cannot be read: .*data/0 is compressed"):
         read_weights(tmp_path / "bomb.pt")
+    with zipfile.ZipFile(tmp_path / "large.pt", "w") as after:
+        after.writestr("net/constants.pkl", b"")
+        after.writestr("net/data.pkl", bytes((256 << 20) + 1), zipfile.ZIP_DEFLATED, compresslevel=1)
     with pytest.raises(UserError, match="cannot be read: its pickle is too large"):
-        read_weights(rewritten(program, tmp_path / "large.pt", bytes((256 << 20) + 1)))
+        read_weights(tmp_path / "large.pt")
 
 
 def test_modules_without_end_are_refused(program: Path, tmp_path: Path) -> None:
@@ -278,3 +281,14 @@ def test_a_folder_becomes_its_file_in_a_jobs_configuration(tmp_path: Path, monke
     config = job_config("demo", ["backbone.pretrained=~/model"])
     assert config.backbone.pretrained == str(tmp_path / "model" / "model.safetensors")
     assert stored_activation(Path(config.backbone.pretrained)) is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_a_file_that_is_closed_to_this_user_is_no_missing_one(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "closed.safetensors")
+    os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match=r"closed\.safetensors cannot be read: .*Permission denied"):
+            read_weights(tmp_path / "closed.safetensors")
+    finally:
+        os.seteuid(0)

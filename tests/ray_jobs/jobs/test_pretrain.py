@@ -1,5 +1,6 @@
 """The job `pretrain` without a cluster: what it writes, what it keeps, and what it does not overwrite."""
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,6 +49,15 @@ def test_a_folder_that_cannot_be_made_is_said_before_anything_starts(lab: Lab) -
     (lab.out.parent / "file").touch()
     lab.out = lab.out.parent / "file" / "backbone.safetensors"
     with pytest.raises(OSError, match=r"/file'$"):
+        lab.pretrain()
+    assert lab.num_trainings == 0
+
+
+def test_a_folder_that_may_not_be_written_into_is_said_before_anything_starts(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(UserError, match=f"^--out {lab.out}: this user may not write into {lab.out.parent}$"):
         lab.pretrain()
     assert lab.num_trainings == 0
 

@@ -77,3 +77,11 @@ def test_a_run_that_is_being_trained_is_left_alone(run: Path) -> None:
     with pytest.raises(UserError, match="text is being trained; wait for it, then clean"):
         clean_run(run)
     assert before <= files(run)
+
+
+def test_what_cannot_be_deleted_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another user, or on a disk that is read only: it was said to be deleted."""
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+    with pytest.raises(UserError, match=r"ray/text.* cannot be deleted"):
+        clean_run(run)
+    assert (run / "ray" / "text").is_dir()
