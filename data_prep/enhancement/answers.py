@@ -52,8 +52,8 @@ class AnswerFile:
     def add(self, digest: str, question: Question, answer: str, choice: int | None) -> None:
         """Keeps an answer."""
         about = {"question": digest, "mention_id": question.mention_id, "word": question.word}
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({**about, "answer": answer, "choice": choice}, ensure_ascii=False) + "\n")
+        with self.path.open("a", encoding="ascii") as stream:  # JSON escapes the rest, half surrogates too
+            stream.write(json.dumps({**about, "answer": answer, "choice": choice}) + "\n")
         if choice is not None:
             self.choices[digest] = choice
 

@@ -57,16 +57,17 @@ class Endpoint:
     def __init__(self, options: EndpointOptions) -> None:
         """
         Raises:
-            UserError: The URL is none of http or https, or holds a secret.
+            UserError: The URL is none of http or https, or holds a secret; the key cannot be sent.
         """
         refuse_secret(options.url, "--url")
-        parts = urlsplit(options.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(options.url):
             raise UserError(f"--url {options.url}: expected an address such as http://localhost:8000/v1")
         self.options = options
         self.address = options.url.rstrip("/")
         self.address += "" if self.address.endswith(_PATH) else _PATH
-        self._key = os.environ.get(KEY_VARIABLE, "")
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(f"{KEY_VARIABLE}: holds characters that no key has")
         self._opener = build_opener(_NoRedirect())
         self._stop = threading.Event()
 
@@ -106,7 +107,7 @@ class Endpoint:
                 content: bytes = response.read(_MAX_BYTES)
                 return content
         except HTTPError as error:
-            said = self._without_key(error.read(2000).decode("utf-8", "replace"))
+            said = self._without_key(_said(error))
             if error.code in _MAY_PASS or error.code >= 500:
                 raise _Passing(f"HTTP {error.code}", _retry_after(error.headers.get("Retry-After"))) from None
             raise UserError(
@@ -150,6 +151,26 @@ class _NoRedirect(HTTPRedirectHandler):
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
+
+
+def _is_address(url: str) -> bool:
+    """Whether a text is an address of http or https."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    plain = url.isascii() and url.isprintable() and " " not in url
+    return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+
+
+def _said(error: HTTPError) -> str:
+    """The beginning of what came with a refusal."""
+    with error:
+        try:
+            return error.read(2000).decode("utf-8", "replace")
+        except (OSError, HTTPException):
+            return ""
 
 
 def _retry_after(value: str | None) -> float:

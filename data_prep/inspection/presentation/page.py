@@ -98,7 +98,8 @@ def _cards(example: Example) -> list[_Card]:
 def _card(role: str, record: Mention | Entity) -> _Card:
     image: bytes | None
     if isinstance(record, Mention):
-        image, title, text, record_id = record.image, record.word, record.sentence, record.mention_id
+        image, title, record_id = record.image, record.word, record.mention_id
+        text = f"{record.sentence} [description: {record.desc}]" if record.desc else record.sentence
     else:
         image, title = next(iter(record.images), None), record.name
         text, record_id = record.attributes, record.entity_id

@@ -33,7 +33,7 @@ def answers(out: Path) -> list[dict[str, Any]]:
 def knows(question: str, number: int) -> Reply:
     """The number of the street, always; the first question of all has no descriptions."""
     found = re.search(r"(\d)\. Elm: a street", question)
-    return says(f"{found[1]}." if found else "1")
+    return says(f"{found[1]}. \ud83d" if found else "1")  # half a surrogate pair, as JSON may hold one
 
 
 def test_a_model_chooses_and_its_answers_are_kept(
@@ -51,7 +51,7 @@ def test_a_model_chooses_and_its_answers_are_kept(
     assert "The elm lost its leaves. No. test0" in "".join(each["messages"][0]["content"] for each in asked)
     kept = answers(tmp_path / "out")
     assert len(kept) == NUM_QUESTIONS
-    assert {each["answer"] for each in kept} <= {"1.", "2."}
+    assert {each["answer"] for each in kept} <= {"1. \ud83d", "2. \ud83d"}
     settings = json.loads((tmp_path / "out/enhancement/settings.json").read_text())
     assert settings["model"] == "m-1"
     assert "{candidates}" in settings["prompt"]
@@ -178,7 +178,24 @@ def test_the_number_in_an_answer(answer: str, number: int | None) -> None:
     assert number_in(answer, 3) == number
 
 
-@pytest.mark.parametrize("url", ["ftp://host/v1", "localhost:8000", "file:///etc", "http://user:secret@host/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://h/v1",
+        "localhost:8000",
+        "file:///etc",
+        "http://user:secret@h/v1",
+        "http://h:x/v1",
+        "http://a b/v1",
+        "http://[::1",
+    ],
+)
 def test_addresses_that_cannot_be(url: str) -> None:
     with pytest.raises(UserError, match="--url"):
         Endpoint(EndpointOptions(url, "m"))
+
+
+def test_a_key_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "two\nlines")
+    with pytest.raises(UserError, match=f"{KEY_VARIABLE}: holds characters that no key has"):
+        Endpoint(EndpointOptions("http://localhost/v1", "m"))
