@@ -154,13 +154,20 @@ class TrainConfig(Frozen):
     Attributes:
         extra_negatives: Random entities of the kb added to each batch's columns (in stage two, on cached features,
             without repetition: as many as the kb has are all of it).
+        hard_negatives: Of each mention, entities added to its batch's columns: those that the model scored best when it
+            was last validated, without its gold and what reads like it. There are none before the first validation.
+        hard_negatives_every: Epochs after which they are found anew.
         self_mentions: Random entities of the kb that a batch also links to themselves, their text and picture changed
             by `self_augment` (towers that train only: with few mentions this teaches the whole kb's words and looks).
         validate_every, patience: Epochs; the last epoch is always validated.
         compile: Towers that train have their layers compiled (`torch.compile`) at the first step. Meant for GPUs.
     """
 
-    added: ClassVar[Mapping[str, Any]] = {"optimizer": {"betas": [0.9, 0.999], "eps": 1e-8, "decay": "matrices"}}
+    added: ClassVar[Mapping[str, Any]] = {
+        "optimizer": {"betas": [0.9, 0.999], "eps": 1e-8, "decay": "matrices"},
+        "hard_negatives": 0,
+        "hard_negatives_every": 1,
+    }
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=2)
@@ -176,6 +183,8 @@ class TrainConfig(Frozen):
     compile: bool = False
     negatives: Literal["gathered", "local"] = "gathered"
     extra_negatives: int = Field(0, ge=0)
+    hard_negatives: int = Field(0, ge=0)
+    hard_negatives_every: int = Field(1, ge=1)
     self_mentions: int = Field(0, ge=0)
     validate_every: int = Field(1, ge=1)
     patience: int | None = Field(None, ge=1)

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.collate import gold_rows
@@ -26,8 +27,9 @@ from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, Step
 from dsmip.training.local_context import LocalContext
-from dsmip.training.stages import SplitFeatures, stage_two_split, start_whole, train_whole, validate_on
+from dsmip.training.stages import stage_two_split, start_whole, train_whole
 from dsmip.training.trainer import train
+from dsmip.training.validation import CachedValidation, SplitFeatures
 
 _SPLITS = ("train", "validation", KB)
 _TOLERANCE = 1e-3  # of losses: a text's batch decides its padding, and so the last bits of its features; a GPU adds
@@ -74,6 +76,8 @@ def trials(config: ExperimentConfig, dataset: Dataset, work: Path) -> Trials:
 
 class EncodingSource:
     """The batches that a `CachedSource` would give, every item of them encoded when it comes."""
+
+    hard_row_NK: Tensor | None = None
 
     def __init__(self, run: Run, device: torch.device) -> None:
         config, data = run.config, run.dataset
@@ -132,12 +136,14 @@ def _trial(folder: Path, *, anew: bool) -> Trial:
     validation = SplitFeatures(tables["validation"], gold_rows(run.dataset, "validation"))
     settings, epochs, seed = run.config.tune_train(), run.config.tune.rungs[0], run.config.seed
     if anew:
-        validate = validate_on(validation, kb, context)
+        validate = CachedValidation(validation, kb, context)
         source = EncodingSource(run, device)
         result = train(matcher, source, settings, context, validate, seed=seed, stop_epoch=epochs)
     else:
         split = stage_two_split(run, tables["train"])
-        result = train_whole(matcher, split, validation, kb, settings, context, seed=seed, stop_epoch=epochs)
+        result = train_whole(
+            matcher, split, validation, kb, run.dataset, settings, context, seed=seed, stop_epoch=epochs
+        )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     shutil.rmtree(folder / "trial")
     return Trial(epochs, wall, cpu, tuple(metrics["loss"] for metrics in result.history))

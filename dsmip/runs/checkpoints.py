@@ -23,6 +23,7 @@ from dsmip.storage.parsing import NOT_AS_WRITTEN
 MANIFEST = "checkpoint.json"
 KEPT = 2  # checkpoints of a training: the newest, and one to fall back on when that is damaged
 _FILES = ("weights.safetensors", "best.safetensors", "optimizer.pt")
+_NEGATIVES = "hard_negatives.safetensors"
 _POSITION = ("epoch", "step", "sums", "count", "history")
 
 
@@ -41,6 +42,7 @@ class Checkpoint:
 
     Attributes:
         sums, count: Of figures of the epoch so far, and of its samples, over all workers.
+        hard_row_NK: Hard negatives of the training mentions, found by earlier weights.
     """
 
     epoch: int
@@ -53,6 +55,7 @@ class Checkpoint:
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
+    hard_row_NK: Tensor | None = None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -63,8 +66,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     with atomic_path(folder / "optimizer.pt") as temporary, temporary.open("wb") as stream:
         state = {"optimizer": checkpoint.optimizer, "schedule": checkpoint.schedule, "scaler": checkpoint.scaler}
         torch.save(state, stream)  # given a path, torch does not say that the disk is full
+    files = list(_FILES)
+    if checkpoint.hard_row_NK is not None:
+        save_weights(folder / _NEGATIVES, {"rows": checkpoint.hard_row_NK})
+        files.append(_NEGATIVES)
     position = {name: getattr(checkpoint, name) for name in _POSITION}
-    manifest = {**position, "files": {name: sha256_file(folder / name) for name in _FILES}}
+    manifest = {**position, "files": {name: sha256_file(folder / name) for name in files}}
     write_json(folder / MANIFEST, {**manifest, "sha256": _hash(manifest)})
 
 
@@ -138,6 +145,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> Checkpoint:
     manifest = verify_checkpoint(folder)
     # The optimizer moves its moments itself; its step counts must stay on the CPU, or each step waits for the device.
     state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    found = load_file(folder / _NEGATIVES)["rows"] if _NEGATIVES in manifest["files"] else None
     return Checkpoint(
         **{name: manifest[name] for name in _POSITION},
         weights=load_file(folder / "weights.safetensors", device=str(device)),
@@ -145,6 +153,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> Checkpoint:
         optimizer=state["optimizer"],
         schedule=state["schedule"],
         scaler=state["scaler"],
+        hard_row_NK=found,
     )
 
 

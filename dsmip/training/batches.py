@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
 from typing import TypeVar
 
@@ -59,6 +60,7 @@ class StreamSource:
     ) -> None:
         self.dataset, self.split, self.collator, self.config, self.seed = dataset, split, collator, config, seed
         self.held_out = held_out
+        self.hard_row_NK: Tensor | None = None
 
     def num_steps(self) -> int:
         return self.dataset.num_steps(self.split, self.config.batch_size)
@@ -86,10 +88,12 @@ class StreamSource:
         generator = _generator("entities", self.seed, epoch, batch.step)
         position_S, own = self._random_entities(config.self_mentions, generator)
         position_X, negatives = self._random_entities(config.extra_negatives, generator)
+        drawn = size + config.self_mentions + config.extra_negatives
+        position_H, hard = self._hard_negatives(batch, position_M, drawn)
         seen = [not is_held_out(mention.entity_id, self.held_out) for mention in batch.mentions]
         real, position_M = list(compress(batch.mentions, seen)), position_M[torch.tensor(seen, dtype=torch.bool)]
-        columns = [*compress(batch.entities, seen), *own, *negatives]
-        position_E = torch.cat([position_M, size + position_S, size + config.self_mentions + position_X])
+        columns = [*compress(batch.entities, seen), *own, *negatives, *hard]
+        position_E = torch.cat([position_M, size + position_S, size + config.self_mentions + position_X, position_H])
 
         def draws(kind: str, total: int, position_N: Tensor) -> Draws:
             return Draws(_generator(kind, self.seed, epoch, batch.step), total, position_N)
@@ -102,7 +106,7 @@ class StreamSource:
         if config.self_mentions:
             own_draws = draws("augment self mentions", config.self_mentions, position_S)
             mentions = stacked(mentions, changed(self.collator.entities(own), config.self_augment, own_draws))
-        all_columns = size + config.self_mentions + config.extra_negatives
+        all_columns = drawn + size * config.hard_negatives
         entity_draws = draws("augment entities", all_columns, position_E)
         entities = changed(self.collator.entities(columns), config.augment, entity_draws)
         return Step(mentions, entities, _rows([*real, *own]), _rows(columns))
@@ -113,6 +117,25 @@ class StreamSource:
         whole = step_bounds(count, steps, step, 0, 1)
         share = step_bounds(count, steps, step, distributed.rank(), distributed.world_size())
         return len(whole), torch.arange(share.start - whole.start, share.stop - whole.start)
+
+    def _hard_negatives(self, batch: TrainingBatch, position_M: Tensor, first: int) -> tuple[Tensor, list[Entity]]:
+        """The entities that a share's mentions were last taken for: their positions among all columns, and they."""
+        if self.hard_row_NK is None:
+            return torch.zeros(0, dtype=torch.int64), []
+        k, entities, positions = self.hard_row_NK.shape[1], [], []
+        for mention, position in zip(batch.mentions, position_M.tolist(), strict=True):
+            if is_held_out(mention.entity_id, self.held_out):
+                continue
+            for number, row in enumerate(self.hard_row_NK[self._row_of[mention.mention_id]].tolist()):
+                if row >= 0:
+                    entities.append(self.dataset.entity(row))
+                    positions.append(first + position * k + number)
+        return torch.tensor(positions, dtype=torch.int64), entities
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        """Where a mention is in the order of the shards."""
+        return {mention.mention_id: row for row, mention in enumerate(self.dataset.mentions(self.split))}
 
     def _random_entities(self, count: int, generator: torch.Generator) -> tuple[Tensor, Sequence[Entity]]:
         """This worker's share of `count` random entities of the kb: their positions among all, and they themselves."""
@@ -127,6 +150,7 @@ class CachedSource:
     def __init__(self, mentions: Table, entities: Table, gold_row_N: Tensor, config: TrainConfig, seed: int) -> None:
         self.mentions, self.entities, self.gold_row_N = mentions, entities, gold_row_N
         self.config, self.seed = config, seed
+        self.hard_row_NK: Tensor | None = None
 
     def num_steps(self) -> int:
         return -(-len(self.gold_row_N) // self.config.batch_size)
@@ -141,8 +165,15 @@ class CachedSource:
             extra = torch.randperm(len(self.entities), generator=generator)[: self.config.extra_negatives]
             mine, extra = batch.tensor_split(world_size)[rank], extra.tensor_split(world_size)[rank]
             gold = self.gold_row_N[mine]
-            rows = torch.cat([gold, extra])
+            rows = torch.cat([gold, extra, self._hard_negatives(mine)])
             yield Step(self.mentions.take(mine), self.entities.take(rows), gold, rows)
+
+    def _hard_negatives(self, mentions_M: Tensor) -> Tensor:
+        """kb rows of the entities that these mentions were last taken for."""
+        if self.hard_row_NK is None:
+            return torch.zeros(0, dtype=torch.int64)
+        rows = self.hard_row_NK[mentions_M].flatten()
+        return rows[rows >= 0]
 
 
 def _generator(*label: str | int) -> torch.Generator:

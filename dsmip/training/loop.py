@@ -105,6 +105,7 @@ class LoopState:
     count: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
+    hard_row_NK: Tensor | None = None
 
     def add(self, batch: BatchSums) -> None:
         """Counts a step."""
@@ -154,7 +155,8 @@ class Loop:
         self.optimizer.load_state_dict(stored.optimizer)
         self.schedule.load_state_dict(stored.schedule)
         self.scaler.load_state_dict(stored.scaler)
-        return LoopState(stored.epoch, stored.step, stored.sums, stored.count, stored.history, stored.best)
+        position = stored.epoch, stored.step, stored.sums, stored.count, stored.history
+        return LoopState(*position, stored.best, stored.hard_row_NK)
 
     def save(self, state: LoopState) -> Path | None:
         """A finished checkpoint on the first worker, None on the others."""
@@ -172,6 +174,7 @@ class Loop:
             optimizer=self.optimizer.state_dict(),
             schedule=self.schedule.state_dict(),
             scaler=self.scaler.state_dict(),
+            hard_row_NK=state.hard_row_NK,
         )
         save_checkpoint(folder, checkpoint)
         return folder

@@ -1,7 +1,6 @@
 """The two training stages and the evaluation of a run, each as one function that knows nothing of where it runs."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,15 +13,14 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.clip import compile_towers
 from dsmip.errors import UserError
-from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, prepare_split, with_has_image
-from dsmip.evaluation.ranking import RankedModel, rank_unrefined
+from dsmip.evaluation.hard_negatives import alike_groups
+from dsmip.evaluation.preparation import with_has_image
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, StreamSource, is_held_out
-from dsmip.training.loop import Context, StepSource
-from dsmip.training.trainer import TrainResult, train
+from dsmip.training.loop import Context
+from dsmip.training.trainer import MinedSource, TrainResult, train
+from dsmip.training.validation import CachedValidation, EncodingValidation, SplitFeatures, Validation
 from dsmip.units.matcher import Matcher
-from dsmip.units.text_unit import use_backend
 
 CPU = torch.device("cpu")
 _SURELY_ENOUGH = 1000  # expected mentions of a stage: it then has some, however they are drawn
@@ -31,14 +29,6 @@ _SURELY_ENOUGH = 1000  # expected mentions of a stage: it then has some, however
 def held_out_rows(dataset: Dataset, share: float) -> Tensor:
     """bool [M], True for training mentions that stage one leaves to stage two, chosen by gold entity."""
     return torch.tensor([is_held_out(mention.entity_id, share) for mention in dataset.mentions("train")])
-
-
-@dataclass(frozen=True)
-class SplitFeatures:
-    """Features of one split's mentions with their golds."""
-
-    mentions: Table
-    gold_row_M: Tensor
 
 
 def train_part(run: Run, part: str, context: Context) -> TrainResult:
@@ -50,26 +40,30 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)  # every worker starts from the same weights
         matcher = run.system.build_part(part, run.config, with_encoder=True).to(context.device)
-    validation = gold_rows(run.dataset, "validation")
-    source: StepSource | None = None
+    source: MinedSource | None = None
+    validate: Validation
     if matcher.encoder_trains():
         if config.compile:
             compile_towers(matcher)
         source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)
-        validate = _validate_by_encoding(run, part, validation, context)
+        validate = EncodingValidation(run.dataset, run.collator(part), context)
+        golds = gold_rows(run.dataset, "train")
     else:
         features, kb = (run_features(run, part, split, matcher, context) for split in ("validation", KB))
-        validate = validate_on(SplitFeatures(features, validation), with_has_image(kb, run.dataset), context)
+        mentions: Table | None = None
         if any(parameter.requires_grad for parameter in matcher.parameters()):
-            mentions = run_features(run, part, "train", matcher, context)
             seen = ~held_out_rows(run.dataset, run.config.held_out)
+            mentions = run_features(run, part, "train", matcher, context).rows(seen)
             golds = gold_rows(run.dataset, "train")[seen]
-            source = CachedSource(mentions.rows(seen), kb, golds, config, run.config.seed)
+            source = CachedSource(mentions, kb, golds, config, run.config.seed)
+        of_validation = SplitFeatures(features, gold_rows(run.dataset, "validation"))
+        validate = CachedValidation(of_validation, with_has_image(kb, run.dataset), context, mentions)
     if source is None:
         result = TrainResult([dict(validate(matcher))], 0)
     else:
         steps = run.config.part(part).checkpoint_steps
-        result = train(matcher, source, config, context, validate, seed=run.config.seed, checkpoint_steps=steps)
+        mine = _miner(validate, golds, run.dataset, config)
+        result = train(matcher, source, config, context, validate, mine, seed=run.config.seed, checkpoint_steps=steps)
     if distributed.rank() == 0:
         run.save_part(part, matcher, {"best": result.best, "history": result.history})
     return result
@@ -126,6 +120,7 @@ def train_whole(
     train_split: SplitFeatures,
     validation: SplitFeatures,
     kb: Table,
+    dataset: Dataset,
     config: TrainConfig,
     context: Context,
     *,
@@ -137,8 +132,19 @@ def train_whole(
     kb: features of the whole kb `with_has_image`.
     """
     source = CachedSource(train_split.mentions, kb, train_split.gold_row_M, config, seed)
-    validate = validate_on(validation, kb, context)
-    return train(matcher, source, config, context, validate, seed=seed, stop_epoch=stop_epoch)
+    validate = CachedValidation(validation, kb, context, train_split.mentions)
+    mine = _miner(validate, train_split.gold_row_M, dataset, config)
+    return train(matcher, source, config, context, validate, mine, seed=seed, stop_epoch=stop_epoch)
+
+
+def _miner(
+    validation: Validation, gold_row_N: Tensor, dataset: Dataset, config: TrainConfig
+) -> Callable[[Matcher], Tensor] | None:
+    """What finds hard negatives of the training mentions; None where none are asked for."""
+    if not config.hard_negatives:
+        return None
+    group_E = alike_groups(dataset)
+    return lambda matcher: validation.hard_negatives(matcher, gold_row_N, group_E, config.hard_negatives)
 
 
 def run_features(run: Run, part: str, split: str, matcher: Matcher, context: Context) -> Table:
@@ -157,51 +163,3 @@ def run_features(run: Run, part: str, split: str, matcher: Matcher, context: Con
         while distributed.any_worker(False, device):  # not a barrier: that one waits in vain after a while
             context.alive()
     return run.cache.table(part, split, matcher, run.dataset, collator, device)
-
-
-def validate_on(validation: SplitFeatures, kb: Table, context: Context) -> Callable[[Matcher], Mapping[str, float]]:
-    """Full-KB metrics from cached features; every worker ranks against its own slice of the kb.
-
-    Args:
-        kb: Features of the whole kb `with_has_image`.
-    """
-    first, stop = _slice_of(len(kb))
-    device = context.device
-
-    def validate(matcher: Matcher) -> Mapping[str, float]:
-        mentions = prepare_in_tiles(matcher, validation.mentions, "mentions", device)
-        entities = prepare_entities(matcher, kb, range(first, stop), device)
-        return _figures(matcher, mentions, EntityIndex([entities], first), validation.gold_row_M, context)
-
-    return validate
-
-
-def _validate_by_encoding(
-    run: Run, part: str, gold_row_M: Tensor, context: Context
-) -> Callable[[Matcher], Mapping[str, float]]:
-    """Full-KB metrics with towers that train: every worker encodes its own slice of the kb."""
-    collator, device = run.collator(part), context.device
-    rows = range(*_slice_of(run.dataset.num_entities))
-
-    def validate(matcher: Matcher) -> Mapping[str, float]:
-        matcher.eval()
-        entities = prepare_split(KB, matcher, run.dataset, collator, device, rows, context.alive)
-        mentions = prepare_split("validation", matcher, run.dataset, collator, device, None, context.alive)
-        return _figures(matcher, mentions, EntityIndex([entities], rows.start), gold_row_M, context)
-
-    return validate
-
-
-def _figures(
-    matcher: Matcher, mentions: Table, index: EntityIndex, gold_row_M: Tensor, context: Context
-) -> Mapping[str, float]:
-    """Metrics, and how many pairs are too close for single precision to order them (for the records alone)."""
-    use_backend(matcher, "auto", context.device)
-    model = RankedModel(matcher, mentions, index, gold_row_M)
-    ranking = rank_unrefined(model, context.device, after_tile=lambda _: context.alive())
-    return ranking.metrics() | (ranking.cost.unrefined.metrics() if ranking.cost.unrefined else {})
-
-
-def _slice_of(num_entities: int) -> tuple[int, int]:
-    rank_, world = distributed.rank(), distributed.world_size()
-    return num_entities * rank_ // world, num_entities * (rank_ + 1) // world

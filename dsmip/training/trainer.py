@@ -5,7 +5,7 @@ What one step computes is in `gradients.py`, the steps themselves in `loop.py`, 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,16 @@ from dsmip.training.gradients import batch_backward
 from dsmip.training.loop import BatchSums, Context, Loop, Objective, Scale, StepSource
 from dsmip.training.optimizer import build_optimizer, learning_rate_factor
 from dsmip.units.matcher import Matcher
+
+
+class MinedSource(StepSource, Protocol):
+    """Batches that take hard negatives of their mentions.
+
+    Attributes:
+        hard_row_NK: kb rows int64 [N, K] of all its mentions, -1 where there is none; None: not known yet.
+    """
+
+    hard_row_NK: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +41,11 @@ class TrainResult:
 
 def train(
     matcher: Matcher,
-    source: StepSource,
+    source: MinedSource,
     config: TrainConfig,
     context: Context,
     validate: Callable[[Matcher], Mapping[str, float]],
+    mine: Callable[[Matcher], Tensor] | None = None,
     *,
     seed: int,
     stop_epoch: int | None = None,
@@ -46,6 +57,8 @@ def train(
     metrics with the key `mrr`; with several workers it is called on each, and must return the same on each.
 
     Args:
+        mine: Finds hard negatives (kb rows int64 [N, k] of the source's mentions) after every `hard_negatives_every`
+            epochs; until the first time there are none.
         stop_epoch: Pause there (a rung of successive halving); the schedule still spans `config.epochs`.
         checkpoint_steps: Save after so many steps, besides after each epoch.
 
@@ -68,10 +81,13 @@ def train(
     state = loop.resume()
     last = config.epochs if stop_epoch is None else min(stop_epoch, config.epochs)
     while state.epoch < last and not _patience_lost(state.history, config.patience):
+        source.hard_row_NK = state.hard_row_NK
         loop.epoch(source, state)
         metrics = state.end_epoch()
         if state.epoch % config.validate_every == 0 or state.epoch == last:
             metrics |= validate(matcher)
+        if mine is not None and state.epoch % config.hard_negatives_every == 0 and state.epoch < config.epochs:
+            state.hard_row_NK = mine(matcher)
         state.history.append(metrics)
         if _best_epoch(state.history) == len(state.history) - 1:
             state.best = {name: tensor.detach().clone() for name, tensor in trained_state(matcher).items()}

@@ -27,8 +27,9 @@ from dsmip.storage.parsing import read_json
 from dsmip.storage.run_storage import RunStorage
 from dsmip.training.local_context import LocalContext
 from dsmip.training.monitor import StepFigures
-from dsmip.training.stages import SplitFeatures, stage_two_split, start_whole, train_whole
+from dsmip.training.stages import stage_two_split, start_whole, train_whole
 from dsmip.training.trackers import SEND_SECONDS, Watched
+from dsmip.training.validation import SplitFeatures
 from ray_jobs.cluster.events import StepEvents
 from ray_jobs.cluster.failures import failure_of, traced
 from ray_jobs.cluster.tasks import start_share
@@ -127,6 +128,7 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
             stage_two_split(run, tables["train"]),
             SplitFeatures(tables["validation"], gold_rows(run.dataset, "validation")),
             with_has_image(tables[KB], run.dataset),
+            run.dataset,
             settings,
             context,
             seed=config.seed,

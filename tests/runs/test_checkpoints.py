@@ -31,6 +31,18 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert stored.schedule == {"last_epoch": 4}
 
 
+def test_hard_negatives_come_back_and_are_checked_like_the_rest(tmp_path: Path) -> None:
+    rows, state = torch.tensor([[4, 2], [7, -1]]), {"state": {}, "param_groups": []}
+    weights = {"unit": torch.zeros(2)}
+    save_checkpoint(tmp_path, Checkpoint(1, [], weights, weights, state, {}, {}, hard_row_NK=rows))
+    found = load_checkpoint(tmp_path, CPU).hard_row_NK
+    assert found is not None
+    assert torch.equal(found, rows)
+    (tmp_path / "hard_negatives.safetensors").unlink()
+    with pytest.raises(UserError, match=r"hard_negatives\.safetensors is missing"):
+        load_checkpoint(tmp_path, CPU)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(FILES), share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
 def test_any_flipped_bit_or_lost_end_is_noticed(tmp_path: Path, name: str, share: float, bit: int, cut: bool) -> None:

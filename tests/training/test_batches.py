@@ -251,3 +251,34 @@ def test_read_ahead_makes_a_bounded_number_and_stops_its_thread() -> None:
     assert not thread[0].is_alive()
     assert thread[0] is not threading.current_thread()
     assert len(made) <= 2 + 3 + 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_hard_negatives_are_columns_of_their_own_mentions_whoever_has_these(
+    small_data: Dataset, small_config: ExperimentConfig, tmp_path: Path, pretend: Pretend, world_size: int
+) -> None:
+    train = TrainConfig(batch_size=6, hard_negatives=2, extra_negatives=1)
+    ids = [mention.mention_id for mention in small_data.mentions("train")]
+    hard_row_NK = torch.tensor([[n % 9, -1 if n % 3 else (n + 5) % 9] for n in range(len(ids))])
+
+    def columns(make: Callable[[], CachedSource | StreamSource]) -> list[list[int]]:
+        """Of each step over all workers, those behind golds and random entities."""
+        found: list[list[int]] = []
+        for rank in range(world_size):
+            pretend(rank, world_size)
+            source = make()
+            source.hard_row_NK = hard_row_NK
+            for number, step in enumerate(source.steps(0)):
+                found += [[]] if number == len(found) else []
+                found[number] += step.entity_row_E.tolist()
+        return [sorted(step) for step in found]
+
+    for make in (lambda: cached(train), lambda: streamed(small_data, small_config, tmp_path, train)):
+        together = columns(make)
+        pretend(0, 1)
+        source = make()
+        source.hard_row_NK = hard_row_NK
+        assert [sorted(step.entity_row_E.tolist()) for step in source.steps(0)] == together
+        golds = [len(step.gold_row_M) for step in make().steps(0)]
+        hard = sum(len(columns_) - count - 1 for columns_, count in zip(together, golds, strict=True))
+        assert hard == int((hard_row_NK >= 0).sum())

@@ -205,6 +205,8 @@ def test_the_loss_of_an_epoch_is_the_mean_over_mentions(tmp_path: Path) -> None:
             return Scores(0.0 * super().score(mentions, entities).total_ME)
 
     class Steps:
+        hard_row_NK: Tensor | None = None
+
         def num_steps(self) -> int:
             return 2
 

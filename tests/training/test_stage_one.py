@@ -48,6 +48,7 @@ def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConf
         "learning_rate": 1e-3,
         "extra_negatives": 3,
         "self_mentions": 3,
+        "hard_negatives": 2,
         "augment": {"flip": 0.5, "shift": 0.2, "drop_tokens": 0.3, "drop_pictures": 0.3},
     }
     config = small_config.model_copy(update={"train": merged(small_config.train, settings)})
