@@ -75,7 +75,7 @@ class RankedModel:
     @torch.no_grad()
     def broken_part(self, mention: int, row: int) -> str | None:
         """Which expert or unit scores a mention and a kb row as NaN or infinite; None if that pair alone is sound."""
-        device = next(self.matcher.parameters()).device
+        device = next((each.device for each in self.matcher.parameters()), torch.device("cpu"))  # some have none
         entity = self.index.take(torch.tensor([row - self.index.first_row])).to(device)
         scores = self.matcher.eval().score(self.mentions.take(torch.tensor([mention])).to(device), entity)
         return None if bool(scores.total_ME.isfinite().all()) else scores.broken_part(0, 0)

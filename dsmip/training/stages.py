@@ -13,13 +13,12 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.clip import compile_towers
 from dsmip.errors import UserError
-from dsmip.evaluation.hard_negatives import alike_groups
 from dsmip.evaluation.preparation import with_has_image
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, StreamSource, is_held_out
 from dsmip.training.loop import Context
 from dsmip.training.trainer import MinedSource, TrainResult, train
-from dsmip.training.validation import CachedValidation, EncodingValidation, SplitFeatures, Validation
+from dsmip.training.validation import CachedValidation, EncodingValidation, SplitFeatures, Validation, alike_groups
 from dsmip.units.matcher import Matcher
 
 CPU = torch.device("cpu")

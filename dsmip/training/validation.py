@@ -4,10 +4,11 @@ Every worker prepares and ranks against its own slice of the kb.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from dsmip import distributed
@@ -15,15 +16,16 @@ from dsmip.data.collate import Collator, gold_rows
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
-from dsmip.evaluation.hard_negatives import hard_negatives
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, prepare_split
 from dsmip.evaluation.ranking import RankedModel, rank_unrefined
+from dsmip.ops.ranking import merge_top_k
 from dsmip.training.loop import Context
 from dsmip.units.matcher import Matcher
 from dsmip.units.text_unit import use_backend
 
 Mentions = Literal["validation", "train"]
+_MENTIONS, _ENTITIES = 128, 2048  # of a tile
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Validation(ABC):
 
         Args:
             gold_row_N: kb rows of the training mentions' golds.
-            group_E: See `dsmip.evaluation.hard_negatives`.
+            group_E: See `alike_groups`.
         """
         matcher.eval()
         entities = self.prepared_entities(matcher) if self._fresh is None else self._fresh
@@ -121,3 +123,71 @@ class EncodingValidation(Validation):
     def _prepared(self, split: str, matcher: Matcher, rows: range | None) -> Table:
         context = self._context
         return prepare_split(split, matcher, self._dataset, self._collator, context.device, rows, context.alive)
+
+
+def alike_groups(dataset: Dataset) -> Tensor:
+    """int64 [E]: a number that entities of equal name and attributes share. One of them is no wrong answer."""
+    texts = dataset.entity_texts()
+    numbers: dict[tuple[str, str], int] = {}
+    pairs = zip(texts.column("name").to_pylist(), texts.column("attributes").to_pylist(), strict=True)
+    return torch.tensor([numbers.setdefault(pair, len(numbers)) for pair in pairs], dtype=torch.int64)
+
+
+@torch.no_grad()
+def hard_negatives(
+    matcher: Matcher,
+    mentions: Table,
+    index: EntityIndex,
+    gold_row_M: Tensor,
+    group_E: Tensor,
+    k: int,
+    device: torch.device,
+    after_tile: Callable[[int], None] = lambda num_mentions: None,
+) -> Tensor:
+    """kb rows int64 [M, k] on the CPU, best scored first; -1 where there are fewer.
+
+    With a process group every worker passes all mentions and the index of its own slice of the kb, and gets the same.
+
+    Args:
+        mentions: Prepared.
+        group_E: Of the whole kb, as `alike_groups` says: what has a gold's number is left out.
+    """
+    matcher.eval()
+    found = []
+    for start in range(0, len(mentions), _MENTIONS):
+        rows = slice(start, start + _MENTIONS)
+        of_gold_M = group_E[gold_row_M[rows]].to(device)
+        found.append(_of_tile(matcher, mentions.take(rows).to(device), index, of_gold_M, group_E, k, device).cpu())
+        after_tile(min(start + _MENTIONS, len(mentions)))
+    return torch.cat(found)
+
+
+def _of_tile(
+    matcher: Matcher,
+    mentions: Table,
+    index: EntityIndex,
+    of_gold_M: Tensor,
+    group_E: Tensor,
+    k: int,
+    device: torch.device,
+) -> Tensor:
+    score_MK = torch.full((len(mentions), k), -torch.inf, device=device)
+    row_MK = torch.full((len(mentions), k), -1, device=device)
+    first = index.first_row
+    for entities in index.tiles(_ENTITIES):
+        score_ME = matcher.score(mentions, entities.to(device)).total_ME
+        group_e = group_E[first : first + len(entities)].to(device)
+        score_ME = score_ME.masked_fill(of_gold_M[:, None] == group_e, -torch.inf)
+        row_ME = torch.arange(first, first + len(entities), device=device).expand_as(score_ME)
+        best = merge_top_k(torch.cat([score_MK, score_ME], dim=1), torch.cat([row_MK, row_ME], dim=1), k)
+        score_MK, row_MK = best.scores_MK, best.rows_MK
+        first += len(entities)
+    if distributed.world_size() > 1:
+        score_MK, row_MK = _side_by_side(score_MK), _side_by_side(row_MK)
+        score_MK, row_MK = merge_top_k(score_MK, row_MK, k)
+    return row_MK.masked_fill(score_MK == -torch.inf, -1)
+
+
+def _side_by_side(own_MK: Tensor) -> Tensor:
+    """[M, W K] of all W workers."""
+    return torch.cat(list(distributed.gather_rows(own_MK).chunk(distributed.world_size())), dim=1)

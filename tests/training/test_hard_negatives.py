@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dsmip import distributed
 from dsmip.data.dataset import Dataset
-from dsmip.evaluation.hard_negatives import alike_groups, hard_negatives
 from dsmip.evaluation.index import EntityIndex
+from dsmip.training.validation import alike_groups, hard_negatives
 from tests.support.scoring.matchers import CPU, TableMatcher, numbered
 from tests.support.training.workers import run_workers
 
