@@ -7,7 +7,6 @@ Files and texts become configurations in `dsmip/runs/load_config.py`.
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
@@ -18,8 +17,6 @@ from dsmip.separate_towers import TOWER_KEYS, with_architecture
 
 Scalar = str | int | float | bool | None
 WatchTool = Literal["tensorboard", "mlflow", "wandb"]
-BackendName = Literal["auto", "torch", "cpp", "triton"]
-PrecisionName = Literal["auto", "fp32", "fp16"]
 Config = TypeVar("Config", bound=BaseModel)
 
 
@@ -154,20 +151,16 @@ class TrainConfig(Frozen):
     Attributes:
         extra_negatives: Random entities of the kb added to each batch's columns (in stage two, on cached features,
             without repetition: as many as the kb has are all of it).
-        hard_negatives: Of each mention, entities added to its batch's columns: those that the model scored best when it
-            was last validated, without its gold and what reads like it. There are none before the first validation.
-        hard_negatives_every: Epochs after which they are found anew.
+        hard_negatives: Of each mention, so many entities added that scored best when they were last looked for (every
+            `hard_negatives_every` epochs), without its gold and what reads like it; at first none.
         self_mentions: Random entities of the kb that a batch also links to themselves, their text and picture changed
             by `self_augment` (towers that train only: with few mentions this teaches the whole kb's words and looks).
         validate_every, patience: Epochs; the last epoch is always validated.
         compile: Towers that train have their layers compiled (`torch.compile`) at the first step. Meant for GPUs.
     """
 
-    added: ClassVar[Mapping[str, Any]] = {
-        "optimizer": {"betas": [0.9, 0.999], "eps": 1e-8, "decay": "matrices"},
-        "hard_negatives": 0,
-        "hard_negatives_every": 1,
-    }
+    _optimizer: ClassVar[Mapping[str, Any]] = {"betas": [0.9, 0.999], "eps": 1e-8, "decay": "matrices"}
+    added: ClassVar[Mapping[str, Any]] = {"optimizer": _optimizer, "hard_negatives": 0, "hard_negatives_every": 1}
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=2)
@@ -294,21 +287,6 @@ class ExperimentConfig(Frozen):
     def tune_train(self) -> TrainConfig:
         """The training configuration of a stage-two trial."""
         return merged(self.train, self.tune.train)
-
-
-@dataclass(frozen=True)
-class RankOptions:
-    """How a ranking is computed; ranks do not depend on it.
-
-    Attributes:
-        top_k: How many of the best entities of each mention are kept.
-        backend: What computes token-level scores (see `dsmip.units.text_unit.use_backend`).
-        precision: Of the token rows that they are computed from (see `dsmip.units.text_unit.use_precision`).
-    """
-
-    top_k: int = 20
-    backend: BackendName = "auto"
-    precision: PrecisionName = "auto"
 
 
 def merged(base: Config, overrides: Mapping[str, Any]) -> Config:

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dsmip.config import BackendName, PrecisionName, RankOptions
 from dsmip.errors import ReportedError, UserError, no_room, no_room_message
 from dsmip.messages import shown
+from dsmip.rank_options import BackendName, PrecisionName, RankOptions
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
 from ray_jobs.commands import data as data_commands
 from ray_jobs.commands import systems as system_commands

@@ -77,6 +77,8 @@ def test_every_field_of_an_item_format_is_in_the_key_of_features() -> None:
         "num_tokens": 12,
         "modalities": ("image",),
         "pixels": PixelForm(resize="squash"),
+        "markers": ("[SEP]",),
+        "texts": (("word", Template()),),
     }
     formats = [replace(PLAIN_FORMAT, **{field.name: other[field.name]}) for field in fields(ItemFormat)]
     formats += [replace(PLAIN_FORMAT, template=Template(entity="{name}")), PLAIN_FORMAT]

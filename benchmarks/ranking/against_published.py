@@ -30,7 +30,7 @@ from benchmarks.ranking.cases import CASES, MEAN_TOKENS
 from benchmarks.ranking.contest import TOLERANCE, Ours, Outcome, Sizes, run_case
 from benchmarks.ranking.published import ENTITY_CHUNK, MENTION_BATCH
 from benchmarks.roofline import device_rates
-from dsmip.config import PrecisionName
+from dsmip.rank_options import PrecisionName
 from dsmip.storage.atomic import write_json
 from dsmip.units import text_unit_library
 from dsmip.units.text_unit import Backend

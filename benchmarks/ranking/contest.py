@@ -17,12 +17,12 @@ from benchmarks import roofline
 from benchmarks.measure import Cost, measured
 from benchmarks.ranking import published
 from benchmarks.ranking.cases import Case, Side, build_matcher, feature_blocks
-from dsmip.config import PrecisionName, RankOptions
 from dsmip.data.table import Table, concatenate
 from dsmip.evaluation import ranking as exact_ranking
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import Ranking
+from dsmip.rank_options import PrecisionName, RankOptions
 from dsmip.units.matcher import Matcher, Scores
 from dsmip.units.text_unit import Backend, Precision, use_backend, use_precision
 

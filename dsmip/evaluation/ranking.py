@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dsmip.config import RankOptions
 from dsmip.data.table import Table
 from dsmip.distributed import max_over_workers, sum_over_workers
 from dsmip.evaluation.index import EntityIndex
@@ -22,6 +21,7 @@ from dsmip.evaluation.ranks import Choices, Cost, NotRankable, Ranking, check_go
 from dsmip.evaluation.refinement import PairScorer, Refiner, Unrefined, sample_errors
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
+from dsmip.rank_options import RankOptions
 from dsmip.units.matcher import Matcher, Scores
 from dsmip.units.text_unit import HalfOverflow, use_backend, use_precision
 

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dsmip.config import RankOptions
 from dsmip.errors import UserError
 from dsmip.evaluation.candidates import CandidateSearch, link
 from dsmip.evaluation.groups import KIND, REPORTED, report_groups, rows_by_value
@@ -21,6 +20,7 @@ from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import Choices, NotRankable, Ranking
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
+from dsmip.rank_options import RankOptions
 
 RANKS = "ranks.parquet"
 KB_HASH = b"kb_sha256"  # in the schema's metadata of ranks.parquet

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsmip.config import BackendName, PrecisionName
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side
 from dsmip.errors import UserError
 from dsmip.ops import text_unit as ops
 from dsmip.ops.kernels import cpu, cuda
 from dsmip.ops.kernels.rows import TokenRows
+from dsmip.rank_options import BackendName, PrecisionName
 from dsmip.units import text_unit_library
 
 Backend = Literal["torch", "cpp", "triton"]

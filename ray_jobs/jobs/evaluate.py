@@ -7,12 +7,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from dsmip.config import RankOptions
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
 from dsmip.evaluation.metrics import METRICS, shown_metrics
 from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
 from dsmip.evaluation.report import RANKS, Evaluated, evaluate_model, evaluation_name, oracle, recall_name
+from dsmip.rank_options import RankOptions
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from dsmip.units.text_unit import check_backend

@@ -25,6 +25,7 @@ GROUND = (
     "dsmip.parallel",
     "dsmip.private",
     "dsmip.progress",
+    "dsmip.rank_options",
     "dsmip.separate_towers",
     "dsmip.version",
 )

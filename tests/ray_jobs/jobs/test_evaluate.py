@@ -12,12 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsmip.config import RankOptions
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import Ranking
 from dsmip.progress import Progress, no_progress
+from dsmip.rank_options import RankOptions
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
 from ray_jobs.cli import app
