@@ -154,9 +154,11 @@ class _Reader:
             return take(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, *NOT_AS_WRITTEN) as error:
+        except OSError as error:
+            self.problems.append(f"{path} cannot be read: {error.strerror}")
+        except NOT_AS_WRITTEN as error:
             self.problems.append(f"{path} is damaged: {' '.join(repr(error).split())[:200]}")
-            return None
+        return None
 
     def _parts(self) -> list[TrainingState]:
         """The system's parts, the gated whole, and the parts of other settings that a sweep asked for."""

@@ -191,6 +191,15 @@ def test_prepare_says_which_split_is_missing_and_what_helps(tmp_path: Path) -> N
     assert {part: len(list(split.mentions(part))) for part in ("train", "validation", "test")}["train"] == 2
 
 
+def test_texts_longer_than_the_towers_context_are_refused(sound: Dataset) -> None:
+    backbone = "backbone={architecture: tiny, pretrained: null}"
+    for system in ("mimic", "m3el", "mmoe"):
+        with pytest.raises(
+            UserError, match=f"{system}: texts of 99 tokens and 0 prompts exceed the 77 positions of tiny"
+        ):
+            check_training(job_config(f"{system}_wikimel", [backbone, "system.num_tokens=99"]), sound)
+
+
 def test_a_tower_that_reads_padding_wants_full_texts(sound: Dataset, tmp_path: Path) -> None:
     (tmp_path / "clipa.json").write_text(json.dumps(tower_kinds()["clipa"](tmp_path)))
     config = job_config(

@@ -219,6 +219,13 @@ def test_damaged_files_are_named(folder: Path, name: str, content: bytes) -> Non
     assert rows(status)["visual"].epochs_done == 1  # of the checkpoint before
 
 
+def test_a_file_that_cannot_be_read_is_not_called_damaged(folder: Path) -> None:
+    finish(folder, "text")
+    (folder / "text" / "part.json").unlink()
+    (folder / "text" / "part.json").mkdir()
+    assert f"{folder}/text/part.json cannot be read: Is a directory" in read_status(folder, NOW).problems
+
+
 @pytest.mark.parametrize("content", [b"model: [", b"model: nothing", b"\xff\xfe", None])
 def test_without_its_configuration_the_rest_is_told(folder: Path, content: bytes | None) -> None:
     finish(folder, "text")
