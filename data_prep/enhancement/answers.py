@@ -12,6 +12,7 @@ from data_prep.enhancement.choosers import Chooser, Question
 from data_prep.enhancement.endpoint import Endpoint
 from dsmip.errors import UserError
 from dsmip.progress import Progress, counting, no_progress
+from dsmip.storage.atomic import naming_full_disk
 
 PROMPT = """A sentence mentions "{word}". Which of these descriptions is of what it means there?
 
@@ -52,8 +53,9 @@ class AnswerFile:
     def add(self, digest: str, question: Question, answer: str, choice: int | None) -> None:
         """Keeps an answer."""
         about = {"question": digest, "mention_id": question.mention_id, "word": question.word}
-        with self.path.open("a", encoding="ascii") as stream:  # JSON escapes the rest, half surrogates too
-            stream.write(json.dumps({**about, "answer": answer, "choice": choice}) + "\n")
+        line = json.dumps({**about, "answer": answer, "choice": choice}) + "\n"  # ASCII: half surrogates are escaped
+        with naming_full_disk(self.path.parent), self.path.open("a", encoding="ascii") as stream:
+            stream.write(line)
         if choice is not None:
             self.choices[digest] = choice
 

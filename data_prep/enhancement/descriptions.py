@@ -3,6 +3,7 @@
 import gzip
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def of_file(path: Path, language: str) -> Iterator[Description]:
                 if description is not None:
                     found = True
                     yield description
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"descriptions {path} cannot be read: {error}") from None
     if not found:
         raise UserError(f"{path}: no line has a label and a description; expected lines such as {_FORM}")

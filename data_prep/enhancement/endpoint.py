@@ -175,6 +175,7 @@ def _said(error: HTTPError) -> str:
 
 def _retry_after(value: str | None) -> float:
     try:
-        return max(float(value or 0), 0.0)
+        seconds = float(value or 0)
     except ValueError:  # a date
         return 0.0
+    return seconds if seconds > 0 else 0.0  # NaN is no time

@@ -1,5 +1,6 @@
 """The job `dsmip enhance`: descriptions for mentions, chosen among those of their name. Knows no Ray."""
 
+import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,7 +93,7 @@ def enhance_data(data: str, out: str, options: EnhanceOptions, display: Display)
         f"{out}: {counts['described']} of {counts['mentions']} mentions have a description; "
         f"{counts['candidates']} have candidates by name, {counts['exact']} by the very name"
     )
-    display.say(f"  next: dsmip inspect {out} says how often it is the gold's own text")
+    display.say(f"  next: {shlex.join(['dsmip', 'inspect', out])} says how often it is the gold's own text")
     return made
 
 

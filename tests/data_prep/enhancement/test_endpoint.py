@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from data_prep.enhancement.answers import check_prompt, number_in
+from data_prep.enhancement.answers import AnswerFile, check_prompt, number_in
+from data_prep.enhancement.choosers import Question
 from data_prep.enhancement.endpoint import KEY_VARIABLE, Endpoint, EndpointAway, EndpointOptions
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import SPLITS
-from dsmip.errors import UserError
+from dsmip.errors import UserError, no_room
 from ray_jobs.local_jobs.enhance import EnhanceOptions, enhance_data
 from ray_jobs.terminal.display import Display
 from tests.support.chat_server import ChatServer, Reply, chat_server, says
+from tests.support.full_disk import small_files
 
 NUM_QUESTIONS = 18  # mentions of three splits with two candidates
 
@@ -176,6 +178,22 @@ def test_a_question_of_ones_own(data: Dataset, tmp_path: Path) -> None:
 )
 def test_the_number_in_an_answer(answer: str, number: int | None) -> None:
     assert number_in(answer, 3) == number
+
+
+@pytest.mark.parametrize("wait", ["nan", "-1", "soon"])
+def test_a_wait_that_is_no_time_is_none(wait: str) -> None:
+    def reply(question: str, number: int) -> Reply:
+        return says("1") if number else Reply(429, headers={"Retry-After": wait})
+
+    with chat_server(reply) as server:
+        assert Endpoint(EndpointOptions(server.url, "m", wait=0.01)).ask("?") == "1"
+
+
+def test_a_full_disk_names_the_folder_of_the_answers(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with small_files(1 << 10), pytest.raises(OSError, match=str(tmp_path)) as caught:
+        AnswerFile(path).add("digest", Question("m", "word", "sentence", ()), "1" * (1 << 12), 1)
+    assert no_room(caught.value)
 
 
 @pytest.mark.parametrize(

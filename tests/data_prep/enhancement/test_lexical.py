@@ -113,6 +113,9 @@ def test_a_wrong_table_is_named(tmp_path: Path, content: bytes, message: str) ->
     (tmp_path / "table.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(of_file(tmp_path / "table.jsonl", "en"))
-    (tmp_path / "table.gz").write_bytes(content)
-    with pytest.raises(UserError, match=r"descriptions .* cannot be read"):
-        list(of_file(tmp_path / "table.gz", "en"))
+    packed = bytearray(gzip.compress(content))
+    packed[10] = 0xFF  # the first block's kind is none
+    for damaged in (content, packed):
+        (tmp_path / "table.gz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"descriptions .* cannot be read"):
+            list(of_file(tmp_path / "table.gz", "en"))
