@@ -100,8 +100,9 @@ def test_ray_drains_the_node_of_the_machine() -> None:
     (port,) = free_ports(1)
     end = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=100)
     address = f"127.0.0.1:{port}"
-    variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with running_head(["--num-cpus", "1"], gcs_port=port), metadata(_notice(end)) as service:
+        # the head's token is known to this process from now on
+        variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         command = [sys.executable, "-c", IN_USE, address, str(SCRIPT), address, "--service", service]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=variables)
     assert done.returncode == 0, done.stdout + done.stderr
