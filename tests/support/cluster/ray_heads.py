@@ -20,7 +20,7 @@ from ray.job_submission import JobSubmissionClient
 
 from tests.support.paths import ROOT
 
-START_SECONDS = 90.0
+START_SECONDS = 240.0
 _BINARIES = Path(sys.executable).parent
 _VARIABLES = {"RAY_worker_niceness": "0"}  # Ray's 15 starves the workers beside any other load
 
