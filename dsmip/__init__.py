@@ -66,11 +66,13 @@ def evaluate(run: "Location", split: str = "test", model: str | None = None) -> 
 
     from dsmip.evaluation.index_builder import OpenedEvaluation
     from dsmip.evaluation.report import evaluate_model
+    from dsmip.reranking.second_stage import second_stage
     from dsmip.runs.run import Run
 
     opened = Run.open(run)
     with opened.recorded("evaluate"):
-        return evaluate_model(OpenedEvaluation(opened, split, model), torch.device("cpu"))
+        evaluation, device = OpenedEvaluation(opened, split, model), torch.device("cpu")
+        return evaluate_model(evaluation, device, second_stage=second_stage(evaluation, device))
 
 
 def systems() -> "dict[str, type[System]]":

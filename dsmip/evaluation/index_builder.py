@@ -29,8 +29,9 @@ from dsmip.evaluation.ranking import RankedModel
 from dsmip.keys import Plain, plain_text
 from dsmip.parallel import map_alone
 from dsmip.progress import CountRows, Progress, counting, no_progress
+from dsmip.runs.loaded_model import model_names
 from dsmip.runs.part_features import PartFeatures, rows_of
-from dsmip.runs.run import Run, model_names
+from dsmip.runs.run import Run
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import RunStorage
 
@@ -230,20 +231,20 @@ def plan_files(
             sources.append(of_part.beside.name)
             notice(f"{part}: reads {of_part.beside}")
     made_from: dict[str, Plain] = {  # the folder's name hashes it in this order; LAYOUT is its version
-        "model": model.name,
+        "model": model.ranked_by,
         "layout": [LAYOUT, slice_rows],
         "data": run.dataset.manifest_hash,
         "weights": fingerprint(model.matcher.state_dict(), "()"),
         "features": sorted(sources),
     }
-    index = f"index/{model.name}-{fingerprint({}, plain_text((made_from,)))[:16]}"
-    for outdated in run.storage.glob(f"index/{model.name}-{'[0-9a-f]' * 16}"):
+    index = f"index/{model.ranked_by}-{fingerprint({}, plain_text((made_from,)))[:16]}"
+    for outdated in run.storage.glob(f"index/{model.ranked_by}-{'[0-9a-f]' * 16}"):
         if outdated != index:
             run.storage.delete(outdated)  # of weights or features that are no more
     run.storage.pull(index)
     slices = {path.name: rows for path, rows in index_slices(Path(), run.dataset.num_entities, slice_rows).items()}
     where = run.storage.location, run.dataset.location
-    return RankingFiles(*where, evaluation.split, model.name, index, made_from, slices, gold_row_M)
+    return RankingFiles(*where, evaluation.split, model.ranked_by, index, made_from, slices, gold_row_M)
 
 
 class _Preparer:

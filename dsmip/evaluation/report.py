@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,10 +55,24 @@ class RankingWorkers(Protocol):
         """The ranking from all files."""
 
 
+class SecondStage(Protocol):
+    """What scores the best entities of a ranking once more.
+
+    Attributes:
+        candidates: How many of each mention.
+    """
+
+    @property
+    def candidates(self) -> int: ...
+
+    def __call__(self, first: Ranking) -> Ranking: ...
+
+
 def evaluate_model(
     evaluation: OpenedEvaluation,
     device: torch.device,
     *,
+    second_stage: SecondStage | None = None,
     options: RankOptions = RankOptions(),
     candidates: int | None = None,
     workers: RankingWorkers | None = None,
@@ -70,9 +84,10 @@ def evaluate_model(
     Args:
         evaluation: the model and the split.
         device: of this process.
+        second_stage: what re-ranks, for a model that has a re-ranker.
         options: how the ranking is computed here; `workers` have their own.
         candidates: also rank among so many candidates, in this process; their figures are a section of their own.
-        workers: do the work (default: this process).
+        workers: do the work (default: this process); with a second stage they keep as many best entities as it scores.
         notice: takes lines about how it is done.
         progress: of this process's work.
 
@@ -81,6 +96,13 @@ def evaluate_model(
     """
     if candidates is not None and candidates < 1:
         raise UserError(f"candidates: {candidates} are none to rank among; give at least 1")
+    if second_stage is not None:
+        if candidates is not None:
+            raise UserError(
+                f"candidates: {evaluation.model.name} re-ranks {second_stage.candidates} of its first stage's best "
+                f"already; ask for the first stage's, --model {evaluation.model.ranked_by}"
+            )
+        options = replace(options, top_k=max(options.top_k, second_stage.candidates))
     files = plan_files(evaluation, notice=notice)
     if workers:
         workers.build(files)
@@ -93,6 +115,9 @@ def evaluate_model(
         ranking = workers.rank(files) if workers else model.rank(device, options, notice, progress)
     except NotRankable as error:
         raise _unrankable(error, evaluation, model) from None
+    first = ranking
+    if second_stage is not None:
+        ranking = second_stage(first)
     groups = report_groups(evaluation.run.dataset, evaluation.mentions)
     without_image_M = torch.tensor([mention.image is None for mention in evaluation.mentions])
     metrics = {
@@ -101,6 +126,8 @@ def evaluate_model(
         **_metrics(ranking, groups, without_image_M, model),
         "index_bytes_per_entity": model.index.num_bytes / len(model.index),
     }
+    if second_stage is not None:
+        metrics["first_stage"] = _first_stage(evaluation, first, second_stage.candidates)
     if candidates is not None:
         metrics["candidates"] = _candidate_metrics(model, candidates, ranking, device, notice)
     storage = evaluation.run.storage / evaluation_name(evaluation.split, evaluation.model.name)
@@ -178,6 +205,18 @@ def _candidate_metrics(
         "gold_recall": float(ranks_M.isfinite().double().mean()),
         **measure_among(ranks_M),
         "note": _CANDIDATES_NOTE,
+    }
+
+
+def _first_stage(evaluation: OpenedEvaluation, first: Ranking, candidates: int) -> dict[str, Any]:
+    """The figures before re-ranking, and how many golds a second stage can find at all."""
+    row_MK = first.top_row_Mk[:, :candidates]
+    recall = (row_MK == evaluation.gold_row_M[:, None]).any(dim=1).double().mean()
+    return {
+        "model": evaluation.model.ranked_by,
+        "candidates": row_MK.shape[1],
+        "gold_recall": float(recall),
+        **first.metrics(),
     }
 
 

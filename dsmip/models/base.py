@@ -1,9 +1,11 @@
 """The contract of a published system: how its parts and the whole of it are built from a configuration.
 
-A system is made of parts that are trained one after the other or side by side; every part is itself a `Matcher`.
+A system is made of parts that are trained one after the other or side by side; every part is itself a `Matcher`, or a
+`Reranker` over what a matcher ranks best.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from dsmip.config import ExperimentConfig, Frozen
@@ -13,7 +15,7 @@ from dsmip.encoders.architecture import build_tokenizer
 from dsmip.encoders.base import FeatureEncoder, StoredFeatures
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.units.matcher import Matcher
+from dsmip.units.matcher import Matcher, Reranker
 
 
 class System(ABC):
@@ -39,6 +41,24 @@ class System(ABC):
     @abstractmethod
     def part_names(cls, section: Any) -> tuple[str, ...]:
         """Names of the stage-one parts under a validated `system` section."""
+
+    @classmethod
+    def rerankers(cls, section: Any) -> Mapping[str, str]:
+        """Parts that score a mention and an entity together, each with the part whose best entities it re-ranks.
+
+        They are trained after that part. A system with one is ranked as a whole under its own name.
+        """
+        return {}
+
+    @classmethod
+    def num_candidates(cls, section: Any) -> int:
+        """How many entities of a first stage are re-ranked."""
+        return 0
+
+    @classmethod
+    def build_reranker(cls, part: str, config: ExperimentConfig) -> Reranker:
+        """A part of `rerankers`, with its towers."""
+        raise RuntimeError(f"{cls.name} has no re-ranker")
 
     @classmethod
     @abstractmethod

@@ -80,6 +80,19 @@ class BertMatcher(VectorMatcher[TextEncoder]):
         return text_Nd if self.log_scale is None else F.normalize(text_Nd, dim=-1)
 
 
+def check_first_token(pooling: Pooling, config: ExperimentConfig, backbone: Backbone) -> None:
+    """Checks that a text's first token says something of it, where it is what is pooled.
+
+    Raises:
+        UserError: The tower is causal.
+    """
+    if pooling == "first" and backbone.text.is_causal:
+        raise UserError(
+            f"system.pooling: first: the first token of {config.backbone.architecture} sees no other one; take "
+            "pooling: tower, or a text tower such as backbone.text: hf:bert-base-uncased"
+        )
+
+
 class Bert(OnePartSystem):
     """How BERT is built: one part, which is the whole system."""
 
@@ -95,11 +108,7 @@ class Bert(OnePartSystem):
     @classmethod
     def check(cls, config: ExperimentConfig, backbone: Backbone) -> None:
         super().check(config, backbone)
-        if config.system.pooling == "first" and backbone.text.is_causal:
-            raise UserError(
-                f"system.pooling: first: the first token of {config.backbone.architecture} sees no other one; take "
-                "pooling: tower, or a text tower such as backbone.text: hf:bert-base-uncased"
-            )
+        check_first_token(config.system.pooling, config, backbone)
 
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> BertMatcher:

@@ -33,13 +33,14 @@ from dsmip.errors import UserError
 from dsmip.models import find_system
 from dsmip.models.base import System
 from dsmip.runs.load_config import load_config, to_yaml
+from dsmip.runs.loaded_model import LoadedModel, model_names
 from dsmip.runs.moved_files import FILES, by_content, found_again, noted_files, noted_in
 from dsmip.runs.provenance import environment, recorded
 from dsmip.runs.weights import load_own_weights, own_weights, save_weights
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.parsing import read_json
 from dsmip.storage.run_storage import STAMP, RunStorage
-from dsmip.units.matcher import Matcher
+from dsmip.units.matcher import Matcher, Part, Reranker
 
 CONFIG, PART, WEIGHTS, TRAININGS = "config.yaml", "part.json", "weights.safetensors", "ray"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -219,10 +220,10 @@ class Run:
         remedy = f"; remove {self.folder / part} and run the command that made it again"
         return read_json(self.folder / part / PART, dict, remedy)
 
-    def save_part(self, part: str, matcher: Matcher, report: dict[str, Any]) -> None:
+    def save_part(self, part: str, trained: Part, report: dict[str, Any]) -> None:
         """Writes a finished part: the weights that are not the untouched pretrained tower's, then part.json."""
         with self.storage.atomic(f"{part}/{WEIGHTS}") as path:
-            save_weights(path, own_weights(matcher))
+            save_weights(path, own_weights(trained))
         self.storage.write_json(f"{part}/{PART}", report)
 
     def load_part(self, part: str, *, with_encoder: bool) -> Matcher:
@@ -231,6 +232,13 @@ class Run:
         matcher = self.system.build_part(part, self.config, with_encoder=with_encoder)
         load_own_weights(matcher, self._weights(part))
         return matcher
+
+    def load_reranker(self, part: str) -> Reranker:
+        """A finished re-ranker with its trained weights, on the CPU."""
+        self._check_finished(part)
+        reranker = self.system.build_reranker(part, self.config)
+        load_own_weights(reranker, self._weights(part))
+        return reranker
 
     def load_encoder(self, part: str, config: ExperimentConfig) -> FeatureEncoder:
         """What makes a feature part's features, on the CPU: a finished part, or else what `config` says of it."""
@@ -245,7 +253,7 @@ class Run:
         load_own_weights(matcher, self._weights(self.system.name))
         return matcher
 
-    def load_model(self, name: str) -> "LoadedModel":
+    def load_model(self, name: str) -> LoadedModel:
         """A finished part, or the gated whole by the system's name.
 
         Raises:
@@ -257,8 +265,10 @@ class Run:
             return LoadedModel(
                 name, self.load_whole(), config, self.system.choices(section), self.system.feature_parts(section)
             )
-        if name in self.part_names:
-            return LoadedModel(name, self.load_part(name, with_encoder=False), self.config, (), (name,))
+        if name in model_names(self.config):
+            rerankers = self.system.rerankers(self.config.system)
+            reranker, first = next(iter(rerankers.items())) if name == self.system.name and rerankers else (None, name)
+            return LoadedModel(name, self.load_part(first, with_encoder=False), self.config, (), (first,), reranker)
         raise UserError(f"unknown model '{name}'; this run has {', '.join(model_names(self.config))}")
 
     def whole_config(self) -> ExperimentConfig:
@@ -311,31 +321,6 @@ def _stamp(storage: RunStorage) -> dict[str, Any]:
 def _checked_stamp(stamp: Any) -> dict[str, Any]:
     noted_in(stamp)
     return {**stamp, "data": {key: str(stamp["data"][key]) for key in ("folder", "name", "sha256")}}
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A finished part of a run, or its gated whole, that scores cached features.
-
-    Attributes:
-        name: the part's or the system's.
-        matcher: with its trained weights, on the CPU.
-        config: the run's, or what the best trial of stage two chose.
-        choices: the experts that it chooses from (may be none).
-        feature_parts: whose features it reads; of several, each under its part's name.
-    """
-
-    name: str
-    matcher: Matcher
-    config: ExperimentConfig
-    choices: tuple[str, ...]
-    feature_parts: tuple[str, ...]
-
-
-def model_names(config: ExperimentConfig) -> tuple[str, ...]:
-    """What can be evaluated: the gated whole first, then every part."""
-    system = find_system(config.model)
-    return (*([system.name] if system.gated else []), *system.part_names(config.system))
 
 
 def first_difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Weights of a matcher as a run stores them: all of its own, without frozen tensors of pretrained towers."""
+"""Weights of a part as a run stores them: all of its own, without frozen tensors of pretrained towers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsmip.errors import UserError
 from dsmip.storage.atomic import atomic_path
-from dsmip.units.matcher import Matcher
+from dsmip.units.matcher import Part
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -17,23 +17,23 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, temporary)
 
 
-def own_weights(matcher: Matcher) -> dict[str, Tensor]:
+def own_weights(part: Part) -> dict[str, Tensor]:
     """Everything but frozen tensors of pretrained towers, which the configuration's `backbone` brings back."""
-    towers = matcher.tower_tensors()
-    trained = {name for name, parameter in matcher.named_parameters() if parameter.requires_grad}
-    state = matcher.state_dict()
+    towers = part.tower_tensors()
+    trained = {name for name, parameter in part.named_parameters() if parameter.requires_grad}
+    state = part.state_dict()
     return {name: tensor for name, tensor in state.items() if name in trained or name not in towers}
 
 
-def load_own_weights(matcher: Matcher, path: Path) -> None:
-    """Loads what `own_weights` saved; tensors of an encoder that this matcher was built without are passed over.
+def load_own_weights(part: Part, path: Path) -> None:
+    """Loads what `own_weights` saved; tensors of an encoder that a matcher was built without are passed over.
 
     Raises:
-        UserError: A tensor of the matcher is missing or has another shape.
+        UserError: A tensor of the part is missing or has another shape.
     """
     stored = load_file(path)
-    state = matcher.state_dict()
-    wanted = own_weights(matcher)
+    state = part.state_dict()
+    wanted = own_weights(part)
     if missing := [name for name in wanted if name not in stored]:
         raise UserError(f"{path} lacks {missing[0]} and {len(missing) - 1} more: it is of another configuration")
     for name in stored.keys() & state.keys():
@@ -42,4 +42,4 @@ def load_own_weights(matcher: Matcher, path: Path) -> None:
                 f"{path}: {name} has shape {list(stored[name].shape)}, "
                 f"the configuration makes {list(state[name].shape)}"
             )
-    matcher.load_state_dict({name: stored[name] for name in stored.keys() & state.keys()}, strict=False)
+    part.load_state_dict({name: stored[name] for name in stored.keys() & state.keys()}, strict=False)

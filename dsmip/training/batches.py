@@ -38,12 +38,14 @@ class Step:
 
     Attributes:
         gold_row_M, entity_row_E: Rows of the kb (E >= M).
+        hard_of_H: int64 [H], whose hard negative each of the last H entities is (ascending); None: not told.
     """
 
     mentions: Items
     entities: Items
     gold_row_M: Tensor
     entity_row_E: Tensor
+    hard_of_H: Tensor | None = None
 
 
 class StreamSource:
@@ -89,9 +91,9 @@ class StreamSource:
         position_S, own = self._random_entities(config.self_mentions, generator)
         position_X, negatives = self._random_entities(config.extra_negatives, generator)
         drawn = size + config.self_mentions + config.extra_negatives
-        position_H, hard = self._hard_negatives(batch, position_M, drawn)
         seen = [not is_held_out(mention.entity_id, self.held_out) for mention in batch.mentions]
         real, position_M = list(compress(batch.mentions, seen)), position_M[torch.tensor(seen, dtype=torch.bool)]
+        position_H, hard, hard_of_H = self._hard_negatives(real, position_M, drawn)
         columns = [*compress(batch.entities, seen), *own, *negatives, *hard]
         position_E = torch.cat([position_M, size + position_S, size + config.self_mentions + position_X, position_H])
 
@@ -109,7 +111,7 @@ class StreamSource:
         all_columns = drawn + size * config.hard_negatives
         entity_draws = draws("augment entities", all_columns, position_E)
         entities = changed(self.collator.entities(columns), config.augment, entity_draws)
-        return Step(mentions, entities, _rows([*real, *own]), _rows(columns))
+        return Step(mentions, entities, _rows([*real, *own]), _rows(columns), hard_of_H)
 
     def _positions(self, step: int) -> tuple[int, Tensor]:
         """How many mentions a step has over all workers, and which of them are this worker's (int64 [M])."""
@@ -118,19 +120,20 @@ class StreamSource:
         share = step_bounds(count, steps, step, distributed.rank(), distributed.world_size())
         return len(whole), torch.arange(share.start - whole.start, share.stop - whole.start)
 
-    def _hard_negatives(self, batch: TrainingBatch, position_M: Tensor, first: int) -> tuple[Tensor, list[Entity]]:
-        """The entities that a share's mentions were last taken for: their positions among all columns, and they."""
-        if self.hard_row_NK is None:
-            return torch.zeros(0, dtype=torch.int64), []
-        k, entities, positions = self.hard_row_NK.shape[1], [], []
-        for mention, position in zip(batch.mentions, position_M.tolist(), strict=True):
-            if is_held_out(mention.entity_id, self.held_out):
-                continue
-            for number, row in enumerate(self.hard_row_NK[self._row_of[mention.mention_id]].tolist()):
+    def _hard_negatives(
+        self, mentions: Sequence[Mention], position_M: Tensor, first: int
+    ) -> tuple[Tensor, list[Entity], Tensor]:
+        """The entities that mentions were last taken for: their positions among all columns, they, and whose."""
+        entities, positions, whose = list[Entity](), list[int](), list[int]()
+        k = 0 if self.hard_row_NK is None else self.hard_row_NK.shape[1]
+        for number, (mention, position) in enumerate(zip(mentions, position_M.tolist(), strict=True)):
+            rows = [] if self.hard_row_NK is None else self.hard_row_NK[self._row_of[mention.mention_id]].tolist()
+            for place, row in enumerate(rows):
                 if row >= 0:
                     entities.append(self.dataset.entity(row))
-                    positions.append(first + position * k + number)
-        return torch.tensor(positions, dtype=torch.int64), entities
+                    positions.append(first + position * k + place)
+                    whose.append(number)
+        return torch.tensor(positions, dtype=torch.int64), entities, torch.tensor(whose, dtype=torch.int64)
 
     @cached_property
     def _row_of(self) -> dict[str, int]:

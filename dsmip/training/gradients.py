@@ -75,7 +75,7 @@ def _features(
     if isinstance(items, Table):
         return items.to(device), _nothing
     size = config.micro_batch_size or len(items)
-    with _autocast(config, device):
+    with autocast(config, device):
         if size >= len(items):
             return encode(items.to(device)), _nothing
         with torch.no_grad():
@@ -87,7 +87,7 @@ def _features(
 
     def replay() -> None:
         for rows, state, leaves in zip(slices, states, tables, strict=True):
-            with _autocast(config, device), _drawing_again(state, device):
+            with autocast(config, device), _drawing_again(state, device):
                 features = encode(rows)
             _backward(features, [leaf.grad for leaf in _floats(leaves)])
 
@@ -173,7 +173,8 @@ def _floats(features: Table) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
-def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast | nullcontext[None]:
+    """Of the towers, in the precision that a training has."""
     if config.precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float16)

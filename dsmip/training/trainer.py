@@ -1,11 +1,11 @@
-"""The training of a `Matcher`: batches in, the best epoch's weights out.
+"""The training of a part: batches in, the best epoch's weights out.
 
 What one step computes is in `gradients.py`, the steps themselves in `loop.py`, where batches come from in `batches.py`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from dsmip.config import TrainConfig
 from dsmip.training.gradients import batch_backward
 from dsmip.training.loop import BatchSums, Context, Loop, Objective, Scale, StepSource
 from dsmip.training.optimizer import build_optimizer, learning_rate_factor
-from dsmip.units.matcher import Matcher
+from dsmip.units.matcher import Matcher, Part
+
+Trained = TypeVar("Trained", bound=Part)
 
 
 class MinedSource(StepSource, Protocol):
@@ -40,23 +42,25 @@ class TrainResult:
 
 
 def train(
-    matcher: Matcher,
+    part: Trained,
     source: MinedSource,
     config: TrainConfig,
     context: Context,
-    validate: Callable[[Matcher], Mapping[str, float]],
-    mine: Callable[[Matcher], Tensor] | None = None,
+    validate: Callable[[Trained], Mapping[str, float]],
+    mine: Callable[[Trained], Tensor] | None = None,
     *,
+    objective: Objective | None = None,
     seed: int,
     stop_epoch: int | None = None,
     checkpoint_steps: int | None = None,
 ) -> TrainResult:
     """Trains until `config.epochs` or until validation MRR has not risen for `config.patience` epochs.
 
-    Resumes from `context.restore()`. On return the matcher holds the weights of the best epoch. `validate` returns
+    Resumes from `context.restore()`. On return the part holds the weights of the best epoch. `validate` returns
     metrics with the key `mrr`; with several workers it is called on each, and must return the same on each.
 
     Args:
+        objective: What is minimised; None: the part is a matcher, and its own loss is.
         mine: Finds hard negatives (kb rows int64 [N, k] of the source's mentions) after every `hard_negatives_every`
             epochs; until the first time there are none.
         stop_epoch: Pause there (a rung of successive halving); the schedule still spans `config.epochs`.
@@ -66,11 +70,14 @@ def train(
         UserError: The training diverges.
         Left: This worker was told to leave, and has saved.
     """
-    matcher.to(context.device)
+    part.to(context.device)
+    if objective is None:
+        assert isinstance(part, Matcher)
+        objective = MatcherObjective(part, config)
     total_steps = config.epochs * source.num_steps()
     loop = Loop(
-        MatcherObjective(matcher, config),
-        build_optimizer(matcher, config, matcher.tower_tensors()),
+        objective,
+        build_optimizer(part, config, part.tower_tensors()),
         lambda step: learning_rate_factor(step, total_steps, config),
         context,
         seed=seed,
@@ -81,18 +88,19 @@ def train(
     state = loop.resume()
     last = config.epochs if stop_epoch is None else min(stop_epoch, config.epochs)
     while state.epoch < last and not _patience_lost(state.history, config.patience):
-        source.hard_row_NK = state.hard_row_NK
+        if mine is not None:
+            source.hard_row_NK = state.hard_row_NK
         loop.epoch(source, state)
         metrics = state.end_epoch()
         if state.epoch % config.validate_every == 0 or state.epoch == last:
-            metrics |= validate(matcher)
+            metrics |= validate(part)
         if mine is not None and state.epoch % config.hard_negatives_every == 0 and state.epoch < config.epochs:
-            state.hard_row_NK = mine(matcher)
+            state.hard_row_NK = mine(part)
         state.history.append(metrics)
         if _best_epoch(state.history) == len(state.history) - 1:
-            state.best = {name: tensor.detach().clone() for name, tensor in trained_state(matcher).items()}
+            state.best = {name: tensor.detach().clone() for name, tensor in trained_state(part).items()}
         context.epoch_done(metrics, loop.save(state))
-    matcher.load_state_dict(state.best, strict=False)
+    part.load_state_dict(state.best, strict=False)
     return TrainResult(state.history, _best_epoch(state.history))
 
 
@@ -117,11 +125,11 @@ class MatcherObjective(Objective):
         """No parameter is kept in bounds."""
 
 
-def trained_state(matcher: Matcher) -> dict[str, Tensor]:
+def trained_state(part: Part) -> dict[str, Tensor]:
     """The tensors that training changes: parameters with gradients, and all buffers but the towers'."""
-    towers = matcher.tower_tensors()
-    trained = {name: parameter.data for name, parameter in matcher.named_parameters() if parameter.requires_grad}
-    return trained | {name: buffer for name, buffer in matcher.named_buffers() if name not in towers}
+    towers = part.tower_tensors()
+    trained = {name: parameter.data for name, parameter in part.named_parameters() if parameter.requires_grad}
+    return trained | {name: buffer for name, buffer in part.named_buffers() if name not in towers}
 
 
 def _best_epoch(history: list[dict[str, float]]) -> int:

@@ -5,7 +5,7 @@ Every worker prepares and ranks against its own slice of the kb.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,7 +19,8 @@ from dsmip.data.table import Table
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, prepare_split
 from dsmip.evaluation.ranking import RankedModel, rank_unrefined
-from dsmip.ops.ranking import merge_top_k
+from dsmip.evaluation.ranks import Ranking
+from dsmip.ops.ranking import TopK, merge_top_k
 from dsmip.training.loop import Context
 from dsmip.units.matcher import Matcher
 from dsmip.units.text_unit import use_backend
@@ -45,7 +46,7 @@ class Validation(ABC):
     """
 
     def __init__(self, gold_row_M: Tensor, num_entities: int, context: Context) -> None:
-        self._gold_row_M, self._context = gold_row_M, context
+        self._gold_row_M, self._num_entities, self._context = gold_row_M, num_entities, context
         rank, world = distributed.rank(), distributed.world_size()
         self._rows = range(num_entities * rank // world, num_entities * (rank + 1) // world)
         self._fresh: Table | None = None
@@ -60,6 +61,11 @@ class Validation(ABC):
 
     def __call__(self, matcher: Matcher) -> Mapping[str, float]:
         """Metrics, and how many pairs are too close for single precision to order them (for the records alone)."""
+        ranking = self.ranking(matcher, 0)
+        return ranking.metrics() | (ranking.cost.unrefined.metrics() if ranking.cost.unrefined else {})
+
+    def ranking(self, matcher: Matcher, top_k: int) -> Ranking:
+        """Of the validation mentions, with their best entities."""
         matcher.eval()
         device = self._context.device
         self._fresh = entities = self.prepared_entities(matcher)
@@ -67,7 +73,14 @@ class Validation(ABC):
         use_backend(matcher, "auto", device)
         model = RankedModel(matcher, mentions, EntityIndex([entities], self._rows.start), self._gold_row_M)
         ranking = rank_unrefined(model, device, after_tile=lambda _: self._context.alive())
-        return ranking.metrics() | (ranking.cost.unrefined.metrics() if ranking.cost.unrefined else {})
+        if not top_k:
+            return ranking
+        nobody_M, own_E = torch.full_like(self._gold_row_M, -1), torch.arange(self._num_entities)
+        best = best_entities(matcher, mentions, model.index, nobody_M, own_E, top_k, device, self._alive)
+        return replace(ranking, top_row_Mk=best.rows_MK, top_score_Mk=best.scores_MK)
+
+    def _alive(self, num_mentions: int) -> None:
+        self._context.alive()
 
     def hard_negatives(self, matcher: Matcher, gold_row_N: Tensor, group_E: Tensor, k: int) -> Tensor:
         """kb rows int64 [N, k] for each training mention, from the index of the validation just before, if any.
@@ -82,7 +95,8 @@ class Validation(ABC):
         mentions, device = self.prepared_mentions(matcher, "train"), self._context.device
         use_backend(matcher, "auto", device)
         index = EntityIndex([entities], self._rows.start)
-        return hard_negatives(matcher, mentions, index, gold_row_N, group_E, k, device, lambda _: self._context.alive())
+        best = best_entities(matcher, mentions, index, group_E[gold_row_N], group_E, k, device, self._alive)
+        return best.rows_MK
 
 
 class CachedValidation(Validation):
@@ -134,50 +148,51 @@ def alike_groups(dataset: Dataset) -> Tensor:
 
 
 @torch.no_grad()
-def hard_negatives(
+def best_entities(
     matcher: Matcher,
     mentions: Table,
     index: EntityIndex,
-    gold_row_M: Tensor,
+    left_out_M: Tensor,
     group_E: Tensor,
     k: int,
     device: torch.device,
     after_tile: Callable[[int], None] = lambda num_mentions: None,
-) -> Tensor:
-    """kb rows int64 [M, k] on the CPU, best scored first; -1 where there are fewer.
+) -> TopK:
+    """The k best scored entities of each mention, on the CPU, best first; row -1 and score -inf where there are fewer.
 
     With a process group every worker passes all mentions and the index of its own slice of the kb, and gets the same.
 
     Args:
         mentions: Prepared.
-        group_E: Of the whole kb, as `alike_groups` says: what has a gold's number is left out.
+        left_out_M: Of which group no entity is taken (-1: of none).
+        group_E: Of the whole kb, such as `alike_groups`.
     """
     matcher.eval()
     found = []
     for start in range(0, len(mentions), _MENTIONS):
         rows = slice(start, start + _MENTIONS)
-        of_gold_M = group_E[gold_row_M[rows]].to(device)
-        found.append(_of_tile(matcher, mentions.take(rows).to(device), index, of_gold_M, group_E, k, device).cpu())
+        left_out_m = left_out_M[rows].to(device)
+        found.append(_of_tile(matcher, mentions.take(rows).to(device), index, left_out_m, group_E, k, device))
         after_tile(min(start + _MENTIONS, len(mentions)))
-    return torch.cat(found)
+    return TopK(torch.cat([each.scores_MK.cpu() for each in found]), torch.cat([each.rows_MK.cpu() for each in found]))
 
 
 def _of_tile(
     matcher: Matcher,
     mentions: Table,
     index: EntityIndex,
-    of_gold_M: Tensor,
+    left_out_M: Tensor,
     group_E: Tensor,
     k: int,
     device: torch.device,
-) -> Tensor:
+) -> TopK:
     score_MK = torch.full((len(mentions), k), -torch.inf, device=device)
     row_MK = torch.full((len(mentions), k), -1, device=device)
     first = index.first_row
     for entities in index.tiles(_ENTITIES):
         score_ME = matcher.score(mentions, entities.to(device)).total_ME
         group_e = group_E[first : first + len(entities)].to(device)
-        score_ME = score_ME.masked_fill(of_gold_M[:, None] == group_e, -torch.inf)
+        score_ME = score_ME.masked_fill(left_out_M[:, None] == group_e, -torch.inf)
         row_ME = torch.arange(first, first + len(entities), device=device).expand_as(score_ME)
         best = merge_top_k(torch.cat([score_MK, score_ME], dim=1), torch.cat([row_MK, row_ME], dim=1), k)
         score_MK, row_MK = best.scores_MK, best.rows_MK
@@ -185,7 +200,7 @@ def _of_tile(
     if distributed.world_size() > 1:
         score_MK, row_MK = _side_by_side(score_MK), _side_by_side(row_MK)
         score_MK, row_MK = merge_top_k(score_MK, row_MK, k)
-    return row_MK.masked_fill(score_MK == -torch.inf, -1)
+    return TopK(score_MK, row_MK.masked_fill(score_MK == -torch.inf, -1))
 
 
 def _side_by_side(own_MK: Tensor) -> Tensor:

@@ -82,7 +82,47 @@ class BatchGold:
         return BatchGold(column_M, same_ME)
 
 
-class Matcher(nn.Module, ABC):
+class Part(nn.Module):
+    """What is trained on its own: a matcher or a re-ranker, with its pretrained towers."""
+
+    def pretrained_towers(self) -> Sequence[nn.Module]:
+        """Its modules whose weights come pretrained: every `Backbone`. A part with other towers names them here.
+
+        They have a learning rate of their own (`train.tower_learning_rate`), and what is frozen of them is in no
+        checkpoint.
+        """
+        return [module for module in self.modules() if isinstance(module, Backbone)]
+
+    def tower_tensors(self) -> set[str]:
+        """Names of the parameters and buffers of `pretrained_towers`, as in `state_dict`."""
+        owned = {id(tensor) for tower in self.pretrained_towers() for tensor in _tensors(tower).values()}
+        return {name for name, tensor in _tensors(self).items() if id(tensor) in owned}
+
+
+class Reranker(Part, ABC):
+    """Scores a mention and an entity together, over what a matcher ranks best: dear, and not to be indexed."""
+
+    @abstractmethod
+    def score_pairs(self, mentions: ItemBatch, entities: ItemBatch, mention_P: Tensor, entity_P: Tensor) -> Tensor:
+        """Scores of pairs, float [P], higher is better; a pair's score depends on the pair alone.
+
+        Args:
+            mention_P, entity_P: Rows of the batches, int64 [P].
+        """
+
+    def forward(self, mentions: ItemBatch, entities: ItemBatch, entity_MK: Tensor) -> Tensor:
+        """Training loss summed over the M mentions: -log softmax of the first of a mention's entities among its own.
+
+        Args:
+            entity_MK: Rows of the entities, int64 [M, K], the gold first; -1 where there are fewer.
+        """
+        mention_P, column_P = (entity_MK >= 0).nonzero(as_tuple=True)
+        score_P = self.score_pairs(mentions, entities, mention_P, entity_MK[mention_P, column_P])
+        score_MK = score_P.new_full(entity_MK.shape, -torch.inf).index_put((mention_P, column_P), score_P)
+        return -score_MK.log_softmax(dim=1)[:, 0].sum()
+
+
+class Matcher(Part, ABC):
     """A trainable scorer of mention-entity pairs (a whole system or one of its parts)."""
 
     @abstractmethod
@@ -143,19 +183,6 @@ class Matcher(nn.Module, ABC):
     @abstractmethod
     def encoder_trains(self) -> bool:
         """True when encode_* has trainable parameters: features then change during training and cannot be cached."""
-
-    def pretrained_towers(self) -> Sequence[nn.Module]:
-        """Its modules whose weights come pretrained: every `Backbone`. A matcher with other towers names them here.
-
-        They have a learning rate of their own (`train.tower_learning_rate`), and what is frozen of them is in no
-        checkpoint.
-        """
-        return [module for module in self.modules() if isinstance(module, Backbone)]
-
-    def tower_tensors(self) -> set[str]:
-        """Names of the parameters and buffers of `pretrained_towers`, as in `state_dict`."""
-        owned = {id(tensor) for tower in self.pretrained_towers() for tensor in _tensors(tower).values()}
-        return {name for name, tensor in _tensors(self).items() if id(tensor) in owned}
 
     def encoder_state(self) -> Mapping[str, Tensor]:
         """The tensors that features depend on (their hash keys the feature cache)."""

@@ -1,6 +1,7 @@
 """The job `dsmip evaluate`: exact ranking of one model on one split, in this process without Ray, or on Ray workers."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from dsmip.evaluation.metrics import METRICS, shown_metrics
 from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
 from dsmip.evaluation.report import RANKS, Evaluated, evaluate_model, evaluation_name, oracle, recall_name
 from dsmip.rank_options import RankOptions
+from dsmip.reranking.second_stage import second_stage
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from dsmip.units.text_unit import check_backend
@@ -65,7 +67,13 @@ def evaluate_run(
             evaluation = OpenedEvaluation(run, split, model)
             with Display() as progress:
                 evaluated = evaluate_model(
-                    evaluation, named, options=options, notice=say, progress=progress, candidates=candidates
+                    evaluation,
+                    named,
+                    second_stage=second_stage(evaluation, named, progress),
+                    options=options,
+                    notice=say,
+                    progress=progress,
+                    candidates=candidates,
                 )
     _show(evaluated.metrics, options.top_k, verbose=verbose)
     if "experts" in evaluated.metrics:
@@ -89,10 +97,19 @@ def _show(metrics: Mapping[str, Any], top_k: int, *, verbose: bool) -> None:
         )
         if "token_pairs_skipped" in metrics:
             say(f"  {metrics['token_pairs_skipped']:.0%} of the experts' token-level scores were not needed")
+    if "first_stage" in metrics:
+        _show_first_stage(metrics["first_stage"])
     if "experts" in metrics:
         _show_experts(metrics["experts"]["best"])
     if "candidates" in metrics:
         _show_candidates(metrics["candidates"], min(top_k, metrics["entities"]))
+
+
+def _show_first_stage(first: Mapping[str, Any]) -> None:
+    figures = "  ".join(f"{name} {first[name]:.3f}" for name in shown_metrics())
+    name, recall = first["model"], first["gold_recall"]
+    say(f"  re-ranked: the best {first['candidates']} of {name}, which hold {recall:.1%} of the golds")
+    say(f"  {name} alone: {figures}")
 
 
 def _show_candidates(found: Mapping[str, Any], exact_k: int) -> None:
@@ -252,11 +269,16 @@ def _evaluate_on_ray(
     request = Request("evaluate", workers, 1, int(gpu))
     check_before_start([request])
     _ = evaluation.gold_row_M  # a split without mentions is refused first
+    here = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
+    rerank = second_stage(evaluation, here)
+    if rerank is not None:
+        options = replace(options, top_k=max(options.top_k, rerank.candidates))
     with connected():
         check_feasible([request])
         return evaluate_model(
             evaluation,
-            torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"),
+            here,
+            second_stage=rerank,
             options=options,
             notice=say,
             candidates=candidates,

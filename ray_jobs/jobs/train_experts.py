@@ -10,12 +10,13 @@ from ray_jobs.cluster.connection import connected
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import ReportedError
+from dsmip.reranking.training import train_any_part
 from dsmip.runs.checks import check_training
 from dsmip.runs.load_config import read_config, to_yaml
 from dsmip.runs.run import Run
 from dsmip.runs.status import TrainingState, read_status
 from dsmip.storage.locations import Location, open_run_storage
-from dsmip.training.stages import check_held_out, train_part
+from dsmip.training.stages import check_held_out
 from dsmip.training.trackers import Watched, check_tools
 from ray_jobs.cluster.resources import check_before_start
 from ray_jobs.terminal.display import Display
@@ -46,7 +47,10 @@ def train_experts(
 
 
 def train_parts(root: Run, parts: Sequence[tuple[Run, str]], display: Display, *, verbose: bool = False) -> None:
-    """Trains the unfinished ones of `parts`: pairs of a home (`root` or a variant below it) and a part's name."""
+    """Trains the unfinished ones of `parts`: pairs of a home (`root` or a variant below it) and a part's name.
+
+    Re-rankers come after all others, whose best entities they are trained on.
+    """
     trainings = []
     for home, part in parts:
         if home.is_finished(part):
@@ -58,7 +62,10 @@ def train_parts(root: Run, parts: Sequence[tuple[Run, str]], display: Display, *
     started = time.monotonic()
     check_before_start([training.request for training in trainings])
     with connected(verbose=verbose):
-        run_trainings(trainings, display)
+        rerankers = root.system.rerankers(root.config.system)
+        for later in (False, True):
+            if now := [each for each in trainings if (each.settings["part"] in rerankers) == later]:
+                run_trainings(now, display)
     root.storage.refresh()
     for home, part in parts:
         display.say(f"  {part}: {_figures(home, part)}")
@@ -106,7 +113,7 @@ def _training(root: Run, home: Run, part: str) -> Training:
 def worker_loop(context: RayContext, settings: Mapping[str, Any]) -> None:
     root = Run.open(settings["root"], settings["data"])
     home = root.home(settings["part"], read_config(settings["config"]))
-    train_part(home, settings["part"], context)
+    train_any_part(home, settings["part"], context)
 
 
 def _figures(home: Run, part: str) -> str:

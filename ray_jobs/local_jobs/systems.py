@@ -151,7 +151,9 @@ def _part(system: type[System], name: str, config: ExperimentConfig) -> Part:
     if "image" in form.modalities:
         pixels = form.pixels or network.pixels
         pictures = Pictures(network.image_size, pixels.resize, pixels.filter)
-    return Part(name, 1, texts, pictures, *_counts(system.build_part(name, config, with_encoder=True)))
+    reranks = name in system.rerankers(config.system)
+    module = system.build_reranker(name, config) if reranks else system.build_part(name, config, with_encoder=True)
+    return Part(name, 1, texts, pictures, *_counts(module))
 
 
 def _counts(module: nn.Module) -> tuple[int, int]:

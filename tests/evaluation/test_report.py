@@ -22,7 +22,8 @@ from dsmip.evaluation.metrics import METRICS, Metric
 from dsmip.evaluation.report import Evaluated, evaluate_model, oracle
 from dsmip.ops.ranking import hits_at
 from dsmip.runs.load_config import parse_config
-from dsmip.runs.run import Run, model_names
+from dsmip.runs.loaded_model import model_names
+from dsmip.runs.run import Run
 from ray_jobs.cli import app
 
 CPU = torch.device("cpu")

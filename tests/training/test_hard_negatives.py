@@ -10,7 +10,7 @@ from torch import Tensor
 from dsmip import distributed
 from dsmip.data.dataset import Dataset
 from dsmip.evaluation.index import EntityIndex
-from dsmip.training.validation import alike_groups, hard_negatives
+from dsmip.training.validation import alike_groups, best_entities
 from tests.support.scoring.matchers import CPU, TableMatcher, numbered
 from tests.support.training.workers import run_workers
 
@@ -37,7 +37,7 @@ def test_they_are_the_best_of_the_others(seed: int, num_entities: int, k: int, c
     scores_ME, gold_row_M, group_E = case(seed, num_entities)
     tables = [t for t in (numbered(min(cut, num_entities)), numbered(max(num_entities - cut, 0), cut)) if len(t)]
     matcher, index = TableMatcher(scores_ME), EntityIndex(tables)
-    found = hard_negatives(matcher, numbered(5), index, gold_row_M, group_E, k, CPU)
+    found = best_entities(matcher, numbered(5), index, group_E[gold_row_M], group_E, k, CPU).rows_MK
     assert found.tolist() == twin(scores_ME, gold_row_M, group_E, k)
 
 
@@ -45,7 +45,7 @@ def of_slice(num_entities: int) -> Tensor:
     scores_ME, gold_row_M, group_E = case(3, num_entities)
     first, stop = (num_entities * (distributed.rank() + n) // distributed.world_size() for n in (0, 1))
     index = EntityIndex([numbered(stop - first, first)], first)
-    return hard_negatives(TableMatcher(scores_ME), numbered(5), index, gold_row_M, group_E, 4, CPU)
+    return best_entities(TableMatcher(scores_ME), numbered(5), index, group_E[gold_row_M], group_E, 4, CPU).rows_MK
 
 
 def test_workers_find_the_same_over_their_slices(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     ],
     "mimic": [{}, {"mask_padding": True}],
     "mmoe": [{}],
+    "blink": [{"pooling": "tower"}],
     "bert": [{"pooling": "tower"}, {"pooling": "tower", "similarity": "cosine"}],
     "dzmned": [{"width": 16}],
     "jmel": [{}, {"hardest": True}],
@@ -76,7 +77,9 @@ def cases() -> Iterator[Any]:
     for name, system in systems().items():
         for number, form in enumerate(FORMS.get(name, [{}])):
             tree = {"model": name, "backbone": {"architecture": "tiny"}, "system": form}
-            for part in (*system.part_names(parse_config(tree).system), None):
+            section = parse_config(tree).system
+            matchers = [part for part in system.part_names(section) if part not in system.rerankers(section)]
+            for part in (*matchers, None):
                 yield pytest.param((name, form, part), id=f"{name}{number}-{part or 'whole'}")
 
 
