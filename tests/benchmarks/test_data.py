@@ -69,7 +69,7 @@ def test_what_is_measured_counts_every_sample_once(small_data: Dataset) -> None:
     assert sum(shards.streaming(*asked, rank, 2, "all", 4)() for rank in range(2)) == num_samples
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_stream_is_measured_against_bare_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     release = ["--entities", "20", "--mentions", "30", "--work", str(tmp_path)]

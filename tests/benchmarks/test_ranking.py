@@ -127,7 +127,7 @@ def test_memory_is_that_of_the_work_alone() -> None:
         assert 30 <= cost.peak_bytes / 2**20 < 60  # 32; the kernel counts pages roughly
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_memory_is_measured_for_every_case_and_size(capsys: pytest.CaptureFixture[str]) -> None:
     memory.main(["--entities", "50", "700", "--mentions", "3"])
     said = capsys.readouterr().out

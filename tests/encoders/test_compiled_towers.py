@@ -38,9 +38,9 @@ def gradients(of: Expert, items: int, tokens: int) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("tune", "prompts"), [pytest.param("frozen", 2, marks=pytest.mark.soak), ("full", 0)])
+@pytest.mark.parametrize(("tune", "prompts"), [("frozen", 2), ("full", 0)])
 def test_features_and_gradients_are_the_same_for_any_sizes(narrow_backbone: Path, tune: Tuning, prompts: int) -> None:
     plain, compiled = (expert(narrow_backbone, tune, prompts) for _ in range(2))
     torch._dynamo.reset()

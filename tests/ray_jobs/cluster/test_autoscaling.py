@@ -22,7 +22,7 @@ from ray.util.state import list_nodes
 
 from dsmip.runs.load_config import to_yaml
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]  # its nodes starve beside any other load
 HEAD_ID = "f" * 51 + "00000"  # the fake provider numbers its nodes from here
 
 

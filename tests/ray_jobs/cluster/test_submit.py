@@ -50,7 +50,7 @@ def test_a_stopped_training_goes_on_where_it_was(
     options = train_options(two_experts(small_config, epochs=60), small_data, tmp_path)
     head.start("stopped", "ray_jobs/train_experts.py", *options)
     seen = re.compile(r"^  text +epoch +[1-9]", flags=re.M)
-    wait_until(lambda: bool(seen.search(head.client.get_job_logs("stopped"))), 120, "no epoch ended")
+    wait_until(lambda: bool(seen.search(head.client.get_job_logs("stopped"))), 300, "no epoch ended")
     assert head.ray("job", "stop", "stopped").returncode == 0
     wait_until(lambda: head.client.get_job_status("stopped").is_terminal(), 60, "the job did not stop")
     assert head.client.get_job_status("stopped") == "STOPPED"

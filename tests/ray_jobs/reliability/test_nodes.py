@@ -76,7 +76,8 @@ def test_a_killed_node_is_replaced_by_another(
     assert_equal_parts(Run.open(tmp_path / "run"), expected)
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
+@pytest.mark.soak
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_node_that_is_taken_away_with_notice_costs_no_step(
     tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset, cluster: Any, workers: int
 ) -> None:

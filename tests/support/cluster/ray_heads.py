@@ -48,6 +48,7 @@ class Head:
     def submit(self, name: str, *arguments: str) -> Ended:
         """`ray job submit` of a job file from the checkout, to its end. `name` becomes the job's id."""
         ended = self.ray("job", "submit", "--submission-id", name, *_FROM_HERE, *arguments)
+        assert name in {job.submission_id for job in self.client.list_jobs()}, ended.stdout + ended.stderr
         return Ended(ended.stdout + ended.stderr, ended.returncode, self.client.get_job_info(name).driver_exit_code)
 
     def start(self, name: str, *arguments: str) -> None:
