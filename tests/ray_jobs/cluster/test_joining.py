@@ -97,7 +97,7 @@ def test_every_command_that_joins_says_so(run: Run, small_data: Dataset, tmp_pat
     commands: Sequence[Sequence[str]] = [
         ["prepare", str(small_data.folder.parent / "release"), str(tmp_path / "data"), "--ray"],
         ["pretrain", *fresh, "--out", str(tmp_path / "backbone.safetensors")],
-        ["train", *fresh, "--run", str(tmp_path / "run"), "--set", "backbone.pretrained=null", "--set", "held_out=0"],
+        ["train", *fresh, "--run", str(tmp_path / "run"), "--set", "backbone.pretrained=null"],
         ["features", data, "--kind", "vgg16", "--random-weights", "0"],
         ["evaluate", "--run", folder, "--split", "validation", "--workers", "2"],
         ["demo", "--out", str(tmp_path / "demo")],
