@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub; read when the library is imported
+
 import pytest
 import torch
 from hypothesis import settings

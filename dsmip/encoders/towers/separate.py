@@ -104,8 +104,16 @@ def _read(name: str, file: str, *, needed: bool = True) -> dict[str, Any]:
     return found
 
 
-@cache
 def _fetched(name: str, file: str, *, needed: bool) -> str | None:
+    found = _asked_for(name, file, needed=needed)
+    if isinstance(found, Exception):
+        raise UserError(f"backbone.text hf:{name} cannot be had ({first_line(found)}); without internet give a folder")
+    return found
+
+
+@cache
+def _asked_for(name: str, file: str, *, needed: bool) -> str | Exception | None:
+    """The file, or why it cannot be had: the hub is asked once in a process, which may take half a minute."""
     from transformers.utils.hub import cached_file
 
     try:
@@ -113,9 +121,7 @@ def _fetched(name: str, file: str, *, needed: bool) -> str | None:
             name, file, _raise_exceptions_for_missing_entries=needed, _raise_exceptions_for_connection_errors=needed
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"backbone.text hf:{name} cannot be had ({first_line(error)}); without internet give a folder"
-        ) from None
+        return error
     return path
 
 
