@@ -175,11 +175,17 @@ def image_warnings(config: ExperimentConfig, dataset: Dataset) -> Iterator[str]:
     Raises:
         UserError: The backbone is unknown.
     """
-    stored, size = dataset.manifest.image, read_architecture(config.backbone.architecture).image_size
+    name = config.backbone.architecture
+    return enlarged_warnings(dataset, read_architecture(name).image_size, name)
+
+
+def enlarged_warnings(dataset: Dataset, size: int, taker: str) -> Iterator[str]:
+    """A warning where images are stored smaller than `size`, which `taker` wants."""
+    stored = dataset.manifest.image
     if not stored.keep_original and stored.size < size:
         yield (
             f"warning: {dataset.location} has pictures of at most {stored.size} pixels (shorter side), and "
-            f"{config.backbone.architecture} takes {size}: they are enlarged; "
+            f"{taker} takes {size}: they are enlarged; "
             f"'dsmip prepare --image-size {size}' keeps more of them"
         )
 

@@ -48,6 +48,7 @@ from dsmip.encoders.vgg import BY_HASH
 from dsmip.errors import ReportedError, UserError
 from dsmip.models.dsmip import DsmipConfig
 from dsmip.parallel import map_alone
+from dsmip.runs.checks import enlarged_warnings
 from dsmip.runs.load_config import job_config
 from dsmip.storage.dataset_storage import DatasetStorage
 from dsmip.units.gate import GateConfig
@@ -184,6 +185,8 @@ def compute_features(
     if found and found.manifest.origin == origin:
         display.say(f"{address} is finished already")
         return found
+    for line in enlarged_warnings(dataset, request.size, find_network(request.choice.kind).title):
+        display.say(line)
     started = time.monotonic()
     forget(files, name)
     chunks_name = f"{name}/{_CHUNKS}{origin.data.sha256[:16]}"
