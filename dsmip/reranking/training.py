@@ -44,6 +44,7 @@ def train_reranker(run: Run, part: str, context: Context) -> TrainResult:
     config = merged(run.config.train_of(part), negatives)
     first = run.load_part(first_stage, with_encoder=True).to(context.device)
     stage_one = EncodingValidation(run.dataset, run.collator(first_stage), context)
+    stage_one.keeps_index = True
     ranking = stage_one.ranking(first, num_candidates)
     source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)
     golds = gold_rows(run.dataset, "train")

@@ -142,7 +142,7 @@ def _miner(
     """What finds hard negatives of the training mentions; None where none are asked for."""
     if not config.hard_negatives:
         return None
-    group_E = alike_groups(dataset)
+    validation.keeps_index, group_E = True, alike_groups(dataset)
     return lambda matcher: validation.hard_negatives(matcher, gold_row_N, group_E, config.hard_negatives)
 
 

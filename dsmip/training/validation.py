@@ -43,7 +43,12 @@ class Validation(ABC):
     Args:
         gold_row_M: Of the validation mentions, kb rows int64 [M].
         num_entities: Of the kb.
+
+    Attributes:
+        keeps_index: The prepared entities of a validation stay in memory for the hard negatives that follow it.
     """
+
+    keeps_index: bool = False
 
     def __init__(self, gold_row_M: Tensor, num_entities: int, context: Context) -> None:
         self._gold_row_M, self._num_entities, self._context = gold_row_M, num_entities, context
@@ -68,7 +73,8 @@ class Validation(ABC):
         """Of the validation mentions, with their best entities."""
         matcher.eval()
         device = self._context.device
-        self._fresh = entities = self.prepared_entities(matcher)
+        entities = self.prepared_entities(matcher)
+        self._fresh = entities if self.keeps_index else None
         mentions = self.prepared_mentions(matcher, "validation")
         use_backend(matcher, "auto", device)
         model = RankedModel(matcher, mentions, EntityIndex([entities], self._rows.start), self._gold_row_M)
