@@ -114,6 +114,7 @@ def read_all(uri: str) -> list[str]:
     return [mention.mention_id for batch in batches(Dataset.open(uri)) for mention in batch.mentions]
 
 
+@pytest.mark.slow
 def test_two_processes_fill_the_cache_once(folder: Dataset, uri: str, object_store: ObjectStore, cache: Path) -> None:
     before = object_store.num_reads()
     first, second = map_tasks(read_all, [uri, uri], workers=2)
