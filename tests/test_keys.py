@@ -86,6 +86,31 @@ def test_every_field_of_an_item_format_is_in_the_key_of_features() -> None:
     assert len({feature_key(WEIGHTS, "abc", each, "kb", torch.float32) for each in formats}) == len(formats)
 
 
+@pytest.mark.parametrize(
+    ("model", "one", "other"),
+    [
+        ("dsmip", {}, {"mask_padding": False}),
+        ("mimic", {"num_tokens": 9}, {"num_tokens": 9, "mask_padding": True}),
+        ("clip", {"image_weight": 0.25}, {"image_weight": 0.5}),
+        ("bert", {"pooling": "first"}, {"pooling": "tower"}),
+        ("blink", {"pooling": "first"}, {"pooling": "tower"}),
+    ],
+)
+def test_settings_that_change_features_change_what_they_are_keyed_by(
+    narrow_backbone: Path, model: str, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """No tensor of a tower and no item format says them."""
+
+    def key(section: dict[str, Any]) -> str:
+        tree = {"model": model, "backbone": {"architecture": str(narrow_backbone)}, "system": section}
+        config = parse_config(tree)
+        part = find_system(model).feature_parts(config.system)[0]
+        return fingerprint(find_system(model).build_encoder(part, config).encoder_state(), "()")
+
+    assert key(one) == key(one)
+    assert key(one) != key(other)
+
+
 def test_other_digests_are_as_ever() -> None:
     index: Plain = {"model": "dsmip", "layout": [2, 4096], "data": "x", "weights": "y", "features": ["a", "b"]}
     network = ("vgg16 fc7", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224)

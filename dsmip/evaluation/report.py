@@ -93,9 +93,14 @@ def evaluate_model(
 
     Raises:
         UserError: a split without mentions, a model that scores NaN, or no candidates.
+        ValueError: a model that re-ranks, without its second stage.
     """
     if candidates is not None and candidates < 1:
         raise UserError(f"candidates: {candidates} are none to rank among; give at least 1")
+    if evaluation.model.reranker is not None and second_stage is None:
+        raise ValueError(
+            f"{evaluation.model.name} re-ranks: its second stage is needed, or its figures are of the first"
+        )
     if second_stage is not None:
         if candidates is not None:
             raise UserError(
@@ -112,12 +117,10 @@ def evaluate_model(
     evaluation.release_encoders()
     model = files.open(evaluation)
     try:
-        ranking = workers.rank(files) if workers else model.rank(device, options, notice, progress)
+        first = workers.rank(files) if workers else model.rank(device, options, notice, progress)
+        ranking = first if second_stage is None else second_stage(first)
     except NotRankable as error:
         raise _unrankable(error, evaluation, model) from None
-    first = ranking
-    if second_stage is not None:
-        ranking = second_stage(first)
     groups = report_groups(evaluation.run.dataset, evaluation.mentions)
     without_image_M = torch.tensor([mention.image is None for mention in evaluation.mentions])
     metrics = {

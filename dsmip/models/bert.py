@@ -4,6 +4,7 @@ Decisions of ours, as papers that report BERT are silent: one encoder reads ment
 that of the text's first token, the score is a product, and the loss contrasts a batch's mentions with their golds.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -50,6 +51,10 @@ class TextEncoder(nn.Module):
         self.backbone.tune(tune, ["text"])
         self.pooling = pooling
 
+    def feature_settings(self) -> Mapping[str, float]:
+        """See `TowerMatcher.feature_settings`."""
+        return {"pools_as_tower": 1.0} if self.pooling == "tower" else {}
+
     def forward(self, batch: ItemBatch) -> Table:
         """Features of N items."""
         found = self.backbone.encode_text(batch.token_ids, batch.token_mask)
@@ -65,6 +70,9 @@ class BertMatcher(VectorMatcher[TextEncoder]):
         self.log_scale: nn.Parameter | None = None
         if config.similarity == "cosine":
             self.log_scale = nn.Parameter(torch.tensor(_LOG_SCALE), requires_grad=config.tune != "frozen")
+
+    def feature_settings(self) -> Mapping[str, float]:
+        return self._encoder().feature_settings()
 
     def prepare_mentions(self, features: Table) -> Table:
         """The scale is a mention's: an index of entities does not depend on it."""

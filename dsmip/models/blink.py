@@ -74,6 +74,9 @@ class BiEncoder(VectorMatcher[TwoTextEncoders]):
         features: Table = self._encoder().entities(batch)
         return features
 
+    def feature_settings(self) -> Mapping[str, float]:
+        return self._encoder().mentions.feature_settings()
+
     def prepare_mentions(self, features: Table) -> Table:
         return Table({"vector": features.dense("text")})
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from dsmip.config import BackboneConfig, ExperimentConfig, Frozen
@@ -81,8 +81,8 @@ class ClipMatcher(VectorMatcher[ClipEncoder]):
     def prepare_entities(self, features: Table) -> Table:
         return features
 
-    def encoder_state(self) -> Mapping[str, Tensor]:
-        return {**super().encoder_state(), "image_weight": torch.tensor(self._encoder().image_weight)}
+    def feature_settings(self) -> Mapping[str, float]:
+        return {"image_weight": self._encoder().image_weight}
 
 
 class Clip(OnePartSystem):

@@ -9,6 +9,7 @@ from dsmip.data.collate import Collator
 from dsmip.data.dataset import Dataset
 from dsmip.data.records import Mention
 from dsmip.encoders.feature_cache import chunked
+from dsmip.evaluation.ranks import NotRankable
 from dsmip.units.matcher import Reranker
 
 _MENTIONS, _PAIRS = 8, 128  # read at a time, scored at a time
@@ -32,12 +33,20 @@ def score_candidates(
         row_MK: kb rows int64 [M, K] of the mentions' candidates, -1 where there are fewer.
         rows: Of the split's mentions, in shard order; None: all. `row_MK` is of these.
         after_batch: Takes how many mentions were scored.
+
+    Raises:
+        NotRankable: A score is NaN or infinite.
     """
     reranker.eval()
     score_MK, first = torch.full(row_MK.shape, -torch.inf), 0
     for mentions in chunked(dataset.mentions(split, rows), _MENTIONS):
         of_these_mK = row_MK[first : first + len(mentions)]
-        score_MK[first : first + len(mentions)] = _scores(reranker, dataset, collator, mentions, of_these_mK, device)
+        score_mK = _scores(reranker, dataset, collator, mentions, of_these_mK, device)
+        if len(broken := ((of_these_mK >= 0) & ~score_mK.isfinite()).nonzero()):
+            mention, column = broken[0].tolist()
+            before = 0 if rows is None else rows.start
+            raise NotRankable(before + first + mention, int(of_these_mK[mention, column]), "re-ranker")
+        score_MK[first : first + len(mentions)] = score_mK
         first += len(mentions)
         after_batch(len(mentions))
     return score_MK

@@ -18,9 +18,9 @@ from dsmip.reranking.ranks import reranked
 from dsmip.runs.run import Run
 from dsmip.training.batches import Step, StreamSource
 from dsmip.training.gradients import autocast
-from dsmip.training.loop import BatchSums, Context, Objective, Scale
+from dsmip.training.loop import BatchSums, Context, Scale
 from dsmip.training.stages import train_part
-from dsmip.training.trainer import TrainResult, train, trained_state
+from dsmip.training.trainer import PartObjective, TrainResult, train
 from dsmip.training.validation import EncodingValidation, alike_groups
 from dsmip.units.matcher import Reranker
 
@@ -91,7 +91,7 @@ def _validation(run: Run, part: str, first: Ranking, context: Context) -> Callab
     return validate
 
 
-class RerankingObjective(Objective):
+class RerankingObjective(PartObjective):
     """A re-ranker's own loss over a batch, some mentions at a time."""
 
     def __init__(self, reranker: Reranker, config: TrainConfig) -> None:
@@ -114,15 +114,6 @@ class RerankingObjective(Objective):
             scale(loss / total.to(loss.dtype)).backward()
             loss_sum += loss.detach()
         return BatchSums({"loss": float(distributed.sum_over_workers(loss_sum))}, int(total))
-
-    def state(self) -> dict[str, Tensor]:
-        return trained_state(self.module)
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.module.load_state_dict(state, strict=False)
-
-    def after_step(self) -> None:
-        """No parameter is kept in bounds."""
 
 
 def candidates_of(step: Step) -> Tensor:

@@ -104,16 +104,10 @@ def train(
     return TrainResult(state.history, _best_epoch(state.history))
 
 
-class MatcherObjective(Objective):
-    """A matcher's own loss over a batch."""
+class PartObjective(Objective):
+    """What a part is trained for: its state is what training changes of it."""
 
-    def __init__(self, matcher: Matcher, config: TrainConfig) -> None:
-        self.module: Matcher = matcher
-        self._config = config
-
-    def backward(self, batch: Any, device: torch.device, scale: Scale) -> BatchSums:
-        loss = batch_backward(self.module, batch, self._config, device, scale)
-        return BatchSums({"loss": loss.total}, loss.num_mentions)
+    module: Part
 
     def state(self) -> dict[str, Tensor]:
         return trained_state(self.module)
@@ -123,6 +117,18 @@ class MatcherObjective(Objective):
 
     def after_step(self) -> None:
         """No parameter is kept in bounds."""
+
+
+class MatcherObjective(PartObjective):
+    """A matcher's own loss over a batch."""
+
+    def __init__(self, matcher: Matcher, config: TrainConfig) -> None:
+        self.module: Matcher = matcher
+        self._config = config
+
+    def backward(self, batch: Any, device: torch.device, scale: Scale) -> BatchSums:
+        loss = batch_backward(self.module, batch, self._config, device, scale)
+        return BatchSums({"loss": loss.total}, loss.num_mentions)
 
 
 def trained_state(part: Part) -> dict[str, Tensor]:

@@ -113,6 +113,9 @@ class Expert(TowerMatcher[ExpertEncoder]):
             return Expert(scorer)
         return Expert(scorer, ExpertEncoder(modalities, config, backbone, mask_padding=mask_padding))
 
+    def feature_settings(self) -> Mapping[str, float]:
+        return {} if self._encoder().mask_padding else {"mask_padding": 0.0}
+
     def encode_mentions(self, batch: ItemBatch) -> Table:
         encoder = self._encoder()
         return encoder.encode(batch, encoder.mention_prompts)

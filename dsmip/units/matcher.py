@@ -206,7 +206,15 @@ class TowerMatcher(Matcher, Generic[Encoder]):
         return any(parameter.requires_grad for parameter in self._encoder().parameters())
 
     def encoder_state(self) -> Mapping[str, Tensor]:
-        return self._encoder().state_dict()
+        settings = {name: torch.tensor(value) for name, value in self.feature_settings().items()}
+        return {**self._encoder().state_dict(), **settings}
+
+    def feature_settings(self) -> Mapping[str, float]:
+        """What features depend on besides the towers' tensors and the item format, where it is not the default.
+
+        A default has no entry: features of earlier caches, whose keys knew none, stay found.
+        """
+        return {}
 
     def _encoder(self) -> Encoder:
         if self.encoder is None:

@@ -95,6 +95,9 @@ class SharedClipMatcher(TowerMatcher[SharedClipEncoder]):
         self.scorer = scorer
         self.encoder = encoder
 
+    def feature_settings(self) -> Mapping[str, float]:
+        return {"mask_padding": 1.0} if self._encoder().mask_padding else {}
+
     def encode_mentions(self, batch: ItemBatch) -> Table:
         features: Table = self._encoder()(batch)
         return features

@@ -89,6 +89,22 @@ def test_candidates_of_a_re_ranked_model_are_its_first_stages(trained: Run) -> N
         evaluate_model(evaluation, CPU, second_stage=stage, candidates=3)
 
 
+def test_a_re_ranked_model_is_not_evaluated_without_its_second_stage(trained: Run) -> None:
+    with pytest.raises(ValueError, match="blink re-ranks: its second stage is needed"):
+        evaluate_model(OpenedEvaluation(trained, "test"), CPU)
+
+
+def test_a_re_ranker_that_has_diverged_is_one_line(trained: Run, tmp_path: Path) -> None:
+    shutil.copytree(trained.folder, tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    reranker = run.load_reranker(CROSS_ENCODER)
+    torch.nn.init.constant_(reranker.get_parameter("out.bias"), torch.nan)
+    run.save_part(CROSS_ENCODER, reranker, run.part_report(CROSS_ENCODER))
+    with pytest.raises(UserError, match=r"blink of .* scores mention m\d+ and entity Q\d+ as NaN or .* \(re-ranker\)"):
+        dsmip.evaluate(tmp_path / "run", "validation")
+    assert not (tmp_path / "run" / "evaluate" / "validation").exists()
+
+
 def test_a_re_ranker_without_a_first_stage_is_refused(
     small_data: Dataset, narrow_backbone: Path, tmp_path: Path
 ) -> None:
