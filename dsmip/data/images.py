@@ -12,8 +12,6 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
-from torchvision.io import ImageReadMode
-from torchvision.io import decode_jpeg as decode_with_torchvision
 
 from dsmip.config import Frozen
 
@@ -77,6 +75,10 @@ def decode_jpeg(data: bytes) -> Tensor:
     Raises:
         RuntimeError: the data ends early, or is not decodable at all.
     """
+    # A third of what a process imports, which one that reads finished features never needs.
+    from torchvision.io import ImageReadMode
+    from torchvision.io import decode_jpeg as decode_with_torchvision
+
     # A copy, because PyTorch warns of memory that cannot be written to.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     image: Tensor = decode_with_torchvision(encoded, mode=ImageReadMode.RGB)

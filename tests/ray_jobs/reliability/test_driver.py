@@ -81,6 +81,7 @@ def test_a_full_disk_is_one_line_and_with_room_again_it_goes_on(
         assert_equal_parts(Run.open(disk / "run"), expected)
 
 
+@pytest.mark.soak
 def test_a_submitted_training_outlives_its_driver_and_its_head(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run
 ) -> None:

@@ -18,7 +18,7 @@ from ray_jobs.terminal.display import Display
 from tests.support.cluster.disturbed import NOTED_JOB, WAIT_SECONDS, StepLog, command, descendants, ended, is_alive
 from tests.support.cluster.ray_heads import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
 SPACE = {"system.gate.temperature": {"values": [0.1, 0.5, 1.0]}, "train.learning_rate": {"loguniform": [1e-3, 1e-2]}}
 
 

@@ -47,14 +47,25 @@ class Head:
 
     def submit(self, name: str, *arguments: str) -> Ended:
         """`ray job submit` of a job file from the checkout, to its end. `name` becomes the job's id."""
-        ended = self.ray("job", "submit", "--submission-id", name, *_FROM_HERE, *arguments)
+        ended = self._submitted(name, *_FROM_HERE, *arguments)
         assert name in {job.submission_id for job in self.client.list_jobs()}, ended.stdout + ended.stderr
         return Ended(ended.stdout + ended.stderr, ended.returncode, self.client.get_job_info(name).driver_exit_code)
 
     def start(self, name: str, *arguments: str) -> None:
         """Submits a job and returns while it runs."""
-        ended = self.ray("job", "submit", "--submission-id", name, "--no-wait", *_FROM_HERE, *arguments)
+        ended = self._submitted(name, "--no-wait", *_FROM_HERE, *arguments)
         assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    def _submitted(self, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Tried again while the head has no node's agent yet: on a busy machine it lists jobs long before."""
+        tries: list[subprocess.CompletedProcess[str]] = []
+
+        def taken() -> bool:
+            tries.append(self.ray("job", "submit", "--submission-id", name, *arguments))
+            return "No available agent" not in tries[-1].stdout + tries[-1].stderr
+
+        wait_until(taken, START_SECONDS, "the head got no agent")
+        return tries[-1]
 
     def ray(self, *arguments: str, variables: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
         """The `ray` command against this head, with this process's variables and further ones."""
