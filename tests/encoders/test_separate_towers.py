@@ -233,6 +233,7 @@ def test_a_folder_that_is_not_there_is_no_name_of_the_hub(pair: SeparateTowers, 
         resolve_architecture(config.backbone.architecture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("towers", ["locked", "tuned"])
 def test_pretraining_joins_them(
     towers: Any, pair: SeparateTowers, small_data: Dataset, tmp_path: Path, pixels: Tensor

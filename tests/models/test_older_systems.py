@@ -32,6 +32,7 @@ def built(narrow_backbone: Path, name: str, **settings: Any) -> Matcher:
     return matcher.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rate"), [("bert", 3e-3), ("jmel", 3e-3), ("dzmned", 1e-2), ("ghmfc", 3e-3)])
 def test_it_learns(name: str, rate: float, small_data: Dataset, narrow_backbone: Path, tmp_path: Path) -> None:
     """Of 11 entities the gold is found first; by chance one in eleven, and a mean reciprocal rank of 0.27."""

@@ -222,6 +222,7 @@ def refreshed(task: tuple[str, str, int]) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", [False, True])
 def test_processes_that_start_at_once_share_a_copy(on: OnMachine, bucket: str, tmp_path: Path, used: bool) -> None:
     """On a new node, or on one that knows another run of that address."""

@@ -68,7 +68,11 @@ def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConf
 
 @pytest.mark.parametrize(
     ("model", "system"),
-    [("m3el", {"width": 8, "num_tokens": 10}), ("mmoe", {"width": 8, "num_tokens": 10}), ("clip", {})],
+    [
+        ("clip", {}),
+        pytest.param("m3el", {"width": 8, "num_tokens": 10}, marks=pytest.mark.slow),
+        pytest.param("mmoe", {"width": 8, "num_tokens": 10}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_system_over_one_clip_trains_with_its_towers(
     tmp_path: Path, narrow_backbone: Path, small_data: Dataset, model: str, system: dict[str, int]

@@ -106,7 +106,14 @@ def _a_link(file: Path) -> None:
     file.symlink_to(elsewhere)
 
 
-@pytest.mark.parametrize("damage", [_empty, _cut_off, _planted, _without_digest, _written_by_others, _a_link])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut_off,
+        _planted,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (_empty, _without_digest, _written_by_others, _a_link)),
+    ],
+)
 @pytest.mark.usefixtures("fresh_cache")
 def test_a_library_that_is_not_as_it_was_built_is_built_again(damage: Callable[[Path], None], tmp_path: Path) -> None:
     assert why_unavailable() is None
