@@ -111,7 +111,8 @@ def _a_link(file: Path) -> None:
     [
         _cut_off,
         _planted,
-        *(pytest.param(each, marks=pytest.mark.slow) for each in (_empty, _without_digest, _written_by_others, _a_link)),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (_empty, _without_digest, _written_by_others)),
+        pytest.param(_a_link, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("fresh_cache")
