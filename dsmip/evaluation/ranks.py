@@ -4,7 +4,7 @@ Shapes: M mentions, B experts, k kept candidates; S slices, C = S * k.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,12 @@ class Ranking:
     def rank_M(self) -> Tensor:
         """Realistic ranks, float64 [M]."""
         return ops.realistic_ranks(self.counts)
+
+    def first(self, k: int) -> "Ranking":
+        """With the best k entities of what is kept."""
+        choices = self.choices and replace(self.choices, top_Mk=self.choices.top_Mk[:, :k])
+        top_row_Mk, top_score_Mk = self.top_row_Mk[:, :k], self.top_score_Mk[:, :k]
+        return replace(self, top_row_Mk=top_row_Mk, top_score_Mk=top_score_Mk, choices=choices)
 
     def metrics(self, rows: Tensor | None = None) -> dict[str, float]:
         """hits@k, MRR and mean ranks over all mentions or over the chosen `rows` (bool [M])."""

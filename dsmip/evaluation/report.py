@@ -11,6 +11,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from dsmip.calibration.calibration import MIN_MENTIONS, BestScores, Calibration, read_calibration
+from dsmip.calibration.evidence import NUM_SCORES
+from dsmip.calibration.figures import confidence_figures
 from dsmip.errors import UserError
 from dsmip.evaluation.candidates import CandidateSearch, link
 from dsmip.evaluation.groups import KIND, REPORTED, report_groups, rows_by_value
@@ -21,8 +24,10 @@ from dsmip.evaluation.ranks import Choices, NotRankable, Ranking
 from dsmip.ops import ranking as ops
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
+from dsmip.runs.run import Run
 
-RANKS = "ranks.parquet"
+RANKS, CALIBRATION = "ranks.parquet", "calibration.json"
+CALIBRATED_ON = "validation"
 KB_HASH = b"kb_sha256"  # in the schema's metadata of ranks.parquet
 _CANDIDATES_NOTE = "ranks among k candidates, a gold outside them counted as a miss: not metrics of the full ranking"
 
@@ -81,6 +86,9 @@ def evaluate_model(
 ) -> Evaluated:
     """Ranks the whole kb for every mention of a split and writes metrics.json and ranks.parquet.
 
+    On the validation split it also calibrates the model (calibration.json); on others the metrics say how good the
+    confidences are that this gives.
+
     Args:
         evaluation: the model and the split.
         device: of this process.
@@ -95,19 +103,8 @@ def evaluate_model(
         UserError: a split without mentions, a model that scores NaN, or no candidates.
         ValueError: a model that re-ranks, without its second stage.
     """
-    if candidates is not None and candidates < 1:
-        raise UserError(f"candidates: {candidates} are none to rank among; give at least 1")
-    if evaluation.model.reranker is not None and second_stage is None:
-        raise ValueError(
-            f"{evaluation.model.name} re-ranks: its second stage is needed, or its figures are of the first"
-        )
-    if second_stage is not None:
-        if candidates is not None:
-            raise UserError(
-                f"candidates: {evaluation.model.name} re-ranks {second_stage.candidates} of its first stage's best "
-                f"already; ask for the first stage's, --model {evaluation.model.ranked_by}"
-            )
-        options = replace(options, top_k=max(options.top_k, second_stage.candidates))
+    options = _checked_options(evaluation, second_stage, options, candidates)
+    written, options = options.top_k, replace(options, top_k=max(options.top_k, NUM_SCORES + 1))
     files = plan_files(evaluation, notice=notice)
     if workers:
         workers.build(files)
@@ -134,10 +131,58 @@ def evaluate_model(
     if candidates is not None:
         metrics["candidates"] = _candidate_metrics(model, candidates, ranking, device, notice)
     storage = evaluation.run.storage / evaluation_name(evaluation.split, evaluation.model.name)
+    metrics |= _calibrated(evaluation, ranking, files.name)
     with storage.atomic(RANKS) as temporary:
-        _write_ranks(temporary, ranking, evaluation, groups)
+        _write_ranks(temporary, ranking.first(written), evaluation, groups)
     storage.write_json("metrics.json", metrics)
     return Evaluated(storage.folder, metrics)
+
+
+def _checked_options(
+    evaluation: OpenedEvaluation, second_stage: SecondStage | None, options: RankOptions, candidates: int | None
+) -> RankOptions:
+    """Options that keep as many entities as the second stage scores; errors as of `evaluate_model`."""
+    if candidates is not None and candidates < 1:
+        raise UserError(f"candidates: {candidates} are none to rank among; give at least 1")
+    if evaluation.model.reranker is not None and second_stage is None:
+        raise ValueError(
+            f"{evaluation.model.name} re-ranks: its second stage is needed, or its figures are of the first"
+        )
+    if second_stage is not None:
+        if candidates is not None:
+            raise UserError(
+                f"candidates: {evaluation.model.name} re-ranks {second_stage.candidates} of its first stage's best "
+                f"already; ask for the first stage's, --model {evaluation.model.ranked_by}"
+            )
+        options = replace(options, top_k=max(options.top_k, second_stage.candidates))
+    return options
+
+
+def _calibrated(evaluation: OpenedEvaluation, ranking: Ranking, index: str) -> dict[str, Any]:
+    """Figures of the model's confidences, which are fitted and stored where the split is validation."""
+    name, choices = evaluation.model.name, ranking.choices
+    expert_MK = torch.zeros_like(ranking.top_row_Mk) if choices is None else choices.top_Mk
+    best, is_gold_MK = BestScores(ranking.top_score_Mk, expert_MK), ranking.top_row_Mk == evaluation.gold_row_M[:, None]
+    storage = evaluation.run.storage / evaluation_name(CALIBRATED_ON, name)
+    if evaluation.split == CALIBRATED_ON and len(best) >= MIN_MENTIONS:
+        made = Calibration.fit(name, index, evaluation.model.choices, best, is_gold_MK)
+        storage.write_json(CALIBRATION, made.model_dump(mode="json"))
+    calibration = stored_calibration(evaluation.run, name)
+    if calibration is None or calibration.index != index:
+        return {}
+    return {"calibration": confidence_figures(calibration, best, is_gold_MK)}
+
+
+def stored_calibration(run: Run, model: str) -> Calibration | None:
+    """That of a model of a run; None before the model was evaluated on the validation split.
+
+    Raises:
+        UserError: Its file is damaged.
+    """
+    storage = run.storage / evaluation_name(CALIBRATED_ON, model)
+    storage.refresh()
+    path = storage.folder / CALIBRATION
+    return read_calibration(path) if path.is_file() else None
 
 
 def _unrankable(error: NotRankable, evaluation: OpenedEvaluation, model: RankedModel) -> UserError:

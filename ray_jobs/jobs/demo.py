@@ -25,7 +25,7 @@ from dsmip.data.manifest import ImageSettings
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import shown_metrics
-from dsmip.evaluation.report import evaluate_model, oracle
+from dsmip.evaluation.report import CALIBRATED_ON, evaluate_model, oracle
 from dsmip.progress import no_progress
 from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run
@@ -87,9 +87,13 @@ def run_demo(
 
 
 def compare(run: Run, split: str) -> dict[str, Any]:
-    """Figures of every expert, the gated system and the oracle over the experts; shares of the gate; hits@1 by kind."""
+    """Figures of every expert, the gated system and the oracle over the experts; shares of the gate; hits@1 by kind.
+
+    The system is calibrated first.
+    """
     experts = run.system.choices(run.whole_config().system)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    evaluate_model(OpenedEvaluation(run, CALIBRATED_ON, run.system.name), device)
     run = replace(run, dataset=run.dataset.holding(split))  # read once for all models
     evaluated = {
         model: evaluate_model(OpenedEvaluation(run, split, model), device) for model in (*experts, run.system.name)

@@ -8,11 +8,20 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from dsmip.calibration.calibration import MIN_MENTIONS
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
 from dsmip.evaluation.metrics import METRICS, shown_metrics
 from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
-from dsmip.evaluation.report import RANKS, Evaluated, evaluate_model, evaluation_name, oracle, recall_name
+from dsmip.evaluation.report import (
+    CALIBRATED_ON,
+    RANKS,
+    Evaluated,
+    evaluate_model,
+    evaluation_name,
+    oracle,
+    recall_name,
+)
 from dsmip.rank_options import RankOptions
 from dsmip.reranking.second_stage import second_stage
 from dsmip.runs.run import Run
@@ -84,6 +93,24 @@ def evaluate_run(
     return evaluated.metrics
 
 
+def calibrate_run(
+    location: Location, model: str | None, device: str, *, data: Location | None = None, workers: int = 1
+) -> None:
+    """Evaluates a model on the validation split, which calibrates it, and prints what that gave.
+
+    Raises:
+        UserError: There are too few mentions, or as for `evaluate_run`.
+        JobFailed: When a worker fails.
+    """
+    metrics = evaluate_run(location, CALIBRATED_ON, model, device, data=data, workers=workers)
+    if "calibration" not in metrics:
+        raise UserError(
+            f"{location}: {metrics['mentions']} validation mentions are too few to calibrate {metrics['model']}: "
+            f"{MIN_MENTIONS} at least"
+        )
+    say(f"{metrics['model']} is calibrated: evaluations say how good its confidences are")
+
+
 def _show(metrics: Mapping[str, Any], top_k: int, *, verbose: bool) -> None:
     figures = "  ".join(f"{name} {metrics['overall'][name]:.3f}" for name in shown_metrics())
     say(f"{metrics['model']} on {metrics['split']}: {metrics['mentions']} mentions, {metrics['entities']} entities")
@@ -101,8 +128,23 @@ def _show(metrics: Mapping[str, Any], top_k: int, *, verbose: bool) -> None:
         _show_first_stage(metrics["first_stage"])
     if "experts" in metrics:
         _show_experts(metrics["experts"]["best"])
+    if "calibration" in metrics:
+        _show_confidence(metrics["calibration"])
     if "candidates" in metrics:
         _show_candidates(metrics["candidates"], min(top_k, metrics["entities"]))
+
+
+def _show_confidence(found: Mapping[str, Any]) -> None:
+    right, known = found["right"], found.get("known")
+    say(
+        f"  confidence: off by {right['expected_calibration_error']:.3f} on average; the surer half has hits@1"
+        f" {right['hits@1_of_the_surest_half']:.3f}"
+    )
+    if known is not None:
+        say(
+            f"  not in the knowledge base: F1 {known['f1']:.3f} at P(known) below {known['min_known']:.2f}, AUROC"
+            f" {known['auroc']:.3f} ({known['measured']})"
+        )
 
 
 def _show_first_stage(first: Mapping[str, Any]) -> None:

@@ -58,6 +58,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dsmip.reranking",),
     ("dsmip.training",),
     ("dsmip.evaluation",),
+    ("dsmip.calibration",),
     ("dsmip.runs",),
     ("dsmip.models",),
     ("dsmip.units",),

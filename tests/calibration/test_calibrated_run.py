@@ -1,0 +1,95 @@
+"""A run that is calibrated by its validation mentions, and what its evaluations say then."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
+from data_prep.formats.mimic import MimicRelease
+from dsmip.config import ExperimentConfig
+from dsmip.data.dataset import Dataset
+from dsmip.errors import UserError
+from dsmip.evaluation.report import stored_calibration
+from dsmip.runs.run import Run
+from ray_jobs.cli import app
+from tests.support.small_release import write_release
+
+WORDS = ("red", "green", "blue", "yellow", "purple", "orange")
+
+
+@pytest.fixture(scope="module")
+def calibrated(small_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of random weights over six entities, with 24 mentions in each split."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    kb = [{"qid": f"Q{row}", "entity_name": word, "attr": f"colour {row}"} for row, word in enumerate(WORDS)]
+    mentions = [
+        {"id": f"m{number}", "sentence": f"a {WORDS[number % 6]} thing", "mentions": WORDS[number % 6]}
+        | {"answer": f"Q{number % 6}", "imgPath": "", "kind": "odd" if number % 2 else "even"}
+        for number in range(72)
+    ]
+    records: dict[str, list[Any]] = {"kb": kb, "train": mentions[:24], "dev": mentions[24:48], "test": mentions[48:]}
+    release = MimicRelease(write_release(folder / "release", records, {}))
+    prepare(release, folder / "data", DatasetOptions(name="small"))
+    run = Run.create(folder / "run", small_config, Dataset.open(folder / "data"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for name in run.part_names:
+            run.save_part(name, run.system.build_part(name, small_config, with_encoder=True), {})
+        run.save_part("dsmip", run.system.build_whole(small_config), {})
+    return run
+
+
+def dsmip(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_evaluations_report_confidences_once_it_is_calibrated(calibrated: Run) -> None:
+    folder = str(calibrated.folder)
+    assert stored_calibration(calibrated, "dsmip") is None
+    before = dsmip("evaluate", "--run", folder)
+    assert before.exit_code == 0, before.output
+    assert "confidence" not in before.output
+    said = dsmip("calibrate", "--run", folder)
+    assert said.exit_code == 0, said.output
+    assert "dsmip is calibrated" in said.output
+    made = stored_calibration(calibrated, "dsmip")
+    assert made is not None
+    assert (made.mentions, made.experts) == (24, ("text", "visual", "multimodal"))
+    after = dsmip("evaluate", "--run", folder, "--top-k", "2")
+    assert "confidence: off by" in after.output
+    assert "not in the knowledge base: F1" in after.output
+    metrics = json.loads((calibrated.folder / "evaluate/test/dsmip/metrics.json").read_text())
+    assert 0 <= metrics["calibration"]["right"]["expected_calibration_error"] <= 1
+    assert metrics["calibration"]["known"]["min_known"] == made.min_known
+    assert stored_calibration(calibrated, "text") is None
+    assert dsmip("compare", folder, folder, "--model2", "dsmip").exit_code != 0  # both are the same one
+
+
+def test_another_index_is_not_calibrated_by_it(calibrated: Run, tmp_path: Path) -> None:
+    dsmip("calibrate", "--run", str(calibrated.folder), "--model", "text")
+    made = stored_calibration(calibrated, "text")
+    assert made is not None
+    path = calibrated.folder / "evaluate/validation/text/calibration.json"
+    path.write_text(made.model_copy(update={"index": "index/of-others"}).model_dump_json())
+    said = dsmip("evaluate", "--run", str(calibrated.folder), "--model", "text")
+    assert said.exit_code == 0, said.output
+    assert "confidence" not in said.output
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 2}'])
+def test_a_damaged_file_is_named(calibrated: Run, text: str) -> None:
+    path = calibrated.folder / "evaluate/validation/visual/calibration.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"visual/calibration.json is damaged .*; remove .*'dsmip calibrate' makes it"):
+        stored_calibration(calibrated, "visual")
+
+
+def test_too_few_validation_mentions_are_said(run: Run) -> None:
+    said = dsmip("calibrate", "--run", str(run.folder))
+    assert "7 validation mentions are too few to calibrate dsmip: 20 at least" in str(said.exception)

@@ -1,0 +1,46 @@
+"""What is reported of confidences: hand-made cases, and intervals that hold the figures."""
+
+import pytest
+import torch
+
+from dsmip.calibration.calibration import BestScores, Calibration
+from dsmip.calibration.figures import confidence_figures
+
+
+def sure_by_margin(num_mentions: int, seed: int) -> tuple[BestScores, torch.Tensor]:
+    """The gold is best where the margin is wide, and any of the two best where it is not."""
+    generator = torch.Generator().manual_seed(seed)
+    wide_M = torch.rand(num_mentions, generator=generator) < 0.5
+    right_M = wide_M | (torch.rand(num_mentions, generator=generator) < 0.5)
+    score_MK = torch.tensor([1.0, 0.9, 0.0, -0.1]).repeat(num_mentions, 1)
+    score_MK[wide_M, 0] = 3.0
+    is_gold_MK = torch.zeros(num_mentions, 4, dtype=torch.bool)
+    is_gold_MK[:, 0], is_gold_MK[:, 1] = right_M, ~right_M
+    return BestScores(score_MK, torch.zeros(num_mentions, 4, dtype=torch.long)), is_gold_MK
+
+
+def test_figures_of_a_world_by_hand() -> None:
+    calibration = Calibration.fit("it", "index", (), *sure_by_margin(800, 0))
+    figures = confidence_figures(calibration, *sure_by_margin(800, 1))
+    right, known = figures["right"], figures["known"]
+    assert right["expected_calibration_error"] < 0.05
+    assert right["auroc"] == pytest.approx(0.5 + 0.5 * 2 / 3, abs=0.04)  # two in three right ones have the wide margin
+    assert right["hits@1_of_the_surest_half"] > 0.95
+    assert known["auroc"] > 0.6
+    assert 0 < known["f1"] <= 1
+    for of in (right, known):
+        assert of["confidence"].keys() <= of.keys()
+        for name, (low, high) in of["confidence"].items():
+            assert low <= of[name] <= high
+    assert confidence_figures(calibration, *sure_by_margin(800, 1)) == figures
+
+
+def test_a_figure_that_nothing_defines_is_none() -> None:
+    best, is_gold_MK = sure_by_margin(50, 0)
+    calibration = Calibration.fit("it", "index", (), best, is_gold_MK)
+    always_MK = torch.zeros_like(is_gold_MK)
+    always_MK[:, 0] = True
+    right = confidence_figures(calibration, best, always_MK)["right"]
+    assert right["auroc"] is None
+    assert "auroc" not in right["confidence"]
+    assert right["area_under_risk"] == 0
