@@ -6,6 +6,8 @@ dataset = dsmip.open_dataset("demo/data")          # a folder, or s3://...
 print(dataset.num_entities, list(dsmip.systems()))
 result = dsmip.evaluate("demo/run", "test")        # exact ranks over the whole knowledge base
 print(result.metrics["overall"]["hits@1"], result.folder)
+links = dsmip.load("demo/run").link("Jaguar", sentence="A Jaguar crossed the river.", image="photo.jpg")
+print(links.best)
 """
 
 import importlib
@@ -20,13 +22,34 @@ if TYPE_CHECKING:
     from dsmip.data.dataset import Dataset
     from dsmip.data.records import Entity, Mention
     from dsmip.evaluation.report import Evaluated
+    from dsmip.linking.linker import Linker
+    from dsmip.linking.links import Link, Links
     from dsmip.models.base import System
+    from dsmip.progress import Progress
     from dsmip.storage.locations import Location
 
 __version__ = VERSION
-__all__ = ["Entity", "Mention", "UserError", "__version__", "evaluate", "open_dataset", "systems"]
+__all__ = [
+    "Entity",
+    "Link",
+    "Linker",
+    "Links",
+    "Mention",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "load",
+    "open_dataset",
+    "systems",
+]
 
-_LAZY = {"Entity": "dsmip.data.records", "Mention": "dsmip.data.records"}
+_LAZY = {
+    "Entity": "dsmip.data.records",
+    "Link": "dsmip.linking.links",
+    "Linker": "dsmip.linking.linker",
+    "Links": "dsmip.linking.links",
+    "Mention": "dsmip.data.records",
+}
 
 
 def open_dataset(location: "str | Path") -> "Dataset":
@@ -73,6 +96,37 @@ def evaluate(run: "Location", split: str = "test", model: str | None = None) -> 
     with opened.recorded("evaluate"):
         evaluation, device = OpenedEvaluation(opened, split, model), torch.device("cpu")
         return evaluate_model(evaluation, device, second_stage=second_stage(evaluation, device))
+
+
+def load(
+    location: "Location",
+    *,
+    model: str | None = None,
+    device: str = "cpu",
+    data: "Location | None" = None,
+    progress: "Progress | None" = None,
+) -> "Linker":
+    """Opens a trained model to link mentions with.
+
+    The first time, a run's index is built, unless `dsmip evaluate` has left it there.
+
+    Args:
+        location: the run's folder, or its URI in an object store.
+        model: a finished part, or the system's name for the whole (None: the whole, if there is one).
+        device: cpu, cuda, cuda:1 ...
+        data: where the run's data lies, if it has moved.
+        progress: called with what is done, how far, and of how many, while the index is built.
+
+    Returns:
+        The linker: `link(word, sentence, image)` and `link_many(mentions)`.
+
+    Raises:
+        UserError: no run or model there, the model is not trained yet, or its data has moved.
+    """
+    from dsmip.linking.load import LoadOptions, device_here, load_linker
+    from dsmip.progress import no_progress
+
+    return load_linker(location, device_here(device), LoadOptions(model, data), progress=progress or no_progress)
 
 
 def systems() -> "dict[str, type[System]]":

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.build.findings import Counts, ImageCount, finding_log
-from data_prep.build.images import IMAGES
 from data_prep.build.rules import UniqueIds, checked_entities, checked_mentions
 from data_prep.build.staged_records import write_entity, write_mention
 from data_prep.formats.release import RawEntity, RawMention, Release
+from dsmip.data.image_preparation import IMAGES
 from dsmip.data.manifest import KB, SPLITS, ImageSettings, ShardInfo, shard_path
 from dsmip.data.sampler import permutation
 from dsmip.errors import UserError

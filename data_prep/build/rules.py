@@ -1,17 +1,14 @@
 """Rules for faulty records, the same for every layout: what is rejected, repaired or degraded."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from data_prep.formats.release import Action, Finding, RawEntity, RawMention
+from dsmip.data.records import MAX_TEXT, has_control, is_text, without_control
 
-MAX_TEXT = 1 << 16  # characters; no model reads as much
 MAX_ID = 256
 MAX_GROUPS, MAX_GROUP_NAME, MAX_GROUP_VALUE = 32, 64, 256
-# All but tab and line ends, which are white space.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 Note = Callable[[Finding], object]
 
@@ -79,7 +76,7 @@ def checked_mentions(
         if isinstance(item, Finding):
             note(item)
             continue
-        if not _is_text(item.word, item.sentence, item.gold or "", *_group_texts(item)):
+        if not is_text(item.word, item.sentence, item.gold or "", *_group_texts(item)):
             note(_finding(item, "broken text", "rejected", item.mention_id))
             continue
         # Findings on a mention that is rejected in the end would say nothing.
@@ -104,7 +101,7 @@ def _finding(item: RawEntity | RawMention, reason: str, action: Action, detail: 
 
 def _entity_fault(item: RawEntity, known: set[str]) -> str | None:
     """Why an entity cannot be kept, or None."""
-    if not _is_text(item.entity_id, item.name, item.attributes):
+    if not is_text(item.entity_id, item.name, item.attributes):
         return "broken text"
     if not item.entity_id:
         return "no entity id"
@@ -126,9 +123,9 @@ def _no_target(word: str, gold: str | None, row_of: Mapping[str, int]) -> str | 
 
 def _clean(texts: Mapping[str, str], item: RawEntity | RawMention, note: Note) -> dict[str, str]:
     """Texts without control characters and of bounded length."""
-    control = [name for name, text in texts.items() if _CONTROL.search(text)]
+    control = [name for name, text in texts.items() if has_control(text)]
     if control:
-        texts = {name: _CONTROL.sub(" ", text).strip() for name, text in texts.items()}
+        texts = {name: without_control(text) for name, text in texts.items()}
         note(_finding(item, "control characters", "repaired", ", ".join(control)))
     long = [name for name, text in texts.items() if len(text) > MAX_TEXT]
     if long:
@@ -138,7 +135,7 @@ def _clean(texts: Mapping[str, str], item: RawEntity | RawMention, note: Note) -
 
 def _mention_id(item: RawMention, ids: UniqueIds, note: Note) -> str:
     wanted = item.mention_id
-    if not (wanted and _is_id(wanted) and _is_text(wanted)):
+    if not (wanted and _is_id(wanted) and is_text(wanted)):
         reason = "unusable mention id" if wanted else "no mention id"
         note(_finding(item, reason, "repaired", wanted))
         wanted = f"{Path(item.source).stem}-{item.record}"
@@ -153,7 +150,7 @@ def _bounded_groups(item: RawMention, note: Note) -> dict[str, str]:
     unusable = []
     for name, value in sorted(item.groups.items()):
         too_long = len(name) > MAX_GROUP_NAME or len(value) > MAX_GROUP_VALUE
-        if too_long or len(kept) == MAX_GROUPS or _CONTROL.search(name + value):
+        if too_long or len(kept) == MAX_GROUPS or has_control(name + value):
             unusable.append(name)
         else:
             kept[name] = value
@@ -167,14 +164,4 @@ def _group_texts(item: RawMention) -> list[str]:
 
 
 def _is_id(text: str) -> bool:
-    return len(text) <= MAX_ID and not _CONTROL.search(text)
-
-
-def _is_text(*texts: str) -> bool:
-    """False where JSON escapes made lone surrogates, which no file can hold."""
-    try:
-        for text in texts:
-            text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return len(text) <= MAX_ID and not has_control(text)

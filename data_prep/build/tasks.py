@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.build.findings import finding_log, merged_counts
-from data_prep.build.images import UnusableImage, prepare_image
 from data_prep.build.kb_table import KbRows, StoredEntity, entity_key, join_shifted, write_rows
 from data_prep.build.plan import (
     FinishedChunk,
@@ -22,9 +21,10 @@ from data_prep.build.plan import (
 )
 from data_prep.build.runners import Tick
 from data_prep.build.staged_records import read_entities, read_mentions
-from data_prep.formats.image_files import MAX_FILE_BYTES, read_image
+from data_prep.formats.image_files import read_image
 from data_prep.formats.release import Finding, RawEntity, RawImage, RawMention
-from dsmip.data.manifest import ImageSettings, ShardInfo
+from dsmip.data.image_preparation import UnusableImage, prepare_image
+from dsmip.data.manifest import MAX_FILE_BYTES, ImageSettings, ShardInfo
 from dsmip.data.records import Entity, Mention, entity_fields, mention_fields
 from dsmip.data.tar import Fields, WrittenShard, join_shards, read_span, write_shard
 from dsmip.errors import UserError

@@ -5,8 +5,7 @@ from pathlib import Path, PurePath
 
 from data_prep.build.plan import training_order
 from dsmip.data.dataset import Dataset
-from dsmip.data.manifest import SplitCounts
-from dsmip.data.views import TRAIN, Take, View, draw_rows, parse_view
+from dsmip.data.manifest import TRAIN, SplitCounts, Take, View, draw_rows, parse_view
 from dsmip.errors import UserError
 from dsmip.storage.atomic import json_text, write_json
 from dsmip.storage.dataset_storage import MANIFEST_FILE

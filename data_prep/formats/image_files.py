@@ -16,9 +16,9 @@ from urllib.parse import unquote
 
 from data_prep.formats.image_index import ImageFile, ImageIndex, plain_path
 from data_prep.formats.release import Finding, RawImage
+from dsmip.data.manifest import MAX_FILE_BYTES
 from dsmip.errors import UserError
 
-MAX_FILE_BYTES = 1 << 28
 MAX_RATIO = 200  # pictures hardly shrink; white ones do, so small members may
 _SMALL_BYTES = 1 << 20
 _OPEN_ZIPS = 4

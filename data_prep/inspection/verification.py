@@ -12,8 +12,7 @@ from pathlib import Path
 
 from data_prep.inspection.shard_verification import Copy, Problem, ShardTask, check_shard, readable_table
 from dsmip.data.dataset import Dataset
-from dsmip.data.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, parse_manifest
-from dsmip.data.views import parse_view
+from dsmip.data.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, parse_manifest, parse_view
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.storage.atomic import sha256_file

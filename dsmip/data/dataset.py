@@ -23,11 +23,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from dsmip.data.manifest import ENTITIES_FILE, KB, SPLITS, Manifest, ShardInfo, parse_manifest
+from dsmip.data.manifest import ENTITIES_FILE, KB, SPLITS, TRAIN, Manifest, ShardInfo, View, parse_manifest, parse_view
 from dsmip.data.records import Entity, Mention, make_entity, read_mention, read_pair
 from dsmip.data.sampler import Window, count_steps, step_bounds, windows
 from dsmip.data.tar import Sample, read_samples, read_span
-from dsmip.data.views import TRAIN, View, parse_view
 from dsmip.errors import UserError
 from dsmip.storage.dataset_storage import MANIFEST_FILE, DatasetStorage, open_file
 from dsmip.storage.locations import open_dataset_storage
@@ -68,7 +67,7 @@ class Dataset:
     Attributes:
         manifest_hash: SHA-256 of manifest.json: equal hashes mean equal data.
         own: The files beside the manifest.
-        files: Those of the shards: of a view, of the dataset that it is a view of, see `dsmip.data.views`.
+        files: Those of the shards: of a view, of the dataset that it is a view of, see `dsmip.data.manifest`.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Mentions and entities, plain frozen data with pictures as encoded bytes, and how they lie in a sample of a shard."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,6 +11,8 @@ from dsmip.data.tar import Fields, json_field
 from dsmip.errors import UserError
 
 Result = TypeVar("Result")
+MAX_TEXT = 1 << 16  # characters; no model reads as much
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and line ends, which are white space
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,26 @@ class Mention:
     groups: Mapping[str, str] = field(default_factory=dict)
     image: bytes | None = None
     desc: str = ""
+
+
+def has_control(text: str) -> bool:
+    """Whether a text has control characters other than white space."""
+    return _CONTROL.search(text) is not None
+
+
+def without_control(text: str) -> str:
+    """The text with a space for each control character, stripped."""
+    return _CONTROL.sub(" ", text).strip()
+
+
+def is_text(*texts: str) -> bool:
+    """False where JSON escapes made lone surrogates, which no file can hold."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def entity_fields(entity: Entity) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from string import Formatter
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -238,6 +239,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pad_id = 0 if strip_sep_token else int(self._tokenizer.pad_token_id)
         self._separator = self._tokenizer.sep_token_id if strip_sep_token else None
         self._clean = get_clean_fn(clean)
+        self._lock = Lock()  # where texts are cut is a state of the library's tokenizer
         self._encode = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_anew)
 
     def num_positions(self, text: str) -> int:
@@ -247,6 +249,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._encode(text, limit)
 
     def _encode_anew(self, text: str, limit: int | None) -> Sequence[int]:
-        found = self._tokenizer(self._clean(text), truncation=limit is not None, max_length=limit)
+        with self._lock:
+            found = self._tokenizer(self._clean(text), truncation=limit is not None, max_length=limit)
         ids: list[int] = found.input_ids
         return ids[:-1] if self._separator is not None and ids[-1] == self._separator else ids

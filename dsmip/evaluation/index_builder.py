@@ -1,4 +1,4 @@
-"""The opened evaluation, and what builds the files that its ranking reads.
+"""The opened model and evaluation, and what builds the files that a ranking reads.
 
 <run>/index/<model>-<hash>/                     the entity index (see `dsmip.evaluation.index`)
 <run>/index/<model>-<hash>/<split>.safetensors  the mentions' table: prepared once, so that all workers score the same
@@ -10,7 +10,7 @@ Else they are computed on the way and not kept: of a full-size kb they are large
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,32 +20,59 @@ from torch import Tensor
 from dsmip.data.collate import gold_rows
 from dsmip.data.manifest import KB, SPLITS
 from dsmip.data.records import Mention
-from dsmip.data.table import Table, concatenate
-from dsmip.encoders.feature_cache import BATCH_SIZE, fingerprint, load_features, whole_features
+from dsmip.data.table import Table
+from dsmip.encoders.feature_cache import fingerprint
 from dsmip.errors import UserError
 from dsmip.evaluation.index import LAYOUT, MANIFEST, SLICE_ROWS, EntityIndex, finish_index, index_slices
-from dsmip.evaluation.preparation import entities_with_image, prepare_in_tiles, sharing_image
+from dsmip.evaluation.preparation import Preparer
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.keys import Plain, plain_text
-from dsmip.parallel import map_alone
-from dsmip.progress import CountRows, Progress, counting, no_progress
+from dsmip.progress import Progress, counting, no_progress
 from dsmip.runs.loaded_model import model_names
-from dsmip.runs.part_features import PartFeatures, rows_of
+from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import RunStorage
 
 CPU = torch.device("cpu")
-_TILE = 512  # rows; two batches of the encoders
 
 
-class OpenedEvaluation:
+class OpenedModel:
+    """One model of a run, loaded, with what encodes its items.
+
+    Attributes:
+        run: an opened run; its data are read when they are needed.
+        model: on the CPU until something is prepared or ranked.
+    """
+
+    def __init__(self, run: Run, model: str | None = None) -> None:
+        """
+        Args:
+            run: any opened run.
+            model: a finished part, or the system's name for the gated whole (default: the whole, if there is one).
+
+        Raises:
+            UserError: there is no such model, or it is not trained yet.
+        """
+        self.run, self.model = run, run.load_model(model or model_names(run.config)[0])
+
+    @cached_property
+    def features(self) -> dict[str, PartFeatures]:
+        """What the model reads, by part; those of a gated whole are of its variant's parts."""
+        config = self.model.config
+        return {part: PartFeatures(self.run.home(part, config), part, config) for part in self.model.feature_parts}
+
+    def release_encoders(self) -> None:
+        """Frees the encoders, once all is prepared: they may lie on a GPU that the ranking needs."""
+        self.__dict__.pop("features", None)
+
+
+class OpenedEvaluation(OpenedModel):
     """One model of a run on one split: the run is opened, the model is loaded and the split's shards are read once.
 
     Attributes:
         run: with a dataset that holds the split's mentions.
         split: train, validation or test.
-        model: on the CPU until something is prepared or ranked.
     """
 
     def __init__(self, run: Run, split: str, model: str | None = None) -> None:
@@ -53,15 +80,15 @@ class OpenedEvaluation:
         Args:
             run: any opened run; its data are read when they are needed.
             split: of its data.
-            model: a finished part, or the system's name for the gated whole (default: the whole, if there is one).
+            model: as for `OpenedModel`.
 
         Raises:
             UserError: there is no such split or model, or it is not trained yet.
         """
         if split not in SPLITS:
             raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
-        self.run, self.split = replace(run, dataset=run.dataset.holding(split)), split
-        self.model = self.run.load_model(model or model_names(run.config)[0])
+        super().__init__(replace(run, dataset=run.dataset.holding(split)), model)
+        self.split = split
 
     @cached_property
     def mentions(self) -> list[Mention]:
@@ -82,16 +109,6 @@ class OpenedEvaluation:
         """Of the whole kb, by row."""
         ids: list[str] = self.run.dataset.entity_texts().column("entity_id").to_pylist()
         return ids
-
-    @cached_property
-    def features(self) -> dict[str, PartFeatures]:
-        """What the model reads, by part; those of a gated whole are of its variant's parts."""
-        config = self.model.config
-        return {part: PartFeatures(self.run.home(part, config), part, config) for part in self.model.feature_parts}
-
-    def release_encoders(self) -> None:
-        """Frees the encoders, once all is prepared: they may lie on a GPU that the ranking needs."""
-        self.__dict__.pop("features", None)
 
 
 @dataclass(frozen=True)
@@ -167,11 +184,12 @@ class RankingFiles:
         todo = {name: number for name, number in self.missing.items() if name in set(names)}
         if not todo:
             return
-        preparer = _Preparer(evaluation or self.opened(), device, progress)
+        opened = evaluation or self.opened()
+        preparer = Preparer(opened.model.matcher, opened.features, opened.run.dataset, device, progress)
         prepared = counting(progress, "entities and mentions prepared", sum(todo.values()))
         for name in todo:
             rows = self.slices.get(name)
-            table = preparer.mentions(prepared) if rows is None else preparer.entities(rows, prepared)
+            table = preparer.mentions(self.split, prepared) if rows is None else preparer.entities(rows, prepared)
             with self.storage.atomic(name) as temporary:
                 table.to(CPU).save(temporary)
 
@@ -206,25 +224,37 @@ class RankingFiles:
         return RankedModel(model.matcher, mentions, index, self.gold_row_M, model.choices)
 
 
-def plan_files(
-    evaluation: OpenedEvaluation,
-    slice_rows: int = SLICE_ROWS,
-    notice: Callable[[str], None] = lambda line: None,
-) -> RankingFiles:
-    """The files of an evaluation's ranking; an index of earlier weights or features is deleted.
+@dataclass(frozen=True)
+class IndexPlan:
+    """Where a model's index lies, or will, below the run.
+
+    Attributes:
+        name: the index's folder.
+        made_from: what the index depends on.
+        slices: kb rows by file.
+    """
+
+    name: str
+    made_from: Mapping[str, Plain]
+    slices: Mapping[str, range]
+
+
+def plan_index(
+    opened: OpenedModel, slice_rows: int = SLICE_ROWS, notice: Callable[[str], None] = lambda line: None
+) -> IndexPlan:
+    """The index of a model; one of earlier weights or features is deleted.
 
     Args:
-        evaluation: what is ranked.
+        opened: the model.
         slice_rows: kb rows of an index slice.
         notice: takes a line about features that are read beside the shards.
 
     Raises:
-        UserError: the split has no mentions, or one whose gold is not in the kb; the model cannot be indexed.
+        UserError: the model cannot be indexed.
     """
-    run, model, features = evaluation.run, evaluation.model, evaluation.features
+    run, model, features = opened.run, opened.model, opened.features
     if reason := model.matcher.why_not_indexed():
         raise UserError(f"{run.storage.location}: {model.name} has no index: {reason}")
-    gold_row_M = evaluation.gold_row_M
     sources = [of_part.cached(KB).name for of_part in features.values()]
     for part, of_part in features.items():
         if of_part.beside:
@@ -243,64 +273,46 @@ def plan_files(
             run.storage.delete(outdated)  # of weights or features that are no more
     run.storage.pull(index)
     slices = {path.name: rows for path, rows in index_slices(Path(), run.dataset.num_entities, slice_rows).items()}
-    where = run.storage.location, run.dataset.location
-    return RankingFiles(*where, evaluation.split, model.ranked_by, index, made_from, slices, gold_row_M)
+    return IndexPlan(index, made_from, slices)
 
 
-class _Preparer:
-    """Prepares the items of an opened evaluation on one device; an encoder is loaded when it is first needed."""
+def built_index(
+    opened: OpenedModel,
+    device: torch.device,
+    progress: Progress = no_progress,
+    notice: Callable[[str], None] = lambda line: None,
+) -> EntityIndex:
+    """The index of a model, memory-mapped; what is missing of it is built first.
 
-    def __init__(self, evaluation: OpenedEvaluation, device: torch.device, progress: Progress) -> None:
-        self._device, self._progress = device, progress
-        self._dataset, self._split = evaluation.run.dataset, evaluation.split
-        self._matcher, self._features = evaluation.model.matcher.to(device), evaluation.features
-        self._sources: dict[str, Callable[[range], Table]] = {}
-        self._alone = cache(self._prepared_alone)  # all slices share one row
+    Raises:
+        UserError: the model cannot be indexed, or the data set is damaged.
+    """
+    plan = plan_index(opened, notice=notice)
+    storage = opened.run.storage / plan.name
+    files = {storage.folder / name: rows for name, rows in plan.slices.items()}
+    if not (storage.folder / MANIFEST).is_file():
+        missing = {path: rows for path, rows in files.items() if not path.is_file()}
+        preparer = Preparer(opened.model.matcher, opened.features, opened.run.dataset, device, progress)
+        prepared = counting(progress, "entities prepared", sum(map(len, missing.values())))
+        for path, rows in missing.items():
+            with storage.atomic(path.name) as temporary:
+                preparer.entities(rows, prepared).to(CPU).save(temporary)
+        finish_index(storage.folder, dict(plan.made_from), files)
+        storage.push(MANIFEST)
+    return EntityIndex.open(storage.folder, dict(plan.made_from))
 
-    def entities(self, rows: range, count_rows: CountRows) -> Table:
-        """Prepared entities of these kb rows."""
-        if not self._sources:
-            self._sources = {part: features.kb_rows(self._device) for part, features in self._features.items()}
-        prepared = self._prepared(rows, "entities", self._sources, count_rows)
-        return sharing_image(self._matcher, prepared, rows, self._lacking_E, self._alone)
 
-    @cached_property
-    def _lacking_E(self) -> Tensor:
-        """bool [E]: entities without a picture."""
-        return ~entities_with_image(self._dataset)
+def plan_files(
+    evaluation: OpenedEvaluation,
+    slice_rows: int = SLICE_ROWS,
+    notice: Callable[[str], None] = lambda line: None,
+) -> RankingFiles:
+    """The files of an evaluation's ranking; arguments and errors are those of `plan_index`.
 
-    def _prepared_alone(self, row: int) -> Table:
-        """An entity, encoded in its batch, prepared in a call of its own."""
-        start = row - row % BATCH_SIZE
-        batch = range(start, min(start + BATCH_SIZE, len(self._lacking_E)))
-        sources = {
-            part: lambda rows, source=source: source(batch).take(slice(row - start, row - start + 1))
-            for part, source in self._sources.items()
-        }
-        return self._prepared(range(row, row + 1), "entities", sources, lambda count: None)
-
-    def _prepared(
-        self, rows: range, side: str, sources: Mapping[str, Callable[[range], Table]], count_rows: CountRows
-    ) -> Table:
-        """Prepared items of these rows, tile by tile; `sources` give each part's features of some rows."""
-
-        def prepare(tile: range) -> Table:
-            tables = {part: source(tile) for part, source in sources.items()}
-            features = whole_features(tables, list(tables)) if len(tables) > 1 else next(iter(tables.values()))
-            return prepare_in_tiles(self._matcher, features, side, self._device)
-
-        tiles = []
-        for table in map_alone(
-            prepare, [rows[start : start + _TILE] for start in range(0, len(rows), _TILE)], self._device
-        ):
-            tiles.append(table)
-            count_rows(len(table))
-        return concatenate(tiles)
-
-    def mentions(self, count_rows: CountRows) -> Table:
-        """Prepared mentions. Their features go to the run's cache: several models read them."""
-        sources = {
-            part: rows_of(load_features(features.files(self._split, self._device, self._progress)))
-            for part, features in self._features.items()
-        }
-        return self._prepared(range(self._dataset.num_mentions(self._split)), "mentions", sources, count_rows)
+    Raises:
+        UserError: the split has no mentions, or one whose gold is not in the kb.
+    """
+    run, gold_row_M = evaluation.run, evaluation.gold_row_M
+    plan = plan_index(evaluation, slice_rows, notice)
+    where = run.storage.location, run.dataset.location, evaluation.split, evaluation.model.ranked_by
+    return RankingFiles(*where, plan.name, plan.made_from, plan.slices, gold_row_M)

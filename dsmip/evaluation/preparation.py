@@ -5,7 +5,8 @@ Prepared in a matrix product with others, equal rows differ in their last bits f
 should tie would be ranked by rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -14,10 +15,14 @@ from dsmip.data.collate import Collator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Repeated, Table, concatenate
-from dsmip.encoders.feature_cache import item_batches
+from dsmip.encoders.feature_cache import BATCH_SIZE, item_batches, load_features, whole_features
+from dsmip.parallel import map_alone
+from dsmip.progress import CountRows, Progress, no_progress
+from dsmip.runs.part_features import PartFeatures, rows_of
 from dsmip.units.matcher import Matcher
 
 HAS_IMAGE = "has_image"
+_TILE = 512  # rows; two batches of the encoders
 
 
 @torch.no_grad()
@@ -109,3 +114,76 @@ def sharing_image(
         name: Repeated(torch.cat([prepared.dense(name)[~lacking_N], alike.dense(name)]), index_N) for name in columns
     }
     return prepared.merged(Table(shared))
+
+
+class Preparer:
+    """Prepares the items of a data set on one device; an encoder is loaded when it is first needed."""
+
+    def __init__(
+        self,
+        matcher: Matcher,
+        features: Mapping[str, PartFeatures],
+        dataset: Dataset,
+        device: torch.device,
+        progress: Progress = no_progress,
+    ) -> None:
+        """
+        Args:
+            matcher: it moves to the device.
+            features: what it reads, by part.
+            dataset: the items'.
+            device: where items are encoded and prepared.
+            progress: of features that are encoded for the run's cache.
+        """
+        self._device, self._progress, self._dataset = device, progress, dataset
+        self._matcher, self._features = matcher.to(device), features
+        self._sources: dict[str, Callable[[range], Table]] = {}
+        self._alone = cache(self._prepared_alone)  # all slices share one row
+
+    def entities(self, rows: range, count_rows: CountRows) -> Table:
+        """Prepared entities of these kb rows."""
+        if not self._sources:
+            self._sources = {part: features.kb_rows(self._device) for part, features in self._features.items()}
+        prepared = self._prepared(rows, "entities", self._sources, count_rows)
+        return sharing_image(self._matcher, prepared, rows, self._lacking_E, self._alone)
+
+    @cached_property
+    def _lacking_E(self) -> Tensor:
+        """bool [E]: entities without a picture."""
+        return ~entities_with_image(self._dataset)
+
+    def _prepared_alone(self, row: int) -> Table:
+        """An entity, encoded in its batch, prepared in a call of its own."""
+        start = row - row % BATCH_SIZE
+        batch = range(start, min(start + BATCH_SIZE, len(self._lacking_E)))
+        sources = {
+            part: lambda rows, source=source: source(batch).take(slice(row - start, row - start + 1))
+            for part, source in self._sources.items()
+        }
+        return self._prepared(range(row, row + 1), "entities", sources, lambda count: None)
+
+    def _prepared(
+        self, rows: range, side: str, sources: Mapping[str, Callable[[range], Table]], count_rows: CountRows
+    ) -> Table:
+        """Prepared items of these rows, tile by tile; `sources` give each part's features of some rows."""
+
+        def prepare(tile: range) -> Table:
+            tables = {part: source(tile) for part, source in sources.items()}
+            features = whole_features(tables, list(tables)) if len(tables) > 1 else next(iter(tables.values()))
+            return prepare_in_tiles(self._matcher, features, side, self._device)
+
+        tiles = []
+        for table in map_alone(
+            prepare, [rows[start : start + _TILE] for start in range(0, len(rows), _TILE)], self._device
+        ):
+            tiles.append(table)
+            count_rows(len(table))
+        return concatenate(tiles)
+
+    def mentions(self, split: str, count_rows: CountRows) -> Table:
+        """A split's prepared mentions. Their features go to the run's cache: several models read them."""
+        sources = {
+            part: rows_of(load_features(features.files(split, self._device, self._progress)))
+            for part, features in self._features.items()
+        }
+        return self._prepared(range(self._dataset.num_mentions(split)), "mentions", sources, count_rows)

@@ -131,7 +131,7 @@ def rank(
         NotRankable: A score is NaN or infinite.
         ValueError: No mentions, no entities, or a gold that is not in the index and whose score is not given.
     """
-    tiles, pairs = _opened(model, device, tile_size or _default_tiles(device, len(model.index)), notice, after_tile)
+    tiles, pairs = _opened(model, device, tile_size or default_tiles(device, len(model.index)), notice, after_tile)
     gold_score_M = pairs.gold_scores(model.gold_row_M) if gold_score_M is None else gold_score_M
     first_row = model.index.first_row
     check_golds(gold_score_M, model.gold_row_M, range(first_row, first_row + len(model.index)))
@@ -159,7 +159,7 @@ def rank_unrefined(
     and `top_k` must be 0. Arguments and errors are those of `rank`; a gold must be in some worker's index.
     """
     # workers must all have the same tiles, though their slices differ by an entity
-    tiles, pairs = _opened(model, device, tile_size or _default_tiles(device, 0), notice, after_tile)
+    tiles, pairs = _opened(model, device, tile_size or default_tiles(device, 0), notice, after_tile)
     sample = sample_errors(pairs, tiles.score, tiles.gold_column_M, _SAMPLE_MENTIONS)
     band = max_over_workers(sample.band, device)
     columns = tiles.rank(top_k, len(model.choices), band)
@@ -173,18 +173,18 @@ def _opened(
     size: TileSize,
     notice: Callable[[str], None],
     after_tile: Callable[[int], None],
-) -> tuple["_Tiles", PairScorer]:
+) -> tuple["Tiles", PairScorer]:
     """What scores tiles, and what scores single pairs exactly."""
     matcher, mentions, index = model.matcher, model.mentions, model.index
     if not (len(mentions) and len(index)):
         raise ValueError(f"{len(mentions)} mentions against {len(index)} entities: nothing to rank")
     matcher.eval()
-    index = _placed(index, device, notice)
-    tiles = _Tiles(matcher, mentions, index, model.gold_row_M - index.first_row, device, size, notice, after_tile)
+    index = placed(index, device, notice)
+    tiles = Tiles(matcher, mentions, index, model.gold_row_M - index.first_row, device, size, notice, after_tile)
     return tiles, PairScorer(matcher, mentions, index, device, notice)
 
 
-def _default_tiles(device: torch.device, num_entities: int) -> TileSize:
+def default_tiles(device: torch.device, num_entities: int) -> TileSize:
     """Fewer mentions of a large slice, so that scores of a tile of mentions take the same memory for any slice.
 
     Args:
@@ -194,7 +194,7 @@ def _default_tiles(device: torch.device, num_entities: int) -> TileSize:
     return TileSize(max(min(size.mentions, num_pairs // max(num_entities, 1)), 1), size.entities)
 
 
-def _placed(index: EntityIndex, device: torch.device, notice: Callable[[str], None]) -> EntityIndex:
+def placed(index: EntityIndex, device: torch.device, notice: Callable[[str], None]) -> EntityIndex:
     """The index on the device; where it does not fit, its tiles go there anew for every tile of mentions."""
     try:
         return EntityIndex([table.to(device) for table in index.tables], index.first_row)
@@ -204,7 +204,7 @@ def _placed(index: EntityIndex, device: torch.device, notice: Callable[[str], No
 
 
 @dataclass
-class _Tiles:
+class Tiles:
     """Mentions against an index, one tile of both at a time.
 
     Attributes:
@@ -234,6 +234,24 @@ class _Tiles:
         for start in range(0, len(self.mentions), self.size.mentions):
             tiles.append(self._rank_tile(start, top_k, num_choices, close))
             self.after_tile(min(start + self.size.mentions, len(self.mentions)))
+        return {name: torch.cat([tile[name] for tile in tiles]).cpu() for name in tiles[0]}
+
+    def best(self, top_k: int, refiner: Refiner) -> dict[str, Tensor]:
+        """Scores, positions in the index and (of a matcher that chooses) choices [M, k] of the best, on the CPU.
+
+        Args:
+            refiner: Of pairs with no gold: their scores are NaN.
+        """
+        tiles = []
+        for start in range(0, len(self.mentions), self.size.mentions):
+            scores_ME, chosen_ME, _ = self._score_all(start)
+            nowhere_M = scores_ME.new_full((len(scores_ME),), torch.nan)
+            refined_ME, _ = refiner.refine(scores_ME, start, nowhere_M, top_k)
+            best = ops.top_k(refined_ME, min(top_k, refined_ME.shape[1]))
+            tile = {"top_score": best.scores_MK, "top_row": best.rows_MK}
+            if chosen_ME is not None:
+                tile["chosen_top"] = chosen_ME.gather(1, best.rows_MK).long()
+            tiles.append(tile)
         return {name: torch.cat([tile[name] for tile in tiles]).cpu() for name in tiles[0]}
 
     def _rank_tile(self, start: int, top_k: int, num_choices: int, close: Refiner | float) -> dict[str, Tensor]:

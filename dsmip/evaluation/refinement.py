@@ -83,6 +83,12 @@ class PairScorer:
         self._notice = notice
         self._most_mentions, self._most_entities = max(len(mentions), 1), _ENTITIES  # of one call
 
+    def of(self, mentions: Table) -> "PairScorer":
+        """The same for other mentions; the matcher is not copied again."""
+        other = copy.copy(self)
+        other.mentions, other._most_mentions = mentions, max(len(mentions), 1)
+        return other
+
     @torch.no_grad()
     def score(self, row_m: Tensor, column_e: Tensor) -> Tensor:
         """float64 [m, e], on the CPU: mentions against positions in the index (int64, ascending)."""

@@ -1,13 +1,13 @@
 """Scores of candidates: a re-ranker over the entities that a first stage ranks best for each mention of a split."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from dsmip.data.collate import Collator
 from dsmip.data.dataset import Dataset
-from dsmip.data.records import Mention
+from dsmip.data.records import Entity, Mention
 from dsmip.encoders.feature_cache import chunked
 from dsmip.evaluation.ranks import NotRankable
 from dsmip.units.matcher import Reranker
@@ -41,7 +41,7 @@ def score_candidates(
     score_MK, first = torch.full(row_MK.shape, -torch.inf), 0
     for mentions in chunked(dataset.mentions(split, rows), _MENTIONS):
         of_these_mK = row_MK[first : first + len(mentions)]
-        score_mK = _scores(reranker, dataset, collator, mentions, of_these_mK, device)
+        score_mK = score_mentions(reranker, dataset.entity, collator, mentions, of_these_mK, device)
         if len(broken := ((of_these_mK >= 0) & ~score_mK.isfinite()).nonzero()):
             mention, column = broken[0].tolist()
             before = 0 if rows is None else rows.start
@@ -52,18 +52,25 @@ def score_candidates(
     return score_MK
 
 
-def _scores(
+@torch.no_grad()
+def score_mentions(
     reranker: Reranker,
-    dataset: Dataset,
+    entity_of: Callable[[int], Entity],
     collator: Collator,
-    mentions: list[Mention],
+    mentions: Sequence[Mention],
     row_mK: Tensor,
     device: torch.device,
 ) -> Tensor:
+    """As `score_candidates`, of mentions that are in memory: float32 [m, K]; a score that is broken is no error.
+
+    Args:
+        entity_of: Gives the entity of a kb row.
+        row_mK: kb rows int64, -1 where there are fewer.
+    """
     mention_P, column_P = (row_mK >= 0).nonzero(as_tuple=True)
     row_e, entity_P = row_mK[mention_P, column_P].unique(return_inverse=True)
     items = collator.mentions(mentions).to(device)
-    entities = collator.entities([dataset.entity(row) for row in row_e.tolist()]).to(device)
+    entities = collator.entities([entity_of(row) for row in row_e.tolist()]).to(device)
     found = [
         reranker.score_pairs(items, entities, mention_P[pairs].to(device), entity_P[pairs].to(device)).float().cpu()
         for pairs in _slices(len(mention_P))

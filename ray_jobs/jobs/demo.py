@@ -16,11 +16,11 @@ from ray_jobs.cluster.connection import check_cluster, connected
 import torch
 from rich.table import Table
 
-from data_prep.build.images import JPEG_QUALITY
 from data_prep.demo.release import DemoConfig
 from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
+from dsmip.data.image_preparation import JPEG_QUALITY
 from dsmip.data.manifest import ImageSettings
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation

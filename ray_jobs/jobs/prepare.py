@@ -15,7 +15,6 @@ from filelock import FileLock, Timeout
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from data_prep.build.build import prepare
-from data_prep.build.images import IMAGES
 from data_prep.build.plan import SHARD_BYTES, DatasetOptions
 from data_prep.build.publish import published_manifest, upload_dataset
 from data_prep.build.runners import Result, Runner, Task, Tick, run_in_processes, run_serially
@@ -25,8 +24,8 @@ from data_prep.formats.mimic import MimicRelease
 from data_prep.formats.registry import layouts
 from data_prep.formats.release import Release, ReleaseOptions
 from dsmip.data.dataset import Dataset
-from dsmip.data.manifest import REJECTS_FILE, SPLITS, ImageSettings, Manifest
-from dsmip.data.views import Take
+from dsmip.data.image_preparation import IMAGES
+from dsmip.data.manifest import REJECTS_FILE, SPLITS, ImageSettings, Manifest, Take
 from dsmip.errors import UserError, refuse_secret
 from dsmip.private import lock_file
 from dsmip.progress import Progress

@@ -8,7 +8,7 @@ import torch
 from dsmip.data.manifest import KB
 from dsmip.encoders import feature_cache
 from dsmip.errors import UserError
-from dsmip.evaluation import index_builder
+from dsmip.evaluation import preparation
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
@@ -22,7 +22,7 @@ ROWS = 4
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices start where batches do, as in use."""
     monkeypatch.setattr(feature_cache, "BATCH_SIZE", ROWS)
-    monkeypatch.setattr(index_builder, "BATCH_SIZE", ROWS)
+    monkeypatch.setattr(preparation, "BATCH_SIZE", ROWS)
 
 
 def nothing_made(run: Run, model: str = "multimodal") -> RankingFiles:
@@ -41,7 +41,7 @@ def expected(run: Run) -> dict[str, str]:
     """What one call makes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_cache, "BATCH_SIZE", ROWS)
-        patch.setattr(index_builder, "BATCH_SIZE", ROWS)
+        patch.setattr(preparation, "BATCH_SIZE", ROWS)
         files = nothing_made(run)
         files.build(list(files.missing), CPU)
     return hashes(files)

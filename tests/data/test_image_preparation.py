@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from data_prep.build import images
-from data_prep.build.images import JPEG_QUALITY, UnusableImage, prepare_image
+from dsmip.data import image_preparation
+from dsmip.data.image_preparation import JPEG_QUALITY, UnusableImage, prepare_image
 from dsmip.data.images import UnreadableImage, decode, jpeg_header
 from dsmip.data.manifest import ImageSettings
 from tests.support.small_release import image_bytes
@@ -208,7 +208,7 @@ def test_avif_is_read_where_the_decoder_can() -> None:
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     large = _photo(1600, 1200)
     whole = prepare_image(_saved(large, quality=98), SETTINGS)
-    monkeypatch.setattr(images, "MAX_PIXELS", 1_000_000)  # in the place of 64 million: below 1600 x 1200
+    monkeypatch.setattr(image_preparation, "MAX_PIXELS", 1_000_000)  # in the place of 64 million: below 1600 x 1200
     assert abs(_pixels(prepare_image(_saved(large, quality=98), SETTINGS)) - _pixels(whole)).max() == 0
     turned = _saved(large.transpose(Image.Transpose.ROTATE_90), exif=_turned(6), quality=98)
     assert _opened(prepare_image(turned, SETTINGS)).size == (299, 224)
@@ -221,7 +221,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.M
     for content, chosen in refused:
         with pytest.raises(UnusableImage, match="too large"):
             prepare_image(content, chosen)
-    monkeypatch.setattr(images, "MAX_REDUCED_PIXELS", 1_900_000)
+    monkeypatch.setattr(image_preparation, "MAX_REDUCED_PIXELS", 1_900_000)
     with pytest.raises(UnusableImage, match="too large"):
         prepare_image(_saved(large), SETTINGS)
 
@@ -231,7 +231,7 @@ def test_too_large_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare_image(image_bytes((1, 70_000), form="PNG"), ORIGINAL)  # no JPEG is that long
     assert _opened(prepare_image(image_bytes((1, 70_000), form="PNG"), SETTINGS)).size == (1, 4)
     for name, limit in (("MAX_PIXELS", 99), ("MAX_FILE_BYTES", 600)):
-        monkeypatch.setattr(images, name, limit)
+        monkeypatch.setattr(image_preparation, name, limit)
         for content in (image_bytes((10, 10)), READABLE["png"][0] + bytes(600)):
             with pytest.raises(UnusableImage, match="too large"):
                 prepare_image(content, SETTINGS)
@@ -260,7 +260,7 @@ def test_broken_bytes_give_a_jpeg_within_bounds_or_a_reason(
         content[offset % len(content)] = value
     data = bytes(content[:cut])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "MAX_PIXELS", 1 << 20)  # keeps wild sizes cheap
+        patch.setattr(image_preparation, "MAX_PIXELS", 1 << 20)  # keeps wild sizes cheap
         prepared = _or_none(lambda: prepare_image(data, settings), UnusableImage)
         if cut is not None and cut < len(base) and not changes and jpeg_header(base):
             assert prepared is None

@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.io import encode_jpeg
 
-from data_prep.formats.image_files import MAX_FILE_BYTES
 from dsmip.data import images
 from dsmip.data.images import decode_jpeg, jpeg_header
-from dsmip.data.manifest import ImageSettings
+from dsmip.data.manifest import MAX_FILE_BYTES, ImageSettings
 
 JPEG_QUALITY = 92
 IMAGES = ImageSettings(size=224, quality=JPEG_QUALITY)

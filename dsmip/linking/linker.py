@@ -1,0 +1,257 @@
+"""The linker: a trained model with its knowledge base, that links mentions nobody has prepared."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from dsmip.data.collate import Collator
+from dsmip.data.manifest import ImageSettings
+from dsmip.data.records import Mention
+from dsmip.data.table import Table
+from dsmip.encoders.base import FeatureEncoder
+from dsmip.encoders.feature_cache import whole_features
+from dsmip.errors import UserError
+from dsmip.evaluation.preparation import prepare_in_tiles
+from dsmip.evaluation.ranks import NotRankable
+from dsmip.linking.knowledge_base import KnowledgeBase
+from dsmip.linking.links import Link, Links
+from dsmip.linking.mentions import ImageInput, MentionReader, records
+from dsmip.linking.search import Best, ExactSearch, SecondStage
+
+BATCH_SIZE = 64  # mentions that are linked at a time
+
+
+class Calibration(Protocol):
+    """Turns a mention's best scores into probabilities.
+
+    Attributes:
+        num_scores: How many of the best scores it reads.
+        min_confidence: Where the best link is right with less, the mention counts as one of something that is not in
+            the knowledge base.
+    """
+
+    @property
+    def num_scores(self) -> int: ...
+
+    @property
+    def min_confidence(self) -> float: ...
+
+    def confidence(self, best: Best) -> Tensor:
+        """float64 [M], the probability that each mention's best link is right."""
+
+
+@dataclass(frozen=True)
+class MentionEncoder:
+    """What makes a part's features of mentions.
+
+    Attributes:
+        encoder: The part's, or a gate's.
+        collator: In the form that it reads.
+    """
+
+    encoder: FeatureEncoder
+    collator: Collator
+
+
+@dataclass(frozen=True)
+class LinkedModel:
+    """A model as a linker needs it.
+
+    Attributes:
+        name: The part's or the system's.
+        source: Where it was opened, for messages.
+        encoders: By part; the features of several parts go side by side.
+        feature_dtype: In which features are kept when the model is evaluated.
+        choices: The experts that it chooses from (may be none).
+        images: How the data set's pictures were prepared.
+    """
+
+    name: str
+    source: str
+    encoders: Mapping[str, MentionEncoder]
+    feature_dtype: torch.dtype
+    choices: tuple[str, ...]
+    images: ImageSettings
+
+
+class Linker:
+    """Links mentions to the entities of a knowledge base. `dsmip.load` makes one.
+
+    Scores are those of `dsmip evaluate`: every entity of the knowledge base is scored, close ones in float64. What
+    encoders say of a mention depends in its last bits on the batch that it is encoded in, so scores of the same mention
+    may differ by rounding (1e-5 at a score of order one).
+
+    Reading is safe from several threads; there is one copy of model and index however many use it.
+
+    Attributes:
+        model: What is linked with.
+        knowledge_base: Its entities.
+        search: Over all of them.
+        second_stage: Re-ranks what the search finds, for a system that does; else None.
+        calibration: Makes confidences and says what is not in the knowledge base; None: links have no confidence and
+            `is_nil` is False.
+    """
+
+    def __init__(
+        self,
+        model: LinkedModel,
+        knowledge_base: KnowledgeBase,
+        search: ExactSearch,
+        second_stage: SecondStage | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self.model, self.knowledge_base, self.search = model, knowledge_base, search
+        self.second_stage, self.calibration = second_stage, calibration
+        self.device = search.device
+        for each in model.encoders.values():
+            each.encoder.to(self.device).eval()
+
+    def __repr__(self) -> str:
+        return f"Linker({self.model.name} of {self.model.source}, {len(self)} entities, {self.device})"
+
+    def __len__(self) -> int:
+        """Entities in the knowledge base."""
+        return len(self.knowledge_base)
+
+    def link(self, word: str, sentence: str = "", image: ImageInput = None, *, top: int = 5, desc: str = "") -> Links:
+        """Links one mention.
+
+        Args:
+            word: The text that is to be linked.
+            sentence: Where it stands.
+            image: Its picture: a path, an encoded picture's bytes, a Pillow image, a uint8 array, or None.
+            top: How many entities to return (at most all).
+            desc: A description of the mention, for models that read one (see `dsmip enhance`).
+
+        Returns:
+            Its links, best first.
+
+        Raises:
+            UserError: An empty word, a picture that cannot be read, `top` below 1, or a model that scores NaN.
+        """
+        _check_count("top", top)
+        given = {"word": word, "sentence": sentence, "image": image, "desc": desc}
+        return self._link_batch([MentionReader(self.model.images).read(given)], top)[0]
+
+    def link_many(
+        self,
+        mentions: Iterable[Mapping[str, Any] | Mention],
+        *,
+        top: int = 5,
+        on_error: Literal["raise", "report"] = "raise",
+        images: Path | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Iterator[Links]:
+        """Links mentions in batches, in their order; a generator that reads no further than it has to.
+
+        Args:
+            mentions: Dicts with word, sentence and image (as for `link`; mention_id and desc are optional, other keys
+                do not count), prepared `dsmip.Mention`s, an Arrow table, or a pandas frame of such columns.
+            top: How many entities each gets (at most all).
+            on_error: `raise` at a mention that cannot be read, or `report`: it gets `Links` with a `reason` and no
+                link. Either way the others are linked.
+            images: The folder that relative paths of pictures start from (default: the present one).
+            batch_size: How many are linked at a time.
+
+        Yields:
+            The links of each mention.
+
+        Raises:
+            UserError: As for `link`; the message has the number of the mention, from 0.
+        """
+        _check_count("top", top)
+        _check_count("batch_size", batch_size)
+        return self._linked(records(mentions), top, on_error, MentionReader(self.model.images, images), batch_size)
+
+    def _linked(
+        self, given: Iterator[Mapping[str, Any] | Mention], top: int, on_error: str, reader: MentionReader, size: int
+    ) -> Iterator[Links]:
+        number = 0
+        while batch := list(islice(given, size)):
+            read: list[Mention | Links] = []
+            for item in batch:
+                try:
+                    read.append(reader.read(item))
+                except UserError as error:
+                    if on_error == "raise":
+                        raise UserError(f"mention {number}: {error}") from None
+                    read.append(Links(_as_given(item), (), reason=str(error)))
+                number += 1
+            found = iter(self._link_batch([each for each in read if isinstance(each, Mention)], top))
+            for each in read:
+                yield each if isinstance(each, Links) else next(found)
+
+    def _link_batch(self, mentions: Sequence[Mention], top: int) -> list[Links]:
+        if not mentions:
+            return []
+        best, links = self.best(mentions, top), list[Links]()
+        sure_M = None if self.calibration is None else self.calibration.confidence(best).tolist()
+        for row, mention in enumerate(mentions):
+            confidence, is_nil = None, False
+            if self.calibration is not None and sure_M is not None:
+                confidence, is_nil = sure_M[row], sure_M[row] < self.calibration.min_confidence
+            found = self._links(best, row, top, confidence)
+            links.append(Links(mention, found, is_nil, knowledge_base=self.knowledge_base))
+        return links
+
+    def best(self, mentions: Sequence[Mention], top: int) -> Best:
+        """The best entities of prepared mentions: at least `top` of them, and as many as the calibration reads.
+
+        Raises:
+            UserError: A score is NaN or infinite.
+        """
+        wanted = max(top, self.calibration.num_scores if self.calibration else 0)
+        try:
+            if self.second_stage is None:
+                return self.search.best(self.prepared(mentions), wanted)
+            first = self.search.best(self.prepared(mentions), max(wanted, self.second_stage.candidates))
+            return self.second_stage(first, mentions, self.knowledge_base)
+        except NotRankable as error:
+            entity_id = self.knowledge_base.texts([error.entity_row])[0]["entity_id"]
+            of_part = f" ({error.part})" if error.part else ""
+            raise UserError(
+                f"{self.model.name} of {self.model.source} scores '{mentions[error.mention].word}' and entity "
+                f"{entity_id} as NaN or infinite{of_part}; its training diverged, or their features are broken"
+            ) from None
+
+    @torch.no_grad()
+    def prepared(self, mentions: Sequence[Mention]) -> Table:
+        """All that a pair needs of each mention: encoded and prepared as for an evaluation."""
+        tables = {}
+        for part, each in self.model.encoders.items():
+            features = each.encoder.encode_mentions(each.collator.mentions(mentions).to(self.device))
+            tables[part] = features.cast(self.model.feature_dtype)
+        features = whole_features(tables, list(tables)) if len(tables) > 1 else next(iter(tables.values()))
+        return prepare_in_tiles(self.search.matcher, features, "mentions", self.device)
+
+    def _links(self, best: Best, mention: int, top: int, confidence: float | None) -> tuple[Link, ...]:
+        rows, scores = (each[mention, :top].tolist() for each in (best.row_Mk, best.score_Mk))
+        experts: list[str | None] = [None] * len(rows)
+        if best.chosen_Mk is not None and self.model.choices:
+            experts = [self.model.choices[each] for each in best.chosen_Mk[mention, :top].tolist()]
+        links = [
+            Link(text["entity_id"], row, text["name"], text["attributes"], score, expert=expert)
+            for row, score, expert, text in zip(rows, scores, experts, self.knowledge_base.texts(rows), strict=True)
+        ]
+        if links and confidence is not None:
+            links[0] = replace(links[0], confidence=confidence)
+        return tuple(links)
+
+
+def _as_given(item: Mapping[str, Any] | Mention) -> Mention:
+    """What is there of a mention that could not be read."""
+    if isinstance(item, Mention):
+        return item
+    given = item if isinstance(item, Mapping) else {}
+    mention_id, word, sentence = (str(given.get(name) or "") for name in ("mention_id", "word", "sentence"))
+    return Mention(mention_id, word, sentence, "", -1)
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name}: {value}; give at least 1")

@@ -1,0 +1,123 @@
+"""The exact search: the best entities of prepared mentions among all of an index, and a second stage over them.
+
+Shapes: M mentions, k kept entities, K re-ranked ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dsmip.data.collate import Collator
+from dsmip.data.records import Entity, Mention
+from dsmip.data.table import Table
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranking import Tiles, default_tiles, placed
+from dsmip.evaluation.ranks import NotRankable
+from dsmip.evaluation.refinement import PairScorer, Refiner
+from dsmip.linking.knowledge_base import KnowledgeBase
+from dsmip.ops import ranking as ops
+from dsmip.rank_options import RankOptions
+from dsmip.reranking.candidates import score_mentions
+from dsmip.units.matcher import Matcher, Reranker
+from dsmip.units.text_unit import use_backend, use_precision
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best entities of M mentions, best first, equal scores by lower row (CPU tensors).
+
+    Attributes:
+        row_Mk: kb rows int64.
+        score_Mk: float64, those of the ranking that `dsmip evaluate` makes.
+        chosen_Mk: Index of the expert that scored each, int64; None for a matcher that makes no choice.
+    """
+
+    row_Mk: Tensor
+    score_Mk: Tensor
+    chosen_Mk: Tensor | None = None
+
+
+class ExactSearch:
+    """Scores mentions against all entities, tile by tile, close ones in float64, as a ranking does.
+
+    Safe to use from several threads; the index and the model are there once.
+    """
+
+    def __init__(
+        self, matcher: Matcher, index: EntityIndex, device: torch.device, options: RankOptions = RankOptions()
+    ) -> None:
+        """
+        Args:
+            matcher: it moves to the device.
+            index: it moves there as well, where it fits; else its tiles do for every call.
+            device: where pairs are scored.
+            options: what computes token-level scores, and how precisely; no score depends on it.
+        """
+        self.matcher, self.device = matcher.to(device).eval(), device
+        use_precision(matcher, options.precision, use_backend(matcher, options.backend, device))
+        self.index = placed(index, device, lambda line: None)
+        self._pairs = PairScorer(matcher, Table({}), self.index, device)
+
+    @torch.no_grad()
+    def best(self, mentions: Table, top: int) -> Best:
+        """The `top` best entities (at most all) of prepared mentions.
+
+        Raises:
+            NotRankable: a score is NaN or infinite.
+        """
+        nowhere_M = torch.full((len(mentions),), -1)
+        tiles = Tiles(
+            self.matcher,
+            mentions,
+            self.index,
+            nowhere_M,
+            self.device,
+            default_tiles(self.device, len(self.index)),
+            lambda line: None,
+            lambda done: None,
+        )
+        refiner = Refiner(self._pairs.of(mentions), torch.full((len(mentions),), torch.nan, dtype=torch.float64))
+        columns = tiles.best(top, refiner)
+        while not refiner.band_held:
+            refiner.widen()
+            columns = tiles.best(top, refiner)
+        return Best(columns["top_row"] + self.index.first_row, columns["top_score"], columns.get("chosen_top"))
+
+
+@dataclass(frozen=True)
+class SecondStage:
+    """A re-ranker over the best entities of a search.
+
+    Attributes:
+        candidates: How many it scores.
+    """
+
+    reranker: Reranker
+    collator: Collator
+    candidates: int
+    device: torch.device
+
+    def __call__(self, first: Best, mentions: Sequence[Mention], knowledge_base: KnowledgeBase) -> Best:
+        """The candidates by their new scores, then the others as the first stage has them.
+
+        Raises:
+            NotRankable: a score is NaN or infinite.
+        """
+        row_MK = first.row_Mk[:, : self.candidates]
+        with_image = "image" in self.collator.item_format.modalities
+
+        def entity_of(row: int) -> Entity:
+            return knowledge_base.entity(row, with_image=with_image)
+
+        score_MK = score_mentions(self.reranker, entity_of, self.collator, mentions, row_MK, self.device)
+        if len(broken := (~score_MK.isfinite()).nonzero()):
+            mention, column = broken[0].tolist()
+            raise NotRankable(mention, int(row_MK[mention, column]), "re-ranker")
+        best, rest = ops.merge_top_k(score_MK.double(), row_MK, row_MK.shape[1]), slice(row_MK.shape[1], None)
+        return replace(
+            first,
+            row_Mk=torch.cat([best.rows_MK, first.row_Mk[:, rest]], dim=1),
+            score_Mk=torch.cat([best.scores_MK, first.score_Mk[:, rest]], dim=1),
+        )
