@@ -277,17 +277,13 @@ def plan_index(
 
 
 def built_index(
-    opened: OpenedModel,
-    device: torch.device,
-    progress: Progress = no_progress,
-    notice: Callable[[str], None] = lambda line: None,
+    opened: OpenedModel, plan: IndexPlan, device: torch.device, progress: Progress = no_progress
 ) -> EntityIndex:
     """The index of a model, memory-mapped; what is missing of it is built first.
 
     Raises:
-        UserError: the model cannot be indexed, or the data set is damaged.
+        UserError: the data set is damaged.
     """
-    plan = plan_index(opened, notice=notice)
     storage = opened.run.storage / plan.name
     files = {storage.folder / name: rows for name, rows in plan.slices.items()}
     if not (storage.folder / MANIFEST).is_file():

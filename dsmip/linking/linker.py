@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
+from dsmip.calibration.calibration import BestScores, Calibration
 from dsmip.data.collate import Collator
 from dsmip.data.manifest import ImageSettings
 from dsmip.data.records import Mention
@@ -24,25 +24,6 @@ from dsmip.linking.mentions import ImageInput, MentionReader, records
 from dsmip.linking.search import Best, ExactSearch, SecondStage
 
 BATCH_SIZE = 64  # mentions that are linked at a time
-
-
-class Calibration(Protocol):
-    """Turns a mention's best scores into probabilities.
-
-    Attributes:
-        num_scores: How many of the best scores it reads.
-        min_confidence: Where the best link is right with less, the mention counts as one of something that is not in
-            the knowledge base.
-    """
-
-    @property
-    def num_scores(self) -> int: ...
-
-    @property
-    def min_confidence(self) -> float: ...
-
-    def confidence(self, best: Best) -> Tensor:
-        """float64 [M], the probability that each mention's best link is right."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +74,7 @@ class Linker:
         knowledge_base: Its entities.
         search: Over all of them.
         second_stage: Re-ranks what the search finds, for a system that does; else None.
-        calibration: Makes confidences and says what is not in the knowledge base; None: links have no confidence and
-            `is_nil` is False.
+        calibration: Of this model and index (`dsmip calibrate`); None: links have no confidence, and `is_nil` is False.
     """
 
     def __init__(
@@ -118,7 +98,16 @@ class Linker:
         """Entities in the knowledge base."""
         return len(self.knowledge_base)
 
-    def link(self, word: str, sentence: str = "", image: ImageInput = None, *, top: int = 5, desc: str = "") -> Links:
+    def link(
+        self,
+        word: str,
+        sentence: str = "",
+        image: ImageInput = None,
+        *,
+        top: int = 5,
+        min_confidence: float | None = None,
+        desc: str = "",
+    ) -> Links:
         """Links one mention.
 
         Args:
@@ -126,6 +115,8 @@ class Linker:
             sentence: Where it stands.
             image: Its picture: a path, an encoded picture's bytes, a Pillow image, a uint8 array, or None.
             top: How many entities to return (at most all).
+            min_confidence: Where a calibrated model takes the mention's entity for being in the knowledge base with a
+                lower probability, `is_nil` is True (None: the model's own threshold).
             desc: A description of the mention, for models that read one (see `dsmip enhance`).
 
         Returns:
@@ -136,13 +127,14 @@ class Linker:
         """
         _check_count("top", top)
         given = {"word": word, "sentence": sentence, "image": image, "desc": desc}
-        return self._link_batch([MentionReader(self.model.images).read(given)], top)[0]
+        return self._link_batch([MentionReader(self.model.images).read(given)], top, min_confidence)[0]
 
     def link_many(
         self,
         mentions: Iterable[Mapping[str, Any] | Mention],
         *,
         top: int = 5,
+        min_confidence: float | None = None,
         on_error: Literal["raise", "report"] = "raise",
         images: Path | None = None,
         batch_size: int = BATCH_SIZE,
@@ -153,6 +145,7 @@ class Linker:
             mentions: Dicts with word, sentence and image (as for `link`; mention_id and desc are optional, other keys
                 do not count), prepared `dsmip.Mention`s, an Arrow table, or a pandas frame of such columns.
             top: How many entities each gets (at most all).
+            min_confidence: As for `link`.
             on_error: `raise` at a mention that cannot be read, or `report`: it gets `Links` with a `reason` and no
                 link. Either way the others are linked.
             images: The folder that relative paths of pictures start from (default: the present one).
@@ -166,13 +159,9 @@ class Linker:
         """
         _check_count("top", top)
         _check_count("batch_size", batch_size)
-        return self._linked(records(mentions), top, on_error, MentionReader(self.model.images, images), batch_size)
-
-    def _linked(
-        self, given: Iterator[Mapping[str, Any] | Mention], top: int, on_error: str, reader: MentionReader, size: int
-    ) -> Iterator[Links]:
+        reader, given = MentionReader(self.model.images, images), records(mentions)
         number = 0
-        while batch := list(islice(given, size)):
+        while batch := list(islice(given, batch_size)):
             read: list[Mention | Links] = []
             for item in batch:
                 try:
@@ -182,22 +171,30 @@ class Linker:
                         raise UserError(f"mention {number}: {error}") from None
                     read.append(Links(_as_given(item), (), reason=str(error)))
                 number += 1
-            found = iter(self._link_batch([each for each in read if isinstance(each, Mention)], top))
+            found = iter(self._link_batch([each for each in read if isinstance(each, Mention)], top, min_confidence))
             for each in read:
                 yield each if isinstance(each, Links) else next(found)
 
-    def _link_batch(self, mentions: Sequence[Mention], top: int) -> list[Links]:
+    def _link_batch(self, mentions: Sequence[Mention], top: int, min_confidence: float | None) -> list[Links]:
         if not mentions:
             return []
         best, links = self.best(mentions, top), list[Links]()
-        sure_M = None if self.calibration is None else self.calibration.confidence(best).tolist()
-        for row, mention in enumerate(mentions):
-            confidence, is_nil = None, False
-            if self.calibration is not None and sure_M is not None:
-                confidence, is_nil = sure_M[row], sure_M[row] < self.calibration.min_confidence
-            found = self._links(best, row, top, confidence)
-            links.append(Links(mention, found, is_nil, knowledge_base=self.knowledge_base))
+        right_M, known_M = self._probabilities(best)
+        if min_confidence is None:
+            min_confidence = self.calibration.min_known if self.calibration else 0.0
+        for row, (mention, right, known) in enumerate(zip(mentions, right_M, known_M, strict=True)):
+            found, is_nil = self._links(best, row, top, right), known is not None and known < min_confidence
+            links.append(Links(mention, found, is_nil, known, knowledge_base=self.knowledge_base))
         return links
+
+    def _probabilities(self, best: Best) -> tuple[Sequence[float | None], Sequence[float | None]]:
+        """That each mention's best link is right, and that its entity is in the kb; None: not calibrated."""
+        if self.calibration is None:
+            unknown: list[float | None] = [None] * len(best.row_Mk)
+            return unknown, unknown
+        expert_Mk = torch.zeros_like(best.row_Mk) if best.chosen_Mk is None else best.chosen_Mk
+        right_M, known_M = self.calibration.probabilities(BestScores(best.score_Mk, expert_Mk))
+        return right_M.tolist(), known_M.tolist()
 
     def best(self, mentions: Sequence[Mention], top: int) -> Best:
         """The best entities of prepared mentions: at least `top` of them, and as many as the calibration reads.

@@ -46,12 +46,14 @@ class Links(Sequence[Link]):
         links: Best first, equal scores by row in the knowledge base; none where there is a `reason`.
         is_nil: The model is calibrated and takes the mention for one of something that is not in the knowledge base.
             The links are what it would be otherwise. False where nothing is calibrated.
+        known: The probability that the mention's entity is in the knowledge base; None where nothing is calibrated.
         reason: Why the mention could not be linked (`Linker.link_many` with `on_error="report"`); else None.
     """
 
     mention: Mention
     links: tuple[Link, ...]
     is_nil: bool = False
+    known: float | None = None
     reason: str | None = None
     knowledge_base: KnowledgeBase | None = field(default=None, repr=False, compare=False)
 

@@ -7,7 +7,8 @@ import torch
 
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.errors import UserError
-from dsmip.evaluation.index_builder import OpenedModel, built_index
+from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
+from dsmip.evaluation.report import stored_calibration
 from dsmip.linking.knowledge_base import KnowledgeBase
 from dsmip.linking.linker import LinkedModel, Linker, MentionEncoder
 from dsmip.linking.search import ExactSearch, SecondStage
@@ -54,7 +55,8 @@ def load_linker(
     """
     opened = OpenedModel(Run.open(location, options.data), options.model)
     run, model = opened.run, opened.model
-    index = built_index(opened, device, progress, notice)
+    plan = plan_index(opened, notice=notice)
+    index = built_index(opened, plan, device, progress)
     encoders = {part: _mention_encoder(opened, part) for part in model.feature_parts}
     second_stage = None
     if model.reranker is not None:
@@ -65,7 +67,10 @@ def load_linker(
         model.name, str(run.storage), encoders, run.cache.dtype, model.choices, run.dataset.manifest.image
     )
     search = ExactSearch(model.matcher, index, device, options.rank)
-    return Linker(linked, KnowledgeBase.of_dataset(run.dataset), search, second_stage)
+    calibration = stored_calibration(run, model.name)
+    if calibration is not None and calibration.index != plan.name:
+        calibration = None  # of other weights or entities
+    return Linker(linked, KnowledgeBase.of_dataset(run.dataset), search, second_stage, calibration)
 
 
 def _mention_encoder(opened: OpenedModel, part: str) -> MentionEncoder:

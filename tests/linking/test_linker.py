@@ -16,15 +16,17 @@ import dsmip
 from data_prep.build.build import prepare
 from data_prep.build.plan import DatasetOptions
 from data_prep.formats.jsonl import JsonlRelease
+from dsmip.calibration.calibration import BestScores, Calibration
 from dsmip.data.dataset import Dataset
-from dsmip.evaluation.report import RANKS
+from dsmip.evaluation.index_builder import OpenedModel, plan_index
+from dsmip.evaluation.report import CALIBRATED_ON, CALIBRATION, RANKS, evaluation_name
 from dsmip.linking.linker import Linker
-from dsmip.linking.search import Best
 from dsmip.models import systems
 from dsmip.runs.run import Run
 from tests.support.scoring.linked_runs import finished_run, small_system
 from tests.support.small_release import image_bytes
 
+EXPERTS = ("text", "visual", "multimodal")
 TOLERANCE: dict[str, Any] = {"rel": 1e-5, "abs": 1e-5}
 
 
@@ -225,25 +227,33 @@ def test_cards_are_escaped(linker: Linker) -> None:
     assert links[0].expert in page
 
 
-class Sure:
-    """A calibration that is sure of a mention by the number of its row."""
-
-    num_scores, min_confidence = 7, 0.5
-
-    def confidence(self, best: Best) -> torch.Tensor:
-        assert best.score_Mk.shape[1] == self.num_scores
-        return torch.arange(len(best.score_Mk), dtype=torch.float64) / 2
-
-
-def test_a_calibration_gives_confidence_and_nil(run: Run) -> None:
+@pytest.mark.parametrize("is_of_this_index", [True, False])
+def test_a_calibrated_model_says_how_sure_it_is(run: Run, *, is_of_this_index: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = 9 * torch.rand(40, 11, generator=generator, dtype=torch.float64).sort(descending=True).values
+    is_gold = torch.rand(40, 11, generator=generator).argsort(dim=1) == 0
+    index = plan_index(OpenedModel(run)).name if is_of_this_index else "another"
+    made = Calibration.fit("dsmip", index, EXPERTS, BestScores(scores, torch.zeros(40, 11).long()), is_gold)
+    name = f"{evaluation_name(CALIBRATED_ON, 'dsmip')}/{CALIBRATION}"
+    run.storage.write_json(name, made.model_dump(mode="json"))
     linker = dsmip.load(run.folder)
-    linker.calibration = Sure()
-    found = list(linker.link_many([{"word": "a"}, {"word": "b"}, {"word": "c"}], top=2))
-    assert [links.is_nil for links in found] == [True, False, False]
-    assert [links[0].confidence for links in found] == [0.0, 0.5, 1.0]
-    assert [links.best is None for links in found] == [True, False, False]
+    run.storage.delete(name)
+    if not is_of_this_index:
+        assert linker.calibration is None
+        return
+    assert linker.calibration == made
+    mentions = list(run.dataset.mentions("test"))
+    found, best = list(linker.link_many(mentions, top=2)), linker.best(mentions, 2)
+    assert best.chosen_Mk is not None
+    right_M, known_M = made.probabilities(BestScores(best.score_Mk, best.chosen_Mk))
+    assert [links[0].confidence for links in found] == right_M.tolist()
+    assert [links.known for links in found] == known_M.tolist()
+    assert [links.is_nil for links in found] == (known_M < made.min_known).tolist()
+    assert [links.best is None for links in found] == (known_M < made.min_known).tolist()
     assert {len(links) for links in found} == {2}
     assert found[0][1].confidence is None
+    assert linker.link("red", min_confidence=1.1).is_nil
+    assert not linker.link("red", min_confidence=0.0).is_nil
 
 
 def test_a_model_that_scores_nan_is_one_line(small_data: Dataset, narrow_backbone: Path, tmp_path: Path) -> None:
