@@ -124,12 +124,14 @@ class Tokenizer(ABC):
     Attributes:
         context_length: Places of the text tower.
         pad_id: What stands behind a text.
+        mask_id: The token that hides another one, such as [MASK]; None: the vocabulary has none.
         fills_context: Every text is padded to all places that it may take, for towers that read padding; else a batch
             is as long as its longest text.
     """
 
     context_length: int
     pad_id: int = 0
+    mask_id: int | None = None
     fills_context: bool = False
 
     def __call__(self, texts: Sequence[str], reserve: int = 0) -> Tokens:
@@ -237,6 +239,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.truncation_side = "right"
         self.context_length, self.fills_context = context_length, fills_context
         self.pad_id = 0 if strip_sep_token else int(self._tokenizer.pad_token_id)
+        self.mask_id = self._tokenizer.mask_token_id
         self._separator = self._tokenizer.sep_token_id if strip_sep_token else None
         self._clean = get_clean_fn(clean)
         self._lock = Lock()  # where texts are cut is a state of the library's tokenizer

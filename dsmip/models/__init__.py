@@ -1,4 +1,4 @@
-"""Published systems, one file each. A file in this folder that defines a `System` subclass is found by itself."""
+"""Published systems, one file each. A file in this room or one inside it that defines a `System` is found by itself."""
 
 import difflib
 import importlib
@@ -15,8 +15,8 @@ from dsmip.models.base import System
 @cache
 def systems() -> dict[str, type[System]]:
     """All systems by name."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
+    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
+        importlib.import_module(module.name)
     return {system.name: system for system in _subclasses(System)}
 
 

@@ -109,6 +109,33 @@ def drop_tokens(
     return token_ids.gather(1, order).masked_fill(~mask, pad_id), mask
 
 
+def hide_tokens(
+    token_ids: Tensor, token_mask: Tensor, share: float, mask_id: int, vocabulary: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Tokens to be guessed: ids int64 [N, L], and which of them were hidden, bool [N, L].
+
+    Each token but a text's first and last is hidden with probability `share`: behind `mask_id` (8 of 10), behind a
+    random token (1 of 10), or left as it is (1 of 10), as in BERT.
+
+    Args:
+        token_mask: bool [N, L], True from a text's first token to its last.
+        vocabulary: Number of tokens.
+        generator: Of the CPU: draws are the same on every device.
+
+    >>> ids, mask = torch.tensor([[90, 5, 6, 91, 0]]), torch.tensor([[True, True, True, True, False]])
+    >>> hide_tokens(ids, mask, 1.0, 7, 99, torch.Generator().manual_seed(0))
+    (tensor([[90,  7,  7, 91,  0]]), tensor([[False,  True,  True, False, False]]))
+    """
+    device = token_ids.device
+    chance = torch.rand(token_ids.shape, generator=generator).to(device)
+    other = torch.randint(vocabulary, token_ids.shape, generator=generator).to(device)
+    position_L = torch.arange(token_ids.shape[1], device=device)
+    inner = token_mask & (position_L > 0) & (position_L < token_mask.sum(dim=1, keepdim=True) - 1)
+    hidden = inner & (chance < share)
+    changed = torch.where(chance < 0.8 * share, mask_id, torch.where(chance < 0.9 * share, other, token_ids))
+    return torch.where(hidden, changed, token_ids), hidden
+
+
 class _Random:
     """Draws in the forms that the changes of pictures need, where the pictures are."""
 

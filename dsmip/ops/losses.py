@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsmip.ops.gumbel import sample_gumbel
+
 
 def contrastive_losses(scores_ME: Tensor, gold_column_M: Tensor, excluded_ME: Tensor | None = None) -> Tensor:
     """-log softmax(scores)[gold] of each mention, float [M].
@@ -101,3 +103,21 @@ def triplet_losses(
     if hardest:
         return hinge_ME.amax(dim=1)
     return hinge_ME.sum(dim=1) / is_negative_ME.sum(dim=1).clamp_min(1)
+
+
+def drawn_negatives(score_ME: Tensor, is_gold_ME: Tensor, generator: torch.Generator) -> Tensor:
+    """A wrong column of each row, drawn by softmax(scores) over those that are wrong: int64 [M], -1 where none is.
+
+    Args:
+        is_gold_ME: bool [M, E], True where a column is right.
+        generator: Of the CPU: draws are the same on every device.
+
+    >>> scores, is_gold = torch.zeros(2, 2), torch.tensor([[True, False], [True, True]])
+    >>> drawn_negatives(scores, is_gold, torch.Generator().manual_seed(0))
+    tensor([ 1, -1])
+    """
+    if not score_ME.numel():
+        return is_gold_ME.new_full(score_ME.shape[:1], -1, dtype=torch.int64)
+    noise_ME = sample_gumbel(score_ME.shape, generator, torch.device("cpu")).to(score_ME.device)
+    column_M = (score_ME.float() + noise_ME).masked_fill(is_gold_ME, -torch.inf).argmax(dim=1)
+    return column_M.masked_fill(is_gold_ME.all(dim=1), -1)

@@ -49,10 +49,11 @@ def train_reranker(run: Run, part: str, context: Context) -> TrainResult:
     source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)
     golds = gold_rows(run.dataset, "train")
     source.hard_row_NK = stage_one.hard_negatives(first, golds, alike_groups(run.dataset), config.hard_negatives)
-    del first, stage_one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)
         reranker = run.system.build_reranker(part, run.config).to(context.device)
+    reranker.start_from(first)
+    del first, stage_one
     result = train(
         reranker,
         source,

@@ -17,7 +17,7 @@ from dsmip.config import TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Column, Ragged, Table, concatenate
 from dsmip.training.batches import Items, Step
-from dsmip.units.matcher import BatchGold, Matcher
+from dsmip.units.matcher import BatchGold, Matcher, PairedItems
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ def batch_backward(
     entities, replay_entities = _features(matcher.encode_entities, step.entities, config, device)
     gold_row_M, entity_row_E = step.gold_row_M.to(device), step.entity_row_E.to(device)
     column_M = torch.arange(len(gold_row_M), device=device)
+    items = _paired(step, mentions, entities, device) if matcher.reads_items else None
     hand_back: Callable[[], None] = _nothing
     if config.negatives == "gathered" and distributed.world_size() > 1:
         column_M = column_M + sum(distributed.gather_ints(len(entity_row_E), device)[: distributed.rank()])
@@ -64,8 +65,47 @@ def batch_backward(
     hand_back()
     replay_mentions()
     replay_entities()
+    if items is not None:
+        count = totals[1].clamp_min(1)
+        added = _item_backward(matcher, items, config, device, lambda loss: scale(loss / count.to(loss.dtype)))
+        totals = totals + distributed.sum_over_workers(torch.stack([added, torch.zeros_like(added)]))
     total, num_mentions = totals.tolist()  # waits for the device, so it comes after all work is on its way there
     return BatchLoss(total, int(num_mentions))
+
+
+def _paired(step: Step, mentions: Table, entities: Table, device: torch.device) -> PairedItems:
+    """A worker's share of a batch, for a loss of its items."""
+    assert not isinstance(step.mentions, Table)
+    assert not isinstance(step.entities, Table)
+    gold_row_M = step.gold_row_M.to(device)
+    own_M = torch.arange(len(gold_row_M), device=device)
+    return PairedItems(
+        step.mentions.to(device),
+        step.entities.to(device),
+        _detached(mentions),
+        _detached(entities),
+        BatchGold.from_rows(gold_row_M, step.entity_row_E.to(device), own_M),
+        int(torch.randint(2**62, ())),
+    )
+
+
+def _item_backward(
+    matcher: Matcher,
+    items: PairedItems,
+    config: TrainConfig,
+    device: torch.device,
+    scaled: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Accumulates the gradient of the items' loss, some mentions after the others; the loss itself, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    count = len(items.mentions)
+    size = config.micro_batch_size or max(count, 1)
+    for start in range(0, count, size):
+        with autocast(config, device):
+            loss = matcher.item_loss(items, slice(start, min(start + size, count)))
+        scaled(loss).backward()
+        total += loss.detach()
+    return total
 
 
 def _features(
@@ -157,15 +197,21 @@ def _nothing() -> None:
     """What is left to do after backward where features come straight from their encoder."""
 
 
-def _as_leaves(features: Table) -> Table:
+def _detached(features: Table) -> Table:
     columns: dict[str, Column] = {}
     for name, column in features.columns.items():
         if isinstance(column, Ragged):
-            columns[name] = Ragged(column.values.detach().requires_grad_(), column.starts, column.lengths)
-            continue
-        dense = features.dense(name)
-        columns[name] = dense.detach().requires_grad_() if dense.is_floating_point() else dense
+            columns[name] = Ragged(column.values.detach(), column.starts, column.lengths)
+        else:
+            columns[name] = features.dense(name).detach()
     return Table(columns)
+
+
+def _as_leaves(features: Table) -> Table:
+    leaves = _detached(features)
+    for values in _floats(leaves):
+        values.requires_grad_()
+    return leaves
 
 
 def _floats(features: Table) -> list[Tensor]:

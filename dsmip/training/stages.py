@@ -31,7 +31,7 @@ def held_out_rows(dataset: Dataset, share: float) -> Tensor:
 
 
 def train_part(run: Run, part: str, context: Context) -> TrainResult:
-    """Stage one of one part: from cached features when its towers are frozen, else from streamed shards.
+    """Stage one of one part: from cached features when its towers are frozen and are enough, else from shards.
 
     What has nothing to train is validated once. The finished part is written into the run by rank 0.
     """
@@ -41,7 +41,7 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
         matcher = run.system.build_part(part, run.config, with_encoder=True).to(context.device)
     source: MinedSource | None = None
     validate: Validation
-    if matcher.encoder_trains():
+    if matcher.encoder_trains() or matcher.reads_items:
         if config.compile:
             compile_towers(matcher)
         source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)

@@ -82,6 +82,25 @@ class BatchGold:
         return BatchGold(column_M, same_ME)
 
 
+@dataclass(frozen=True, slots=True)
+class PairedItems:
+    """A batch as it is read, beside what its towers said of it: for losses that need tokens and pictures.
+
+    Attributes:
+        mentions, entities: M and E items.
+        mention_features, entity_features: Theirs, without gradient.
+        gold: Of the mentions among these entities.
+        seed: Of all that is drawn, for the whole batch at once: a mention's draws do not depend on the others' number.
+    """
+
+    mentions: ItemBatch
+    entities: ItemBatch
+    mention_features: Table
+    entity_features: Table
+    gold: BatchGold
+    seed: int
+
+
 class Part(nn.Module):
     """What is trained on its own: a matcher or a re-ranker, with its pretrained towers."""
 
@@ -101,6 +120,9 @@ class Part(nn.Module):
 
 class Reranker(Part, ABC):
     """Scores a mention and an entity together, over what a matcher ranks best: dear, and not to be indexed."""
+
+    def start_from(self, first_stage: "Matcher") -> None:
+        """Takes over what its finished first stage has learned, before it is trained itself: here, nothing."""
 
     @abstractmethod
     def score_pairs(self, mentions: ItemBatch, entities: ItemBatch, mention_P: Tensor, entity_P: Tensor) -> Tensor:
@@ -167,6 +189,19 @@ class Matcher(Part, ABC):
     @abstractmethod
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
         """Training loss summed over the M mentions (a scalar): prepare, score, contrast."""
+
+    @property
+    def reads_items(self) -> bool:
+        """True when there is an `item_loss`: it then trains on items, not on cached features."""
+        return False
+
+    def item_loss(self, batch: PairedItems, rows: slice) -> Tensor:
+        """What is added to the loss of the mentions in `rows`, summed over them: matching, masked tokens.
+
+        It is asked for some mentions after the others where memory is short (`train.micro_batch_size`), and encodes
+        what it needs. With several workers a batch is each worker's own share.
+        """
+        raise RuntimeError(f"{type(self).__name__} has no loss of items")
 
     def why_not_indexed(self) -> str | None:
         """Why items must not be prepared in tiles and slices, as an index is; None: they may."""

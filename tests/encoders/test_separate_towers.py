@@ -11,12 +11,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertModel
 
 from dsmip.config import BackboneConfig, PretrainConfig, validated
 from dsmip.data.dataset import Dataset
@@ -32,32 +28,17 @@ from dsmip.runs.load_config import job_config, parse_config, read_config, to_yam
 from dsmip.separate_towers import SeparateTowers
 from dsmip.training.local_context import LocalContext
 from dsmip.training.pretraining import PairSource, pretrain
+from tests.support.encoders.small_bert import write_small_bert
 
 VISION = "test_efficientnet"  # of timm's own tests: batch norms, 160 pixels
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "lion", "arms", "of", "a", "red", "blue", ":"]
+WORDS = ["the", "lion", "arms", "of", "a", "red", "blue", ":"]
 ALIKE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module")
 def text_folder(small_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As sentence-transformers writes it: a BERT with dropout, its tokenizer, how tokens are pooled, how many count."""
-    folder = tmp_path_factory.mktemp("text")
-    torch.manual_seed(1)
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=60, intermediate_size=32, **sizes)).save_pretrained(folder)
-    known = dict.fromkeys(
-        [*WORDS, *(word for e in small_data.entities() for word in f"{e.name} {e.attributes}".split())]
-    )
-    words = Tokenizer(WordLevel({word: place for place, word in enumerate(known)}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
-    words.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])  # type: ignore[assignment]
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    of_library: Any = PreTrainedTokenizerFast
-    of_library(tokenizer_object=words, **special).save_pretrained(folder)
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 24}')
-    return folder
+    words = [word for entity in small_data.entities() for word in f"{entity.name} {entity.attributes}".split()]
+    return write_small_bert(tmp_path_factory.mktemp("text"), [*WORDS, *words])
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +167,7 @@ def test_towers_that_cannot_be_had_are_named(pair: SeparateTowers, tmp_path: Pat
     (tmp_path / "empty" / "config.json").write_text(json.dumps(config))
     refused(r"weights of backbone.text hf:.*empty cannot be had", text=f"{tmp_path}/empty")
     save_file(
-        {"embeddings.word_embeddings.weight": torch.zeros(60, 16)},
+        {"embeddings.word_embeddings.weight": torch.zeros(config["vocab_size"], 16)},
         tmp_path / "empty" / "model.safetensors",
         {"format": "pt"},
     )

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dsmip.data.table import Table
-from dsmip.units.matcher import BatchGold
+from dsmip.units.matcher import BatchGold, PairedItems
 from tests.support.scoring.contract import ENTITIES, MENTIONS, Subject, seeded
 
 
@@ -60,6 +60,9 @@ def test_every_trainable_parameter_gets_a_gradient(subject: Subject) -> None:
     subject.matcher.train()
     with seeded(4):
         loss = subject.matcher(mentions, entities, gold)
+        if subject.matcher.reads_items:
+            batch = PairedItems(MENTIONS.rows(0, 4), ENTITIES.rows(0, 4), mentions, entities, gold, seed=3)
+            loss = loss + subject.matcher.item_loss(batch, slice(0, 4))
     subject.matcher.zero_grad(set_to_none=True)
     loss.backward()
     subject.matcher.eval()

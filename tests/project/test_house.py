@@ -61,6 +61,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dsmip.evaluation",),
     ("dsmip.calibration",),
     ("dsmip.runs",),
+    ("dsmip.models.cross_encoders",),
     ("dsmip.models",),
     ("dsmip.units",),
     ("dsmip.encoders",),

@@ -1,7 +1,7 @@
 """One big batch on one worker against micro-batches and against workers with uneven and empty shares."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from dsmip.models import find_system
 from dsmip.runs.load_config import parse_config
 from dsmip.training.batches import Step
 from dsmip.training.gradients import batch_backward
-from dsmip.units.matcher import BatchGold, Matcher, Scores
+from dsmip.units.matcher import BatchGold, Matcher, PairedItems, Scores
 from tests.support.tokens import mask_to_end
 from tests.support.training.workers import run_workers
 
@@ -67,6 +67,21 @@ class BilinearMatcher(Matcher):
         return True
 
 
+class GuessingMatcher(BilinearMatcher):
+    """Its loss has a term of items: drawn tokens of each mention are guessed from its gold's picture."""
+
+    @property
+    def reads_items(self) -> bool:
+        return True
+
+    def item_loss(self, batch: PairedItems, rows: slice) -> Tensor:
+        chance_ML = torch.rand(batch.mentions.token_ids.shape, generator=torch.Generator().manual_seed(batch.seed))
+        hidden_mL = (batch.mentions.token_mask & (chance_ML < 0.5))[rows]
+        golds_m6 = torch.tanh(self.images(batch.entities.images[batch.gold.column_M[rows]].flatten(1).double() / 255))
+        log_p_mV = (golds_m6 @ self.tokens.weight.T).log_softmax(dim=1)
+        return -(log_p_mV.gather(1, batch.mentions.token_ids[rows]) * hidden_mL).sum()
+
+
 @dataclass(frozen=True)
 class Case:
     """How the batch is divided: mentions and extra negatives of each worker."""
@@ -77,6 +92,7 @@ class Case:
     matcher: str = "bilinear"
 
 
+PLAIN = {"bilinear": BilinearMatcher, "guessing": GuessingMatcher}
 SHARES = {
     "even": Case((3, 2), (1, 1)),
     "uneven": Case((4, 1), (0, 2)),
@@ -109,8 +125,8 @@ def make_items(count: int, seed: int, size: int) -> ItemBatch:
 def make_matcher(name: str, architecture: str) -> Matcher:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        if name == "bilinear":
-            return BilinearMatcher()
+        if name in PLAIN:
+            return PLAIN[name]()
         return find_system("dsmip").build_part(name, expert_config(architecture), with_encoder=True)
 
 
@@ -127,9 +143,9 @@ def item_rows(items: ItemBatch, rows: list[int]) -> ItemBatch:
 
 def share(case: Case, rank: int | None) -> Step:
     """One worker's part of the batch, or (rank None) the whole of it in one part, columns in another order."""
-    size = 2 if case.matcher == "bilinear" else 16
+    size = 2 if case.matcher in PLAIN else 16
     mentions, kb = make_items(len(GOLD_ROWS), 1, size), make_items(10, 2, size)
-    if case.matcher == "bilinear":
+    if case.matcher in PLAIN:
         mentions, kb = (ItemBatch(b.token_ids % 50, b.token_mask, b.images, b.has_image) for b in (mentions, kb))
     first = 0 if rank is None else sum(case.mentions[:rank])
     number = len(GOLD_ROWS) if rank is None else case.mentions[rank]
@@ -146,6 +162,7 @@ def gradients(case: Case, rank: int | None, architecture: str, **settings: Any) 
     matcher = make_matcher(case.matcher, architecture)
     config = TrainConfig(**settings)
     step = share(case, rank)
+    torch.manual_seed(9)
     loss = batch_backward(matcher, step, config, CPU)
     distributed.sum_gradients(matcher.parameters())
     found = {name: p.grad for name, p in matcher.named_parameters() if p.grad is not None}
@@ -157,6 +174,8 @@ def gradients_of_worker(architecture: str) -> dict[str, dict[str, Tensor]]:
         name: gradients(case, distributed.rank(), architecture, micro_batch_size=case.micro_batch_size)
         for name, case in SHARES.items()
     }
+    guessing = replace(SHARES["empty_micro"], matcher="guessing")
+    found["guessing"] = gradients(guessing, distributed.rank(), architecture, micro_batch_size=2)
     for name in ("even", "empty_last"):
         found[f"local_{name}"] = gradients(SHARES[name], distributed.rank(), architecture, negatives="local")
     return found
@@ -190,6 +209,28 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(architecture: str, s
     assert len(expected) == 5
     assert_same_gradients(found, expected, 1e-12)
     assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_loss_of_items_is_the_same_in_micro_batches(architecture: str, size: int) -> None:
+    """Its draws are of the whole batch, and all of it is in the loss that is reported."""
+    case = replace(SHARES["even"], matcher="guessing")
+    expected, plain = gradients(case, None, architecture), gradients(SHARES["even"], None, architecture)
+    found = gradients(case, None, architecture, micro_batch_size=size)
+    assert_same_gradients(found, expected, 1e-12)
+    assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-12)
+    assert float(expected["loss"]) > float(plain["loss"]) + 1
+    assert not torch.allclose(expected["images.weight"], plain["images.weight"])
+
+
+def test_a_loss_of_items_is_of_all_workers_shares(
+    workers: list[dict[str, dict[str, Tensor]]], architecture: str
+) -> None:
+    """One of which has no mention; the other's share is then all of it."""
+    expected = gradients(replace(SHARES["empty_micro"], matcher="guessing"), None, architecture)
+    for worker in workers:
+        assert_same_gradients(worker["guessing"], expected, 1e-12)
+        assert float(worker["guessing"]["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-12)
 
 
 @pytest.mark.parametrize("part", ["text", "visual", "multimodal"])

@@ -27,6 +27,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     ],
     "mimic": [{}, {"mask_padding": True}],
     "mmoe": [{}],
+    "albef": [{"layers": 1, "heads": 2, "masked_weight": 0.0}],
     "blink": [{"pooling": "tower"}],
     "bert": [{"pooling": "tower"}, {"pooling": "tower", "similarity": "cosine"}],
     "dzmned": [{"width": 16}],
