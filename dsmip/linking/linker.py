@@ -20,7 +20,7 @@ from dsmip.evaluation.preparation import prepare_in_tiles
 from dsmip.evaluation.ranks import NotRankable
 from dsmip.linking.knowledge_base import KnowledgeBase
 from dsmip.linking.links import Link, Links
-from dsmip.linking.mentions import ImageInput, MentionReader, records
+from dsmip.linking.mentions import ImageInput, MentionReader, Unreadable, records
 from dsmip.linking.search import Best, ExactSearch, SecondStage
 
 BATCH_SIZE = 64  # mentions that are linked at a time
@@ -50,6 +50,7 @@ class LinkedModel:
         feature_dtype: In which features are kept when the model is evaluated.
         choices: The experts that it chooses from (may be none).
         images: How the data set's pictures were prepared.
+        identity: Differs between models, weights, knowledge bases and calibrations that link differently.
     """
 
     name: str
@@ -58,6 +59,7 @@ class LinkedModel:
     feature_dtype: torch.dtype
     choices: tuple[str, ...]
     images: ImageSettings
+    identity: str
 
 
 class Linker:
@@ -131,7 +133,7 @@ class Linker:
 
     def link_many(
         self,
-        mentions: Iterable[Mapping[str, Any] | Mention],
+        mentions: Iterable[Mapping[str, Any] | Mention | Unreadable],
         *,
         top: int = 5,
         min_confidence: float | None = None,

@@ -2,9 +2,9 @@
 
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import overload
+from typing import Any, overload
 
 from dsmip.data.records import Mention
 from dsmip.linking.knowledge_base import KnowledgeBase
@@ -76,6 +76,19 @@ class Links(Sequence[Link]):
 
     def __iter__(self) -> Iterator[Link]:
         return iter(self.links)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it but the picture, in values that JSON has."""
+        return {
+            "mention_id": self.mention.mention_id,
+            "word": self.mention.word,
+            "sentence": self.mention.sentence,
+            "has_image": self.mention.image is not None,
+            "is_nil": self.is_nil,
+            "known": self.known,
+            "reason": self.reason,
+            "links": [asdict(link) for link in self.links],
+        }
 
     def html(self) -> str:
         """Cards of the mention and its links, with their pictures; everything in them is escaped."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from dsmip.encoders.base import FeatureEncoder
+from dsmip.encoders.feature_cache import fingerprint
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
 from dsmip.evaluation.report import stored_calibration
@@ -63,13 +64,21 @@ def load_linker(
         reranker = run.load_reranker(model.reranker).to(device).eval()
         count = run.system.num_candidates(run.config.system)
         second_stage = SecondStage(reranker, run.collator(model.reranker), count, device)
-    linked = LinkedModel(
-        model.name, str(run.storage), encoders, run.cache.dtype, model.choices, run.dataset.manifest.image
-    )
-    search = ExactSearch(model.matcher, index, device, options.rank)
     calibration = stored_calibration(run, model.name)
     if calibration is not None and calibration.index != plan.name:
         calibration = None  # of other weights or entities
+    about = [plan.name, "" if calibration is None else calibration.model_dump_json()]
+    weights = {} if second_stage is None else second_stage.reranker.state_dict()
+    linked = LinkedModel(
+        model.name,
+        str(run.storage),
+        encoders,
+        run.cache.dtype,
+        model.choices,
+        run.dataset.manifest.image,
+        fingerprint(weights, "\n".join(about)),
+    )
+    search = ExactSearch(model.matcher, index, device, options.rank)
     return Linker(linked, KnowledgeBase.of_dataset(run.dataset), search, second_stage, calibration)
 
 

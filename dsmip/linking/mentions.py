@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -24,6 +24,13 @@ _FIELDS = ("mention_id", "word", "sentence", "image", "desc")
 _TABLE_ROWS = 256  # of a table that are Python objects at a time
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A record of a file that is no mention at all, such as a line that is no JSON."""
+
+    reason: str
+
+
 class MentionReader:
     """Makes mentions of what users give.
 
@@ -35,7 +42,7 @@ class MentionReader:
     def __init__(self, settings: ImageSettings, folder: Path | None = None) -> None:
         self._settings, self._folder = settings, folder
 
-    def read(self, given: Mapping[str, Any] | Mention) -> Mention:
+    def read(self, given: Mapping[str, Any] | Mention | Unreadable) -> Mention:
         """A mention to link.
 
         Args:
@@ -45,6 +52,8 @@ class MentionReader:
         Raises:
             UserError: no word, texts that are none, or a picture that cannot be read; the message names the field.
         """
+        if isinstance(given, Unreadable):
+            raise UserError(given.reason)
         if isinstance(given, Mention):
             given = {name: getattr(given, name) for name in _FIELDS}
         if not isinstance(given, Mapping):
@@ -90,7 +99,7 @@ class MentionReader:
             raise UserError(f"image {given}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def records(mentions: Iterable[Mapping[str, Any] | Mention]) -> Iterator[Mapping[str, Any] | Mention]:
+def records(mentions: Iterable[Mapping[str, Any] | Mention | Unreadable]) -> Iterator[Any]:
     """One by one: of an Arrow table or batches, a pandas frame, or what can be iterated.
 
     Raises:
