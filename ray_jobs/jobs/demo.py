@@ -13,6 +13,7 @@ from typing import Any
 from ray_jobs.cluster.connection import check_cluster, connected
 
 # isort: split
+import pyarrow.parquet as pq
 import torch
 from rich.table import Table
 
@@ -25,7 +26,7 @@ from dsmip.data.manifest import ImageSettings
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import shown_metrics
-from dsmip.evaluation.report import CALIBRATED_ON, evaluate_model, oracle
+from dsmip.evaluation.report import CALIBRATED_ON, RANKS, evaluate_model, evaluation_name, oracle
 from dsmip.progress import no_progress
 from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run
@@ -83,6 +84,8 @@ def run_demo(
     results["seconds"] = journal.seconds
     write_json(out / "results.json", results)
     show_results(results, out, display)
+    display.say("Link a mention with it:")
+    display.say(f"  {link_command(run, out)}")
     return results
 
 
@@ -143,6 +146,22 @@ def show_results(results: Mapping[str, Any], out: Path, display: Display) -> Non
     display.say(f"  dsmip train --config demo --data my-data --run my-run --set {shlex.quote(backbone)}")
     display.say("  dsmip tune --run my-run")
     display.say("  dsmip evaluate --run my-run --split test")
+
+
+def link_command(run: Run, out: Path) -> str:
+    """What links a test mention by hand: of those with a picture the one whose entity the system ranks best."""
+    ranks = run.folder / evaluation_name("test", run.system.name) / RANKS
+    images = out / "release" / "mention_image"
+    rows = pq.read_table(ranks, columns=["mention_id", "word", "sentence", "rank"]).to_pylist()
+    shown = [row for row in rows if (images / f"{row['mention_id']}.jpg").is_file()]
+    row = min(shown, key=lambda each: each["rank"])
+    here = Path.cwd()
+    folder, image = (
+        path.relative_to(here) if path.is_relative_to(here) else path
+        for path in (run.folder, images / f"{row['mention_id']}.jpg")
+    )
+    asked = ["--word", row["word"], "--sentence", row["sentence"], "--image", str(image)]
+    return shlex.join(["dsmip", "link", str(folder), *asked])
 
 
 def _prepare(out: Path, world: DemoConfig) -> Dataset:

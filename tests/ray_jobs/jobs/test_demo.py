@@ -1,12 +1,15 @@
 """The demo from drawn data to the comparison, at a small size; and its way of resuming."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from data_prep.demo.release import DemoConfig
 from dsmip.errors import UserError
+from ray_jobs.cli import app
 from ray_jobs.jobs.demo import covered, run_demo
 
 WORLD = DemoConfig(seed=3, num_entities=100, num_train=96, num_validation=24, num_test=40)
@@ -46,6 +49,13 @@ def test_the_demo_compares_experts_gate_and_oracle(tmp_path: Path, capsys: pytes
     said = capsys.readouterr().out
     assert "of the way from the best expert to the oracle" in said or results["models"]["oracle"]["hits@1"] == 0
     assert "dsmip train --config demo --data my-data --run my-run --set backbone.pretrained=" in said
+
+    command = said.rstrip().splitlines()[-1].strip()
+    assert command.startswith(f"dsmip link {out / 'run'} --word ")
+    linked = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
+    assert linked.exit_code == 0
+    assert "entity" in linked.output
+    assert len(linked.output.splitlines()) >= 6  # a title and the best five
 
     again = run_demo(out, WORLD, overrides=SHORT)
     assert {**again, "seconds": None} == {**results, "seconds": None}
