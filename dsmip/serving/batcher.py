@@ -1,0 +1,122 @@
+"""Dynamic batching: mentions of many requests are linked together, by one thread, in the order in which they came.
+
+Nobody waits for a batch to fill: whatever has come while one batch was linked makes up the next one.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dsmip.linking.linker import Linker
+from dsmip.linking.links import Links
+
+
+class Busy(Exception):
+    """As many mentions wait as may wait."""
+
+
+class Stopped(Exception):
+    """The service ends and takes nothing more."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request's mentions, and what they become."""
+
+    mentions: Sequence[Mapping[str, Any]]
+    top: int
+    links: "Future[list[Links]]" = field(default_factory=Future)
+
+
+class Batcher:
+    """A queue of mentions and the thread that links them.
+
+    Args:
+        linker: Gives the linker of the moment: one batch is linked by one linker.
+        batch: Mentions that are linked at a time.
+        waiting: Mentions that may wait.
+        observe: Called with the number of mentions of each batch.
+    """
+
+    def __init__(
+        self,
+        linker: Callable[[], Linker],
+        batch: int,
+        waiting: int,
+        observe: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        self._linker, self._batch, self._most_waiting, self._observe = linker, batch, waiting, observe
+        self._jobs: deque[Job] = deque()
+        self._num_waiting, self._ends = 0, False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="linking", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Mentions that wait now."""
+        return self._num_waiting
+
+    def submit(self, mentions: Sequence[Mapping[str, Any]], top: int) -> "Future[list[Links]]":
+        """The links of mentions, in their order, once they are there. Cancelling it takes them out of the queue.
+
+        A mention that cannot be read has `Links` with a `reason`.
+
+        Raises:
+            Busy: Too many wait. A request of more mentions than may wait is taken while nobody waits.
+            Stopped: The service ends.
+        """
+        job = Job(mentions, top)
+        with self._changed:
+            if self._ends:
+                raise Stopped
+            if self._num_waiting and self._num_waiting + len(mentions) > self._most_waiting:
+                raise Busy
+            self._jobs.append(job)
+            self._num_waiting += len(mentions)
+            self._changed.notify()
+        return job.links
+
+    def close(self) -> None:
+        """Links what waits, then ends the thread."""
+        with self._changed:
+            self._ends = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while jobs := self._next():
+            mentions = [mention for job in jobs for mention in job.mentions]
+            self._observe(len(mentions))
+            top = max(job.top for job in jobs)
+            try:
+                found = self._linker().link_many(mentions, top=top, on_error="report", batch_size=self._batch)
+                for job in jobs:
+                    job.links.set_result([_first(next(found), job.top) for _ in job.mentions])
+            except Exception as error:  # whatever it is, those who wait are told, and the next batch is linked
+                for job in jobs:
+                    if not job.links.done():
+                        job.links.set_exception(error)
+
+    def _next(self) -> list[Job]:
+        """Jobs of about one batch, whose clients still wait; none at the end."""
+        with self._changed:
+            while True:
+                jobs, count = list[Job](), 0
+                while self._jobs and (not jobs or count + len(self._jobs[0].mentions) <= self._batch):
+                    job = self._jobs.popleft()
+                    self._num_waiting -= len(job.mentions)
+                    if job.links.set_running_or_notify_cancel():
+                        jobs.append(job)
+                        count += len(job.mentions)
+                if jobs or self._ends:
+                    return jobs
+                self._changed.wait()
+
+
+def _first(links: Links, top: int) -> Links:
+    """The mention's own share of what its batch was asked for."""
+    return replace(links, links=links.links[:top])

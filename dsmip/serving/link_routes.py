@@ -1,0 +1,180 @@
+"""The route `POST /link`: one mention or many, as JSON with base64 pictures, or as a form with a file."""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from dsmip.linking.linker import Linker
+from dsmip.linking.links import Links
+from dsmip.serving.batcher import Batcher, Busy, Stopped
+from dsmip.serving.limits import Limits
+from dsmip.serving.schemas import (
+    LinkRequest,
+    LinkResponse,
+    MentionIn,
+    Problem,
+    Unusable,
+    decoded_image,
+    first_problem,
+    links_out,
+)
+from dsmip.serving.served import Served
+
+_SHARED = ("top", "explain", "min_confidence")
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    413: {"model": Problem, "description": "The body is too large."},
+    422: {"model": Problem, "description": "A field cannot be used."},
+    429: {"model": Problem, "description": "Too many wait; `Retry-After` says how long."},
+    503: {"model": Problem, "description": "The service ends."},
+}
+_FORM = {
+    "type": "object",
+    "required": ["word"],
+    "properties": {
+        "word": {"type": "string"},
+        "sentence": {"type": "string"},
+        "desc": {"type": "string"},
+        "image": {"type": "string", "format": "binary"},
+        "top": {"type": "integer"},
+        "explain": {"type": "boolean"},
+        "min_confidence": {"type": "number"},
+    },
+}
+
+
+def link_router(served: Served, batcher: Batcher, limits: Limits) -> APIRouter:
+    """The route, over what links and within what bounds."""
+    router = APIRouter()
+    one = MentionIn.model_json_schema()
+    one["properties"] |= {name: LinkRequest.model_json_schema()["properties"][name] for name in _SHARED}
+    bodies = {
+        "application/json": {
+            "schema": {"anyOf": [one, LinkRequest.model_json_schema(ref_template="#/components/schemas/{model}")]}
+        },
+        "multipart/form-data": {"schema": _FORM},
+    }
+
+    @router.post(
+        "/link",
+        response_model=LinkResponse,
+        responses=_REFUSALS,
+        summary="Links one mention, or many",
+        openapi_extra={"requestBody": {"required": True, "content": bodies}},
+    )
+    async def link(request: Request) -> Any:
+        asked, images = await _read(request)
+        mentions = _checked(asked, images, limits, served)
+        found = await linked(batcher, mentions, asked.top)
+        if len(found) == 1 and found[0].reason:
+            field, _, message = found[0].reason.partition(": ")
+            raise Unusable(field, message)
+        parts = await run_in_threadpool(_parts, served.linker, found) if asked.explain else [{}] * len(found)
+        answers = zip(asked.mentions, found, parts, strict=True)
+        return LinkResponse(
+            mentions=[links_out(each.id, each.word, links, asked.min_confidence, own) for each, links, own in answers]
+        )
+
+    return router
+
+
+async def linked(batcher: Batcher, mentions: Sequence[Mapping[str, Any]], top: int) -> list[Links]:
+    """Waits for the links; a client that is gone takes its mentions out of the queue."""
+    waiting = batcher.submit(mentions, top)
+    try:
+        return await asyncio.wrap_future(waiting)
+    except asyncio.CancelledError:
+        waiting.cancel()
+        raise
+
+
+def _parts(linker: Linker, found: Sequence[Links]) -> list[dict[str, list[float]]]:
+    """What each part of the system says of the links of each mention."""
+    return [linker.part_scores(each.mention, [link.entity_row for link in each]) if len(each) else {} for each in found]
+
+
+async def _read(request: Request) -> tuple[LinkRequest, dict[int, bytes]]:
+    """What is asked for, and pictures that came as files, by number of the mention."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        async with request.form(max_files=1, max_fields=8) as form:
+            fields = {name: value for name, value in form.items() if isinstance(value, str)}
+            files = {name: await value.read() for name, value in form.items() if isinstance(value, UploadFile)}
+        if unknown := files.keys() - {"image"}:
+            raise Unusable(min(unknown), "is no field for a file; the picture is `image`")
+        given = {name: value for name, value in fields.items() if value or name == "word"}
+        return _parsed(given), {0: files["image"]} if files.get("image") else {}
+    if kind != "application/json":
+        raise Unusable("content-type", "send application/json or multipart/form-data")
+    try:
+        given = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise Unusable("body", "is no JSON") from None
+    if not isinstance(given, dict):
+        raise Unusable("body", "is no JSON object")
+    return _parsed(given), {}
+
+
+def _parsed(given: dict[str, Any]) -> LinkRequest:
+    """A single mention is a list of one."""
+    if "mentions" not in given:
+        shared = {name: given[name] for name in _SHARED if name in given}
+        given = {"mentions": [{name: value for name, value in given.items() if name not in _SHARED}], **shared}
+        single = True
+    else:
+        single = False
+    try:
+        return LinkRequest.model_validate(given)
+    except ValidationError as error:
+        problem = first_problem(error.errors(include_url=False, include_input=False, include_context=False))
+        field = (problem.field or "").removeprefix("mentions.0." if single else "")
+        raise Unusable(field, problem.message.rpartition(": ")[2]) from None
+
+
+def _checked(asked: LinkRequest, images: Mapping[int, bytes], limits: Limits, served: Served) -> list[dict[str, Any]]:
+    """Mentions for the linker, within the limits."""
+    if len(asked.mentions) > limits.mentions:
+        raise Unusable("mentions", f"a request may have {limits.mentions} mentions")
+    if asked.top > limits.top:
+        raise Unusable("top", f"a mention may get {limits.top} entities")
+    if asked.min_confidence is not None and served.linker.calibration is None:
+        raise Unusable("min_confidence", "the served model is not calibrated; it has no confidences")
+    many = len(asked.mentions) > 1
+    mentions = []
+    for number, each in enumerate(asked.mentions):
+        before = f"mentions.{number}." if many else ""
+        texts = {"word": each.word, "sentence": each.sentence, "desc": each.desc}
+        for name, text in texts.items():
+            if len(text) > limits.text_length:
+                raise Unusable(before + name, f"a text may have {limits.text_length} characters")
+        if number in images and len(images[number]) > limits.image_bytes:
+            raise Unusable(before + "image", f"a picture may have {limits.image_bytes} bytes")
+        image = images.get(number)
+        if image is None and each.image:
+            image = decoded_image(each.image, before + "image", limits.image_bytes)
+        mentions.append({**texts, "image": image})
+    return mentions
+
+
+def refusal(status: int, problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An answer that says why there is none."""
+    return JSONResponse(problem.model_dump(), status, headers=dict(headers or {}))
+
+
+def of_error(error: Exception, limits: Limits) -> JSONResponse:
+    """The answer to a request that was refused."""
+    if isinstance(error, Unusable):
+        return refusal(422, Problem(message=error.message, field=error.field or None))
+    if isinstance(error, Busy):
+        return refusal(
+            429, Problem(message="too many mentions wait; try again"), {"Retry-After": str(limits.retry_after)}
+        )
+    if isinstance(error, Stopped):
+        return refusal(503, Problem(message="the service ends"))
+    return refusal(500, Problem(message="the mention could not be linked"))

@@ -1,0 +1,227 @@
+"""The reconciliation service: the W3C protocol 0.2 that OpenRefine speaks, and `/match` of the 1.0 draft beside it.
+
+A query's text is the mention's word; its sentence and picture are the properties `sentence` and `image`. Results have
+what each expert or unit of the system says as `features`. Source: https://www.w3.org/community/reports/reconciliation/.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Form, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse
+from jinja2 import Environment
+from starlette.concurrency import run_in_threadpool
+
+from dsmip.linking.links import Links
+from dsmip.serving.batcher import Batcher
+from dsmip.serving.entity_routes import row_of
+from dsmip.serving.limits import Limits
+from dsmip.serving.link_routes import linked
+from dsmip.serving.schemas import Unusable, decoded_image, image_address
+from dsmip.serving.served import Served
+
+TYPE = {"id": "entity", "name": "Entity"}
+PROPERTIES = ({"id": "sentence", "name": "Sentence"}, {"id": "image", "name": "Image (data: URL)"})
+EXTENSIONS = ({"id": "name", "name": "Name"}, {"id": "attributes", "name": "Attributes"})
+DEFAULT_LIMIT = 5
+SURE = 0.5  # of a calibrated model; OpenRefine then takes the link without being asked
+
+
+def reconciliation_router(served: Served, batcher: Batcher, limits: Limits, pages: Environment, name: str) -> APIRouter:
+    """All routes below `/reconcile`."""
+    router = APIRouter(prefix="/reconcile")
+
+    async def answers(queries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+        mentions = [mention_of(query, f"{key}.", limits) for key, query in queries.items()]
+        if len(mentions) > limits.mentions:
+            raise Unusable("queries", f"a request may have {limits.mentions} queries")
+        top = max(limit_of(query, f"{key}.", limits) for key, query in queries.items())
+        calibrated = served.linker.calibration is not None
+        found = await linked(batcher, mentions, top)
+        return {
+            key: results(links, calibrated)[: limit_of(query, key, limits)]
+            for (key, query), links in zip(queries.items(), found, strict=True)
+        }
+
+    async def reconcile(queries: str) -> JSONResponse:
+        asked = _json_object(queries, "queries")
+        if not asked or not all(isinstance(each, dict) for each in asked.values()):
+            raise Unusable("queries", "is a JSON object of queries by key")
+        return JSONResponse({key: {"result": found} for key, found in (await answers(asked)).items()})
+
+    @router.get("", summary="The manifest, or the answers to `queries`")
+    async def get(request: Request, queries: str | None = None) -> JSONResponse:
+        return JSONResponse(manifest(name, str(request.base_url))) if queries is None else await reconcile(queries)
+
+    @router.post("", summary="The answers to `queries`, or the values that `extend` asks for")
+    async def post(
+        queries: Annotated[str | None, Form()] = None, extend: Annotated[str | None, Form()] = None
+    ) -> JSONResponse:
+        if queries is not None:
+            return await reconcile(queries)
+        if extend is not None:
+            return JSONResponse(await run_in_threadpool(extended, served, _json_object(extend, "extend")))
+        raise Unusable("queries", "is missing")
+
+    @router.post("/match", summary="The answers to a list of queries (1.0 draft)")
+    async def match(request: Request) -> JSONResponse:
+        body = _json_object((await request.body()).decode("utf-8", "replace"), "body")
+        asked = body.get("queries")
+        if not isinstance(asked, list) or not asked or not all(isinstance(each, dict) for each in asked):
+            raise Unusable("queries", "is a list of queries")
+        queries = {f"queries.{number}": of_conditions(each, number) for number, each in enumerate(asked)}
+        return JSONResponse({"results": [{"candidates": found} for found in (await answers(queries)).values()]})
+
+    @router.get("/suggest/entity", summary="Entities whose name holds a text")
+    def suggest(prefix: Annotated[str, Query(max_length=200)] = "", cursor: int = 0) -> JSONResponse:
+        kb = served.linker.knowledge_base
+        rows = kb.find(prefix, max(cursor, 0) + 10)[max(cursor, 0) :] if prefix else []
+        found = [{"id": each["entity_id"], "name": each["name"], "notable": [TYPE]} for each in kb.texts(rows)]
+        return JSONResponse({"result": found})
+
+    @router.get("/suggest/property", summary="Properties that a query may have")
+    def suggest_property(prefix: str = "") -> JSONResponse:
+        return JSONResponse({"result": [each for each in PROPERTIES if prefix.lower() in each["name"].lower()]})
+
+    @router.get("/extend/propose", summary="What entities may be extended by")
+    def propose(type: str = "") -> JSONResponse:
+        return JSONResponse({"type": type, "properties": list(EXTENSIONS)})
+
+    @router.get("/preview", response_class=HTMLResponse, summary="A card of an entity")
+    def preview(request: Request, id: str) -> HTMLResponse:
+        kb = served.linker.knowledge_base
+        (text,) = kb.texts([row_of(kb, id)])
+        card = pages.get_template("preview.html").render(
+            **text, image=image_address(id).removeprefix("/"), base=str(request.base_url)
+        )
+        framed = {
+            "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'",
+            "x-frame-options": "",
+        }
+        return HTMLResponse(card, headers=framed)  # OpenRefine shows it in a frame
+
+    return router
+
+
+def manifest(name: str, base: str) -> dict[str, Any]:
+    """What the service is and where its parts are; `base` ends with a slash."""
+    own = f"{base}reconcile"
+    return {
+        "versions": ["0.2", "1.0-draft"],
+        "name": name,
+        "identifierSpace": f"{base}entities/",
+        "schemaSpace": f"{base}schema/",
+        "defaultTypes": [TYPE],
+        "view": {"url": base + "entities/{{id}}"},
+        "preview": {"url": own + "/preview?id={{id}}", "width": 360, "height": 160},
+        "suggest": {
+            "entity": {"service_url": own, "service_path": "/suggest/entity"},
+            "property": {"service_url": own, "service_path": "/suggest/property"},
+        },
+        "extend": {
+            "propose_properties": {"service_url": own, "service_path": "/extend/propose"},
+            "property_settings": [],
+        },
+        "batchSize": 32,
+    }
+
+
+def mention_of(query: Mapping[str, Any], before: str, limits: Limits) -> dict[str, Any]:
+    """A query as a mention.
+
+    Raises:
+        Unusable: A value of it cannot be used.
+    """
+    word = query.get("query")
+    if not isinstance(word, str) or not word.strip():
+        raise Unusable(f"{before}query", "is the text that is to be linked")
+    given: dict[str, Any] = {"word": word, "sentence": "", "image": None}
+    properties = query.get("properties") or []
+    if not isinstance(properties, list):
+        raise Unusable(f"{before}properties", "is a list of {pid, v}")
+    for each in properties:
+        pid, value = (each.get("pid"), each.get("v")) if isinstance(each, dict) else (None, None)
+        value = value[0] if isinstance(value, list) and value else value
+        if pid not in ("sentence", "image") or value is None or value == "":
+            continue  # a client may send columns that mean nothing here
+        if not isinstance(value, str):
+            raise Unusable(f"{before}{pid}", "is a text")
+        given[pid] = decoded_image(value, f"{before}image", limits.image_bytes) if pid == "image" else value
+    for name in ("word", "sentence"):
+        if len(given[name]) > limits.text_length:
+            raise Unusable(f"{before}{name}", f"a text may have {limits.text_length} characters")
+    return given
+
+
+def limit_of(query: Mapping[str, Any], before: str, limits: Limits) -> int:
+    """How many results a query gets."""
+    limit = query.get("limit") or DEFAULT_LIMIT
+    if type(limit) is not int or limit < 1:
+        raise Unusable(f"{before}limit", "is a number from 1 on")
+    return min(limit, limits.top)
+
+
+def of_conditions(query: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A query of the 1.0 draft in the form of 0.2."""
+    conditions = query.get("conditions")
+    if not isinstance(conditions, list) or not all(isinstance(each, dict) for each in conditions):
+        raise Unusable(f"queries.{number}.conditions", "is a list of conditions")
+    names = [each.get("propertyValue") for each in conditions if each.get("matchType") == "name"]
+    properties = [
+        {"pid": each.get("propertyId"), "v": each.get("propertyValue")}
+        for each in conditions
+        if each.get("matchType") == "property"
+    ]
+    return {"query": names[0] if names else None, "properties": properties, "limit": query.get("limit")}
+
+
+def results(links: Links, calibrated: bool) -> list[dict[str, Any]]:
+    """Entities for one query; `match` says that the first one may be taken."""
+    found = []
+    for number, link in enumerate(links):
+        sure = calibrated and not number and not links.is_nil and (link.confidence or 0) >= SURE
+        features = [{"id": "score", "value": link.score}]
+        if link.confidence is not None:
+            features.append({"id": "confidence", "value": link.confidence})
+        found.append(
+            {
+                "id": link.entity_id,
+                "name": link.name,
+                "description": link.attributes,
+                "type": [TYPE],
+                "score": round(100 * link.confidence, 2) if link.confidence is not None else link.score,
+                "match": sure,
+                "features": features,
+            }
+        )
+    return found
+
+
+def extended(served: Served, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and attributes of entities by id; nothing of ids that are not there.
+
+    Raises:
+        Unusable: It is no request for an extension.
+    """
+    ids, properties = asked.get("ids"), asked.get("properties")
+    if not isinstance(ids, list) or not isinstance(properties, list):
+        raise Unusable("extend", "has ids and properties, a list each")
+    known = {each["id"]: each for each in EXTENSIONS}
+    wanted = [each.get("id") for each in properties if isinstance(each, dict) and each.get("id") in known]
+    kb = served.linker.knowledge_base
+    rows: dict[str, Any] = {}
+    for entity_id in map(str, ids):
+        text = kb.texts([row])[0] if (row := kb.find_id(entity_id)) is not None else None
+        rows[entity_id] = {name: [{"str": text[name]}] if text and text[name] else [] for name in wanted}
+    return {"meta": [known[name] for name in wanted], "rows": rows}
+
+
+def _json_object(text: str, field: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Unusable(field, "is no JSON") from None
+    if not isinstance(value, dict):
+        raise Unusable(field, "is no JSON object")
+    return value

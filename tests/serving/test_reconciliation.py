@@ -1,0 +1,108 @@
+"""The reconciliation service, asked as OpenRefine asks."""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from dsmip.linking.linker import Linker
+from tests.support.small_release import image_bytes
+
+PICTURE = image_bytes((20, 16), "blue")
+
+
+def asked(client: TestClient, queries: dict[str, Any]) -> Any:
+    """A batch as OpenRefine posts it."""
+    return client.post("/reconcile", data={"queries": json.dumps(queries)})
+
+
+def test_the_manifest_says_where_everything_is(client: TestClient) -> None:
+    manifest = client.get("/reconcile").json()
+    assert "0.2" in manifest["versions"]
+    assert {"name", "identifierSpace", "schemaSpace", "view", "preview", "suggest", "extend"} <= manifest.keys()
+    service = manifest["suggest"]["entity"]
+    path = (service["service_url"] + service["service_path"]).removeprefix("http://testserver")
+    assert [each["name"] for each in client.get(path, params={"prefix": "pur"}).json()["result"]] == ["purple"]
+    view = manifest["view"]["url"].removeprefix("http://testserver").replace("{{id}}", "Q1")
+    assert client.get(view).json()["entity_id"] == "Q1"
+
+
+def test_a_batch_has_an_answer_by_key_with_the_linkers_order(client: TestClient, linker: Linker) -> None:
+    properties = [
+        {"pid": "sentence", "v": "a blue thing"},
+        {"pid": "image", "v": "data:image/jpeg;base64," + base64.b64encode(PICTURE).decode()},
+        {"pid": "P31", "v": {"id": "Q5"}},
+    ]
+    queries = {"q0": {"query": "blue", "limit": 3, "properties": properties}, "q1": {"query": "red", "type": "entity"}}
+    answer = asked(client, queries).json()
+    expected = [link.entity_id for link in linker.link("blue", "a blue thing", PICTURE, top=3)]
+    assert [each["id"] for each in answer["q0"]["result"]] == expected
+    assert len(answer["q1"]["result"]) == 5
+    first = answer["q0"]["result"][0]
+    assert first["type"] == [{"id": "entity", "name": "Entity"}]
+    assert first["match"] is False  # nothing is calibrated
+    assert {each["id"] for each in first["features"]} == {"score", "text", "visual", "multimodal"}
+    by_get = client.get("/reconcile", params={"queries": json.dumps(queries)}).json()
+    assert [each["id"] for each in by_get["q0"]["result"]] == expected
+
+
+def test_the_draft_of_1_0_answers_a_list(client: TestClient, linker: Linker) -> None:
+    conditions = [
+        {"matchType": "name", "propertyValue": "blue"},
+        {"matchType": "property", "propertyId": "sentence", "propertyValue": "a blue thing"},
+    ]
+    body = {"queries": [{"conditions": conditions, "limit": 2}, {"conditions": conditions[:1]}]}
+    results = client.post("/reconcile/match", json=body).json()["results"]
+    expected = [link.entity_id for link in linker.link("blue", "a blue thing", top=2)]
+    assert [each["id"] for each in results[0]["candidates"]] == expected
+    assert len(results) == 2
+
+
+def test_entities_are_extended_and_previewed(client: TestClient) -> None:
+    proposed = client.get("/reconcile/extend/propose", params={"type": "entity"}).json()["properties"]
+    assert [each["id"] for each in proposed] == ["name", "attributes"]
+    extend = {"ids": ["Q1", "Q99"], "properties": [{"id": "attributes"}, {"id": "unknown"}]}
+    answer = client.post("/reconcile", data={"extend": json.dumps(extend)}).json()
+    assert answer["meta"] == [{"id": "attributes", "name": "Attributes"}]
+    assert answer["rows"] == {"Q1": {"attributes": [{"str": "colour 1"}]}, "Q99": {"attributes": []}}
+    card = client.get("/reconcile/preview", params={"id": "Q1"})
+    assert "green" in card.text
+    assert "frame-ancestors" not in card.headers["content-security-policy"]
+    assert client.get("/reconcile/preview", params={"id": "Q99"}).status_code == 404
+
+
+def test_every_origin_may_ask_and_only_here(client: TestClient) -> None:
+    origin = {"Origin": "http://127.0.0.1:3333"}
+    assert client.get("/reconcile", headers=origin).headers["access-control-allow-origin"] == "*"
+    preflight = {**origin, "Access-Control-Request-Method": "POST"}
+    assert client.options("/reconcile", headers=preflight).status_code == 200
+    assert "access-control-allow-origin" not in client.get("/entities/Q1", headers=origin).headers
+
+
+@pytest.mark.parametrize(
+    ("queries", "field"),
+    [
+        ("{", "queries"),
+        ("[]", "queries"),
+        ("{}", "queries"),
+        ('{"q0": 1}', "queries"),
+        ('{"q0": {}}', "q0.query"),
+        ('{"q0": {"query": "red", "limit": "x"}}', "q0.limit"),
+        ('{"q0": {"query": "red", "properties": 1}}', "q0.properties"),
+        ('{"q0": {"query": "red", "properties": [{"pid": "image", "v": "http://x.example/a"}]}}', "q0.image"),
+        (json.dumps({f"q{number}": {"query": "red"} for number in range(5)}), "queries"),
+    ],
+)
+def test_queries_that_are_none_are_named(client: TestClient, queries: str, field: str) -> None:
+    answer = client.post("/reconcile", data={"queries": queries})
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
+
+
+def test_a_post_without_anything_is_refused(client: TestClient) -> None:
+    assert client.post("/reconcile", data={}).json()["field"] == "queries"
+    assert client.post("/reconcile/match", json={"queries": 3}).json()["field"] == "queries"
+    answer = client.post("/reconcile/match", json={"queries": [{"conditions": 3}]})
+    assert answer.json()["field"] == "queries.0.conditions"
+    assert client.post("/reconcile", data={"extend": "{}"}).json()["field"] == "extend"
