@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dsmip.data.dataset import Dataset
 from dsmip.data.records import Entity
@@ -62,10 +63,22 @@ class KnowledgeBase:
         Raises:
             UserError: there is no such entity.
         """
-        row = self._rows.get(entity_id)
+        row = self.find_id(entity_id)
         if row is None:
             raise UserError(f"no entity {entity_id} in the knowledge base of {len(self)}")
         return row
+
+    def find_id(self, entity_id: str) -> int | None:
+        """The row of an entity id; None where there is no such entity."""
+        return self._rows.get(entity_id)
+
+    def find(self, query: str, limit: int) -> list[int]:
+        """Rows of the first `limit` entities whose name holds the text, in any case; names that begin with it first."""
+        names = self._texts.column("name")
+        holds = pc.match_substring(names, query, ignore_case=True).to_numpy(zero_copy_only=False).nonzero()[0]
+        begins = pc.starts_with(names.take(pa.array(holds)), query, ignore_case=True).to_pylist()
+        order = sorted(range(len(holds)), key=lambda each: not begins[each])  # stable: else in the order of the kb
+        return [int(holds[each]) for each in order[:limit]]
 
     @cached_property
     def _rows(self) -> dict[str, int]:

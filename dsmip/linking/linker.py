@@ -218,6 +218,20 @@ class Linker:
                 f"{entity_id} as NaN or infinite{of_part}; its training diverged, or their features are broken"
             ) from None
 
+    def part_scores(self, mention: Mention, rows: Sequence[int]) -> dict[str, list[float]]:
+        """What each expert or unit says of a mention and some entities, by its name; in float32, for people to look at.
+
+        Args:
+            mention: As its links have it.
+            rows: Rows of the knowledge base.
+        """
+        row_E, back_E = torch.tensor(rows).sort()
+        entities = self.search.index.take(row_E - self.search.index.first_row).to(self.device)
+        with torch.enable_grad():  # else a choosing system computes its choice alone
+            parts = self.search.matcher.score(self.prepared([mention]), entities).parts
+        order_E = back_E.argsort()
+        return {name: part_ME.detach()[0].float().cpu()[order_E].tolist() for name, part_ME in parts.items()}
+
     @torch.no_grad()
     def prepared(self, mentions: Sequence[Mention]) -> Table:
         """All that a pair needs of each mention: encoded and prepared as for an evaluation."""

@@ -75,7 +75,7 @@ def link_router(served: Served, batcher: Batcher, limits: Limits) -> APIRouter:
         if len(found) == 1 and found[0].reason:
             field, _, message = found[0].reason.partition(": ")
             raise Unusable(field, message)
-        parts = await run_in_threadpool(_parts, served.linker, found) if asked.explain else [{}] * len(found)
+        parts = await run_in_threadpool(parts_of, served.linker, found) if asked.explain else [{}] * len(found)
         answers = zip(asked.mentions, found, parts, strict=True)
         return LinkResponse(
             mentions=[links_out(each.id, each.word, links, asked.min_confidence, own) for each, links, own in answers]
@@ -94,7 +94,7 @@ async def linked(batcher: Batcher, mentions: Sequence[Mapping[str, Any]], top: i
         raise
 
 
-def _parts(linker: Linker, found: Sequence[Links]) -> list[dict[str, list[float]]]:
+def parts_of(linker: Linker, found: Sequence[Links]) -> list[dict[str, list[float]]]:
     """What each part of the system says of the links of each mention."""
     return [linker.part_scores(each.mention, [link.entity_row for link in each]) if len(each) else {} for each in found]
 

@@ -21,6 +21,7 @@ class Figures:
         self.seconds = Histogram("dsmip_request_seconds", "Seconds to an answer", ["path"], buckets=_SECONDS, **new)
         self.batches = Histogram("dsmip_batch_mentions", "Mentions linked at a time", buckets=_BATCHES, **new)
         self.reloads = Counter("dsmip_reloads", "Times that the linker was opened again", **new)
+        self.in_progress = Gauge("dsmip_requests_in_progress", "Requests that are being answered", **new)
         self.waiting = Gauge("dsmip_waiting_mentions", "Mentions that wait", **new)
         self.entities = Gauge("dsmip_entities", "Entities in the knowledge base", **new)
 
@@ -39,6 +40,7 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._figures.in_progress.inc()
         started, status = time.perf_counter(), 499  # nobody was there any more to be answered
 
         async def counting(message: Message) -> None:
@@ -50,6 +52,7 @@ class CountRequests:
         try:
             await self._app(scope, receive, counting)
         finally:
+            self._figures.in_progress.dec()
             path = getattr(scope.get("route"), "path", _OTHER)
             self._figures.requests.labels(path, str(status)).inc()
             self._figures.seconds.labels(path).observe(time.perf_counter() - started)

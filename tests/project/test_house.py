@@ -55,6 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data_prep.formats",),
     ("data_prep",),
     ("dsmip",),
+    ("dsmip.serving",),
     ("dsmip.linking",),
     ("dsmip.reranking",),
     ("dsmip.training",),

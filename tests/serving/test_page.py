@@ -1,0 +1,153 @@
+"""The page in a real browser: a mention with a picture, cards, hostile texts, keyboard, narrow screens, no network."""
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+import dsmip
+from dsmip.runs.run import Run
+from dsmip.serving.app import Example, create_app
+from dsmip.serving.served import Source
+from tests.support.cluster.ray_heads import wait_until
+from tests.support.small_release import image_bytes
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; set CHROMIUM"),
+]
+HOSTILE = "<img src=x onerror=window.hurt=1><script>window.hurt=1</script>"
+
+
+@pytest.fixture(scope="module")
+def address(run: Run) -> Iterator[str]:
+    linker = dsmip.load(run.folder)
+    examples = [Example("red", "a red thing, number 3"), Example(HOSTILE, "in an example")]
+    app = create_app(Source(lambda: linker, lambda: ""), name=f"colours {HOSTILE}", examples=examples)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started, 60, "the service does not start")
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    """The page, which may ask nobody but its service, and complains of nothing."""
+    context = browser.new_context(viewport={"width": 1100, "height": 800})
+    opened, wrong = context.new_page(), list[str]()
+
+    def only_here(route: Route) -> None:
+        if route.request.url.startswith((address, "blob:", "data:")):
+            route.continue_()
+        else:
+            wrong.append(route.request.url)
+            route.abort()
+
+    context.route("**/*", only_here)
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("console", lambda line: "Content Security" in line.text and wrong.append(line.text))
+    opened.set_default_timeout(60_000)
+    opened.goto(address)
+    yield opened
+    assert wrong == []
+    assert opened.evaluate("window.hurt") is None
+    context.close()
+
+
+def cards(page: Page) -> Any:
+    return page.locator("#cards .card")
+
+
+def test_a_mention_with_a_picture_becomes_cards(page: Page, tmp_path: Path) -> None:
+    picture = tmp_path / "mention.jpg"
+    picture.write_bytes(image_bytes((40, 32), "green"))
+    page.fill("#word", "green")
+    page.fill("#sentence", "a green thing")
+    page.set_input_files("#file", picture)
+    expect(page.locator("#shown")).to_be_visible()
+    page.click("#go")
+    expect(cards(page)).to_have_count(5)
+    first = cards(page).first
+    expect(first.locator("h2")).not_to_be_empty()
+    expect(first.locator("meter")).to_have_count(3)  # one for each expert
+    expect(first.locator(".chosen")).to_have_count(1)
+    assert page.evaluate("[...document.querySelectorAll('.card img')].every(i => i.complete && i.naturalWidth > 0)")
+    expect(page.locator("#state")).to_contain_text("Best entities for “green”")
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "wide.png", full_page=True)
+        page.set_viewport_size({"width": 380, "height": 800})
+        page.emulate_media(color_scheme="dark")
+        page.screenshot(path=Path(folder) / "narrow-dark.png", full_page=True)
+
+
+def test_examples_the_keyboard_and_a_shared_address(page: Page, address: str) -> None:
+    page.locator(".example").first.click()
+    expect(cards(page)).to_have_count(5)
+    page.click("#share")
+    shared = page.url
+    assert "#word=red" in shared
+    page.goto("about:blank")
+    page.goto(shared)
+    expect(cards(page)).to_have_count(5)
+    expect(page.locator("#word")).to_have_value("red")
+    page.click("#clear")
+    expect(cards(page)).to_have_count(0)
+    page.keyboard.type("blue")  # the word has the focus
+    page.keyboard.press("Enter")
+    expect(cards(page)).to_have_count(5)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "drop"
+
+
+def test_hostile_texts_stay_texts(page: Page) -> None:
+    page.fill("#word", HOSTILE)
+    page.fill("#sentence", HOSTILE)
+    page.click("#go")
+    expect(page.locator("#state")).to_contain_text(HOSTILE)
+    page.route("**/link", lambda route: route.fulfill(json={"mentions": [hostile_answer()]}))
+    page.click("#go")
+    expect(cards(page).locator("h2")).to_contain_text(HOSTILE)
+    expect(page.locator("#state.nil")).to_contain_text("not in the knowledge base")
+
+
+def hostile_answer() -> dict[str, Any]:
+    link = {"entity_id": HOSTILE, "name": HOSTILE, "attributes": HOSTILE, "score": 1.0, "confidence": 0.25}
+    link |= {"expert": None, "image": "/entities/x/image", "parts": [{"name": HOSTILE, "score": 1.0, "share": 1.0}]}
+    return {"id": "", "word": HOSTILE, "is_nil": True, "links": [link], "reason": None}
+
+
+def test_what_is_refused_is_said(page: Page, tmp_path: Path) -> None:
+    page.fill("#word", "red")
+    page.set_input_files("#file", {"name": "x.png", "mimeType": "image/png", "buffer": b"no picture"})
+    page.click("#go")
+    expect(page.locator("#state.problem")).to_contain_text("unreadable")
+    page.route("**/link", lambda route: route.abort())
+    page.click("#go")
+    expect(page.locator("#state.problem")).to_contain_text("does not answer")
+
+
+def test_it_fits_a_narrow_screen(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 700})
+    page.locator(".example").first.click()
+    expect(cards(page)).to_have_count(5)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

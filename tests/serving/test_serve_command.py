@@ -1,0 +1,90 @@
+"""The command `dsmip serve`: from its first line to its end."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from dsmip.runs.run import Run
+from ray_jobs.cli import app
+from tests.support.cluster.ray_heads import wait_until
+from tests.support.paths import ROOT
+
+
+@contextmanager
+def served(run: Run) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """The command on a free port, once it serves: its address and its process."""
+    command = [sys.executable, "-c", "from ray_jobs.cli import main; main()", "serve", str(run.folder), "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        said: list[str] = []
+        for line in process.stdout:
+            said.append(line)
+            if found := re.search(r"serving on (http://127.0.0.1:\d+) ", line):
+                yield found[1], process
+                return
+        pytest.fail("".join(said))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def begun_or_answered(metrics: str) -> int:
+    """Requests for links that the service has seen."""
+    answered = re.search(r'requests_total{path="/link",status="200"} (\d+)', metrics)
+    begun = re.search(r"requests_in_progress (\d+)", metrics)
+    assert begun is not None
+    return int(begun[1]) - 1 + (int(answered[1]) if answered else 0)  # without the one for the figures
+
+
+@pytest.mark.slow
+def test_it_serves_until_it_is_told_to_stop_and_answers_what_has_begun(run: Run) -> None:
+    with served(run) as (address, process), httpx.Client(base_url=address, timeout=60) as client:
+        assert client.get("/health/ready").json()["entities"] == 11
+        statuses: list[int] = []
+        begun = threading.Barrier(5)
+
+        def ask() -> None:
+            with httpx.Client(base_url=address, timeout=60) as own:
+                own.get("/health/live")
+                begun.wait(60)
+                statuses.append(own.post("/link", json={"mentions": [{"word": "red"}] * 64}).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        begun.wait(60)
+        wait_until(lambda: begun_or_answered(client.get("/metrics").text) == 4, 60, "the requests do not come")
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert statuses == [200] * 4
+        assert process.wait(60) in (0, -signal.SIGTERM)
+        with pytest.raises(httpx.TransportError):
+            client.get("/health/live")
+
+
+def serve(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["serve", *map(str, arguments)])
+
+
+def test_a_port_in_use_and_a_model_that_is_none_are_said_in_one_line(run: Run, tmp_path: os.PathLike[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = serve(run.folder, "--port", port)
+    assert str(said.exception) == (
+        f"--host 127.0.0.1 --port {port}: Address already in use; give another --port, or --host"
+    )
+    assert "no run at" in str(serve(tmp_path, "--port", 0).exception)
+    assert "--host nowhere.invalid" in str(serve(run.folder, "--host", "nowhere.invalid").exception)
