@@ -18,7 +18,13 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
 PACKAGES, BUILD = "constraint-dependencies", "build-constraint-dependencies"
-CLUSTER_FILES = ("cluster.yaml", "deploy/onprem.yaml", "deploy/Dockerfile", "deploy/kuberay/base/rayjob.yaml")
+CLUSTER_FILES = (
+    "cluster.yaml",
+    "deploy/onprem.yaml",
+    "deploy/Dockerfile",
+    "deploy/kuberay/base/rayjob.yaml",
+    "deploy/kuberay/rayservice.yaml",
+)
 REQUIREMENTS = "deploy/requirements.txt"
 BUILD_REQUIREMENTS = "deploy/requirements-build.txt"
 _PLAIN = ("--no-annotate", "--no-header", "--no-emit-index-url")

@@ -74,6 +74,13 @@ def reconciliation_router(served: Served, batcher: Batcher, limits: Limits, page
         queries = {f"queries.{number}": of_conditions(each, number) for number, each in enumerate(asked)}
         return JSONResponse({"results": [{"candidates": found} for found in (await answers(queries)).values()]})
 
+    _add_entities(router, served, pages)
+    return router
+
+
+def _add_entities(router: APIRouter, served: Served, pages: Environment) -> None:
+    """What a client asks of entities that it has: suggestions, further values, and a card."""
+
     @router.get("/suggest/entity", summary="Entities whose name holds a text")
     def suggest(prefix: Annotated[str, Query(max_length=200)] = "", cursor: int = 0) -> JSONResponse:
         kb = served.linker.knowledge_base
@@ -101,8 +108,6 @@ def reconciliation_router(served: Served, batcher: Batcher, limits: Limits, page
             "x-frame-options": "",
         }
         return HTMLResponse(card, headers=framed)  # OpenRefine shows it in a frame
-
-    return router
 
 
 def manifest(name: str, base: str) -> dict[str, Any]:

@@ -34,7 +34,10 @@ class LinkRequest(Body):
     top: int = Field(5, ge=1, description="How many entities each gets.")
     explain: bool = Field(False, description="Also what each expert or unit says of each link.")
     min_confidence: float | None = Field(
-        None, ge=0, le=1, description="Mentions whose best link is less sure count as not in the knowledge base."
+        None,
+        ge=0,
+        le=1,
+        description="Mentions that are less probably in the knowledge base count as not in it (`is_nil`).",
     )
 
 
@@ -67,6 +70,7 @@ class LinksOut(BaseModel):
     id: str
     word: str
     is_nil: bool = Field(description="Taken for something that is not in the knowledge base.")
+    known: float | None = Field(description="Probability that the mention's entity is in the knowledge base.")
     links: list[LinkOut]
     reason: str | None = Field(description="Why the mention could not be linked.")
 
@@ -125,12 +129,12 @@ def links_out(
     given_id: str, word: str, links: Links, min_confidence: float | None, parts: Mapping[str, Sequence[float]]
 ) -> LinksOut:
     """The answer for one mention; `parts` has the score that each part gives to each link."""
-    best = links[0] if links else None
-    unsure = best is not None and min_confidence is not None and (best.confidence or 0.0) < min_confidence
+    is_nil = links.is_nil if min_confidence is None or links.known is None else links.known < min_confidence
     return LinksOut(
         id=given_id,
         word=word,
-        is_nil=links.is_nil if min_confidence is None else unsure,
+        is_nil=is_nil,
+        known=links.known,
         links=[link_out(link, parts_out(parts, number)) for number, link in enumerate(links)],
         reason=links.reason,
     )

@@ -16,12 +16,14 @@ import yaml
 from dsmip.runs.load_config import shipped_configs
 from ray_jobs.cli import app
 from ray_jobs.cluster.node_types import VARIABLE
-from tests.support.cluster.kuberay import NetworkPolicy, PersistentVolumeClaim, RayJob
+from tests.support.cluster.kuberay import NetworkPolicy, PersistentVolumeClaim, RayJob, RayService
 
 # isort: split
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
+from ray.serve.schema import ServeDeploySchema
 
+from ray_jobs.serving import ServeArguments
 from tests.support.paths import ROOT
 from tools.refresh_pins import BUILD_REQUIREMENTS, REQUIREMENTS
 
@@ -128,7 +130,9 @@ def test_whoever_is_not_of_ray_reaches_no_pod_of_it() -> None:
     policy = NetworkPolicy.model_validate(_tree(KUBERAY / "network.yaml"))
     assert policy.spec.policyTypes == ["Ingress"]
     assert policy.spec.podSelector.matchLabels == {"ray.io/is-ray-node": "yes"}
-    inside, dashboard = policy.spec.ingress
+    inside, dashboard, served = policy.spec.ingress
+    assert [peer.namespaceSelector for peer in served.from_] == [None]
+    assert [port.port for port in served.ports] == [8000]
     assert [peer.podSelector for peer in inside.from_] == [policy.spec.podSelector]
     assert [peer.namespaceSelector for peer in inside.from_] == [None]  # of this namespace alone
     assert [port.port for port in dashboard.ports] == [8265]
@@ -186,6 +190,27 @@ def test_a_stage_on_kuberay_is_a_rayjob_that_starts_with_no_worker(stage: str) -
     context = typer.main.get_command(app).commands[command].make_context(command, list(arguments))  # type: ignore[attr-defined]
     assert context.params.get("config") in {None, *shipped_configs()}
     assert all(str(path).startswith("/shared/") for path in context.params.values() if isinstance(path, Path))
+
+
+def test_a_served_linker_on_kuberay_has_arguments_that_it_takes_and_pods_that_hold_its_replicas() -> None:
+    service = RayService.model_validate(_tree(KUBERAY / "rayservice.yaml"))
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service.spec.serveConfigV2))
+    (application,) = config.applications
+    assert application.import_path == "ray_jobs.serving:app"
+    arguments = ServeArguments.model_validate(application.args)
+    assert arguments.model.startswith("/shared/")
+    cluster = service.spec.rayClusterConfig
+    assert (cluster.rayVersion, cluster.authOptions.mode) == (RAY_VERSION, "token")
+    (group,) = cluster.workerGroupSpecs
+    limits = group.template.spec.containers[0].resources.limits
+    a_pod = min(int(int(limits["nvidia.com/gpu"]) / arguments.gpus), int(int(limits["cpu"]) / arguments.cpus))
+    assert a_pod * group.maxReplicas == arguments.max_replicas
+    templates = [cluster.headGroupSpec.template, group.template]
+    (built,) = yaml.safe_load((KUBERAY / "base" / "kustomization.yaml").read_text())["images"]
+    images = {template.spec.containers[0].image for template in templates}
+    assert images == {f"{built['newName']}:{built['newTag']}"}
+    policy = NetworkPolicy.model_validate(_tree(KUBERAY / "network.yaml"))
+    assert config.http_options.port in {port.port for rule in policy.spec.ingress for port in rule.ports}
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")

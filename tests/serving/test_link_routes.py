@@ -2,13 +2,18 @@
 
 import base64
 import io
+import json
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+from dsmip.calibration.calibration import BestScores, Calibration
 from dsmip.linking.linker import Linker
+from dsmip.serving.app import create_app
+from dsmip.serving.served import Source
 from tests.support.small_release import image_bytes
 
 PICTURE = image_bytes((20, 16), "red")
@@ -134,3 +139,27 @@ def test_answers_repeat_nothing_that_was_sent(client: TestClient) -> None:
     secret = "s3cret-of-a-client"
     for asked in ({"word": 1, "sentence": secret}, {"word": "red", "image": secret}, {"word": "red", "top": secret}):
         assert secret not in client.post("/link", json=asked).text
+
+
+def test_a_calibrated_linker_says_how_sure_it_is_and_what_is_not_there(linker: Linker) -> None:
+    score_MK = torch.tensor([[9.0, 1.0, 0.0, -1.0], [2.0, 1.9, 1.8, 1.7]]).repeat(20, 1)
+    is_gold_MK = torch.zeros(40, 4, dtype=torch.bool)
+    is_gold_MK[::2, 0] = is_gold_MK[1::2, 1] = True
+    best = BestScores(score_MK, torch.zeros(40, 4, dtype=torch.long))
+    calibration = Calibration.fit("dsmip", "index", linker.model.choices, best, is_gold_MK)
+    calibrated = Linker(linker.model, linker.knowledge_base, linker.search, calibration=calibration)
+    with TestClient(create_app(Source(lambda: calibrated, lambda: ""), name="calibrated")) as client:
+        expected = calibrated.link("red", "a red thing")
+        (found,) = client.post("/link", json={"word": "red", "sentence": "a red thing"}).json()["mentions"]
+        assert found["known"] == pytest.approx(expected.known, abs=1e-4)
+        assert found["links"][0]["confidence"] == pytest.approx(expected[0].confidence, abs=1e-4)
+        assert [each["confidence"] for each in found["links"][1:]] == [None] * 4
+        for threshold, is_nil in ((0.0, False), (1.0, True)):
+            asked = {"word": "red", "sentence": "a red thing", "min_confidence": threshold}
+            assert client.post("/link", json=asked).json()["mentions"][0]["is_nil"] is is_nil
+        queries = {"q0": {"query": "red"}}
+        (first, *_) = client.post("/reconcile", data={"queries": json.dumps(queries)}).json()["q0"]["result"]
+        linked = calibrated.link("red")
+        assert first["score"] == pytest.approx(100 * (linked[0].confidence or 0), abs=0.02)
+        assert first["match"] is (not linked.is_nil and (linked[0].confidence or 0) >= 0.5)
+        assert client.get("/health/ready").json()["calibrated"] is True

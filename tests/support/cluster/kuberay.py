@@ -153,6 +153,18 @@ class RayJob(_Strict):
     spec: RayJobSpec
 
 
+class RayServiceSpec(_Strict):
+    serveConfigV2: str
+    rayClusterConfig: RayClusterSpec
+
+
+class RayService(_Strict):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayService"]
+    metadata: Metadata
+    spec: RayServiceSpec
+
+
 class _Storage(_Strict):
     requests: dict[Literal["storage"], Quantity]
 
