@@ -215,7 +215,7 @@ def extended(served: Served, asked: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(ids, list) or not isinstance(properties, list):
         raise Unusable("extend", "has ids and properties, a list each")
     known = {each["id"]: each for each in EXTENSIONS}
-    wanted = [each.get("id") for each in properties if isinstance(each, dict) and each.get("id") in known]
+    wanted = [each["id"] for each in properties if isinstance(each, dict) and each.get("id") in known]
     kb = served.linker.knowledge_base
     rows: dict[str, Any] = {}
     for entity_id in map(str, ids):

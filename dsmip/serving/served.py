@@ -9,6 +9,7 @@ from pathlib import Path
 from dsmip.errors import UserError
 from dsmip.linking.linker import Linker
 from dsmip.storage.locations import Location
+from dsmip.storage.run_storage import RunStorage
 
 # What is written last: of a bundle, and of a run.
 _STAMPED = ("bundle.json", "*/part.json", "evaluate/validation/*/calibration.json")
@@ -29,7 +30,7 @@ class Source:
 
 def stamp_of(location: Location) -> str:
     """Names, sizes and times of what a linker is made from; the same for ever where it is no folder of this machine."""
-    folder = Path(location)
+    folder = location.folder if isinstance(location, RunStorage) else Path(location)
     files = (path for pattern in _STAMPED for path in sorted(folder.glob(pattern)))
     stats = ((path.relative_to(folder), path.stat()) for path in files)
     return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)

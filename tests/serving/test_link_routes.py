@@ -27,7 +27,7 @@ def bomb() -> bytes:
     return buffer.getvalue()
 
 
-def as_linked(linker: Linker, top: int, **mention: Any) -> list[tuple[str, float]]:
+def as_linked(linker: Linker, top: int, **mention: Any) -> list[tuple[str, Any]]:
     return [(link.entity_id, pytest.approx(link.score, abs=1e-5)) for link in linker.link(top=top, **mention)]
 
 

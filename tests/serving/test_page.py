@@ -64,7 +64,7 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
 
     context.route("**/*", only_here)
     opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("console", lambda line: "Content Security" in line.text and wrong.append(line.text))
+    opened.on("console", lambda line: wrong.extend([line.text] * ("Content Security" in line.text)))
     opened.set_default_timeout(60_000)
     opened.goto(address)
     yield opened
