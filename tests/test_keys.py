@@ -141,7 +141,7 @@ def test_parts_of_other_settings_are_keyed_as_ever(config: ExperimentConfig) -> 
 
 
 def test_every_field_of_an_expert_is_in_its_key(config: ExperimentConfig) -> None:
-    other: Mapping[str, Any] = {"tune": "full", "prompt_length": 5, "prompt_depth": 5}
+    other: Mapping[str, Any] = {"tune": "full", "prompt_length": 5, "prompt_depth": 5, "prompts_in": "text"}
     changes = [{name: other[name]} for name in ExpertConfig.model_fields]
     configs = [changed(config, {"system": {"experts": {"multimodal": change}}}) for change in changes]
     keys = {find_system("dsmip").part_key("multimodal", each) for each in [config, *configs]}

@@ -50,9 +50,12 @@ class DsmipConfig(Frozen):
         if missing := [name for name in self.use if name not in self.experts]:
             raise ValueError(f"use: no expert named {', '.join(missing)} under experts")
         for name, expert in self.experts.items():
-            if len(MODALITIES[name]) == 1 and (expert.prompt_length or expert.prompt_depth):
+            if len(MODALITIES[name]) == 1 and (
+                expert.prompt_length or expert.prompt_depth or expert.prompts_in != "both"
+            ):
                 raise ValueError(
-                    f"experts.{name}: only the multimodal expert has prompts; remove prompt_length and prompt_depth"
+                    f"experts.{name}: only the multimodal expert has prompts; remove prompt_length, prompt_depth and "
+                    "prompts_in"
                 )
         return self
 
@@ -225,11 +228,13 @@ class Dsmip(System):
         if part == GATE:
             return plain_text((section.gate.picture, section.gate.vgg_weights))
         expert = section.experts[cast(ExpertName, part)]
-        of_expert = {
+        of_expert: dict[str, Any] = {
             "tune": expert.tune,
             "prompt_length": expert.prompt_length,
             "prompt_depth": expert.prompt_depth,
         }
+        if expert.prompts_in != "both":
+            of_expert["prompts_in"] = expert.prompts_in
         texts = {"mention": section.template.mention, "entity": section.template.entity}
         return plain_text((of_expert, section.width, section.mask_padding, texts))
 
@@ -244,9 +249,14 @@ class Dsmip(System):
         super().check(config, backbone)
         section: DsmipConfig = config.system
         for name, expert in section.experts.items():
-            for tower in (backbone.text, backbone.vision):
+            for tower in (backbone.text, backbone.vision)[: 1 if expert.prompts_in == "text" else 2]:
                 if expert.num_prompts and (fault := tower.prompt_fault(expert.prompt_depth)):
-                    raise UserError(f"system.experts.{name}.prompt_depth: {fault} of {config.backbone.architecture}")
+                    fits = tower is backbone.vision and not backbone.text.prompt_fault(expert.prompt_depth)
+                    advice = f"; system.experts.{name}.prompts_in: text puts them into the text tower alone"
+                    raise UserError(
+                        f"system.experts.{name}.prompt_depth: {fault} of {config.backbone.architecture}"
+                        + (advice if fits else "")
+                    )
         check_weights_named(section.gate)
 
     @classmethod

@@ -5,7 +5,7 @@ cross unit. Without an encoder an expert scores cached features.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,11 +32,18 @@ _TOWERS: Mapping[Modality, TowerName] = {"text": "text", "image": "vision"}
 
 
 class ExpertConfig(Frozen):
-    """What an expert trains besides its units, and its prompts (the multimodal expert only; 0: none)."""
+    """What an expert trains besides its units, and its prompts (the multimodal expert only; 0: none).
+
+    Attributes:
+        prompts_in: Both towers, as published, or the text tower alone, for vision towers that have no place for any.
+    """
+
+    added: ClassVar[Mapping[str, Any]] = {"prompts_in": "both"}
 
     tune: Tuning = "frozen"
     prompt_length: int = Field(0, ge=0)
     prompt_depth: int = Field(0, ge=0)
+    prompts_in: Literal["both", "text"] = "both"
 
     @property
     def num_prompts(self) -> int:
@@ -58,7 +65,8 @@ class ExpertEncoder(nn.Module):
         self.modalities, self.mask_padding = modalities, mask_padding
         self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
         self.backbone.tune(config.tune, [_TOWERS[modality] for modality in modalities])
-        widths = (config.prompt_length, config.prompt_depth, self.backbone.text_width, self.backbone.vision_width)
+        vision_width = self.backbone.vision_width if config.prompts_in == "both" else None
+        widths = (config.prompt_length, config.prompt_depth, self.backbone.text_width, vision_width)
         self.mention_prompts = InteractivePrompts(*widths)
         self.entity_prompts = InteractivePrompts(*widths)
 
@@ -75,7 +83,7 @@ class ExpertEncoder(nn.Module):
             columns["text_tokens"] = Ragged.from_padded(text.tokens, text.mask if self.mask_padding else None)
         if "image" in self.modalities:
             pixels = self.backbone.normalise(batch.images, batch.has_image)
-            image = self.backbone.encode_image(pixels, prompts)
+            image = self.backbone.encode_image(pixels, prompts if prompts.has_image_prompts else None)
             columns["image_global"] = image.pooled
             columns["image_tokens"] = Ragged.from_padded(image.tokens)
         return Table(columns)

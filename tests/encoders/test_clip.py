@@ -366,7 +366,7 @@ def test_files_that_are_no_state_dict_of_open_clips_are_called_what_they_are(tmp
         Backbone.checked(config, str(tmp_path / "ViT-B-32.pt"))
     save_file({"bert.embeddings.word_embeddings.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(
-        UserError, match=r"model.safetensors .* are a Hugging Face text encoder's, one tower of the two"
+        UserError, match=r"model.safetensors .* are a Hugging Face text encoder's, one tower of .* backbone.text: hf:<"
     ):
         Backbone.checked(config, str(tmp_path / "model.safetensors"))
     (tmp_path / "config.json").write_text("{}")

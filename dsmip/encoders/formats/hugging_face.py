@@ -25,6 +25,8 @@ _SIGNS = (
     ("text_model.embeddings.token_embedding.weight", "CLIPTextModel"),
 )
 
+_PLACES = {"text encoder": "a text encoder such as BERT belongs to backbone.text: hf:<its folder>"}
+
 
 def weights_file(folder: Path) -> Path:
     """The file of weights in a folder that has a config.json.
@@ -106,8 +108,9 @@ def open_clip_names(state: Mapping[str, Tensor], label: str) -> dict[str, Tensor
     if kind == "SiglipModel":
         return hugging_face_siglip.open_clip_names(state)
     if kind is not None:
+        place = f"; {_PLACES[kind]}" if kind in _PLACES else ""
         raise UserError(
             f"weights {label} are a Hugging Face {kind}'s, one tower of the two that a backbone has; needed are those "
-            "of a CLIPModel, a SiglipModel or an open_clip network"
+            f"of a CLIPModel, a SiglipModel or an open_clip network{place}"
         )
     return dict(state)

@@ -19,7 +19,7 @@ class InteractivePrompts(nn.Module):
         num_prompts: r, prompts per layer.
         depth: J, number of layers whose inputs get prompts of their own.
         text_width: d_t.
-        vision_width: d_v.
+        vision_width: d_v; None: there are text prompts alone, and nothing couples.
         generator: source of the initial values (None: torch's global one).
 
     Raises:
@@ -31,7 +31,7 @@ class InteractivePrompts(nn.Module):
         num_prompts: int,
         depth: int,
         text_width: int,
-        vision_width: int,
+        vision_width: int | None,
         *,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -42,7 +42,8 @@ class InteractivePrompts(nn.Module):
         self.num_prompts = 0 if empty else num_prompts
         self.depth = 0 if empty else depth
         self.tables_Jrt = nn.Parameter(torch.empty(self.depth, self.num_prompts, text_width), requires_grad=not empty)
-        self.couplings = nn.ModuleList(nn.Linear(text_width, vision_width) for _ in range(self.depth))
+        coupled = () if vision_width is None else (vision_width,) * self.depth
+        self.couplings = nn.ModuleList(nn.Linear(text_width, width) for width in coupled)
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -52,6 +53,10 @@ class InteractivePrompts(nn.Module):
         bound = 1.0 / math.sqrt(max(self.tables_Jrt.shape[2], 1))
         for parameter in self.couplings.parameters():
             parameter.uniform_(-bound, bound, generator=generator)
+
+    @property
+    def has_image_prompts(self) -> bool:
+        return len(self.couplings) > 0
 
     def text_prompts(self, layer: int) -> Tensor:
         """[r, d_t] prompts for the text tower's layer `layer` (0 .. J-1)."""

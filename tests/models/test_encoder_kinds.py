@@ -1,0 +1,183 @@
+"""Every system with every kind of encoder: it trains, is stored and ranks, or its configuration is refused."""
+
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsmip.config import ExperimentConfig, TrainConfig
+from dsmip.data.collate import Collator, ItemBatch
+from dsmip.data.dataset import Dataset
+from dsmip.data.table import Table
+from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
+from dsmip.encoders.clip import Backbone
+from dsmip.errors import UserError
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranking import RankedModel, rank_unrefined
+from dsmip.models import find_system, systems
+from dsmip.models.base import System
+from dsmip.runs.load_config import parse_config
+from dsmip.runs.weights import load_own_weights, own_weights, save_weights
+from dsmip.training.batches import Step
+from dsmip.training.gradients import batch_backward
+from dsmip.units.matcher import Matcher, Part, Reranker
+from tests.support.encoders.small_backbones import SMALL_BACKBONES
+from tests.support.scoring.contract import CPU, seeded, shake
+
+FORMS: dict[str, dict[str, Any]] = {
+    "albef": {"layers": 1, "heads": 2, "num_tokens": 24, "masked_weight": 0.0, "candidates": 2},
+    "blink": {"num_tokens": 12, "candidates": 2},
+    "dsmip": {
+        "experts": {"text": {}, "visual": {}, "multimodal": {"prompt_length": 2, "prompt_depth": 2}},
+        "width": 8,
+        "gate": {"picture": "clip", "width": 8},
+    },
+    "dzmned": {"width": 8},
+    "ghmfc": {"width": 8, "heads": 2, "layers": 1},
+    "jmel": {"width": 8},
+    "m3el": {"width": 8, "num_tokens": 24},
+    "mimic": {"width": 8, "num_tokens": 24},
+    "mmoe": {"width": 8, "num_tokens": 24},
+}
+TEXT_ALONE = ("bert", "blink")
+NO_PICTURES, NO_TEXTS = r"reads pictures, and backbone .* has no vision tower", r"reads texts, and .* has no text tower"
+CLIPS_WORDS = r"has CLIP's vocabulary, without \["
+
+
+def refusal(name: str, kind: str) -> str | None:
+    """Why a system cannot be had with an encoder; None: it can."""
+    if kind == "pictures alone":
+        return NO_TEXTS
+    if name in TEXT_ALONE:
+        return None if kind in ("BERT", "separate towers", "texts alone") else CLIPS_WORDS
+    if kind == "texts alone":
+        return NO_PICTURES
+    if name == "dsmip" and kind in ("ResNet", "timm ConvNet", "separate towers"):
+        return r"multimodal.prompt_depth: prompts have no place in the vision tower: .*; .*prompts_in: text puts them"
+    return None
+
+
+@pytest.fixture(scope="module")
+def architectures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    found = {}
+    for kind, write in SMALL_BACKBONES.items():
+        found[kind] = write(tmp_path_factory.mktemp("backbone"))
+    return found
+
+
+tokenizer = cache(build_tokenizer)  # CLIP's takes half a second
+on_meta = cache(partial(Backbone.build, pretrained=None, device="meta"))
+
+
+def collator(system: type[System], part: str, config: ExperimentConfig) -> Collator:
+    network, form = resolve_architecture(config.backbone.architecture), system.item_format(config.system, part)
+    form = form if form.pixels is not None else replace(form, pixels=network.pixels)
+    return Collator(tokenizer(network.name, form.markers), form, network.image_size)
+
+
+def trains(part: Part) -> None:
+    gradients = {name: p.grad for name, p in part.named_parameters() if p.grad is not None}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert any(bool(gradient.any()) for gradient in gradients.values())
+
+
+def check_matcher(matcher: Matcher, mentions: ItemBatch, entities: ItemBatch, folder: Path) -> None:
+    rows = torch.arange(len(mentions))
+    matcher.eval()
+    features = matcher.encode_mentions(mentions), matcher.encode_entities(entities)
+    for table, batch in zip(features, (mentions, entities), strict=True):
+        check_features(table, batch)
+    prepared = matcher.prepare_mentions(features[0]), matcher.prepare_entities(features[1])
+    scores_ME = matcher.score(*prepared).total_ME
+    assert scores_ME.shape == (len(mentions), len(entities))
+    assert scores_ME.isfinite().all()
+    assert scores_ME.std(dim=1).min() > 0
+    ranking = rank_unrefined(RankedModel(matcher, prepared[0], EntityIndex([prepared[1]]), rows), CPU)
+    assert bool(((ranking.rank_M >= 1) & (ranking.rank_M <= len(entities))).all())
+
+    save_weights(folder / "weights.safetensors", own_weights(matcher))
+    shake(matcher)
+    load_own_weights(matcher, folder / "weights.safetensors")
+    again = matcher.prepare_mentions(matcher.encode_mentions(mentions)), matcher.prepare_entities(features[1])
+    assert torch.equal(matcher.score(*again).total_ME, scores_ME)
+    if any(parameter.requires_grad for parameter in matcher.parameters()):
+        items = matcher.reads_items or matcher.encoder_trains()
+        step = Step(*((mentions, entities) if items else features), rows, torch.arange(len(entities)))
+        matcher.train()
+        with torch.enable_grad():
+            batch_backward(matcher, step, TrainConfig(), CPU)
+        trains(matcher)
+
+
+def check_features(table: Table, batch: ItemBatch) -> None:
+    assert len(table) == len(batch)
+    values = [c if isinstance(c, Tensor) else c.values for c in table.columns.values()]
+    assert all(each.dtype == torch.float32 and each.isfinite().all() for each in values)
+
+
+def check_reranker(reranker: Reranker, mentions: ItemBatch, entities: ItemBatch) -> None:
+    """Its two mentions have three and two entities."""
+    reranker.train()
+    with torch.enable_grad():
+        reranker(mentions.rows(0, 2), entities, torch.tensor([[0, 1, 2], [1, 3, -1]])).backward()
+    trains(reranker)
+
+
+@pytest.mark.parametrize("kind", SMALL_BACKBONES)
+@pytest.mark.parametrize("name", systems())
+def test_a_system_works_with_an_encoder_or_says_why_not(
+    name: str, kind: str, architectures: dict[str, str], small_data: Dataset, tmp_path: Path
+) -> None:
+    system, backbone = find_system(name), {"architecture": architectures[kind]}
+    config = parse_config({"model": name, "backbone": backbone, "system": FORMS.get(name, {})})
+    if (reason := refusal(name, kind)) is not None:
+        with pytest.raises(UserError, match=reason):
+            system.check(config, on_meta(architectures[kind]))
+        return
+    system.check(config, on_meta(architectures[kind]))
+    mentions, entities = list(small_data.mentions("test"))[:3], list(small_data.entities())[:5]
+    rerankers, parts = system.rerankers(config.system), system.part_names(config.system)
+    with seeded(1), torch.no_grad():
+        for part in dict.fromkeys((*parts, *system.feature_parts(config.system))):
+            make = collator(system, part, config)
+            items = make.mentions(mentions), make.entities(entities)
+            if part in rerankers:
+                check_reranker(system.build_reranker(part, config), *items)
+            elif part in parts:
+                check_matcher(system.build_part(part, config, with_encoder=True), *items, tmp_path)
+            else:  # what a gate reads
+                check_features(system.build_encoder(part, config).encode_entities(items[1]), items[1])
+
+
+@pytest.mark.parametrize("kind", ["ResNet", "separate towers"])
+def test_prompts_go_into_the_text_tower_alone_beside_a_convolutional_one(
+    kind: str, architectures: dict[str, str], small_data: Dataset, tmp_path: Path
+) -> None:
+    system = find_system("dsmip")
+
+    def configured(**prompts: Any) -> ExperimentConfig:
+        form = {**FORMS["dsmip"], "experts": {"text": {}, "multimodal": prompts}, "use": ["text", "multimodal"]}
+        return parse_config({"model": "dsmip", "backbone": {"architecture": architectures[kind]}, "system": form})
+
+    config, plain = configured(prompt_length=2, prompt_depth=2, prompts_in="text"), configured()
+    system.check(config, on_meta(architectures[kind]))
+    make = collator(system, "multimodal", config)
+    mentions, entities = (
+        make.mentions(list(small_data.mentions("test"))[:3]),
+        make.entities(list(small_data.entities())),
+    )
+    with seeded(1), torch.no_grad():
+        expert = system.build_part("multimodal", config, with_encoder=True)
+        prompted, without = (
+            each.eval().encode_mentions(mentions)
+            for each in (expert, system.build_part("multimodal", plain, with_encoder=True))
+        )
+        check_matcher(expert, mentions, entities, tmp_path)
+    assert torch.equal(prompted.ragged("image_tokens").values, without.ragged("image_tokens").values)
+    assert torch.equal(prompted.ragged("text_tokens").lengths, without.ragged("text_tokens").lengths + 2)
+    trained = {name for name, p in expert.named_parameters() if p.grad is not None and "encoder" in name}
+    assert trained == {"encoder.mention_prompts.tables_Jrt", "encoder.entity_prompts.tables_Jrt"}
