@@ -78,6 +78,7 @@ def test_every_field_of_an_item_format_is_in_the_key_of_features() -> None:
         "modalities": ("image",),
         "pixels": PixelForm(resize="squash"),
         "markers": ("[SEP]",),
+        "word_places": True,
         "texts": (("word", Template()),),
     }
     formats = [replace(PLAIN_FORMAT, **{field.name: other[field.name]}) for field in fields(ItemFormat)]
@@ -93,6 +94,7 @@ def test_every_field_of_an_item_format_is_in_the_key_of_features() -> None:
         ("mimic", {"num_tokens": 9}, {"num_tokens": 9, "mask_padding": True}),
         ("clip", {"image_weight": 0.25}, {"image_weight": 0.5}),
         ("bert", {"pooling": "first"}, {"pooling": "tower"}),
+        ("bert", {"pooling": "tower"}, {"pooling": "word"}),
         ("blink", {"pooling": "first"}, {"pooling": "tower"}),
     ],
 )

@@ -12,7 +12,7 @@ from torch.nn import functional
 from dsmip.data.dataset import Dataset
 from dsmip.data.images import CLIP_PIXELS, PixelForm, UnreadableImage, decode, fit
 from dsmip.data.records import Entity, Mention
-from dsmip.data.text import Template, Tokenizer, Tokens, entity_text, mention_text
+from dsmip.data.text import Template, Tokenizer, Tokens, before_word, entity_text, mention_text
 from dsmip.errors import UserError
 
 Modality = Literal["text", "image"]
@@ -88,6 +88,8 @@ class ItemFormat:
         pixels: How pictures become squares; None: as the backbone's weights expect it.
         markers: Tokens that the template writes out, such as [unused0]; the tokenizer must have each of them.
         texts: Further texts of an item, by name: `ItemBatch.extras` has each as <name>_ids and <name>_mask.
+        word_places: `ItemBatch.extras` has `word_places`, bool [N, L]: which tokens are the mention's word, or the
+            entity's name; none of them where it is cut off.
     """
 
     template: Template
@@ -97,6 +99,7 @@ class ItemFormat:
     pixels: PixelForm | None = None
     markers: tuple[str, ...] = ()
     texts: tuple[tuple[str, Template], ...] = ()
+    word_places: bool = False
 
 
 class Collator:
@@ -122,7 +125,18 @@ class Collator:
         for name, template in self.item_format.texts:
             further = self.tokenizer([text_of(item, template) for item in items])
             extras |= {f"{name}_ids": further.ids, f"{name}_mask": further.mask}
+        if self.item_format.word_places:
+            extras["word_places"] = self._word_places(tokens, items)
         return ItemBatch(*tokens, images, has_image, extras)
+
+    def _word_places(self, tokens: Tokens, items: Sequence[Mention | Entity]) -> Tensor:
+        """Where a line's tokens are no longer those of what stands before the word, up to where they are with it."""
+        template, markers = self.item_format.template, self.item_format.markers
+        pairs = [before_word(item, template, markers) for item in items]
+        first_N1, stop_N1 = (_num_alike(tokens, self._tokens([pair[end] for pair in pairs])) for end in (0, 1))
+        place_L, end_N1 = torch.arange(tokens.ids.shape[1]), tokens.mask.sum(dim=1, keepdim=True) - 1
+        stop_N1 = torch.minimum(torch.maximum(stop_N1, first_N1 + 1), end_N1)  # the token that ends a text is no word
+        return (place_L >= first_N1) & (place_L < stop_N1)
 
     def _tokens(self, texts: list[str]) -> Tokens:
         if "text" not in self.item_format.modalities:
@@ -133,6 +147,13 @@ class Collator:
         ids, mask = self.tokenizer(texts, self.tokenizer.context_length - length)
         missing = (0, length - ids.shape[1])
         return Tokens(functional.pad(ids, missing, value=self.tokenizer.pad_id), functional.pad(mask, missing))
+
+
+def _num_alike(whole: Tokens, start: Tokens) -> Tensor:
+    """How many of the first tokens two texts share, int64 [N, 1]; the last token of `start` ends it and is none."""
+    length = min(whole.ids.shape[1], start.ids.shape[1])
+    alike = (whole.ids[:, :length] == start.ids[:, :length]) & whole.mask[:, :length] & start.mask[:, :length]
+    return alike.long().cumprod(dim=1).sum(dim=1, keepdim=True).clamp_max(start.mask.sum(dim=1, keepdim=True) - 1)
 
 
 class ImageCollator:

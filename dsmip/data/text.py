@@ -35,7 +35,12 @@ class Template(BaseModel):
     @property
     def reads_desc(self) -> bool:
         """Whether a mention's line has its description."""
-        return any(name == "desc" for _, name, _, _ in Formatter().parse(self.mention))
+        return "desc" in _fields(self.mention)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether the lines have the mention's word and the entity's name."""
+        return "word" in _fields(self.mention) and "name" in _fields(self.entity)
 
     @field_validator("mention")
     @classmethod
@@ -46,6 +51,10 @@ class Template(BaseModel):
     @classmethod
     def _check_entity(cls, value: str) -> str:
         return _checked(value, {"name", "attributes"})
+
+
+def _fields(template: str) -> set[str | None]:
+    return {name for _, name, _, _ in Formatter().parse(template)}
 
 
 def _checked(template: str, allowed: set[str]) -> str:
@@ -69,15 +78,37 @@ def mention_text(mention: Mention, template: Template, without: Sequence[str] = 
     Args:
         without: Texts that mean something in the template, and are taken out of what a user wrote.
     """
-    beside = any(name in template.mention for name in ("{left}", "{right}"))
-    left, right = beside_word(mention.word, mention.sentence) if beside else ("", "")
-    fields = {"word": mention.word, "sentence": mention.sentence, "left": left, "right": right, "desc": mention.desc}
-    return template.mention.format(**_stripped(fields, without))
+    return template.mention.format(**_stripped(_mention_fields(mention, template), without))
 
 
 def entity_text(entity: Entity, template: Template, without: Sequence[str] = ()) -> str:
     """The line that stands for an entity; `without` as in `mention_text`."""
-    return template.entity.format(**_stripped({"name": entity.name, "attributes": entity.attributes}, without))
+    return template.entity.format(**_stripped(_entity_fields(entity), without))
+
+
+def before_word(item: Mention | Entity, template: Template, without: Sequence[str] = ()) -> tuple[str, str]:
+    """What of an item's line stands before its word or name, and the same with it."""
+    if isinstance(item, Entity):
+        line, key, fields = template.entity, "name", _entity_fields(item)
+    else:
+        line, key, fields = template.mention, "word", _mention_fields(item, template)
+    fields, before = _stripped(fields, without), ""
+    for literal, field, _, _ in Formatter().parse(line):
+        before += literal
+        if field == key:
+            break
+        before += fields[field] if field else ""
+    return before, before + fields[key]
+
+
+def _mention_fields(mention: Mention, template: Template) -> Mapping[str, str]:
+    beside = any(name in template.mention for name in ("{left}", "{right}"))
+    left, right = beside_word(mention.word, mention.sentence) if beside else ("", "")
+    return {"word": mention.word, "sentence": mention.sentence, "left": left, "right": right, "desc": mention.desc}
+
+
+def _entity_fields(entity: Entity) -> Mapping[str, str]:
+    return {"name": entity.name, "attributes": entity.attributes}
 
 
 def beside_word(word: str, sentence: str) -> tuple[str, str]:

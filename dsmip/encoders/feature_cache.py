@@ -104,6 +104,8 @@ def feature_key(
     if item_format.texts:
         further = tuple((name, each.mention, each.entity) for name, each in item_format.texts)
         items += f", texts={plain_text(further)}"
+    if item_format.word_places:
+        items += ", word_places=True"
     if item_format.markers:
         items += f", markers={plain_text(item_format.markers)}"
     return fingerprint(weights, f"({manifest_hash!r}, {items}, {split!r}, {_DTYPES[dtype]})")

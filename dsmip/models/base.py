@@ -103,6 +103,11 @@ class System(ABC):
                         f"{part} reads {read}, and backbone {config.backbone.architecture} has no {tower.name} tower: "
                         f"add one ({key}<name>), or take a system that reads none"
                     )
+            if form.word_places and not form.template.has_words:
+                raise UserError(
+                    f"{part} pools the tokens of a mention's word and of an entity's name: system.template.mention "
+                    "must have {word}, system.template.entity {name}"
+                )
             if form.markers:
                 build_tokenizer(config.backbone.architecture, form.markers)
             if form.reserve > room - 3:  # start of text, a token, end of text

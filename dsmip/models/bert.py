@@ -21,6 +21,8 @@ from dsmip.models.base import OnePartSystem
 from dsmip.units.matcher import VectorMatcher
 
 Pooling = Literal["first", "tower"]
+AnyPooling = Literal["first", "tower", "word"]
+_POOLED = {"tower": "as_tower", "word": "word"}  # words of a key
 _LOG_SCALE = 2.9957  # of cosines at the start, log(20)
 _HIGHEST = 4.6052  # log(100)
 
@@ -30,35 +32,49 @@ class BertConfig(Frozen):
 
     Attributes:
         tune: frozen is zero-shot.
-        pooling: The vector of the first token ([CLS]), or what the tower pools as its authors do (a mean, mostly).
+        pooling: The vector of the first token ([CLS]), what the tower pools as its authors do (a mean, mostly), or the
+            mean of the tokens of a mention's word in its sentence, and of an entity's name.
         similarity: A product, or a cosine times a learned factor.
         markers: Tokens of the vocabulary that the template writes out.
     """
 
     tune: Tuning = "full"
-    pooling: Pooling = "first"
+    pooling: AnyPooling = "first"
     similarity: Literal["product", "cosine"] = "product"
     template: Template = Template(mention="{word} [SEP] {sentence}", entity="{name} [SEP] {attributes}")
     markers: tuple[str, ...] = ("[SEP]",)
 
 
 class TextEncoder(nn.Module):
-    """A text tower that gives one vector per text, `text` [N, d]: d_t of a first token, d_z of what the tower pools."""
+    """A text tower that gives one vector per text, `text` [N, d]: d_z of what the tower pools, else d_t of tokens."""
 
-    def __init__(self, backbone: BackboneConfig, tune: Tuning, pooling: Pooling) -> None:
+    def __init__(self, backbone: BackboneConfig, tune: Tuning, pooling: AnyPooling) -> None:
         super().__init__()
         self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
         self.backbone.tune(tune, ["text"])
+        if pooling != "tower":  # tokens do not go through it
+            for parameter in self.backbone.text.projection:
+                parameter.requires_grad_(False)
         self.pooling = pooling
 
     def feature_settings(self) -> Mapping[str, float]:
         """See `TowerMatcher.feature_settings`."""
-        return {"pools_as_tower": 1.0} if self.pooling == "tower" else {}
+        return {} if self.pooling == "first" else {f"pools_{_POOLED[self.pooling]}": 1.0}
 
     def forward(self, batch: ItemBatch) -> Table:
         """Features of N items."""
         found = self.backbone.encode_text(batch.token_ids, batch.token_mask)
+        if self.pooling == "word":
+            return Table({"text": _mean_of_word(found.tokens, batch.extras["word_places"])})
         return Table({"text": found.tokens[:, 0] if self.pooling == "first" else found.pooled})
+
+
+def _mean_of_word(tokens_NLd: Tensor, places_NP: Tensor) -> Tensor:
+    """[N, d]; of an item whose word was cut off, its first token."""
+    places_NL = F.pad(places_NP, (0, tokens_NLd.shape[1] - places_NP.shape[1]))
+    is_first_L = torch.arange(places_NL.shape[1], device=places_NL.device) == 0
+    places_NL = torch.where(places_NL.any(dim=1, keepdim=True), places_NL, is_first_L)
+    return (tokens_NLd * places_NL[..., None]).sum(dim=1) / places_NL.sum(dim=1, keepdim=True)
 
 
 class BertMatcher(VectorMatcher[TextEncoder]):
@@ -88,7 +104,7 @@ class BertMatcher(VectorMatcher[TextEncoder]):
         return text_Nd if self.log_scale is None else F.normalize(text_Nd, dim=-1)
 
 
-def check_first_token(pooling: Pooling, config: ExperimentConfig, backbone: Backbone) -> None:
+def check_first_token(pooling: AnyPooling, config: ExperimentConfig, backbone: Backbone) -> None:
     """Checks that a text's first token says something of it, where it is what is pooled.
 
     Raises:
@@ -111,7 +127,8 @@ class Bert(OnePartSystem):
 
     @classmethod
     def item_format(cls, section: Any, part: str) -> ItemFormat:
-        return ItemFormat(section.template, modalities=("text",), markers=section.markers)
+        words = section.pooling == "word"
+        return ItemFormat(section.template, modalities=("text",), markers=section.markers, word_places=words)
 
     @classmethod
     def check(cls, config: ExperimentConfig, backbone: Backbone) -> None:

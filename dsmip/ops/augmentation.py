@@ -99,14 +99,22 @@ def drop_tokens(
     >>> drop_tokens(ids, mask, 1.0, torch.rand(1, 5))
     (tensor([[90, 91,  0,  0,  0]]), tensor([[ True,  True, False, False, False]]))
     """
+    order, mask = kept_tokens(token_mask, probability, chance)
+    return token_ids.gather(1, order).masked_fill(~mask, pad_id), mask
+
+
+def kept_tokens(token_mask: Tensor, probability: float, chance: Tensor) -> tuple[Tensor, Tensor]:
+    """As `drop_tokens`: int64 [N, L], which place's token comes to each place, and the new mask bool [N, L].
+
+    Raises:
+        ValueError: probability outside [0, 1].
+    """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability {probability} is outside [0, 1]")
-    position_L = torch.arange(token_ids.shape[1], device=token_ids.device)
+    position_L = torch.arange(token_mask.shape[1], device=token_mask.device)
     inner = (position_L > 0) & (position_L < token_mask.sum(dim=1, keepdim=True) - 1)
-    kept = token_mask & ~(inner & (chance[:, : token_ids.shape[1]] < probability))
-    order = torch.argsort(~kept, dim=1, stable=True)
-    mask = position_L < kept.sum(dim=1, keepdim=True)
-    return token_ids.gather(1, order).masked_fill(~mask, pad_id), mask
+    kept = token_mask & ~(inner & (chance[:, : token_mask.shape[1]] < probability))
+    return torch.argsort(~kept, dim=1, stable=True), position_L < kept.sum(dim=1, keepdim=True)
 
 
 def hide_tokens(

@@ -204,8 +204,10 @@ def augmented(batch: ItemBatch, config: AugmentConfig, draws: Draws, tokenizer: 
         return batch
     device = batch.token_ids.device
     chance = draws.unit(width, device=device)
-    tokens = (batch.token_ids, batch.token_mask)
-    token_ids, mask = augmentation.drop_tokens(*tokens, config.drop_tokens, chance, tokenizer.pad_id)
+    order, mask = augmentation.kept_tokens(batch.token_mask, config.drop_tokens, chance)
+    token_ids, extras = batch.token_ids.gather(1, order).masked_fill(~mask, tokenizer.pad_id), dict(batch.extras)
+    if "word_places" in extras:
+        extras["word_places"] = extras["word_places"].gather(1, order) & mask
     has_image = batch.has_image & (draws.unit(device=device) >= config.drop_pictures)
     if has_image.any():  # the last draws: whoever has no picture may leave them out
         images = augmentation.augment_images(batch.images, has_image, _strength(config), draws)
@@ -214,7 +216,9 @@ def augmented(batch: ItemBatch, config: AugmentConfig, draws: Draws, tokenizer: 
     if len(mask) and not tokenizer.fills_context:  # towers take as long as their longest text
         longest = int(mask.sum(dim=1).max())
         token_ids, mask = token_ids[:, :longest], mask[:, :longest]
-    return ItemBatch(token_ids, mask, images, has_image, batch.extras)
+        if "word_places" in extras:
+            extras["word_places"] = extras["word_places"][:, :longest]
+    return ItemBatch(token_ids, mask, images, has_image, extras)
 
 
 def _strength(config: AugmentConfig) -> augmentation.ImageAugmentation:

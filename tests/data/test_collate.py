@@ -6,11 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dsmip.config import AugmentConfig
 from dsmip.data.collate import Collator, ItemFormat, stacked
 from dsmip.data.images import decode, fit
 from dsmip.data.records import Entity, Mention
 from dsmip.data.text import Template, Tokenizer, beside_word, entity_text, mention_text
 from dsmip.encoders.architecture import build_tokenizer
+from dsmip.ops.augmentation import Draws
+from dsmip.training.batches import augmented
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,41 @@ def test_further_texts_are_extras_and_stay_with_their_items(tokenizer: Tokenizer
     both = stacked(batch, entity)
     assert torch.equal(both.extras["word_ids"][2], tokenizer(["a name of four"]).ids[0])
     assert both.extras["word_mask"].sum(dim=1).tolist() == [3, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("mention", "word", "sentence", "expected"),
+    [
+        ("{word} : {sentence}", "two words", "in two words", "two words"),
+        ("{left} {word} {right}", "Jaguar", "A red Jaguar crossed the road", "jaguar"),
+        ("{left}{word}{right}", "Java", "JavaScript", "javascript"),  # one token with what stands beside it
+        ("{sentence} {word}", "gone", "word " * 99, ""),  # cut off
+    ],
+)
+def test_places_of_a_word(mention: str, word: str, sentence: str, expected: str, tokenizer: Tokenizer) -> None:
+    form = ItemFormat(Template(mention=mention), word_places=True)
+    collator = Collator(tokenizer, form, 32)
+    items = [Mention("m", word, sentence, "E1", 0), Mention("n", "a", "a b", "E1", 0)]
+    batch = collator.mentions(items)
+    places = batch.extras["word_places"]
+    assert places.shape == batch.token_ids.shape
+    own = tokenizer([expected]).ids[0, 1:-1] if expected else torch.zeros(0, dtype=torch.int64)
+    assert torch.equal(batch.token_ids[0][places[0]], own)
+    assert collator.mentions([]).extras["word_places"].shape[0] == 0
+
+
+def test_places_of_a_name_and_what_training_drops(tokenizer: Tokenizer) -> None:
+    """A name's tokens that are left are where they are now."""
+    form = ItemFormat(Template(entity="{attributes} of {name}"), word_places=True)
+    batch = Collator(tokenizer, form, 32).entities(
+        [Entity(row, f"E{row}", "red green blue yellow", "a b c d e") for row in range(8)]
+    )
+    name = set(tokenizer(["red green blue yellow"]).ids[0, 1:-1].tolist())
+    draws = Draws(torch.Generator().manual_seed(1), 8)
+    changed = augmented(batch, AugmentConfig(drop_tokens=0.5), draws, tokenizer, tokenizer.context_length)
+    assert changed.token_ids.shape[1] < batch.token_ids.shape[1]
+    for ids, places in zip(changed.token_ids, changed.extras["word_places"], strict=True):
+        assert set(ids[places].tolist()) == name & set(ids.tolist())
 
 
 def test_what_marks_a_template_is_taken_out_of_texts() -> None:

@@ -22,7 +22,7 @@ from dsmip.models import find_system, systems
 from dsmip.models.base import System
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.weights import load_own_weights, own_weights, save_weights
-from dsmip.training.batches import Step
+from dsmip.training.batches import Items, Step
 from dsmip.training.gradients import batch_backward
 from dsmip.units.matcher import Matcher, Part, Reranker
 from tests.support.encoders.small_backbones import SMALL_BACKBONES
@@ -105,8 +105,10 @@ def check_matcher(matcher: Matcher, mentions: ItemBatch, entities: ItemBatch, fo
     again = matcher.prepare_mentions(matcher.encode_mentions(mentions)), matcher.prepare_entities(features[1])
     assert torch.equal(matcher.score(*again).total_ME, scores_ME)
     if any(parameter.requires_grad for parameter in matcher.parameters()):
-        items = matcher.reads_items or matcher.encoder_trains()
-        step = Step(*((mentions, entities) if items else features), rows, torch.arange(len(entities)))
+        reads: tuple[Items, Items] = features
+        if matcher.reads_items or matcher.encoder_trains():
+            reads = mentions, entities
+        step = Step(*reads, rows, torch.arange(len(entities)))
         matcher.train()
         with torch.enable_grad():
             batch_backward(matcher, step, TrainConfig(), CPU)

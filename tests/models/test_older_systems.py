@@ -91,6 +91,29 @@ def test_the_first_token_of_a_causal_tower_is_refused(narrow_backbone: Path) -> 
         find_system("bert").check(parse_config(tree), backbone)
 
 
+def test_words_that_a_template_lacks_are_not_pooled(narrow_backbone: Path) -> None:
+    system = {"pooling": "word", "markers": [], "template": {"mention": "{sentence}"}}
+    tree = {"model": "bert", "backbone": {"architecture": str(narrow_backbone)}, "system": system}
+    backbone = Backbone.build(str(narrow_backbone), None, device="meta")
+    with pytest.raises(UserError, match=r"system.template.mention must have \{word\}"):
+        find_system("bert").check(parse_config(tree), backbone)
+
+
+@torch.no_grad()
+def test_bert_pools_the_tokens_of_the_word(narrow_backbone: Path) -> None:
+    """And the first token where the word was cut off."""
+    matcher, plain = (built(narrow_backbone, "bert", pooling=pooling) for pooling in ("word", "first"))
+    places = torch.zeros_like(MENTIONS.token_mask)
+    places[0, 1:3] = True
+    found, first = (
+        each.encode_mentions(replace(MENTIONS, extras={"word_places": places})).dense("text")
+        for each in (matcher, plain)
+    )
+    tokens = matcher.get_submodule("encoder.backbone").encode_text(MENTIONS.token_ids, MENTIONS.token_mask).tokens
+    torch.testing.assert_close(found[0], tokens[0, 1:3].mean(dim=0))
+    torch.testing.assert_close(found[1:], first[1:])
+
+
 def test_markers_that_the_vocabulary_lacks_are_refused(narrow_backbone: Path) -> None:
     tree = {"model": "bert", "backbone": {"architecture": str(narrow_backbone)}, "system": {"pooling": "tower"}}
     backbone = Backbone.build(str(narrow_backbone), None, device="meta")

@@ -29,7 +29,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "mmoe": [{}],
     "albef": [{"layers": 1, "heads": 2, "masked_weight": 0.0}],
     "blink": [{"pooling": "tower"}],
-    "bert": [{"pooling": "tower"}, {"pooling": "tower", "similarity": "cosine"}],
+    "bert": [{"pooling": "tower"}, {"pooling": "word", "similarity": "cosine"}],
     "dzmned": [{"width": 16}],
     "jmel": [{}, {"hardest": True}],
     "ghmfc": [{"width": 16, "heads": 2}],
@@ -152,6 +152,8 @@ def make_items(count: int, seed: int) -> ItemBatch:
     images[~has_image] = 0
     word_ids = token_ids[:, :3].clamp(min=1)  # of systems that read an item's name apart
     extras = {"word_ids": word_ids, "word_mask": torch.ones_like(word_ids, dtype=torch.bool)}
+    extras["word_places"] = torch.arange(max(lengths)) == 1  # of those that read where the name stands
+    extras["word_places"] = extras["word_places"].expand(count, -1)
     return ItemBatch(token_ids, mask_to_end(token_ids), images, has_image, extras)
 
 
