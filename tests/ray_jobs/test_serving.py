@@ -33,7 +33,7 @@ def num_running() -> int:
     """Replicas that answer."""
     deployments = serve.status().applications["dsmip"].deployments
     states = deployments["linker"].replica_states if "linker" in deployments else {}
-    return sum(count for state, count in states.items() if state.value == "RUNNING")
+    return sum(count for state, count in states.items() if state == "RUNNING")
 
 
 def ask(address: str, client: httpx.Client) -> Any:
