@@ -84,7 +84,8 @@ def run_demo(
     results["seconds"] = journal.seconds
     write_json(out / "results.json", results)
     show_results(results, out, display)
-    display.say("Link a mention with it:")
+    display.say("See it in a browser, or link a mention with it:")
+    display.say(f"  {shlex.join(['dsmip', 'serve', _here(run.folder)])}")
     display.say(f"  {link_command(run, out)}")
     return results
 
@@ -155,13 +156,21 @@ def link_command(run: Run, out: Path) -> str:
     rows = pq.read_table(ranks, columns=["mention_id", "word", "sentence", "rank"]).to_pylist()
     shown = [row for row in rows if (images / f"{row['mention_id']}.jpg").is_file()]
     row = min(shown, key=lambda each: each["rank"])
+    asked = [
+        "--word",
+        row["word"],
+        "--sentence",
+        row["sentence"],
+        "--image",
+        _here(images / f"{row['mention_id']}.jpg"),
+    ]
+    return shlex.join(["dsmip", "link", _here(run.folder), *asked])
+
+
+def _here(path: Path) -> str:
+    """A path as one would type it."""
     here = Path.cwd()
-    folder, image = (
-        path.relative_to(here) if path.is_relative_to(here) else path
-        for path in (run.folder, images / f"{row['mention_id']}.jpg")
-    )
-    asked = ["--word", row["word"], "--sentence", row["sentence"], "--image", str(image)]
-    return shlex.join(["dsmip", "link", str(folder), *asked])
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _prepare(out: Path, world: DemoConfig) -> Dataset:

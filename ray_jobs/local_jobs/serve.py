@@ -2,6 +2,7 @@
 
 import socket
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import uvicorn
@@ -9,12 +10,14 @@ import uvicorn
 from dsmip.errors import UserError
 from dsmip.linking.linker import Linker
 from dsmip.linking.load import LoadOptions, device_here, load_linker
-from dsmip.serving.app import create_app
+from dsmip.runs.run import Run
+from dsmip.serving.app import Example, create_app
 from dsmip.serving.served import Source, stamp_of
 from dsmip.storage.locations import Location
 from ray_jobs.terminal.display import Display
 from ray_jobs.terminal.lines import say
 
+_NUM_EXAMPLES = 4
 STOP_SECONDS = 30  # in which requests that have begun are answered
 
 
@@ -32,13 +35,22 @@ def serve_model(location: Location, host: str, port: int, device: str, options: 
 
     with closing(taken):
         app = create_app(
-            Source(opened, lambda: stamp_of(location)), name=f"dsmip: {Path(str(location)).name}", notice=say
+            Source(opened, lambda: stamp_of(location)),
+            name=f"dsmip: {Path(str(location)).name}",
+            examples=_examples(location, options),
+            notice=say,
         )
         say(f"{app.state.served.linker}")
         address = f"http://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
         say(f"serving on {address} (page: /, interface: /docs, OpenRefine: /reconcile); Ctrl-C ends it")
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=STOP_SECONDS)
         uvicorn.Server(config).run(sockets=[taken])
+
+
+def _examples(location: Location, options: LoadOptions) -> list[Example]:
+    """Some test mentions of a run's data, for the page."""
+    dataset = Run.open(location, options.data).dataset
+    return [Example(each.word, each.sentence) for each in islice(dataset.mentions("test"), _NUM_EXAMPLES)]
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -4,11 +4,7 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -18,26 +14,7 @@ from typer.testing import CliRunner
 from dsmip.runs.run import Run
 from ray_jobs.cli import app
 from tests.support.cluster.ray_heads import wait_until
-from tests.support.paths import ROOT
-
-
-@contextmanager
-def served(run: Run) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
-    """The command on a free port, once it serves: its address and its process."""
-    command = [sys.executable, "-c", "from ray_jobs.cli import main; main()", "serve", str(run.folder), "--port", "0"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        assert process.stdout is not None
-        said: list[str] = []
-        for line in process.stdout:
-            said.append(line)
-            if found := re.search(r"serving on (http://127.0.0.1:\d+) ", line):
-                yield found[1], process
-                return
-        pytest.fail("".join(said))
-    finally:
-        process.kill()
-        process.wait()
+from tests.support.serving import served
 
 
 def begun_or_answered(metrics: str) -> int:
@@ -50,8 +27,9 @@ def begun_or_answered(metrics: str) -> int:
 
 @pytest.mark.slow
 def test_it_serves_until_it_is_told_to_stop_and_answers_what_has_begun(run: Run) -> None:
-    with served(run) as (address, process), httpx.Client(base_url=address, timeout=60) as client:
+    with served(["serve", str(run.folder)]) as (address, process), httpx.Client(base_url=address, timeout=60) as client:
         assert client.get("/health/ready").json()["entities"] == 11
+        assert 'data-word="' in client.get("/").text  # mentions of the run's data to click
         statuses: list[int] = []
         begun = threading.Barrier(5)
 

@@ -4,6 +4,7 @@ import json
 import shlex
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -11,6 +12,7 @@ from data_prep.demo.release import DemoConfig
 from dsmip.errors import UserError
 from ray_jobs.cli import app
 from ray_jobs.jobs.demo import covered, run_demo
+from tests.support.serving import served
 
 WORLD = DemoConfig(seed=3, num_entities=100, num_train=96, num_validation=24, num_test=40)
 SHORT = ["pretrain.epochs=1", "tune.trials=2", "tune.rungs=[1,2]", "tune.train.epochs=2"]
@@ -50,7 +52,11 @@ def test_the_demo_compares_experts_gate_and_oracle(tmp_path: Path, capsys: pytes
     assert "of the way from the best expert to the oracle" in said or results["models"]["oracle"]["hits@1"] == 0
     assert "dsmip train --config demo --data my-data --run my-run --set backbone.pretrained=" in said
 
-    command = said.rstrip().splitlines()[-1].strip()
+    serve, command = (line.strip() for line in said.rstrip().splitlines()[-2:])
+    assert serve == f"dsmip serve {out / 'run'}"
+    with served(shlex.split(serve)[1:]) as (address, _):
+        assert httpx.get(f"{address}/health/ready").json()["calibrated"] is True
+        assert len(httpx.post(f"{address}/link", json={"word": "x"}, timeout=60).json()["mentions"][0]["links"]) == 5
     assert command.startswith(f"dsmip link {out / 'run'} --word ")
     linked = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
     assert linked.exit_code == 0
