@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from dsmip.runs.run import Run
 from ray_jobs.cli import app
 from tests.support.cluster.ray_heads import wait_until
-from tests.support.serving import served
+from tests.support.cluster.serving import served
 
 
 def begun_or_answered(metrics: str) -> int:

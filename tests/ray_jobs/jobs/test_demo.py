@@ -12,7 +12,7 @@ from data_prep.demo.release import DemoConfig
 from dsmip.errors import UserError
 from ray_jobs.cli import app
 from ray_jobs.jobs.demo import covered, run_demo
-from tests.support.serving import served
+from tests.support.cluster.serving import served
 
 WORLD = DemoConfig(seed=3, num_entities=100, num_train=96, num_validation=24, num_test=40)
 SHORT = ["pretrain.epochs=1", "tune.trials=2", "tune.rungs=[1,2]", "tune.train.epochs=2"]
