@@ -1,6 +1,6 @@
 """The training of a re-ranker: each mention's gold against what the first stage takes it for.
 
-The first stage is finished and stays as it is: its hard negatives are found once, when the training starts or resumes.
+The first stage is finished and stays as it is: its hard negatives are found once (`first_stage.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from dsmip.data.collate import gold_rows
 from dsmip.data.table import Table
 from dsmip.evaluation.ranks import Ranking
 from dsmip.reranking.candidates import score_candidates
+from dsmip.reranking.first_stage import find_first_stage
 from dsmip.reranking.ranks import reranked
 from dsmip.runs.run import Run
 from dsmip.training.batches import Step, StreamSource
@@ -21,7 +22,6 @@ from dsmip.training.gradients import autocast
 from dsmip.training.loop import BatchSums, Context, Scale
 from dsmip.training.stages import train_part
 from dsmip.training.trainer import PartObjective, TrainResult, train
-from dsmip.training.validation import EncodingValidation, alike_groups
 from dsmip.units.matcher import Reranker
 
 
@@ -43,23 +43,20 @@ def train_reranker(run: Run, part: str, context: Context) -> TrainResult:
     negatives = {"hard_negatives": max(num_candidates - 1, 1), "extra_negatives": 0, "self_mentions": 0}
     config = merged(run.config.train_of(part), negatives)
     first = run.load_part(first_stage, with_encoder=True).to(context.device)
-    stage_one = EncodingValidation(run.dataset, run.collator(first_stage), context)
-    stage_one.keeps_index = True
-    ranking = stage_one.ranking(first, num_candidates)
+    found = find_first_stage(run, first_stage, first, num_candidates, config.hard_negatives, context)
     source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)
-    golds = gold_rows(run.dataset, "train")
-    source.hard_row_NK = stage_one.hard_negatives(first, golds, alike_groups(run.dataset), config.hard_negatives)
+    source.hard_row_NK = found.hard_row_NK
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)
         reranker = run.system.build_reranker(part, run.config).to(context.device)
     reranker.start_from(first)
-    del first, stage_one
+    del first
     result = train(
         reranker,
         source,
         config,
         context,
-        _validation(run, part, ranking, context),
+        _validation(run, part, found.ranking, context),
         objective=RerankingObjective(reranker, config),
         seed=run.config.seed,
         checkpoint_steps=run.config.part(part).checkpoint_steps,

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dsmip
 from dsmip import distributed
@@ -142,6 +143,19 @@ def train_again(folder: Path, run: Path, data: Path, micro_batch_size: int | Non
     context = LocalContext(folder / str(distributed.rank()))
     result = train_any_part(Run(run, config, Dataset.open(data)), CROSS_ENCODER, context)
     return [result.history[0]["loss"], result.best["mrr"]]
+
+
+def test_what_the_first_stage_found_is_kept(trained: Run, tmp_path: Path) -> None:
+    """A training that goes on, or begins anew, reads it: without a negative there is nothing to lose."""
+    shutil.copytree(trained.folder, tmp_path / "run")
+    where = tmp_path / "run", trained.dataset.folder
+    (kept,) = (tmp_path / "run" / "features").glob("biencoder-candidates-*.safetensors")
+    stored = load_file(kept)
+    save_file({**stored, "hard": torch.full_like(stored["hard"], -1)}, kept)
+    assert train_again(tmp_path / "read", *where, None)[0] == 0.0
+    kept.write_bytes(b"damaged")
+    assert train_again(tmp_path / "anew", *where, None)[0] > 0.1
+    assert torch.equal(load_file(kept)["hard"], stored["hard"])
 
 
 def test_micro_batches_and_workers_train_as_one_whole_batch(trained: Run, tmp_path: Path) -> None:
