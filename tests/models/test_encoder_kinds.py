@@ -121,8 +121,18 @@ def check_features(table: Table, batch: ItemBatch) -> None:
     assert all(each.dtype == torch.float32 and each.isfinite().all() for each in values)
 
 
-def check_reranker(reranker: Reranker, mentions: ItemBatch, entities: ItemBatch) -> None:
-    """Its two mentions have three and two entities."""
+def check_reranker(reranker: Reranker, mentions: ItemBatch, entities: ItemBatch, folder: Path) -> None:
+    """The two mentions that it is trained on have three and two entities."""
+    reranker.eval()
+    pairs = torch.tensor([0, 0, 1, 2]), torch.tensor([0, 3, 1, 1])
+    score_P = reranker.score_pairs(mentions, entities, *pairs)
+    assert score_P.shape == (4,)
+    assert score_P.isfinite().all()
+    save_weights(folder / "reranker.safetensors", own_weights(reranker))
+    shake(reranker)
+    assert not torch.equal(reranker.score_pairs(mentions, entities, *pairs), score_P)
+    load_own_weights(reranker, folder / "reranker.safetensors")
+    assert torch.equal(reranker.score_pairs(mentions, entities, *pairs), score_P)
     reranker.train()
     with torch.enable_grad():
         reranker(mentions.rows(0, 2), entities, torch.tensor([[0, 1, 2], [1, 3, -1]])).backward()
@@ -148,7 +158,7 @@ def test_a_system_works_with_an_encoder_or_says_why_not(
             make = collator(system, part, config)
             items = make.mentions(mentions), make.entities(entities)
             if part in rerankers:
-                check_reranker(system.build_reranker(part, config), *items)
+                check_reranker(system.build_reranker(part, config), *items, tmp_path)
             elif part in parts:
                 check_matcher(system.build_part(part, config, with_encoder=True), *items, tmp_path)
             else:  # what a gate reads

@@ -16,7 +16,7 @@ from dsmip.models import systems
 from dsmip.models.base import System
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.weights import own_weights
-from dsmip.units.matcher import Matcher, Scores
+from dsmip.units.matcher import Matcher, Part, Scores
 from tests.support.tokens import mask_to_end
 
 FORMS: dict[str, list[dict[str, Any]]] = {
@@ -131,9 +131,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def shake(matcher: Matcher) -> None:
+def shake(part: Part) -> None:
     """Norms and biases start at 1 and 0, which would hide mistakes. A frozen tower stays as its configuration says."""
-    for tensor in own_weights(matcher).values():
+    for tensor in own_weights(part).values():
         if tensor.is_floating_point():
             tensor += 0.1 * torch.randn_like(tensor)
 
