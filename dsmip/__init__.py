@@ -111,7 +111,8 @@ def load(
     The first time, a run's index is built, unless `dsmip evaluate` has left it there.
 
     Args:
-        location: the run's folder, or its URI in an object store.
+        location: the folder of a run or of a bundle (`dsmip export`), a run's URI in an object store, or a bundle on
+            the Hugging Face hub, hf-hub:owner/name.
         model: a finished part, or the system's name for the whole (None: the whole, if there is one).
         device: cpu, cuda, cuda:1 ...
         data: where the run's data lies, if it has moved.
@@ -121,7 +122,8 @@ def load(
         The linker: `link(word, sentence, image)` and `link_many(mentions)`.
 
     Raises:
-        UserError: no run or model there, the model is not trained yet, or its data has moved.
+        UserError: no run, bundle or model there, a model that is not trained yet, data that has moved, or a bundle that
+            is damaged.
     """
     from dsmip.linking.load import LoadOptions, device_here, load_linker
     from dsmip.progress import no_progress

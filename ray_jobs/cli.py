@@ -68,6 +68,7 @@ app.command()(system_commands.systems)
 app.command()(calibration.calibrate)
 app.command()(linking.link)
 app.command()(serving.serve)
+app.command()(linking.export)
 app.command("import")(system_commands.import_checkpoint)
 
 
@@ -122,7 +123,7 @@ def tune(
 ) -> None:
     """Stage two: sweeps gate and units on cached features and keeps the best trial. Run again, it resumes."""
     from dsmip.runs.load_config import overridden, shadowed
-    from dsmip.runs.run import CONFIG
+    from dsmip.runs.loaded_model import CONFIG
     from ray_jobs.jobs.tune_gate import tune_gate
     from ray_jobs.local_jobs.status import open_run
     from ray_jobs.terminal.display import Display

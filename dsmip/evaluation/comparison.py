@@ -16,8 +16,7 @@ from dsmip.evaluation.metrics import Difference, compare_counts, summarise
 from dsmip.evaluation.report import KB_HASH, RANKS, evaluation_name
 from dsmip.ops.ranking import Counts
 from dsmip.runs.load_config import load_config
-from dsmip.runs.loaded_model import model_names
-from dsmip.runs.run import CONFIG
+from dsmip.runs.loaded_model import CONFIG, model_names
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import STAMP, RunStorage
 

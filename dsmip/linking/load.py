@@ -2,21 +2,38 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from dsmip.calibration.calibration import read_calibration
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import fingerprint
 from dsmip.errors import UserError
+from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
 from dsmip.evaluation.report import stored_calibration
+from dsmip.linking.bundle import (
+    BUNDLE,
+    CALIBRATION,
+    INDEX,
+    BundledParts,
+    bundled_config,
+    bundled_entities,
+    is_bundle,
+    open_bundle,
+)
+from dsmip.linking.hub import HUB, bundle_of_hub
 from dsmip.linking.knowledge_base import KnowledgeBase
 from dsmip.linking.linker import LinkedModel, Linker, MentionEncoder
 from dsmip.linking.search import ExactSearch, SecondStage
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
+from dsmip.runs.loaded_model import CONFIG, LoadedModel, TrainedParts
 from dsmip.runs.run import Run
-from dsmip.storage.locations import Location
+from dsmip.storage.atomic import sha256_file
+from dsmip.storage.locations import Location, local_path
+from dsmip.storage.run_storage import STAMP, RunStorage
 
 
 @dataclass(frozen=True)
@@ -42,44 +59,83 @@ def load_linker(
     progress: Progress = no_progress,
     notice: Callable[[str], None] = lambda line: None,
 ) -> Linker:
-    """The linker of a run: its index is the one that `dsmip evaluate` makes, and is built where it is missing.
+    """The linker of a run or a bundle. A run's index is the one of `dsmip evaluate`, and is built where it is missing.
 
     Args:
-        location: The run's folder, or its URI in an object store.
+        location: A folder; of a run also its URI in an object store, of a bundle also hf-hub:owner/name.
         device: Where mentions are encoded and scored.
-        options: Which model, and where its data is.
+        options: Which model of a run, and where its data is.
         progress: Of the index, while it is built.
         notice: Takes a line about features that are read beside the shards.
 
     Raises:
-        UserError: No run, model or data there, or a model that cannot be indexed.
+        UserError: No run, model or data there, a model that cannot be indexed, or a damaged bundle.
     """
+    if isinstance(location, str) and location.startswith(HUB):
+        return _of_bundle(bundle_of_hub(location), location, device, options)
+    folder = None if isinstance(location, RunStorage) else local_path(location)
+    if folder is not None and is_bundle(folder):
+        return _of_bundle(folder, str(location), device, options)
+    if folder is not None and not (folder / STAMP).is_file():
+        raise UserError(f"{location}: neither a run nor a bundle (no {STAMP}, no {BUNDLE})")
     opened = OpenedModel(Run.open(location, options.data), options.model)
     run, model = opened.run, opened.model
     plan = plan_index(opened, notice=notice)
     index = built_index(opened, plan, device, progress)
-    encoders = {part: _mention_encoder(opened, part) for part in model.feature_parts}
-    second_stage = None
-    if model.reranker is not None:
-        reranker = run.load_reranker(model.reranker).to(device).eval()
-        count = run.system.num_candidates(run.config.system)
-        second_stage = SecondStage(reranker, run.collator(model.reranker), count, device)
     calibration = stored_calibration(run, model.name)
     if calibration is not None and calibration.index != plan.name:
         calibration = None  # of other weights or entities
+    second_stage = _second_stage(run, model, device)
     about = [plan.name, "" if calibration is None else calibration.model_dump_json()]
-    weights = {} if second_stage is None else second_stage.reranker.state_dict()
     linked = LinkedModel(
         model.name,
         str(run.storage),
-        encoders,
-        run.cache.dtype,
+        {part: _mention_encoder(opened, part) for part in model.feature_parts},
+        run.feature_dtype,
         model.choices,
         run.dataset.manifest.image,
-        fingerprint(weights, "\n".join(about)),
+        fingerprint({} if second_stage is None else second_stage.reranker.state_dict(), "\n".join(about)),
     )
     search = ExactSearch(model.matcher, index, device, options.rank)
     return Linker(linked, KnowledgeBase.of_dataset(run.dataset), search, second_stage, calibration)
+
+
+def _of_bundle(folder: Path, source: str, device: torch.device, options: LoadOptions) -> Linker:
+    """The linker of a bundle, called `source` in messages."""
+    if options.data is not None:
+        raise UserError(f"{source} is a bundle, which has its entities in it: --data is for runs; leave it out")
+    manifest = open_bundle(folder)
+    if options.model not in (None, manifest.model):
+        raise UserError(f"{source} is a bundle of {manifest.model}, not of {options.model}; export that from its run")
+    parts = BundledParts(folder, bundled_config(folder / CONFIG, folder))
+    model = parts.load_model(manifest.model)
+    homes = {part: parts.home(part, model.config) for part in model.feature_parts}
+    linked = LinkedModel(
+        model.name,
+        source,
+        {
+            part: MentionEncoder(home.load_encoder(part, model.config), home.collator(part))
+            for part, home in homes.items()
+        },
+        parts.feature_dtype,
+        model.choices,
+        manifest.image_settings,
+        sha256_file(folder / BUNDLE),
+    )
+    index = EntityIndex.open(folder / INDEX, {})
+    path = folder / CALIBRATION
+    search = ExactSearch(model.matcher, index, device, options.rank)
+    entities = bundled_entities(folder, manifest.entities)
+    calibration = read_calibration(path) if path.is_file() else None
+    return Linker(linked, entities, search, _second_stage(parts, model, device), calibration)
+
+
+def _second_stage(parts: TrainedParts, model: LoadedModel, device: torch.device) -> SecondStage | None:
+    if model.reranker is None:
+        return None
+    reranker = parts.load_reranker(model.reranker).to(device).eval()
+    count = parts.system.num_candidates(parts.config.system)
+    return SecondStage(reranker, parts.collator(model.reranker), count, device)
 
 
 def _mention_encoder(opened: OpenedModel, part: str) -> MentionEncoder:

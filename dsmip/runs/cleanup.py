@@ -1,7 +1,8 @@
 """Leftovers of a run that nothing needs any more: checkpoints of trainings and trials that have finished."""
 
 from dsmip.errors import UserError
-from dsmip.runs.run import PART, TRAININGS
+from dsmip.runs.loaded_model import PART
+from dsmip.runs.run import TRAININGS
 from dsmip.storage.parsing import read_json
 from dsmip.storage.run_storage import RunStorage
 

@@ -12,46 +12,35 @@ It lies in a folder or in an object store (`dsmip.storage.run_storage`):
 <run>/evaluate/<split>/<model>/   metrics.json and ranks.parquet
 """
 
-import hashlib
 import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dsmip.config import ExperimentConfig, flat
-from dsmip.data.collate import Collator, ItemFormat
 from dsmip.data.dataset import Dataset
-from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
-from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import FeatureCache
 from dsmip.errors import UserError
 from dsmip.models import find_system
-from dsmip.models.base import System
 from dsmip.runs.load_config import load_config, to_yaml
-from dsmip.runs.loaded_model import LoadedModel, model_names
+from dsmip.runs.loaded_model import CONFIG, PART, WEIGHTS, TrainedParts
 from dsmip.runs.moved_files import FILES, by_content, found_again, noted_files, noted_in
 from dsmip.runs.provenance import environment, recorded
-from dsmip.runs.weights import load_own_weights, own_weights, save_weights
+from dsmip.runs.weights import own_weights, save_weights
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.parsing import read_json
 from dsmip.storage.run_storage import STAMP, RunStorage
-from dsmip.units.matcher import Matcher, Part, Reranker
+from dsmip.units.matcher import Part
 
-CONFIG, PART, WEIGHTS, TRAININGS = "config.yaml", "part.json", "weights.safetensors", "ray"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+TRAININGS = "ray"
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(TrainedParts):
     """An opened run with its configuration and data. `at`: where it lies."""
 
-    at: Location
-    config: ExperimentConfig
     dataset: Dataset
 
     @staticmethod
@@ -148,15 +137,6 @@ class Run:
             self.storage.write_json(STAMP, {**stamp, FILES: noted})
         return by_content(noted)
 
-    @cached_property
-    def storage(self) -> RunStorage:
-        return open_run_storage(self.at)
-
-    @property
-    def folder(self) -> Path:
-        """Where its files are worked on, on this node."""
-        return self.storage.folder
-
     def recorded(
         self, command: str, config: ExperimentConfig | None = None, *, seed: int | None = None
     ) -> AbstractContextManager[None]:
@@ -164,14 +144,6 @@ class Run:
         used = config or self.config
         sha256 = self.dataset.manifest_hash
         return recorded(self.storage, command, used, seed=used.seed if seed is None else seed, data_sha256=sha256)
-
-    @property
-    def system(self) -> type[System]:
-        return find_system(self.config.model)
-
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        return self.system.part_names(self.config.system)
 
     @property
     def trainings(self) -> RunStorage:
@@ -189,101 +161,17 @@ class Run:
 
     @property
     def cache(self) -> FeatureCache:
-        return FeatureCache(self.storage / "features", _DTYPES[self.config.cache_dtype])
+        return FeatureCache(self.storage / "features", self.feature_dtype)
 
-    def collator(self, part: str) -> Collator:
-        """Makes batches in the form that a feature part reads."""
-        return self.collator_of(self.system.item_format(self.config.system, part))
-
-    def collator_of(self, item_format: ItemFormat) -> Collator:
-        """Makes batches of that form."""
-        network = resolve_architecture(self.config.backbone.architecture)
-        if item_format.pixels is None:
-            item_format = replace(item_format, pixels=network.pixels)
-        return Collator(build_tokenizer(network.name, item_format.markers), item_format, network.image_size)
-
-    def home(self, part: str, config: ExperimentConfig) -> "Run":
-        """Where a part of that form lives: this run, or its variant with another stage one (a tuned prompt length)."""
-        key = self.system.part_key(part, config)
-        if key == self.system.part_key(part, self.config):
-            return self
-        name = hashlib.sha256(key.encode()).hexdigest()[:16]
-        return Run(self.storage / f"variants/{name}", config, self.dataset)
-
-    def is_finished(self, part: str) -> bool:
-        """Whether a part (or the whole system, by its name) has been trained to the end."""
-        return (self.folder / part / PART).is_file()
-
-    def part_report(self, part: str) -> dict[str, Any]:
-        """What training said of a finished part: best metrics and history."""
-        self._check_finished(part)
-        remedy = f"; remove {self.folder / part} and run the command that made it again"
-        return read_json(self.folder / part / PART, dict, remedy)
+    def stored_config(self, path: Path) -> ExperimentConfig:
+        """Of the run; files that have moved with it are found again."""
+        return _stored_config(self.storage, path)
 
     def save_part(self, part: str, trained: Part, report: dict[str, Any]) -> None:
         """Writes a finished part: the weights that are not the untouched pretrained tower's, then part.json."""
         with self.storage.atomic(f"{part}/{WEIGHTS}") as path:
             save_weights(path, own_weights(trained))
         self.storage.write_json(f"{part}/{PART}", report)
-
-    def load_part(self, part: str, *, with_encoder: bool) -> Matcher:
-        """A finished part with its trained weights, on the CPU."""
-        self._check_finished(part)
-        matcher = self.system.build_part(part, self.config, with_encoder=with_encoder)
-        load_own_weights(matcher, self._weights(part))
-        return matcher
-
-    def load_reranker(self, part: str) -> Reranker:
-        """A finished re-ranker with its trained weights, on the CPU."""
-        self._check_finished(part)
-        reranker = self.system.build_reranker(part, self.config)
-        load_own_weights(reranker, self._weights(part))
-        return reranker
-
-    def load_encoder(self, part: str, config: ExperimentConfig) -> FeatureEncoder:
-        """What makes a feature part's features, on the CPU: a finished part, or else what `config` says of it."""
-        if part in self.part_names:
-            return self.load_part(part, with_encoder=True)
-        return self.system.build_encoder(part, config)
-
-    def load_whole(self, config: ExperimentConfig | None = None) -> Matcher:
-        """The finished gated system, for cached features."""
-        self._check_finished(self.system.name)
-        matcher = self.system.build_whole(config or self.whole_config())
-        load_own_weights(matcher, self._weights(self.system.name))
-        return matcher
-
-    def load_model(self, name: str) -> LoadedModel:
-        """A finished part, or the gated whole by the system's name.
-
-        Raises:
-            UserError: An unknown model, or one that is not trained yet.
-        """
-        if name == self.system.name and self.system.gated:
-            config = self.whole_config()
-            section = config.system
-            return LoadedModel(
-                name, self.load_whole(), config, self.system.choices(section), self.system.feature_parts(section)
-            )
-        if name in model_names(self.config):
-            rerankers = self.system.rerankers(self.config.system)
-            reranker, first = next(iter(rerankers.items())) if name == self.system.name and rerankers else (None, name)
-            return LoadedModel(name, self.load_part(first, with_encoder=False), self.config, (), (first,), reranker)
-        raise UserError(f"unknown model '{name}'; this run has {', '.join(model_names(self.config))}")
-
-    def whole_config(self) -> ExperimentConfig:
-        """The configuration that the best trial chose (temperature, gate width, experts ...)."""
-        path = self.folder / self.system.name / CONFIG
-        return _stored_config(self.storage, path) if path.is_file() else self.config
-
-    def _check_finished(self, part: str) -> None:
-        if not self.is_finished(part):
-            command = "tune" if part == self.system.name and self.system.gated else "train"
-            raise UserError(f"run {self.storage} has no finished '{part}'; run 'dsmip {command}' first")
-
-    def _weights(self, part: str) -> Path:
-        self.storage.pull(f"{part}/{WEIGHTS}")
-        return self.folder / part / WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from dsmip.models import find_system
 from dsmip.runs.checkpoints import MANIFEST, read_manifest
 from dsmip.runs.cleanup import removable
 from dsmip.runs.load_config import load_config
+from dsmip.runs.loaded_model import CONFIG
 from dsmip.runs.provenance import RECORDS, RUNNING
-from dsmip.runs.run import CONFIG
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.parsing import NOT_AS_WRITTEN
 from dsmip.storage.run_storage import STAMP, LocalRun, RunStorage

@@ -1,4 +1,4 @@
-"""The command `dsmip link`. Torch is imported inside: help and errors are quick."""
+"""Commands of linking. Torch is imported inside: help and errors are quick."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,11 +6,14 @@ from typing import Annotated
 import typer
 
 from dsmip.errors import UserError
-from ray_jobs.commands.options import MovedDataOption
+from ray_jobs.commands.options import MovedDataOption, RunArgument
 
 
 def link(
-    model: Annotated[str, typer.Argument(help="Run: a directory or a URI.", metavar="MODEL")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Run: a directory or a URI; bundle: a directory or hf-hub:owner/name.", metavar="MODEL"),
+    ],
     mentions: Annotated[
         Path | None,
         typer.Argument(
@@ -54,3 +57,27 @@ def link(
     source = path_here(mentions)
     options = BulkOptions(top, min_confidence, source.absolute().parent)
     job.link_mentions(linked, source, path_here(out), options, Display())
+
+
+def export(
+    run: RunArgument,
+    out: Annotated[str, typer.Argument(help="New folder for the bundle.", metavar="OUT")],
+    part: Annotated[str | None, typer.Option("--model", help="A part, or the system's name (default).")] = None,
+    with_backbone: Annotated[
+        bool, typer.Option("--with-backbone", help="Put the pretrained backbone's tensors in, where its tag would do.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", help="owner/name: also put it onto the Hugging Face hub (private if new).")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = "cpu",
+    data: MovedDataOption = None,
+) -> None:
+    """Makes a bundle: a folder that links mentions without the run and its data, with a model card."""
+    from dsmip.linking.export import ExportOptions
+    from dsmip.storage.locations import local_path
+    from ray_jobs.local_jobs.export import export_bundle
+
+    folder = local_path(out)
+    if folder is None:
+        raise UserError(f"{out}: a bundle is made in a folder of this machine; give one as OUT")
+    export_bundle(run, folder, device, ExportOptions(part, data, with_backbone=with_backbone), push)

@@ -18,7 +18,8 @@ from dsmip.errors import UserError
 from dsmip.runs.checks import check_trials
 from dsmip.runs.cleanup import SWEEP
 from dsmip.runs.load_config import key_text, to_yaml
-from dsmip.runs.run import CONFIG, PART, WEIGHTS, Run, first_difference
+from dsmip.runs.loaded_model import CONFIG, PART, WEIGHTS
+from dsmip.runs.run import Run, first_difference
 from dsmip.storage.parsing import read_json
 from dsmip.training.stages import check_held_out
 from dsmip.training.trackers import check_tools

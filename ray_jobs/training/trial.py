@@ -18,8 +18,9 @@ from dsmip.encoders.feature_cache import load_features, whole_features
 from dsmip.errors import StoreAway
 from dsmip.evaluation.preparation import with_has_image
 from dsmip.runs.load_config import read_config
+from dsmip.runs.loaded_model import WEIGHTS
 from dsmip.runs.part_features import PartFeatures
-from dsmip.runs.run import WEIGHTS, Run
+from dsmip.runs.run import Run
 from dsmip.runs.status import PROGRESS
 from dsmip.runs.weights import own_weights, save_weights
 from dsmip.storage.locations import open_run_storage

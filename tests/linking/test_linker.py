@@ -266,7 +266,7 @@ def test_a_model_that_scores_nan_is_one_line(small_data: Dataset, narrow_backbon
 
 
 def test_what_cannot_be_loaded(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(dsmip.UserError, match="no run at"):
+    with pytest.raises(dsmip.UserError, match="neither a run nor a bundle"):
         dsmip.load(tmp_path)
     with pytest.raises(dsmip.UserError, match="unknown model 'nothing'"):
         dsmip.load(run.folder, model="nothing")

@@ -7,8 +7,9 @@ import pytest
 
 from dsmip.errors import UserError
 from dsmip.runs.load_config import load_config
+from dsmip.runs.loaded_model import PART
 from dsmip.runs.provenance import RECORDS
-from dsmip.runs.run import PART, Run
+from dsmip.runs.run import Run
 from dsmip.runs.status import read_status
 from dsmip.storage.parsing import parse_json, parse_yaml, read_json
 from ray_jobs.jobs.prepare import demo_config

@@ -16,7 +16,8 @@ from dsmip.config import ExperimentConfig, TuneConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import StoreAway, UserError
 from dsmip.runs.load_config import to_yaml
-from dsmip.runs.run import WEIGHTS, Run
+from dsmip.runs.loaded_model import WEIGHTS
+from dsmip.runs.run import Run
 from dsmip.storage.run_storage import LocalRun
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import CPU, train_part

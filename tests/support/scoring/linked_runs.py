@@ -21,6 +21,7 @@ SMALL_FORMS: dict[str, dict[str, Any]] = {
         "gate": {"picture": "clip", "width": 8},
     },
     "blink": {"pooling": "tower", "markers": [], "candidates": 4, "num_tokens": 20, "template": _TEXTS},
+    "albef": {"layers": 1, "heads": 2, "masked_weight": 0.0},
     "bert": {"pooling": "tower", "markers": []},
     "dzmned": {"width": 16},
     "ghmfc": {"width": 16, "heads": 2, "layers": 1},

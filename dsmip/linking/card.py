@@ -1,0 +1,78 @@
+"""The model card of a bundle: what the model is, how good it is, what it was made of, and what it is for."""
+
+from typing import Any
+
+from dsmip.evaluation.index_builder import OpenedModel
+from dsmip.evaluation.metrics import shown_metrics
+from dsmip.evaluation.report import evaluation_name
+from dsmip.storage.parsing import read_json
+
+_PROTOCOL = (
+    "Every mention of the test split is ranked against all entities of the knowledge base; ties count half. "
+    "Intervals are 95 % bootstrap intervals over mentions."
+)
+
+
+def model_card(opened: OpenedModel, *, with_backbone: bool) -> str:
+    """The text of README.md.
+
+    Args:
+        with_backbone: The bundle has the backbone's tensors; else its tag brings them.
+    """
+    run, model = opened.run, opened.model
+    manifest, backbone = run.dataset.manifest, model.config.backbone
+    weights = "in this bundle" if with_backbone else f"{backbone.pretrained or 'random'}, not in this bundle"
+    lines = [
+        "---",
+        "library_name: dsmip",
+        "tags: [entity-linking, multimodal]",
+        "---",
+        "",
+        f"# {model.name} on {_plain(manifest.name)}",
+        "",
+        f"Links a mention (a word, its sentence, a picture) to one of {run.dataset.num_entities} entities.",
+        "",
+        "    import dsmip",
+        '    linker = dsmip.load("FOLDER")',
+        '    print(linker.link("WORD", sentence="SENTENCE", image="photo.jpg").best)',
+        "",
+        "| | |",
+        "|---|---|",
+        f"| system | {run.system.name} ({run.system.paper}) |",
+        f"| backbone | {_plain(backbone.architecture)}; weights: {_plain(weights)} |",
+        f"| data set | {_plain(manifest.name)}, manifest {run.dataset.manifest_hash} |",
+        f"| licence of the data | {_plain(manifest.licence)} |",
+        f"| training mentions | {run.dataset.num_mentions('train')} |",
+        f"| seed | {run.config.seed} |",
+        "",
+        "## How good it is",
+        "",
+        *_figures(opened),
+        "",
+        "## What it is for",
+        "",
+        "Linking mentions of the kind and language that it was trained on, to entities of this knowledge base. Where",
+        "nothing is calibrated, it always finds some entity: it cannot say that the right one is not there. Its links",
+        "are guesses: do not let them decide about people without somebody who looks at them.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(opened: OpenedModel) -> list[str]:
+    run, name = opened.run, opened.model.name
+    path = run.folder / evaluation_name("test", name) / "metrics.json"
+    run.storage.pull(f"{evaluation_name('test', name)}/metrics.json")
+    if not path.is_file():
+        return ["It was not evaluated on the test split before it was exported."]
+    metrics: dict[str, Any] = read_json(path, dict, "; evaluate again")
+    rows = [f"{_PROTOCOL} {metrics['mentions']} mentions.", "", "| metric | | 95 % interval |", "|---|---|---|"]
+    for metric in shown_metrics():
+        low, high = metrics["confidence"].get(metric, (None, None))
+        interval = "" if low is None else f"{low:.3f} to {high:.3f}"
+        rows.append(f"| {metric} | {metrics['overall'][metric]:.3f} | {interval} |")
+    return rows
+
+
+def _plain(text: str) -> str:
+    """A text as a cell of a table: on one line, with nothing that Markdown or HTML would act on."""
+    return "".join(f"\\{each}" if each in "\\`*_[]<>|#" else each for each in " ".join(text.split()))

@@ -1,0 +1,224 @@
+"""The export of a run's model as a bundle (`dsmip.linking.bundle`)."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from dsmip.config import ExperimentConfig
+from dsmip.data.image_preparation import UnusableImage, prepare_image
+from dsmip.data.manifest import ImageSettings
+from dsmip.encoders.clip import Backbone
+from dsmip.errors import UserError
+from dsmip.evaluation.index import MANIFEST
+from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
+from dsmip.evaluation.report import stored_calibration
+from dsmip.linking.bundle import (
+    BUNDLE,
+    CALIBRATION,
+    CARD,
+    ENTITIES,
+    ENTITY_SCHEMA,
+    FILES,
+    GROUP_ROWS,
+    INDEX,
+    BundleFile,
+    BundleManifest,
+)
+from dsmip.linking.card import model_card
+from dsmip.progress import CountRows, Progress, counting, no_progress
+from dsmip.runs.load_config import with_files
+from dsmip.runs.loaded_model import CONFIG, PART, WEIGHTS, LoadedModel
+from dsmip.runs.run import Run
+from dsmip.storage.atomic import sha256_file, write_json, write_text
+from dsmip.storage.locations import Location
+from dsmip.version import VERSION
+
+THUMBNAILS = ImageSettings(size=96, quality=85)
+_BACKBONE = f"{FILES}/backbone.safetensors"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What goes into a bundle.
+
+    Attributes:
+        model: A finished part, or the system's name for the whole (None: the whole, if there is one).
+        data: Where the run's data lies, if it has moved.
+        with_backbone: The pretrained backbone's tensors, also where their tag would do.
+    """
+
+    model: str | None = None
+    data: Location | None = None
+    with_backbone: bool = False
+
+
+def export_run(
+    location: Location,
+    out: Path,
+    device: torch.device,
+    options: ExportOptions = ExportOptions(),
+    progress: Progress = no_progress,
+) -> BundleManifest:
+    """Makes the bundle `out`: it is there as a whole, or not at all.
+
+    Args:
+        location: Of the run.
+        out: A new folder.
+        device: Where the index is built, if it is missing.
+        options: What goes in.
+        progress: Of the index and of the entities.
+
+    Raises:
+        UserError: No such run or model, or something is at `out`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; give a new folder for the bundle")
+    opened = OpenedModel(Run.open(location, options.data), options.model)
+    plan = plan_index(opened)
+    index = opened.run.storage / plan.name
+    built_index(opened, plan, device, progress)
+    out = out.absolute()
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    folder.mkdir(parents=True)
+    try:
+        for path in [index.folder / MANIFEST, *(index.folder / name for name in plan.slices)]:
+            _copy(path, folder / INDEX / path.name)
+        _write_parts(opened, folder, options)
+        _write_entities(opened, folder / ENTITIES, progress)
+        calibration = stored_calibration(opened.run, opened.model.name)
+        if calibration is not None and calibration.index == plan.name:
+            write_json(folder / CALIBRATION, calibration.model_dump(mode="json"))
+        write_text(folder / CARD, model_card(opened, with_backbone=(folder / _BACKBONE).is_file()))
+        manifest = _manifest(opened, folder)
+        write_json(folder / BUNDLE, manifest.model_dump(mode="json"))
+        if out.is_dir():
+            out.rmdir()
+        os.replace(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest
+
+
+def _write_parts(opened: OpenedModel, folder: Path, options: ExportOptions) -> None:
+    """Configurations, finished parts, and files that the configurations name."""
+    run, model = opened.run, opened.model
+    files = _Files(folder, model.config, with_backbone=options.with_backbone)
+    write_text(folder / CONFIG, files.config_text(run.config))
+    for part, home in _parts_of(run, model):
+        for name in (PART, WEIGHTS):
+            home.storage.pull(f"{part}/{name}")
+            inside = home.folder.resolve().relative_to(run.folder.resolve())
+            _copy(home.folder / part / name, folder / inside / part / name)
+    if (run.folder / model.name / CONFIG).is_file():
+        write_text(folder / model.name / CONFIG, files.config_text(run.whole_config()))
+
+
+def _parts_of(run: Run, model: LoadedModel) -> Iterator[tuple[str, Run]]:
+    """The finished parts that a model is loaded from, and where each of them lies."""
+    if model.name == run.system.name and run.system.gated:
+        yield model.name, run
+    for part in model.feature_parts:
+        if part in run.part_names:
+            yield part, run.home(part, model.config)
+    if model.reranker is not None:
+        yield model.reranker, run
+
+
+class _Files:
+    """Files that configurations name, copied into a bundle."""
+
+    def __init__(self, folder: Path, config: ExperimentConfig, *, with_backbone: bool) -> None:
+        self._folder, self._names = folder, dict[str, str]()
+        backbone = config.backbone
+        self._own_backbone = with_backbone or (backbone.pretrained is not None and os.path.exists(backbone.pretrained))
+        if self._own_backbone:
+            Backbone.build(backbone.architecture, backbone.pretrained).save_weights(folder / _BACKBONE)
+
+    def config_text(self, config: ExperimentConfig) -> str:
+        """A configuration as YAML, with the names that files have in the bundle."""
+        tree = config.model_dump(mode="json")
+        if self._own_backbone:
+            tree["backbone"]["pretrained"] = None
+        tree = with_files(tree, self._inside)
+        if self._own_backbone:
+            tree["backbone"]["pretrained"] = _BACKBONE
+        return yaml.safe_dump(tree, sort_keys=True, allow_unicode=True)
+
+    def _inside(self, name: str) -> str:
+        path = Path(name)
+        if not path.exists():
+            return name
+        if name not in self._names:
+            self._names[name] = f"{FILES}/{len(self._names)}-{path.name}"
+            _copy(path, self._folder / self._names[name])
+        return self._names[name]
+
+
+def _write_entities(opened: OpenedModel, path: Path, progress: Progress) -> None:
+    """The kb's texts with small pictures; with whole ones where a re-ranker looks at them."""
+    run, reranker = opened.run, opened.model.reranker
+    whole = reranker is not None and "image" in run.collator(reranker).item_format.modalities
+    count = counting(progress, "entities written", run.dataset.num_entities)
+    with pq.ParquetWriter(path, ENTITY_SCHEMA) as writer:
+        for start in range(0, run.dataset.num_entities, GROUP_ROWS):
+            rows = range(start, min(start + GROUP_ROWS, run.dataset.num_entities))
+            writer.write_table(_entity_rows(run, rows, count, whole=whole), row_group_size=GROUP_ROWS)
+
+
+def _entity_rows(run: Run, rows: range, count: CountRows, *, whole: bool) -> pa.Table:
+    records: list[dict[str, Any]] = []
+    for entity in run.dataset.entities(rows):
+        image = entity.images[0] if entity.images else None
+        records.append(
+            {
+                "entity_id": entity.entity_id,
+                "name": entity.name,
+                "attributes": entity.attributes,
+                "image": image if whole or image is None else _thumbnail(image),
+            }
+        )
+    count(len(records))
+    return pa.Table.from_pylist(records, ENTITY_SCHEMA)
+
+
+def _thumbnail(image: bytes) -> bytes | None:
+    try:
+        return prepare_image(image, THUMBNAILS)
+    except UnusableImage:
+        return None
+
+
+def _manifest(opened: OpenedModel, folder: Path) -> BundleManifest:
+    dataset = opened.run.dataset
+    files = {
+        path.relative_to(folder).as_posix(): BundleFile(bytes=path.stat().st_size, sha256=sha256_file(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return BundleManifest(
+        made_with=VERSION,
+        model=opened.model.name,
+        data=dataset.manifest.name,
+        data_sha256=dataset.manifest_hash,
+        licence=dataset.manifest.licence,
+        images=dataset.manifest.image.model_dump(mode="json"),
+        entities=dataset.num_entities,
+        files=files,
+    )
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)

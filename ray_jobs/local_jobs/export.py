@@ -1,0 +1,34 @@
+"""The job `dsmip export`: a run's model as a bundle, and onto the hub. Knows no Ray."""
+
+import shlex
+from collections import Counter
+from pathlib import Path
+
+from dsmip.linking.export import ExportOptions, export_run
+from dsmip.linking.hub import push_bundle
+from dsmip.linking.load import device_here
+from dsmip.storage.locations import Location
+from ray_jobs.terminal.display import Display
+
+
+def export_bundle(run: Location, out: Path, device: str, options: ExportOptions, push: str | None = None) -> None:
+    """Makes the bundle `out`, says how large it is, and puts it onto the hub as `push`.
+
+    Raises:
+        UserError: For a run, model or folder that cannot be used, or a hub that refuses.
+    """
+    display = Display()
+    display.interrupted = lambda: f"interrupted; nothing is left at {out}"
+    with display:
+        manifest = export_run(run, out, device_here(device), options, display)
+    sizes = Counter[str]()
+    for name, file in manifest.files.items():
+        sizes[name.partition("/")[0]] += file.bytes
+    shown = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sizes.most_common(4))
+    display.say(f"{out}: {manifest.model} with {manifest.entities} entities; MiB: {shown}")
+    if not any(name.startswith("files/backbone") for name in manifest.files):
+        display.say("  the backbone's weights are not in it: its tag brings them (--with-backbone puts them in)")
+    display.say(f"  next: {shlex.join(['dsmip', 'link', str(out), '--word', 'W', '--sentence', 'S'])}")
+    if push is not None:
+        address = push_bundle(out, push)
+        display.say(f"  on the hub: dsmip.load({address!r})")
