@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmip.ops.augmentation import Draws, ImageAugmentation, augment_images, drop_tokens
+from dsmip.ops.augmentation import Draws, ImageAugmentation, augment_images, drop_tokens, hide_tokens
 from tests.support.tokens import mask_to_end
 
 START, END = 49406, 49407
@@ -193,3 +193,17 @@ def test_an_item_is_changed_alike_whoever_holds_it() -> None:
         share = augment_images(images[own], present[own], STRONG, Draws(seeded(), 6, own))
         assert (share.int() - whole[own].int()).abs().sum() <= 3  # rounding of a few values
     assert not torch.equal(whole, augment_images(images, present, STRONG, Draws(seeded(1), 6)))
+
+
+def test_hidden_tokens_are_hidden_as_in_bert() -> None:
+    ids = torch.randint(10, 1000, (400, 20), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(20) < torch.randint(2, 21, (400, 1), generator=torch.Generator().manual_seed(2))
+    changed, hidden = hide_tokens(ids, mask, 0.3, 7, 1000, torch.Generator().manual_seed(3))
+    inner = mask & mask.roll(-1, dims=1) & (torch.arange(20) > 0)
+    inner[:, -1] = False
+    assert not (hidden & ~inner).any()
+    assert torch.equal(changed[~hidden], ids[~hidden])
+    assert float(hidden.sum() / inner.sum()) == pytest.approx(0.3, abs=0.03)
+    masked, same = (changed == 7)[hidden].float().mean(), (changed == ids)[hidden].float().mean()
+    assert float(masked) == pytest.approx(0.8, abs=0.05)
+    assert float(same) == pytest.approx(0.1, abs=0.04)

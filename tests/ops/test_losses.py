@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsmip.ops.losses import contrastive_loss, joint_contrast_losses, triplet_losses
+from dsmip.ops.losses import contrastive_loss, drawn_negatives, joint_contrast_losses, triplet_losses
 
 
 def test_equals_the_formula_with_excluded_pairs_left_out() -> None:
@@ -106,3 +106,12 @@ def test_triplets_without_a_negative_cost_nothing() -> None:
         loss.sum().backward()
         assert scores.grad is not None
         assert not scores.grad.any()
+
+
+def test_negatives_are_wrong_and_drawn_by_their_scores() -> None:
+    score_ME = torch.tensor([[9.0, 0.0, 0.0, math.log(3.0)]]).expand(4000, -1)
+    is_gold_ME = torch.tensor([[True, False, False, False]]).expand(4000, -1)
+    drawn_M = drawn_negatives(score_ME, is_gold_ME, torch.Generator().manual_seed(0))
+    shares = drawn_M.bincount(minlength=4) / 4000
+    torch.testing.assert_close(shares, torch.tensor([0.0, 0.2, 0.2, 0.6]), atol=0.03, rtol=0)
+    assert drawn_negatives(score_ME[:0], is_gold_ME[:0], torch.Generator()).shape == (0,)
