@@ -35,6 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "benchmarks.big_release",
         "benchmarks.memory",
         "benchmarks.prepare",
+        "benchmarks.serving",
         "benchmarks.shards",
         "benchmarks.stage_one",
         "benchmarks.stores",
