@@ -1,6 +1,7 @@
 """The command `python -m benchmarks.serving`: `POST /link` under load, against a bare loop over `link_many`.
 
-Both in one go on one machine, by turns: the service in a process of its own, clients in another, the loop in a third. Requests are test mentions of the run, with their pictures. On a machine of few cores clients cost as well.
+Both in one go on one machine, by turns: the service in a process of its own, clients in another, the loop in a third.
+Requests are test mentions of the run, with their pictures. On a machine of few cores clients cost as well.
 """
 
 import argparse

@@ -40,6 +40,7 @@ def serve_model(location: Location, host: str, port: int, device: str, options: 
             examples=_examples(location, options),
             notice=say,
         )
+        taken.listen()  # who comes from the next line on waits for the server, and is not refused
         say(f"{app.state.served.linker}")
         address = f"http://{f'[{host}]' if ':' in host else host}:{taken.getsockname()[1]}"
         say(f"serving on {address} (page: /, interface: /docs, OpenRefine: /reconcile); Ctrl-C ends it")
