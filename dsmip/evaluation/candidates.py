@@ -114,12 +114,16 @@ def link(matcher: Matcher, mentions: Table, index: EntityIndex, search: Candidat
     """
     if (len(search), search.first_row) != (len(index), index.first_row):
         raise ValueError(f"a search among {len(search)} entities for an index of {len(index)}: they must be the same")
-    pairs = PairScorer(matcher, mentions, index, search.device)
+    return link_with(PairScorer(matcher, mentions, index, search.device), search, k, top)
+
+
+def link_with(pairs: PairScorer, search: CandidateSearch, k: int, top: int) -> Links:
+    """As `link`, with what scores pairs of the mentions and the search's index, which many calls may share."""
     with torch.no_grad():
-        dense = _dense(mentions).to(search.device).cast(torch.float64)
+        dense = _dense(pairs.mentions).to(search.device).cast(torch.float64)
         vectors_Mg = pairs.matcher.global_vectors(dense, "mentions")
     row_MK = search.search(vectors_Mg, k).cpu().sort(dim=1).values
-    score_MK, chosen_MK = _scored(pairs, row_MK, index.first_row)
+    score_MK, chosen_MK = _scored(pairs, row_MK, search.first_row)
     best = ops.merge_top_k(score_MK, row_MK, top)
     column_MT = torch.searchsorted(row_MK, best.rows_MK.contiguous())
     chosen_MT = None if chosen_MK is None else chosen_MK.gather(1, column_MT)

@@ -52,11 +52,13 @@ class BulkOptions:
     Attributes:
         top: How many entities each gets.
         min_confidence: As for `Linker.link`.
+        candidates: As for `Linker.link`.
         images: The folder that relative paths of pictures start from.
     """
 
     top: int = 5
     min_confidence: float | None = None
+    candidates: int | None = None
     images: Path | None = None
 
 
@@ -66,6 +68,7 @@ def link_block(linker: Linker, given: Iterable[Given], first_row: int, options: 
         given,
         top=options.top,
         min_confidence=options.min_confidence,
+        candidates=options.candidates,
         on_error="report",
         images=options.images,
     )

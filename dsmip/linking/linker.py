@@ -26,6 +26,19 @@ from dsmip.linking.search import Best, ExactSearch, SecondStage
 BATCH_SIZE = 64  # mentions that are linked at a time
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """How mentions are linked; see `Linker.link`."""
+
+    top: int
+    min_confidence: float | None
+    candidates: int | None
+
+    def __post_init__(self) -> None:
+        _check_count("top", self.top)
+        _check_count("candidates", 1 if self.candidates is None else self.candidates)
+
+
 @dataclass(frozen=True)
 class MentionEncoder:
     """What makes a part's features of mentions.
@@ -108,6 +121,7 @@ class Linker:
         *,
         top: int = 5,
         min_confidence: float | None = None,
+        candidates: int | None = None,
         desc: str = "",
     ) -> Links:
         """Links one mention.
@@ -119,17 +133,20 @@ class Linker:
             top: How many entities to return (at most all).
             min_confidence: Where a calibrated model takes the mention's entity for being in the knowledge base with a
                 lower probability, `is_nil` is True (None: the model's own threshold).
+            candidates: Score only so many entities, those that global vectors find: faster, and what they miss is
+                lost. Their scores are the exact ones. None: all entities.
             desc: A description of the mention, for models that read one (see `dsmip enhance`).
 
         Returns:
             Its links, best first.
 
         Raises:
-            UserError: An empty word, a picture that cannot be read, `top` below 1, or a model that scores NaN.
+            UserError: An empty word, a picture that cannot be read, `top` or `candidates` below 1, a model that scores
+                NaN, or one that has no global vectors and is asked for candidates.
         """
-        _check_count("top", top)
+        asked = _Asked(top, min_confidence, candidates)
         given = {"word": word, "sentence": sentence, "image": image, "desc": desc}
-        return self._link_batch([MentionReader(self.model.images).read(given)], top, min_confidence)[0]
+        return self._link_batch([MentionReader(self.model.images).read(given)], asked)[0]
 
     def link_many(
         self,
@@ -137,6 +154,7 @@ class Linker:
         *,
         top: int = 5,
         min_confidence: float | None = None,
+        candidates: int | None = None,
         on_error: Literal["raise", "report"] = "raise",
         images: Path | None = None,
         batch_size: int = BATCH_SIZE,
@@ -147,7 +165,7 @@ class Linker:
             mentions: Dicts with word, sentence and image (as for `link`; mention_id and desc are optional, other keys
                 do not count), prepared `dsmip.Mention`s, an Arrow table, or a pandas frame of such columns.
             top: How many entities each gets (at most all).
-            min_confidence: As for `link`.
+            min_confidence, candidates: As for `link`.
             on_error: `raise` at a mention that cannot be read, or `report`: it gets `Links` with a `reason` and no
                 link. Either way the others are linked.
             images: The folder that relative paths of pictures start from (default: the present one).
@@ -159,11 +177,17 @@ class Linker:
         Raises:
             UserError: As for `link`; the message has the number of the mention, from 0.
         """
-        _check_count("top", top)
         _check_count("batch_size", batch_size)
-        reader, given = MentionReader(self.model.images, images), records(mentions)
+        asked, reader = _Asked(top, min_confidence, candidates), MentionReader(self.model.images, images)
+        given = records(mentions)
+        batches = iter(lambda: list(islice(given, batch_size)), [])
+        return self._linked(batches, asked, reader, on_error)
+
+    def _linked(
+        self, batches: Iterator[list[Any]], asked: _Asked, reader: MentionReader, on_error: str
+    ) -> Iterator[Links]:
         number = 0
-        while batch := list(islice(given, batch_size)):
+        for batch in batches:
             read: list[Mention | Links] = []
             for item in batch:
                 try:
@@ -173,19 +197,19 @@ class Linker:
                         raise UserError(f"mention {number}: {error}") from None
                     read.append(Links(_as_given(item), (), reason=str(error)))
                 number += 1
-            found = iter(self._link_batch([each for each in read if isinstance(each, Mention)], top, min_confidence))
+            found = iter(self._link_batch([each for each in read if isinstance(each, Mention)], asked))
             for each in read:
                 yield each if isinstance(each, Links) else next(found)
 
-    def _link_batch(self, mentions: Sequence[Mention], top: int, min_confidence: float | None) -> list[Links]:
+    def _link_batch(self, mentions: Sequence[Mention], asked: _Asked) -> list[Links]:
         if not mentions:
             return []
-        best, links = self.best(mentions, top), list[Links]()
-        right_M, known_M = self._probabilities(best)
+        best, links = self.best(mentions, asked.top, asked.candidates), list[Links]()
+        (right_M, known_M), min_confidence = self._probabilities(best), asked.min_confidence
         if min_confidence is None:
             min_confidence = self.calibration.min_known if self.calibration else 0.0
         for row, (mention, right, known) in enumerate(zip(mentions, right_M, known_M, strict=True)):
-            found, is_nil = self._links(best, row, top, right), known is not None and known < min_confidence
+            found, is_nil = self._links(best, row, asked.top, right), known is not None and known < min_confidence
             links.append(Links(mention, found, is_nil, known, knowledge_base=self.knowledge_base))
         return links
 
@@ -198,18 +222,27 @@ class Linker:
         right_M, known_M = self.calibration.probabilities(BestScores(best.score_Mk, expert_Mk))
         return right_M.tolist(), known_M.tolist()
 
-    def best(self, mentions: Sequence[Mention], top: int) -> Best:
+    def best(self, mentions: Sequence[Mention], top: int, candidates: int | None = None) -> Best:
         """The best entities of prepared mentions: at least `top` of them, and as many as the calibration reads.
+
+        Args:
+            mentions: As a `MentionReader` makes them.
+            top: How many are wanted.
+            candidates: As for `link`.
 
         Raises:
             UserError: A score is NaN or infinite.
         """
         wanted = max(top, self.calibration.num_scores if self.calibration else 0)
         try:
-            if self.second_stage is None:
-                return self.search.best(self.prepared(mentions), wanted)
-            first = self.search.best(self.prepared(mentions), max(wanted, self.second_stage.candidates))
-            return self.second_stage(first, mentions, self.knowledge_base)
+            if self.second_stage is not None:
+                wanted = max(wanted, self.second_stage.candidates)
+            prepared = self.prepared(mentions)
+            if candidates is None:
+                first = self.search.best(prepared, wanted)
+            else:
+                first = self.search.best_of(prepared, wanted, candidates)
+            return first if self.second_stage is None else self.second_stage(first, mentions, self.knowledge_base)
         except NotRankable as error:
             entity_id = self.knowledge_base.texts([error.entity_row])[0]["entity_id"]
             of_part = f" ({error.part})" if error.part else ""

@@ -5,6 +5,8 @@ Shapes: M mentions, k kept entities, K re-ranked ones.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from dsmip.data.collate import Collator
 from dsmip.data.records import Entity, Mention
 from dsmip.data.table import Table
+from dsmip.evaluation.candidates import CandidateSearch, link_with
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranking import Tiles, default_tiles, placed
 from dsmip.evaluation.ranks import NotRankable
@@ -59,6 +62,30 @@ class ExactSearch:
         use_precision(matcher, options.precision, use_backend(matcher, options.backend, device))
         self.index = placed(index, device, lambda line: None)
         self._pairs = PairScorer(matcher, Table({}), self.index, device)
+        self._building = Lock()
+
+    @cached_property
+    def candidates(self) -> CandidateSearch:
+        """The search among global vectors, built when it is first asked for.
+
+        Raises:
+            UserError: the model has no global vectors.
+        """
+        return CandidateSearch.build(self.matcher, self.index, self.device)
+
+    def best_of(self, mentions: Table, top: int, candidates: int) -> Best:
+        """As `best`, but only the `candidates` entities with the largest products of global vectors are scored.
+
+        What is found has its exact score; what the candidates miss is lost.
+
+        Raises:
+            UserError: the model has no global vectors.
+            NotRankable: a score is NaN.
+        """
+        with self._building:
+            search = self.candidates
+        found = link_with(self._pairs.of(mentions), search, max(candidates, top), top)
+        return Best(found.row_MT, found.score_MT, found.chosen_MT)
 
     @torch.no_grad()
     def best(self, mentions: Table, top: int) -> Best:

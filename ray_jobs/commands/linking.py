@@ -29,6 +29,12 @@ def link(
         float | None,
         typer.Option("--min-confidence", min=0, max=1, help="Less sure, it is not in the knowledge base."),
     ] = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            "--candidates", min=1, help="Score only so many entities, which global vectors find (default: all)."
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write one mention's links to this file; -: print JSON alone.")
     ] = None,
@@ -52,10 +58,10 @@ def link(
     linked = job.LinkModel(model, device, LoadOptions(part, data))
     if mentions is None or out is None:
         mention = {"word": word, "sentence": sentence, "image": image}
-        job.link_one(linked, mention, BulkOptions(top, min_confidence), json_file)
+        job.link_one(linked, mention, BulkOptions(top, min_confidence, candidates), json_file)
         return
     source = path_here(mentions)
-    options = BulkOptions(top, min_confidence, source.absolute().parent)
+    options = BulkOptions(top, min_confidence, candidates, source.absolute().parent)
     job.link_mentions(linked, source, path_here(out), options, Display())
 
 

@@ -66,6 +66,7 @@ def link_one(
         mention["image"],
         top=options.top,
         min_confidence=options.min_confidence,
+        candidates=options.candidates,
     )
     if json_file == _STDOUT:
         say(json.dumps(links.as_dict(), indent=2, ensure_ascii=False))

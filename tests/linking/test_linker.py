@@ -191,10 +191,25 @@ def test_a_bomb_and_a_long_sentence(linker: Linker, tmp_path: Path) -> None:
     assert linker.link("red", "red " * 2_500_000).best is not None
 
 
-@pytest.mark.parametrize("options", [{"top": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize("options", [{"top": 0}, {"batch_size": 0}, {"candidates": 0}])
 def test_options_out_of_range(linker: Linker, options: dict[str, int]) -> None:
     with pytest.raises(dsmip.UserError, match="give at least 1"):
         linker.link_many([], **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", ["dsmip", "text"])
+def test_candidates_have_their_exact_scores(run: Run, model: str) -> None:
+    linker = dsmip.load(run.folder, model=model)
+    mentions = list(run.dataset.mentions("test"))
+    exact = list(linker.link_many(mentions, top=20))
+    for links, among in zip(exact, linker.link_many(mentions, top=20, candidates=len(linker)), strict=True):
+        assert among.links == links.links  # all are candidates
+    few = list(linker.link_many(mentions, top=2, candidates=4))
+    for links, among in zip(exact, few, strict=True):
+        assert len(among) == 2
+        assert {*among} <= {*links}
+        assert among[0].score >= among[1].score
+    assert any(among.best == links.best for links, among in zip(exact, few, strict=True))
 
 
 def test_threads_get_what_one_gets_alone(linker: Linker) -> None:
