@@ -8,6 +8,8 @@ from pathlib import Path
 import uvicorn
 
 from dsmip.errors import UserError
+from dsmip.linking.bundle import is_bundle
+from dsmip.linking.hub import HUB
 from dsmip.linking.linker import Linker
 from dsmip.linking.load import LoadOptions, device_here, load_linker
 from dsmip.runs.run import Run
@@ -37,7 +39,7 @@ def serve_model(location: Location, host: str, port: int, device: str, options: 
         app = create_app(
             Source(opened, lambda: stamp_of(location)),
             name=f"dsmip: {Path(str(location)).name}",
-            examples=_examples(location, options),
+            examples=examples_of(location, options),
             notice=say,
         )
         taken.listen()  # who comes from the next line on waits for the server, and is not refused
@@ -48,8 +50,10 @@ def serve_model(location: Location, host: str, port: int, device: str, options: 
         uvicorn.Server(config).run(sockets=[taken])
 
 
-def _examples(location: Location, options: LoadOptions) -> list[Example]:
-    """Some test mentions of a run's data, for the page."""
+def examples_of(location: Location, options: LoadOptions) -> list[Example]:
+    """Some test mentions of a run's data, for the page; a bundle has none."""
+    if str(location).startswith(HUB) or (Path(str(location)).is_dir() and is_bundle(Path(str(location)))):
+        return []
     dataset = Run.open(location, options.data).dataset
     return [Example(each.word, each.sentence) for each in islice(dataset.mentions("test"), _NUM_EXAMPLES)]
 

@@ -2,17 +2,26 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import dsmip
+from dsmip.linking.export import ExportOptions, export_run
+from dsmip.linking.load import LoadOptions
 from dsmip.runs.run import Run
+from dsmip.serving.served import Served, Source, stamp_of
 from ray_jobs.cli import app
+from ray_jobs.local_jobs.serve import examples_of
 from tests.support.cluster.ray_heads import wait_until
 from tests.support.cluster.serving import served
 
@@ -66,3 +75,18 @@ def test_a_port_in_use_and_a_model_that_is_none_are_said_in_one_line(run: Run, t
     )
     assert "no run at" in str(serve(tmp_path, "--port", 0).exception)
     assert "--host nowhere.invalid" in str(serve(run.folder, "--host", "nowhere.invalid").exception)
+
+
+def test_a_bundle_is_served_too_and_opened_again_when_it_is_exported_again(run: Run, tmp_path: Path) -> None:
+    bundle, options = tmp_path / "bundle", LoadOptions()
+    export_run(run.folder, bundle, torch.device("cpu"), ExportOptions(with_backbone=True))
+    assert examples_of(bundle, options) == examples_of("hf-hub:owner/name", options) == []
+    assert [each.word for each in examples_of(run.folder, options)] == [
+        each.word for each in islice(run.dataset.mentions("test"), 4)
+    ]
+    served = Served(Source(lambda: dsmip.load(bundle), lambda: stamp_of(bundle)))
+    assert not served.check()
+    shutil.rmtree(bundle)
+    export_run(run.folder, bundle, torch.device("cpu"), ExportOptions(with_backbone=True))
+    assert served.check()
+    assert served.linker.link("red").best is not None
