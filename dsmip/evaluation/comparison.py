@@ -16,7 +16,7 @@ from dsmip.evaluation.metrics import Difference, compare_counts, summarise
 from dsmip.evaluation.report import KB_HASH, RANKS, evaluation_name
 from dsmip.ops.ranking import Counts
 from dsmip.runs.load_config import load_config
-from dsmip.runs.loaded_model import CONFIG, model_names
+from dsmip.runs.loaded_model import CONFIG, evaluated_names
 from dsmip.storage.locations import Location, open_run_storage
 from dsmip.storage.run_storage import STAMP, RunStorage
 
@@ -61,7 +61,7 @@ def read_evaluation(location: Location, split: str, model: str | None) -> Evalua
     run.refresh()
     if not (run.folder / STAMP).is_file():
         raise UserError(f"no run at {run} (no {STAMP}); 'dsmip train' makes one")
-    names = model_names(load_config(str(run.folder / CONFIG)))
+    names = evaluated_names(load_config(str(run.folder / CONFIG)))
     model = names[0] if model is None else model
     if model not in names:
         raise UserError(f"unknown model '{model}'; run {run} has {', '.join(names)}")

@@ -61,6 +61,10 @@ class EntityIndex:
                 chosen.append(table.take(inside - start))
         return concatenate(chosen)
 
+    def under(self, prefix: str) -> "EntityIndex":
+        """The same entities, with the columns named `prefix.*` alone, without the prefix."""
+        return EntityIndex([table.under(prefix) for table in self.tables], self.first_row)
+
     def slice(self, number: int, num_slices: int) -> "EntityIndex":
         """One of `num_slices` contiguous slices of nearly equal size."""
         first, stop = len(self) * number // num_slices, len(self) * (number + 1) // num_slices

@@ -68,6 +68,13 @@ class RankedModel:
         gold_score_M = self.gold_scores(self.index, device)
         return self.rank_slice(self.index, gold_score_M, device, options, notice, progress)
 
+    def ready(self, device: torch.device, options: RankOptions, notice: Callable[[str], None]) -> "RankedModel":
+        """With the matcher on the device, and what computes its token-level scores chosen."""
+        matcher = self.matcher.to(device)
+        backend = use_backend(matcher, options.backend, device)
+        notice(f"scoring on {device} with {backend}, {use_precision(matcher, options.precision, backend)}")
+        return replace(self, matcher=matcher)
+
     def gold_scores(self, index: EntityIndex, device: torch.device) -> Tensor:
         """float64 [M]: exact scores of the golds that are in a slice of the index, NaN elsewhere."""
         return PairScorer(self.matcher, self.mentions, index, device).gold_scores(self.gold_row_M)
@@ -90,11 +97,8 @@ class RankedModel:
         progress: Progress = no_progress,
     ) -> Ranking:
         """The ranking against a slice of the index, given all golds' exact scores."""
-        matcher = self.matcher.to(device)
-        backend = use_backend(matcher, options.backend, device)
-        notice(f"scoring on {device} with {backend}, {use_precision(matcher, options.precision, backend)}")
         return rank(
-            replace(self, matcher=matcher, index=index),
+            replace(self.ready(device, options, notice), index=index),
             device,
             top_k=options.top_k,
             gold_score_M=gold_score_M,
@@ -244,7 +248,7 @@ class Tiles:
         """
         tiles = []
         for start in range(0, len(self.mentions), self.size.mentions):
-            scores_ME, chosen_ME, _ = self._score_all(start)
+            scores_ME, chosen_ME, _ = self.score_all(start)
             nowhere_M = scores_ME.new_full((len(scores_ME),), torch.nan)
             refined_ME, _ = refiner.refine(scores_ME, start, nowhere_M, top_k)
             best = ops.top_k(refined_ME, min(top_k, refined_ME.shape[1]))
@@ -256,7 +260,7 @@ class Tiles:
 
     def _rank_tile(self, start: int, top_k: int, num_choices: int, close: Refiner | float) -> dict[str, Tensor]:
         num_entities = len(self.index)
-        scores_ME, chosen_ME, counted = self._score_all(start)
+        scores_ME, chosen_ME, counted = self.score_all(start)
         gold_column_M = self.gold_column_M[start : start + len(scores_ME)].to(self.device)
         here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
         column_M = gold_column_M.clamp(0, num_entities - 1)
@@ -290,7 +294,7 @@ class Tiles:
             row = int(self.gold_column_M[start + mention]) + self.index.first_row
             raise ValueError(f"mention {start + mention}: its gold, kb row {row}, is in no worker's index")
 
-    def _score_all(self, start: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def score_all(self, start: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Scores [M, E], choices [M, E] or None, and columns of counts (`_counted`) of one tile of mentions."""
         mentions = self.mentions.take(slice(start, start + self.size.mentions)).to(self.device)
         totals, choices, counts, first = [], [], [], 0

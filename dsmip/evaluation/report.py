@@ -1,6 +1,7 @@
 """From ranks to files and tables: `metrics.json`, `ranks.parquet`, and what several models' ranks say together."""
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,21 +15,25 @@ from torch import Tensor
 from dsmip.calibration.calibration import MIN_MENTIONS, BestScores, Calibration, read_calibration
 from dsmip.calibration.evidence import NUM_SCORES
 from dsmip.calibration.figures import confidence_figures
+from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.evaluation.candidates import CandidateSearch, link
+from dsmip.evaluation.experts.survey import informed, needs_survey, surveyed
 from dsmip.evaluation.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
-from dsmip.evaluation.metrics import confidence, measure_among, summarise
+from dsmip.evaluation.metrics import confidence, measure_among
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import Choices, NotRankable, Ranking
 from dsmip.ops import ranking as ops
+from dsmip.ops.experts.statistics import Survey
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.runs.run import Run
 
-RANKS, CALIBRATION = "ranks.parquet", "calibration.json"
+RANKS, METRICS_FILE, CALIBRATION = "ranks.parquet", "metrics.json", "calibration.json"
 CALIBRATED_ON = "validation"
 KB_HASH = b"kb_sha256"  # in the schema's metadata of ranks.parquet
+NO_COLUMNS = Table({})
 _CANDIDATES_NOTE = "ranks among k candidates, a gold outside them counted as a miss: not metrics of the full ranking"
 
 
@@ -56,8 +61,11 @@ class RankingWorkers(Protocol):
     def build(self, files: RankingFiles) -> None:
         """Builds the missing files."""
 
-    def rank(self, files: RankingFiles) -> Ranking:
-        """The ranking from all files."""
+    def survey(self, files: RankingFiles) -> Survey:
+        """What the experts of a model that fuses them say of each mention, from all files."""
+
+    def rank(self, files: RankingFiles, added: Table = NO_COLUMNS) -> Ranking:
+        """The ranking from all files, and columns of the mentions that are in none."""
 
 
 class SecondStage(Protocol):
@@ -114,7 +122,8 @@ def evaluate_model(
     evaluation.release_encoders()
     model = files.open(evaluation)
     try:
-        first = workers.rank(files) if workers else model.rank(device, options, notice, progress)
+        model, added = _informed(model, files, device, options, workers, notice)
+        first = workers.rank(files, added) if workers else model.rank(device, options, notice, progress)
         ranking = first if second_stage is None else second_stage(first)
     except NotRankable as error:
         raise _unrankable(error, evaluation, model) from None
@@ -126,6 +135,8 @@ def evaluate_model(
         **_metrics(ranking, groups, without_image_M, model),
         "index_bytes_per_entity": model.index.num_bytes / len(model.index),
     }
+    if passes := len(model.matcher.surveyed()):
+        metrics["first_pass_pairs"] = passes * len(evaluation.mentions) * len(model.index)
     if second_stage is not None:
         metrics["first_stage"] = _first_stage(evaluation, first, second_stage.candidates)
     if candidates is not None:
@@ -134,7 +145,7 @@ def evaluate_model(
     metrics |= _calibrated(evaluation, ranking, files.name)
     with storage.atomic(RANKS) as temporary:
         _write_ranks(temporary, ranking.first(written), evaluation, groups)
-    storage.write_json("metrics.json", metrics)
+    storage.write_json(METRICS_FILE, metrics)
     return Evaluated(storage.folder, metrics)
 
 
@@ -183,6 +194,23 @@ def stored_calibration(run: Run, model: str) -> Calibration | None:
     storage.refresh()
     path = storage.folder / CALIBRATION
     return read_calibration(path) if path.is_file() else None
+
+
+def _informed(
+    model: RankedModel,
+    files: RankingFiles,
+    device: torch.device,
+    options: RankOptions,
+    workers: RankingWorkers | None,
+    notice: Callable[[str], None],
+) -> tuple[RankedModel, Table]:
+    """The model as it can be ranked with, and what its mentions have come to know for it."""
+    if not needs_survey(model):
+        return model, NO_COLUMNS
+    before, started = model.mentions.columns, time.monotonic()
+    model = informed(model, workers.survey(files)) if workers else surveyed(model, device, options, notice)
+    notice(f"first of two passes: what {', '.join(model.matcher.surveyed())} say, {time.monotonic() - started:.1f} s")
+    return model, Table({name: column for name, column in model.mentions.columns.items() if name not in before})
 
 
 def _unrankable(error: NotRankable, evaluation: OpenedEvaluation, model: RankedModel) -> UserError:
@@ -326,33 +354,3 @@ def _write_ranks(
 def kb_hash(entity_ids: Sequence[str]) -> bytes:
     """SHA-256 of the kb's entity ids in any order: ranks of two evaluations compare only over the same entities."""
     return hashlib.sha256("\n".join(sorted(entity_ids)).encode()).hexdigest().encode()
-
-
-def oracle(folders: Mapping[str, Path]) -> dict[str, Any]:
-    """Metrics of the oracle that takes, for each mention, the expert that ranks its gold best.
-
-    Args:
-        folders: Evaluation folders by expert name, of the same split.
-
-    Returns:
-        Overall metrics, and hits@1 by kind.
-
-    Raises:
-        UserError: They are not of the same mentions.
-    """
-    tables = [pq.read_table(folder / RANKS) for folder in folders.values()]
-    if len({tuple(table.column("mention_id").to_pylist()) for table in tables}) != 1:
-        raise UserError("the experts were evaluated on different mentions; evaluate all of them on one split")
-    counts_BM = ops.Counts(*(_stacked(tables, name) for name in ("better", "tied")))
-    best_1M = ops.realistic_ranks(counts_BM).argmin(dim=0, keepdim=True)
-    counts = ops.Counts(*(each_BM.gather(0, best_1M)[0] for each_BM in counts_BM))
-    kinds = tables[0].column(KIND).to_pylist()
-    by_kind = {}
-    for kind in sorted({k for k in kinds if k is not None}):
-        rows = torch.tensor([k == kind for k in kinds])
-        by_kind[kind] = summarise(ops.Counts(counts.better_M[rows], counts.tied_M[rows]))["hits@1"]
-    return {"overall": summarise(counts), "by_kind": by_kind}
-
-
-def _stacked(tables: Sequence[pa.Table], column: str) -> Tensor:
-    return torch.stack([torch.tensor(table.column(column).to_pylist()) for table in tables])

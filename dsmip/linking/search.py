@@ -15,8 +15,9 @@ from dsmip.data.collate import Collator
 from dsmip.data.records import Entity, Mention
 from dsmip.data.table import Table
 from dsmip.evaluation.candidates import CandidateSearch, link_with
+from dsmip.evaluation.experts.survey import informed, survey
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import Tiles, default_tiles, placed
+from dsmip.evaluation.ranking import RankedModel, Tiles, default_tiles, placed
 from dsmip.evaluation.ranks import NotRankable
 from dsmip.evaluation.refinement import PairScorer, Refiner
 from dsmip.linking.knowledge_base import KnowledgeBase
@@ -76,7 +77,8 @@ class ExactSearch:
     def best_of(self, mentions: Table, top: int, candidates: int) -> Best:
         """As `best`, but only the `candidates` entities with the largest products of global vectors are scored.
 
-        What is found has its exact score; what the candidates miss is lost.
+        What is found has its exact score; what the candidates miss is lost. Experts that are fused score all entities
+        all the same, to know what their scores are worth: candidates then save only half of the work.
 
         Raises:
             UserError: the model has no global vectors.
@@ -84,8 +86,16 @@ class ExactSearch:
         """
         with self._building:
             search = self.candidates
+        mentions = self._informed(mentions)
         found = link_with(self._pairs.of(mentions), search, max(candidates, top), top)
         return Best(found.row_MT, found.score_MT, found.chosen_MT)
+
+    def _informed(self, mentions: Table) -> Table:
+        """Mentions that know what fused experts say of them; others as they are."""
+        if not self.matcher.surveyed():
+            return mentions
+        model = RankedModel(self.matcher, mentions, self.index, torch.full((len(mentions),), -1))
+        return informed(model, survey(model, self.device)).mentions
 
     @torch.no_grad()
     def best(self, mentions: Table, top: int) -> Best:
@@ -95,6 +105,7 @@ class ExactSearch:
             NotRankable: a score is NaN or infinite.
         """
         nowhere_M = torch.full((len(mentions),), -1)
+        mentions = self._informed(mentions)
         tiles = Tiles(
             self.matcher,
             mentions,

@@ -27,6 +27,8 @@ class System(ABC):
     Attributes:
         paper: Who published it, where and when.
         published_config: The shipped configuration with its published settings, of WikiMEL.
+        fusions: Names of the fusions of its experts that have no gate and nothing to train but a scale per expert: they
+            are evaluated beside the whole.
         published_sign: How a name begins that only this system's released checkpoints have; empty: none are known.
     """
 
@@ -34,6 +36,7 @@ class System(ABC):
     paper: ClassVar[str]
     published_config: ClassVar[str]
     published_sign: ClassVar[str] = ""
+    fusions: ClassVar[tuple[str, ...]] = ()
     config_class: ClassVar[type[Frozen]]
     gated: ClassVar[bool]
 
@@ -140,6 +143,11 @@ class System(ABC):
     def stored_features(cls, part: str, config: ExperimentConfig, dataset: Dataset) -> StoredFeatures | None:
         """What of a feature part was computed beside the shards; None: nothing, all is to be encoded."""
         return None
+
+    @classmethod
+    def build_fusion(cls, name: str, config: ExperimentConfig) -> Matcher:
+        """One of `fusions`, without its experts' weights and scales."""
+        raise RuntimeError(f"{cls.name} has no fusion {name}")
 
     @classmethod
     @abstractmethod

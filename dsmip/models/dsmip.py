@@ -22,10 +22,13 @@ from dsmip.models.base import System
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.ops.losses import contrastive_loss, contrastive_losses
 from dsmip.units.expert import MODALITIES, Expert, ExpertConfig, ExpertName
+from dsmip.units.fusion.gate import FusionGate
+from dsmip.units.fusion.matcher import FusedMatcher, ScoringName
 from dsmip.units.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, check_weights_named, stored_images
 from dsmip.units.matcher import BatchGold, Matcher, Scores, token_pairs
 
 GATE = "gate"
+FUSIONS: Mapping[str, ScoringName] = {"mean": "mixture", "product": "product"}
 _SCALE_SPEED = 10.0  # Adam moves a parameter by its learning rate a step, too slow for factors of 3 to 30
 
 
@@ -208,6 +211,7 @@ class Dsmip(System):
     published_config: ClassVar[str] = "wikimel"
     config_class: ClassVar[type[Frozen]] = DsmipConfig
     gated: ClassVar[bool] = True
+    fusions: ClassVar[tuple[str, ...]] = tuple(FUSIONS)
 
     @classmethod
     def part_names(cls, section: Any) -> tuple[str, ...]:
@@ -215,7 +219,7 @@ class Dsmip(System):
 
     @classmethod
     def feature_parts(cls, section: Any) -> tuple[str, ...]:
-        return (*section.use, GATE)
+        return (*section.use, GATE) if section.gate.sees_items else tuple(section.use)
 
     @classmethod
     def choices(cls, section: Any) -> tuple[str, ...]:
@@ -292,6 +296,26 @@ class Dsmip(System):
     def build_whole(cls, config: ExperimentConfig) -> Matcher:
         section, sizes = config.system, feature_sizes(config.backbone.architecture)
         image_width = find_network(section.gate.picture).width(sizes)
-        gate = Gate(section.gate, sizes.text_width, image_width, len(section.use))
-        experts = {name: cls.build_part(name, config, with_encoder=False) for name in section.use}
-        return DsmipMatcher(experts, gate)
+        gate: GateConfig = section.gate
+        if not gate.fuses:
+            paper_gate = Gate(gate, sizes.text_width, image_width, len(section.use))
+            return DsmipMatcher(cls._experts(config), paper_gate)
+        fusion_gate = FusionGate(
+            sizes.text_width + image_width,
+            len(section.use),
+            gate.width,
+            gate.dropout,
+            sees_confidence=gate.sees_confidence,
+            sees_items=gate.sees_items,
+            normalises=gate.inputs != "raw",
+        )
+        calibrated = gate.calibration == "fitted"
+        return FusedMatcher(cls._experts(config), gate.scoring, fusion_gate, calibrated=calibrated)
+
+    @classmethod
+    def build_fusion(cls, name: str, config: ExperimentConfig) -> Matcher:
+        return FusedMatcher(cls._experts(config), FUSIONS[name])
+
+    @classmethod
+    def _experts(cls, config: ExperimentConfig) -> dict[str, Expert]:
+        return {name: cls.build_part(name, config, with_encoder=False) for name in config.system.use}

@@ -37,6 +37,7 @@ class LoadedModel:
         choices: the experts that it chooses from (may be none).
         feature_parts: whose features it reads; of several, each under its part's name.
         reranker: the part that scores its best entities once more; None: its ranking is the model's.
+        fusion: it is one of `System.fusions`.
     """
 
     name: str
@@ -45,10 +46,13 @@ class LoadedModel:
     choices: tuple[str, ...]
     feature_parts: tuple[str, ...]
     reranker: str | None = None
+    fusion: bool = False
 
     @property
     def ranked_by(self) -> str:
-        """The model that makes its ranking over the whole knowledge base, whose index is read."""
+        """Whose index is read: the model that makes its ranking over the whole knowledge base; all fusions have one."""
+        if self.fusion:
+            return "fusion"
         return self.name if self.reranker is None else self.feature_parts[0]
 
 
@@ -154,11 +158,43 @@ class TrainedParts:
             return LoadedModel(
                 name, self.load_whole(), config, self.system.choices(section), self.system.feature_parts(section)
             )
+        if name in self.system.fusions:
+            config, choices = self.whole_config(), self.system.choices(self.whole_config().system)
+            return LoadedModel(name, self.load_fusion(name), config, (), choices, fusion=True)
         if name in model_names(self.config):
             rerankers = self.system.rerankers(self.config.system)
             reranker, first = next(iter(rerankers.items())) if name == self.system.name and rerankers else (None, name)
             return LoadedModel(name, self.load_part(first, with_encoder=False), self.config, (), (first,), reranker)
-        raise UserError(f"unknown model '{name}'; this run has {', '.join(model_names(self.config))}")
+        raise UserError(f"unknown model '{name}'; this run has {', '.join(evaluated_names(self.config))}")
+
+    def load_fusion(self, name: str) -> Matcher:
+        """A fusion of the experts that the gated whole chooses from, with their trained weights and fitted scales."""
+        config, report = self.whole_config(), self.part_report(self.system.name)
+        if "fusion" not in report:
+            raise UserError(
+                f"run {self.storage} was tuned by a version that fitted no scales; delete {self.storage}/tune and "
+                f"{self.storage}/{self.system.name} and run 'dsmip tune' again"
+            )
+        matcher = self.build_fusion(name, config)
+        scales = {expert: float(scale) for expert, scale in report["fusion"]["scale"].items()}
+        matcher.get_buffer("scale_B").copy_(torch.tensor([scales[each] for each in self.system.choices(config.system)]))
+        return matcher
+
+    def build_fusion(self, name: str, config: ExperimentConfig) -> Matcher:
+        """As `load_fusion`, with scales that are not fitted yet."""
+        matcher = self.system.build_fusion(name, config)
+        self.load_experts(matcher, config)
+        return matcher
+
+    def load_experts(self, matcher: Matcher, config: ExperimentConfig) -> None:
+        """Puts the trained experts' units into a whole system or a fusion.
+
+        Raises:
+            UserError: An expert is not trained yet.
+        """
+        for part in self.system.choices(config.system):
+            expert = self.home(part, config).load_part(part, with_encoder=False)
+            matcher.get_submodule(f"experts.{part}").load_state_dict(expert.state_dict())
 
     def whole_config(self) -> ExperimentConfig:
         """The configuration that the best trial chose (temperature, gate width, experts ...)."""
@@ -185,3 +221,8 @@ def model_names(config: ExperimentConfig) -> tuple[str, ...]:
     rerankers = system.rerankers(config.system)
     alone = [part for part in system.part_names(config.system) if part not in rerankers]
     return (*([system.name] if system.gated or rerankers else []), *alone)
+
+
+def evaluated_names(config: ExperimentConfig) -> tuple[str, ...]:
+    """Whatever `dsmip evaluate` takes: `model_names`, then the fusions of a gated system's experts."""
+    return (*model_names(config), *find_system(config.model).fusions)

@@ -16,9 +16,11 @@ from dsmip.errors import UserError
 from dsmip.evaluation.preparation import with_has_image
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, StreamSource, is_held_out
+from dsmip.training.fusion.fit import fit_gate
 from dsmip.training.loop import Context
 from dsmip.training.trainer import MinedSource, TrainResult, train
 from dsmip.training.validation import CachedValidation, EncodingValidation, SplitFeatures, Validation, alike_groups
+from dsmip.units.fusion.matcher import FusedMatcher
 from dsmip.units.matcher import Matcher
 
 CPU = torch.device("cpu")
@@ -77,10 +79,7 @@ def start_whole(run: Run, config: ExperimentConfig) -> Matcher:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         matcher = run.system.build_whole(config)
-    for part in run.system.feature_parts(config.system):
-        if part in run.part_names:
-            expert = run.home(part, config).load_part(part, with_encoder=False)
-            matcher.get_submodule(f"experts.{part}").load_state_dict(expert.state_dict())
+    run.load_experts(matcher, config)
     return matcher
 
 
@@ -130,6 +129,8 @@ def train_whole(
 
     kb: features of the whole kb `with_has_image`.
     """
+    if isinstance(matcher, FusedMatcher):
+        return fit_gate(matcher, train_split, validation, kb, config, context, seed=seed, stop_epoch=stop_epoch)
     source = CachedSource(train_split.mentions, kb, train_split.gold_row_M, config, seed)
     validate = CachedValidation(validation, kb, context, train_split.mentions)
     mine = _miner(validate, train_split.gold_row_M, dataset, config)

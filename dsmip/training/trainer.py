@@ -3,6 +3,7 @@
 What one step computes is in `gradients.py`, the steps themselves in `loop.py`, where batches come from in `batches.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -53,11 +54,12 @@ def train(
     seed: int,
     stop_epoch: int | None = None,
     checkpoint_steps: int | None = None,
+    best_by: str = "mrr",
 ) -> TrainResult:
     """Trains until `config.epochs` or until validation MRR has not risen for `config.patience` epochs.
 
     Resumes from `context.restore()`. On return the part holds the weights of the best epoch. `validate` returns
-    metrics with the key `mrr`; with several workers it is called on each, and must return the same on each.
+    metrics with the key `best_by`; with several workers it is called on each, and must return the same on each.
 
     Args:
         objective: What is minimised; None: the part is a matcher, and its own loss is.
@@ -65,6 +67,7 @@ def train(
             epochs; until the first time there are none.
         stop_epoch: Pause there (a rung of successive halving); the schedule still spans `config.epochs`.
         checkpoint_steps: Save after so many steps, besides after each epoch.
+        best_by: The validation's metric that tells the best epoch; higher is better.
 
     Raises:
         UserError: The training diverges.
@@ -87,7 +90,7 @@ def train(
     )
     state = loop.resume()
     last = config.epochs if stop_epoch is None else min(stop_epoch, config.epochs)
-    while state.epoch < last and not _patience_lost(state.history, config.patience):
+    while state.epoch < last and not _patience_lost(state.history, config.patience, best_by):
         if mine is not None:
             source.hard_row_NK = state.hard_row_NK
         loop.epoch(source, state)
@@ -97,11 +100,11 @@ def train(
         if mine is not None and state.epoch % config.hard_negatives_every == 0 and state.epoch < config.epochs:
             state.hard_row_NK = mine(part)
         state.history.append(metrics)
-        if _best_epoch(state.history) == len(state.history) - 1:
+        if _best_epoch(state.history, best_by) == len(state.history) - 1:
             state.best = {name: tensor.detach().clone() for name, tensor in trained_state(part).items()}
         context.epoch_done(metrics, loop.save(state))
     part.load_state_dict(state.best, strict=False)
-    return TrainResult(state.history, _best_epoch(state.history))
+    return TrainResult(state.history, _best_epoch(state.history, best_by))
 
 
 class PartObjective(Objective):
@@ -138,13 +141,13 @@ def trained_state(part: Part) -> dict[str, Tensor]:
     return trained | {name: buffer for name, buffer in part.named_buffers() if name not in towers}
 
 
-def _best_epoch(history: list[dict[str, float]]) -> int:
-    """The epoch with the highest validation MRR, the last one of equals; epochs without validation do not count."""
-    return max(range(len(history)), key=lambda epoch: (history[epoch].get("mrr", -1.0), epoch))
+def _best_epoch(history: list[dict[str, float]], best_by: str) -> int:
+    """The epoch of the highest validation metric, the last one of equals; epochs without validation do not count."""
+    return max(range(len(history)), key=lambda epoch: (history[epoch].get(best_by, -math.inf), epoch))
 
 
-def _patience_lost(history: list[dict[str, float]], patience: int | None) -> bool:
-    if patience is None or not history or "mrr" not in history[-1]:
+def _patience_lost(history: list[dict[str, float]], patience: int | None, best_by: str) -> bool:
+    if patience is None or not history or best_by not in history[-1]:
         return False  # only a validation can tell
-    risen = max(range(len(history)), key=lambda epoch: history[epoch].get("mrr", -1.0))  # the first of equals
+    risen = max(range(len(history)), key=lambda epoch: history[epoch].get(best_by, -math.inf))  # the first of equals
     return len(history) - 1 - risen >= patience

@@ -7,7 +7,7 @@ Each side's input is [mean of the frozen input token embeddings ; picture featur
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -23,46 +23,117 @@ from dsmip.encoders.image_features import DTypeName, ImageFeatures, Weights, fin
 from dsmip.encoders.image_networks import ClipImage, Kind, NetworkChoice, find_network
 from dsmip.encoders.vgg import BY_HASH
 from dsmip.errors import UserError
+from dsmip.units.fusion.matcher import ScoringName
 
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {
+        "inputs": "raw",
+        "scoring": "choice",
+        "choice": "pair",
+        "training": "sampled",
+        "calibration": "none",
+        "units": "tuned",
+        "final_activation": "relu",
+    },
+    "confidence": {
+        "inputs": "confidence",
+        "scoring": "mixture",
+        "choice": "mention",
+        "training": "mixture",
+        "calibration": "fitted",
+        "units": "frozen",
+        "final_activation": "none",
+        "width": 32,
+        "dropout": 0.3,
+    },
+}
+"""Forms of the gate by name, which `gate.preset` may be written for."""
 _HASH = re.compile(rf"{BY_HASH}[0-9a-f]{{16,64}}")
 _SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the usual 1e-5 would swallow them
 
 
 class GateConfig(Frozen):
-    """The gate's form. The paper's: vgg16, raw, pair, sampled, none, tuned, relu.
+    """The gate's form: a `preset` sets the keys that PRESETS has for it, whatever else is given for them.
+
+    A gate that fuses (`fuses`) learns from the experts' probabilities over the whole knowledge base, and scores pairs
+    in two passes; any other learns from batches.
 
     Attributes:
         picture: The image network (`dsmip.encoders.image_networks`): `vgg16` (fc7) or `clip` (the frozen backbone's
             pooled picture).
         vgg_weights: Of an image network other than the backbone: a local file, `torchvision`, or `sha256:<16 or more
             digits>`: features that `dsmip features` has made.
-        inputs: `raw`, or `normalised` to mean 0 and variance 1 per number (means of token embeddings are tiny and
-            nearly the same for all texts: raw, the gate does not see them).
+        inputs: What the gate sees: text and picture features `raw`, or `normalised` to mean 0 and variance 1 per number
+            (means of token embeddings are tiny and nearly the same for all texts: raw, the gate does not see them);
+            `confidence`, how sure each expert is of its answer (`dsmip.ops.experts.statistics.confidence`, normalised),
+            or `both`.
+        scoring: Scores of the expert of `choice`; `mixture`, the log likelihood under all experts' softmaxes over the
+            whole kb, weighted; or `product`, the weighted sum of their log probabilities.
         choice: Every `pair` chooses its expert, or every `mention`, so that all entities of a ranking are scored on one
             scale.
         training: `sampled` one-hot choices with straight-through gradients (eqs. 15, 16), or `mixture`, the exact
             likelihood of a mixture of the experts (mention choice only).
-        calibration: `none`, or a learned `scale` of each expert's scores, since experts that were trained alone differ
-            in how sure they are of themselves.
+        calibration: `none`; a learned `scale` of each expert's scores, since experts that were trained alone differ
+            in how sure they are of themselves; or one `fitted` before the gate is trained, under which the golds that
+            stage two trains on are likeliest (of a gate that fuses).
         units: The experts' units are `tuned` with the gate (the paper) or `frozen`.
     """
 
+    added: ClassVar[Mapping[str, Any]] = {"scoring": "choice"}
+    short_for: ClassVar[tuple[str, ...]] = ("preset",)
+
     picture: Kind = "vgg16"
     vgg_weights: str = "torchvision"
-    inputs: Literal["raw", "normalised"] = "raw"
+    inputs: Literal["raw", "normalised", "confidence", "both"] = "raw"
+    scoring: ScoringName = "choice"
     choice: Literal["pair", "mention"] = "pair"
     training: Literal["sampled", "mixture"] = "sampled"
-    calibration: Literal["none", "scale"] = "none"
+    calibration: Literal["none", "scale", "fitted"] = "none"
     units: Literal["tuned", "frozen"] = "tuned"
     final_activation: Literal["relu", "none"] = "none"
     width: int = Field(512, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
     temperature: float = Field(0.1, gt=0)
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the experts' probabilities over the whole kb have a part in it."""
+        return self.sees_confidence or self.scoring != "choice" or self.calibration == "fitted"
+
+    @property
+    def sees_confidence(self) -> bool:
+        return self.inputs in ("confidence", "both")
+
+    @property
+    def sees_items(self) -> bool:
+        return self.inputs != "confidence"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, tree: Any) -> Any:
+        if not isinstance(tree, Mapping) or "preset" not in tree:
+            return tree
+        if (preset := tree["preset"]) not in PRESETS:
+            raise ValueError(f"preset: there are {', '.join(PRESETS)}, not {preset!r}")
+        return {**{key: value for key, value in tree.items() if key != "preset"}, **PRESETS[preset]}
+
     @model_validator(mode="after")
     def _hash_is_one(self) -> "GateConfig":
         if self.vgg_weights.startswith(BY_HASH) and not _HASH.fullmatch(self.vgg_weights):
             raise ValueError(f"vgg_weights: {BY_HASH} takes the first 16 or more digits that 'dsmip features' printed")
+        return self
+
+    @model_validator(mode="after")
+    def _fusion_is_of_frozen_experts(self) -> "GateConfig":
+        needed = {"choice": "mention", "training": "mixture", "units": "frozen", "final_activation": "none"}
+        wrong = [f"{key}: {value}" for key, value in needed.items() if getattr(self, key) != value]
+        if self.calibration == "scale":
+            wrong.append("calibration: fitted (or none)")
+        if self.fuses and wrong:
+            raise ValueError(
+                f"inputs: {self.inputs}, scoring: {self.scoring}, calibration: {self.calibration} take experts as "
+                f"distributions over the knowledge base, which needs {', '.join(wrong)}; preset: confidence has all"
+            )
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from dsmip.data.table import Table
 from dsmip.encoders.base import Side
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
+from dsmip.ops.experts.statistics import Survey
 from dsmip.ops.losses import contrastive_loss
 
 Encoder = TypeVar("Encoder", bound=nn.Module)
@@ -202,6 +203,17 @@ class Matcher(Part, ABC):
         what it needs. With several workers a batch is each worker's own share.
         """
         raise RuntimeError(f"{type(self).__name__} has no loss of items")
+
+    def surveyed(self) -> Mapping[str, tuple["Matcher", float]]:
+        """Experts whose scores against the whole kb must be known before a pair is scored, each with its scale.
+
+        A matcher that has some scores only mentions that are `informed`; `dsmip.evaluation.experts.survey` does it.
+        """
+        return {}
+
+    def informed(self, mentions: Table, survey: Survey) -> Table:
+        """Prepared mentions with what scoring needs of their survey, the same whatever the tile."""
+        return mentions
 
     def why_not_indexed(self) -> str | None:
         """Why items must not be prepared in tiles and slices, as an index is; None: they may."""

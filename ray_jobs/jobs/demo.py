@@ -24,9 +24,10 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.image_preparation import JPEG_QUALITY
 from dsmip.data.manifest import ImageSettings
 from dsmip.errors import UserError
+from dsmip.evaluation.experts.oracle import oracle
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import shown_metrics
-from dsmip.evaluation.report import CALIBRATED_ON, RANKS, evaluate_model, evaluation_name, oracle
+from dsmip.evaluation.report import CALIBRATED_ON, RANKS, evaluate_model, evaluation_name
 from dsmip.progress import no_progress
 from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run
@@ -93,16 +94,18 @@ def run_demo(
 def compare(run: Run, split: str) -> dict[str, Any]:
     """Figures of every expert, the gated system and the oracle over the experts; shares of the gate; hits@1 by kind.
 
-    The system is calibrated first.
+    The system is calibrated first. `fusions` has those of the experts' calibrated mean and product, which have no gate.
     """
     experts = run.system.choices(run.whole_config().system)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     evaluate_model(OpenedEvaluation(run, CALIBRATED_ON, run.system.name), device)
     run = replace(run, dataset=run.dataset.holding(split))  # read once for all models
     evaluated = {
-        model: evaluate_model(OpenedEvaluation(run, split, model), device) for model in (*experts, run.system.name)
+        model: evaluate_model(OpenedEvaluation(run, split, model), device)
+        for model in (*experts, run.system.name, *run.system.fusions)
     }
     best = oracle({name: evaluated[name].folder for name in experts})
+    fusions = {name: evaluated.pop(name).metrics["overall"] for name in run.system.fusions}
     overall = {name: each.metrics["overall"] for name, each in evaluated.items()} | {ORACLE: best["overall"]}
     kinds: dict[str, dict[str, float]] = {}
     for kind, hits in best["by_kind"].items():
@@ -110,10 +113,15 @@ def compare(run: Run, split: str) -> dict[str, Any]:
         kinds[kind] = of_kind | {ORACLE: hits}
     usage = evaluated[run.system.name].metrics["experts"]
     return {
-        "models": {name: {key: figures[key] for key in shown_metrics()} for name, figures in overall.items()},
+        "models": _shown(overall),
+        "fusions": _shown(fusions),
         "gate": {key: usage[key] for key in ("pair_share", "gold_share")},
         "kinds": kinds,
     }
+
+
+def _shown(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: {key: figures[key] for key in shown_metrics()} for name, figures in metrics.items()}
 
 
 def covered(models: Mapping[str, Mapping[str, float]], whole: str, figure: str = "hits@1") -> float | None:
@@ -130,7 +138,7 @@ def show_results(results: Mapping[str, Any], out: Path, display: Display) -> Non
     table = Table(
         "", *shown_metrics(), "pairs", "gold pairs", title="Test split, ranked against the whole knowledge base"
     )
-    for name, figures in models.items():
+    for name, figures in {**models, **results["fusions"]}.items():
         shares = [f"{gate[key][name]:.0%}" if name in gate[key] else "" for key in ("pair_share", "gold_share")]
         table.add_row(name, *(f"{figures[key]:.3f}" for key in shown_metrics()), *shares)
     display.console.print(table)

@@ -1,25 +1,21 @@
 """The job `dsmip evaluate`: exact ranking of one model on one split, in this process without Ray, or on Ray workers."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from dsmip.calibration.calibration import MIN_MENTIONS
 from dsmip.errors import UserError
-from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
+from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import METRICS, shown_metrics
-from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
 from dsmip.evaluation.report import (
     CALIBRATED_ON,
-    RANKS,
     Evaluated,
     evaluate_model,
     evaluation_name,
-    oracle,
     recall_name,
 )
 from dsmip.rank_options import RankOptions
@@ -27,12 +23,14 @@ from dsmip.reranking.second_stage import second_stage
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
 from dsmip.units.text_unit import check_backend
+from ray_jobs.jobs.ranking_workers import RayWorkers
+from ray_jobs.local_jobs.beside import show_beside
 from ray_jobs.local_jobs.status import open_run
 from ray_jobs.terminal.display import Display
 from ray_jobs.terminal.lines import result_console, say
 
 if TYPE_CHECKING:
-    from ray_jobs.cluster.events import StepEvents
+    pass
 
 Result = TypeVar("Result")
 
@@ -88,7 +86,7 @@ def evaluate_run(
     if "experts" in evaluated.metrics:
         for line in missing_image_notes(evaluated.metrics["experts"]["best"], _image_alone(run)):
             say(line)
-        _show_oracle(run, split, list(evaluated.metrics["experts"]["best"]))
+        show_beside(run, split, list(evaluated.metrics["experts"]["best"]))
     say(f"  {run.storage}/{evaluation_name(split, evaluated.metrics['model'])}/metrics.json")
     return evaluated.metrics
 
@@ -191,110 +189,6 @@ def missing_image_notes(best: Mapping[str, Mapping[str, float]], image_alone: Co
 def _image_alone(run: Run) -> list[str]:
     formats = {name: run.system.item_format(run.config.system, name) for name in run.part_names}
     return [name for name, form in formats.items() if form.modalities == ("image",)]
-
-
-def _show_oracle(run: Run, split: str, experts: Sequence[str]) -> None:
-    """Figures of the oracle over the experts, or what is missing for it."""
-    folders = {name: run.folder / evaluation_name(split, name) for name in experts}
-    if missing := [name for name, folder in folders.items() if not (folder / RANKS).is_file()]:
-        say(f"  the oracle over the experts is shown once they are evaluated too: --model {', '.join(missing)}")
-        return
-    figures = oracle(folders)["overall"]
-    shown = "  ".join(f"{name} {figures[name]:.3f}" for name in shown_metrics())
-    say(f"  oracle, each mention by the expert that ranks its gold best: {shown}")
-
-
-class RayWorkers:
-    """Workers on Ray that build slices of the index, and rank them, each on its own device.
-
-    Each opens the run and the model once for its share; a lost worker's share is done again, but for the files that it
-    had finished. They rank in two rounds: the golds' scores, which every slice needs, and the counts against them.
-    """
-
-    def __init__(self, num_workers: int, gpu: bool, options: RankOptions, display: Display) -> None:
-        """
-        Args:
-            num_workers: each asks for one CPU.
-            gpu: and for one GPU.
-            options: how they rank.
-            display: shows their progress.
-        """
-        self._num_workers, self._gpu, self._options, self._display = num_workers, gpu, options, display
-
-    def build(self, files: RankingFiles) -> None:
-        """Builds the missing files.
-
-        Raises:
-            UserError: the data set is damaged.
-            JobFailed: a worker fails, or is lost again and again.
-        """
-        missing, num_workers = list(files.missing), self._num_workers
-        shares = {f"builder {number + 1}": (files, missing[number::num_workers]) for number in range(num_workers)}
-        begun = {name: share for name, share in shares.items() if share[1]}
-        if begun:
-            self._display.say(f"  building {len(missing)} missing files of the index on {len(begun)} workers")
-            self._run(_build, begun)
-
-    def rank(self, files: RankingFiles) -> Ranking:
-        """The same ranking as in one process, to the last count.
-
-        Raises:
-            NotRankable: a score is NaN.
-            JobFailed: a slice fails, or is lost again and again.
-        """
-        num_slices = self._num_workers
-        numbers = {f"slice {number + 1}": number for number in range(num_slices)}
-        golds = self._run(_gold_scores, {name: (files, num_slices, number) for name, number in numbers.items()})
-        gold_score_M = merge_gold_scores(list(golds.values()))
-        check_golds(gold_score_M, files.gold_row_M, range(sum(map(len, files.slices.values()))))
-        shares = {name: (files, num_slices, gold_score_M, self._options, number) for name, number in numbers.items()}
-        ranked: dict[str, tuple[Ranking, list[str]]] = self._run(_rank_slice, shares)
-        for line in dict.fromkeys(line for _, notices in ranked.values() for line in notices):
-            self._display.say(line)
-        return merge_rankings([ranking for ranking, _ in ranked.values()], self._options.top_k)
-
-    def _run(self, work: Callable[..., Result], shares: Mapping[str, Sequence[Any]]) -> dict[str, Result]:
-        from ray_jobs.cluster.tasks import run_shares  # imports Ray, which one worker does without
-
-        return run_shares(work, shares, gpu=self._gpu, display=self._display, expected=(NotRankable,))
-
-
-def _build(files: RankingFiles, names: Sequence[str], name: str, events: Any) -> None:
-    device, step_events = _started(name, events)
-    files.storage.pull("")  # of a lost worker, perhaps on another node
-    files.build(names, device, lambda what, done, total: step_events.step_done(0, done - 1, total))
-    step_events.epoch_done({"epoch": 0})
-
-
-def _gold_scores(files: RankingFiles, num_slices: int, number: int, name: str, events: Any) -> Tensor:
-    device, _ = _started(name, events)
-    model = files.open()
-    return model.gold_scores(model.index.slice(number, num_slices), device)
-
-
-def _rank_slice(
-    files: RankingFiles,
-    num_slices: int,
-    gold_score_M: Tensor,
-    options: RankOptions,
-    number: int,
-    name: str,
-    events: Any,
-) -> tuple[Ranking, list[str]]:
-    """The slice's ranking and the notices of it."""
-    device, _ = _started(name, events)
-    model, notices = files.open(), list[str]()
-    index = model.index.slice(number, num_slices)
-    return model.rank_slice(index, gold_score_M, device, options, notices.append), notices
-
-
-def _started(name: str, events: Any) -> tuple[torch.device, "StepEvents"]:
-    """The device of this worker, and where it tells its progress."""
-    from ray_jobs.cluster.tasks import start_share
-    from ray_jobs.cluster.workers import worker_device
-
-    step_events = start_share(name, events)
-    return worker_device(), step_events
 
 
 def _evaluate_on_ray(

@@ -27,6 +27,7 @@ from ray_jobs.cluster.resources import check_before_start, check_feasible
 from ray_jobs.cluster.tasks import run_shares
 from ray_jobs.jobs.train_experts import train_parts
 from ray_jobs.terminal.display import Display
+from ray_jobs.training.judge import gate_warnings, judge
 from ray_jobs.training.sweep import Trial, best_trial, decided, draw_trials, run_rung, survivors, trial_request
 from ray_jobs.training.trial import RESULT, PartTables, TrialTask, cache_features, trial_name
 
@@ -65,7 +66,9 @@ def tune_gate(
         features = _cache_all_features(run, trials, display)
         _claim_folder(run, trials, seed, stamp)
         results = _halve(run, trials, features, display)
-        report = _save_winner(run, trials, results, stamp)
+        report = _save_winner(run, trials, results, stamp, features, display)
+    for line in report["warnings"]:
+        display.say(f"  warning: {line}")
     display.say(f"  swept in {time.monotonic() - started:.0f} s; {best_trial(report)}")
     return report
 
@@ -196,9 +199,17 @@ def _task(run: Run, trial: Trial, epochs: int, features: Mapping[tuple[str, str]
     return TrialTask(trial.number, run.storage.location, run.dataset.location, to_yaml(trial.config), epochs, tables)
 
 
-def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float], stamp: str) -> dict[str, Any]:
-    """Copies the best trial into the run as the whole system; part.json comes last."""
+def _save_winner(
+    run: Run,
+    trials: Sequence[Trial],
+    results: Mapping[int, float],
+    stamp: str,
+    features: Mapping[tuple[str, str], PartTables],
+    display: Display,
+) -> dict[str, Any]:
+    """Judges the best trial, and copies it into the run as the whole system; part.json comes last."""
     best = min(results, key=lambda number: (-results[number], number))
+    judged = _judged(run, trials[best], features, display)
     source, target = run.storage / trial_name(best), run.storage / run.system.name
     source.pull(RESULT, WEIGHTS)
     result: dict[str, Any] = read_json(source.folder / RESULT, dict, f"; delete {run.storage}/tune to start anew")
@@ -208,5 +219,13 @@ def _save_winner(run: Run, trials: Sequence[Trial], results: Mapping[int, float]
     target.write_text(CONFIG, to_yaml(trials[best].config))
     changes = dict(trials[best].changes)
     report = {**result, "trial": best, "changes": changes, "mrr": dict(results), "sweep": stamp}
+    report |= {"fusion": judged, "warnings": gate_warnings(run.system.name, result["best"], judged)}
     target.write_json(PART, report)
     return run.part_report(run.system.name)
+
+
+def _judged(run: Run, trial: Trial, features: Mapping[tuple[str, str], PartTables], display: Display) -> dict[str, Any]:
+    """What `judge` says of a trial, on a worker with the trials' resources."""
+    task, resources = _task(run, trial, 0, features), trial.config.tune.resources
+    share = (task.root, task.data, trial_name(trial.number), task.config, task.features)
+    return run_shares(judge, {"judge": share}, cpu=resources.cpu, gpu=resources.gpu, display=display)["judge"]

@@ -120,8 +120,8 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
     if done := _finished(task):
         return done
     settings, storage, device = config.tune_train(), task.storage, worker_device()
-    paths = {part: _files_here(run, config, part, task.features[part]) for part in task.features}
-    tables = _load_tables(json.dumps(paths), run.system.feature_parts(config.system), str(device))
+    paths = {part: files_here(run, config, part, task.features[part]) for part in task.features}
+    tables = load_tables(json.dumps(paths), run.system.feature_parts(config.system), str(device))
     matcher = start_whole(run, config).to(device)
     with TrialContext(task, run.storage, config, settings.epochs, events, device) as context:
         result = train_whole(
@@ -151,7 +151,7 @@ def _finished(task: TrialTask) -> dict[str, Any] | None:
     return report if epochs == task.stop_epoch else None
 
 
-def _files_here(run: Run, config: ExperimentConfig, part: str, tables: PartTables) -> dict[str, list[str]]:
+def files_here(run: Run, config: ExperimentConfig, part: str, tables: PartTables) -> dict[str, list[str]]:
     """A part's files by split on this node, which need not be the one that computed them."""
     files = {}
     for split in SPLITS:
@@ -243,7 +243,7 @@ def guarded_trial(task: TrialTask, events: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=2)
-def _load_tables(features: str, parts: tuple[str, ...], device: str) -> dict[str, Table]:
+def load_tables(features: str, parts: tuple[str, ...], device: str) -> dict[str, Table]:
     """The whole system's tables by split, memory-mapped; on a GPU they are moved there when they fit."""
     paths: dict[str, dict[str, list[str]]] = json.loads(features)
     tables = {

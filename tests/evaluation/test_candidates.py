@@ -24,10 +24,11 @@ from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
 from dsmip.evaluation.metrics import HITS_AT
 from dsmip.evaluation.ranking import RankedModel, rank
 from dsmip.evaluation.ranks import NotRankable, Ranking
-from dsmip.evaluation.report import Evaluated, RankingWorkers, evaluate_model
+from dsmip.evaluation.report import NO_COLUMNS, Evaluated, RankingWorkers, evaluate_model
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.models.mimic import Mimic
 from dsmip.ops import visual_unit
+from dsmip.ops.experts.statistics import Survey
 from dsmip.ops.ranking import largest_products, ranks_among, recall_at, top_k
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import Run
@@ -344,7 +345,10 @@ def test_no_candidates_are_refused_before_anything_is_ranked(run: Run) -> None:
         def build(self, files: RankingFiles) -> None:
             raise AssertionError("built")
 
-        def rank(self, files: RankingFiles) -> Ranking:
+        def survey(self, files: RankingFiles) -> Survey:
+            raise AssertionError("surveyed")
+
+        def rank(self, files: RankingFiles, added: Table = NO_COLUMNS) -> Ranking:
             raise AssertionError("ranked")
 
     with pytest.raises(UserError, match="candidates: 0 are none"):

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.evaluation.comparison import compare, read_evaluation
+from dsmip.evaluation.comparison import compare, oracle, read_evaluation
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import METRICS, Metric
-from dsmip.evaluation.report import Evaluated, evaluate_model, oracle
+from dsmip.evaluation.report import Evaluated, evaluate_model
 from dsmip.ops.ranking import hits_at
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.loaded_model import model_names

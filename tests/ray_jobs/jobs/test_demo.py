@@ -38,17 +38,24 @@ def test_a_folder_belongs_to_one_demo(tmp_path: Path) -> None:
 def test_the_demo_compares_experts_gate_and_oracle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     results = run_demo(out, WORLD, overrides=SHORT)
+    seen = capsys.readouterr().out
     assert json.loads((out / "results.json").read_text()) == results
     assert list(results["models"]) == ["text", "visual", "multimodal", "dsmip", "oracle"]
     assert all(set(f) == {"hits@1", "hits@3", "hits@5", "mrr", "mean_rank"} for f in results["models"].values())
+    assert list(results["fusions"]) == ["mean", "product"]
+    assert all(set(f) == {"hits@1", "hits@3", "hits@5", "mrr", "mean_rank"} for f in results["fusions"].values())
+    report = json.loads((out / "run" / "dsmip" / "part.json").read_text())
+    assert set(report["fusion"]["validation"]) == {"text", "visual", "multimodal", "mean", "product"}
+    assert all(f"warning: {line[:40]}" in " ".join(seen.split()) for line in report["warnings"])
     for figure in ("hits@1", "hits@3", "hits@5", "mrr"):
-        assert max(f[figure] for f in results["models"].values()) == results["models"]["oracle"][figure]
+        found = {name: f[figure] for name, f in results["models"].items() if name != "dsmip"}  # a mixture may be better
+        assert max(found.values()) == found["oracle"]
     for shares in results["gate"].values():
         assert list(shares) == ["text", "visual", "multimodal"]
         assert sum(shares.values()) == pytest.approx(1)
     assert set(results["kinds"]) == {"easy", "text", "missing_picture", "picture", "pointing", "both"}
     assert list(results["seconds"]) == ["release", "prepare", "pretrain", "train", "tune", "evaluate"]
-    said = capsys.readouterr().out
+    said = seen
     assert "of the way from the best expert to the oracle" in said or results["models"]["oracle"]["hits@1"] == 0
     assert "dsmip train --config demo --data my-data --run my-run --set backbone.pretrained=" in said
 

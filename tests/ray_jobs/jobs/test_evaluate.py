@@ -16,12 +16,14 @@ from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import Ranking
+from dsmip.evaluation.report import evaluate_model
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
+from dsmip.runs.load_config import changed, to_yaml
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
 from ray_jobs.cli import app
-from ray_jobs.jobs.evaluate import RayWorkers
+from ray_jobs.jobs.ranking_workers import RayWorkers
 from ray_jobs.terminal.display import Display
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster")]
@@ -145,6 +147,21 @@ def test_workers_rank_as_one_process(files: RankingFiles) -> None:
     assert alone.cost.refinement is not None
     assert alone.cost.refinement.num_pairs < 8 * 11  # else single precision had no part in it
     assert (Path(files.run) / "killed").exists()
+
+
+def test_workers_survey_and_rank_fused_experts_as_one_process(run: Run) -> None:
+    """The gate sees how sure the experts are over the whole kb, which no worker has."""
+    config = changed(run.config, {"system": {"gate": {"preset": "confidence", "width": 8}}})
+    fused = Run(run.storage / "fused", config, run.dataset)
+    shutil.copytree(run.folder, fused.folder, ignore=shutil.ignore_patterns("fused", "index", "evaluate"))
+    fused.storage.write_text("config.yaml", to_yaml(config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        fused.save_part("dsmip", fused.system.build_whole(config), {})
+    opened = OpenedEvaluation(fused, "test", "dsmip")
+    metrics = [evaluate_model(opened, CPU, workers=each).metrics for each in (None, workers(3, options=RankOptions()))]
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["first_pass_pairs"] == 3 * 8 * 11
 
 
 def test_the_command_writes_the_same_with_workers(run: Run) -> None:

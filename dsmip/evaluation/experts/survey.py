@@ -1,0 +1,175 @@
+"""The first pass of a ranking by fused experts: what every expert's scores over the whole kb say of each mention.
+
+Slices of the kb are surveyed on their own and merged. Best and second-best scores are decided in float64, as in a
+ranking, so that ties and near ties do not depend on tiles; sums over the kb are of single-precision scores, which err
+by a millionth or so. All that a mention needs is put into its table once, so every pair of it is scored on one scale.
+M mentions, B experts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranking import RankedModel, Tiles, TileSize, default_tiles, placed
+from dsmip.evaluation.ranks import NotRankable, merge_gold_scores
+from dsmip.evaluation.refinement import PairScorer, Refiner
+from dsmip.ops.experts.statistics import ExpertStatistics, Survey, expert_statistics, merge_statistics
+from dsmip.rank_options import RankOptions
+from dsmip.units.matcher import Matcher
+
+Statistics = Mapping[str, ExpertStatistics]
+_TOGETHER = 16  # mentions whose experts' best entities are scored in one call
+
+
+def needs_survey(model: RankedModel) -> bool:
+    """Whether its mentions must be `informed` before they can be ranked."""
+    return bool(model.matcher.surveyed())
+
+
+def surveyed(
+    model: RankedModel,
+    device: torch.device,
+    options: RankOptions = RankOptions(),
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    tile_size: TileSize | None = None,
+) -> RankedModel:
+    """The model with its mentions informed, from its whole index; the same model where nothing need be known.
+
+    Raises:
+        NotRankable: A score is NaN or infinite.
+    """
+    if not needs_survey(model):
+        return model
+    model = model.ready(device, options, notice)
+    return informed(model, survey(model, device, notice, tile_size=tile_size))
+
+
+def survey(
+    model: RankedModel,
+    device: torch.device,
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    tile_size: TileSize | None = None,
+) -> Survey:
+    """The survey of its mentions, from its whole index.
+
+    Raises:
+        NotRankable: A score is NaN or infinite.
+    """
+    found = slice_statistics(model, model.index, device, notice, tile_size=tile_size)
+    return survey_of(found, [cross_scores(model, model.index, best_rows(found), device)])
+
+
+@torch.no_grad()
+def slice_statistics(
+    model: RankedModel,
+    index: EntityIndex,
+    device: torch.device,
+    notice: Callable[[str], None] = lambda line: None,
+    *,
+    tile_size: TileSize | None = None,
+) -> Statistics:
+    """Every expert's statistics of all mentions against a slice of the index, on the CPU.
+
+    Raises:
+        NotRankable: A score is NaN or infinite.
+    """
+    found = {}
+    for name, (expert, scale) in model.matcher.surveyed().items():
+        try:
+            found[name] = _statistics(of_expert(model, name, expert, index), scale, device, notice, tile_size)
+        except NotRankable as error:
+            raise NotRankable(error.mention, error.entity_row, name) from None
+    return found
+
+
+def _statistics(
+    expert: RankedModel,
+    scale: float,
+    device: torch.device,
+    notice: Callable[[str], None],
+    tile_size: TileSize | None,
+) -> ExpertStatistics:
+    pairs = PairScorer(expert.matcher, expert.mentions, expert.index, device, notice)
+    unknown_M = torch.full((len(expert.mentions),), torch.nan, dtype=torch.float64)  # no gold is looked at
+    refiner = Refiner(pairs, unknown_M)
+    while True:
+        tiles = []
+        for start, scores_ME in scored_by_tile(expert, device, tile_size=tile_size, notice=notice):
+            own_M = scores_ME.new_full((len(scores_ME),), torch.nan)
+            exact_ME, _ = refiner.refine(scores_ME, start, own_M, 2)
+            tiles.append(expert_statistics(exact_ME * scale, expert.index.first_row))
+        if refiner.band_held:
+            return ExpertStatistics(*(torch.cat(each).cpu() for each in zip(*tiles, strict=True)))
+        refiner.widen()
+
+
+@torch.no_grad()
+def scored_by_tile(
+    model: RankedModel,
+    device: torch.device,
+    *,
+    tile_size: TileSize | None = None,
+    notice: Callable[[str], None] = lambda line: None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Every tile's first mention and its scores [m, E] against the whole index.
+
+    Raises:
+        NotRankable: A score is NaN or infinite.
+    """
+    matcher, mentions, size = model.matcher.eval(), model.mentions, tile_size or default_tiles(device, len(model.index))
+    nowhere_M = torch.full((len(mentions),), -1)
+    index = placed(model.index, device, notice)
+    tiles = Tiles(matcher, mentions, index, nowhere_M, device, size, notice, lambda num_mentions: None)
+    for start in range(0, len(mentions), size.mentions):
+        yield start, tiles.score_all(start)[0]
+
+
+def merged_statistics(slices: Sequence[Statistics]) -> Statistics:
+    """Statistics of the whole kb from those of disjoint slices."""
+    return {name: merge_statistics([each[name] for each in slices]) for name in slices[0]}
+
+
+def best_rows(statistics: Statistics) -> Tensor:
+    """kb rows int64 [M, B]: each expert's best entity."""
+    return torch.stack([each.row_M for each in statistics.values()], dim=1)
+
+
+@torch.no_grad()
+def cross_scores(model: RankedModel, index: EntityIndex, row_MB: Tensor, device: torch.device) -> Tensor:
+    """float64 [M, B, B]: exact scores times scale, by the first expert, of kb rows; NaN where not in this slice."""
+    column_MB = row_MB - index.first_row
+    here_MB = (column_MB >= 0) & (column_MB < len(index))
+    scores_MBB = torch.full((len(row_MB), row_MB.shape[1], row_MB.shape[1]), torch.nan, dtype=torch.float64)
+    for b, (name, (expert, scale)) in enumerate(model.matcher.surveyed().items()):
+        own = of_expert(model, name, expert, index)
+        pairs = PairScorer(own.matcher, own.mentions, own.index, device)
+        for row_m in here_MB.any(dim=1).nonzero()[:, 0].split(_TOGETHER):
+            here_mB, column_mB = here_MB[row_m], column_MB[row_m]
+            column_e = column_mB[here_mB].unique()
+            score_me = pairs.score(row_m, column_e) * scale
+            position_mB = torch.searchsorted(column_e, column_mB).clamp_max(len(column_e) - 1)
+            scores_MBB[row_m, b] = score_me.gather(1, position_mB).where(here_mB, torch.nan)
+    return scores_MBB
+
+
+def survey_of(statistics: Statistics, cross: Sequence[Tensor]) -> Survey:
+    """The survey from the whole kb's statistics and the `cross_scores` of all slices."""
+    scores_MBB = merge_gold_scores([each.flatten() for each in cross]).reshape(cross[0].shape)
+    return Survey(statistics, scores_MBB)
+
+
+@torch.no_grad()
+def informed(model: RankedModel, survey: Survey) -> RankedModel:
+    """The model with its mentions informed of their survey."""
+    matcher = model.matcher.eval()
+    return replace(model, mentions=matcher.informed(model.mentions, survey))
+
+
+def of_expert(model: RankedModel, name: str, expert: Matcher, index: EntityIndex) -> RankedModel:
+    """One of the experts of a model, with its own columns of mentions and of (a slice of) the index."""
+    return RankedModel(expert, model.mentions.under(name), index.under(name), model.gold_row_M)

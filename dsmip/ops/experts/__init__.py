@@ -1,0 +1,1 @@
+"""Experts as distributions over entities: statistics of their scores, and their fusions."""

@@ -1,0 +1,54 @@
+"""Experts fused as distributions over entities: calibrated, then mixed or multiplied.
+
+An expert's scores times its scale (one over its temperature), less their log sum exp over the whole knowledge base,
+are its log probabilities. M mentions, E entities, B experts.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_LEAST, _MOST = 1e-3, 1e3  # of a scale
+_TOLERANCE = 1e-4
+
+
+def fit_scale(scores_ME: Tensor, gold_column_M: Tensor) -> float:
+    """The factor on an expert's scores under which the golds are likeliest, from 0.001 to 1,000.
+
+    The negative log likelihood is convex in it: its derivative, the sum over mentions of the scores' mean under the
+    softmax less the gold's score, rises, and its zero is found by bisection.
+
+    Args:
+        scores_ME: Over the whole kb, of mentions whose golds the expert did not train on.
+
+    Raises:
+        ValueError: No mentions.
+
+    >>> fit_scale(torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]]), torch.tensor([0, 1, 1]))  # log(2) / 2
+    0.3466
+    """
+    if len(gold_column_M) == 0:
+        raise ValueError("no mentions: a scale cannot be fitted")
+    gold_M = scores_ME.gather(1, gold_column_M[:, None])[:, 0].double()
+
+    def falls(scale: float) -> bool:
+        """Whether the likelihood falls from here on."""
+        weight_ME = torch.softmax(scores_ME * scale, dim=1)
+        return float(((weight_ME * scores_ME).sum(dim=1).double() - gold_M).sum()) > 0
+
+    low, high = _LEAST, _MOST
+    while high / low > 1 + _TOLERANCE:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if falls(middle) else (middle, high)
+    return round(math.sqrt(low * high), 4)
+
+
+def mixture_scores(log_p_BME: Tensor, log_pi_MB: Tensor) -> Tensor:
+    """log sum over experts of pi p: [M, E], the log likelihood of each entity under the mixture."""
+    return torch.logsumexp(log_p_BME + log_pi_MB.T[:, :, None], dim=0)
+
+
+def product_scores(log_p_BME: Tensor, log_pi_MB: Tensor) -> Tensor:
+    """Sum over experts of pi log p: [M, E], a weighted product of experts (not normalised)."""
+    return (log_p_BME * log_pi_MB.exp().T[:, :, None]).sum(dim=0)

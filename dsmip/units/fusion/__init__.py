@@ -1,0 +1,1 @@
+"""Fused experts: the matcher, and the gate that weighs them."""

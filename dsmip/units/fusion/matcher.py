@@ -1,0 +1,160 @@
+"""Experts fused over the whole knowledge base: calibrated mean, product, and a gate that sees how sure each expert is.
+
+What a pair scores depends on the mention's scores against all entities (the experts' normalisers, tops and so on), so
+a ranking has two passes: `dsmip.evaluation.experts.survey` collects them for each expert, `FusedMatcher.informed` makes
+columns of the mentions' table from them, and then pairs are scored like any other. M mentions, E entities, B experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from dsmip.data.collate import ItemBatch
+from dsmip.data.table import Table
+from dsmip.encoders.base import Side
+from dsmip.ops.experts.fusion import mixture_scores, product_scores
+from dsmip.ops.experts.statistics import Survey
+from dsmip.units.expert import Expert
+from dsmip.units.fusion.gate import FusionGate
+from dsmip.units.matcher import BatchGold, Matcher, Scores, token_pairs
+
+ScoringName = Literal["choice", "mixture", "product"]
+_GATE, _FUSION = "gate", "fusion"
+
+
+class FusedMatcher(Matcher):
+    """Frozen experts as distributions over all entities, and how they are put together.
+
+    `choice`: the scores of the likeliest expert of the mention; `mixture`: log sum pi p; `product`: sum pi log p.
+
+    Attributes:
+        gate: None: all experts count alike (the mean and the product of experts).
+        calibrated: `scale_B` is fitted before the gate is trained.
+        scale_B: On each expert's scores, one over its temperature.
+    """
+
+    scale_B: Tensor
+
+    def __init__(
+        self,
+        experts: Mapping[str, Expert],
+        scoring: ScoringName,
+        gate: FusionGate | None = None,
+        *,
+        calibrated: bool = True,
+    ) -> None:
+        super().__init__()
+        self.experts = nn.ModuleDict(experts)
+        self.experts.requires_grad_(False)
+        self.scoring, self.gate, self.calibrated = scoring, gate, calibrated
+        self.register_buffer("scale_B", torch.ones(len(experts)))
+
+    def surveyed(self) -> Mapping[str, tuple[Matcher, float]]:
+        scales = self.scale_B.tolist()
+        return {name: (expert, scales[b]) for b, (name, expert) in enumerate(self._experts().items())}
+
+    def informed(self, mentions: Table, survey: Survey) -> Table:
+        """With columns `fusion.log_pi` and `fusion.log_normaliser` [M, B]."""
+        log_normaliser_MB = survey.log_normaliser_MB
+        log_pi_MB = torch.full_like(log_normaliser_MB, len(self.experts)).log().neg()
+        if self.gate is not None:
+            device = self.scale_B.device
+            log_pi_MB = self.gate(self.gate.inputs(mentions.under(_GATE), survey).to(device)).double().cpu()
+        columns = {"log_pi": log_pi_MB, "log_normaliser": log_normaliser_MB}
+        return mentions.merged(Table(columns).prefixed(_FUSION))
+
+    def encode_mentions(self, batch: ItemBatch) -> Table:
+        raise RuntimeError("the fused system scores cached features; encode with its parts")
+
+    def encode_entities(self, batch: ItemBatch) -> Table:
+        raise RuntimeError("the fused system scores cached features; encode with its parts")
+
+    def prepare_mentions(self, features: Table) -> Table:
+        """The experts' tables; where the gate sees the item, its features as they are."""
+        prepared = self._prepare(features, "prepare_mentions")
+        seen = features.under(_GATE) if self.gate is not None and self.gate.sees_items else Table({})
+        return prepared.merged(seen.prefixed(_GATE))
+
+    def prepare_entities(self, features: Table) -> Table:
+        return self._prepare(features, "prepare_entities")
+
+    @torch.no_grad()
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        """Scores of mentions that are `informed`. The expert of the largest pi counts as the one that was chosen."""
+        fusion = mentions.under(_FUSION)
+        if not fusion.columns:
+            raise RuntimeError("fused experts score mentions that are surveyed (dsmip.evaluation.experts.survey)")
+        log_pi_MB, log_normaliser_MB = fusion.dense("log_pi"), fusion.dense("log_normaliser")
+        shape = (len(mentions), len(entities))
+        chosen_ME = log_pi_MB.argmax(dim=1)[:, None].expand(shape)
+        everywhere_ME = torch.ones(shape, dtype=torch.bool, device=log_pi_MB.device)
+        wanted = {
+            name: chosen_ME == b if self.scoring == "choice" else everywhere_ME for b, name in enumerate(self.experts)
+        }
+        parts = {
+            name: self._log_p(name, b, mentions, entities, log_normaliser_MB[:, b], wanted[name])
+            for b, name in enumerate(wanted)
+        }
+        log_p_BME = torch.stack(list(parts.values()))
+        fuse = mixture_scores if self.scoring == "mixture" else product_scores
+        if self.scoring == "choice":
+            total_ME = log_p_BME.gather(0, chosen_ME[None])[0]
+        else:
+            total_ME = fuse(log_p_BME, log_pi_MB.to(log_p_BME.dtype))
+        total_ME = total_ME.masked_fill(log_pi_MB.isnan().any(dim=1)[:, None], torch.nan)  # argmax would choose anyhow
+        if self.gate is None:
+            return Scores(total_ME, parts=parts)
+        best_M2 = log_pi_MB.topk(min(2, len(parts)), dim=1).values
+        tied_ME = (best_M2[:, 0] == best_M2[:, -1])[:, None].expand(shape)
+        tokens = token_pairs([wanted[name] for name, expert in self._experts().items() if expert.scores_tokens])
+        return Scores(total_ME, chosen_ME, parts, tied_ME, tokens)
+
+    def _log_p(
+        self, name: str, b: int, mentions: Table, entities: Table, log_normaliser_M: Tensor, wanted_ME: Tensor
+    ) -> Tensor:
+        """An expert's log probabilities [M, E] in the rows of mentions that want it, 0 in others."""
+        row_m = wanted_ME.any(dim=1).nonzero()[:, 0]
+        own = mentions.under(name)
+        if len(row_m) < len(own):
+            own = own.rows(row_m)
+        total_mE = self._experts()[name].score(own, entities.under(name)).total_ME
+        log_p_mE = total_mE * self.scale_B[b].to(total_mE.dtype) - log_normaliser_M[row_m, None].to(total_mE.dtype)
+        return log_p_mE.new_zeros(wanted_ME.shape).index_copy(0, row_m, log_p_mE)
+
+    def image_columns(self, prepared: Table) -> list[str]:
+        return [
+            f"{name}.{column}"
+            for name, expert in self._experts().items()
+            for column in expert.image_columns(prepared.under(name))
+        ]
+
+    def global_vectors(self, prepared: Table, side: Side) -> Tensor:
+        """The experts' vectors side by side [N, g], a mention's times scale and pi (one or 0 where one is chosen).
+
+        Of a mixture this leaves out that probabilities are added, not their logarithms.
+        """
+        vectors = [expert.global_vectors(prepared.under(name), side) for name, expert in self._experts().items()]
+        if side == "mentions":
+            pi_MB = prepared.dense(f"{_FUSION}.log_pi").exp()
+            if self.scoring == "choice":
+                pi_MB = nn.functional.one_hot(pi_MB.argmax(dim=1), pi_MB.shape[1]).to(pi_MB.dtype)
+            factor_BM = (pi_MB * self.scale_B).T.to(vectors[0].dtype)
+            vectors = [factor_M[:, None] * own for factor_M, own in zip(factor_BM, vectors, strict=True)]
+        return torch.cat(vectors, dim=-1)
+
+    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+        raise RuntimeError("the fused system has no loss of a batch: its gate learns from whole rankings")
+
+    def encoder_trains(self) -> bool:
+        return False
+
+    def _experts(self) -> dict[str, Expert]:
+        return {name: cast(Expert, expert) for name, expert in self.experts.items()}
+
+    def _prepare(self, features: Table, method: str) -> Table:
+        prepared: Sequence[Table] = [
+            getattr(expert, method)(features.under(name)).prefixed(name) for name, expert in self._experts().items()
+        ]
+        return Table({name: column for table in prepared for name, column in table.columns.items()})

@@ -1,0 +1,63 @@
+"""The fitted scale and the fusions of experts, against the plain formulas in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsmip.ops.experts.fusion import fit_scale, mixture_scores, product_scores
+
+
+def negative_log_likelihood(scores_ME: Tensor, gold_column_M: Tensor, scale: float) -> float:
+    log_p_ME = torch.log_softmax(scores_ME.double() * scale, dim=1)
+    return -float(log_p_ME.gather(1, gold_column_M[:, None]).sum())
+
+
+@given(st.integers(2, 30), st.integers(2, 20), st.floats(0.05, 20), st.integers(0, 10**6))
+def test_no_other_scale_is_likelier(num_mentions: int, num_entities: int, spread: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gold_column_M = torch.randint(num_entities, (num_mentions,), generator=generator)
+    scores_ME = spread * torch.randn(num_mentions, num_entities, generator=generator)
+    scores_ME[torch.arange(num_mentions), gold_column_M] += spread  # right more often than not
+    best = fit_scale(scores_ME, gold_column_M)
+    found = negative_log_likelihood(scores_ME, gold_column_M, best)
+    for other in (best * 0.98, best * 1.02, best * 0.5, best * 2):
+        if 1e-3 < other < 1e3:
+            assert found <= negative_log_likelihood(scores_ME, gold_column_M, other) + 1e-9 * abs(found)
+
+
+def test_a_scale_by_hand_and_its_bounds() -> None:
+    scores_ME = torch.tensor([[4.0, 0.0]]).expand(5, 2)
+    four_of_five = torch.tensor([0, 0, 0, 0, 1])
+    assert fit_scale(scores_ME, four_of_five) == pytest.approx(math.log(4) / 4, abs=1e-3)
+    assert fit_scale(scores_ME, torch.zeros(5, dtype=torch.int64)) == pytest.approx(1e3, rel=1e-3)  # all right
+    assert fit_scale(scores_ME, torch.ones(5, dtype=torch.int64)) == pytest.approx(1e-3, rel=1e-3)  # all wrong
+    with pytest.raises(ValueError, match="no mentions"):
+        fit_scale(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+
+
+def test_scaled_scores_have_the_scale_taken_out() -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores_ME, gold_M = torch.randn(40, 9, generator=generator), torch.randint(9, (40,), generator=generator)
+    scores_ME[torch.arange(40), gold_M] += 1.5
+    once = fit_scale(scores_ME, gold_M)
+    assert fit_scale(scores_ME * 8, gold_M) == pytest.approx(once / 8, rel=2e-3)
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 9), st.integers(0, 10**6))
+def test_fusions_are_sums_over_experts(num_experts: int, num_mentions: int, num_entities: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    log_p_BME = torch.log_softmax(
+        4 * torch.randn(num_experts, num_mentions, num_entities, generator=generator, dtype=torch.float64), dim=-1
+    )
+    log_pi_MB = torch.log_softmax(torch.randn(num_mentions, num_experts, generator=generator, dtype=torch.float64), -1)
+    mixed_ME, product_ME = mixture_scores(log_p_BME, log_pi_MB), product_scores(log_p_BME, log_pi_MB)
+    for m in range(num_mentions):
+        for e in range(num_entities):
+            shares = [(float(log_pi_MB[m, b].exp()), float(log_p_BME[b, m, e])) for b in range(num_experts)]
+            assert float(mixed_ME[m, e]) == pytest.approx(math.log(sum(pi * math.exp(p) for pi, p in shares)))
+            assert float(product_ME[m, e]) == pytest.approx(sum(pi * p for pi, p in shares))
+    torch.testing.assert_close(mixed_ME.exp().sum(dim=1), torch.ones(num_mentions, dtype=torch.float64))
