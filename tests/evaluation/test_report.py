@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.evaluation.comparison import compare, oracle, read_evaluation
+from dsmip.evaluation.comparison import compare, read_evaluation
+from dsmip.evaluation.experts.oracle import oracle
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import METRICS, Metric
 from dsmip.evaluation.report import Evaluated, evaluate_model
