@@ -107,8 +107,8 @@ def test_a_search_space_is_tried_at_its_ends_before_stage_one(sound: Dataset) ->
 
 def test_rungs_beyond_the_epochs_are_told_by_train_and_refused_by_tune(sound: Dataset) -> None:
     config = job_config("demo", [*QUICK, "tune.train.epochs=5"])
-    assert [line for line in check_training(config, sound) if "tune.rungs ends at 60 epochs, but" in line]
-    with pytest.raises(UserError, match=r"tune.rungs ends at 60 epochs, but tune.train.epochs is 5"):
+    assert [line for line in check_training(config, sound) if "tune.rungs ends at 20 epochs, but" in line]
+    with pytest.raises(UserError, match=r"tune.rungs ends at 20 epochs, but tune.train.epochs is 5"):
         check_trials([({}, config)])
     with pytest.raises(UserError, match=r"tune.space: a trial has train.epochs=5"):
         check_trials([({}, job_config("demo", [])), ({"train.epochs": 5}, config)])
