@@ -22,6 +22,7 @@ from dsmip.evaluation.index_builder import OpenedModel, plan_index
 from dsmip.evaluation.report import CALIBRATED_ON, CALIBRATION, RANKS, evaluation_name
 from dsmip.linking.linker import Linker
 from dsmip.models import systems
+from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
 from tests.support.scoring.linked_runs import finished_run, small_system
 from tests.support.small_release import image_bytes
@@ -65,6 +66,22 @@ def test_features_in_half_precision_and_a_single_part(
         linker = dsmip.load(run.folder, model=model)
         for links, row in zip(linker.link_many(small_data.mentions("test"), top=20), rows, strict=True):
             assert [link.score for link in links] == pytest.approx(row["top_scores"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("scoring", ["mixture", "product"])
+def test_fused_experts_are_asked_about_all_entities_for_every_mention(
+    scoring: str, small_data: Dataset, narrow_backbone: Path, tmp_path: Path
+) -> None:
+    config = changed(small_system("dsmip", narrow_backbone), {"system": {"gate": {"preset": "confidence"}}})
+    run = finished_run(tmp_path / "run", changed(config, {"system": {"gate": {"scoring": scoring}}}), small_data)
+    run.save_part("dsmip", run.load_whole(), {"fusion": {"scale": dict.fromkeys(EXPERTS, 0.5)}})
+    cases: list[tuple[str, Any]] = [("dsmip", {}), ("dsmip", {"candidates": 11}), ("mean", {}), ("product", {})]
+    for model, options in cases:
+        rows = evaluated(run, model)
+        linker = dsmip.load(run.folder, model=model)
+        for links, row in zip(linker.link_many(small_data.mentions("test"), top=5, **options), rows, strict=True):
+            assert [link.entity_id for link in links] == row["top"][:5]
+            assert [link.score for link in links] == pytest.approx(row["top_scores"][:5], **TOLERANCE)
 
 
 @pytest.fixture(scope="module")
