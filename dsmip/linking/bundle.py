@@ -20,12 +20,14 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import yaml
 from pydantic import Field, ValidationError
 
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.manifest import ImageSettings
 from dsmip.errors import UserError, first_line
+from dsmip.evaluation.index import EntityIndex
 from dsmip.linking.knowledge_base import KnowledgeBase
 from dsmip.runs.load_config import parse_config, with_files
 from dsmip.runs.loaded_model import TrainedParts
@@ -35,6 +37,7 @@ from dsmip.storage.parsing import parse_json_object
 BUNDLE = "bundle.json"
 FORMAT: Literal[1] = 1
 ENTITIES, CALIBRATION, INDEX, FILES, CARD = "entities.parquet", "calibration.json", "index", "files", "README.md"
+IndexDtype = Literal["float32", "float16"]
 GROUP_ROWS = 256  # of entities.parquet that are read for a picture
 _KEPT_GROUPS = 16
 _NAME = re.compile(r"[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*")
@@ -60,6 +63,7 @@ class BundleManifest(Frozen):
         data_sha256: Of its manifest.
         images: How its pictures were prepared, and pictures of mentions are.
         entities: How many there are.
+        index_dtype: In which the index is stored.
         files: All others of the bundle.
     """
 
@@ -71,6 +75,7 @@ class BundleManifest(Frozen):
     licence: str
     images: dict[str, Any]
     entities: int = Field(ge=1)
+    index_dtype: IndexDtype = "float32"
     files: dict[str, BundleFile]
 
     @property
@@ -135,6 +140,16 @@ def open_bundle(folder: Path) -> BundleManifest:
         if file.stat().st_size != stated.bytes or sha256_file(file) != stated.sha256:
             raise UserError(f"{file} is not the file that the bundle was made with; copy it again")
     return manifest
+
+
+def bundled_index(folder: Path) -> EntityIndex:
+    """An index as it is read: numbers that are stored in half precision are held in single precision.
+
+    Raises:
+        UserError: A slice is missing or cut off.
+    """
+    index = EntityIndex.open(folder, {})
+    return EntityIndex([table.cast(torch.float32) for table in index.tables], index.first_row)
 
 
 def bundled_entities(folder: Path, num_entities: int) -> KnowledgeBase:

@@ -10,7 +10,6 @@ from dsmip.calibration.calibration import read_calibration
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import fingerprint
 from dsmip.errors import UserError
-from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
 from dsmip.evaluation.report import stored_calibration
 from dsmip.linking.bundle import (
@@ -20,6 +19,7 @@ from dsmip.linking.bundle import (
     BundledParts,
     bundled_config,
     bundled_entities,
+    bundled_index,
     is_bundle,
     open_bundle,
 )
@@ -122,7 +122,7 @@ def _of_bundle(folder: Path, source: str, device: torch.device, options: LoadOpt
         manifest.image_settings,
         sha256_file(folder / BUNDLE),
     )
-    index = EntityIndex.open(folder / INDEX, {})
+    index = bundled_index(folder / INDEX)
     path = folder / CALIBRATION
     search = ExactSearch(model.matcher, index, device, options.rank)
     entities = bundled_entities(folder, manifest.entities)

@@ -1,12 +1,14 @@
 """Commands of linking. Torch is imported inside: help and errors are quick."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from dsmip.errors import UserError
 from ray_jobs.commands.options import MovedDataOption, RunArgument
+
+IndexDtypeName = Literal["float32", "float16"]
 
 
 def link(
@@ -72,6 +74,9 @@ def export(
     with_backbone: Annotated[
         bool, typer.Option("--with-backbone", help="Put the pretrained backbone's tensors in, where its tag would do.")
     ] = False,
+    index_dtype: Annotated[
+        IndexDtypeName, typer.Option("--index-dtype", help="Of the index; float16 takes half of the disk.")
+    ] = "float32",
     push: Annotated[
         str | None, typer.Option("--push", help="owner/name: also put it onto the Hugging Face hub (private if new).")
     ] = None,
@@ -79,11 +84,11 @@ def export(
     data: MovedDataOption = None,
 ) -> None:
     """Makes a bundle: a folder that links mentions without the run and its data, with a model card."""
-    from dsmip.linking.export import ExportOptions
+    from dsmip.exporting.export import ExportOptions
     from dsmip.storage.locations import local_path
     from ray_jobs.local_jobs.export import export_bundle
 
     folder = local_path(out)
     if folder is None:
         raise UserError(f"{out}: a bundle is made in a folder of this machine; give one as OUT")
-    export_bundle(run, folder, device, ExportOptions(part, data, with_backbone=with_backbone), push)
+    export_bundle(run, folder, device, ExportOptions(part, data, with_backbone, index_dtype), push)

@@ -4,7 +4,7 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-from dsmip.linking.export import ExportOptions, export_run
+from dsmip.exporting.export import ExportOptions, export_run
 from dsmip.linking.hub import push_bundle
 from dsmip.linking.load import device_here
 from dsmip.storage.locations import Location

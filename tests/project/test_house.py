@@ -57,6 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data_prep",),
     ("dsmip",),
     ("dsmip.serving",),
+    ("dsmip.exporting",),
     ("dsmip.linking",),
     ("dsmip.reranking",),
     ("dsmip.training",),

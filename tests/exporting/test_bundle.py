@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import dsmip
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
+from dsmip.exporting.export import ExportOptions, export_run
 from dsmip.linking.bundle import BUNDLE, CARD, ENTITIES
-from dsmip.linking.export import ExportOptions, export_run
 from dsmip.linking.hub import HUB
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
@@ -109,6 +109,20 @@ def test_a_part_alone_and_a_folder_that_is_taken(run: Run, bundle: Path, tmp_pat
         dsmip.load(tmp_path / "text", data=run.dataset.folder)
     with pytest.raises(dsmip.UserError, match="is there already; give a new folder"):
         export_run(run.folder, bundle, CPU)
+
+
+def test_an_index_in_half_precision(run: Run, bundle: Path, tmp_path: Path) -> None:
+    export_run(run.folder, tmp_path / "half", CPU, ExportOptions(index_dtype="float16"))
+    whole, half = (next((each / "index").glob("slice-*")).stat().st_size for each in (bundle, tmp_path / "half"))
+    assert half < 0.8 * whole  # some columns are whole numbers
+    for links, expected in zip(
+        scores(dsmip.load(tmp_path / "half"), MENTIONS), scores(dsmip.load(bundle), MENTIONS), strict=True
+    ):
+        found = {entity_id: score for entity_id, _, _, score, _ in links}
+        assert found == pytest.approx({entity_id: score for entity_id, _, _, score, _ in expected}, rel=0.02, abs=0.02)
+    row = next(line for line in (tmp_path / "half" / CARD).read_text().splitlines() if "the index as stored" in line)
+    assert all(float(cell.strip(" %")) > 80 for cell in row.split("|")[2:4])
+    assert "the index as stored" not in (bundle / CARD).read_text()
 
 
 def damaged(bundle: Path, folder: Path) -> Path:

@@ -16,11 +16,14 @@ import yaml
 from dsmip.config import ExperimentConfig
 from dsmip.data.image_preparation import UnusableImage, prepare_image
 from dsmip.data.manifest import ImageSettings
+from dsmip.data.table import Table
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
-from dsmip.evaluation.index import MANIFEST
-from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
+from dsmip.evaluation.index import MANIFEST, EntityIndex, finish_index
+from dsmip.evaluation.index_builder import IndexPlan, OpenedModel, plan_index
 from dsmip.evaluation.report import stored_calibration
+from dsmip.exporting.agreement import measured_agreement
+from dsmip.exporting.card import model_card
 from dsmip.linking.bundle import (
     BUNDLE,
     CALIBRATION,
@@ -32,8 +35,10 @@ from dsmip.linking.bundle import (
     INDEX,
     BundleFile,
     BundleManifest,
+    IndexDtype,
+    bundled_index,
 )
-from dsmip.linking.card import model_card
+from dsmip.linking.load import LoadOptions, load_linker
 from dsmip.progress import CountRows, Progress, counting, no_progress
 from dsmip.runs.load_config import with_files
 from dsmip.runs.loaded_model import CONFIG, PART, WEIGHTS, LoadedModel
@@ -54,11 +59,13 @@ class ExportOptions:
         model: A finished part, or the system's name for the whole (None: the whole, if there is one).
         data: Where the run's data lies, if it has moved.
         with_backbone: The pretrained backbone's tensors, also where their tag would do.
+        index_dtype: In which the index is stored; it is read as float32.
     """
 
     model: str | None = None
     data: Location | None = None
     with_backbone: bool = False
+    index_dtype: IndexDtype = "float32"
 
 
 def export_run(
@@ -84,21 +91,21 @@ def export_run(
         raise UserError(f"{out} is there already; give a new folder for the bundle")
     opened = OpenedModel(Run.open(location, options.data), options.model)
     plan = plan_index(opened)
+    linker = load_linker(location, device, LoadOptions(options.model, options.data), progress=progress)
     index = opened.run.storage / plan.name
-    built_index(opened, plan, device, progress)
     out = out.absolute()
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     folder.mkdir(parents=True)
     try:
-        for path in [index.folder / MANIFEST, *(index.folder / name for name in plan.slices)]:
-            _copy(path, folder / INDEX / path.name)
+        stored = _write_index(index.folder, plan, folder / INDEX, options.index_dtype)
+        found = measured_agreement(linker, opened.run.dataset, stored)
         _write_parts(opened, folder, options)
         _write_entities(opened, folder / ENTITIES, progress)
         calibration = stored_calibration(opened.run, opened.model.name)
         if calibration is not None and calibration.index == plan.name:
             write_json(folder / CALIBRATION, calibration.model_dump(mode="json"))
-        write_text(folder / CARD, model_card(opened, with_backbone=(folder / _BACKBONE).is_file()))
-        manifest = _manifest(opened, folder)
+        write_text(folder / CARD, model_card(opened, found, with_backbone=(folder / _BACKBONE).is_file()))
+        manifest = _manifest(opened, folder, options.index_dtype)
         write_json(folder / BUNDLE, manifest.model_dump(mode="json"))
         if out.is_dir():
             out.rmdir()
@@ -106,6 +113,18 @@ def export_run(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return manifest
+
+
+def _write_index(source: Path, plan: IndexPlan, target: Path, dtype: IndexDtype) -> EntityIndex | None:
+    """Copies an index, or stores it smaller, and returns what that reads as."""
+    if dtype == "float32":
+        for name in (MANIFEST, *plan.slices):
+            _copy(source / name, target / name)
+        return None
+    for name in plan.slices:
+        Table.load(source / name).cast(torch.float16).save(target / name)
+    finish_index(target, dict(plan.made_from), {target / name: rows for name, rows in plan.slices.items()})
+    return bundled_index(target)
 
 
 def _write_parts(opened: OpenedModel, folder: Path, options: ExportOptions) -> None:
@@ -197,7 +216,7 @@ def _thumbnail(image: bytes) -> bytes | None:
         return None
 
 
-def _manifest(opened: OpenedModel, folder: Path) -> BundleManifest:
+def _manifest(opened: OpenedModel, folder: Path, index_dtype: IndexDtype) -> BundleManifest:
     dataset = opened.run.dataset
     files = {
         path.relative_to(folder).as_posix(): BundleFile(bytes=path.stat().st_size, sha256=sha256_file(path))
@@ -212,6 +231,7 @@ def _manifest(opened: OpenedModel, folder: Path) -> BundleManifest:
         licence=dataset.manifest.licence,
         images=dataset.manifest.image.model_dump(mode="json"),
         entities=dataset.num_entities,
+        index_dtype=index_dtype,
         files=files,
     )
 

@@ -1,10 +1,12 @@
 """The model card of a bundle: what the model is, how good it is, what it was made of, and what it is for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from dsmip.evaluation.index_builder import OpenedModel
 from dsmip.evaluation.metrics import shown_metrics
 from dsmip.evaluation.report import evaluation_name
+from dsmip.exporting.agreement import MENTIONS, TOP, Agreement
 from dsmip.storage.parsing import read_json
 
 _PROTOCOL = (
@@ -13,10 +15,12 @@ _PROTOCOL = (
 )
 
 
-def model_card(opened: OpenedModel, *, with_backbone: bool) -> str:
+def model_card(opened: OpenedModel, agreements: Sequence[Agreement], *, with_backbone: bool) -> str:
     """The text of README.md.
 
     Args:
+        opened: The model.
+        agreements: Of cheaper searches with the exact one.
         with_backbone: The bundle has the backbone's tensors; else its tag brings them.
     """
     run, model = opened.run, opened.model
@@ -48,6 +52,7 @@ def model_card(opened: OpenedModel, *, with_backbone: bool) -> str:
         "## How good it is",
         "",
         *_figures(opened),
+        *_searches(agreements),
         "",
         "## What it is for",
         "",
@@ -71,6 +76,19 @@ def _figures(opened: OpenedModel) -> list[str]:
         interval = "" if low is None else f"{low:.3f} to {high:.3f}"
         rows.append(f"| {metric} | {metrics['overall'][metric]:.3f} | {interval} |")
     return rows
+
+
+def _searches(agreements: Sequence[Agreement]) -> list[str]:
+    if not agreements:
+        return []
+    lines = [
+        "",
+        f"Of at most {MENTIONS} validation mentions, beside a search of all entities in single precision:",
+        "",
+        f"| search | same best entity | of the best {TOP} |",
+        "|---|---|---|",
+    ]
+    return lines + [f"| {each.search} | {each.same_best:.1%} | {each.recall:.1%} |" for each in agreements]
 
 
 def _plain(text: str) -> str:
