@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 import dsmip
-from dsmip.linking.export import ExportOptions, export_run
+from dsmip.exporting.export import ExportOptions, export_run
 from dsmip.linking.load import LoadOptions
 from dsmip.runs.run import Run
 from dsmip.serving.served import Served, Source, stamp_of
