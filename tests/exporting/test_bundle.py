@@ -47,7 +47,9 @@ def files_of_a_backbone(tmp_path: Path, narrow_backbone: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["dsmip", "mimic", "blink", "albef"])
+@pytest.mark.parametrize(
+    "name", ["dsmip", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mimic", "blink", "albef"))]
+)
 def test_a_bundle_links_without_its_run_data_and_files(
     name: str, small_data: Dataset, files_of_a_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from tests.support.scoring.linked_runs import finished_run, small_system
 from tests.support.small_release import image_bytes
 
 EXPERTS = ("text", "visual", "multimodal")
+QUICK = ("dsmip", "blink")  # the others are slow tests
 TOLERANCE: dict[str, Any] = {"rel": 1e-5, "abs": 1e-5}
 
 
@@ -36,7 +37,9 @@ def evaluated(run: Run, model: str | None = None) -> list[dict[str, Any]]:
     return table.to_pylist()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", systems())
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in systems()]
+)
 def test_scores_are_those_of_an_evaluation(
     name: str, small_data: Dataset, narrow_backbone: Path, tmp_path: Path
 ) -> None:
@@ -57,6 +60,7 @@ def test_scores_are_those_of_an_evaluation(
         assert (links.is_nil, links.best.confidence) == (False, None)
 
 
+@pytest.mark.slow
 def test_features_in_half_precision_and_a_single_part(
     small_data: Dataset, narrow_backbone: Path, tmp_path: Path
 ) -> None:
