@@ -134,6 +134,7 @@ def two_nodes(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_the_whole_way_on_nodes_that_share_nothing(
     bucket: str,
