@@ -2,11 +2,13 @@
 
 Two questions, one small monotone model each (`dsmip.calibration.logistic`) over the same evidence: is the best link
 right, and is the mention's entity in the knowledge base at all. For the second no mention of something unknown is
-needed: each validation mention is looked at twice, as it is and with its gold left out of the list. So P(known) stands
-for a world where half of the mentions mean something unknown; where they are fewer, its threshold may be lowered.
+needed: each validation mention is looked at twice, as it is and with its gold left out of the list. P(known) is then
+stated for a world in which as many mentions mean something unknown as among the validation mentions; where those have
+golds only, one in five.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,10 +21,10 @@ from dsmip.calibration.evidence import NUM_SCORES, evidence, scale_of, without
 from dsmip.calibration.logistic import fit_logistic
 from dsmip.config import Frozen
 from dsmip.errors import UserError
-from dsmip.ops.confidence import best_f1_threshold
 from dsmip.storage.parsing import read_json
 
 FORMAT: Literal[1] = 1
+UNKNOWN_SHARE = 0.2
 MIN_MENTIONS = 20
 """Fewer validation mentions calibrate nothing; an expert with fewer shares the scale of all."""
 
@@ -56,6 +58,13 @@ class Head(Frozen):
     weights: tuple[float, ...]
     intercepts: tuple[float, ...]
 
+    def in_a_world_of(self, share: float, *, fitted_with: float) -> "Head":
+        """The same evidence where a `share` of all targets is 0, after a fit on examples with another share of them."""
+        if not 0 < fitted_with < 1:
+            return self
+        shift = math.log((1 - share) / share) - math.log((1 - fitted_with) / fitted_with)
+        return Head(weights=self.weights, intercepts=tuple(each + shift for each in self.intercepts))
+
 
 class Calibration(Frozen):
     """Probabilities from best scores; a file of its own beside the system's weights.
@@ -64,12 +73,15 @@ class Calibration(Frozen):
         system: The name of what gave the scores.
         index: Of the entities that the scores are of; those of another one are not calibrated by this.
         mentions, unknown: Validation mentions that it was fitted on, with a gold and without.
+        unknown_share: Of all mentions, how many mean something that is not in the knowledge base: what P(known) says
+            depends on it.
         experts: Which the system chooses from; one without a name where it does not.
         num_scores: How many of the best scores it reads.
         scales: The unit of each expert's scores.
         means, deviations: Of each expert's evidence, in the order of EVIDENCE.
         right, known: The two models.
-        min_known: A mention with less counts as one of something that is not in the knowledge base.
+        min_known: A mention with less counts as one of something that is not in the knowledge base: below a half, that
+            is likelier.
     """
 
     format: Literal[1] = FORMAT
@@ -77,6 +89,7 @@ class Calibration(Frozen):
     index: str
     mentions: int
     unknown: int
+    unknown_share: float = Field(gt=0, lt=1)
     experts: tuple[str, ...]
     num_scores: int = Field(ge=1)
     scales: tuple[float, ...]
@@ -84,7 +97,7 @@ class Calibration(Frozen):
     deviations: tuple[tuple[float, ...], ...]
     right: Head
     known: Head
-    min_known: float = Field(ge=0, le=1)
+    min_known: float = Field(0.5, ge=0, le=1)
 
     @staticmethod
     def fit(
@@ -121,20 +134,21 @@ class Calibration(Frozen):
         right = units.fitted([seen, *strangers], _targets(is_gold_MK[:, 0], strangers))
         is_known_N = _targets(torch.ones(len(seen), dtype=torch.bool), [*left_out, *strangers])
         known = units.fitted([seen, *left_out, *strangers], is_known_N)
-        known_N = torch.cat([units.probability(known, each) for each in (seen, *left_out, *strangers)])
+        num_unknown = sum(map(len, strangers))
+        share = num_unknown / (len(best) + num_unknown) if num_unknown else UNKNOWN_SHARE
         return Calibration(
             system=system,
             index=index,
             mentions=len(best),
-            unknown=sum(map(len, strangers)),
+            unknown=num_unknown,
+            unknown_share=share,
             experts=experts,
             num_scores=num_scores,
             scales=tuple(units.scale_E.tolist()),
             means=tuple(map(tuple, units.mean_EF.tolist())),
             deviations=tuple(map(tuple, units.deviation_EF.tolist())),
             right=right,
-            known=known,
-            min_known=0.0 if is_known_N.all() else best_f1_threshold(known_N, ~is_known_N),
+            known=known.in_a_world_of(share, fitted_with=float((~is_known_N).double().mean())),
         )
 
     def probabilities(self, best: BestScores) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsmip.calibration.calibration import BestScores, Calibration
-from dsmip.ops.confidence import area_under_risk, auroc, expected_calibration_error, precision_recall_f1
+from dsmip.ops.confidence import area_under_risk, auroc, expected_calibration_error, precision_and_f1
 from dsmip.ops.significance import percentile_interval, resamples
 
 NUM_RESAMPLES = 300  # of figures that are sorted anew each time
@@ -24,7 +24,8 @@ def confidence_figures(calibration: Calibration, best: BestScores, is_gold_MK: T
 
     Returns:
         `right` (is the best link right: expected_calibration_error, auroc, area_under_risk, and hits@1 of the surest
-        half) and `known` (is the entity there: auroc, and precision, recall and f1 of saying that it is not).
+        half) and `known` (is the entity there: auroc; of saying that it is not: recall, false alarms, and precision and
+        f1 at the calibration's `unknown_share`).
     """
     right_M, known_M = calibration.probabilities(best)
     is_right_M = is_gold_MK[:, 0]
@@ -32,9 +33,8 @@ def confidence_figures(calibration: Calibration, best: BestScores, is_gold_MK: T
     if best.score_MK.shape[1] > 1:
         _, left_out_M = calibration.probabilities(best.without(is_gold_MK))
         rows = {"p": known_M, "without": left_out_M}
-        min_known = calibration.min_known
-        figures["known"] = _with_intervals(lambda taken: _of_known(taken, min_known), rows)
-        figures["known"] |= {"min_known": min_known, "measured": LEFT_OUT}
+        figures["known"] = _with_intervals(lambda taken: _of_known(taken, calibration), rows)
+        figures["known"] |= {"unknown_share": calibration.unknown_share, "measured": LEFT_OUT}
     return figures
 
 
@@ -49,11 +49,12 @@ def _of_right(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _of_known(rows: Mapping[str, Tensor], min_known: float) -> dict[str, Tensor]:
+def _of_known(rows: Mapping[str, Tensor], calibration: Calibration) -> dict[str, Tensor]:
     p_N = torch.cat([rows["p"], rows["without"]])
-    is_known_N = torch.arange(len(p_N)) < len(rows["p"])
-    precision, recall, f1 = precision_recall_f1(p_N < min_known, ~is_known_N)
-    return {"auroc": auroc(p_N, is_known_N), "precision": precision, "recall": recall, "f1": f1}
+    recall, false_alarms = ((rows[name] < calibration.min_known).double().mean() for name in ("without", "p"))
+    precision, f1 = precision_and_f1(recall, false_alarms, calibration.unknown_share)
+    area = auroc(p_N, torch.arange(len(p_N)) < len(rows["p"]))
+    return {"auroc": area, "precision": precision, "recall": recall, "false_alarms": false_alarms, "f1": f1}
 
 
 def _with_intervals(measure: Any, rows: Mapping[str, Tensor]) -> dict[str, Any]:

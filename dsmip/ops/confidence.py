@@ -73,32 +73,17 @@ def area_under_risk(confidence_N: Tensor, right_N: Tensor) -> Tensor:
     return risk_coverage(confidence_N, right_N)[1].mean()
 
 
-def precision_recall_f1(found_N: Tensor, true_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Float64 scalars of bool [N] answers; 0 where nothing is found or nothing is there.
-
-    >>> [round(each.item(), 2) for each in precision_recall_f1(torch.tensor([True, True]), torch.tensor([True, False]))]
-    [0.5, 1.0, 0.67]
-    """
-    both = (found_N & true_N).sum().double()
-    found, true = found_N.sum().double(), true_N.sum().double()
-    return both / found.clamp(min=1), both / true.clamp(min=1), 2 * both / (found + true).clamp(min=1)
-
-
-def best_f1_threshold(score_N: Tensor, true_N: Tensor) -> float:
-    """The score below which an answer counts as true so that F1 is best; midway between two scores that occur.
+def precision_and_f1(recall: Tensor, false_alarms: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Precision and F1 of a yes-or-no answer in a world where a `share` of all is what is looked for; 0 without finds.
 
     Args:
-        score_N: float [N], lower means rather true.
-        true_N: bool [N], some True.
+        recall: Share found of what is looked for.
+        false_alarms: Share found of everything else.
+        share: Between 0 and 1.
 
-    >>> round(best_f1_threshold(torch.tensor([0.1, 0.3, 0.8, 0.9]), torch.tensor([True, True, False, False])), 6)
-    0.55
+    >>> [round(each.item(), 3) for each in precision_and_f1(torch.tensor(0.5), torch.tensor(0.1), 0.2)]
+    [0.556, 0.526]
     """
-    ordered_N, order_N = score_N.double().sort()
-    both_N = true_N[order_N].double().cumsum(0)
-    f1_N = 2 * both_N / (torch.arange(1, len(ordered_N) + 1, dtype=torch.float64) + true_N.sum())
-    is_last_N = torch.ones(len(ordered_N), dtype=torch.bool)
-    is_last_N[:-1] = ordered_N[1:] != ordered_N[:-1]  # a threshold lies between different scores
-    best = int(f1_N.where(is_last_N, -1.0).argmax())
-    above = ordered_N[best + 1] if best + 1 < len(ordered_N) else ordered_N[best] + 1e-6
-    return float((ordered_N[best] + above) / 2)
+    right, wrong = recall.double() * share, false_alarms.double() * (1 - share)
+    precision = right / (right + wrong).clamp(min=1e-300)
+    return precision, 2 * precision * recall / (precision + recall).clamp(min=1e-300)

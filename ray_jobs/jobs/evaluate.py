@@ -140,8 +140,9 @@ def _show_confidence(found: Mapping[str, Any]) -> None:
     )
     if known is not None:
         say(
-            f"  not in the knowledge base: F1 {known['f1']:.3f} at P(known) below {known['min_known']:.2f}, AUROC"
-            f" {known['auroc']:.3f} ({known['measured']})"
+            f"  not in the knowledge base: AUROC {known['auroc']:.3f}; finds {known['recall']:.0%} of such mentions"
+            f" with {known['false_alarms']:.0%} false alarms, F1 {known['f1']:.3f} where {known['unknown_share']:.0%}"
+            " are such"
         )
 
 

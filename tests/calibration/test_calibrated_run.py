@@ -62,10 +62,10 @@ def test_evaluations_report_confidences_once_it_is_calibrated(calibrated: Run) -
     assert (made.mentions, made.experts) == (24, ("text", "visual", "multimodal"))
     after = dsmip("evaluate", "--run", folder, "--top-k", "2")
     assert "confidence: off by" in after.output
-    assert "not in the knowledge base: F1" in after.output
+    assert "not in the knowledge base: AUROC" in after.output
     metrics = json.loads((calibrated.folder / "evaluate/test/dsmip/metrics.json").read_text())
     assert 0 <= metrics["calibration"]["right"]["expected_calibration_error"] <= 1
-    assert metrics["calibration"]["known"]["min_known"] == made.min_known
+    assert metrics["calibration"]["known"]["unknown_share"] == made.unknown_share == 0.2
     assert stored_calibration(calibrated, "text") is None
     assert dsmip("compare", folder, folder, "--model2", "dsmip").exit_code != 0  # both are the same one
 

@@ -40,7 +40,11 @@ def test_it_says_how_sure_one_may_be_on_mentions_it_has_not_seen() -> None:
     _, without_M = calibration.probabilities(best.without(is_gold_MK))
     is_known_2M = torch.arange(6000) < 3000
     assert float(auroc(torch.cat([known_M, without_M]), is_known_2M)) > 0.8
-    assert 0.2 < calibration.min_known < 0.8
+    assert float((without_M < calibration.min_known).double().mean()) > 0.2
+    assert float((known_M < calibration.min_known).double().mean()) < 0.1
+    weight_2M = torch.where(is_known_2M, 0.8, 0.2)  # in a world where one in five is unknown, P(known) is calibrated
+    known_2M = torch.cat([known_M, without_M])
+    assert float((known_2M * weight_2M).sum() / 3000) == pytest.approx(0.8, abs=0.02)
 
 
 def test_mentions_of_something_unknown_lower_the_share_that_is_right() -> None:
@@ -56,6 +60,7 @@ def test_mentions_of_something_unknown_lower_the_share_that_is_right() -> None:
         float(is_gold_MK[:, 0].double().mean()), abs=0.02
     )
     assert (alone.unknown, with_unknown.unknown) == (0, 600)
+    assert (alone.unknown_share, with_unknown.unknown_share) == (0.2, 0.5)
 
 
 def test_it_is_kept_as_text_and_fitted_the_same_again() -> None:
@@ -109,3 +114,12 @@ def test_more_evidence_is_never_less_sure() -> None:
     weights_F, _ = fit_logistic(evidence_NF, torch.zeros(400, dtype=torch.long), target_N, 1)
     assert float(weights_F[0]) > 1
     assert 0 <= float(weights_F[1]) < 1e-3
+
+
+def test_without_evidence_nothing_is_called_unknown() -> None:
+    """Where leaving a gold out changes no list, the likelier answer is that the entity is there."""
+    best, _ = world(200, 0)
+    nowhere_MK = torch.zeros(200, 20, dtype=torch.bool)
+    _, known_M = fitted(best, nowhere_MK).probabilities(best)
+    assert float(known_M.min()) > 0.5
+    assert float(known_M.mean()) == pytest.approx(0.8, abs=0.02)

@@ -27,7 +27,8 @@ def test_figures_of_a_world_by_hand() -> None:
     assert right["auroc"] == pytest.approx(0.5 + 0.5 * 2 / 3, abs=0.04)  # two in three right ones have the wide margin
     assert right["hits@1_of_the_surest_half"] > 0.95
     assert known["auroc"] > 0.6
-    assert 0 < known["f1"] <= 1
+    assert 0 <= known["false_alarms"] <= known["recall"] <= 1
+    assert known["unknown_share"] == 0.2
     for of in (right, known):
         assert of["confidence"].keys() <= of.keys()
         for name, (low, high) in of["confidence"].items():

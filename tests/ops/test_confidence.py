@@ -9,9 +9,8 @@ from torch import Tensor
 from dsmip.ops.confidence import (
     area_under_risk,
     auroc,
-    best_f1_threshold,
     expected_calibration_error,
-    precision_recall_f1,
+    precision_and_f1,
     risk_coverage,
 )
 
@@ -55,20 +54,17 @@ def test_calibration_error_is_the_weighted_gap_of_bins(answers: list[tuple[float
     assert float(expected_calibration_error(*tensors(answers), bins)) == pytest.approx(error)
 
 
-@given(ANSWERS)
-def test_no_threshold_has_a_better_f1(answers: list[tuple[float, bool]]) -> None:
+@given(ANSWERS, st.floats(0.05, 0.95))
+def test_precision_and_f1_are_those_of_answers_that_are_weighed(
+    answers: list[tuple[float, bool]], share: float
+) -> None:
     score_N, true_N = tensors(answers)
-    if not true_N.any():
+    if true_N.all() or not true_N.any():
         return
-
-    def f1(threshold: float) -> float:
-        return float(precision_recall_f1(score_N < threshold, true_N)[2])
-
-    best = f1(best_f1_threshold(score_N, true_N))
-    assert best >= max(f1(threshold) for threshold in [0.0, 0.05, 0.2, 0.3, 0.6, 0.9, 1.1])
-
-
-def test_f1_of_nothing_is_nothing() -> None:
-    nothing, something = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
-    assert [float(each) for each in precision_recall_f1(nothing, something)] == [0, 0, 0]
-    assert [float(each) for each in precision_recall_f1(something, nothing)] == [0, 0, 0]
+    found_N = score_N > 0.3
+    weight_N = torch.where(true_N, share / true_N.sum(), (1 - share) / (~true_N).sum()).double()
+    both, found = float(weight_N[found_N & true_N].sum()), float(weight_N[found_N].sum())
+    recall, false_alarms = found_N[true_N].double().mean(), found_N[~true_N].double().mean()
+    precision, f1 = precision_and_f1(recall, false_alarms, share)
+    assert float(precision) == pytest.approx(both / found if found else 0, rel=1e-5)
+    assert float(f1) == pytest.approx(2 * both / (found + share), rel=1e-5)
