@@ -118,6 +118,7 @@ def test_preparation_is_submitted(head: Head, tmp_path: Path, small_data: Datase
     assert Dataset.open(tmp_path / "data").manifest.entities == small_data.manifest.entities
 
 
+@pytest.mark.soak
 def test_stage_two_and_evaluation_are_submitted(
     head: Head, tmp_path: Path, small_config: ExperimentConfig, small_data: Dataset
 ) -> None:

@@ -71,6 +71,7 @@ def test_killed_workers_go_on_from_their_checkpoints(
     assert_equal_parts(run, expected)
 
 
+@pytest.mark.soak
 def test_hanging_workers_are_ended_and_go_on(
     tmp_path: Path, config: ExperimentConfig, small_data: Dataset, expected: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
