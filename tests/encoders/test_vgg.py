@@ -26,6 +26,7 @@ def thin_vgg(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.models.vgg16", thin)
 
 
+@pytest.mark.slow
 def test_features_are_torchvisions_fc7(thin_vgg: None, tmp_path: Path) -> None:
     from torchvision import models
 

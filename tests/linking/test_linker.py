@@ -72,7 +72,7 @@ def test_features_in_half_precision_and_a_single_part(
             assert [link.score for link in links] == pytest.approx(row["top_scores"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("scoring", ["mixture", "product"])
+@pytest.mark.parametrize("scoring", ["mixture", pytest.param("product", marks=pytest.mark.slow)])
 def test_fused_experts_are_asked_about_all_entities_for_every_mention(
     scoring: str, small_data: Dataset, narrow_backbone: Path, tmp_path: Path
 ) -> None:

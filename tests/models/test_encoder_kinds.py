@@ -139,8 +139,18 @@ def check_reranker(reranker: Reranker, mentions: ItemBatch, entities: ItemBatch,
     trains(reranker)
 
 
-@pytest.mark.parametrize("kind", SMALL_BACKBONES)
-@pytest.mark.parametrize("name", systems())
+QUICK = ("dsmip", "mimic", "clip", "bert", "blink")
+"""One system of each way to read an encoder; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if name in QUICK else pytest.mark.slow)
+        for name in systems()
+        for kind in SMALL_BACKBONES
+    ],
+)
 def test_a_system_works_with_an_encoder_or_says_why_not(
     name: str, kind: str, architectures: dict[str, str], small_data: Dataset, tmp_path: Path
 ) -> None:

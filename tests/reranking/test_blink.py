@@ -158,6 +158,7 @@ def test_what_the_first_stage_found_is_kept(trained: Run, tmp_path: Path) -> Non
     assert torch.equal(load_file(kept)["hard"], stored["hard"])
 
 
+@pytest.mark.slow
 def test_micro_batches_and_workers_train_as_one_whole_batch(trained: Run, tmp_path: Path) -> None:
     shutil.copytree(trained.folder, tmp_path / "run")
     where = tmp_path / "run", trained.dataset.folder

@@ -77,6 +77,7 @@ def test_a_port_in_use_and_a_model_that_is_none_are_said_in_one_line(run: Run, t
     assert "--host nowhere.invalid" in str(serve(run.folder, "--host", "nowhere.invalid").exception)
 
 
+@pytest.mark.slow
 def test_a_bundle_is_served_too_and_opened_again_when_it_is_exported_again(run: Run, tmp_path: Path) -> None:
     bundle, options = tmp_path / "bundle", LoadOptions()
     export_run(run.folder, bundle, torch.device("cpu"), ExportOptions(with_backbone=True))

@@ -231,6 +231,7 @@ def test_a_server_that_goes_away_is_said(
         connected_system.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_in_one_line(uri: str, cache: Path) -> None:
     """With a limit on the size of files, which fails as a full disk does."""
     inspect = [sys.executable, "-m", "ray_jobs", "inspect", uri, "--no-pictures"]

@@ -223,6 +223,7 @@ def test_a_loss_of_items_is_the_same_in_micro_batches(architecture: str, size: i
     assert not torch.allclose(expected["images.weight"], plain["images.weight"])
 
 
+@pytest.mark.slow
 def test_a_loss_of_items_is_of_all_workers_shares(
     workers: list[dict[str, dict[str, Tensor]]], architecture: str
 ) -> None:

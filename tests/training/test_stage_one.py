@@ -36,6 +36,7 @@ class RankContext(LocalContext):
             super().epoch_done(metrics, checkpoint)
 
 
+@pytest.mark.slow
 def test_two_workers_train_like_one(tmp_path: Path, small_config: ExperimentConfig) -> None:
     """From cached features (text) and from streamed shards (multimodal); each worker ranks a slice of the kb.
 

@@ -149,6 +149,7 @@ def test_workers_rank_as_one_process(files: RankingFiles) -> None:
     assert (Path(files.run) / "killed").exists()
 
 
+@pytest.mark.slow
 def test_workers_survey_and_rank_fused_experts_as_one_process(run: Run) -> None:
     """The gate sees how sure the experts are over the whole kb, which no worker has."""
     config = changed(run.config, {"system": {"gate": {"preset": "confidence", "width": 8}}})
