@@ -39,13 +39,16 @@ def measured_agreement(linker: Linker, dataset: Dataset, small_index: EntityInde
         return []
     mentions = list(islice(dataset.mentions("validation"), MENTIONS))
     tables = [linker.prepared(mentions[start : start + BATCH_SIZE]) for start in range(0, len(mentions), BATCH_SIZE)]
-    exact = [linker.search.best(table, TOP) for table in tables]
+    informed = [linker.search.informed(table) for table in tables]
+    exact = [linker.search.best(table, TOP) for table in informed]
     found = []
     if small_index is not None:
         small = ExactSearch(linker.search.matcher, small_index, linker.device)
-        found.append(_agreement("the index as stored", exact, [small.best(table, TOP) for table in tables]))
+        found.append(
+            _agreement("the index as stored", exact, [small.best(small.informed(table), TOP) for table in tables])
+        )
     for count in (count for count in CANDIDATES if count < len(linker)):
-        among = [linker.search.best_of(table, TOP, count) for table in tables]
+        among = [linker.search.best_of(table, TOP, count) for table in informed]
         found.append(_agreement(f"candidates={count}", exact, among))
     return found
 

@@ -33,6 +33,7 @@ class _Asked:
     top: int
     min_confidence: float | None
     candidates: int | None
+    explain: bool
 
     def __post_init__(self) -> None:
         _check_count("top", self.top)
@@ -122,6 +123,7 @@ class Linker:
         top: int = 5,
         min_confidence: float | None = None,
         candidates: int | None = None,
+        explain: bool = False,
         desc: str = "",
     ) -> Links:
         """Links one mention.
@@ -135,6 +137,7 @@ class Linker:
                 lower probability, `is_nil` is True (None: the model's own threshold).
             candidates: Score only so many entities, those that global vectors find: faster, and what they miss is
                 lost. Their scores are the exact ones. None: all entities.
+            explain: Also what each expert or unit says of each link (`Links.parts`).
             desc: A description of the mention, for models that read one (see `dsmip enhance`).
 
         Returns:
@@ -144,7 +147,7 @@ class Linker:
             UserError: An empty word, a picture that cannot be read, `top` or `candidates` below 1, a model that scores
                 NaN, or one that has no global vectors and is asked for candidates.
         """
-        asked = _Asked(top, min_confidence, candidates)
+        asked = _Asked(top, min_confidence, candidates, explain)
         given = {"word": word, "sentence": sentence, "image": image, "desc": desc}
         return self._link_batch([MentionReader(self.model.images).read(given)], asked)[0]
 
@@ -155,6 +158,7 @@ class Linker:
         top: int = 5,
         min_confidence: float | None = None,
         candidates: int | None = None,
+        explain: bool = False,
         on_error: Literal["raise", "report"] = "raise",
         images: Path | None = None,
         batch_size: int = BATCH_SIZE,
@@ -165,7 +169,7 @@ class Linker:
             mentions: Dicts with word, sentence and image (as for `link`; mention_id and desc are optional, other keys
                 do not count), prepared `dsmip.Mention`s, an Arrow table, or a pandas frame of such columns.
             top: How many entities each gets (at most all).
-            min_confidence, candidates: As for `link`.
+            min_confidence, candidates, explain: As for `link`.
             on_error: `raise` at a mention that cannot be read, or `report`: it gets `Links` with a `reason` and no
                 link. Either way the others are linked.
             images: The folder that relative paths of pictures start from (default: the present one).
@@ -178,7 +182,7 @@ class Linker:
             UserError: As for `link`; the message has the number of the mention, from 0.
         """
         _check_count("batch_size", batch_size)
-        asked, reader = _Asked(top, min_confidence, candidates), MentionReader(self.model.images, images)
+        asked, reader = _Asked(top, min_confidence, candidates, explain), MentionReader(self.model.images, images)
         given = records(mentions)
         batches = iter(lambda: list(islice(given, batch_size)), [])
         return self._linked(batches, asked, reader, on_error)
@@ -204,13 +208,13 @@ class Linker:
     def _link_batch(self, mentions: Sequence[Mention], asked: _Asked) -> list[Links]:
         if not mentions:
             return []
-        best, links = self.best(mentions, asked.top, asked.candidates), list[Links]()
-        (right_M, known_M), min_confidence = self._probabilities(best), asked.min_confidence
+        best, parts = self._searched(mentions, asked)
+        (right_M, known_M), min_confidence, links = self._probabilities(best), asked.min_confidence, list[Links]()
         if min_confidence is None:
             min_confidence = self.calibration.min_known if self.calibration else 0.0
         for row, (mention, right, known) in enumerate(zip(mentions, right_M, known_M, strict=True)):
             found, is_nil = self._links(best, row, asked.top, right), known is not None and known < min_confidence
-            links.append(Links(mention, found, is_nil, known, knowledge_base=self.knowledge_base))
+            links.append(Links(mention, found, is_nil, known, parts=parts[row], knowledge_base=self.knowledge_base))
         return links
 
     def _probabilities(self, best: Best) -> tuple[Sequence[float | None], Sequence[float | None]]:
@@ -222,27 +226,25 @@ class Linker:
         right_M, known_M = self.calibration.probabilities(BestScores(best.score_Mk, expert_Mk))
         return right_M.tolist(), known_M.tolist()
 
-    def best(self, mentions: Sequence[Mention], top: int, candidates: int | None = None) -> Best:
-        """The best entities of prepared mentions: at least `top` of them, and as many as the calibration reads.
-
-        Args:
-            mentions: As a `MentionReader` makes them.
-            top: How many are wanted.
-            candidates: As for `link`.
+    def _searched(self, mentions: Sequence[Mention], asked: _Asked) -> tuple[Best, Sequence[Mapping[str, list[float]]]]:
+        """As many of the best entities as are asked for and the calibration reads; what parts say of the former.
 
         Raises:
             UserError: A score is NaN or infinite.
         """
-        wanted = max(top, self.calibration.num_scores if self.calibration else 0)
+        wanted = max(asked.top, self.calibration.num_scores if self.calibration else 0)
+        wanted = max(wanted, self.second_stage.candidates if self.second_stage else 0)
         try:
-            if self.second_stage is not None:
-                wanted = max(wanted, self.second_stage.candidates)
-            prepared = self.prepared(mentions)
-            if candidates is None:
-                first = self.search.best(prepared, wanted)
+            informed = self.search.informed(self.prepared(mentions))
+            if asked.candidates is None:
+                best = self.search.best(informed, wanted)
             else:
-                first = self.search.best_of(prepared, wanted, candidates)
-            return first if self.second_stage is None else self.second_stage(first, mentions, self.knowledge_base)
+                best = self.search.best_of(informed, wanted, asked.candidates)
+            if self.second_stage is not None:
+                best = self.second_stage(best, mentions, self.knowledge_base)
+            if not asked.explain:
+                return best, [{}] * len(mentions)
+            return best, self.search.part_scores(informed, best.row_Mk[:, : asked.top])
         except NotRankable as error:
             entity_id = self.knowledge_base.texts([error.entity_row])[0]["entity_id"]
             of_part = f" ({error.part})" if error.part else ""
@@ -250,20 +252,6 @@ class Linker:
                 f"{self.model.name} of {self.model.source} scores '{mentions[error.mention].word}' and entity "
                 f"{entity_id} as NaN or infinite{of_part}; its training diverged, or their features are broken"
             ) from None
-
-    def part_scores(self, mention: Mention, rows: Sequence[int]) -> dict[str, list[float]]:
-        """What each expert or unit says of a mention and some entities, by its name; in float32, for people to look at.
-
-        Args:
-            mention: As its links have it.
-            rows: Rows of the knowledge base.
-        """
-        row_E, back_E = torch.tensor(rows).sort()
-        entities = self.search.index.take(row_E - self.search.index.first_row).to(self.device)
-        with torch.enable_grad():  # else a choosing system computes its choice alone
-            parts = self.search.matcher.score(self.prepared([mention]), entities).parts
-        order_E = back_E.argsort()
-        return {name: part_ME.detach()[0].float().cpu()[order_E].tolist() for name, part_ME in parts.items()}
 
     @torch.no_grad()
     def prepared(self, mentions: Sequence[Mention]) -> Table:

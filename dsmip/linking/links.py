@@ -1,8 +1,8 @@
 """Links of a mention, best first, with cards of them for notebooks."""
 
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import Any, overload
 
@@ -47,6 +47,8 @@ class Links(Sequence[Link]):
         is_nil: The model is calibrated and takes the mention for one of something that is not in the knowledge base.
             The links are what it would be otherwise. False where nothing is calibrated.
         known: The probability that the mention's entity is in the knowledge base; None where nothing is calibrated.
+        parts: By expert or unit, its score of each link, where `explain` was asked for; of fused experts the logarithms
+            of probabilities.
         reason: Why the mention could not be linked (`Linker.link_many` with `on_error="report"`); else None.
     """
 
@@ -55,6 +57,7 @@ class Links(Sequence[Link]):
     is_nil: bool = False
     known: float | None = None
     reason: str | None = None
+    parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
     knowledge_base: KnowledgeBase | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -76,6 +79,11 @@ class Links(Sequence[Link]):
 
     def __iter__(self) -> Iterator[Link]:
         return iter(self.links)
+
+    def first(self, top: int) -> "Links":
+        """With the best `top` links."""
+        parts = {name: scores[:top] for name, scores in self.parts.items()}
+        return replace(self, links=self.links[:top], parts=parts)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it but the picture, in values that JSON has."""

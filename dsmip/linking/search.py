@@ -86,12 +86,15 @@ class ExactSearch:
         """
         with self._building:
             search = self.candidates
-        mentions = self._informed(mentions)
         found = link_with(self._pairs.of(mentions), search, max(candidates, top), top)
         return Best(found.row_MT, found.score_MT, found.chosen_MT)
 
-    def _informed(self, mentions: Table) -> Table:
-        """Mentions that know what fused experts say of them; others as they are."""
+    def informed(self, mentions: Table) -> Table:
+        """Prepared mentions that know what fused experts say of them; others as they are.
+
+        Raises:
+            NotRankable: a score is NaN or infinite.
+        """
         if not self.matcher.surveyed():
             return mentions
         model = RankedModel(self.matcher, mentions, self.index, torch.full((len(mentions),), -1))
@@ -99,13 +102,12 @@ class ExactSearch:
 
     @torch.no_grad()
     def best(self, mentions: Table, top: int) -> Best:
-        """The `top` best entities (at most all) of prepared mentions.
+        """The `top` best entities (at most all) of mentions that are `informed`.
 
         Raises:
             NotRankable: a score is NaN or infinite.
         """
         nowhere_M = torch.full((len(mentions),), -1)
-        mentions = self._informed(mentions)
         tiles = Tiles(
             self.matcher,
             mentions,
@@ -122,6 +124,23 @@ class ExactSearch:
             refiner.widen()
             columns = tiles.best(top, refiner)
         return Best(columns["top_row"] + self.index.first_row, columns["top_score"], columns.get("chosen_top"))
+
+    @torch.no_grad()
+    def part_scores(self, mentions: Table, row_Mk: Tensor) -> list[dict[str, list[float]]]:
+        """What each expert or unit says of each mention and some entities, in float32, by its name: to be shown.
+
+        Args:
+            mentions: they are `informed`.
+            row_Mk: kb rows int64.
+        """
+        found = []
+        for mention, row_k in enumerate(row_Mk):
+            ascending_k, order_k = row_k.sort()
+            entities = self.index.take(ascending_k - self.index.first_row).to(self.device)
+            parts = self.matcher.part_scores(mentions.rows(slice(mention, mention + 1)).to(self.device), entities)
+            back_k = order_k.argsort()
+            found.append({name: part_ME[0].float().cpu()[back_k].tolist() for name, part_ME in parts.items()})
+        return found
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,9 @@ class DsmipMatcher(Matcher):
         choice_MEB = hard_choice(log_pi_MEB, noise, self.gate.config.temperature)
         return Scores((choice_MEB * scores_MEB).sum(-1), choice_MEB.argmax(-1).expand(scores_MEB.shape[:2]), parts)
 
+    def part_scores(self, mentions: Table, entities: Table) -> Mapping[str, Tensor]:
+        return self._expert_scores(mentions, entities)
+
     def _chosen_scores(self, mentions: Table, entities: Table, log_pi_MEB: Tensor) -> Scores:
         """Each pair scored by its likeliest expert alone, the first of equals."""
         shape = (len(mentions), len(entities))

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from dsmip.linking.linker import Linker
@@ -28,6 +28,7 @@ class Job:
 
     mentions: Sequence[Mapping[str, Any]]
     top: int
+    explain: bool
     links: "Future[list[Links]]" = field(default_factory=Future)
 
 
@@ -60,16 +61,18 @@ class Batcher:
         """Mentions that wait now."""
         return self._num_waiting
 
-    def submit(self, mentions: Sequence[Mapping[str, Any]], top: int) -> "Future[list[Links]]":
+    def submit(
+        self, mentions: Sequence[Mapping[str, Any]], top: int, *, explain: bool = False
+    ) -> "Future[list[Links]]":
         """The links of mentions, in their order, once they are there. Cancelling it takes them out of the queue.
 
-        A mention that cannot be read has `Links` with a `reason`.
+        A mention that cannot be read has `Links` with a `reason`. All of a request are by one linker.
 
         Raises:
             Busy: Too many wait. A request of more mentions than may wait is taken while nobody waits.
             Stopped: The service ends.
         """
-        job = Job(mentions, top)
+        job = Job(mentions, top, explain)
         with self._changed:
             if self._ends:
                 raise Stopped
@@ -91,11 +94,16 @@ class Batcher:
         while jobs := self._next():
             mentions = [mention for job in jobs for mention in job.mentions]
             self._observe(len(mentions))
-            top = max(job.top for job in jobs)
             try:
-                found = self._linker().link_many(mentions, top=top, on_error="report", batch_size=self._batch)
+                found = self._linker().link_many(
+                    mentions,
+                    top=max(job.top for job in jobs),
+                    explain=any(job.explain for job in jobs),
+                    on_error="report",
+                    batch_size=self._batch,
+                )
                 for job in jobs:
-                    job.links.set_result([_first(next(found), job.top) for _ in job.mentions])
+                    job.links.set_result([next(found).first(job.top) for _ in job.mentions])
             except Exception as error:  # whatever it is, those who wait are told, and the next batch is linked
                 for job in jobs:
                     if not job.links.done():
@@ -115,8 +123,3 @@ class Batcher:
                 if jobs or self._ends:
                     return jobs
                 self._changed.wait()
-
-
-def _first(links: Links, top: int) -> Links:
-    """The mention's own share of what its batch was asked for."""
-    return replace(links, links=links.links[:top])

@@ -8,10 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from dsmip.linking.linker import Linker
 from dsmip.linking.links import Links
 from dsmip.serving.batcher import Batcher, Busy, Stopped
 from dsmip.serving.limits import Limits
@@ -71,32 +69,29 @@ def link_router(served: Served, batcher: Batcher, limits: Limits) -> APIRouter:
     async def link(request: Request) -> Any:
         asked, images = await _read(request)
         mentions = _checked(asked, images, limits, served)
-        found = await linked(batcher, mentions, asked.top)
+        found = await linked(batcher, mentions, asked.top, explain=asked.explain)
         if len(found) == 1 and found[0].reason:
             field, _, message = found[0].reason.partition(": ")
             raise Unusable(field, message)
-        parts = await run_in_threadpool(parts_of, served.linker, found) if asked.explain else [{}] * len(found)
-        answers = zip(asked.mentions, found, parts, strict=True)
+        answers = zip(asked.mentions, found, strict=True)
         return LinkResponse(
-            mentions=[links_out(each.id, each.word, links, asked.min_confidence, own) for each, links, own in answers]
+            mentions=[
+                links_out(each.id, each.word, links, asked.min_confidence, explain=asked.explain)
+                for each, links in answers
+            ]
         )
 
     return router
 
 
-async def linked(batcher: Batcher, mentions: Sequence[Mapping[str, Any]], top: int) -> list[Links]:
+async def linked(batcher: Batcher, mentions: Sequence[Mapping[str, Any]], top: int, *, explain: bool) -> list[Links]:
     """Waits for the links; a client that is gone takes its mentions out of the queue."""
-    waiting = batcher.submit(mentions, top)
+    waiting = batcher.submit(mentions, top, explain=explain)
     try:
         return await asyncio.wrap_future(waiting)
     except asyncio.CancelledError:
         waiting.cancel()
         raise
-
-
-def parts_of(linker: Linker, found: Sequence[Links]) -> list[dict[str, list[float]]]:
-    """What each part of the system says of the links of each mention."""
-    return [linker.part_scores(each.mention, [link.entity_row for link in each]) if len(each) else {} for each in found]
 
 
 async def _read(request: Request) -> tuple[LinkRequest, dict[int, bytes]]:
@@ -123,12 +118,10 @@ async def _read(request: Request) -> tuple[LinkRequest, dict[int, bytes]]:
 
 def _parsed(given: dict[str, Any]) -> LinkRequest:
     """A single mention is a list of one."""
-    if "mentions" not in given:
+    single = "mentions" not in given
+    if single:
         shared = {name: given[name] for name in _SHARED if name in given}
         given = {"mentions": [{name: value for name, value in given.items() if name not in _SHARED}], **shared}
-        single = True
-    else:
-        single = False
     try:
         return LinkRequest.model_validate(given)
     except ValidationError as error:

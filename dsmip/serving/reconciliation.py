@@ -5,7 +5,7 @@ what each expert or unit of the system says as `features`. Source: https://www.w
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Query, Request
@@ -17,7 +17,7 @@ from dsmip.linking.links import Links
 from dsmip.serving.batcher import Batcher
 from dsmip.serving.entity_routes import row_of
 from dsmip.serving.limits import Limits
-from dsmip.serving.link_routes import linked, parts_of
+from dsmip.serving.link_routes import linked
 from dsmip.serving.schemas import Unusable, decoded_image, image_address
 from dsmip.serving.served import Served
 
@@ -37,12 +37,10 @@ def reconciliation_router(served: Served, batcher: Batcher, limits: Limits, page
         if len(mentions) > limits.mentions:
             raise Unusable("queries", f"a request may have {limits.mentions} queries")
         top = max(limit_of(query, f"{key}.", limits) for key, query in queries.items())
-        calibrated = served.linker.calibration is not None
-        found = await linked(batcher, mentions, top)
-        parts = await run_in_threadpool(parts_of, served.linker, found)
+        found = await linked(batcher, mentions, top, explain=True)
         return {
-            key: results(links, own, calibrated)[: limit_of(query, f"{key}.", limits)]
-            for (key, query), links, own in zip(queries.items(), found, parts, strict=True)
+            key: results(links)[: limit_of(query, f"{key}.", limits)]
+            for (key, query), links in zip(queries.items(), found, strict=True)
         }
 
     async def reconcile(queries: str) -> JSONResponse:
@@ -182,15 +180,15 @@ def of_conditions(query: Mapping[str, Any], number: int) -> dict[str, Any]:
     return {"query": names[0] if names else None, "properties": properties, "limit": query.get("limit")}
 
 
-def results(links: Links, parts: Mapping[str, Sequence[float]], calibrated: bool) -> list[dict[str, Any]]:
+def results(links: Links) -> list[dict[str, Any]]:
     """Entities for one query; `match` says that the first one may be taken."""
     found = []
     for number, link in enumerate(links):
-        sure = calibrated and not number and not links.is_nil and (link.confidence or 0) >= SURE
+        sure = not number and not links.is_nil and (link.confidence or 0) >= SURE  # there is none where not calibrated
         features = [{"id": "score", "value": link.score}]
         if link.confidence is not None:
             features.append({"id": "confidence", "value": link.confidence})
-        features += [{"id": name, "value": scores[number]} for name, scores in parts.items()]
+        features += [{"id": name, "value": scores[number]} for name, scores in links.parts.items()]
         found.append(
             {
                 "id": link.entity_id,

@@ -125,10 +125,9 @@ def decoded_image(text: str, field: str, max_bytes: int) -> bytes:
         raise Unusable(field, "is no base64") from None
 
 
-def links_out(
-    given_id: str, word: str, links: Links, min_confidence: float | None, parts: Mapping[str, Sequence[float]]
-) -> LinksOut:
-    """The answer for one mention; `parts` has the score that each part gives to each link."""
+def links_out(given_id: str, word: str, links: Links, min_confidence: float | None, *, explain: bool) -> LinksOut:
+    """The answer for one mention."""
+    parts = links.parts if explain else {}
     is_nil = links.is_nil if min_confidence is None or links.known is None else links.known < min_confidence
     return LinksOut(
         id=given_id,

@@ -215,6 +215,13 @@ class Matcher(Part, ABC):
         """Prepared mentions with what scoring needs of their survey, the same whatever the tile."""
         return mentions
 
+    def part_scores(self, mentions: Table, entities: Table) -> Mapping[str, Tensor]:
+        """Scores [M, E] by name of all experts or units that a score is made of, also where one is chosen: to be shown.
+
+        Empty where there is one part alone.
+        """
+        return self.score(mentions, entities).parts
+
     def why_not_indexed(self) -> str | None:
         """Why items must not be prepared in tiles and slices, as an index is; None: they may."""
         return None

@@ -279,7 +279,8 @@ def test_a_calibrated_model_says_how_sure_it_is(run: Run, *, is_of_this_index: b
         return
     assert linker.calibration == made
     mentions = list(run.dataset.mentions("test"))
-    found, best = list(linker.link_many(mentions, top=2)), linker.best(mentions, 2)
+    found = list(linker.link_many(mentions, top=2))
+    best = linker.search.best(linker.search.informed(linker.prepared(mentions)), made.num_scores)
     assert best.chosen_Mk is not None
     right_M, known_M = made.probabilities(BestScores(best.score_Mk, best.chosen_Mk))
     assert [links[0].confidence for links in found] == right_M.tolist()

@@ -111,6 +111,16 @@ class FusedMatcher(Matcher):
         tokens = token_pairs([wanted[name] for name, expert in self._experts().items() if expert.scores_tokens])
         return Scores(total_ME, chosen_ME, parts, tied_ME, tokens)
 
+    @torch.no_grad()
+    def part_scores(self, mentions: Table, entities: Table) -> Mapping[str, Tensor]:
+        """Log probabilities over the whole knowledge base."""
+        log_normaliser_MB = mentions.under(_FUSION).dense("log_normaliser")
+        everywhere_ME = torch.ones(len(mentions), len(entities), dtype=torch.bool, device=log_normaliser_MB.device)
+        return {
+            name: self._log_p(name, b, mentions, entities, log_normaliser_MB[:, b], everywhere_ME)
+            for b, name in enumerate(self.experts)
+        }
+
     def _log_p(
         self, name: str, b: int, mentions: Table, entities: Table, log_normaliser_M: Tensor, wanted_ME: Tensor
     ) -> Tensor:
