@@ -125,8 +125,9 @@ def load(
         UserError: no run, bundle or model there, a model that is not trained yet, data that has moved, or a bundle that
             is damaged.
     """
-    from dsmip.linking.load import LoadOptions, device_here, load_linker
+    from dsmip.linking.load import LoadOptions, load_linker
     from dsmip.progress import no_progress
+    from dsmip.rank_options import device_here
 
     return load_linker(location, device_here(device), LoadOptions(model, data), progress=progress or no_progress)
 

@@ -1,7 +1,12 @@
-"""Options of a ranking: how it is computed, which changes no rank."""
+"""Options of a ranking: how it is computed and where, which changes no rank."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from dsmip.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 BackendName = Literal["auto", "torch", "cpp", "triton"]
 PrecisionName = Literal["auto", "fp32", "fp16"]
@@ -20,3 +25,34 @@ class RankOptions:
     top_k: int = 20
     backend: BackendName = "auto"
     precision: PrecisionName = "auto"
+
+
+def named_device(name: "str | torch.device") -> "torch.device":
+    """The device of that name, wherever it is.
+
+    Raises:
+        UserError: There is no such name.
+    """
+    import torch  # which commands that only describe themselves do without
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name} is no device; use cpu, cuda or cuda:<number>") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name} is not supported; use cpu, cuda or cuda:<number>")
+    return device
+
+
+def device_here(name: "str | torch.device") -> "torch.device":
+    """The device of that name on this machine.
+
+    Raises:
+        UserError: There is no such name, or this machine has no such device.
+    """
+    import torch
+
+    device = named_device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device}: this machine has {torch.cuda.device_count()} GPUs")
+    return device

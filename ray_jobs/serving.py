@@ -8,7 +8,8 @@ from pydantic import Field, ValidationError
 
 from dsmip.config import Frozen
 from dsmip.errors import UserError
-from dsmip.linking.load import LoadOptions, device_here, load_linker
+from dsmip.linking.load import LoadOptions, load_linker
+from dsmip.rank_options import device_here
 from dsmip.serving.app import create_app
 from dsmip.serving.served import Source, stamp_of
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)

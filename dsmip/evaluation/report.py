@@ -181,7 +181,8 @@ def _calibrated(evaluation: OpenedEvaluation, ranking: Ranking, index: str) -> d
     calibration = stored_calibration(evaluation.run, name)
     if calibration is None or calibration.index != index:
         return {}
-    return {"calibration": confidence_figures(calibration, best, is_gold_MK)}
+    figures = confidence_figures(calibration, best, is_gold_MK)
+    return {"calibration": {**figures, "fitted_on_these": evaluation.split == CALIBRATED_ON}}
 
 
 def stored_calibration(run: Run, model: str) -> Calibration | None:

@@ -145,20 +145,3 @@ def _mention_encoder(opened: OpenedModel, part: str) -> MentionEncoder:
         return MentionEncoder(features.encoder, features.collator)
     encoder: FeatureEncoder = features.home.load_encoder(part, config)
     return MentionEncoder(encoder, features.home.collator(part))
-
-
-def device_here(name: str | torch.device) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        UserError: There is no such device on this machine.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name} is no device; use cpu, cuda or cuda:<number>") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name} is not supported; use cpu, cuda or cuda:<number>")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name}: this machine has {torch.cuda.device_count()} GPUs")
-    return device

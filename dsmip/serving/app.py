@@ -12,6 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsmip.serving.batcher import Batcher, Busy, Stopped
@@ -155,10 +156,10 @@ def _add_refusals(app: FastAPI, limits: Limits) -> None:
         return refusal(422, first_problem(error.errors()))
 
     async def missing(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
+        assert isinstance(error, StarletteHTTPException)
         return refusal(error.status_code, Problem(message=str(error.detail)))
 
     for kind in (Unusable, Busy, Stopped, Exception):
         app.add_exception_handler(kind, refused)
     app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, missing)
+    app.add_exception_handler(StarletteHTTPException, missing)  # of routes that there are none, too

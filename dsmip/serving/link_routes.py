@@ -1,7 +1,6 @@
 """The route `POST /link`: one mention or many, as JSON with base64 pictures, or as a form with a file."""
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from dsmip.serving.schemas import (
     Unusable,
     decoded_image,
     first_problem,
+    json_object,
     links_out,
 )
 from dsmip.serving.served import Served
@@ -107,13 +107,7 @@ async def _read(request: Request) -> tuple[LinkRequest, dict[int, bytes]]:
         return _parsed(given), {0: files["image"]} if files.get("image") else {}
     if kind != "application/json":
         raise Unusable("content-type", "send application/json or multipart/form-data")
-    try:
-        given = json.loads(await request.body())
-    except (ValueError, RecursionError):
-        raise Unusable("body", "is no JSON") from None
-    if not isinstance(given, dict):
-        raise Unusable("body", "is no JSON object")
-    return _parsed(given), {}
+    return _parsed(json_object(await request.body(), "body")), {}
 
 
 def _parsed(given: dict[str, Any]) -> LinkRequest:

@@ -1,5 +1,7 @@
 """Middleware that bounds bodies and sets the headers a browser needs to be safe with strangers' texts."""
 
+from contextlib import suppress
+
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -12,7 +14,6 @@ HEADERS = {
     "content-security-policy": CONTENT_POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "x-frame-options": "DENY",
 }
 
 
@@ -34,26 +35,25 @@ class BoundedBodies:
         if announced.isdigit() and int(announced) > self._max_bytes:
             await self._refuse(scope, receive, send)
             return
-        received, has_begun = 0, False
+        received, is_refused = 0, False
 
         async def counting() -> Message:
-            nonlocal received
+            nonlocal received, is_refused
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
+                is_refused = True
                 raise _TooLarge
             return message
 
-        async def noting(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
+        async def unless_refused(message: Message) -> None:
+            if not is_refused:  # a reader of forms answers every error itself, with another status
+                await send(message)
 
-        try:
-            await self._app(scope, counting, noting)
-        except _TooLarge:
-            if not has_begun:
-                await self._refuse(scope, receive, send)
+        with suppress(_TooLarge):
+            await self._app(scope, counting, unless_refused)
+        if is_refused:
+            await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         message = f"a request may have {self._max_bytes} bytes; send fewer mentions, or smaller pictures"

@@ -4,7 +4,6 @@ A query's text is the mention's word; its sentence and picture are the propertie
 what each expert or unit of the system says as `features`. Source: https://www.w3.org/community/reports/reconciliation/.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from dsmip.serving.batcher import Batcher
 from dsmip.serving.entity_routes import row_of
 from dsmip.serving.limits import Limits
 from dsmip.serving.link_routes import linked
-from dsmip.serving.schemas import Unusable, decoded_image, image_address
+from dsmip.serving.schemas import Unusable, decoded_image, image_address, json_object
 from dsmip.serving.served import Served
 
 TYPE = {"id": "entity", "name": "Entity"}
@@ -44,7 +43,7 @@ def reconciliation_router(served: Served, batcher: Batcher, limits: Limits, page
         }
 
     async def reconcile(queries: str) -> JSONResponse:
-        asked = _json_object(queries, "queries")
+        asked = json_object(queries, "queries")
         if not asked or not all(isinstance(each, dict) for each in asked.values()):
             raise Unusable("queries", "is a JSON object of queries by key")
         return JSONResponse({key: {"result": found} for key, found in (await answers(asked)).items()})
@@ -60,12 +59,12 @@ def reconciliation_router(served: Served, batcher: Batcher, limits: Limits, page
         if queries is not None:
             return await reconcile(queries)
         if extend is not None:
-            return JSONResponse(await run_in_threadpool(extended, served, _json_object(extend, "extend")))
+            return JSONResponse(await run_in_threadpool(extended, served, json_object(extend, "extend")))
         raise Unusable("queries", "is missing")
 
     @router.post("/match", summary="The answers to a list of queries (1.0 draft)")
     async def match(request: Request) -> JSONResponse:
-        body = _json_object((await request.body()).decode("utf-8", "replace"), "body")
+        body = json_object(await request.body(), "body")
         asked = body.get("queries")
         if not isinstance(asked, list) or not asked or not all(isinstance(each, dict) for each in asked):
             raise Unusable("queries", "is a list of queries")
@@ -101,10 +100,7 @@ def _add_entities(router: APIRouter, served: Served, pages: Environment) -> None
         card = pages.get_template("preview.html").render(
             **text, image=image_address(id).removeprefix("/"), base=str(request.base_url)
         )
-        framed = {
-            "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'",
-            "x-frame-options": "",
-        }
+        framed = {"content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'"}
         return HTMLResponse(card, headers=framed)  # OpenRefine shows it in a frame
 
 
@@ -220,13 +216,3 @@ def extended(served: Served, asked: Mapping[str, Any]) -> dict[str, Any]:
         text = kb.texts([row])[0] if (row := kb.find_id(entity_id)) is not None else None
         rows[entity_id] = {name: [{"str": text[name]}] if text and text[name] else [] for name in wanted}
     return {"meta": [known[name] for name in wanted], "rows": rows}
-
-
-def _json_object(text: str, field: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise Unusable(field, "is no JSON") from None
-    if not isinstance(value, dict):
-        raise Unusable(field, "is no JSON object")
-    return value

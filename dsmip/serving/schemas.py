@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -103,6 +104,22 @@ class Unusable(ValueError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field, self.message = field, message
+
+
+def json_object(text: str | bytes, field: str) -> dict[str, Any]:
+    """The JSON object of a body or of a form's field.
+
+    Raises:
+        Unusable: It holds none, or halves of characters, which no answer could repeat.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise Unusable(field, "is no JSON") from None
+    if not isinstance(value, dict):
+        raise Unusable(field, "is no JSON object")
+    return value
 
 
 def decoded_image(text: str, field: str, max_bytes: int) -> bytes:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsmip.errors import UserError
 from dsmip.linking.linker import Linker
 from dsmip.storage.locations import Location
 from dsmip.storage.run_storage import RunStorage
@@ -77,7 +76,7 @@ class Served:
                 if stamp == self._stamp:
                     return False
                 linker = self._source.open()
-            except (UserError, OSError) as error:
+            except Exception as error:  # whatever is wrong with it: who watches goes on, and so does the old one
                 self._notice(f"what is served has changed and cannot be opened; the old one goes on: {error}")
                 return False
             self._linker, self._since, self._stamp = linker, time.time(), stamp

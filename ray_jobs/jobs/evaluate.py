@@ -18,7 +18,7 @@ from dsmip.evaluation.report import (
     evaluation_name,
     recall_name,
 )
-from dsmip.rank_options import RankOptions
+from dsmip.rank_options import RankOptions, device_here, named_device
 from dsmip.reranking.second_stage import second_stage
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location
@@ -70,7 +70,7 @@ def evaluate_run(
             evaluation = OpenedEvaluation(run, split, model)
             evaluated = _evaluate_on_ray(evaluation, named, workers, options, candidates)
         else:
-            check_here(named)
+            device_here(named)
             evaluation = OpenedEvaluation(run, split, model)
             with Display() as progress:
                 evaluated = evaluate_model(
@@ -134,9 +134,10 @@ def _show(metrics: Mapping[str, Any], top_k: int, *, verbose: bool) -> None:
 
 def _show_confidence(found: Mapping[str, Any]) -> None:
     right, known = found["right"], found.get("known")
+    on_these = " (of the mentions that it was fitted on)" if found["fitted_on_these"] else ""
     say(
-        f"  confidence: off by {right['expected_calibration_error']:.3f} on average; the surer half has hits@1"
-        f" {right['hits@1_of_the_surest_half']:.3f}"
+        f"  confidence{on_these}: off by {right['expected_calibration_error']:.3f} on average; the surer half has"
+        f" hits@1 {right['hits@1_of_the_surest_half']:.3f}"
     )
     if known is not None:
         say(
@@ -221,28 +222,3 @@ def _evaluate_on_ray(
             candidates=candidates,
             workers=RayWorkers(workers, gpu, options, Display()),
         )
-
-
-def named_device(name: str) -> torch.device:
-    """The device of that name, wherever it is.
-
-    Raises:
-        UserError: There is no such name.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is no device; use cpu, cuda or cuda:<number>") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use cpu, cuda or cuda:<number>")
-    return device
-
-
-def check_here(device: torch.device) -> None:
-    """Checks that this machine has the device.
-
-    Raises:
-        UserError: It has not.
-    """
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPUs")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dsmip.exporting.export import ExportOptions, export_run
 from dsmip.linking.hub import push_bundle
-from dsmip.linking.load import device_here
+from dsmip.rank_options import device_here
 from dsmip.storage.locations import Location
 from ray_jobs.terminal.display import Display
 

@@ -15,8 +15,9 @@ from dsmip.errors import UserError
 from dsmip.linking.bulk import BulkOptions, LinksFile, link_file
 from dsmip.linking.linker import Linker
 from dsmip.linking.links import Links
-from dsmip.linking.load import LoadOptions, device_here, load_linker
+from dsmip.linking.load import LoadOptions, load_linker
 from dsmip.linking.mentions import Unreadable
+from dsmip.rank_options import device_here
 from dsmip.storage.atomic import sha256_file, write_masked_json
 from dsmip.storage.locations import Location
 from dsmip.version import VERSION

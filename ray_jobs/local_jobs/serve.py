@@ -11,7 +11,8 @@ from dsmip.errors import UserError
 from dsmip.linking.bundle import is_bundle
 from dsmip.linking.hub import HUB
 from dsmip.linking.linker import Linker
-from dsmip.linking.load import LoadOptions, device_here, load_linker
+from dsmip.linking.load import LoadOptions, load_linker
+from dsmip.rank_options import device_here
 from dsmip.runs.run import Run
 from dsmip.serving.app import Example, create_app
 from dsmip.serving.served import Source, stamp_of

@@ -57,6 +57,7 @@ def test_evaluations_report_confidences_once_it_is_calibrated(calibrated: Run) -
     said = dsmip("calibrate", "--run", folder)
     assert said.exit_code == 0, said.output
     assert "dsmip is calibrated" in said.output
+    assert "confidence (of the mentions that it was fitted on): off by" in said.output
     made = stored_calibration(calibrated, "dsmip")
     assert made is not None
     assert (made.mentions, made.experts) == (24, ("text", "visual", "multimodal"))
@@ -64,6 +65,7 @@ def test_evaluations_report_confidences_once_it_is_calibrated(calibrated: Run) -
     assert "confidence: off by" in after.output
     assert "not in the knowledge base: AUROC" in after.output
     metrics = json.loads((calibrated.folder / "evaluate/test/dsmip/metrics.json").read_text())
+    assert metrics["calibration"]["fitted_on_these"] is False
     assert 0 <= metrics["calibration"]["right"]["expected_calibration_error"] <= 1
     assert metrics["calibration"]["known"]["unknown_share"] == made.unknown_share == 0.2
     assert stored_calibration(calibrated, "text") is None

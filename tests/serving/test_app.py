@@ -48,6 +48,8 @@ def test_entities_by_id_by_name_and_their_pictures(client: TestClient) -> None:
     assert client.get("/entities/Q0/image").status_code == 404  # it has none
     missing = client.get("/entities/Q99")
     assert (missing.status_code, missing.json()) == (404, {"message": "no such entity", "field": None})
+    assert client.get("/nowhere").json() == {"message": "Not Found", "field": None}
+    assert client.put("/link").json() == {"message": "Method Not Allowed", "field": None}
     assert client.get("/entities", params={"query": "e", "limit": 1000}).json()["field"] == "query.limit"
 
 
@@ -120,6 +122,8 @@ def test_a_changed_source_is_opened_again_and_a_damaged_one_changes_nothing(link
     def open_source() -> Linker:
         if stamp[0] == "damaged":
             raise UserError("bundle.json is damaged")
+        if stamp[0] == "odd":
+            raise RuntimeError("no such thing")
         opened.append(linker)
         return linker
 
@@ -128,11 +132,14 @@ def test_a_changed_source_is_opened_again_and_a_damaged_one_changes_nothing(link
     stamp[0] = "damaged"
     assert not served.check()
     assert said == ["what is served has changed and cannot be opened; the old one goes on: bundle.json is damaged"]
+    stamp[0] = "odd"
+    assert not served.check()
+    assert "the old one goes on: no such thing" in said[1]
     stamp[0] = "2"
     assert served.check()
     assert not served.check()
     assert len(opened) == 2
-    assert said[1].startswith("opened again: Linker(dsmip of ")
+    assert said[2].startswith("opened again: Linker(dsmip of ")
 
 
 def test_a_stamp_changes_with_what_is_written_last(tmp_path: Path) -> None:

@@ -135,6 +135,35 @@ def test_bodies_are_bounded_announced_or_not(client: TestClient) -> None:
         assert "200000 bytes" in answer.json()["message"]
 
 
+@pytest.mark.parametrize("path", ["/link", "/reconcile"])
+def test_forms_are_bounded_as_well(client: TestClient, path: str) -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + b"x" * 500_000
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    chunks = (form[start : start + 50_000] for start in range(0, len(form), 50_000))
+    assert client.post(path, content=chunks, headers=kind).status_code == 413
+    assert client.post(path, data={"queries": "x" * 300_000}).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/link", "/reconcile"])
+def test_a_form_that_is_none_is_refused(client: TestClient, path: str) -> None:
+    answer = client.post(path, content=b"nothing", headers={"content-type": "multipart/form-data; boundary=x"})
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["message"]
+    answer = client.post(path, content=b"nothing", headers={"content-type": "multipart/form-data"})
+    assert 400 <= answer.status_code < 500
+    assert answer.json()["message"]
+
+
+def test_halves_of_characters_are_refused(client: TestClient) -> None:
+    """JSON may hold what no text may: half of a surrogate pair, as a value or as a name."""
+    half = "\\ud800"
+    for body in (f'{{"word": "{half}"}}', f'{{"word": "red", "{half}": 1}}', f'{{"mentions": [{{"word": "{half}"}}]}}'):
+        answer = client.post("/link", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 422, answer.text
+    for queries in (f'{{"{half}": {{"query": "red"}}}}', f'{{"q0": {{"query": "{half}"}}}}'):
+        assert client.post("/reconcile", data={"queries": queries}).status_code == 422
+
+
 def test_answers_repeat_nothing_that_was_sent(client: TestClient) -> None:
     secret = "s3cret-of-a-client"
     for asked in ({"word": 1, "sentence": secret}, {"word": "red", "image": secret}, {"word": "red", "top": secret}):

@@ -63,7 +63,9 @@ def test_the_demo_compares_experts_gate_and_oracle(tmp_path: Path, capsys: pytes
     assert serve == f"dsmip serve {out / 'run'}"
     with served(shlex.split(serve)[1:]) as (address, _):
         assert httpx.get(f"{address}/health/ready").json()["calibrated"] is True
-        assert len(httpx.post(f"{address}/link", json={"word": "x"}, timeout=60).json()["mentions"][0]["links"]) == 5
+        answer = httpx.post(f"{address}/link", json={"word": "x", "explain": True}, timeout=60)  # as the page asks
+        links = answer.json()["mentions"][0]["links"]
+        assert [[part["name"] for part in link["parts"]] for link in links] == [["text", "visual", "multimodal"]] * 5
     assert command.startswith(f"dsmip link {out / 'run'} --word ")
     linked = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
     assert linked.exit_code == 0
