@@ -28,7 +28,8 @@ from dsmip.errors import UserError
 from dsmip.private import private_folder, user_cache_folder
 from dsmip.storage.atomic import atomic_path
 
-Tuning = Literal["frozen", "projection", "full"]
+Tuning = Literal["frozen", "projection", "text", "full"]
+"""What trains of a backbone: nothing, what maps into the shared space, this and the whole text tower, or all."""
 TowerName = Literal["text", "vision"]
 _COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 _SHARED = "torchinductor_"  # what PyTorch writes into it when it is imported begins so, in the temporary folder
@@ -211,7 +212,7 @@ class Backbone(nn.Module):
         return at_least_float32((embeddings * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True))
 
     def tune(self, mode: Tuning, towers: Collection[TowerName] = ("text", "vision")) -> None:
-        """Sets which parameters train: none, the projections of `towers`, or all of `towers`.
+        """Sets which parameters train, of `towers` alone.
 
         The logit scale belongs to neither tower and stays frozen; contrastive pretraining sets its requires_grad.
 
@@ -224,9 +225,9 @@ class Backbone(nn.Module):
         for tower in (self.text, self.vision):
             if tower.name not in towers or tower.is_absent:
                 continue
-            parameters = tower.parameters if mode == "full" else tower.projection
+            parameters = tower.parameters if mode in ("full", tower.name) else tower.projection
             if not parameters:
-                raise UserError(f"tune: projection: the {tower.name} tower of this backbone has no projection")
+                raise UserError(f"tune: {mode}: the {tower.name} tower of this backbone has no projection")
             for parameter in parameters:
                 parameter.requires_grad_(True)
 

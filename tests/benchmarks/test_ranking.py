@@ -134,6 +134,7 @@ def test_memory_is_measured_for_every_case_and_size(capsys: pytest.CaptureFixtur
     assert [said.count(name) for name in ("mimic", "dsmip", "50", "700")] == [2, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_a_row_for_every_case_and_backend(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,6 +158,8 @@ def test_tune_sets_what_trains(tmp_path: Path, custom_text: bool) -> None:
     backbone.tune("full")
     every = {name.removeprefix("clip.") for name, _ in backbone.named_parameters()}
     assert trainable(backbone) == every - {"logit_scale"}
+    backbone.tune("text")
+    assert trainable(backbone) == {n for n in every if not n.startswith("visual.")} - {"logit_scale"} | {"visual.proj"}
     backbone.tune("full", ["vision"])
     assert trainable(backbone) == {name for name in every if name.startswith("visual.")}
     backbone.tune("frozen")

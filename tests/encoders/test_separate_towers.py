@@ -97,6 +97,17 @@ def test_pictures_are_as_timm_says(pair: SeparateTowers) -> None:
     assert torch.equal(middle, image[:, 6:54, 26:74])
 
 
+@torch.no_grad()
+def test_pictures_may_have_another_size_where_the_network_takes_it(pair: SeparateTowers, pixels: Tensor) -> None:
+    sized, small = Backbone.build(str(replace(pair, image_size=96)), None, seed=5), pixels[:, :, :96, :96]
+    assert sized.image_size == resolve_architecture(str(replace(pair, image_size=96))).image_size == 96
+    own = Backbone.build(str(pair), None, seed=5)
+    assert torch.equal(sized.encode_image(small).pooled, own.encode_image(small).pooled)
+    message = "image_size 96: timm:vit_tiny_patch16_224 takes pictures of 224 px, not these .*model"
+    with pytest.raises(UserError, match=message):
+        resolve_architecture("timm:vit_tiny_patch16_224 + 96px")
+
+
 def test_a_configuration_names_the_towers_by_keys_or_in_one_text(pair: SeparateTowers) -> None:
     keys = {"text": f"hf:{pair.text}", "vision": f"timm:{VISION}@{pair.vision_file}", "embed_dim": 16}
     config = validated(BackboneConfig, keys, "here", "backbone.")
@@ -105,7 +116,11 @@ def test_a_configuration_names_the_towers_by_keys_or_in_one_text(pair: SeparateT
     hub = validated(BackboneConfig, {"text": "hf:owner/model", "vision": "timm:resnet18.a1_in1k"}, "here", "")
     assert hub.architecture == "hf:owner/model + timm:resnet18.a1_in1k + 256"
     assert BackboneConfig.model_validate(hub.model_dump()) == hub
-    taken_away = dict.fromkeys(("text", "vision", "embed_dim")) | {"architecture": "tiny"}
+    sized = validated(BackboneConfig, keys | {"image_size": 96}, "here", "backbone.")
+    assert sized.architecture == f"{pair} + 96px"
+    assert SeparateTowers.parsed(sized.architecture) == replace(pair, image_size=96)
+    assert SeparateTowers.parsed("timm:resnet18 + 96px") == SeparateTowers(None, "resnet18", image_size=96)
+    taken_away = dict.fromkeys(("text", "vision", "embed_dim", "image_size")) | {"architecture": "tiny"}
     assert validated(BackboneConfig, taken_away, "here", "") == BackboneConfig(architecture="tiny")
     for name in ("ViT-B-32", "tiny", "hf-hub:a", "a + b + 3", "models/a + b.json"):
         assert SeparateTowers.parsed(name) is None
@@ -117,7 +132,9 @@ def test_a_configuration_names_the_towers_by_keys_or_in_one_text(pair: SeparateT
         ({"text": "hf:a", "vision": "timm:b", "architecture": "tiny"}, "give architecture, or text and vision"),
         ({"text": "hf:a", "vision": "b"}, r"vision is timm:<name> or timm:<name>@<file of weights>, not 'b'"),
         ({"text": "hf:a", "embed_dim": 3}, "embed_dim is the width that two .* one tower has its own"),
-        ({"embed_dim": 3}, "embed_dim is of two towers: give text and vision"),
+        ({"embed_dim": 3}, "embed_dim and image_size are of towers: give text and vision, or one of them"),
+        ({"text": "hf:a", "image_size": 96}, "image_size is of the tower vision: there is none"),
+        ({"vision": "timm:b", "image_size": 0}, "image_size is the side of the pictures .* not 0"),
         ({"text": "bert", "vision": "timm:b"}, "text is hf:<name or folder>.* not 'bert'"),
         ({"text": "hf:a", "vision": "timm:b", "embed_dim": 0}, "embed_dim is the width that both .* not 0"),
         ({"text": "hf:a", "vision": "timm:b", "visoin": "timm:c"}, "unknown key 'visoin'; did you mean 'vision'"),

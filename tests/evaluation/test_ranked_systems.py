@@ -53,14 +53,14 @@ def test_tiles_change_no_ranking(case: Case, tiles: tuple[int, int], top_k: int)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
 def test_other_weights_and_items(small_config: ExperimentConfig, form: str, seed: int) -> None:
     case = make_case(form, small_config, seed)
     expected = case.rank(case.golds(), TileSize(100, 100), 2)
     assert_equal(case.rank(case.golds(), TileSize(9, 16), 2), expected)
 
 
-@pytest.mark.parametrize("top_k", [0, 4])
+@pytest.mark.parametrize("top_k", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_slices_of_the_kb_are_ranked_on_their_own(case: Case, top_k: int) -> None:
     gold_row_M, index = case.golds(), EntityIndex([case.entities])
     slices = [index.slice(part, 3) for part in range(3)]

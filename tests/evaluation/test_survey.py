@@ -105,8 +105,17 @@ def ranked_in_slices(model: RankedModel, num_slices: int) -> Ranking:
     return merge_rankings(rankings, TOP_K)
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("scoring", ["choice", "mixture", "product"])
+@pytest.mark.parametrize(
+    ("scoring", "gated"),
+    [
+        ("mixture", True),
+        ("choice", False),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("choice", True), ("product", True), ("mixture", False), ("product", False))
+        ),
+    ],
+)
 def test_ranks_are_those_of_the_full_matrix_for_any_tiles_and_slices(
     small_config: ExperimentConfig, scoring: ScoringName, gated: bool
 ) -> None:

@@ -101,6 +101,7 @@ def test_the_card_says_what_it_is(bundle: Path, run: Run) -> None:
     assert list(bundle.glob("files/backbone.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_part_alone_and_a_folder_that_is_taken(run: Run, bundle: Path, tmp_path: Path) -> None:
     export_run(run.folder, tmp_path / "text", CPU, ExportOptions(model="text"))
     linker = dsmip.load(tmp_path / "text")
@@ -113,6 +114,7 @@ def test_a_part_alone_and_a_folder_that_is_taken(run: Run, bundle: Path, tmp_pat
         export_run(run.folder, bundle, CPU)
 
 
+@pytest.mark.slow
 def test_an_index_in_half_precision(run: Run, bundle: Path, tmp_path: Path) -> None:
     export_run(run.folder, tmp_path / "half", CPU, ExportOptions(index_dtype="float16"))
     whole, half = (next((each / "index").glob("slice-*")).stat().st_size for each in (bundle, tmp_path / "half"))

@@ -72,14 +72,19 @@ def test_features_in_half_precision_and_a_single_part(
             assert [link.score for link in links] == pytest.approx(row["top_scores"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("scoring", ["mixture", pytest.param("product", marks=pytest.mark.slow)])
+_ALONE = [("dsmip", {})]
+_IN_ALL_WAYS: list[tuple[str, Any]] = [("dsmip", {}), ("dsmip", {"candidates": 11}), ("mean", {}), ("product", {})]
+
+
+@pytest.mark.parametrize(
+    ("scoring", "cases"), [("mixture", _ALONE), pytest.param("product", _IN_ALL_WAYS, marks=pytest.mark.slow)]
+)
 def test_fused_experts_are_asked_about_all_entities_for_every_mention(
-    scoring: str, small_data: Dataset, narrow_backbone: Path, tmp_path: Path
+    scoring: str, cases: list[tuple[str, Any]], small_data: Dataset, narrow_backbone: Path, tmp_path: Path
 ) -> None:
     config = changed(small_system("dsmip", narrow_backbone), {"system": {"gate": {"preset": "confidence"}}})
     run = finished_run(tmp_path / "run", changed(config, {"system": {"gate": {"scoring": scoring}}}), small_data)
     run.save_part("dsmip", run.load_whole(), {"fusion": {"scale": dict.fromkeys(EXPERTS, 0.5)}})
-    cases: list[tuple[str, Any]] = [("dsmip", {}), ("dsmip", {"candidates": 11}), ("mean", {}), ("product", {})]
     for model, options in cases:
         rows = evaluated(run, model)
         linker = dsmip.load(run.folder, model=model)

@@ -36,7 +36,9 @@ def as_open_clip(towers: SeparateTowers) -> dict[str, Any]:
         UserError: A tower is unknown, cannot be had, or is of a kind that does not fit.
     """
     width, text = _text_tower(towers.text) if towers.text else (0, _NO_TEXT)
-    features, vision, preprocess = _vision_tower(towers.vision) if towers.vision else (0, _NO_VISION, {})
+    features, vision, preprocess = (
+        _vision_tower(towers.vision, towers.image_size) if towers.vision else (0, _NO_VISION, {})
+    )
     embed_dim = towers.embed_dim or width or features
     if towers.text and width != embed_dim:  # else its vectors stay as they are
         text = {**text, "hf_proj_type": "linear"}
@@ -126,8 +128,8 @@ def _asked_for(name: str, file: str, *, needed: bool) -> str | Exception | None:
 
 
 @cache
-def _vision_tower(name: str) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
-    """Its width, its `vision_cfg` and its `preprocess_cfg`: timm's own of these weights."""
+def _vision_tower(name: str, image_size: int | None) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]:
+    """Its width, its `vision_cfg` and its `preprocess_cfg`: timm's own of these weights, but for a stated size."""
     import timm
     from timm.data import config as data_config
 
@@ -146,7 +148,9 @@ def _vision_tower(name: str) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]
     size = stated["input_size"]
     if size[0] != 3 or size[1] != size[2]:
         raise UserError(f"backbone.vision timm:{name} wants pictures of {size}, and is given square ones of 3 colours")
-    vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear", "image_size": size[1]}
+    if image_size is not None and image_size != size[1]:
+        _check_size(name, trunk, image_size, size[1])
+    vision = {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear", "image_size": image_size or size[1]}
     preprocess = {
         "mean": list(stated["mean"]),
         "std": list(stated["std"]),
@@ -155,3 +159,16 @@ def _vision_tower(name: str) -> tuple[int, Mapping[str, Any], Mapping[str, Any]]
         "crop_pct": stated["crop_pct"],
     }
     return int(trunk.num_features), vision, preprocess
+
+
+def _check_size(name: str, trunk: Any, image_size: int, own_size: int) -> None:
+    """Convolutions take any size that leaves something of a picture; most transformers know the places of one."""
+    try:
+        features = trunk.eval().forward_features(torch.empty(1, 3, image_size, image_size, device="meta"))
+        if not features.numel():
+            raise ValueError("nothing is left of them")
+    except Exception as error:  # a network says in its own way what it cannot take
+        raise UserError(
+            f"backbone.image_size {image_size}: timm:{name} takes pictures of {own_size} px, not "
+            f"these ({first_line(error)})"
+        ) from None

@@ -167,6 +167,7 @@ def test_workers_survey_and_rank_fused_experts_as_one_process(run: Run) -> None:
     assert metrics[0]["first_pass_pairs"] == 3 * 8 * 11
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_same_with_workers(run: Run) -> None:
     """From nothing: neither index nor features are there before either of them."""
     written = []
