@@ -238,18 +238,36 @@ def clean(run: RunArgument) -> None:
 
 @app.command()
 def compare(
-    run1: Annotated[str, typer.Argument(help="Run: a directory or a URI.", metavar="RUN1")],
-    run2: Annotated[str, typer.Argument(help="Run to compare with it; may be the same.", metavar="RUN2")],
+    run1: Annotated[
+        str, typer.Argument(help="Run, or runs of several seeds: a directory or a URI[,...].", metavar="RUN1")
+    ],
+    run2: Annotated[str, typer.Argument(help="What to compare with it; may be the same.", metavar="RUN2")],
     split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
     model1: Annotated[str | None, typer.Option("--model1", help="A part, or the system's name (default).")] = None,
     model2: Annotated[str | None, typer.Option("--model2", help="A part, or the system's name (default).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws resamples and sign flips.")] = 0,
+    across: Annotated[bool, typer.Option("--across", help="Also where they were not evaluated alike.")] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Says whether RUN2 differs from RUN1 by more than luck, from what 'dsmip evaluate' wrote of both."""
-    from ray_jobs.local_jobs.compare import compare_runs
+    from ray_jobs.local_jobs.compare import Side, compare_runs
 
-    compare_runs(run1, run2, split=split, model1=model1, model2=model2, seed=seed, json_file=json_file)
+    sides = Side.of(run1, model1), Side.of(run2, model2)
+    compare_runs(*sides, split=split, seed=seed, across=across, json_file=json_file)
+
+
+@app.command("export-ranks")
+def export_ranks(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder for run.trec and qrels.trec.")],
+    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
+    model: Annotated[str | None, typer.Option("--model", help="A part, or the system's name (default).")] = None,
+) -> None:
+    """Writes what 'dsmip evaluate' found as TREC files, which trec_eval, ranx and ir-measures read."""
+    from dsmip.storage.locations import path_here
+    from ray_jobs.local_jobs.export import export_trec
+
+    export_trec(run, path_here(out), split, model)
 
 
 @app.command()

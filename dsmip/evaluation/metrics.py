@@ -1,9 +1,9 @@
 """The reported metrics of ranks: one definition for figures, bootstrap intervals and paired comparisons.
 
-M mentions, R resamples, K metrics, X any number of leading dimensions.
+M mentions, R resamples, K metrics, S seeds, X any number of leading dimensions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,9 +66,11 @@ class Difference:
     """A metric of two systems on the same mentions.
 
     Attributes:
+        first, second: Each system's figure, of several seeds their mean.
         difference: Second minus first.
-        interval: Of the difference; paired bootstrap, 95 %.
-        p_value: Of a paired randomisation test; None for a metric that is no mean.
+        interval: Of the difference; paired bootstrap over mentions, and over the seeds where there are several; 95 %.
+        p_value: Of a paired randomisation test over mentions; None for a metric that is no mean.
+        deviations: Standard deviation over each system's seeds; None of one seed.
     """
 
     first: float
@@ -76,15 +78,16 @@ class Difference:
     difference: float
     interval: tuple[float, float]
     p_value: float | None
+    deviations: tuple[float | None, float | None] = (None, None)
 
 
-def measure(counts: ops.Counts) -> dict[str, Tensor]:
-    """All metrics of counts int64 [..., M], each float64 [X]; realistic ranks unless the name says otherwise.
+def measure(counts: ops.Counts, metrics: Mapping[str, Metric] = METRICS) -> dict[str, Tensor]:
+    """Metrics of counts int64 [..., M], each float64 [X]; realistic ranks unless the name says otherwise.
 
     Raises:
         ValueError: M is 0.
     """
-    return {name: metric.of(metric.ranks(counts)) for name, metric in METRICS.items()}
+    return {name: metric.of(metric.ranks(counts)) for name, metric in metrics.items()}
 
 
 def measure_among(ranks_M: Tensor) -> dict[str, float]:
@@ -95,6 +98,17 @@ def measure_among(ranks_M: Tensor) -> dict[str, float]:
 def summarise(counts: ops.Counts) -> dict[str, float]:
     """The metrics of counts int64 [M] as numbers; hits and MRR are fractions 0 to 1."""
     return {name: float(value) for name, value in measure(counts).items()}
+
+
+def adjusted(metrics: Mapping[str, float], num_entities: int) -> dict[str, float]:
+    """Mean rank and MRR adjusted for chance, which compare over kbs of different sizes; none over a single entity."""
+    if num_entities < 2:
+        return {}
+    mean_rank, mrr = (torch.tensor(metrics[name], dtype=torch.float64) for name in ("mean_rank", "mrr"))
+    return {
+        "mean_rank_index": float(ops.adjusted_mean_rank_index(mean_rank, num_entities)),
+        "mrr": float(ops.adjusted_mean_reciprocal_rank(mrr, num_entities)),
+    }
 
 
 def confidence(
@@ -112,34 +126,67 @@ def compare_counts(
     second: ops.Counts,
     generator: torch.Generator,
     *,
+    metrics: Mapping[str, Metric] = METRICS,
     num_resamples: int = NUM_RESAMPLES,
     num_flips: int = NUM_FLIPS,
 ) -> dict[str, Difference]:
-    """Each metric of two systems on the same mentions in the same order, counts int64 [M] each.
+    """Each metric of two systems on the same mentions in the same order.
+
+    Args:
+        first, second: counts int64 [M] each, or of several seeds [S, M]; their numbers of seeds may differ.
+        generator: Of the resamples and sign flips.
 
     Raises:
         ValueError: They have different numbers of mentions, or none.
     """
-    if first.better_M.shape != second.better_M.shape:
-        raise ValueError(f"{len(first.better_M)} mentions against {len(second.better_M)}: nothing to pair")
-    before, after = summarise(first), summarise(second)
-    resampled = [
-        _stack(measure(_take(second, rows_RM))) - _stack(measure(_take(first, rows_RM)))
-        for rows_RM in resamples(len(first.better_M), num_resamples, generator)
-    ]
-    intervals = _intervals(list(before), torch.cat(resampled))
-    differences_MK = _stack(measure(_single(second))) - _stack(measure(_single(first)))
-    p_values = dict(zip(before, randomisation_p_values(differences_MK, num_flips, generator).tolist(), strict=True))
-    return {
-        name: Difference(
-            before[name],
-            after[name],
-            after[name] - before[name],
+    sides = [_by_seed(each) for each in (first, second)]
+    num_mentions, others = (each.better_M.shape[1] for each in sides)
+    if num_mentions != others:
+        raise ValueError(f"{num_mentions} mentions against {others}: nothing to pair")
+    figures = [measure(each, metrics) for each in sides]
+    resampled = []
+    for rows_RM in resamples(num_mentions, num_resamples, generator):
+        before_RK, after_RK = (_resampled(each, rows_RM, generator, metrics) for each in sides)
+        resampled.append(after_RK - before_RK)
+    intervals = _intervals(list(metrics), torch.cat(resampled))
+    before_MK, after_MK = (_stack(measure(_single(each), metrics)).mean(dim=0) for each in sides)
+    p_values = dict(
+        zip(metrics, randomisation_p_values(after_MK - before_MK, num_flips, generator).tolist(), strict=True)
+    )
+    found = {}
+    for name, metric in metrics.items():
+        (before_S, after_S), p_value = (each[name] for each in figures), p_values[name]
+        before, after = float(before_S.mean()), float(after_S.mean())
+        found[name] = Difference(
+            before,
+            after,
+            after - before,
             intervals[name],
-            p_values[name] if METRICS[name].is_mean else None,
+            p_value if metric.is_mean else None,
+            (_deviation(before_S), _deviation(after_S)),
         )
-        for name in before
-    }
+    return found
+
+
+def _by_seed(counts: ops.Counts) -> ops.Counts:
+    """[S, M] of counts of one seed or several."""
+    return ops.Counts(*(each.reshape(-1, each.shape[-1]) for each in counts))
+
+
+def _resampled(
+    counts: ops.Counts, rows_RM: Tensor, generator: torch.Generator, metrics: Mapping[str, Metric]
+) -> Tensor:
+    """Means over as many seeds, drawn with replacement, as there are, on resampled mentions: float64 [R, K]."""
+    num_seeds, num_resamples = len(counts.better_M), len(rows_RM)
+    seeds_RS = torch.zeros(num_resamples, 1, dtype=torch.int64)
+    if num_seeds > 1:
+        seeds_RS = torch.randint(num_seeds, (num_resamples, num_seeds), generator=generator)
+    drawn = ops.Counts(*(each[seeds_RS[:, :, None], rows_RM[:, None]] for each in counts))
+    return _stack(measure(drawn, metrics)).mean(dim=1)
+
+
+def _deviation(values_S: Tensor) -> float | None:
+    return float(values_S.std()) if len(values_S) > 1 else None
 
 
 def _take(counts: ops.Counts, rows_RM: Tensor) -> ops.Counts:
@@ -147,8 +194,8 @@ def _take(counts: ops.Counts, rows_RM: Tensor) -> ops.Counts:
 
 
 def _single(counts: ops.Counts) -> ops.Counts:
-    """Every mention as a sample of its own [M, 1]: a metric that is a mean is the mean of these."""
-    return ops.Counts(counts.better_M[:, None], counts.tied_M[:, None])
+    """Every mention as a sample of its own [..., M, 1]: a metric that is a mean is the mean of these."""
+    return ops.Counts(counts.better_M[..., None], counts.tied_M[..., None])
 
 
 def _stack(report: dict[str, Tensor]) -> Tensor:

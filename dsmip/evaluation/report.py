@@ -1,6 +1,5 @@
 """From ranks to files and tables: `metrics.json`, `ranks.parquet`, and what several models' ranks say together."""
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +20,10 @@ from dsmip.evaluation.candidates import CandidateSearch, link
 from dsmip.evaluation.experts.survey import informed, needs_survey, surveyed
 from dsmip.evaluation.groups import KIND, REPORTED, report_groups, rows_by_value
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
-from dsmip.evaluation.metrics import confidence, measure_among
+from dsmip.evaluation.metrics import adjusted, confidence, measure_among
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import Choices, NotRankable, Ranking
+from dsmip.evaluation.stored.protocol import EvaluationProtocol
 from dsmip.ops import ranking as ops
 from dsmip.ops.experts.statistics import Survey
 from dsmip.progress import Progress, no_progress
@@ -32,7 +32,7 @@ from dsmip.runs.run import Run
 
 RANKS, METRICS_FILE, CALIBRATION = "ranks.parquet", "metrics.json", "calibration.json"
 CALIBRATED_ON = "validation"
-KB_HASH = b"kb_sha256"  # in the schema's metadata of ranks.parquet
+KB_HASH, PROTOCOL = b"kb_sha256", b"protocol"  # in the schema's metadata of ranks.parquet
 NO_COLUMNS = Table({})
 _CANDIDATES_NOTE = "ranks among k candidates, a gold outside them counted as a miss: not metrics of the full ranking"
 
@@ -135,6 +135,8 @@ def evaluate_model(
         **_metrics(ranking, groups, without_image_M, model),
         "index_bytes_per_entity": model.index.num_bytes / len(model.index),
     }
+    protocol = EvaluationProtocol.of(evaluation.run, evaluation.split, evaluation.mentions, evaluation.entity_ids)
+    metrics["protocol"] = protocol.model_dump(mode="json")
     if passes := len(model.matcher.surveyed()):
         metrics["first_pass_pairs"] = passes * len(evaluation.mentions) * len(model.index)
     if second_stage is not None:
@@ -144,7 +146,7 @@ def evaluate_model(
     storage = evaluation.run.storage / evaluation_name(evaluation.split, evaluation.model.name)
     metrics |= _calibrated(evaluation, ranking, files.name)
     with storage.atomic(RANKS) as temporary:
-        _write_ranks(temporary, ranking.first(written), evaluation, groups)
+        _write_ranks(temporary, ranking.first(written), evaluation, groups, protocol)
     storage.write_json(METRICS_FILE, metrics)
     return Evaluated(storage.folder, metrics)
 
@@ -233,6 +235,7 @@ def _metrics(
     report: dict[str, Any] = {
         "overall": ranking.metrics(),
         "confidence": _confidence(ranking, [True] * len(groups)),
+        "adjusted": adjusted(ranking.metrics(), num_entities),
         "mentions": len(groups),
         "entities": num_entities,
         "groups": {},
@@ -329,7 +332,11 @@ def _best_by_expert(
 
 
 def _write_ranks(
-    path: Path, ranking: Ranking, evaluation: OpenedEvaluation, groups: Sequence[Mapping[str, str]]
+    path: Path,
+    ranking: Ranking,
+    evaluation: OpenedEvaluation,
+    groups: Sequence[Mapping[str, str]],
+    protocol: EvaluationProtocol,
 ) -> None:
     mentions, entity_ids, experts = evaluation.mentions, evaluation.entity_ids, evaluation.model.choices
     columns: dict[str, Any] = {
@@ -348,10 +355,5 @@ def _write_ranks(
     if ranking.choices is not None:
         columns["gold_expert"] = [experts[c] for c in ranking.choices.gold_M.tolist()]
         columns["top_experts"] = [[experts[c] for c in row] for row in ranking.choices.top_Mk.tolist()]
-    table = pa.table(columns).replace_schema_metadata({KB_HASH: kb_hash(entity_ids)})
-    pq.write_table(table, path)
-
-
-def kb_hash(entity_ids: Sequence[str]) -> bytes:
-    """SHA-256 of the kb's entity ids in any order: ranks of two evaluations compare only over the same entities."""
-    return hashlib.sha256("\n".join(sorted(entity_ids)).encode()).hexdigest().encode()
+    about = {KB_HASH: protocol.entities_sha256.encode(), PROTOCOL: protocol.model_dump_json().encode()}
+    pq.write_table(pa.table(columns).replace_schema_metadata(about), path)

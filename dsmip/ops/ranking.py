@@ -103,6 +103,41 @@ def median_rank(ranks_XM: Tensor) -> Tensor:
     return (sorted_XM[..., (num_ranks - 1) // 2] + sorted_XM[..., num_ranks // 2]) / 2
 
 
+def adjusted_mean_rank_index(mean_rank_X: Tensor, num_entities: int) -> Tensor:
+    """float64 [X]: 1 where every gold is first, 0 where the mean rank is that of guessing, below 0 where it is worse.
+
+    It compares over knowledge bases of different sizes, as the adjusted MRR does. Source: Berrendorf et al., On the
+    Ambiguity of Rank-Based Evaluation of Entity Alignment or Link Prediction Methods, 2020.
+
+    Args:
+        mean_rank_X: float [X].
+        num_entities: E, at least 2.
+
+    >>> import torch
+    >>> adjusted_mean_rank_index(torch.tensor([1.0, 3.0, 5.0]), 5)
+    tensor([ 1.,  0., -1.], dtype=torch.float64)
+    """
+    return 1 - 2 * (mean_rank_X.double() - 1) / (num_entities - 1)
+
+
+def adjusted_mean_reciprocal_rank(mrr_X: Tensor, num_entities: int) -> Tensor:
+    """float64 [X]: 1 where every gold is first, 0 where the MRR is that of guessing, H_E / E.
+
+    Source: Hoyt et al., A Unified Framework for Rank-based Evaluation Metrics for Link Prediction in Knowledge Graphs,
+    2022.
+
+    Args:
+        mrr_X: float [X].
+        num_entities: E, at least 2.
+
+    >>> import torch
+    >>> adjusted_mean_reciprocal_rank(torch.tensor([1.0, 0.75]), 2)
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    of_guessing = torch.arange(1, num_entities + 1, dtype=torch.float64).reciprocal().mean().item()
+    return (mrr_X.double() - of_guessing) / (1 - of_guessing)
+
+
 def _some(ranks_XM: Tensor) -> Tensor:
     if ranks_XM.shape[-1] == 0:
         raise ValueError("no ranks: the mean of nothing is undefined")

@@ -1,16 +1,17 @@
-"""The job `dsmip compare`: two evaluations on the same mentions, with intervals and p-values. Knows no Ray."""
+"""The job `dsmip compare`: two systems on the same mentions, with intervals and p-values. Knows no Ray."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.table import Table
 
 from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
-from dsmip.evaluation.comparison import Comparison, Evaluation, compare, read_evaluation
 from dsmip.evaluation.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
+from dsmip.evaluation.stored.comparison import Comparison, Evaluation, compare, protocol_differences, read_evaluation
 from dsmip.storage.atomic import write_masked_json
 from dsmip.storage.locations import Location
 from dsmip.storage.parsing import read_json
@@ -18,32 +19,54 @@ from dsmip.storage.run_storage import STAMP
 from ray_jobs.terminal.lines import result_console
 
 
+@dataclass(frozen=True)
+class Side:
+    """One of two systems: its runs, of one seed or several, and the model of each."""
+
+    runs: tuple[Location, ...]
+    model: str | None = None
+
+    @classmethod
+    def of(cls, text: str, model: str | None) -> Self:
+        """Of runs as a command names them, with commas between."""
+        return cls(tuple(each.strip() for each in text.split(",") if each.strip()), model)
+
+    def read(self, split: str) -> list[Evaluation]:
+        return [read_evaluation(run, split, self.model) for run in self.runs]
+
+
 def compare_runs(
-    run1: Location,
-    run2: Location,
-    *,
-    split: str,
-    model1: str | None,
-    model2: str | None,
-    seed: int,
-    json_file: Path | None,
+    side1: Side, side2: Side, *, split: str, seed: int, across: bool, json_file: Path | None
 ) -> Comparison:
     """Prints the comparison, and writes it to `json_file` when one is given.
 
     Raises:
-        UserError: For an unknown split, a missing evaluation, two that are one, or two of different tasks.
+        UserError: For an unknown split, a missing evaluation, one that is named twice, or some of different mentions,
+            or, not `across`, of different protocols.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
-    first, second = read_evaluation(run1, split, model1), read_evaluation(run2, split, model2)
-    if (first.run.location, first.model) == (second.run.location, second.model):
-        raise UserError(f"both are {first}; give another RUN2, or --model1 and --model2")
-    found = compare(first, second, torch.Generator().manual_seed(seed))
+    firsts, seconds = side1.read(split), side2.read(split)
+    if not firsts or not seconds:
+        raise UserError("RUN1 and RUN2 are a run each, or several with commas between: RUN-0,RUN-1,RUN-2")
+    _check_different([*firsts, *seconds])
+    found = compare(firsts, seconds, torch.Generator().manual_seed(seed), across=across)
+    unlike = sorted({each for other in (*firsts[1:], *seconds) for each in protocol_differences(firsts[0], other)})
     if json_file is not None:
-        sides = [{"run": str(each.run), "model": each.model, **_made(each)} for each in (first, second)]
-        write_masked_json(json_file, {"runs": sides, "split": split, "seed": seed, **asdict(found)})
-    _show(first, second, split, found)
+        runs = [{"run": str(each.run), "model": each.model, **_made(each)} for each in (*firsts, *seconds)]
+        about = {"runs": runs, "runs_of_first": len(firsts), "split": split, "seed": seed, "across": unlike}
+        write_masked_json(json_file, {**about, **asdict(found)})
+    _show(firsts, seconds, split, found, unlike)
     return found
+
+
+def _check_different(evaluations: Sequence[Evaluation]) -> None:
+    seen = set()
+    for each in evaluations:
+        key = each.run.location, each.model
+        if key in seen:
+            raise UserError(f"{each} is named twice; give another RUN2, or --model1 and --model2")
+        seen.add(key)
 
 
 def _made(evaluation: Evaluation) -> dict[str, Any]:
@@ -53,27 +76,41 @@ def _made(evaluation: Evaluation) -> dict[str, Any]:
     )
 
 
-def _show(first: Evaluation, second: Evaluation, split: str, found: Comparison) -> None:
+def _show(
+    firsts: Sequence[Evaluation], seconds: Sequence[Evaluation], split: str, found: Comparison, unlike: Sequence[str]
+) -> None:
     console = result_console()
-    console.print(f"{found.num_mentions} mentions of {split}\n  1: {first}\n  2: {second}", soft_wrap=True)
+    console.print(f"{found.num_mentions} mentions of {split}")
+    for number, side in enumerate((firsts, seconds), start=1):
+        console.print(f"  {number}: {', '.join(map(str, side))}", soft_wrap=True)
+    for difference in unlike:
+        console.print(f"  not evaluated alike: {difference}", soft_wrap=True)
     metrics = Table("", "1", "2", "2 - 1", f"{LEVEL:.0%} interval", "p")
     for name, metric in found.metrics.items():
-        low, high = metric.interval
-        interval = f"{low:+.3f} to {high:+.3f}"
         p_value = "" if metric.p_value is None else f"{metric.p_value:.4f}"
-        figures = (f"{metric.first:.3f}", f"{metric.second:.3f}", f"{metric.difference:+.3f}")
-        metrics.add_row(name, *figures, interval, p_value)
+        figures = map(_figure, (metric.first, metric.second), metric.deviations)
+        metrics.add_row(name, *figures, f"{metric.difference:+.3f}", _interval(metric.interval), p_value)
     console.print(metrics)
+    seeds = " and over seeds (mean and standard deviation of each)" if len(firsts) + len(seconds) > 2 else ""
     console.print(
-        f"paired over mentions: {NUM_RESAMPLES} bootstrap resamples, {NUM_FLIPS} random sign flips", soft_wrap=True
+        f"paired over mentions{seeds}: {NUM_RESAMPLES} bootstrap resamples, {NUM_FLIPS} random sign flips of mentions",
+        soft_wrap=True,
     )
-    hits = Table("hits@1 of", "mentions", "1", "2", "2 - 1")
+    hits = Table("hits@1 of", "mentions", "1", "2", "2 - 1", f"{LEVEL:.0%} interval")
     for group, values in found.groups.items():
         hits.add_section()
         for value, each in values.items():
             one, two = each["hits@1"]
-            hits.add_row(
-                f"{group} {value or '-'}", str(each["mentions"]), f"{one:.3f}", f"{two:.3f}", f"{two - one:+.3f}"
-            )
+            of_both = f"{two - one:+.3f}", _interval(each["interval"])
+            hits.add_row(f"{group} {value or '-'}", str(each["mentions"]), f"{one:.3f}", f"{two:.3f}", *of_both)
     if found.groups:
         console.print(hits)
+
+
+def _figure(value: float, deviation: float | None) -> str:
+    return f"{value:.3f}" if deviation is None else f"{value:.3f} \u00b1 {deviation:.3f}"
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{low:+.3f} to {high:+.3f}"

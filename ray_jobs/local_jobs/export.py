@@ -1,10 +1,14 @@
-"""The job `dsmip export`: a run's model as a bundle, and onto the hub. Knows no Ray."""
+"""The jobs `dsmip export` (a model as a bundle, and onto the hub) and `export-ranks` (ranks as TREC files). No Ray."""
 
 import shlex
 from collections import Counter
 from pathlib import Path
 
+from dsmip.data.manifest import SPLITS
+from dsmip.errors import UserError
+from dsmip.evaluation.stored.ranks import read_ranks
 from dsmip.exporting.export import ExportOptions, export_run
+from dsmip.exporting.trec import write_trec
 from dsmip.linking.hub import push_bundle
 from dsmip.rank_options import device_here
 from dsmip.storage.locations import Location
@@ -32,3 +36,24 @@ def export_bundle(run: Location, out: Path, device: str, options: ExportOptions,
     if push is not None:
         address = push_bundle(out, push)
         display.say(f"  on the hub: dsmip.load({address!r})")
+
+
+def export_trec(run: Location, out: Path, split: str, model: str | None) -> None:
+    """Writes TREC files of a model's stored ranks into the folder `out`, and says what they hold.
+
+    Raises:
+        UserError: For an unknown split or model, or one that has not been evaluated.
+    """
+    if split not in SPLITS:
+        raise UserError(f"unknown split '{split}'; there are {', '.join(SPLITS)}")
+    stored = read_ranks(run, split, model)
+    files = write_trec(stored, out)
+    display = Display()
+    display.say(f"{files.run}, {files.qrels}: {files.mentions} mentions of {split}, {files.depth} entities each")
+    if files.golds_outside:
+        display.say(
+            f"  {files.golds_outside} golds are not among them: figures beyond the first {files.depth} need "
+            f"{stored.command} --top-k N"
+        )
+    if files.by_rank:
+        display.say("  scores are minus the ranks: the model's own do not keep the order (ties, or re-ranked entities)")

@@ -14,7 +14,8 @@ import torch
 
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation.metrics import summarise
-from dsmip.evaluation.report import KB_HASH, evaluation_name, kb_hash
+from dsmip.evaluation.report import KB_HASH, PROTOCOL, evaluation_name
+from dsmip.evaluation.stored.protocol import EvaluationProtocol, ids_hash
 from dsmip.ops.ranking import Counts
 from dsmip.runs.load_config import parse_config, to_yaml
 from ray_jobs import cli
@@ -31,17 +32,34 @@ Command = Callable[..., Any]
 def evaluation(
     run: Path, config: ExperimentConfig, better: list[int], *, model: str = "dsmip", split: str = "test", **changes: Any
 ) -> Path:
-    """A run folder with one evaluation; `changes` replace columns of ranks.parquet, or the kb's entity ids."""
+    """A run folder with one evaluation.
+
+    Args:
+        changes: Columns of ranks.parquet, or `kb`, the entity ids; `texts`, those of a stored protocol.
+    """
     run.mkdir(exist_ok=True)
     (run / "run.json").write_text('{"seed": 3, "made": {"dsmip": "0"}}')
     (run / "config.yaml").write_text(to_yaml(config))
     columns = {"mention_id": IDS, "gold": GOLDS, "better": better, "tied": [0] * len(better), "kind": KINDS}
     columns |= {name: ["x"] * len(better) for name in ("gold_seen", "picture", "ambiguity")}
-    entity_ids = changes.pop("kb", KB)
+    entity_ids, texts = changes.pop("kb", KB), changes.pop("texts", None)
+    about = {KB_HASH: ids_hash(entity_ids).encode()}
+    if texts is not None:
+        protocol = EvaluationProtocol(
+            entities=len(entity_ids),
+            entities_sha256=ids_hash(entity_ids),
+            texts=texts,
+            split=split,
+            mentions=len(IDS),
+            mentions_sha256="",
+            seed=len(str(run)),
+            versions={},
+        )
+        about[PROTOCOL] = protocol.model_dump_json().encode()
     table = pa.table({name: changes.get(name, column) for name, column in columns.items()})
     path = run / evaluation_name(split, model) / "ranks.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.replace_schema_metadata({KB_HASH: kb_hash(entity_ids)}), path)
+    pq.write_table(table.replace_schema_metadata(about), path)
     return run
 
 
@@ -105,14 +123,14 @@ def test_figures_of_both_and_their_difference(
     assert report["metrics"]["hits@1"]["p_value"] == pytest.approx(10 / 16, abs=0.02)
     assert report["metrics"]["median_rank"]["p_value"] is None
     assert report["groups"]["kind"] == {
-        "": {"mentions": 1, "hits@1": [1.0, 1.0]},
-        "picture": {"mentions": 3, "hits@1": [0.0, 1.0]},
-        "text": {"mentions": 2, "hits@1": [1.0, 0.5]},
+        "": {"mentions": 1, "hits@1": [1.0, 1.0], "interval": [0.0, 0.0]},
+        "picture": {"mentions": 3, "hits@1": [0.0, 1.0], "interval": [1.0, 1.0]},
+        "text": {"mentions": 2, "hits@1": [1.0, 0.5], "interval": [-1.0, 0.0]},
     }
     assert list(report["groups"]) == ["ambiguity", "gold_seen", "kind", "picture"]
     words = [line.replace("│", " ").split() for line in said.splitlines()]
     assert ["hits@1", "0.500", "0.833", "+0.333"] in [line[:4] for line in words]
-    assert ["kind", "picture", "3", "0.000", "1.000", "+1.000"] in words
+    assert ["kind", "picture", "3", "0.000", "1.000", "+1.000", "+1.000", "to", "+1.000"] in words
 
 
 def test_an_older_evaluation_s_column_of_ambiguous_words_is_read(
@@ -216,6 +234,43 @@ def test_different_tasks_are_refused(
     for part in said.split(".*"):
         assert part in found
     assert "compare runs on the same data" in found
+
+
+ATTRIBUTES, ABSTRACT = {"entity_text": "attr"}, {"entity_text": "abstract", "mention_desc": "lexical"}
+
+
+def test_evaluations_that_were_not_made_alike_are_refused(
+    refused: Command, compare: Command, small_config: ExperimentConfig, tmp_path: Path
+) -> None:
+    first = evaluation(tmp_path / "first", small_config, FIRST, texts=ATTRIBUTES)
+    second = evaluation(tmp_path / "second", small_config, SECOND, texts=ABSTRACT)
+    differences = "entity_text (attr and abstract); mention_desc (nothing and lexical)"
+    said = refused(first, second)
+    assert f"were not evaluated alike: {differences}; compare runs on the same data, or take --across" in said
+    said = compare(first, second, "--across", "--json", tmp_path / "found.json")
+    assert "not evaluated alike: entity_text (attr and abstract)" in said
+    assert json.loads((tmp_path / "found.json").read_text())["across"] == differences.split("; ")
+    alike = evaluation(tmp_path / "of another seed", small_config, SECOND, texts=ATTRIBUTES)
+    assert "not evaluated alike" not in compare(first, alike)
+    older = evaluation(tmp_path / "older", small_config, SECOND)
+    assert "not evaluated alike" not in compare(first, older)
+
+
+def test_runs_of_several_seeds(
+    compare: Command, refused: Command, first: Path, small_config: ExperimentConfig, tmp_path: Path
+) -> None:
+    again = evaluation(tmp_path / "again", small_config, FIRST[::-1])
+    second = evaluation(tmp_path / "second", small_config, SECOND)
+    said = compare(f"{first},{again}", second, "--json", tmp_path / "found.json")
+    assert f"1: {first} (dsmip), {again} (dsmip)" in said
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert [run["run"] for run in report["runs"]] == [str(first), str(again), str(second)]
+    assert report["runs_of_first"] == 2
+    found, alone = report["metrics"]["hits@1"], metrics_of(FIRST)["hits@1"]
+    assert (found["first"], found["deviations"]) == (alone, [0.0, None])
+    assert "\u00b1" in said
+    assert "is named twice" in refused(f"{first},{first}", second)
+    assert "RUN1 and RUN2 are a run each, or several with commas between" in refused(",", second)
 
 
 def test_the_order_of_a_kb_does_not_matter(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmip.evaluation.metrics import HITS_AT, Difference, compare_counts, confidence, measure, summarise
+from dsmip.evaluation.metrics import HITS_AT, Difference, adjusted, compare_counts, confidence, measure, summarise
 from dsmip.ops.ranking import Counts, count_against
 from dsmip.ops.significance import resamples
 
@@ -191,6 +191,40 @@ def test_a_paired_comparison_sees_what_two_intervals_do_not() -> None:
     assert found.interval == pytest.approx((-1.0, -1.0))
     assert found.p_value == pytest.approx(1 / 400)
     assert confidence(second, seeded(), num_resamples=200)["mean_rank"][1] > found.first
+
+
+@every_metric
+def test_figures_of_several_seeds_are_means(name: str) -> None:
+    firsts, seconds = [drawn(seed, 40) for seed in (3, 13, 23)], [drawn(seed, 40) for seed in (5, 15)]
+    sides = [Counts(*map(torch.stack, zip(*each, strict=True))) for each in (firsts, seconds)]
+    found = compare_counts(sides[0], sides[1], seeded())[name]
+    before, after = ([summarise(each)[name] for each in side] for side in (firsts, seconds))
+    assert (found.first, found.second) == pytest.approx((statistics.fmean(before), statistics.fmean(after)))
+    assert found.deviations == pytest.approx((statistics.stdev(before), statistics.stdev(after)))
+    assert found.interval[0] <= found.difference <= found.interval[1]
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    """Half of the seeds find everything, half nothing: on the same mentions no resample of mentions alone differs."""
+    good, bad, others = made([(0, 0)] * 20), made([(9, 0)] * 20), made([(9, 0)] * 20)
+    seeds = Counts(*map(torch.stack, zip(good, bad, good, bad, strict=True)))
+    found = compare_counts(others, seeds, seeded(), num_resamples=400)["hits@1"]
+    assert (found.difference, found.deviations[0]) == (0.5, None)
+    assert found.interval == (0.0, 1.0)
+    assert compare_counts(others, good, seeded(), num_resamples=400)["hits@1"].interval == (1.0, 1.0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(size=st.integers(2, 60))
+def test_guessing_has_nothing_when_adjusted_for_chance(size: int) -> None:
+    every_rank = summarise(made([(better, 0) for better in range(size)]))
+    assert adjusted(every_rank, size) == pytest.approx({"mean_rank_index": 0.0, "mrr": 0.0})
+    assert adjusted(summarise(made([(0, 0)] * 3)), size) == pytest.approx({"mean_rank_index": 1.0, "mrr": 1.0})
+    assert adjusted(summarise(made([(size - 1, 0)])), size)["mean_rank_index"] == pytest.approx(-1.0)
+
+
+def test_one_entity_leaves_nothing_to_adjust() -> None:
+    assert adjusted(summarise(made([(0, 0)])), 1) == {}
 
 
 def test_only_the_same_mentions_can_be_paired() -> None:

@@ -1,5 +1,6 @@
 """Evaluations on disk: metrics.json, ranks.parquet and the oracle over several models."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -16,11 +17,11 @@ from typer.testing import CliRunner
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.evaluation.comparison import compare, read_evaluation
 from dsmip.evaluation.experts.oracle import oracle
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import METRICS, Metric
 from dsmip.evaluation.report import Evaluated, evaluate_model
+from dsmip.evaluation.stored.comparison import compare, read_evaluation
 from dsmip.ops.ranking import hits_at
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.loaded_model import model_names
@@ -77,10 +78,36 @@ def test_every_overall_figure_has_its_interval(whole: Evaluated) -> None:
     assert confidence["mrr"][0] < confidence["mrr"][1]
 
 
+def test_an_evaluation_says_how_it_was_made(run: Run, whole: Evaluated) -> None:
+    protocol = whole.metrics["protocol"]
+    mentions, ids = list(run.dataset.mentions("test")), [entity.entity_id for entity in run.dataset.entities()]
+    assert (protocol["entities"], protocol["mentions"], protocol["split"]) == (len(ids), len(mentions), "test")
+    assert protocol["entities_sha256"] == hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
+    golds = sorted(f"{mention.mention_id}\t{mention.entity_id}" for mention in mentions)
+    assert protocol["mentions_sha256"] == hashlib.sha256("\n".join(golds).encode()).hexdigest()
+    assert (protocol["ranked"], protocol["ties"]) == ("all entities", "realistic")
+    assert (protocol["texts"], protocol["seed"]) == (run.dataset.manifest.choices, run.config.seed)
+    assert torch.__version__.startswith(protocol["versions"]["torch"])
+    stored = read_evaluation(run.folder, "test", None).protocol
+    assert stored is not None
+    assert stored.model_dump(mode="json") == protocol
+
+
+def test_figures_adjusted_for_chance(whole: Evaluated) -> None:
+    overall, entities = whole.metrics["overall"], 11
+    of_guessing = sum(1 / rank for rank in range(1, entities + 1)) / entities
+    assert whole.metrics["adjusted"] == pytest.approx(
+        {
+            "mean_rank_index": 1 - (overall["mean_rank"] - 1) / ((entities + 1) / 2 - 1),
+            "mrr": (overall["mrr"] - of_guessing) / (1 - of_guessing),
+        }
+    )
+
+
 def test_two_models_of_a_run_can_be_compared(run: Run, whole: Evaluated) -> None:
     evaluate_model(OpenedEvaluation(run, "test", "text"), CPU)
     first, second = (read_evaluation(run.folder, "test", model) for model in (None, "text"))
-    found = compare(first, second, torch.Generator().manual_seed(0))
+    found = compare([first], [second], torch.Generator().manual_seed(0))
     assert found.metrics["mrr"].first == whole.metrics["overall"]["mrr"]
     assert set(found.groups["kind"]) == {"even", "odd"}
     assert found.groups["picture"].keys() == whole.metrics["groups"]["picture"].keys()
@@ -224,7 +251,8 @@ def test_a_metric_is_one_entry_of_the_table(run: Run, monkeypatch: pytest.Monkey
     assert oracle(folders)["overall"]["hits@2"] >= report["overall"]["hits@2"]
     first, second = (read_evaluation(run.folder, "test", name) for name in evaluated)
     assert (
-        compare(first, second, torch.Generator().manual_seed(0)).metrics["hits@2"].first == report["overall"]["hits@2"]
+        compare([first], [second], torch.Generator().manual_seed(0)).metrics["hits@2"].first
+        == report["overall"]["hits@2"]
     )
     command = ["evaluate", "--run", str(run.folder), "--model", "text", "--candidates", "3"]
     result = CliRunner().invoke(app, command)

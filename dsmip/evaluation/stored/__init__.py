@@ -1,0 +1,1 @@
+"""Stored evaluations: the protocol they state, their ranks, and comparisons of them."""

@@ -1,0 +1,100 @@
+"""The protocol of an evaluation: all that two figures must share before one may be called better than the other."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from dsmip.config import Frozen
+from dsmip.data.records import Mention
+from dsmip.runs.provenance import environment
+from dsmip.runs.run import Run
+
+_FOR_THE_RECORD = {"seed", "versions"}
+
+
+def ids_hash(ids: Sequence[str]) -> str:
+    """SHA-256 of ids in any order."""
+    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
+
+
+class EvaluationProtocol(Frozen):
+    """The section `protocol` of metrics.json, and of the metadata of ranks.parquet.
+
+    Attributes:
+        entities: How many are ranked.
+        entities_sha256: Of their ids, in any order.
+        texts: What `dsmip prepare` made the texts of entities and mentions of.
+        split: The split's name.
+        mentions: How many of it are ranked.
+        mentions_sha256: Of their ids and golds, in any order.
+        ranked: Every rank is over all entities; figures among candidates are a section of their own.
+        ties: A gold stands in the middle of the entities that score as it does.
+        seed: Of the run; figures of several seeds are comparable.
+        versions: Of what computed the figures; comparable, too.
+    """
+
+    entities: int = Field(ge=1)
+    entities_sha256: str
+    texts: dict[str, str]
+    split: str
+    mentions: int = Field(ge=1)
+    mentions_sha256: str
+    ranked: Literal["all entities"] = "all entities"
+    ties: Literal["realistic"] = "realistic"
+    seed: int
+    versions: dict[str, str | None]
+
+    @classmethod
+    def of(cls, run: Run, split: str, mentions: Sequence[Mention], entity_ids: Sequence[str]) -> Self:
+        """That of a run's evaluation, in this process."""
+        return cls(
+            entities=len(entity_ids),
+            entities_sha256=ids_hash(entity_ids),
+            texts=run.dataset.manifest.choices,
+            split=split,
+            mentions=len(mentions),
+            mentions_sha256=ids_hash([f"{mention.mention_id}\t{mention.entity_id}" for mention in mentions]),
+            seed=run.config.seed,
+            versions=_versions(),
+        )
+
+    @classmethod
+    def read(cls, text: bytes | None) -> Self | None:
+        """That of stored ranks; None where an older version or another program wrote them."""
+        try:
+            return None if text is None else cls.model_validate_json(text)
+        except ValidationError:
+            return None
+
+    def differences(self, other: "EvaluationProtocol") -> list[str]:
+        """What keeps figures of two evaluations from being compared, in words."""
+        own, others = self._compared(), other._compared()
+        names = sorted(own.keys() | others.keys())
+        return [
+            f"{name} ({_shown(own.get(name))} and {_shown(others.get(name))})"
+            for name in names
+            if own.get(name) != others.get(name)
+        ]
+
+    def _compared(self) -> dict[str, Any]:
+        tree: dict[str, Any] = self.model_dump(exclude=_FOR_THE_RECORD | {"texts"})
+        return tree | self.texts
+
+
+@cache
+def _versions() -> dict[str, str | None]:
+    """Of this process, in which they do not change."""
+    here = environment()
+    return {
+        "dsmip": here["dsmip"],
+        "revision": (here["git"] or {}).get("revision"),
+        "source_sha256": here["source_sha256"],
+        **{name: here["packages"].get(name) for name in ("torch", "open_clip_torch", "transformers")},
+    }
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else str(value)[:16]
