@@ -200,10 +200,13 @@ def seed_of(form: str, number: int) -> int:
     return 1000 * list(FORMS).index(form) + number
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "numbers", [pytest.param((0, 1), marks=pytest.mark.slow), pytest.param((1, 4), marks=pytest.mark.soak)]
+)
 @pytest.mark.parametrize("form", FORMS)
-def test_systems_of_random_weights(small_config: ExperimentConfig, form: str) -> None:
-    for number, kind in enumerate(KINDS * 4):
+def test_systems_of_random_weights(small_config: ExperimentConfig, form: str, numbers: tuple[int, int]) -> None:
+    start, end = (len(KINDS) * each for each in numbers)
+    for number, kind in enumerate((KINDS * 4)[start:end], start=start):
         seed = seed_of(form, number)
         generator = torch.Generator().manual_seed(seed)
         config = with_system(small_config, mask_padding=kind.masked)
