@@ -13,7 +13,7 @@ from dsmip.errors import ReportedError, UserError, no_room, no_room_message
 from dsmip.messages import shown
 from dsmip.rank_options import BackendName, PrecisionName, RankOptions
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
-from ray_jobs.commands import calibration, linking, serving
+from ray_jobs.commands import calibration, entities, linking, serving
 from ray_jobs.commands import data as data_commands
 from ray_jobs.commands import systems as system_commands
 from ray_jobs.commands.options import (
@@ -69,6 +69,7 @@ app.command()(calibration.calibrate)
 app.command()(linking.link)
 app.command()(serving.serve)
 app.command()(linking.export)
+app.add_typer(entities.entities, name="entities")
 app.command("import")(system_commands.import_checkpoint)
 
 

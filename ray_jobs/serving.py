@@ -11,7 +11,7 @@ from dsmip.errors import UserError
 from dsmip.linking.load import LoadOptions, load_linker
 from dsmip.rank_options import device_here
 from dsmip.serving.app import create_app
-from dsmip.serving.served import Source, stamp_of
+from dsmip.serving.served import Source, reloading, stamp_of
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
 
 # isort: split
@@ -56,9 +56,8 @@ class LinkerReplica:
             UserError: it cannot be opened.
         """
         location, options = arguments.model, LoadOptions(arguments.part)
-        source = Source(
-            lambda: load_linker(location, device_here(arguments.device), options), lambda: stamp_of(location)
-        )
+        opened = reloading(lambda: load_linker(location, device_here(arguments.device), options))
+        source = Source(opened, lambda: stamp_of(location))
         self._app = create_app(source, name=f"dsmip: {Path(location).name}")
 
     def __serve_build_asgi_app__(self) -> FastAPI:

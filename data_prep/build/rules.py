@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_prep.formats.release import Action, Finding, RawEntity, RawMention
-from dsmip.data.records import MAX_TEXT, has_control, is_text, without_control
+from dsmip.data.records import MAX_TEXT, has_control, is_id, is_text, without_control
 
-MAX_ID = 256
 MAX_GROUPS, MAX_GROUP_NAME, MAX_GROUP_VALUE = 32, 64, 256
 
 Note = Callable[[Finding], object]
@@ -105,7 +104,7 @@ def _entity_fault(item: RawEntity, known: set[str]) -> str | None:
         return "broken text"
     if not item.entity_id:
         return "no entity id"
-    if not _is_id(item.entity_id):
+    if not is_id(item.entity_id):
         return "unusable entity id"
     return "duplicate entity" if item.entity_id in known else None
 
@@ -135,7 +134,7 @@ def _clean(texts: Mapping[str, str], item: RawEntity | RawMention, note: Note) -
 
 def _mention_id(item: RawMention, ids: UniqueIds, note: Note) -> str:
     wanted = item.mention_id
-    if not (wanted and _is_id(wanted) and is_text(wanted)):
+    if not (wanted and is_id(wanted) and is_text(wanted)):
         reason = "unusable mention id" if wanted else "no mention id"
         note(_finding(item, reason, "repaired", wanted))
         wanted = f"{Path(item.source).stem}-{item.record}"
@@ -161,7 +160,3 @@ def _bounded_groups(item: RawMention, note: Note) -> dict[str, str]:
 
 def _group_texts(item: RawMention) -> list[str]:
     return [text for pair in item.groups.items() for text in pair]
-
-
-def _is_id(text: str) -> bool:
-    return len(text) <= MAX_ID and not has_control(text)

@@ -58,11 +58,20 @@ def line_records(path: Path) -> Iterator[Any]:
     Raises:
         UserError: The file cannot be read.
     """
+    return (record for _, record in numbered_records(path))
+
+
+def numbered_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """As `line_records`, each with the number of its line.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
     try:
         with path.open("rb") as stream:
             for number, line in enumerate(_lines(stream), start=1):
                 if line.strip(_SPACE.encode()):
-                    yield _line_value(line, number)
+                    yield number, _line_value(line, number)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 

@@ -31,6 +31,7 @@ from data_prep.formats.release import (
     refuse_unknown_options,
 )
 from data_prep.formats.splits import SplitItem, grouped_split, split_choices
+from dsmip.data.records import attribute_text, has_nested
 from dsmip.errors import UserError
 
 ENTITY_FILES = ("entities.jsonl", "entities.parquet")
@@ -89,8 +90,9 @@ class JsonlKb:
     def _entity(self, position: int, record: Mapping[str, Any]) -> Iterator[RawEntity | Finding]:
         source, entity_id = self._file.name, text_of(record, "entity_id")
         record, problems = without_wrong(record, _OPTIONAL_OF_ENTITIES)
-        if nested := _nested(record.get("attributes")):
-            record, problems = {**record, "attributes": None}, [*problems, nested]
+        if has_nested(record.get("attributes")):
+            record = {**record, "attributes": None}
+            problems = [*problems, "attributes holds more than texts and numbers"]
         for problem in problems:
             yield Finding(source, position, "wrong type", "degraded", problem, entity_id)
         images = []
@@ -99,7 +101,8 @@ class JsonlKb:
                 images.append(image)
             else:
                 yield _outside(source, position, name, entity_id)
-        yield RawEntity(source, position, entity_id, text_of(record, "name"), attribute_text(record), tuple(images))
+        attributes = attribute_text(record.get("attributes"))
+        yield RawEntity(source, position, entity_id, text_of(record, "name"), attributes, tuple(images))
 
     def records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Entity ids and records as they are, of all records that have an id."""
@@ -207,28 +210,6 @@ class JsonlRelease:
                 for problem in problems:
                     yield position, Finding(source, position, "wrong type", "degraded", problem, record_id)
                 yield position, record
-
-
-def attribute_text(record: Mapping[str, Any]) -> str:
-    """The field `attributes`, an object as "key: value. key: value, value."; empty values do not count."""
-    attributes = record.get("attributes")
-    if not isinstance(attributes, dict):
-        return text_of(record, "attributes")
-    facts = []
-    for key, value in attributes.items():
-        values = [str(item).strip() for item in (value if isinstance(value, list) else [value]) if item is not None]
-        if text := ", ".join(filter(None, values)):
-            facts.append(f"{key}: {text.removesuffix('.')}.")
-    return " ".join(facts)
-
-
-def _nested(attributes: Any) -> str:
-    """What is wrong with attributes that hold more than texts and numbers, or an empty text."""
-    values = attributes.values() if isinstance(attributes, dict) else ()
-    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return (
-        "attributes holds more than texts and numbers" if any(isinstance(item, dict | list) for item in items) else ""
-    )
 
 
 def _outside(source: str, position: int, name: str, record_id: str) -> Finding:

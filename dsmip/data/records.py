@@ -12,6 +12,7 @@ from dsmip.errors import UserError
 
 Result = TypeVar("Result")
 MAX_TEXT = 1 << 16  # characters; no model reads as much
+MAX_ID = 256  # characters
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and line ends, which are white space
 
 
@@ -66,6 +67,33 @@ def is_text(*texts: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_id(text: str) -> bool:
+    """Whether a text may be an id: not too long, and without control characters."""
+    return len(text) <= MAX_ID and not has_control(text)
+
+
+def attribute_text(attributes: Any) -> str:
+    """Attributes as a text; an object becomes "key: value. key: value, value.", empty values do not count."""
+    if not isinstance(attributes, Mapping):
+        return "" if attributes is None else str(attributes).strip()
+    facts = []
+    for key, value in attributes.items():
+        values = [str(item).strip() for item in _items(value) if item is not None]
+        if text := ", ".join(filter(None, values)):
+            facts.append(f"{key}: {text.removesuffix('.')}.")
+    return " ".join(facts)
+
+
+def has_nested(attributes: Any) -> bool:
+    """Whether attributes are an object that holds more than texts, numbers and lists of these."""
+    values = attributes.values() if isinstance(attributes, Mapping) else ()
+    return any(isinstance(item, Mapping | list) for value in values for item in _items(value))
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def entity_fields(entity: Entity) -> dict[str, bytes]:

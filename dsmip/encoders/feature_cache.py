@@ -5,7 +5,7 @@ stale file is never read and a finished one is never computed again.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from dsmip.data.collate import Collator, ItemBatch, ItemFormat
 from dsmip.data.dataset import Dataset
 from dsmip.data.images import CLIP_PIXELS
 from dsmip.data.manifest import KB
+from dsmip.data.records import Entity
 from dsmip.data.table import Table, concatenate
 from dsmip.data.table_writer import TableWriter
 from dsmip.encoders.base import FeatureEncoder
@@ -132,8 +133,10 @@ def encode_split(
     count_rows: CountRows = lambda count: None,
 ) -> None:
     """Encodes a whole split (or the kb) batch by batch into a table file; a missing picture's tokens are kept once."""
+    encoder.eval()  # what dropout leaves out is no feature
+    encode = encoder.encode_entities if split == KB else encoder.encode_mentions
     with TableWriter(path) as writer:
-        for table, has_image in _encoded(split, encoder, dataset, collator, device):
+        for table, has_image in _encoded(item_batches(split, dataset, collator), encode, device):
             lacking = dict.fromkeys(encoder.image_token_columns(), ~has_image)
             writer.append(table.to(torch.device("cpu")).cast(dtype), lacking)
             count_rows(len(has_image))
@@ -152,7 +155,21 @@ def encode_rows(
 
     They are the same to the last bit where `rows` starts at a multiple of the batch size (256).
     """
-    batches = list(_encoded(KB, encoder, dataset, collator, device, rows))
+    return encode_entities(dataset.entities(rows), encoder, collator, device, dtype)
+
+
+@torch.no_grad()
+def encode_entities(
+    entities: Iterable[Entity],
+    encoder: FeatureEncoder,
+    collator: Collator,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Table:
+    """Features of some entities, on the device; the missing picture's tokens are kept once."""
+    encoder.eval()
+    items = (collator.entities(chunk) for chunk in chunked(entities, BATCH_SIZE))
+    batches = list(_encoded(items, encoder.encode_entities, device))
     table = concatenate([table for table, _ in batches]).cast(dtype)
     missing_N = ~torch.cat([has_image for _, has_image in batches]).to(device)
     shared = {name: table.ragged(name).sharing(missing_N) for name in encoder.image_token_columns()}
@@ -160,17 +177,9 @@ def encode_rows(
 
 
 def _encoded(
-    split: str,
-    encoder: FeatureEncoder,
-    dataset: Dataset,
-    collator: Collator,
-    device: torch.device,
-    rows: range | None = None,
+    batches: Iterable[ItemBatch], encode: Callable[[ItemBatch], Table], device: torch.device
 ) -> Iterator[tuple[Table, Tensor]]:
     """Features batch by batch, and which items of the batch have a picture (bool [N], CPU)."""
-    encoder.eval()  # what dropout leaves out is no feature
-    encode = encoder.encode_entities if split == KB else encoder.encode_mentions
-    batches = item_batches(split, dataset, collator, rows)
     return map_alone(lambda batch: (encode(batch.to(device)), batch.has_image), batches, device)
 
 

@@ -102,11 +102,16 @@ def _stored(manifest: Any) -> tuple[dict[str, Any], list[tuple[str, int, int]]]:
     return dict(manifest["made_from"]), slices
 
 
+def slice_path(folder: Path, number: int) -> Path:
+    """The file of one of an index's slices."""
+    return folder / f"slice-{number:06d}.safetensors"
+
+
 def index_slices(folder: Path, num_entities: int, slice_rows: int = SLICE_ROWS) -> dict[Path, range]:
     """The files of an index and the kb rows of each."""
     starts = range(0, num_entities, slice_rows)
     return {
-        folder / f"slice-{number:06d}.safetensors": range(start, min(start + slice_rows, num_entities))
+        slice_path(folder, number): range(start, min(start + slice_rows, num_entities))
         for number, start in enumerate(starts)
     }
 

@@ -6,16 +6,12 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
 
 from dsmip.config import ExperimentConfig
-from dsmip.data.image_preparation import UnusableImage, prepare_image
-from dsmip.data.manifest import ImageSettings
 from dsmip.data.table import Table
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
@@ -29,25 +25,24 @@ from dsmip.linking.bundle import (
     CALIBRATION,
     CARD,
     ENTITIES,
-    ENTITY_SCHEMA,
     FILES,
-    GROUP_ROWS,
     INDEX,
-    BundleFile,
     BundleManifest,
     IndexDtype,
-    bundled_index,
+    Segment,
+    stated_files,
 )
+from dsmip.linking.growing.segment_files import entity_table
+from dsmip.linking.growing.segments import ENTITY_SCHEMA, GROUP_ROWS, read_index
 from dsmip.linking.load import LoadOptions, load_linker
-from dsmip.progress import CountRows, Progress, counting, no_progress
+from dsmip.progress import Progress, counting, no_progress
 from dsmip.runs.load_config import with_files
 from dsmip.runs.loaded_model import CONFIG, PART, WEIGHTS, LoadedModel
 from dsmip.runs.run import Run
-from dsmip.storage.atomic import sha256_file, write_json, write_text
+from dsmip.storage.atomic import write_json, write_text
 from dsmip.storage.locations import Location
 from dsmip.version import VERSION
 
-THUMBNAILS = ImageSettings(size=96, quality=85)
 _BACKBONE = f"{FILES}/backbone.safetensors"
 
 
@@ -97,7 +92,7 @@ def export_run(
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     folder.mkdir(parents=True)
     try:
-        stored = _write_index(index.folder, plan, folder / INDEX, options.index_dtype)
+        stored = _write_index(index.folder, plan, folder, options.index_dtype)
         found = measured_agreement(linker, opened.run.dataset, stored)
         _write_parts(opened, folder, options)
         _write_entities(opened, folder / ENTITIES, progress)
@@ -115,8 +110,9 @@ def export_run(
     return manifest
 
 
-def _write_index(source: Path, plan: IndexPlan, target: Path, dtype: IndexDtype) -> EntityIndex | None:
+def _write_index(source: Path, plan: IndexPlan, bundle: Path, dtype: IndexDtype) -> EntityIndex | None:
     """Copies an index, or stores it smaller, and returns what that reads as."""
+    target = bundle / INDEX
     if dtype == "float32":
         for name in (MANIFEST, *plan.slices):
             _copy(source / name, target / name)
@@ -124,7 +120,7 @@ def _write_index(source: Path, plan: IndexPlan, target: Path, dtype: IndexDtype)
     for name in plan.slices:
         Table.load(source / name).cast(torch.float16).save(target / name)
     finish_index(target, dict(plan.made_from), {target / name: rows for name, rows in plan.slices.items()})
-    return bundled_index(target)
+    return read_index(bundle, [Segment(folder="", entities=sum(map(len, plan.slices.values())))])
 
 
 def _write_parts(opened: OpenedModel, folder: Path, options: ExportOptions) -> None:
@@ -190,39 +186,13 @@ def _write_entities(opened: OpenedModel, path: Path, progress: Progress) -> None
     with pq.ParquetWriter(path, ENTITY_SCHEMA) as writer:
         for start in range(0, run.dataset.num_entities, GROUP_ROWS):
             rows = range(start, min(start + GROUP_ROWS, run.dataset.num_entities))
-            writer.write_table(_entity_rows(run, rows, count, whole=whole), row_group_size=GROUP_ROWS)
-
-
-def _entity_rows(run: Run, rows: range, count: CountRows, *, whole: bool) -> pa.Table:
-    records: list[dict[str, Any]] = []
-    for entity in run.dataset.entities(rows):
-        image = entity.images[0] if entity.images else None
-        records.append(
-            {
-                "entity_id": entity.entity_id,
-                "name": entity.name,
-                "attributes": entity.attributes,
-                "image": image if whole or image is None else _thumbnail(image),
-            }
-        )
-    count(len(records))
-    return pa.Table.from_pylist(records, ENTITY_SCHEMA)
-
-
-def _thumbnail(image: bytes) -> bytes | None:
-    try:
-        return prepare_image(image, THUMBNAILS)
-    except UnusableImage:
-        return None
+            table = entity_table(run.dataset.entities(rows), whole_images=whole)
+            writer.write_table(table, row_group_size=GROUP_ROWS)
+            count(len(table))
 
 
 def _manifest(opened: OpenedModel, folder: Path, index_dtype: IndexDtype) -> BundleManifest:
     dataset = opened.run.dataset
-    files = {
-        path.relative_to(folder).as_posix(): BundleFile(bytes=path.stat().st_size, sha256=sha256_file(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
     return BundleManifest(
         made_with=VERSION,
         model=opened.model.name,
@@ -232,7 +202,7 @@ def _manifest(opened: OpenedModel, folder: Path, index_dtype: IndexDtype) -> Bun
         images=dataset.manifest.image.model_dump(mode="json"),
         entities=dataset.num_entities,
         index_dtype=index_dtype,
-        files=files,
+        files=stated_files(folder),
     )
 
 

@@ -7,28 +7,25 @@
 <bundle>/files/                 what the configuration names, such as the backbone's weights
 <bundle>/index/                 the entity index (`dsmip.evaluation.index`)
 <bundle>/entities.parquet       entity_id, name, attributes, image (a small JPEG), by row
+<bundle>/segments/<name>/       index/ and entities.parquet of entities that came later (`dsmip.linking.growing`)
 <bundle>/calibration.json       where the model is calibrated
 
 Nothing in it is executed: tensors are safetensors, all else is JSON, YAML, Markdown and parquet.
 """
 
+import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.manifest import ImageSettings
 from dsmip.errors import UserError, first_line
-from dsmip.evaluation.index import EntityIndex
-from dsmip.linking.knowledge_base import KnowledgeBase
 from dsmip.runs.load_config import parse_config, with_files
 from dsmip.runs.loaded_model import TrainedParts
 from dsmip.storage.atomic import sha256_file
@@ -38,12 +35,8 @@ BUNDLE = "bundle.json"
 FORMAT: Literal[1] = 1
 ENTITIES, CALIBRATION, INDEX, FILES, CARD = "entities.parquet", "calibration.json", "index", "files", "README.md"
 IndexDtype = Literal["float32", "float16"]
-GROUP_ROWS = 256  # of entities.parquet that are read for a picture
-_KEPT_GROUPS = 16
+SEGMENTS = "segments"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*")
-ENTITY_SCHEMA = pa.schema(
-    [("entity_id", pa.string()), ("name", pa.string()), ("attributes", pa.string()), ("image", pa.binary())]
-)
 
 
 class BundleFile(Frozen):
@@ -51,6 +44,31 @@ class BundleFile(Frozen):
 
     bytes: int = Field(ge=0)
     sha256: str
+
+
+class Segment(Frozen):
+    """Entities that were written together.
+
+    Attributes:
+        folder: Of its index and its entities.parquet, below the bundle; "": the bundle's own.
+        entities: How many rows it has.
+        removed: Those of them that are entities no more, ascending; they stay in its files until it is compacted.
+    """
+
+    folder: str = Field(pattern=rf"^({SEGMENTS}/[0-9a-f]+)?$")
+    entities: int = Field(ge=1)
+    removed: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _rows_are_its_own(self) -> Self:
+        if list(self.removed) != sorted({row for row in self.removed if 0 <= row < self.entities}):
+            raise ValueError("removed holds other rows than its own, or not in order")
+        return self
+
+    def has(self, name: str) -> bool:
+        """Whether a file of the bundle is one of its files."""
+        inside = name.removeprefix(f"{self.folder}/") if self.folder else name
+        return name.startswith(self.folder) and (inside == ENTITIES or inside.startswith(f"{INDEX}/"))
 
 
 class BundleManifest(Frozen):
@@ -64,6 +82,7 @@ class BundleManifest(Frozen):
         images: How its pictures were prepared, and pictures of mentions are.
         entities: How many there are.
         index_dtype: In which the index is stored.
+        segments: Where they are, in the order of their rows; none: as they were exported.
         files: All others of the bundle.
     """
 
@@ -76,7 +95,30 @@ class BundleManifest(Frozen):
     images: dict[str, Any]
     entities: int = Field(ge=1)
     index_dtype: IndexDtype = "float32"
+    segments: tuple[Segment, ...] = ()
     files: dict[str, BundleFile]
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> Self:
+        if self.segments and self.entities != sum(each.entities - len(each.removed) for each in self.segments):
+            raise ValueError("entities is not the sum of those of the segments")
+        return self
+
+    @property
+    def all_segments(self) -> tuple[Segment, ...]:
+        """The segments; of a bundle as it was exported, the one that it is."""
+        return self.segments or (Segment(folder="", entities=self.entities),)
+
+    @property
+    def model_files(self) -> dict[str, BundleFile]:
+        """What the model is made of: all files but those of its entities and what is said of it."""
+        of_entities = (Segment(folder="", entities=1), *self.segments)
+        beside = (CARD, CALIBRATION)
+        return {
+            name: file
+            for name, file in self.files.items()
+            if name not in beside and not any(segment.has(name) for segment in of_entities)
+        }
 
     @property
     def image_settings(self) -> ImageSettings:
@@ -113,14 +155,15 @@ def is_bundle(folder: Path) -> bool:
     return (folder / BUNDLE).is_file()
 
 
-def open_bundle(folder: Path) -> BundleManifest:
-    """The checked manifest of a bundle; every file is read once and has the size and hash that it states.
+def read_manifest(folder: Path) -> tuple[BundleManifest, str]:
+    """The manifest of a bundle, and a hash of it; its files are not looked at.
 
     Raises:
-        UserError: It is of another version, or a file is missing or changed.
+        UserError: It is damaged, or of another version.
     """
     path = folder / BUNDLE
-    tree = parse_json_object(path.read_bytes(), str(path))
+    content = path.read_bytes()
+    tree = parse_json_object(content, str(path))
     if tree.get("format") != FORMAT:
         raise UserError(
             f"{path}: bundle format {tree.get('format')!r}, this version reads {FORMAT}; export the run again"
@@ -131,46 +174,30 @@ def open_bundle(folder: Path) -> BundleManifest:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {where}: {first['msg']}; export the run again") from None
-    for name, stated in manifest.files.items():
+    for name in manifest.files:
         if not _NAME.fullmatch(name):
             raise UserError(f"{path}: {name!r} is no name of a bundle's file; export the run again")
+    return manifest, hashlib.sha256(content).hexdigest()
+
+
+def check_files(folder: Path, files: Mapping[str, BundleFile]) -> None:
+    """Reads files of a bundle once.
+
+    Raises:
+        UserError: One is missing, or has not the size and hash that are stated.
+    """
+    for name, stated in files.items():
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file} is missing: the bundle is damaged; copy it again")
         if file.stat().st_size != stated.bytes or sha256_file(file) != stated.sha256:
             raise UserError(f"{file} is not the file that the bundle was made with; copy it again")
-    return manifest
 
 
-def bundled_index(folder: Path) -> EntityIndex:
-    """An index as it is read: numbers that are stored in half precision are held in single precision.
-
-    Raises:
-        UserError: A slice is missing or cut off.
-    """
-    index = EntityIndex.open(folder, {})
-    return EntityIndex([table.cast(torch.float32) for table in index.tables], index.first_row)
-
-
-def bundled_entities(folder: Path, num_entities: int) -> KnowledgeBase:
-    """The entities of a bundle; pictures are read some hundred at a time, when they are asked for.
-
-    Raises:
-        UserError: The table is of something else.
-    """
-    path = folder / ENTITIES
-    try:
-        texts = pq.read_table(path, columns=ENTITY_SCHEMA.names[:3]).combine_chunks()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy the bundle again") from None
-    if len(texts) != num_entities:
-        raise UserError(f"{path}: {len(texts)} entities instead of {num_entities}; export the run again")
-
-    @lru_cache(maxsize=_KEPT_GROUPS)
-    def group(number: int) -> pa.ChunkedArray:
-        return pq.ParquetFile(path).read_row_group(number, columns=["image"]).column("image")
-
-    def image_of(row: int) -> bytes | None:
-        return group(row // GROUP_ROWS)[row % GROUP_ROWS].as_py()  # type: ignore[no-any-return]
-
-    return KnowledgeBase(texts, image_of)
+def stated_files(folder: Path) -> dict[str, BundleFile]:
+    """Sizes and hashes of all files in a folder, by their names below it."""
+    return {
+        path.relative_to(folder).as_posix(): BundleFile(bytes=path.stat().st_size, sha256=sha256_file(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

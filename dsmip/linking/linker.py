@@ -1,6 +1,6 @@
 """The linker: a trained model with its knowledge base, that links mentions nobody has prepared."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -9,15 +9,15 @@ from typing import Any, Literal
 import torch
 
 from dsmip.calibration.calibration import BestScores, Calibration
-from dsmip.data.collate import Collator
 from dsmip.data.manifest import ImageSettings
 from dsmip.data.records import Mention
 from dsmip.data.table import Table
-from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import whole_features
 from dsmip.errors import UserError
 from dsmip.evaluation.preparation import prepare_in_tiles
 from dsmip.evaluation.ranks import NotRankable
+from dsmip.linking.growing.entities import BundleEntities
+from dsmip.linking.growing.preparation import ItemEncoder
 from dsmip.linking.knowledge_base import KnowledgeBase
 from dsmip.linking.links import Link, Links
 from dsmip.linking.mentions import ImageInput, MentionReader, Unreadable, records
@@ -41,19 +41,6 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class MentionEncoder:
-    """What makes a part's features of mentions.
-
-    Attributes:
-        encoder: The part's, or a gate's.
-        collator: In the form that it reads.
-    """
-
-    encoder: FeatureEncoder
-    collator: Collator
-
-
-@dataclass(frozen=True)
 class LinkedModel:
     """A model as a linker needs it.
 
@@ -69,11 +56,24 @@ class LinkedModel:
 
     name: str
     source: str
-    encoders: Mapping[str, MentionEncoder]
+    encoders: Mapping[str, ItemEncoder]
     feature_dtype: torch.dtype
     choices: tuple[str, ...]
     images: ImageSettings
     identity: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a linker comes from.
+
+    Attributes:
+        reload: Opens what is there now.
+        entities: Of a bundle, what changes its entities; else why they do not change.
+    """
+
+    reload: "Callable[[], Linker]"
+    entities: BundleEntities | str
 
 
 class Linker:
@@ -100,10 +100,11 @@ class Linker:
         search: ExactSearch,
         second_stage: SecondStage | None = None,
         calibration: Calibration | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.model, self.knowledge_base, self.search = model, knowledge_base, search
         self.second_stage, self.calibration = second_stage, calibration
-        self.device = search.device
+        self.device, self._origin = search.device, origin
         for each in model.encoders.values():
             each.encoder.to(self.device).eval()
 
@@ -113,6 +114,30 @@ class Linker:
     def __len__(self) -> int:
         """Entities in the knowledge base."""
         return len(self.knowledge_base)
+
+    @property
+    def entities(self) -> BundleEntities:
+        """The entities of the bundle that this was opened from, to be changed; a change is seen by `reload`.
+
+        Raises:
+            UserError: It was not opened from a bundle in a folder of this machine.
+        """
+        found = "a linker that was made by hand has no bundle" if self._origin is None else self._origin.entities
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
+
+    def reload(self) -> "Linker":
+        """The linker of what is there now, with the entities as they are by now; this one stays as it is.
+
+        Of a bundle whose model is the same, the model is not loaded again.
+
+        Raises:
+            UserError: It cannot be opened any more.
+        """
+        if self._origin is None:
+            raise UserError("a linker that was made by hand has nothing to be opened from again")
+        return self._origin.reload()
 
     def link(
         self,

@@ -2,36 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from dsmip.calibration.calibration import read_calibration
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import fingerprint
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
 from dsmip.evaluation.report import stored_calibration
-from dsmip.linking.bundle import (
-    BUNDLE,
-    CALIBRATION,
-    INDEX,
-    BundledParts,
-    bundled_config,
-    bundled_entities,
-    bundled_index,
-    is_bundle,
-    open_bundle,
-)
+from dsmip.linking.bundle import BUNDLE, is_bundle
+from dsmip.linking.growing.entities import BundleEntities
+from dsmip.linking.growing.preparation import ItemEncoder
 from dsmip.linking.hub import HUB, bundle_of_hub
 from dsmip.linking.knowledge_base import KnowledgeBase
-from dsmip.linking.linker import LinkedModel, Linker, MentionEncoder
-from dsmip.linking.search import ExactSearch, SecondStage
+from dsmip.linking.linker import LinkedModel, Linker, Origin
+from dsmip.linking.opened_bundle import BundleSource, second_stage_of
+from dsmip.linking.search import ExactSearch
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
-from dsmip.runs.loaded_model import CONFIG, LoadedModel, TrainedParts
 from dsmip.runs.run import Run
-from dsmip.storage.atomic import sha256_file
 from dsmip.storage.locations import Location, local_path
 from dsmip.storage.run_storage import STAMP, RunStorage
 
@@ -72,10 +61,10 @@ def load_linker(
         UserError: No run, model or data there, a model that cannot be indexed, or a damaged bundle.
     """
     if isinstance(location, str) and location.startswith(HUB):
-        return _of_bundle(bundle_of_hub(location), location, device, options)
+        return _of_bundle(BundleSource(bundle_of_hub(location), location, device, options.rank), options)
     folder = None if isinstance(location, RunStorage) else local_path(location)
     if folder is not None and is_bundle(folder):
-        return _of_bundle(folder, str(location), device, options)
+        return _of_bundle(BundleSource(folder, str(location), device, options.rank), options)
     if folder is not None and not (folder / STAMP).is_file():
         raise UserError(f"{location}: neither a run nor a bundle (no {STAMP}, no {BUNDLE})")
     opened = OpenedModel(Run.open(location, options.data), options.model)
@@ -85,7 +74,7 @@ def load_linker(
     calibration = stored_calibration(run, model.name)
     if calibration is not None and calibration.index != plan.name:
         calibration = None  # of other weights or entities
-    second_stage = _second_stage(run, model, device)
+    second_stage = second_stage_of(run, model, device)
     about = [plan.name, "" if calibration is None else calibration.model_dump_json()]
     linked = LinkedModel(
         model.name,
@@ -97,51 +86,53 @@ def load_linker(
         fingerprint({} if second_stage is None else second_stage.reranker.state_dict(), "\n".join(about)),
     )
     search = ExactSearch(model.matcher, index, device, options.rank)
-    return Linker(linked, KnowledgeBase.of_dataset(run.dataset), search, second_stage, calibration)
+    origin = Origin(lambda: load_linker(location, device, options), _no_bundle(location))
+    return Linker(linked, KnowledgeBase.of_dataset(run.dataset), search, second_stage, calibration, origin)
 
 
-def _of_bundle(folder: Path, source: str, device: torch.device, options: LoadOptions) -> Linker:
-    """The linker of a bundle, called `source` in messages."""
-    if options.data is not None:
-        raise UserError(f"{source} is a bundle, which has its entities in it: --data is for runs; leave it out")
-    manifest = open_bundle(folder)
-    if options.model not in (None, manifest.model):
-        raise UserError(f"{source} is a bundle of {manifest.model}, not of {options.model}; export that from its run")
-    parts = BundledParts(folder, bundled_config(folder / CONFIG, folder))
-    model = parts.load_model(manifest.model)
-    homes = {part: parts.home(part, model.config) for part in model.feature_parts}
-    linked = LinkedModel(
-        model.name,
-        source,
-        {
-            part: MentionEncoder(home.load_encoder(part, model.config), home.collator(part))
-            for part, home in homes.items()
-        },
-        parts.feature_dtype,
-        model.choices,
-        manifest.image_settings,
-        sha256_file(folder / BUNDLE),
+def load_entities(location: Location, device: torch.device) -> BundleEntities:
+    """The entities of a bundle, to be changed; its model is opened where it is needed.
+
+    Args:
+        location: The folder of a bundle.
+        device: Where entities are encoded.
+
+    Raises:
+        UserError: There is none, or one that is not to be changed.
+    """
+    folder = None if isinstance(location, RunStorage) else local_path(location)
+    if isinstance(location, str) and location.startswith(HUB):
+        folder = bundle_of_hub(location)
+    elif folder is None or not is_bundle(folder):
+        raise UserError(_no_bundle(location))
+    found = BundleSource(folder, str(location), device).entities()
+    if isinstance(found, str):
+        raise UserError(found)
+    return found
+
+
+def _no_bundle(location: Location) -> str:
+    return (
+        f"{location} is no bundle, and only a bundle's entities can be changed; "
+        f"export the run first (dsmip export {location} OUT)"
     )
-    index = bundled_index(folder / INDEX)
-    path = folder / CALIBRATION
-    search = ExactSearch(model.matcher, index, device, options.rank)
-    entities = bundled_entities(folder, manifest.entities)
-    calibration = read_calibration(path) if path.is_file() else None
-    return Linker(linked, entities, search, _second_stage(parts, model, device), calibration)
 
 
-def _second_stage(parts: TrainedParts, model: LoadedModel, device: torch.device) -> SecondStage | None:
-    if model.reranker is None:
-        return None
-    reranker = parts.load_reranker(model.reranker).to(device).eval()
-    count = parts.system.num_candidates(parts.config.system)
-    return SecondStage(reranker, parts.collator(model.reranker), count, device)
+def _of_bundle(source: BundleSource, options: LoadOptions) -> Linker:
+    if options.data is not None:
+        raise UserError(f"{source.name} is a bundle, which has its entities in it: --data is for runs; leave it out")
+    linker = source.linker()
+    if options.model not in (None, linker.model.name):
+        raise UserError(
+            f"{source.name} is a bundle of {linker.model.name}, not of {options.model}; export that from its run"
+        )
+    return linker
 
 
-def _mention_encoder(opened: OpenedModel, part: str) -> MentionEncoder:
+def _mention_encoder(opened: OpenedModel, part: str) -> ItemEncoder:
     """The whole encoder of a part: what lies beside the shards is of their pictures only."""
     features, config = opened.features[part], opened.model.config
     if features.beside is None:
-        return MentionEncoder(features.encoder, features.collator)
+        return ItemEncoder(features.encoder, features.collator)
     encoder: FeatureEncoder = features.home.load_encoder(part, config)
-    return MentionEncoder(encoder, features.home.collator(part))
+    return ItemEncoder(encoder, features.home.collator(part))

@@ -40,7 +40,7 @@ class MentionReader:
     """
 
     def __init__(self, settings: ImageSettings, folder: Path | None = None) -> None:
-        self._settings, self._folder = settings, folder
+        self._images = ImageReader(settings, folder)
 
     def read(self, given: Mapping[str, Any] | Mention | Unreadable) -> Mention:
         """A mention to link.
@@ -57,15 +57,31 @@ class MentionReader:
         if isinstance(given, Mention):
             given = {name: getattr(given, name) for name in _FIELDS}
         if not isinstance(given, Mapping):
-            raise UserError(f"a mention is a dict with word and sentence, or a dsmip.Mention; got {_kind(given)}")
-        texts = {name: _text(name, given.get(name)) for name in ("mention_id", "word", "sentence", "desc")}
+            raise UserError(f"a mention is a dict with word and sentence, or a dsmip.Mention; got {kind_of(given)}")
+        texts = {name: given_text(name, given.get(name)) for name in ("mention_id", "word", "sentence", "desc")}
         if not texts["word"]:
             raise UserError("word: empty; a mention needs the word that is to be linked")
         mention = Mention(texts["mention_id"], texts["word"], texts["sentence"], "", -1, desc=texts["desc"])
-        return replace(mention, image=self._image(given.get("image")))
+        return replace(mention, image=self._images.read(given.get("image")))
 
-    def _image(self, given: Any) -> bytes | None:
-        """Prepared JPEG bytes."""
+
+class ImageReader:
+    """Makes prepared pictures (JPEG bytes) of what users give.
+
+    Args:
+        settings: How the data set's pictures were prepared.
+        folder: Where relative paths start; None: the present folder.
+    """
+
+    def __init__(self, settings: ImageSettings, folder: Path | None = None) -> None:
+        self._settings, self._folder = settings, folder
+
+    def read(self, given: Any) -> bytes | None:
+        """A prepared picture; None where there is none.
+
+        Raises:
+            UserError: It cannot be read.
+        """
         if given is None or _is_missing(given) or (isinstance(given, str) and not given.strip()):
             return None
         content = self._encoded(given)
@@ -83,7 +99,7 @@ class MentionReader:
             return _as_png(given)
         if isinstance(given, np.ndarray):
             return _as_png(_of_array(given))
-        raise UserError(f"image: {_kind(given)}; give a path, bytes, a Pillow image, a uint8 array, or None")
+        raise UserError(f"image: {kind_of(given)}; give a path, bytes, a Pillow image, a uint8 array, or None")
 
     def _file(self, given: str | Path) -> bytes:
         if "://" in str(given):
@@ -99,14 +115,14 @@ class MentionReader:
             raise UserError(f"image {given}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def records(mentions: Iterable[Mapping[str, Any] | Mention | Unreadable]) -> Iterator[Any]:
+def records(mentions: Iterable[Any]) -> Iterator[Any]:
     """One by one: of an Arrow table or batches, a pandas frame, or what can be iterated.
 
     Raises:
         UserError: it is a single mention, or nothing to iterate.
     """
     if isinstance(mentions, Mention | Mapping | str | bytes):
-        raise UserError(f"mentions: {_kind(mentions)}; give a list, or link one by link()")
+        raise UserError(f"mentions: {kind_of(mentions)}; give a list, or link one by link()")
     if hasattr(mentions, "to_batches"):
         for batch in mentions.to_batches(max_chunksize=_TABLE_ROWS):
             yield from batch.to_pylist()
@@ -118,16 +134,17 @@ def records(mentions: Iterable[Mapping[str, Any] | Mention | Unreadable]) -> Ite
         for item in mentions:
             yield from item.to_pylist() if isinstance(item, pa.RecordBatch) else [item]
     else:
-        raise UserError(f"mentions: {_kind(mentions)}; give a list of dicts, dsmip.Mention, or a table")
+        raise UserError(f"mentions: {kind_of(mentions)}; give a list of dicts, dsmip.Mention, or a table")
 
 
-def _text(name: str, value: Any) -> str:
+def given_text(name: str, value: Any) -> str:
+    """A text of a record, cleaned; an id may be a number."""
     if value is None:
         return ""
-    if name == "mention_id" and isinstance(value, int):
+    if name.endswith("_id") and isinstance(value, int):
         value = str(value)
     if not isinstance(value, str):
-        raise UserError(f"{name}: {_kind(value)} is no text")
+        raise UserError(f"{name}: {kind_of(value)} is no text")
     if not is_text(value):
         raise UserError(f"{name}: broken text (lone surrogates)")
     return without_control(value)[:MAX_TEXT].strip()
@@ -158,5 +175,6 @@ def _named(given: Any) -> str:
     return f" {given}" if isinstance(given, str | Path) else ""
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, for messages."""
     return f"a value of type {type(value).__name__}"

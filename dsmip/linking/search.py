@@ -156,14 +156,18 @@ class SecondStage:
     candidates: int
     device: torch.device
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether it looks at pictures."""
+        return "image" in self.collator.item_format.modalities
+
     def __call__(self, first: Best, mentions: Sequence[Mention], knowledge_base: KnowledgeBase) -> Best:
         """The candidates by their new scores, then the others as the first stage has them.
 
         Raises:
             NotRankable: a score is NaN or infinite.
         """
-        row_MK = first.row_Mk[:, : self.candidates]
-        with_image = "image" in self.collator.item_format.modalities
+        row_MK, with_image = first.row_Mk[:, : self.candidates], self.reads_images
 
         def entity_of(row: int) -> Entity:
             return knowledge_base.entity(row, with_image=with_image)

@@ -27,6 +27,18 @@ class Source:
     stamp: Callable[[], str]
 
 
+def reloading(first: Callable[[], Linker]) -> Callable[[], Linker]:
+    """What opens a linker at first, and then always what its source has become: a model that is the same is shared."""
+    last: Linker | None = None
+
+    def opened() -> Linker:
+        nonlocal last
+        last = first() if last is None else last.reload()
+        return last
+
+    return opened
+
+
 def stamp_of(location: Location) -> str:
     """Names, sizes and times of what a linker is made from; the same for ever where it is no folder of this machine."""
     folder = location.folder if isinstance(location, RunStorage) else Path(location)

@@ -15,7 +15,7 @@ from dsmip.linking.load import LoadOptions, load_linker
 from dsmip.rank_options import device_here
 from dsmip.runs.run import Run
 from dsmip.serving.app import Example, create_app
-from dsmip.serving.served import Source, stamp_of
+from dsmip.serving.served import Source, reloading, stamp_of
 from dsmip.storage.locations import Location
 from ray_jobs.terminal.display import Display
 from ray_jobs.terminal.lines import say
@@ -38,7 +38,7 @@ def serve_model(location: Location, host: str, port: int, device: str, options: 
 
     with closing(taken):
         app = create_app(
-            Source(opened, lambda: stamp_of(location)),
+            Source(reloading(opened), lambda: stamp_of(location)),
             name=f"dsmip: {Path(str(location)).name}",
             examples=examples_of(location, options),
             notice=say,

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.build.rules import MAX_GROUP_VALUE, MAX_ID, UniqueIds, checked_entities, checked_mentions
+from data_prep.build.rules import MAX_GROUP_VALUE, UniqueIds, checked_entities, checked_mentions
 from data_prep.formats.registry import open_release
 from data_prep.formats.release import Finding, ReleaseOptions
-from dsmip.data.records import MAX_TEXT
+from dsmip.data.records import MAX_ID, MAX_TEXT
 
 SPLITS = ("train", "validation", "test")
 MIMIC_NAMES = {

@@ -1,0 +1,149 @@
+"""Opening of linkers from a bundle, whose entities may change while its model stays."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dsmip.calibration.calibration import read_calibration
+from dsmip.errors import UserError
+from dsmip.linking.bundle import (
+    CALIBRATION,
+    BundledParts,
+    BundleFile,
+    BundleManifest,
+    bundled_config,
+    check_files,
+    read_manifest,
+)
+from dsmip.linking.growing.entities import BundleEntities
+from dsmip.linking.growing.preparation import EntityPreparer, ItemEncoder
+from dsmip.linking.growing.segments import read_entities, read_index
+from dsmip.linking.hub import HUB
+from dsmip.linking.linker import LinkedModel, Linker, Origin
+from dsmip.linking.search import ExactSearch, SecondStage
+from dsmip.rank_options import RankOptions
+from dsmip.runs.loaded_model import CONFIG, LoadedModel, TrainedParts
+
+
+@dataclass(frozen=True)
+class _BundledModel:
+    """The model of a bundle.
+
+    Attributes:
+        files: What it was loaded from.
+        checked: Files of the bundle whose hashes were looked at.
+    """
+
+    model: LoadedModel
+    encoders: Mapping[str, ItemEncoder]
+    feature_dtype: torch.dtype
+    second_stage: SecondStage | None
+    files: Mapping[str, BundleFile]
+    checked: Mapping[str, BundleFile]
+
+
+@dataclass(frozen=True)
+class BundleSource:
+    """A bundle that linkers are opened from.
+
+    Attributes:
+        folder: It.
+        name: What messages call it.
+        device: Where items are encoded and scored.
+        rank: How pairs are scored.
+    """
+
+    folder: Path
+    name: str
+    device: torch.device
+    rank: RankOptions = RankOptions()
+
+    def linker(self, before: _BundledModel | None = None) -> Linker:
+        """The linker of what the bundle is now.
+
+        Args:
+            before: Its model, where it is loaded already; it is loaded again if it has changed.
+
+        Raises:
+            UserError: The bundle is damaged, or of another version.
+        """
+        while True:
+            manifest, identity = read_manifest(self.folder)
+            try:
+                return self._opened(manifest, identity, before)
+            except (UserError, OSError):  # of files that a change has made superfluous meanwhile, or of damaged ones
+                if read_manifest(self.folder)[1] == identity:
+                    raise
+
+    def entities(self) -> BundleEntities | str:
+        """Its entities, to be changed; else why they must not be."""
+        return self._entities(None)
+
+    def _opened(self, manifest: BundleManifest, identity: str, before: _BundledModel | None) -> Linker:
+        checked = {} if before is None else before.checked
+        check_files(self.folder, {name: file for name, file in manifest.files.items() if checked.get(name) != file})
+        if before is not None and before.files == manifest.model_files:
+            opened = replace(before, checked=manifest.files)
+        else:
+            opened = self._model(manifest)
+        model, segments = opened.model, manifest.all_segments
+        linked = LinkedModel(
+            model.name,
+            self.name,
+            opened.encoders,
+            opened.feature_dtype,
+            model.choices,
+            manifest.image_settings,
+            identity,
+        )
+        path = self.folder / CALIBRATION
+        return Linker(
+            linked,
+            read_entities(self.folder, segments),
+            ExactSearch(model.matcher, read_index(self.folder, segments), self.device, self.rank),
+            opened.second_stage,
+            read_calibration(path) if path.is_file() else None,
+            Origin(lambda: self.linker(opened), self._entities(opened)),
+        )
+
+    def _model(self, manifest: BundleManifest) -> _BundledModel:
+        parts = BundledParts(self.folder, bundled_config(self.folder / CONFIG, self.folder))
+        model = parts.load_model(manifest.model)
+        homes = {part: parts.home(part, model.config) for part in model.feature_parts}
+        return _BundledModel(
+            model,
+            {
+                part: ItemEncoder(home.load_encoder(part, model.config), home.collator(part))
+                for part, home in homes.items()
+            },
+            parts.feature_dtype,
+            second_stage_of(parts, model, self.device),
+            manifest.model_files,
+            manifest.files,
+        )
+
+    def _entities(self, opened: _BundledModel | None) -> BundleEntities | str:
+        if self.name.startswith(HUB):
+            return f"{self.name} is the hub's: copy the bundle into a folder of your own to change its entities"
+        return BundleEntities(self.folder, lambda: self._preparer(opened))
+
+    def _preparer(self, opened: _BundledModel | None) -> EntityPreparer:
+        if opened is None:
+            manifest, _ = read_manifest(self.folder)
+            check_files(self.folder, manifest.model_files)
+            opened = self._model(manifest)
+        whole_images = opened.second_stage is not None and opened.second_stage.reads_images
+        return EntityPreparer(
+            opened.model.matcher, opened.encoders, opened.feature_dtype, self.device, whole_images, opened.files
+        )
+
+
+def second_stage_of(parts: TrainedParts, model: LoadedModel, device: torch.device) -> SecondStage | None:
+    """The re-ranker of a model, if it has one."""
+    if model.reranker is None:
+        return None
+    reranker = parts.load_reranker(model.reranker).to(device).eval()
+    count = parts.system.num_candidates(parts.config.system)
+    return SecondStage(reranker, parts.collator(model.reranker), count, device)

@@ -1,0 +1,1 @@
+"""The command `dsmip link`: one mention, or files of them."""
