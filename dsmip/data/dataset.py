@@ -132,8 +132,10 @@ class Dataset:
         """All entities' entity_row, entity_id, name, attributes and num_images, in row order."""
         return self._kb.select(_TEXT_COLUMNS)
 
-    def entities(self, rows: range | None = None) -> Iterator[Entity]:
+    def entities(self, rows: Sequence[int] | None = None) -> Iterator[Entity]:
         """Entities with all their pictures, in the order of `rows` (default: the whole kb); pictures are streamed.
+
+        Ascending rows open each shard once.
 
         Raises:
             IndexError: a row is outside the kb.
@@ -274,7 +276,7 @@ class Dataset:
             raise UserError(f"{address}: not the entities of this dataset; prepare it again")
         return table.combine_chunks()
 
-    def _entity_records(self, rows: range) -> Iterator[dict[str, Any]]:
+    def _entity_records(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             yield from self._kb.take(pa.array(rows[start : start + _ROWS_AT_ONCE], pa.int64())).to_pylist()
 
@@ -284,7 +286,7 @@ class Dataset:
                 return open_file(self.files, shard)
         raise UserError(f"{self.files.address(ENTITIES_FILE)}: unknown shard {path!r}; prepare the dataset again")
 
-    def _kb_shards_after(self, path: str, rows: range) -> list[ShardInfo]:
+    def _kb_shards_after(self, path: str, rows: Sequence[int]) -> list[ShardInfo]:
         """The shards behind that one which hold some of the rows."""
         shards = self.manifest.shards_of(KB)
         starts = accumulate((shard.samples for shard in shards), initial=0)

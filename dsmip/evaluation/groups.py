@@ -49,6 +49,16 @@ def report_groups(dataset: Dataset, mentions: Sequence[Mention]) -> list[dict[st
     return groups
 
 
+def num_meanings(dataset: Dataset, words: Sequence[str]) -> list[int]:
+    """How many entities each word stands for, as `ambiguity` counts them. Reads all splits.
+
+    Raises:
+        UserError: A shard is missing or damaged.
+    """
+    _, entities_of = _golds_and_words(dataset)
+    return [len(entities_of.get(_key(word), ())) for word in words]
+
+
 def rows_by_value(groups: Sequence[Mapping[str, str]], name: str) -> dict[str, list[bool]]:
     """Which mentions have each value of a group, by sorted value; the value of those outside the group is ''."""
     values = [each.get(name, "") for each in groups]

@@ -57,7 +57,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data_prep",),
     ("dsmip",),
     ("dsmip.serving",),
-    ("dsmip.exporting",),
+    ("dsmip.exporting", "dsmip.reporting"),
     ("dsmip.linking",),
     ("dsmip.reranking",),
     ("dsmip.training",),
@@ -69,12 +69,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dsmip.units",),
     ("dsmip.encoders",),
     ("dsmip.encoders.formats", "dsmip.encoders.towers"),
-    ("dsmip.data",),
+    ("dsmip.data", "dsmip.pages"),
     ("dsmip.storage",),
     GROUND,
     ("dsmip.ops",),
 )
-DATA_PREP_KNOWS = ("dsmip.data", "dsmip.storage", *GROUND)
+DATA_PREP_KNOWS = ("dsmip.data", "dsmip.pages", "dsmip.storage", *GROUND)
 
 
 @cache

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+HOSTILE = "<img src=x onerror=window.hurt=1></script><script>window.hurt=1</script><!--<script>"
+"""A text that would run as a script, or end one, on a page that takes it for more than a text."""
 KB: list[Any] = [
     {"id": 0, "qid": "Q1", "entity_name": "Ash", "attr": "tree", "image_list": ["Q1.jpg", "Q1_b.png"]},
     {"id": 1, "qid": "Q2", "entity_name": "Birch", "attr": "", "image_list": []},

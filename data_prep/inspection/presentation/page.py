@@ -3,25 +3,22 @@
 It has no script: its tables are sorted when they are written.
 """
 
-import base64
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
-from PIL import Image
 
 from data_prep.inspection.findings import VERDICTS, Finding, percent, touched
 from data_prep.inspection.presentation.tables import VERDICT_NOTE, figure_tables
 from data_prep.inspection.report import Example, Inspection
 from dsmip.data.records import Entity, Mention
+from dsmip.pages.templates import base_style, page_environment
+from dsmip.pages.thumbnails import thumbnail
 from dsmip.storage.atomic import write_text
 
 _IMAGE_SIDE = 128
-_IMAGE_QUALITY = 75
 _TEXT_CHARACTERS = 400
 _OPTION = re.compile(r"--[a-z][a-z-]*")
 
@@ -47,15 +44,10 @@ class _Card:
 
 def write_page(found: Inspection, path: Path) -> None:
     """Writes the page to a file, whole or not at all."""
-    environment = Environment(
-        loader=PackageLoader("data_prep.inspection.presentation", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("data_prep.inspection.presentation")
     environment.filters |= {"percent": percent, "options_whole": _options_whole}
     page = environment.get_template("page.html.j2").render(
+        style=base_style(),
         found=found,
         findings={
             kind: [finding for finding in found.findings if finding.meaning.kind == kind]
@@ -104,18 +96,4 @@ def _card(role: str, record: Mention | Entity) -> _Card:
         image, title = next(iter(record.images), None), record.name
         text, record_id = record.attributes, record.entity_id
     text = text if len(text) <= _TEXT_CHARACTERS else f"{text[:_TEXT_CHARACTERS]}..."
-    return _Card(role, title, text, record_id, _thumbnail(image) if image else "")
-
-
-def _thumbnail(content: bytes) -> str:
-    """A small JPEG as a data URI: the page stays small, and what the browser decodes was written here."""
-    buffer = io.BytesIO()
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
-            image.draft("RGB", (2 * _IMAGE_SIDE, 2 * _IMAGE_SIDE))
-            small = image.convert("RGB")
-            small.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
-            small.save(buffer, "JPEG", quality=_IMAGE_QUALITY)
-    except Exception:  # decoders raise whatever broken bytes lead them to
-        return ""
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _Card(role, title, text, record_id, thumbnail(image, _IMAGE_SIDE) if image else "")
