@@ -69,20 +69,35 @@ def numbered_records(path: Path) -> Iterator[tuple[int, Any]]:
     """
     try:
         with path.open("rb") as stream:
-            for number, line in enumerate(_lines(stream), start=1):
-                if line.strip(_SPACE.encode()):
-                    yield number, _line_value(line, number)
+            yield from numbered_stream(stream)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines, each at most a byte longer than the longest record; of a longer one, its beginning."""
+def numbered_stream(stream: BinaryIO, first_line: int = 1) -> Iterator[tuple[int, Any]]:
+    """As `numbered_records`, of a stream whose first line has that number in its file."""
+    for number, (line, _) in enumerate(_lines(stream), start=first_line):
+        if line.strip(_SPACE.encode()):
+            yield number, _line_value(line, number)
+
+
+def record_places(stream: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Where the line of each record of `line_records` begins: its first byte, and its number."""
+    start = 0
+    for number, (line, num_bytes) in enumerate(_lines(stream), start=1):
+        if line.strip(_SPACE.encode()):
+            yield start, number
+        start += num_bytes
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Lines and their lengths. Of one longer than the longest record, its beginning, a byte more than that."""
     while line := stream.readline(MAX_RECORD + 1):
-        rest = line
+        rest, num_bytes = line, len(line)
         while len(rest) > MAX_RECORD and not rest.endswith(b"\n"):
             rest = stream.readline(MAX_RECORD + 1)
-        yield line
+            num_bytes += len(rest)
+        yield line, num_bytes
 
 
 def _line_value(line: bytes, number: int) -> Any:

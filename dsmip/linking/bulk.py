@@ -2,12 +2,14 @@
 
 <out>               one row for each mention, in their order
 .<out>.parts/       while it is made: job.json says of what, block-000000.parquet ... are finished
+
+Both lie in one folder, here or in an object store.
 """
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import io
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,16 @@ from dsmip.data.records import Mention
 from dsmip.errors import UserError
 from dsmip.linking.linker import BATCH_SIZE, Linker
 from dsmip.linking.links import Links
-from dsmip.linking.mentions import Unreadable
-from dsmip.progress import Progress, no_progress
-from dsmip.storage.atomic import atomic_path, json_text, write_text
+from dsmip.linking.mentions import ImageFolder, Unreadable
+from dsmip.parallel import map_alone
+from dsmip.storage.atomic import json_text
+from dsmip.storage.nearby_files import NearbyFiles
+from dsmip.storage.output_folder import open_output
 
 BLOCK_ROWS = 8 * BATCH_SIZE  # all batches begin where they would in one go
 SCHEMA = pa.schema(
     [
+        ("file", pa.string()),
         ("row", pa.int64()),
         ("mention_id", pa.string()),
         ("word", pa.string()),
@@ -39,8 +44,9 @@ SCHEMA = pa.schema(
         ("experts", pa.list_(pa.string())),
     ]
 )
-"""`reason`: why a mention could not be linked, null where it was. Lists are best first, `confidence` is the first's."""
-_JOB, _KEY = "job.json", b"dsmip_job"
+"""`file`: where a mention is from; `row`: its number among those of all files, from 0; `reason`: why it could not be
+linked, null where it was. Lists are best first, `confidence` is the first's."""
+_JOB, _KEY, _BLOCK = "job.json", b"dsmip_job", re.compile(r"block-(\d+)\.parquet")
 
 Given = Mapping[str, Any] | Mention | Unreadable
 
@@ -53,26 +59,60 @@ class BulkOptions:
         top: How many entities each gets.
         min_confidence: As for `Linker.link`.
         candidates: As for `Linker.link`.
-        images: The folder that relative paths of pictures start from.
     """
 
     top: int = 5
     min_confidence: float | None = None
     candidates: int | None = None
-    images: Path | None = None
 
 
-def link_block(linker: Linker, given: Iterable[Given], first_row: int, options: BulkOptions) -> pa.Table:
-    """The links of some mentions, a row each; one that cannot be read has a reason."""
-    found = linker.link_many(
-        given,
-        top=options.top,
-        min_confidence=options.min_confidence,
-        candidates=options.candidates,
-        on_error="report",
-        images=options.images,
-    )
-    return pa.Table.from_pylist([_row(links, first_row + number) for number, links in enumerate(found)], SCHEMA)
+@dataclass(frozen=True)
+class MentionBlock:
+    """Mentions that lie one after the other in a file.
+
+    Attributes:
+        file: Its name, for the result.
+        first_row: Of the first among the mentions of all files.
+        mentions: As they were read.
+        images: Where names of pictures start.
+    """
+
+    file: str
+    first_row: int
+    mentions: Sequence[Given]
+    images: ImageFolder | NearbyFiles = None
+
+
+def link_block(linker: Linker, block: MentionBlock, options: BulkOptions) -> pa.Table:
+    """The links of some mentions, a row each; one that cannot be read has a reason.
+
+    On the CPU each batch is linked by one thread, several at once: so the bits are the same on any number of cores, and
+    on workers that have a part of a machine.
+    """
+
+    def link_batch(start: int) -> list[dict[str, Any]]:
+        batch = block.mentions[start : start + BATCH_SIZE]
+        images = block.images
+        if isinstance(images, NearbyFiles):
+            images = images.fetched(_image_names(batch))
+        found = linker.link_many(
+            batch,
+            top=options.top,
+            min_confidence=options.min_confidence,
+            candidates=options.candidates,
+            on_error="report",
+            images=images,
+        )
+        first = block.first_row + start
+        return [{"file": block.file, **_row(links, first + number)} for number, links in enumerate(found)]
+
+    rows = map_alone(link_batch, range(0, len(block.mentions), BATCH_SIZE), linker.device)
+    return pa.Table.from_pylist([row for each in rows for row in each], SCHEMA)
+
+
+def _image_names(mentions: Sequence[Given]) -> list[str]:
+    images = [each.get("image") for each in mentions if isinstance(each, Mapping)]
+    return [image for image in images if isinstance(image, str) and image.strip()]
 
 
 def _row(links: Links, row: int) -> dict[str, Any]:
@@ -100,89 +140,76 @@ class LinksFile:
     """A parquet file of links in the making.
 
     Attributes:
-        out: The file.
+        out: Where it will be.
     """
 
-    def __init__(self, out: Path, job: Mapping[str, Any]) -> None:
+    def __init__(self, out: str | Path, job: Mapping[str, Any]) -> None:
         """
         Args:
-            out: Where it will be.
-            job: What it is made of (input, model, options): blocks of another job are not gone on with.
+            out: a path, or a URI in an object store.
+            job: what it is made of (input, model, options): blocks of another job are not gone on with.
 
         Raises:
-            UserError: It is not to be a parquet file.
+            UserError: it is not to be a parquet file.
         """
-        if out.suffix != ".parquet":
-            raise UserError(f"--out {out}: links are written as parquet; give a name that ends in .parquet")
         self.out, self._key = out, json_text(dict(job))
-        self.parts = out.with_name(f".{out.name}.parts")
+        self._folder, self._name = open_output(out)
+        if not self._name.endswith(".parquet"):
+            raise UserError(f"--out {out}: links are written as parquet; give a name that ends in .parquet")
+        self._parts = f".{self._name}.parts"
 
     @property
     def is_finished(self) -> bool:
         """Whether it is there already, made by the same job."""
-        try:
-            metadata = pq.read_schema(self.out).metadata or {}
-        except (OSError, pa.ArrowException):
+        stream = self._folder.open(self._name)
+        if stream is None:
             return False
+        with stream:
+            try:
+                metadata = pq.read_schema(stream).metadata or {}
+            except pa.ArrowException:
+                return False
         return bool(metadata.get(_KEY) == self._key.encode())
 
-    def begin(self) -> None:
-        """Keeps finished blocks of this job, and deletes those of any other."""
-        note = self.parts / _JOB
-        if not note.is_file() or note.read_text(encoding="utf-8") != self._key:
-            shutil.rmtree(self.parts, ignore_errors=True)
-            write_text(note, self._key)
-
-    def block(self, number: int) -> Path:
-        """Where a finished block is."""
-        return self.parts / f"block-{number:06d}.parquet"
+    def begin(self) -> set[int]:
+        """Keeps finished blocks of this job, and deletes those of any other; returns the numbers of those kept."""
+        note = f"{self._parts}/{_JOB}"
+        if self._folder.read(note) != self._key.encode():
+            self._folder.remove(self._parts)
+            self._folder.write(note, self._key.encode())
+        found = [_BLOCK.fullmatch(name) for name in self._folder.children(self._parts)]
+        return {int(each[1]) for each in found if each}
 
     def write_block(self, number: int, table: pa.Table) -> None:
         """Keeps a block."""
-        with atomic_path(self.block(number)) as temporary:
-            pq.write_table(table, temporary)
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        self._folder.write(self._block(number), buffer.getvalue())
 
-    def finish(self, num_blocks: int) -> None:
-        """Puts the blocks together, and deletes them."""
-        with atomic_path(self.out) as temporary:
+    def finish(self, num_blocks: int) -> dict[str, int]:
+        """Puts the blocks together, and deletes them; returns how many mentions were linked, were not, and are nil.
+
+        Raises:
+            UserError: a block is not there any more.
+        """
+        counts = {"linked": 0, "unread": 0, "nil": 0}
+        with self._folder.made(self._name) as path:
             schema = SCHEMA.with_metadata({_KEY: self._key.encode()})
-            with pq.ParquetWriter(temporary, schema) as writer:
+            with pq.ParquetWriter(path, schema) as writer:
                 for number in range(num_blocks):
-                    writer.write_table(pq.read_table(self.block(number)).replace_schema_metadata(schema.metadata))
-        shutil.rmtree(self.parts, ignore_errors=True)
+                    table = self._read_block(number)
+                    writer.write_table(table.replace_schema_metadata(schema.metadata))
+                    counts["linked"] += table.column("reason").null_count
+                    counts["unread"] += len(table) - table.column("reason").null_count
+                    counts["nil"] += sum(table.column("is_nil").to_pylist())
+        self._folder.remove(self._parts)
+        return counts
 
+    def _read_block(self, number: int) -> pa.Table:
+        content = self._folder.read(self._block(number))
+        if content is None:
+            raise UserError(f"{self.out}: a finished block is gone (does another command write it?); run it again")
+        return pq.read_table(io.BytesIO(content))
 
-def blocks_of(given: Iterable[Given]) -> Iterator[list[Given]]:
-    """The mentions, `BLOCK_ROWS` at a time."""
-    iterator = iter(given)
-    while block := list(islice(iterator, BLOCK_ROWS)):
-        yield block
-
-
-def link_file(
-    linker: Callable[[], Linker],
-    given: Iterable[Given],
-    file: LinksFile,
-    options: BulkOptions,
-    total: int,
-    progress: Progress = no_progress,
-) -> None:
-    """Links all mentions into a file, from where an earlier call was interrupted.
-
-    Args:
-        linker: opens it, once there is something to link.
-        given: the mentions, always in the same order.
-        file: where the links go.
-        options: how they are linked.
-        total: how many mentions there are.
-        progress: counts them.
-    """
-    file.begin()
-    opened, done, number = None, 0, -1
-    for number, block in enumerate(blocks_of(given)):
-        if not file.block(number).is_file():
-            opened = opened or linker()
-            file.write_block(number, link_block(opened, block, done, options))
-        done += len(block)
-        progress("mentions linked", done, total)
-    file.finish(number + 1)
+    def _block(self, number: int) -> str:
+        return f"{self._parts}/block-{number:06d}.parquet"

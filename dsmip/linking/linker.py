@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from dsmip.linking.growing.entities import BundleEntities
 from dsmip.linking.growing.preparation import ItemEncoder
 from dsmip.linking.knowledge_base import KnowledgeBase
 from dsmip.linking.links import Link, Links
-from dsmip.linking.mentions import ImageInput, MentionReader, Unreadable, records
+from dsmip.linking.mentions import ImageFolder, ImageInput, MentionReader, Unreadable, records
 from dsmip.linking.search import Best, ExactSearch, SecondStage
 
 BATCH_SIZE = 64  # mentions that are linked at a time
@@ -185,7 +184,7 @@ class Linker:
         candidates: int | None = None,
         explain: bool = False,
         on_error: Literal["raise", "report"] = "raise",
-        images: Path | None = None,
+        images: ImageFolder = None,
         batch_size: int = BATCH_SIZE,
     ) -> Iterator[Links]:
         """Links mentions in batches, in their order; a generator that reads no further than it has to.
@@ -197,7 +196,8 @@ class Linker:
             min_confidence, candidates, explain: As for `link`.
             on_error: `raise` at a mention that cannot be read, or `report`: it gets `Links` with a `reason` and no
                 link. Either way the others are linked.
-            images: The folder that relative paths of pictures start from (default: the present one).
+            images: The folder that relative paths of pictures start from (default: the present one), or what reads a
+                picture of a name.
             batch_size: How many are linked at a time.
 
         Yields:

@@ -1,7 +1,7 @@
 """Mentions as users give them: checked, cleaned as `dsmip prepare` does it, their pictures prepared likewise."""
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 ImageInput = Union[str, Path, bytes, Image.Image, "NDArray[np.uint8]", None]
 """A picture: a file's path, an encoded picture, a Pillow one, uint8 [H, W, 3] (or [H, W] grey, [H, W, 4]), or none."""
-_FIELDS = ("mention_id", "word", "sentence", "image", "desc")
+ImageFolder = Path | Callable[[str], bytes] | None
+"""Where names of pictures start: a folder (None: the present one), or what reads them and says why it cannot."""
+MENTION_FIELDS = ("mention_id", "word", "sentence", "image", "desc")
 _TABLE_ROWS = 256  # of a table that are Python objects at a time
 
 
@@ -36,10 +38,10 @@ class MentionReader:
 
     Args:
         settings: how the data set's pictures were prepared.
-        folder: where relative paths of pictures start; None: the present folder.
+        folder: where relative paths of pictures start.
     """
 
-    def __init__(self, settings: ImageSettings, folder: Path | None = None) -> None:
+    def __init__(self, settings: ImageSettings, folder: ImageFolder = None) -> None:
         self._images = ImageReader(settings, folder)
 
     def read(self, given: Mapping[str, Any] | Mention | Unreadable) -> Mention:
@@ -55,7 +57,7 @@ class MentionReader:
         if isinstance(given, Unreadable):
             raise UserError(given.reason)
         if isinstance(given, Mention):
-            given = {name: getattr(given, name) for name in _FIELDS}
+            given = {name: getattr(given, name) for name in MENTION_FIELDS}
         if not isinstance(given, Mapping):
             raise UserError(f"a mention is a dict with word and sentence, or a dsmip.Mention; got {kind_of(given)}")
         texts = {name: given_text(name, given.get(name)) for name in ("mention_id", "word", "sentence", "desc")}
@@ -73,7 +75,7 @@ class ImageReader:
         folder: Where relative paths start; None: the present folder.
     """
 
-    def __init__(self, settings: ImageSettings, folder: Path | None = None) -> None:
+    def __init__(self, settings: ImageSettings, folder: ImageFolder = None) -> None:
         self._settings, self._folder = settings, folder
 
     def read(self, given: Any) -> bytes | None:
@@ -102,6 +104,11 @@ class ImageReader:
         raise UserError(f"image: {kind_of(given)}; give a path, bytes, a Pillow image, a uint8 array, or None")
 
     def _file(self, given: str | Path) -> bytes:
+        if callable(self._folder):
+            try:
+                return self._folder(str(given))
+            except UserError as error:
+                raise UserError(f"image {given}: {error}") from None
         if "://" in str(given):
             raise UserError(f"image {given}: no address is fetched; give a file or the picture's bytes")
         path = Path(given) if self._folder is None else self._folder / given

@@ -6,6 +6,7 @@ GOOGLE_APPLICATION_CREDENTIALS ...): nothing of them is read or stored here.
 
 import errno
 import glob
+import io
 import os
 import posixpath
 import re
@@ -15,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -105,6 +106,16 @@ class ObjectStore:
         """Writes an object."""
         system = self._system()[0]
         self._write(name, lambda: system.pipe_file(self._path(name), content))
+
+    def open(self, name: str) -> BinaryIO:
+        """An object, to be read from any place; what is read is fetched then.
+
+        Raises:
+            FileNotFoundError: There is no such object.
+        """
+        system = self._system()[0]
+        # whose own lines have no bound
+        return io.BufferedReader(self._call(name, lambda: system.open(self._path(name), "rb")))
 
     def get(self, name: str, target: Path) -> None:
         """Copies an object into a file here.

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from dsmip.errors import UserError
-from ray_jobs.commands.options import MovedDataOption, RunArgument
+from ray_jobs.commands.options import MovedDataOption, RunArgument, VerboseOption
 
 IndexDtypeName = Literal["float32", "float16"]
 
@@ -17,15 +17,23 @@ def link(
         typer.Argument(help="Run: a directory or a URI; bundle: a directory or hf-hub:owner/name.", metavar="MODEL"),
     ],
     mentions: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(
-            help="File of mentions, .jsonl or .parquet: word, sentence, image (a path), mention_id.", metavar="MENTIONS"
+            help="File of mentions, .jsonl or .parquet (word, sentence, image, mention_id), a folder or a pattern"
+            " of some: a path or a URI.",
+            metavar="MENTIONS",
         ),
     ] = None,
     word: Annotated[str | None, typer.Option("--word", help="The text that is to be linked.")] = None,
     sentence: Annotated[str, typer.Option("--sentence", help="Where it stands.")] = "",
     image: Annotated[str | None, typer.Option("--image", help="Its picture.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Parquet file to write: a row for each mention.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Parquet file to write, a path or a URI: a row for each mention.")
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option("--workers", min=1, help="Ray workers that link a file, each with the model; 1: this process."),
+    ] = 1,
     top: Annotated[int, typer.Option("--top", min=1, help="How many entities to give.")] = 5,
     min_confidence: Annotated[
         float | None,
@@ -43,28 +51,32 @@ def link(
     part: Annotated[str | None, typer.Option("--model", help="A part, or the system's name (default).")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = "cpu",
     data: MovedDataOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
-    """Links a mention, or a file of them, to the knowledge base's entities. Run again, a file goes on where it was."""
+    """Links a mention, or files of them, to the knowledge base's entities. Run again, files go on where they were."""
     if (word is None) == (mentions is None):
         raise UserError("say what to link: either --word (with --sentence, --image), or a file of mentions and --out")
     if mentions is not None and (out is None or json_file is not None or sentence or image):
         raise UserError(f"{mentions}: a file of mentions goes with --out, and not with --sentence, --image or --json")
     if word is not None and out is not None:
         raise UserError("--out goes with a file of mentions; --json writes the links of one")
+    if word is not None and workers > 1:
+        raise UserError("--workers goes with a file of mentions")
     from dsmip.linking.bulk import BulkOptions
     from dsmip.linking.load import LoadOptions
-    from dsmip.storage.locations import path_here
-    from ray_jobs.local_jobs import link as job
+    from ray_jobs.local_jobs.linking.many import link_mentions
+    from ray_jobs.local_jobs.linking.one import LinkModel, link_one
     from ray_jobs.terminal.display import Display
 
-    linked = job.LinkModel(model, device, LoadOptions(part, data))
+    linked, options = LinkModel(model, device, LoadOptions(part, data)), BulkOptions(top, min_confidence, candidates)
     if mentions is None or out is None:
-        mention = {"word": word, "sentence": sentence, "image": image}
-        job.link_one(linked, mention, BulkOptions(top, min_confidence, candidates), json_file)
-        return
-    source = path_here(mentions)
-    options = BulkOptions(top, min_confidence, candidates, source.absolute().parent)
-    job.link_mentions(linked, source, path_here(out), options, Display())
+        link_one(linked, {"word": word, "sentence": sentence, "image": image}, options, json_file)
+    elif workers == 1:
+        link_mentions(linked, mentions, out, options, Display())
+    else:
+        from ray_jobs.jobs.link import link_on_ray
+
+        link_on_ray(linked, mentions, out, options, Display(), workers=workers, verbose=verbose)
 
 
 def export(

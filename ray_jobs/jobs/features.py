@@ -4,11 +4,9 @@ Chunks of the data set go to actors that hold the network; each chunk's features
 again keeps the finished chunks; the driver joins them, so that memory holds one chunk.
 """
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from ray_jobs.cluster.connection import connected
 
 # isort: split
 import ray
-import ray.data
 
 from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
@@ -45,18 +42,17 @@ from dsmip.encoders.image_features import (
 )
 from dsmip.encoders.image_networks import ImageNetwork, NetworkChoice, find_network
 from dsmip.encoders.vgg import BY_HASH
-from dsmip.errors import ReportedError, UserError
+from dsmip.errors import UserError
 from dsmip.models.dsmip import DsmipConfig
 from dsmip.parallel import map_alone
 from dsmip.runs.checks import enlarged_warnings
 from dsmip.runs.load_config import job_config
 from dsmip.storage.dataset_storage import DatasetStorage
 from dsmip.units.gate import GateConfig
-from ray_jobs.cluster.events import Event, StepEvents
-from ray_jobs.cluster.failures import JobFailed
+from ray_jobs.cluster.events import StepEvents
 from ray_jobs.cluster.resources import Request, check_before_start, check_feasible
-from ray_jobs.cluster.tasks import Call, run_watched
 from ray_jobs.cluster.workers import set_threads, worker_device
+from ray_jobs.jobs.pipeline import Row, outcome, run_on_actors
 from ray_jobs.terminal.display import Display
 
 CHUNK_ITEMS = BATCH_SIZE  # as many as the gate encodes at once: the last bits depend on the size of a batch
@@ -251,38 +247,16 @@ def _encode_on_ray(
     plan: Plan, chunks: Sequence[Chunk], workers: int, device: str, display: Display, *, verbose: bool
 ) -> None:
     gpus = int(device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1))
-    workers = min(workers, len(chunks))
-    request = Request(NAME, workers, 1, gpus)
+    request = Request(NAME, min(workers, len(chunks)), 1, gpus)
     check_feasible([request])
-    encode = Call(partial(_run_pipeline, plan, chunks, workers, gpus, verbose), [request])
-    for _, call in run_watched({NAME: encode}, display):
-        call.result()
-
-
-def _run_pipeline(plan: Plan, chunks: Sequence[Chunk], workers: int, gpus: int, verbose: bool, events: Any) -> None:
-    """Only names of chunks travel through Ray's object store: pictures and features go from and to files."""
-    _quieten(verbose)
-    pipeline = ray.data.from_items([asdict(chunk) for chunk in chunks], override_num_blocks=len(chunks)).map_batches(
-        _Encoder,
-        fn_constructor_args=(plan, events),
-        batch_size=1,
-        num_cpus=1,
-        num_gpus=gpus,
-        compute=ray.data.ActorPoolStrategy(size=workers),
-    )
     done, total = 0, sum(chunk.stop - chunk.start for chunk in chunks)
-    try:
-        for row in pipeline.iter_rows():
-            if row["failure"]:
-                raise _error(row["failure"], row["exit_code"])
-            done += row["items"]
-            events.push.remote(Event(NAME, done, total, 0))
-    except ray.exceptions.RayError as error:
-        raise JobFailed(f"{NAME}: {error}", 1) from error
 
+    def take(row: Row) -> tuple[int, int]:
+        nonlocal done
+        done += row["items"]
+        return done, total
 
-def _error(message: str, exit_code: int) -> ReportedError:
-    return UserError(message) if exit_code == UserError.exit_code else JobFailed(f"{NAME}: {message}", exit_code)
+    run_on_actors(_Encoder, (plan,), [asdict(chunk) for chunk in chunks], request, take, display, verbose=verbose)
 
 
 class _Encoder:
@@ -297,21 +271,11 @@ class _Encoder:
         self._network: ImageNetwork = plan.request.choice.build(self._device)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Encodes one chunk, given as columns of its fields; tells how many items it has, or what went wrong.
-
-        An error is a result: raised, Ray Data would try again what fails again, and log it at length.
-        """
+        """Encodes one chunk, given as columns of its fields; tells how many items it has."""
         chunk = Chunk(*(_plain(batch[field.name][0]) for field in fields(Chunk)))
-        failure, exit_code = "", 1
-        try:
-            self._encode(chunk)
-        except ReportedError as error:
-            failure, exit_code = str(error), error.exit_code
-        except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-        return {"items": [chunk.stop - chunk.start], "failure": [failure], "exit_code": [exit_code]}
+        return outcome(lambda: self._encode(chunk), {"items": 0})
 
-    def _encode(self, chunk: Chunk) -> None:
+    def _encode(self, chunk: Chunk) -> dict[str, int]:
         def encode(rows: range) -> Table:
             dtype = self._request.dtype
             return image_rows(self._network, self._dataset, chunk.split, rows, self._images, dtype, self._device)
@@ -321,6 +285,7 @@ class _Encoder:
             files = self._dataset.own
             table.save(files.folder / chunk.file)
             files.send(chunk.file)
+        return {"items": chunk.stop - chunk.start}
 
 
 def _plain(value: Any) -> Any:
@@ -336,10 +301,3 @@ def _join(files: DatasetStorage, origin: Origin, chunks: Sequence[Chunk]) -> Ima
                     with files.fresh(chunk.file) as path:
                         writer.append(Table.load(path))
     return write_manifest(files, origin)
-
-
-def _quieten(verbose: bool) -> None:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    if not verbose:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)

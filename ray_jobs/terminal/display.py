@@ -20,8 +20,8 @@ _PLAIN_LINE_SECONDS = 30.0
 class Display:
     """A `dsmip.progress.Progress` that shows works side by side, and prints lines above them.
 
-    On a terminal each work has a bar. Elsewhere there is a line at an epoch's or a work's end, and one where none was
-    printed for 30 s. Use as a context manager around every wait: it starts with no bars.
+    On a terminal each work has a bar. Elsewhere there is a line at an epoch's or a work's end, and one with rate and
+    remaining time where none was printed for 30 s. Use as a context manager around every wait: it starts with no bars.
     """
 
     def __init__(self, console: Console | None = None, *, transient: bool = False) -> None:
@@ -43,6 +43,7 @@ class Display:
         )
         self._tasks: dict[str, TaskID] = {}
         self._printed: dict[str, float] = {}
+        self._first: dict[str, tuple[int, int, float]] = {}
         self._ended: set[str] = set()
         self._started = time.monotonic()
         self.interrupted: Callable[[], str] = lambda: "interrupted; run the command again to go on"
@@ -52,6 +53,7 @@ class Display:
         for task in self._tasks.values():
             self._bars.remove_task(task)
         self._tasks.clear()
+        self._first.clear()
         self._ended.clear()
         self._started = time.monotonic()
         if self._live:
@@ -104,11 +106,19 @@ class Display:
         if name not in self._tasks:
             self._printed[name] = time.monotonic()
             self._tasks[name] = self._bars.add_task(shown(name), total=total or None, figures="")
+        if self._first.get(name, (0, -1, 0.0))[1] != total:  # a worker that starts does not know it yet
+            self._first[name] = done, total, time.monotonic()
         self._bars.update(self._tasks[name], completed=done, total=total or None, **fields)
 
     def _line_in_time(self, name: str, done: int, total: int) -> None:
         if time.monotonic() - self._printed[name] >= _PLAIN_LINE_SECONDS:
-            self._line(name, f"{done} of {total}" if total else f"{done}")
+            self._line(name, f"{done} of {total}{self._pace(name, done, total)}" if total else f"{done}")
+
+    def _pace(self, name: str, done: int, total: int) -> str:
+        """Its rate since it was first shown, and the time that is left at that rate."""
+        first, _, started = self._first[name]
+        rate = (done - first) / max(time.monotonic() - started, 1e-9)
+        return f"  {rate:.3g}/s, {_duration((total - done) / rate)} left" if rate > 0 else ""
 
     def _line(self, name: str, text: str) -> None:
         self._printed[name] = time.monotonic()
@@ -117,6 +127,12 @@ class Display:
             self._bars.console.print(shown(line), markup=False, soft_wrap=True)
         else:
             self.say(line)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class _Rate(ProgressColumn):

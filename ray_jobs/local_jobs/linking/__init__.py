@@ -1,1 +1,1 @@
-"""The command `dsmip link`: one mention, or files of them."""
+"""The commands `dsmip link` and `dsmip entities`: one mention, files of them, and changes of a bundle."""

@@ -1,21 +1,25 @@
 """The command `dsmip link`: one mention as a table or JSON, files of mentions as files of links."""
 
+import io
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import dsmip
 from dsmip.linking import bulk
-from dsmip.linking.bulk import BulkOptions, LinksFile, link_file
-from dsmip.linking.linker import Linker
+from dsmip.linking.bulk import LinksFile
 from dsmip.runs.run import Run
+from dsmip.storage.nearby_files import NearbyFiles
+from dsmip.storage.object_store import ObjectStore
 from ray_jobs.cli import app
+from ray_jobs.local_jobs.linking.sources import BlockReader, find_files, plan_blocks
 from tests.support.small_release import image_bytes
 
 
@@ -92,52 +96,169 @@ def test_a_parquet_file_gives_what_its_lines_give(run: Run, mentions: Path, tmp_
     for name in ("two.parquet", "two.jsonl"):
         command(run.folder, mentions.with_name(name), "--out", tmp_path / f"of_{name}.parquet")
     of_rows, of_lines = (pq.read_table(tmp_path / f"of_two.{kind}.parquet") for kind in ("parquet", "jsonl"))
-    assert of_rows.equals(of_lines)
+    assert of_rows.drop_columns("file").equals(of_lines.drop_columns("file"))
 
 
-def test_an_interrupted_file_goes_on_to_the_same_bytes(
+class Halted(Exception):
+    """Stands for a kill."""
+
+
+def test_an_interrupted_command_goes_on_to_the_same_bytes(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bulk, "BLOCK_ROWS", 3)
-    linker = dsmip.load(run.folder)
-    records = [{"word": f"word {number}", "sentence": f"the {number}th thing"} for number in range(8)]
-    opened = list[int]()
+    lines = [json.dumps({"word": f"word {number}", "sentence": f"the {number}th thing"}) for number in range(8)]
+    (tmp_path / "mentions.jsonl").write_text("\n".join(lines))
+    command(run.folder, tmp_path / "mentions.jsonl", "--out", tmp_path / "whole.parquet")
+    written = list[int]()
+    write = LinksFile.write_block
 
-    def open_linker() -> Linker:
-        opened.append(1)
-        return linker
+    def halting(file: LinksFile, number: int, table: pa.Table) -> None:
+        if len(written) == 2:
+            raise Halted
+        written.append(number)
+        write(file, number, table)
 
-    def until(stop: int) -> Iterator[dict[str, str]]:
-        yield from records[:stop]
-        if stop < len(records):
-            raise KeyboardInterrupt
-
-    whole, halted = (LinksFile(tmp_path / f"{name}.parquet", {"job": 1}) for name in ("whole", "halted"))
-    link_file(open_linker, until(8), whole, BulkOptions(), 8)
-    with pytest.raises(KeyboardInterrupt):
-        link_file(open_linker, until(7), halted, BulkOptions(), 8)
-    assert not halted.out.exists()
-    seen = list[tuple[str, int, int]]()
-    link_file(open_linker, until(8), halted, BulkOptions(), 8, lambda *about: seen.append(about))
-    assert seen == [("mentions linked", done, 8) for done in (3, 6, 8)]
-    assert halted.out.read_bytes() == whole.out.read_bytes()
-    assert not halted.parts.exists()
-    assert len(opened) == 3
-    other = LinksFile(tmp_path / "halted.parquet", {"job": 2})
-    assert (halted.is_finished, other.is_finished) == (True, False)
+    monkeypatch.setattr(LinksFile, "write_block", halting)
+    asked = (run.folder, tmp_path / "mentions.jsonl", "--out", tmp_path / "halted.parquet")
+    with pytest.raises(Halted):
+        command(*asked)
+    assert not (tmp_path / "halted.parquet").exists()
+    monkeypatch.setattr(LinksFile, "write_block", write)
+    said = command(*asked).stdout
+    assert "2 of 3 blocks of mentions are there already" in said
+    assert (tmp_path / "halted.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert [*tmp_path.glob(".*")] == []
 
 
-def test_blocks_of_another_job_are_not_gone_on_with(run: Run, tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_threads(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "BATCH_SIZE", 3)
+    lines = [json.dumps({"word": f"word {number}"}) for number in range(8)]
+    (tmp_path / "mentions.jsonl").write_text("\n".join(lines))
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            command(run.folder, tmp_path / "mentions.jsonl", "--out", tmp_path / f"{count}.parquet")
+    finally:
+        torch.set_num_threads(before)
+    assert (tmp_path / "1.parquet").read_bytes() == (tmp_path / "3.parquet").read_bytes()
+
+
+def test_blocks_of_another_job_are_not_gone_on_with(tmp_path: Path) -> None:
     made = LinksFile(tmp_path / "links.parquet", {"top": 1})
-    made.begin()
+    assert made.begin() == set()
     made.write_block(0, bulk.SCHEMA.empty_table())
     same, other = (LinksFile(made.out, {"top": top}) for top in (1, 2))
-    same.begin()
-    assert made.block(0).is_file()
-    other.begin()
-    assert not made.block(0).is_file()
+    assert same.begin() == {0}
+    assert other.begin() == set()
+    with pytest.raises(dsmip.UserError, match=r"a finished block is gone"):
+        made.finish(1)
     with pytest.raises(dsmip.UserError, match=r"ends in \.parquet"):
         LinksFile(tmp_path / "links.csv", {})
+
+
+def test_a_folder_and_a_pattern_of_files(run: Run, mentions: Path, tmp_path: Path) -> None:
+    """Pictures start from each file's own folder."""
+    further = mentions.parent / "further"
+    further.mkdir()
+    (further / "blue.jpg").write_bytes(image_bytes((30, 20), "blue"))
+    (further / "more.jsonl").write_text(json.dumps({"word": "blue", "image": "blue.jpg"}))
+    pq.write_table(pa.Table.from_pylist([{"word": "red", "image": "red.jpg"}]), mentions.parent / "a.parquet")
+    out = tmp_path / "links.parquet"
+    assert "9 mentions, 3 linked" in command(run.folder, mentions.parent, "--out", out).stdout
+    table = pq.read_table(out)
+    assert table.column("file").to_pylist() == ["a.parquet", *["mentions.jsonl"] * 8]
+    assert table.column("row").to_pylist() == list(range(9))
+    said = command(run.folder, f"{mentions.parent}/**/*.jsonl", "--out", out).stdout
+    assert "9 mentions, 3 linked" in said
+    assert pq.read_table(out).column("file").to_pylist() == ["further/more.jsonl", *["mentions.jsonl"] * 8]
+
+
+def test_files_in_a_store_give_what_those_here_give(run: Run, mentions: Path, bucket: str, tmp_path: Path) -> None:
+    store = ObjectStore(bucket)
+    records = [{"word": "red", "image": "red.jpg"}, {"word": "blue", "image": "../gone/blue.jpg"}]
+    pq.write_table(pa.Table.from_pylist(records), mentions.parent / "two.parquet")
+    for path in mentions.parent.iterdir():
+        store.put(path, f"in/{path.name}")
+    here, there = tmp_path / "here.parquet", f"{bucket}/out/there.parquet"
+    command(run.folder, mentions.parent, "--out", here)
+    command(run.folder, f"{bucket}/in", "--out", there)
+    assert set(store.objects("out")) == {"out/there.parquet"}
+    found = pq.read_table(io.BytesIO(store.read("out/there.parquet") or b""))
+    assert found.equals(pq.read_table(here))
+    assert found.column("reason").to_pylist()[-1] == "image ../gone/blue.jpg: no such file"
+    assert "is complete already" in command(run.folder, f"{bucket}/in", "--out", there).stdout
+    for name in ("two.parquet", "*.parquet", "[a-z]*.parquet"):
+        (file,) = find_files(f"{bucket}/in/{name}")
+        assert (file.name, file.location) == ("two.parquet", f"{bucket}/in/two.parquet")
+
+
+def test_a_file_that_changes_while_it_is_linked_is_refused(mentions: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([{"word": "red"}] * 3), mentions.with_name("rows.parquet"))
+    blocks = plan_blocks(find_files(mentions.parent))
+    reader = BlockReader()
+    assert [len(reader.read(block).mentions) for block in blocks] == [8, 3]
+    for block in blocks:
+        content = Path(block.file.location).read_bytes()
+        Path(block.file.location).write_bytes(content[: len(content) // 2])
+        with pytest.raises(dsmip.UserError, match=r"was changed|cannot be read as parquet"):
+            BlockReader().read(block)
+
+
+def test_blocks_of_rows_are_read_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of groups that begin elsewhere than the blocks."""
+    monkeypatch.setattr(bulk, "BLOCK_ROWS", 3)
+    records = [{"word": f"word {number}", "more": number} for number in range(11)]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "rows.parquet", row_group_size=4)
+    blocks = plan_blocks(find_files(tmp_path / "rows.parquet"))
+    for order in ([0, 1, 2, 3], [0, 2, 3], [3, 1, 1, 0]):
+        reader = BlockReader()
+        for number in order:
+            found = reader.read(blocks[number])
+            expected = [{"word": each["word"]} for each in records[3 * number : 3 * number + 3]]
+            assert (found.first_row, found.mentions) == (3 * number, expected)
+
+
+@pytest.mark.parametrize(
+    "image", ["/etc/hostname", "../../../outside.jpg", "s3://other/a.jpg", "https://example.org/a.jpg"]
+)
+def test_pictures_in_a_store_are_those_of_its_bucket(image: str, bucket: str) -> None:
+    name = bucket.split("/")[2]
+    found = NearbyFiles(f"{bucket}/folder", 100).fetched([image])
+    with pytest.raises(dsmip.UserError, match=f"is not in s3://{name}, where the mentions are"):
+        found(image)
+
+
+def test_a_picture_in_a_store_is_fetched_whole_unless_it_is_too_large(bucket: str) -> None:
+    ObjectStore(bucket).write("folder/a.jpg", b"0123456789")
+    names = ["a.jpg", f"{bucket}/folder/a.jpg"]
+    found = NearbyFiles(f"{bucket}/folder", 10).fetched(names)
+    assert [found(name) for name in names] == [b"0123456789"] * 2
+    with pytest.raises(dsmip.UserError, match="larger than 9 bytes"):
+        NearbyFiles(f"{bucket}/folder", 9).fetched(names)("a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("gone.jsonl", r"gone\.jsonl: no such file of mentions"),
+        ("*.csv", "no such file of mentions"),
+        ("notes.txt", r"notes\.txt: mentions are read from \.jsonl or \.parquet"),
+        ("broken.parquet", r"broken\.parquet: cannot be read as parquet"),
+        ("folder", "no such file of mentions"),
+    ],
+)
+def test_a_source_that_is_none_is_one_line(run: Run, source: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "broken.parquet").write_text("no table")
+    (tmp_path / "folder").mkdir()
+    asked = ["link", str(run.folder), str(tmp_path / source), "--out", str(tmp_path / "out.parquet")]
+    ended = CliRunner().invoke(app, asked)
+    assert isinstance(ended.exception, dsmip.UserError)
+    assert re.search(said, str(ended.exception))
 
 
 def test_no_mention_at_all(run: Run, tmp_path: Path) -> None:

@@ -43,11 +43,22 @@ def test_counts_are_plain_lines_at_the_end_and_every_thirty_seconds(clock: Clock
         progress("kb", 90, 90)
         progress("kb", 90, 90)
     assert out.getvalue().split("\n") == [
-        "  kb           3 of 90  [30 s]",
+        "  kb           3 of 90  0.0667/s, 22 min left  [30 s]",
         "  reading mentions 7  [61 s]",
         "  kb           90  [61 s]",
         "",
     ]
+
+
+def test_the_pace_counts_from_where_a_work_goes_on(clock: Clock) -> None:
+    out = StringIO()
+    with Display(Console(file=out)) as display:
+        display.show_steps("linked", 0, 1, 0, {})  # a worker has started
+        clock.now = 10.0
+        display.show_steps("linked", 500, 1000, 0, {})
+        clock.now = 40.0
+        display.show_steps("linked", 530, 1000, 0, {})
+    assert out.getvalue() == "  linked       530 of 1000  1/s, 8 min left  [40 s]\n"
 
 
 def test_trainings_are_lines_at_epochs_ends_and_every_thirty_seconds(clock: Clock) -> None:
@@ -61,7 +72,7 @@ def test_trainings_are_lines_at_epochs_ends_and_every_thirty_seconds(clock: Cloc
         display.show_steps("text", 6, 12, 0, {"loss": 0.25, "mrr": 0.5, "hits@1": 0.125, "seconds": 9.0})
         display.say("[a line] as it is")
     assert out.getvalue().split("\n") == [
-        "  text         5 of 12  [31 s]",
+        "  text         5 of 12  0.161/s, 43 s left  [31 s]",
         "  text         epoch   1  loss 0.250  mrr 0.500  hits@1 0.125  [31 s]",
         "[a line] as it is",
         "",
