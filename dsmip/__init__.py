@@ -69,7 +69,9 @@ def open_dataset(location: "str | Path") -> "Dataset":
     return Dataset.open(location)
 
 
-def evaluate(run: "Location", split: str = "test", model: str | None = None) -> "Evaluated":
+def evaluate(
+    run: "Location", split: str = "test", model: str | None = None, *, data: "Location | None" = None
+) -> "Evaluated":
     """Ranks the whole knowledge base for every mention of a split, in this process, as `dsmip evaluate` does.
 
     It writes the same files, a record of it in the run's `records/` among them, and prints nothing.
@@ -78,6 +80,8 @@ def evaluate(run: "Location", split: str = "test", model: str | None = None) -> 
         run: the run's folder, or its URI in an object store.
         split: train, validation or test.
         model: a finished part, or the system's name for the whole of a gated system (None: the first of these).
+        data: other data to rank with the run's model, whose figures have a folder of their own; or the run's own, where
+            that has moved.
 
     Returns:
         The metrics, as in `metrics.json`, and the folder with it and with `ranks.parquet`.
@@ -92,7 +96,7 @@ def evaluate(run: "Location", split: str = "test", model: str | None = None) -> 
     from dsmip.reranking.second_stage import second_stage
     from dsmip.runs.run import Run
 
-    opened = Run.open(run)
+    opened = Run.open(run, data, any_data=True)
     with opened.recorded("evaluate"):
         evaluation, device = OpenedEvaluation(opened, split, model), torch.device("cpu")
         return evaluate_model(evaluation, device, second_stage=second_stage(evaluation, device))

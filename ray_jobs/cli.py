@@ -193,7 +193,10 @@ def evaluate(
     precision: Annotated[
         PrecisionName, typer.Option("--precision", help="Of token rows while they are scored; auto: fp16 with triton.")
     ] = "auto",
-    data: MovedDataOption = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Other data to rank; or where the run's own data lies, if it has moved."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show what exact ranks took.")] = False,
 ) -> None:
     """Ranks the whole knowledge base for every mention of a split."""

@@ -1,6 +1,7 @@
 """Groups of mentions that a report breaks figures down by: the data set's own, and what is known of every data set.
 
-gold_seen   seen, unseen: whether the gold entity is the gold of some training mention.
+gold_seen   seen, unseen: whether the gold entity is the gold of some training mention, of the data that the model was
+            trained on; not told where these are not there.
 picture     mention+entity, mention only, entity only, none: who has a picture, the mention and its gold entity.
 ambiguity   ambiguous, unique: whether the mention's word stands for several entities, upper and lower case being equal:
             the entities with this name and the golds of all mentions, of any split, with this word.
@@ -28,8 +29,13 @@ _PICTURES = {
 }
 
 
-def report_groups(dataset: Dataset, mentions: Sequence[Mention]) -> list[dict[str, str]]:
+def report_groups(dataset: Dataset, mentions: Sequence[Mention], trained_on: Dataset | None) -> list[dict[str, str]]:
     """Group values of each mention by group name. Reads all splits.
+
+    Args:
+        dataset: The mentions'.
+        mentions: Of a split of it.
+        trained_on: The data that the model was trained on; None: not known.
 
     Raises:
         UserError: A shard is missing or damaged.
@@ -37,11 +43,13 @@ def report_groups(dataset: Dataset, mentions: Sequence[Mention]) -> list[dict[st
     own = {name for mention in mentions for name in mention.groups}
     kb = dataset.entity_texts()
     num_images_E = kb.column("num_images").to_pylist()
-    train_golds, entities_of = _golds_and_words(dataset)
+    _, entities_of = _golds_and_words(dataset)
+    train_golds = None if trained_on is None else _golds_and_words(trained_on)[0]
     groups = []
     for mention in mentions:
+        seen = {} if train_golds is None else {GOLD_SEEN: "seen" if mention.entity_id in train_golds else "unseen"}
         derived = {
-            GOLD_SEEN: "seen" if mention.entity_row in train_golds else "unseen",
+            **seen,
             PICTURE: _PICTURES[mention.image is not None, num_images_E[mention.entity_row] > 0],
             AMBIGUITY: "ambiguous" if len(entities_of[_key(mention.word)]) > 1 else "unique",
         }
@@ -65,16 +73,16 @@ def rows_by_value(groups: Sequence[Mapping[str, str]], name: str) -> dict[str, l
     return {value: [each == value for each in values] for value in sorted(set(values))}
 
 
-@lru_cache(maxsize=1)  # several models are often evaluated one after the other
-def _golds_and_words(dataset: Dataset) -> tuple[set[int], defaultdict[str, set[int]]]:
-    """kb rows that are golds of training mentions, and kb rows that each word stands for."""
-    train_golds: set[int] = set()
+@lru_cache(maxsize=2)  # several models are often evaluated one after the other
+def _golds_and_words(dataset: Dataset) -> tuple[set[str], defaultdict[str, set[int]]]:
+    """Entity ids that are golds of training mentions, and kb rows that each word stands for."""
+    train_golds: set[str] = set()
     entities_of: defaultdict[str, set[int]] = defaultdict(set)
     for split in SPLITS:
         for mention in dataset.texts(split):
             entities_of[_key(mention.word)].add(mention.entity_row)
             if split == "train":
-                train_golds.add(mention.entity_row)
+                train_golds.add(mention.entity_id)
     for row, name in enumerate(dataset.entity_texts().column("name").to_pylist()):
         entities_of[_key(name)].add(row)
     return train_golds, entities_of

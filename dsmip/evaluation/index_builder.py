@@ -161,7 +161,7 @@ class RankingFiles:
 
     def opened(self) -> OpenedEvaluation:
         """The evaluation that they belong to, opened in this process."""
-        return OpenedEvaluation(Run.open(self.run, self.data), self.split, self.model)
+        return OpenedEvaluation(Run.open(self.run, self.data, any_data=True), self.split, self.model)
 
     def build(
         self,
@@ -242,7 +242,7 @@ class IndexPlan:
 def plan_index(
     opened: OpenedModel, slice_rows: int = SLICE_ROWS, notice: Callable[[str], None] = lambda line: None
 ) -> IndexPlan:
-    """The index of a model; one of earlier weights or features is deleted.
+    """The index of a model over the run's data; one of earlier weights or features of these data is deleted.
 
     Args:
         opened: the model.
@@ -267,8 +267,8 @@ def plan_index(
         "weights": fingerprint(model.matcher.state_dict(), "()"),
         "features": sorted(sources),
     }
-    index = f"index/{model.ranked_by}-{fingerprint({}, plain_text((made_from,)))[:16]}"
-    for outdated in run.storage.glob(f"index/{model.ranked_by}-{'[0-9a-f]' * 16}"):
+    index = f"{run.below}index/{model.ranked_by}-{fingerprint({}, plain_text((made_from,)))[:16]}"
+    for outdated in run.storage.glob(f"{run.below}index/{model.ranked_by}-{'[0-9a-f]' * 16}"):
         if outdated != index:
             run.storage.delete(outdated)  # of weights or features that are no more
     run.storage.pull(index)

@@ -45,9 +45,9 @@ class Evaluated:
     metrics: dict[str, Any]
 
 
-def evaluation_name(split: str, model: str) -> str:
-    """Where metrics.json and ranks.parquet of a model on a split lie, below the run."""
-    return f"evaluate/{split}/{model}"
+def evaluation_name(split: str, model: str, below: str = "") -> str:
+    """Where metrics.json and ranks.parquet of a model on a split lie, below the run; `below`: `Run.below`."""
+    return f"{below}evaluate/{split}/{model}"
 
 
 def recall_name(k: int) -> str:
@@ -127,7 +127,8 @@ def evaluate_model(
         ranking = first if second_stage is None else second_stage(first)
     except NotRankable as error:
         raise _unrankable(error, evaluation, model) from None
-    groups = report_groups(evaluation.run.dataset, evaluation.mentions)
+    run = evaluation.run
+    groups = report_groups(run.dataset, evaluation.mentions, run.trained_on())
     without_image_M = torch.tensor([mention.image is None for mention in evaluation.mentions])
     metrics = {
         "model": evaluation.model.name,
@@ -143,7 +144,9 @@ def evaluate_model(
         metrics["first_stage"] = _first_stage(evaluation, first, second_stage.candidates)
     if candidates is not None:
         metrics["candidates"] = _candidate_metrics(model, candidates, ranking, device, notice)
-    storage = evaluation.run.storage / evaluation_name(evaluation.split, evaluation.model.name)
+    if run.of_other_data:
+        metrics["data"] = {"name": run.dataset.manifest.name, "sha256": run.dataset.manifest_hash}
+    storage = run.storage / evaluation_name(evaluation.split, evaluation.model.name, run.below)
     metrics |= _calibrated(evaluation, ranking, files.name)
     with storage.atomic(RANKS) as temporary:
         _write_ranks(temporary, ranking.first(written), evaluation, groups, protocol)
@@ -176,7 +179,7 @@ def _calibrated(evaluation: OpenedEvaluation, ranking: Ranking, index: str) -> d
     name, choices = evaluation.model.name, ranking.choices
     expert_MK = torch.zeros_like(ranking.top_row_Mk) if choices is None else choices.top_Mk
     best, is_gold_MK = BestScores(ranking.top_score_Mk, expert_MK), ranking.top_row_Mk == evaluation.gold_row_M[:, None]
-    storage = evaluation.run.storage / evaluation_name(CALIBRATED_ON, name)
+    storage = evaluation.run.storage / evaluation_name(CALIBRATED_ON, name, evaluation.run.below)
     if evaluation.split == CALIBRATED_ON and len(best) >= MIN_MENTIONS:
         made = Calibration.fit(name, index, evaluation.model.choices, best, is_gold_MK)
         storage.write_json(CALIBRATION, made.model_dump(mode="json"))
@@ -193,7 +196,7 @@ def stored_calibration(run: Run, model: str) -> Calibration | None:
     Raises:
         UserError: Its file is damaged.
     """
-    storage = run.storage / evaluation_name(CALIBRATED_ON, model)
+    storage = run.storage / evaluation_name(CALIBRATED_ON, model, run.below)
     storage.refresh()
     path = storage.folder / CALIBRATION
     return read_calibration(path) if path.is_file() else None

@@ -10,6 +10,7 @@ It lies in a folder or in an object store (`dsmip.storage.run_storage`):
 <run>/features/                   the feature cache
 <run>/variants/<hash>/            parts of other stage-one settings that a search asked for
 <run>/evaluate/<split>/<model>/   metrics.json and ranks.parquet
+<run>/other_data/<hash>/          features, index and evaluate/ of another data set that the run's models have ranked
 """
 
 import uuid
@@ -39,9 +40,15 @@ TRAININGS = "ray"
 
 @dataclass(frozen=True)
 class Run(TrainedParts):
-    """An opened run with its configuration and data. `at`: where it lies."""
+    """An opened run with its configuration and data. `at`: where it lies.
+
+    Attributes:
+        dataset: The data it was made on, or another one that its models are to rank.
+        of_other_data: Whether it is another one.
+    """
 
     dataset: Dataset
+    of_other_data: bool = False
 
     @staticmethod
     def create(location: Location, config: ExperimentConfig, dataset: Dataset) -> "Run":
@@ -84,22 +91,23 @@ class Run(TrainedParts):
         return Run(storage, config, dataset)
 
     @staticmethod
-    def open(location: Location, data: Dataset | Location | None = None) -> "Run":
+    def open(location: Location, data: Dataset | Location | None = None, *, any_data: bool = False) -> "Run":
         """Opens an existing run.
 
         Args:
             location: Where it lies.
             data: Its data, where that is not where the run remembers it; it must have the same manifest.
+            any_data: With `data` of another manifest, the run is opened to rank these.
 
         Raises:
             UserError: There is no run, its data has moved, or the data's manifest differs.
         """
         storage = open_run_storage(location)
         storage.refresh()
-        return Run._opened(storage, data)
+        return Run._opened(storage, data, any_data=any_data)
 
     @staticmethod
-    def _opened(storage: RunStorage, data: Dataset | Location | None) -> "Run":
+    def _opened(storage: RunStorage, data: Dataset | Location | None, *, any_data: bool = False) -> "Run":
         made_on = data_of_run(storage)
         if data is None:
             try:
@@ -109,14 +117,15 @@ class Run(TrainedParts):
                     f"{error}; if the data of run {storage} has moved, say where it is by --data"
                 ) from error
         dataset = data if isinstance(data, Dataset) else Dataset.open(str(data))
-        if dataset.manifest_hash != made_on.sha256:
+        is_other = dataset.manifest_hash != made_on.sha256
+        if is_other and not any_data:
             raise UserError(
                 f"run {storage} was made on data '{made_on.name}' with manifest {made_on.sha256[:12]}, but "
                 f"{dataset.location} has manifest {dataset.manifest_hash[:12]}; use the run's own data or another run"
             )
         if not (storage.folder / CONFIG).is_file():
             raise UserError(f"run {storage} is damaged (no {CONFIG}); train into another --run folder")
-        return Run(storage, _stored_config(storage, storage.folder / CONFIG), dataset)
+        return Run(storage, _stored_config(storage, storage.folder / CONFIG), dataset, is_other)
 
     def remember_data(self) -> None:
         """Writes down where the data lies now, for commands that are not told."""
@@ -160,8 +169,22 @@ class Run(TrainedParts):
         return any(map(self.is_finished, self.part_names)) or bool(self.trainings.glob("*/checkpoint_*"))
 
     @property
+    def below(self) -> str:
+        """Where features, index and evaluations of its data are: "", or a folder of the run with a slash at its end."""
+        return f"other_data/{self.dataset.manifest_hash[:16]}/" if self.of_other_data else ""
+
+    @property
     def cache(self) -> FeatureCache:
-        return FeatureCache(self.storage / "features", self.feature_dtype)
+        return FeatureCache(self.storage / f"{self.below}features", self.feature_dtype)
+
+    def trained_on(self) -> Dataset | None:
+        """The data that it was made on; None where another one is to be ranked, and this one has moved."""
+        if not self.of_other_data:
+            return self.dataset
+        try:
+            return Run._opened(self.storage, None).dataset
+        except UserError:
+            return None
 
     def stored_config(self, path: Path) -> ExperimentConfig:
         """Of the run; files that have moved with it are found again."""

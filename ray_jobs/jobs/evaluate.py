@@ -46,15 +46,17 @@ def evaluate_run(
     options: RankOptions = RankOptions(),
     candidates: int | None = None,
     verbose: bool = False,
+    any_data: bool = True,
 ) -> dict[str, Any]:
     """Evaluates a finished part or the whole system of a run, prints the main figures and returns the metrics.
 
     Args:
-        data: Where the run's data lies, if it has moved.
+        data: Other data to rank; or where the run's own lies, if it has moved.
         workers: More than one build the index and rank slices of it on Ray, each on its own device; this process then
             needs no GPU.
         candidates: How many to rank among as well, apart from the metrics and in this process.
         verbose: Also prints what exact ranks took.
+        any_data: Whether `data` may be other than the run's own.
 
     Raises:
         UserError: For an unknown model, split or device, a model that is not trained yet, or workers that the cluster
@@ -63,7 +65,7 @@ def evaluate_run(
     """
     named = named_device(device)
     check_backend(options.backend, options.precision, named)
-    run = open_run(location, data)
+    run = open_run(location, data, any_data=any_data)
     workers = min(workers, run.dataset.num_entities)
     with run.recorded("evaluate"):
         if workers > 1:
@@ -87,7 +89,7 @@ def evaluate_run(
         for line in missing_image_notes(evaluated.metrics["experts"]["best"], _image_alone(run)):
             say(line)
         show_beside(run, split, list(evaluated.metrics["experts"]["best"]))
-    say(f"  {run.storage}/{evaluation_name(split, evaluated.metrics['model'])}/metrics.json")
+    say(f"  {run.storage}/{evaluation_name(split, evaluated.metrics['model'], run.below)}/metrics.json")
     return evaluated.metrics
 
 
@@ -100,7 +102,7 @@ def calibrate_run(
         UserError: There are too few mentions, or as for `evaluate_run`.
         JobFailed: When a worker fails.
     """
-    metrics = evaluate_run(location, CALIBRATED_ON, model, device, data=data, workers=workers)
+    metrics = evaluate_run(location, CALIBRATED_ON, model, device, data=data, workers=workers, any_data=False)
     if "calibration" not in metrics:
         raise UserError(
             f"{location}: {metrics['mentions']} validation mentions are too few to calibrate {metrics['model']}: "

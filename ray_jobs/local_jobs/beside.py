@@ -13,7 +13,7 @@ from ray_jobs.terminal.lines import say
 
 def show_beside(run: Run, split: str, experts: Sequence[str]) -> None:
     """Prints the figures of what has been evaluated on the split, and names what has not."""
-    folders = {name: run.folder / evaluation_name(split, name) for name in (*experts, *run.system.fusions)}
+    folders = {name: run.folder / evaluation_name(split, name, run.below) for name in (*experts, *run.system.fusions)}
     missing = [name for name, folder in folders.items() if not (folder / RANKS).is_file()]
     for title, figures in beside({n: folder for n, folder in folders.items() if n not in missing}, experts):
         say(f"  {title}: " + "  ".join(f"{name} {figures[name]:.3f}" for name in shown_metrics()))

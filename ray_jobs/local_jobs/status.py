@@ -111,17 +111,23 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def open_run(location: Location, data: Location | None = None) -> Run:
+def open_run(location: Location, data: Location | None = None, *, any_data: bool = False) -> Run:
     """Opens a run; where its data is not where the run remembers it, prints the command that makes it remember.
 
     Args:
         location: Where the run lies.
         data: Where its data lies now; None: where the run remembers it.
+        any_data: `data` may be other data than the run's own; then this is printed.
 
     Raises:
         UserError: There is no run or no data, or the data's manifest is another one.
     """
-    run = Run.open(location, data)
+    run = Run.open(location, data, any_data=any_data)
+    if run.of_other_data:
+        manifest = run.dataset.manifest
+        say(f"data: {manifest.name} at {run.dataset.location}, on which the run was not made: its figures go into")
+        say(f"  {run.storage}/{run.below}")
+        return run
     remembered = data_of_run(run.storage).folder
     if run.dataset.location != remembered:
         again = shlex.join(["dsmip", "status", str(location), "--data", str(data), "--remember"])

@@ -56,7 +56,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def groups_of(dataset: Dataset, split: str) -> dict[str, dict[str, str]]:
     mentions = list(dataset.mentions(split))
-    groups = report_groups(dataset, mentions)
+    groups = report_groups(dataset, mentions, dataset)
     return {mention.mention_id: each for mention, each in zip(mentions, groups, strict=True)}
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from data_prep.build.view import make_view
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
 from dsmip.evaluation.ranking import RankedModel
@@ -186,6 +187,23 @@ def test_the_command_writes_the_same_with_workers(run: Run) -> None:
     assert written[0] == written[1]
     records = [json.loads(path.read_text()) for path in sorted((run.folder / "records").iterdir())][-2:]
     assert [(record["command"], record["outcome"]) for record in records] == [("evaluate", "finished")] * 2
+
+
+@pytest.mark.slow
+def test_workers_rank_other_data_as_one_process(run: Run, tmp_path: Path) -> None:
+    """A view of the data is other data."""
+    make_view(run.dataset.folder, tmp_path / "view", 0.5, 0)
+    command = ["evaluate", "--run", str(run.folder), "--model", "text", "--data", str(tmp_path / "view")]
+    written = []
+    for workers in ("1", "2"):
+        shutil.rmtree(run.folder / "other_data", ignore_errors=True)
+        result = CliRunner().invoke(app, [*command, "--workers", workers])
+        assert result.exit_code == 0, result.output
+        assert "on which the run was not made: its figures go into" in result.output
+        (folder,) = (run.folder / "other_data").iterdir()
+        assert f"{folder}/evaluate/test/text/metrics.json" in result.output.replace("\n", "")
+        written.append(sha256_file(folder / "evaluate/test/text/ranks.parquet"))
+    assert written[0] == written[1]
 
 
 def test_nan_of_a_worker_is_told_with_names(run: Run) -> None:

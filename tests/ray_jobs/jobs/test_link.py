@@ -123,7 +123,8 @@ def test_a_users_mistake_comes_from_a_worker_as_it_is(run: Run, mentions: Path, 
     assert not out.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_command_goes_on_and_ends_the_same(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is killed with its whole cluster when the first of eight blocks is there."""
