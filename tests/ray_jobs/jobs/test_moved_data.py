@@ -71,7 +71,7 @@ def test_other_data_is_refused(moved: Path, command: Command) -> None:
     shutil.copytree(moved / "my data", other)
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps({**manifest, "name": "another"}))
-    for arguments in (["evaluate", "--run", moved / "run"], ["status", moved / "run", "--remember"]):
+    for arguments in (["calibrate", "--run", moved / "run"], ["status", moved / "run", "--remember"]):
         code, said = command(*arguments, "--data", other)
         assert code == 2
         assert "but " in said
