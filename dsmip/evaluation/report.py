@@ -144,14 +144,17 @@ def evaluate_model(
         metrics["first_stage"] = _first_stage(evaluation, first, second_stage.candidates)
     if candidates is not None:
         metrics["candidates"] = _candidate_metrics(model, candidates, ranking, device, notice)
-    if run.of_other_data:
-        metrics["data"] = {"name": run.dataset.manifest.name, "sha256": run.dataset.manifest_hash}
     storage = run.storage / evaluation_name(evaluation.split, evaluation.model.name, run.below)
-    metrics |= _calibrated(evaluation, ranking, files.name)
+    metrics |= _other_data(run) | _calibrated(evaluation, ranking, files.name)
     with storage.atomic(RANKS) as temporary:
         _write_ranks(temporary, ranking.first(written), evaluation, groups, protocol)
     storage.write_json(METRICS_FILE, metrics)
     return Evaluated(storage.folder, metrics)
+
+
+def _other_data(run: Run) -> dict[str, Any]:
+    manifest = run.dataset.manifest
+    return {"data": {"name": manifest.name, "sha256": run.dataset.manifest_hash}} if run.of_other_data else {}
 
 
 def _checked_options(
