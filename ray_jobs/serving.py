@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from dsmip.config import Frozen
 from dsmip.errors import UserError
-from dsmip.linking.load import LoadOptions, load_linker
+from dsmip.linking.load import LoadOptions, examples_of, load_linker
 from dsmip.rank_options import device_here
 from dsmip.serving.app import create_app
 from dsmip.serving.served import Source, reloading, stamp_of
@@ -58,7 +58,8 @@ class LinkerReplica:
         location, options = arguments.model, LoadOptions(arguments.part)
         opened = reloading(lambda: load_linker(location, device_here(arguments.device), options))
         source = Source(opened, lambda: stamp_of(location))
-        self._app = create_app(source, name=f"dsmip: {Path(location).name}")
+        examples = examples_of(location, options)
+        self._app = create_app(source, name=f"dsmip: {Path(location).name}", examples=examples)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

@@ -34,7 +34,7 @@ from dsmip.linking.bundle import (
 )
 from dsmip.linking.growing.segment_files import entity_table
 from dsmip.linking.growing.segments import ENTITY_SCHEMA, GROUP_ROWS, read_index
-from dsmip.linking.load import LoadOptions, load_linker
+from dsmip.linking.load import LoadOptions, examples_of_data, load_linker
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.runs.load_config import with_files
 from dsmip.runs.loaded_model import CONFIG, PART, WEIGHTS, LoadedModel
@@ -202,6 +202,7 @@ def _manifest(opened: OpenedModel, folder: Path, index_dtype: IndexDtype) -> Bun
         images=dataset.manifest.image.model_dump(mode="json"),
         entities=dataset.num_entities,
         index_dtype=index_dtype,
+        examples=examples_of_data(dataset),
         files=stated_files(folder),
     )
 

@@ -46,6 +46,13 @@ class BundleFile(Frozen):
     sha256: str
 
 
+class Example(Frozen):
+    """A mention that may be tried."""
+
+    word: str
+    sentence: str = ""
+
+
 class Segment(Frozen):
     """Entities that were written together.
 
@@ -83,6 +90,7 @@ class BundleManifest(Frozen):
         entities: How many there are.
         index_dtype: In which the index is stored.
         segments: Where they are, in the order of their rows; none: as they were exported.
+        examples: Some test mentions, for a page.
         files: All others of the bundle.
     """
 
@@ -96,6 +104,7 @@ class BundleManifest(Frozen):
     entities: int = Field(ge=1)
     index_dtype: IndexDtype = "float32"
     segments: tuple[Segment, ...] = ()
+    examples: tuple[Example, ...] = ()
     files: dict[str, BundleFile]
 
     @model_validator(mode="after")

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
+from dsmip.data.dataset import Dataset
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import fingerprint
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
 from dsmip.evaluation.report import stored_calibration
-from dsmip.linking.bundle import BUNDLE, is_bundle
+from dsmip.linking.bundle import BUNDLE, Example, is_bundle, read_manifest
 from dsmip.linking.growing.entities import BundleEntities
 from dsmip.linking.growing.preparation import ItemEncoder
 from dsmip.linking.hub import HUB, bundle_of_hub
@@ -23,6 +25,8 @@ from dsmip.rank_options import RankOptions
 from dsmip.runs.run import Run
 from dsmip.storage.locations import Location, local_path
 from dsmip.storage.run_storage import STAMP, RunStorage
+
+_NUM_EXAMPLES = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,27 @@ class LoadOptions:
     model: str | None = None
     data: Location | None = None
     rank: RankOptions = RankOptions()
+
+
+def examples_of(location: Location, options: LoadOptions = LoadOptions()) -> tuple[Example, ...]:
+    """Some mentions to try a linker with: test mentions of a run's data, or those that a bundle has.
+
+    Raises:
+        UserError: No run, data or bundle there.
+    """
+    if isinstance(location, str) and location.startswith(HUB):
+        return read_manifest(bundle_of_hub(location))[0].examples
+    folder = None if isinstance(location, RunStorage) else local_path(location)
+    if folder is not None and is_bundle(folder):
+        return read_manifest(folder)[0].examples
+    return examples_of_data(Run.open(location, options.data).dataset)
+
+
+def examples_of_data(dataset: Dataset) -> tuple[Example, ...]:
+    """Its first test mentions."""
+    return tuple(
+        Example(word=each.word, sentence=each.sentence) for each in islice(dataset.mentions("test"), _NUM_EXAMPLES)
+    )
 
 
 def load_linker(

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -15,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from dsmip.linking.bundle import Example
 from dsmip.serving.batcher import Batcher, Busy, Stopped
 from dsmip.serving.entity_routes import entity_router
 from dsmip.serving.limits import DEFAULT_LIMITS, Limits
@@ -28,14 +28,6 @@ from dsmip.version import VERSION
 
 _PAGES = "page"
 _FILES = {"page.js": "text/javascript", "page.css": "text/css"}
-
-
-@dataclass(frozen=True)
-class Example:
-    """A mention to click on the page."""
-
-    word: str
-    sentence: str
 
 
 def create_app(

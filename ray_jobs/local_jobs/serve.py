@@ -2,25 +2,20 @@
 
 import socket
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 
 import uvicorn
 
 from dsmip.errors import UserError
-from dsmip.linking.bundle import is_bundle
-from dsmip.linking.hub import HUB
 from dsmip.linking.linker import Linker
-from dsmip.linking.load import LoadOptions, load_linker
+from dsmip.linking.load import LoadOptions, examples_of, load_linker
 from dsmip.rank_options import device_here
-from dsmip.runs.run import Run
-from dsmip.serving.app import Example, create_app
+from dsmip.serving.app import create_app
 from dsmip.serving.served import Source, reloading, stamp_of
 from dsmip.storage.locations import Location
 from ray_jobs.terminal.display import Display
 from ray_jobs.terminal.lines import say
 
-_NUM_EXAMPLES = 4
 STOP_SECONDS = 30  # in which requests that have begun are answered
 
 
@@ -49,14 +44,6 @@ def serve_model(location: Location, host: str, port: int, device: str, options: 
         say(f"serving on {address} (page: /, interface: /docs, OpenRefine: /reconcile); Ctrl-C ends it")
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=STOP_SECONDS)
         uvicorn.Server(config).run(sockets=[taken])
-
-
-def examples_of(location: Location, options: LoadOptions) -> list[Example]:
-    """Some test mentions of a run's data, for the page; a bundle has none."""
-    if str(location).startswith(HUB) or (Path(str(location)).is_dir() and is_bundle(Path(str(location)))):
-        return []
-    dataset = Run.open(location, options.data).dataset
-    return [Example(each.word, each.sentence) for each in islice(dataset.mentions("test"), _NUM_EXAMPLES)]
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -6,9 +6,10 @@ import pytest
 from starlette.testclient import TestClient
 
 import dsmip
+from dsmip.linking.bundle import Example
 from dsmip.linking.linker import Linker
 from dsmip.runs.run import Run
-from dsmip.serving.app import Example, create_app
+from dsmip.serving.app import create_app
 from dsmip.serving.limits import Limits
 from dsmip.serving.served import Source
 
@@ -26,7 +27,7 @@ def client(linker: Linker) -> Iterator[TestClient]:
         Source(lambda: linker, lambda: ""),
         name="colours <b>",
         limits=LIMITS,
-        examples=[Example("red", "a <i>red</i> thing")],
+        examples=[Example(word="red", sentence="a <i>red</i> thing")],
     )
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client

@@ -12,8 +12,9 @@ import uvicorn
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 import dsmip
+from dsmip.linking.bundle import Example
 from dsmip.runs.run import Run
-from dsmip.serving.app import Example, create_app
+from dsmip.serving.app import create_app
 from dsmip.serving.served import Source
 from tests.support.cluster.ray_heads import wait_until
 from tests.support.small_release import image_bytes
@@ -30,7 +31,7 @@ HOSTILE = "<img src=x onerror=window.hurt=1><script>window.hurt=1</script>"
 @pytest.fixture(scope="module")
 def address(run: Run) -> Iterator[str]:
     linker = dsmip.load(run.folder)
-    examples = [Example("red", "a red thing, number 3"), Example(HOSTILE, "in an example")]
+    examples = [Example(word="red", sentence="a red thing, number 3"), Example(word=HOSTILE, sentence="in an example")]
     app = create_app(Source(lambda: linker, lambda: ""), name=f"colours {HOSTILE}", examples=examples)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)

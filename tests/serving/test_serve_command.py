@@ -17,11 +17,10 @@ from typer.testing import CliRunner
 
 import dsmip
 from dsmip.exporting.export import ExportOptions, export_run
-from dsmip.linking.load import LoadOptions
+from dsmip.linking.load import LoadOptions, examples_of
 from dsmip.runs.run import Run
 from dsmip.serving.served import Served, Source, stamp_of
 from ray_jobs.cli import app
-from ray_jobs.local_jobs.serve import examples_of
 from tests.support.cluster.ray_heads import wait_until
 from tests.support.cluster.serving import served
 
@@ -81,8 +80,8 @@ def test_a_port_in_use_and_a_model_that_is_none_are_said_in_one_line(run: Run, t
 def test_a_bundle_is_served_too_and_opened_again_when_it_is_exported_again(run: Run, tmp_path: Path) -> None:
     bundle, options = tmp_path / "bundle", LoadOptions()
     export_run(run.folder, bundle, torch.device("cpu"), ExportOptions(with_backbone=True))
-    assert examples_of(bundle, options) == examples_of("hf-hub:owner/name", options) == []
-    assert [each.word for each in examples_of(run.folder, options)] == [
+    assert examples_of(bundle, options) == examples_of(run.folder, options)
+    assert [each.word for each in examples_of(bundle)] == [
         each.word for each in islice(run.dataset.mentions("test"), 4)
     ]
     served = Served(Source(lambda: dsmip.load(bundle), lambda: stamp_of(bundle)))
