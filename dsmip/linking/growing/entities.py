@@ -287,4 +287,6 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: somebody else is changing its entities; try again when that is done") from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be locked ({error.strerror}); change it on another disk") from None
         yield

@@ -26,7 +26,7 @@ from tests.support.scoring.grown import (
 )
 from tests.support.scoring.linked_runs import small_system
 
-QUICK = ("fused", "blink")  # the others are slow tests
+QUICK = ("fused",)  # the others are slow tests
 OPERATIONS = ("add", "remove", "update", "compact")
 
 
@@ -80,7 +80,7 @@ HISTORIES = st.lists(
 )
 
 
-@pytest.mark.parametrize("examples", [5, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_any_history(
     examples: int, config: ExperimentConfig, bundle: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -136,6 +136,7 @@ def test_entities_without_a_picture_tie_wherever_they_are_stored(
         linker.entities.compact()
 
 
+@pytest.mark.slow
 def test_an_index_in_half_precision_grows_in_half_precision(
     config: ExperimentConfig, images: Path, tmp_path: Path
 ) -> None:
