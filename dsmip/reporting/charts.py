@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 _WIDTH, _HEIGHT = 420, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 40
 _TICKS = 5
 _INTERVAL_WIDTH, _INTERVAL_HEIGHT = 140, 12
 NUM_COLOURS = 6  # .s0 ... of the style sheet
@@ -38,8 +38,17 @@ def line_chart(
     y: str,
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
+    counts: bool = False,
 ) -> Markup:
-    """A figure with axes, lines, dots that say their values, and a legend where there are several lines."""
+    """A figure with axes, lines, dots that say their values, and a legend where there are several lines.
+
+    Args:
+        title: Its name.
+        lines: What is drawn.
+        x, y: Names of the axes.
+        x_range, y_range: From and to (default: all points).
+        counts: x counts something: no ticks between whole numbers.
+    """
     xs, ys = ([point[side] for line in lines for point in line.points] for side in (0, 1))
     x_low, x_high = x_range or _padded(xs)
     y_low, y_high = y_range or _padded(ys)
@@ -56,6 +65,8 @@ def line_chart(
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{place}" y2="{place}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{at_y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in ticks(x_low, x_high):
+        if counts and value % 1:
+            continue
         parts.append(f'<text x="{at_x(value):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x)}</text>')

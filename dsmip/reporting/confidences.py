@@ -27,7 +27,12 @@ _LABELS = {
     "false_alarms": "false alarms",
     "f1": "F1",
 }
-_TITLES = {"right": "the best link is right", "known": "the entity is in the knowledge base"}
+_RIGHT, _KNOWN, _UNKNOWN = (
+    "the best link is right",
+    "the entity is in the knowledge base",
+    "saying that it is not there",
+)
+_TITLES = {"right": _RIGHT, "known": _KNOWN}
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,7 @@ def confidences(run: EvaluatedRun) -> Confidences:
         UserError: The file of its calibration is damaged.
     """
     stored = run.main.metrics.get("calibration")
-    name = f"{evaluation_name(CALIBRATED_ON, run.shown)}/{CALIBRATION}"
-    storage = run.parts.storage
-    if name in storage.glob(name):
-        storage.pull(name)
-    path = storage.folder / name
+    path = run.parts.folder / evaluation_name(CALIBRATED_ON, run.shown) / CALIBRATION
     again = run.evaluate_command(run.shown)
     if not stored:
         before = "" if path.is_file() else run.command("calibrate", "--model", run.shown) + " && "
@@ -92,7 +93,8 @@ def _rows(stored: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
             value = stored.get(question, {}).get(name)
             if value is not None:
                 interval = stored[question].get("confidence", {}).get(name)
-                rows.append((title, label, figure(name, value, interval)))
+                answer = _UNKNOWN if question == "known" and name != "auroc" else title
+                rows.append((answer, label, figure(name, value, interval)))
     return rows
 
 

@@ -191,10 +191,10 @@
     const item = show();
     if (alone === null) {
       at("state").textContent = `Mention ${id} is not on this page; all ${mentions.length} mentions`;
-      at("mentions").scrollIntoView();
+      at("mentions").scrollIntoView({ behavior: "instant" });
     } else {
       item.firstChild.focus({ preventScroll: true });
-      item.scrollIntoView();
+      item.scrollIntoView({ behavior: "instant" });
     }
   }
 

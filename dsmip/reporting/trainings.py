@@ -68,5 +68,5 @@ def _training(name: str, report: Mapping[str, Any]) -> PartTraining:
             if math.isfinite(epoch.get(key, math.nan))
         ]
         if len(points) > 1:
-            charts.append(line_chart(f"{name}: {label}", [Line(label, points)], x="epoch", y=label))
+            charts.append(line_chart(f"{name}: {label}", [Line(label, points)], x="epoch", y=label, counts=True))
     return PartTraining(name, summary, tuple(charts), tuple(map(str, report.get("warnings", []))))

@@ -21,6 +21,7 @@ from dsmip.reporting.evaluations import read_evaluated_run
 from dsmip.reporting.mentions import shown_mentions
 from dsmip.reporting.page import ReportOptions, write_report
 from dsmip.runs.run import Run
+from dsmip.storage.locations import open_run_storage
 from ray_jobs import cli
 from tests.support.small_release import HOSTILE
 
@@ -298,3 +299,19 @@ def test_two_that_were_not_evaluated_alike_need_across(reported: Path, report: R
     with pytest.raises(UserError, match="were not evaluated alike"):
         report(reported, other)
     assert "run 1 right" in report(reported, other, across=True).source
+
+
+@pytest.mark.slow
+def test_a_run_in_an_object_store(reported: Path, bucket: str, tmp_path: Path) -> None:
+    there = open_run_storage(f"{bucket}/run")
+    for path in sorted(reported.rglob("*")):
+        if path.is_file():
+            with there.atomic(path.relative_to(reported).as_posix()) as temporary:
+                shutil.copyfile(path, temporary)
+    shutil.rmtree(there.folder)
+    write_report(tmp_path / "there.html", f"{bucket}/run")
+    write_report(tmp_path / "here.html", reported)
+    found, expected = Page(tmp_path / "there.html"), Page(tmp_path / "here.html")
+    assert found.numbers == expected.numbers
+    assert found.mentions["mentions"] == expected.mentions["mentions"]
+    assert f"{bucket}/run" in found.text
