@@ -32,6 +32,7 @@ from dsmip.linking.bundle import (
     Segment,
     stated_files,
 )
+from dsmip.linking.growing.index_storage import stored_as
 from dsmip.linking.growing.segment_files import entity_table
 from dsmip.linking.growing.segments import ENTITY_SCHEMA, GROUP_ROWS, read_index
 from dsmip.linking.load import LoadOptions, examples_of_data, load_linker
@@ -118,7 +119,7 @@ def _write_index(source: Path, plan: IndexPlan, bundle: Path, dtype: IndexDtype)
             _copy(source / name, target / name)
         return None
     for name in plan.slices:
-        Table.load(source / name).cast(torch.float16).save(target / name)
+        stored_as(Table.load(source / name), dtype).save(target / name)
     finish_index(target, dict(plan.made_from), {target / name: rows for name, rows in plan.slices.items()})
     return read_index(bundle, [Segment(folder="", entities=sum(map(len, plan.slices.values())))])
 

@@ -34,7 +34,7 @@ from dsmip.storage.parsing import parse_json_object
 BUNDLE = "bundle.json"
 FORMAT: Literal[1] = 1
 ENTITIES, CALIBRATION, INDEX, FILES, CARD = "entities.parquet", "calibration.json", "index", "files", "README.md"
-IndexDtype = Literal["float32", "float16"]
+IndexDtype = Literal["float32", "float16", "int8"]
 SEGMENTS = "segments"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*")
 

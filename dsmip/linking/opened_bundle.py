@@ -10,9 +10,11 @@ from dsmip.calibration.calibration import read_calibration
 from dsmip.errors import UserError
 from dsmip.linking.bundle import (
     CALIBRATION,
+    INDEX,
     BundledParts,
     BundleFile,
     BundleManifest,
+    IndexDtype,
     bundled_config,
     check_files,
     read_manifest,
@@ -23,8 +25,12 @@ from dsmip.linking.growing.segments import read_entities, read_index
 from dsmip.linking.hub import HUB
 from dsmip.linking.linker import LinkedModel, Linker, Origin
 from dsmip.linking.search import ExactSearch, SecondStage
+from dsmip.memory import free_memory
 from dsmip.rank_options import RankOptions
 from dsmip.runs.loaded_model import CONFIG, LoadedModel, TrainedParts
+
+_TIMES: Mapping[IndexDtype, int] = {"float32": 0, "float16": 2, "int8": 4}
+"""How much more memory than disk an index takes; float32 is mapped, and takes none."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class BundleSource:
             opened = replace(before, checked=manifest.files)
         else:
             opened = self._model(manifest)
+        _check_index_fits(self.name, manifest, free_memory())
         model, segments = opened.model, manifest.all_segments
         linked = LinkedModel(
             model.name,
@@ -137,6 +144,20 @@ class BundleSource:
         whole_images = opened.second_stage is not None and opened.second_stage.reads_images
         return EntityPreparer(
             opened.model.matcher, opened.encoders, opened.feature_dtype, self.device, whole_images, opened.files
+        )
+
+
+def _check_index_fits(name: str, manifest: BundleManifest, free: int | None) -> None:
+    """
+    Raises:
+        UserError: The index takes more memory than the `free` bytes (None: it is tried).
+    """
+    stored = sum(file.bytes for path, file in manifest.files.items() if f"{INDEX}/" in path)
+    needed = stored * _TIMES[manifest.index_dtype]
+    if free is not None and needed > free:
+        raise UserError(
+            f"{name}: its index takes {needed / 2**30:.1f} GiB of memory, read as float32, and {free / 2**30:.1f} "
+            "GiB are free; take a machine with more, or export it with --index-dtype float32, which stays on disk"
         )
 
 

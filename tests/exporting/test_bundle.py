@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import dsmip
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.exporting.export import ExportOptions, export_run
-from dsmip.linking.bundle import BUNDLE, CARD, ENTITIES
+from dsmip.linking.bundle import BUNDLE, CARD, ENTITIES, IndexDtype
 from dsmip.linking.hub import HUB
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
@@ -115,16 +116,24 @@ def test_a_part_alone_and_a_folder_that_is_taken(run: Run, bundle: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_index_in_half_precision(run: Run, bundle: Path, tmp_path: Path) -> None:
-    export_run(run.folder, tmp_path / "half", CPU, ExportOptions(index_dtype="float16"))
-    whole, half = (next((each / "index").glob("slice-*")).stat().st_size for each in (bundle, tmp_path / "half"))
-    assert half < 0.8 * whole  # some columns are whole numbers
+@pytest.mark.parametrize(("dtype", "times"), [("float16", 2), ("int8", 4)])
+def test_an_index_that_is_stored_smaller(
+    run: Run, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: IndexDtype, times: int
+) -> None:
+    export_run(run.folder, tmp_path / "small", CPU, ExportOptions(index_dtype=dtype))
+    whole, small = (next((each / "index").glob("slice-*")).stat().st_size for each in (bundle, tmp_path / "small"))
+    assert small < 0.9 * whole  # rows are narrow here, and some columns are whole numbers
     for links, expected in zip(
-        scores(dsmip.load(tmp_path / "half"), MENTIONS), scores(dsmip.load(bundle), MENTIONS), strict=True
+        scores(dsmip.load(tmp_path / "small"), MENTIONS), scores(dsmip.load(bundle), MENTIONS), strict=True
     ):
         found = {entity_id: score for entity_id, _, _, score, _ in links}
-        assert found == pytest.approx({entity_id: score for entity_id, _, _, score, _ in expected}, rel=0.02, abs=0.02)
-    row = next(line for line in (tmp_path / "half" / CARD).read_text().splitlines() if "the index as stored" in line)
+        assert found == pytest.approx({entity_id: score for entity_id, _, _, score, _ in expected}, rel=0.02, abs=0.05)
+    stored = sum(path.stat().st_size for path in (tmp_path / "small" / "index").iterdir())
+    for free, fits in ((times * stored, True), (times * stored - 1, False)):
+        monkeypatch.setattr("dsmip.linking.opened_bundle.free_memory", lambda free=free: free)
+        with nullcontext() if fits else pytest.raises(dsmip.UserError, match=r"its index takes .* GiB of memory"):
+            dsmip.load(tmp_path / "small")
+    row = next(line for line in (tmp_path / "small" / CARD).read_text().splitlines() if "the index as stored" in line)
     assert all(float(cell.strip(" %")) > 80 for cell in row.split("|")[2:4])
     assert "the index as stored" not in (bundle / CARD).read_text()
 

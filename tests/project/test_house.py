@@ -21,6 +21,7 @@ GROUND = (
     "dsmip.distributed",
     "dsmip.errors",
     "dsmip.keys",
+    "dsmip.memory",
     "dsmip.messages",
     "dsmip.parallel",
     "dsmip.private",

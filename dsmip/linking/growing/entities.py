@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dsmip.data.records import Entity
 from dsmip.errors import UserError
@@ -36,7 +35,6 @@ from dsmip.progress import CountRows, Progress, counting, no_progress
 from dsmip.storage.atomic import write_json
 
 LOCK = ".lock"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ class BundleEntities:
         if preparer.files != manifest.model_files:
             raise UserError(f"{self.folder}: its model is another one by now; open the bundle again")
         without_image = WithoutImage(lambda: find_without_image(self.folder, manifest.all_segments))
-        return write_segment(folder, entities, preparer, _DTYPES[manifest.index_dtype], without_image, count)
+        return write_segment(folder, entities, preparer, manifest.index_dtype, without_image, count)
 
     def _new_segment(self) -> tuple[Path, str]:
         """A folder that nothing names yet, and its name in the bundle."""

@@ -11,7 +11,8 @@ from dsmip.data.table import Table, concatenate
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import chunked, encode_entities, whole_features
 from dsmip.evaluation.preparation import prepare_in_tiles, sharing_image
-from dsmip.linking.bundle import BundleFile
+from dsmip.linking.bundle import BundleFile, IndexDtype
+from dsmip.linking.growing.index_storage import restored, stored_as
 from dsmip.units.matcher import Matcher
 
 _TILE = 512  # entities whose features are held at a time
@@ -51,7 +52,7 @@ class EntityPreparer:
     whole_images: bool
     files: Mapping[str, BundleFile]
 
-    def prepared(self, entities: Sequence[Entity], dtype: torch.dtype, without_image: "WithoutImage") -> Table:
+    def prepared(self, entities: Sequence[Entity], dtype: IndexDtype, without_image: "WithoutImage") -> Table:
         """Prepared entities, on the CPU.
 
         Args:
@@ -61,14 +62,14 @@ class EntityPreparer:
         """
         return concatenate([self._tile(tile, dtype, without_image) for tile in chunked(entities, _TILE)])
 
-    def _tile(self, entities: Sequence[Entity], dtype: torch.dtype, without_image: "WithoutImage") -> Table:
+    def _tile(self, entities: Sequence[Entity], dtype: IndexDtype, without_image: "WithoutImage") -> Table:
         lacking_E = torch.tensor([not each.images for each in entities])
 
         def alone(row: int) -> Table:
-            return without_image.shared(lambda: self._computed([entities[row]]).cast(dtype))
+            return restored(without_image.shared(lambda: stored_as(self._computed([entities[row]]), dtype)))
 
-        prepared = self._computed(entities).cast(dtype)
-        return sharing_image(self.matcher, prepared, range(len(entities)), lacking_E, alone)
+        prepared = self._computed(entities)
+        return stored_as(sharing_image(self.matcher, prepared, range(len(entities)), lacking_E, alone), dtype)
 
     @torch.no_grad()
     def _computed(self, entities: Sequence[Entity]) -> Table:

@@ -14,7 +14,7 @@ from dsmip.data.records import Entity
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import chunked
 from dsmip.evaluation.index import SLICE_ROWS, EntityIndex, finish_index, index_slices, slice_path
-from dsmip.linking.bundle import ENTITIES, INDEX, Segment
+from dsmip.linking.bundle import ENTITIES, INDEX, IndexDtype, Segment
 from dsmip.linking.growing.preparation import EntityPreparer, WithoutImage
 from dsmip.linking.growing.segments import ENTITY_SCHEMA, GROUP_ROWS, live_rows, stored_tables
 from dsmip.progress import CountRows
@@ -49,7 +49,7 @@ def write_segment(
     folder: Path,
     entities: Iterable[Entity],
     preparer: EntityPreparer,
-    dtype: torch.dtype,
+    dtype: IndexDtype,
     without_image: WithoutImage,
     count: CountRows,
 ) -> int:

@@ -18,6 +18,7 @@ from dsmip.data.table import Table, concatenate
 from dsmip.errors import UserError
 from dsmip.evaluation.index import EntityIndex
 from dsmip.linking.bundle import ENTITIES, INDEX, Segment
+from dsmip.linking.growing.index_storage import restored
 from dsmip.linking.knowledge_base import KnowledgeBase
 
 if TYPE_CHECKING:
@@ -54,14 +55,14 @@ def stored_tables(folder: Path, segment: Segment) -> Iterator[Table]:
 
 
 def read_index(folder: Path, segments: Sequence[Segment]) -> EntityIndex:
-    """The index of segments as it is searched: numbers in half precision are held in single precision.
+    """The index of segments as it is searched, in single precision: in memory where it is stored in another one.
 
     Raises:
         UserError: A slice is missing or cut off.
     """
     tables, few = list[Table](), list[Table]()
     for stored in (table for segment in segments for table in stored_tables(folder, segment)):
-        table = stored.cast(torch.float32)
+        table = restored(stored)
         if len(table) < _FEW_ROWS:
             few.append(table)
             continue

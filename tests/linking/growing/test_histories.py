@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import dsmip
 from dsmip.config import ExperimentConfig
-from dsmip.linking.bundle import read_manifest
+from dsmip.linking.bundle import IndexDtype, read_manifest
 from dsmip.models import systems
 from dsmip.runs.load_config import changed
 from tests.support.scoring.grown import (
@@ -137,11 +137,12 @@ def test_entities_without_a_picture_tie_wherever_they_are_stored(
 
 
 @pytest.mark.slow
-def test_an_index_in_half_precision_grows_in_half_precision(
-    config: ExperimentConfig, images: Path, tmp_path: Path
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("int8", 5e-2)])
+def test_an_index_that_is_stored_smaller_grows_as_it_is(
+    config: ExperimentConfig, images: Path, tmp_path: Path, dtype: IndexDtype, tolerance: float
 ) -> None:
     records = [record(number) for number in range(6)]
-    bundle = exported(tmp_path / "half", config, records[:3], index_dtype="float16")
+    bundle = exported(tmp_path / "small", config, records[:3], index_dtype=dtype)
     linker = dsmip.load(bundle)
     linker.entities.add(records[3:], images=images)
     linker.entities.remove(["Q1"])
@@ -150,8 +151,9 @@ def test_an_index_in_half_precision_grows_in_half_precision(
     manifest, _ = read_manifest(bundle)
     slices = [name for name in manifest.files if name.endswith(".safetensors") and "slice" in name]
     assert slices
-    floats = {each.dtype for name in slices for each in load_file(bundle / name).values() if each.is_floating_point()}
-    assert floats == {torch.float16}
-    anew = exported(tmp_path / "anew", config, [records[0], *records[2:]], index_dtype="float16")
+    tensors = {path: each for name in slices for path, each in load_file(bundle / name).items()}
+    rows = {path: each.dtype for path, each in tensors.items() if each.ndim > 1 and "#scale" not in path}
+    assert set(rows.values()) == {getattr(torch, dtype)}, rows
+    anew = exported(tmp_path / "anew", config, [records[0], *records[2:]], index_dtype=dtype)
     for found in (grown, dsmip.load(bundle)):
-        assert_same(found, dsmip.load(anew), tolerance=2e-3)
+        assert_same(found, dsmip.load(anew), tolerance=tolerance)
