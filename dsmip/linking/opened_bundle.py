@@ -24,8 +24,8 @@ from dsmip.linking.growing.preparation import EntityPreparer, ItemEncoder
 from dsmip.linking.growing.segments import read_entities, read_index
 from dsmip.linking.hub import HUB
 from dsmip.linking.linker import LinkedModel, Linker, Origin
+from dsmip.linking.memory import free_memory
 from dsmip.linking.search import ExactSearch, SecondStage
-from dsmip.memory import free_memory
 from dsmip.rank_options import RankOptions
 from dsmip.runs.loaded_model import CONFIG, LoadedModel, TrainedParts
 

@@ -21,7 +21,6 @@ GROUND = (
     "dsmip.distributed",
     "dsmip.errors",
     "dsmip.keys",
-    "dsmip.memory",
     "dsmip.messages",
     "dsmip.parallel",
     "dsmip.private",

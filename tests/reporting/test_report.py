@@ -221,6 +221,7 @@ def test_two_models_side_by_side(reported: Path, report: Report) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_it_needs_neither_ray_nor_a_model(reported: Path, tmp_path: Path) -> None:
     """The run has no weights, features or index any more."""
     page = tmp_path / "page.html"

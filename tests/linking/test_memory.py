@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmip.memory import free_memory
+from dsmip.linking.memory import free_memory
 
 MEMINFO = "MemTotal:       24683648 kB\nMemAvailable:    1048576 kB\n"
 
