@@ -12,10 +12,10 @@ from dsmip.encoders.feature_cache import fingerprint
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
 from dsmip.evaluation.report import stored_calibration
-from dsmip.linking.bundle import BUNDLE, Example, is_bundle, read_manifest
+from dsmip.linking.bundle import BUNDLE, Example, read_manifest
+from dsmip.linking.found_bundles import find_bundle
 from dsmip.linking.growing.entities import BundleEntities
 from dsmip.linking.growing.preparation import ItemEncoder
-from dsmip.linking.hub import HUB, bundle_of_hub
 from dsmip.linking.knowledge_base import KnowledgeBase
 from dsmip.linking.linker import LinkedModel, Linker, Origin
 from dsmip.linking.opened_bundle import BundleSource, second_stage_of
@@ -50,11 +50,8 @@ def examples_of(location: Location, options: LoadOptions = LoadOptions()) -> tup
     Raises:
         UserError: No run, data or bundle there.
     """
-    if isinstance(location, str) and location.startswith(HUB):
-        return read_manifest(bundle_of_hub(location))[0].examples
-    folder = None if isinstance(location, RunStorage) else local_path(location)
-    if folder is not None and is_bundle(folder):
-        return read_manifest(folder)[0].examples
+    if (bundle := find_bundle(location)) is not None:
+        return read_manifest(bundle.folder)[0].examples
     return examples_of_data(Run.open(location, options.data).dataset)
 
 
@@ -76,7 +73,7 @@ def load_linker(
     """The linker of a run or a bundle. A run's index is the one of `dsmip evaluate`, and is built where it is missing.
 
     Args:
-        location: A folder; of a run also its URI in an object store, of a bundle also hf-hub:owner/name.
+        location: A folder, or its URI in an object store; of a bundle also hf-hub:owner/name.
         device: Where mentions are encoded and scored.
         options: Which model of a run, and where its data is.
         progress: Of the index, while it is built.
@@ -85,11 +82,9 @@ def load_linker(
     Raises:
         UserError: No run, model or data there, a model that cannot be indexed, or a damaged bundle.
     """
-    if isinstance(location, str) and location.startswith(HUB):
-        return _of_bundle(BundleSource(bundle_of_hub(location), location, device, options.rank), options)
+    if (bundle := find_bundle(location)) is not None:
+        return _of_bundle(BundleSource(bundle, str(location), device, options.rank), options)
     folder = None if isinstance(location, RunStorage) else local_path(location)
-    if folder is not None and is_bundle(folder):
-        return _of_bundle(BundleSource(folder, str(location), device, options.rank), options)
     if folder is not None and not (folder / STAMP).is_file():
         raise UserError(f"{location}: neither a run nor a bundle (no {STAMP}, no {BUNDLE})")
     opened = OpenedModel(Run.open(location, options.data), options.model)
@@ -125,12 +120,10 @@ def load_entities(location: Location, device: torch.device) -> BundleEntities:
     Raises:
         UserError: There is none, or one that is not to be changed.
     """
-    folder = None if isinstance(location, RunStorage) else local_path(location)
-    if isinstance(location, str) and location.startswith(HUB):
-        folder = bundle_of_hub(location)
-    elif folder is None or not is_bundle(folder):
+    bundle = find_bundle(location)
+    if bundle is None:
         raise UserError(_no_bundle(location))
-    found = BundleSource(folder, str(location), device).entities()
+    found = BundleSource(bundle, str(location), device).entities()
     if isinstance(found, str):
         raise UserError(found)
     return found

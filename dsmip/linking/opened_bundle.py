@@ -19,10 +19,10 @@ from dsmip.linking.bundle import (
     check_files,
     read_manifest,
 )
+from dsmip.linking.found_bundles import FoundBundle
 from dsmip.linking.growing.entities import BundleEntities
 from dsmip.linking.growing.preparation import EntityPreparer, ItemEncoder
 from dsmip.linking.growing.segments import read_entities, read_index
-from dsmip.linking.hub import HUB
 from dsmip.linking.linker import LinkedModel, Linker, Origin
 from dsmip.linking.memory import free_memory
 from dsmip.linking.search import ExactSearch, SecondStage
@@ -55,16 +55,20 @@ class BundleSource:
     """A bundle that linkers are opened from.
 
     Attributes:
-        folder: It.
+        bundle: It.
         name: What messages call it.
         device: Where items are encoded and scored.
         rank: How pairs are scored.
     """
 
-    folder: Path
+    bundle: FoundBundle
     name: str
     device: torch.device
     rank: RankOptions = RankOptions()
+
+    @property
+    def folder(self) -> Path:
+        return self.bundle.folder
 
     def linker(self, before: _BundledModel | None = None) -> Linker:
         """The linker of what the bundle is now.
@@ -132,8 +136,8 @@ class BundleSource:
         )
 
     def _entities(self, opened: _BundledModel | None) -> BundleEntities | str:
-        if self.name.startswith(HUB):
-            return f"{self.name} is the hub's: copy the bundle into a folder of your own to change its entities"
+        if self.bundle.why_kept is not None:
+            return self.bundle.why_kept
         return BundleEntities(self.folder, lambda: self._preparer(opened))
 
     def _preparer(self, opened: _BundledModel | None) -> EntityPreparer:

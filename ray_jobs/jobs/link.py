@@ -18,7 +18,7 @@ import torch
 
 from dsmip.errors import UserError
 from dsmip.linking.bulk import BulkOptions
-from dsmip.linking.hub import HUB
+from dsmip.linking.found_bundles import HUB
 from dsmip.rank_options import named_device
 from dsmip.storage.locations import Location, local_path
 from dsmip.storage.run_storage import RunStorage

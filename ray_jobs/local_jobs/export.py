@@ -9,7 +9,7 @@ from dsmip.errors import UserError
 from dsmip.evaluation.stored.ranks import read_ranks
 from dsmip.exporting.export import ExportOptions, export_run
 from dsmip.exporting.trec import write_trec
-from dsmip.linking.hub import push_bundle
+from dsmip.linking.found_bundles import push_bundle
 from dsmip.rank_options import device_here
 from dsmip.storage.locations import Location
 from ray_jobs.terminal.display import Display

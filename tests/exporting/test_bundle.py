@@ -16,10 +16,12 @@ from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.exporting.export import ExportOptions, export_run
 from dsmip.linking.bundle import BUNDLE, CARD, ENTITIES, IndexDtype
-from dsmip.linking.hub import HUB
+from dsmip.linking.found_bundles import HUB
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
+from dsmip.storage.object_store import ObjectStore as StoreOfUris
 from ray_jobs.cli import app
+from tests.support.object_store import ObjectStore
 from tests.support.scoring.linked_runs import finished_run, small_system
 
 CPU = torch.device("cpu")
@@ -211,3 +213,31 @@ def test_a_bundle_of_the_hubs_cache(bundle: Path, tmp_path: Path, monkeypatch: p
         dsmip.load(f"{HUB}somebody/linker")
     with pytest.raises(dsmip.UserError, match="hf-hub:nobody/nothing cannot be had"):
         dsmip.load(f"{HUB}nobody/nothing")
+
+
+@pytest.mark.slow
+def test_a_bundle_in_an_object_store(bundle: Path, bucket: str, object_store: ObjectStore) -> None:
+    store = StoreOfUris(bucket)
+    for path in (path for path in bundle.rglob("*") if path.is_file()):
+        store.put(path, path.relative_to(bundle).as_posix())
+    linker = dsmip.load(bucket)
+    assert scores(linker, MENTIONS) == scores(dsmip.load(bundle), MENTIONS)
+    weights = f"{bucket}/text/weights.safetensors"
+    reads = object_store.num_reads()[weights]
+    assert reads > 0
+    dsmip.load(f"{bucket}/")  # what is here already is not fetched again
+    assert object_store.num_reads()[weights] == reads
+    with pytest.raises(dsmip.UserError, match="is in a store: copy the bundle into a folder of your own"):
+        linker.entities.remove(["Q1"])
+    changed = json.loads((bundle / BUNDLE).read_text())
+    changed["files"]["lost.txt"] = {"bytes": 1, "sha256": "0" * 64}
+    store.write(BUNDLE, json.dumps(changed).encode())
+    with pytest.raises(dsmip.UserError, match=r"lost\.txt is missing: the bundle is damaged"):
+        dsmip.load(bucket)
+    changed["files"] = {"../outside": changed["files"]["lost.txt"]}
+    store.write(BUNDLE, json.dumps(changed).encode())
+    with pytest.raises(dsmip.UserError, match="is no name of a bundle's file"):
+        dsmip.load(bucket)
+    store.write(BUNDLE, b"\xff")
+    with pytest.raises(dsmip.UserError, match=r"bundle\.json"):
+        dsmip.load(bucket)
