@@ -65,7 +65,8 @@ def _check_different(evaluations: Sequence[Evaluation]) -> None:
     for each in evaluations:
         key = each.run.location, each.model
         if key in seen:
-            raise UserError(f"{each} is named twice; give another RUN2, or --model1 and --model2")
+            twice = f"both are {each}" if len(evaluations) == 2 else f"{each} is named twice"
+            raise UserError(f"{twice}; give another RUN2, or --model1 and --model2")
         seen.add(key)
 
 

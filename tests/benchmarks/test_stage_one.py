@@ -43,6 +43,7 @@ def test_towers_that_train_take_a_forward_pass_more_than_frozen_ones() -> None:
     assert 1.3 < full / frozen < 1.6  # three passes against two; prompts are a few tokens more
 
 
+@pytest.mark.slow
 def test_towers_are_measured_as_they_are(narrow_backbone: Path) -> None:
     rates = tower_rates(str(narrow_backbone), 8, "fp32", CPU, rounds=1, compiled=False)
     assert [(one.case, one.compiled) for one in rates] == [(case.name, False) for case in CASES]

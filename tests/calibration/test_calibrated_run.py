@@ -48,6 +48,7 @@ def dsmip(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
+@pytest.mark.slow
 def test_evaluations_report_confidences_once_it_is_calibrated(calibrated: Run) -> None:
     folder = str(calibrated.folder)
     assert stored_calibration(calibrated, "dsmip") is None

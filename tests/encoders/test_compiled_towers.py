@@ -71,6 +71,7 @@ def test_a_missing_compiler_is_named(
         compile_towers(expert(narrow_backbone, "frozen", 0))
 
 
+@pytest.mark.slow
 def test_what_is_compiled_lies_in_a_private_folder(
     narrow_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -328,6 +328,7 @@ def stored(evaluated: Evaluated) -> dict[str, Any]:
     return metrics
 
 
+@pytest.mark.slow
 def test_an_evaluation_has_them_in_a_section_of_their_own(run: Run, exact: Evaluated) -> None:
     metrics = stored(evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU, candidates=4))
     section = metrics.pop("candidates")

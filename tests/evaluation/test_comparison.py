@@ -292,6 +292,7 @@ def test_a_damaged_or_an_old_file_is_named(
     assert f"ranks.parquet: the file is damaged; make it again: dsmip evaluate --run {second}" in refused(first, second)
 
 
+@pytest.mark.slow
 def test_it_runs_without_ray(first: Path, small_config: ExperimentConfig) -> None:
     evaluation(first, small_config, SECOND, model="text")
     code = (

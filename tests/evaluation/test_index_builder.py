@@ -98,6 +98,7 @@ def test_what_an_interrupted_caller_had_finished_is_kept(run: Run, expected: dic
     assert hashes(files) == expected
 
 
+@pytest.mark.slow
 def test_cached_features_of_the_kb_give_the_same_bytes(run: Run) -> None:
     """Of the gated whole, which reads features of four encoders; one of them is not cached."""
     found = []

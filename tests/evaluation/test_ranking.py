@@ -118,6 +118,7 @@ def rank_slice() -> dict[str, Tensor]:
     return {"better": ranking.counts.better_M, "tied": ranking.counts.tied_M, "band": band, "close": close_M}
 
 
+@pytest.mark.slow
 def test_slices_of_the_kb_add_up(tmp_path: Path) -> None:
     scores_ME, gold_M = example()
     expected = ranked(scores_ME, gold_M)

@@ -242,6 +242,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         read_status(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_needs_neither_ray_nor_data(folder: Path) -> None:
     """Its JSON file holds what the table shows; a damaged file is no reason to fail."""
     stamp: dict[str, Any] = json.loads((folder / "run.json").read_text())

@@ -97,6 +97,7 @@ def test_a_resumed_training_equals_an_unbroken_one(
     assert all(torch.equal(tensor, weights(second)[name]) for name, tensor in weights(whole).items())
 
 
+@pytest.mark.slow
 def test_pairs_are_learnt(small_data: Dataset, narrow_backbone: Path, tmp_path: Path) -> None:
     config = PretrainConfig(epochs=60, batch_size=8, learning_rate=5e-3, weight_decay=0.0, warmup_steps=2)
     backbone = Backbone.build(str(narrow_backbone), None)

@@ -109,7 +109,7 @@ def _a_link(file: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        _cut_off,
+        pytest.param(_cut_off, marks=pytest.mark.slow),
         _planted,
         *(pytest.param(each, marks=pytest.mark.slow) for each in (_empty, _without_digest, _written_by_others)),
         pytest.param(_a_link, marks=pytest.mark.slow),

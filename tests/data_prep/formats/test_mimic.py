@@ -265,6 +265,7 @@ def _zip(path: Path, members: dict[str, bytes]) -> None:
             archive.writestr(name, content)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "data/emoji_mel").is_dir(), reason="needs the emoji release")
 def test_emoji_release_is_read_whole() -> None:
     release = MimicRelease(SHARED / "data/emoji_mel")

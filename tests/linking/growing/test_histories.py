@@ -80,7 +80,7 @@ HISTORIES = st.lists(
 )
 
 
-@pytest.mark.parametrize("examples", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_any_history(
     examples: int, config: ExperimentConfig, bundle: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

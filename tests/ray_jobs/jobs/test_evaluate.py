@@ -114,6 +114,7 @@ class Damaged(RankingFiles):
         raise UserError(f"no room for {names[0]}")
 
 
+@pytest.mark.slow
 def test_a_users_mistake_comes_from_a_builder_as_it_is(run: Run) -> None:
     damaged = subclassed(Damaged, plan_files(OpenedEvaluation(run, "test", "multimodal"), slice_rows=6))
     with pytest.raises(UserError, match=r"^no room for (test|slice-00000[01])\.safetensors$"):
@@ -206,6 +207,7 @@ def test_workers_rank_other_data_as_one_process(run: Run, tmp_path: Path) -> Non
     assert written[0] == written[1]
 
 
+@pytest.mark.slow
 def test_nan_of_a_worker_is_told_with_names(run: Run) -> None:
     matcher = run.load_part("visual", with_encoder=True)
     with torch.no_grad():

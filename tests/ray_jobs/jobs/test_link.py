@@ -84,6 +84,7 @@ def assert_workers_make_the_same(model: LinkModel, run: Run, mentions: Path, fol
     assert (folder / "two.parquet").read_bytes() == (folder / "one.parquet").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster", "small_blocks")
 def test_workers_make_the_file_that_one_process_makes(run: Run, mentions: Path, tmp_path: Path) -> None:
     assert_workers_make_the_same(model_of(run), run, mentions, tmp_path)
