@@ -104,7 +104,7 @@ def _line_value(line: bytes, number: int) -> Any:
     if len(line) > MAX_RECORD:
         return BrokenLine(f"line {number}: longer than {MAX_RECORD} bytes")
     try:
-        return _DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        return _DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return BrokenLine(f"line {number} column {error.start + 1}: not UTF-8 text")
     except json.JSONDecodeError as error:

@@ -29,6 +29,12 @@ class Agreement:
     same_best: float
     recall: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.search} finds the same best entity for {self.same_best:.1%} of validation mentions, and "
+            f"{self.recall:.1%} of their best {TOP}"
+        )
+
 
 def measured_agreement(linker: Linker, dataset: Dataset, small_index: EntityIndex | None = None) -> list[Agreement]:
     """Agreements on validation mentions, of a smaller form of the linker's index, and of candidates.

@@ -13,14 +13,21 @@ _PROTOCOL = (
     "Every mention of the test split is ranked against all entities of the knowledge base; ties count half. "
     "Intervals are 95 % bootstrap intervals over mentions."
 )
+_OF_WHOLE_INDEX = (
+    "These figures, and the calibration, are of the index in single precision; this bundle stores it smaller, and the "
+    "first line below says what that finds of it."
+)
 
 
-def model_card(opened: OpenedModel, agreements: Sequence[Agreement], *, with_backbone: bool) -> str:
+def model_card(
+    opened: OpenedModel, agreements: Sequence[Agreement], *, with_backbone: bool, stored_smaller: bool
+) -> str:
     """The text of README.md.
 
     Args:
         opened: The model.
         agreements: Of cheaper searches with the exact one.
+        stored_smaller: The index is stored in less than single precision.
         with_backbone: The bundle has the backbone's tensors; else its tag brings them.
     """
     run, model = opened.run, opened.model
@@ -52,6 +59,7 @@ def model_card(opened: OpenedModel, agreements: Sequence[Agreement], *, with_bac
         "## How good it is",
         "",
         *_figures(opened),
+        *(["", _OF_WHOLE_INDEX] if stored_smaller and agreements else []),
         *_searches(agreements),
         "",
         "## What it is for",

@@ -3,7 +3,7 @@
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def export_run(
     device: torch.device,
     options: ExportOptions = ExportOptions(),
     progress: Progress = no_progress,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> BundleManifest:
     """Makes the bundle `out`: it is there as a whole, or not at all.
 
@@ -79,6 +80,7 @@ def export_run(
         device: Where the index is built, if it is missing.
         options: What goes in.
         progress: Of the index and of the entities.
+        notice: Takes a line of what a smaller index finds.
 
     Raises:
         UserError: No such run or model, or something is at `out`.
@@ -95,12 +97,17 @@ def export_run(
     try:
         stored = _write_index(index.folder, plan, folder, options.index_dtype)
         found = measured_agreement(linker, opened.run.dataset, stored)
+        if stored is not None and found:
+            notice(f"stored as {options.index_dtype}, {found[0]}")
         _write_parts(opened, folder, options)
         _write_entities(opened, folder / ENTITIES, progress)
         calibration = stored_calibration(opened.run, opened.model.name)
         if calibration is not None and calibration.index == plan.name:
             write_json(folder / CALIBRATION, calibration.model_dump(mode="json"))
-        write_text(folder / CARD, model_card(opened, found, with_backbone=(folder / _BACKBONE).is_file()))
+        write_text(
+            folder / CARD,
+            model_card(opened, found, with_backbone=(folder / _BACKBONE).is_file(), stored_smaller=stored is not None),
+        )
         manifest = _manifest(opened, folder, options.index_dtype)
         write_json(folder / BUNDLE, manifest.model_dump(mode="json"))
         if out.is_dir():

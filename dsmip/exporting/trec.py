@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dsmip.errors import UserError
 from dsmip.evaluation.stored.ranks import StoredRanks
 from dsmip.storage.atomic import write_text
 
@@ -41,7 +42,7 @@ def write_trec(stored: StoredRanks, folder: Path) -> TrecFiles:
     (ties, re-ranked entities before others) they are minus the ranks.
 
     Raises:
-        UserError: The ranks are of an older version.
+        UserError: The ranks are of an older version, or the folder is a file.
     """
     stored.check(_COLUMNS)
     names = [_token(name if not number else f"{name}#{number + 1}") for name, number in stored.mention_keys()]
@@ -50,6 +51,8 @@ def write_trec(stored: StoredRanks, folder: Path) -> TrecFiles:
     if by_rank:
         scores = [[-float(rank) for rank in range(1, len(top) + 1)] for top in tops]
     tag = _token(stored.model)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; --out is the folder of {RUN_FILE} and {QRELS_FILE}")
     folder.mkdir(parents=True, exist_ok=True)
     files = TrecFiles(
         folder / RUN_FILE,

@@ -23,6 +23,7 @@ from dsmip.linking.links import Links
 from dsmip.linking.mentions import ImageFolder, Unreadable
 from dsmip.parallel import map_alone
 from dsmip.storage.atomic import json_text
+from dsmip.storage.locations import local_path
 from dsmip.storage.nearby_files import NearbyFiles
 from dsmip.storage.output_folder import open_output
 
@@ -150,12 +151,15 @@ class LinksFile:
             job: what it is made of (input, model, options): blocks of another job are not gone on with.
 
         Raises:
-            UserError: it is not to be a parquet file.
+            UserError: it is not to be a parquet file, or a folder is in its place.
         """
         self.out, self._key = out, json_text(dict(job))
         self._folder, self._name = open_output(out)
         if not self._name.endswith(".parquet"):
             raise UserError(f"--out {out}: links are written as parquet; give a name that ends in .parquet")
+        here = local_path(out)
+        if here is not None and here.is_dir():
+            raise UserError(f"--out {out}: is a folder; give the name of a parquet file")
         self._parts = f".{self._name}.parts"
 
     @property

@@ -92,13 +92,13 @@ class BundleSource:
         return self._entities(None)
 
     def _opened(self, manifest: BundleManifest, identity: str, before: _BundledModel | None) -> Linker:
+        _check_index_fits(self.name, manifest, free_memory())
         checked = {} if before is None else before.checked
         check_files(self.folder, {name: file for name, file in manifest.files.items() if checked.get(name) != file})
         if before is not None and before.files == manifest.model_files:
             opened = replace(before, checked=manifest.files)
         else:
             opened = self._model(manifest)
-        _check_index_fits(self.name, manifest, free_memory())
         model, segments = opened.model, manifest.all_segments
         linked = LinkedModel(
             model.name,

@@ -15,7 +15,7 @@ from dsmip.config import flat
 from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
 from dsmip.evaluation.metrics import shown_metrics
-from dsmip.evaluation.stored.comparison import Comparison, compare, read_evaluation
+from dsmip.evaluation.stored.comparison import Comparison, compare, read_evaluation, unlike
 from dsmip.pages.templates import asset, base_style, page_environment
 from dsmip.progress import Progress, no_progress
 from dsmip.reporting.confidences import Confidences, confidences
@@ -78,10 +78,10 @@ def write_report(
     if not html.absolute().parent.is_dir():
         raise UserError(f"--html {html}: there is no folder {html.parent}; make it first")
     runs = [read_evaluated_run(location, options.split, options.models[0])]
-    comparison = None
+    comparison, not_alike = None, list[str]()
     if second is not None:
         runs.append(read_evaluated_run(second, options.split, options.models[1]))
-        comparison = _compared(runs, options.across)
+        comparison, not_alike = _compared(runs, options.across)
     dataset = Run.open(runs[0].parts.storage, data).dataset
     sure = [confidences(run) for run in runs]
     right = [each.right for each in sure]
@@ -89,6 +89,7 @@ def write_report(
     about = {
         "parts": [_part(run, confidence) for run, confidence in zip(runs, sure, strict=True)],
         "comparison": comparison,
+        "not_alike": not_alike,
         "outcomes": _outcomes(runs) if comparison else None,
         "groups": group_tables(runs),
         "difficulties": difficulty_tables(runs, dataset),
@@ -130,11 +131,13 @@ def _rendered(about: Mapping[str, Any], shown: ShownMentions) -> str:
     )
 
 
-def _compared(runs: Sequence[EvaluatedRun], across: bool) -> Comparison:
+def _compared(runs: Sequence[EvaluatedRun], across: bool) -> tuple[Comparison, list[str]]:
+    """The comparison, and what was not alike in the two evaluations."""
     first, second = (read_evaluation(run.parts.storage, run.split, run.shown) for run in runs)
     if (first.run.location, first.model) == (second.run.location, second.model):
         raise UserError(f"both are {first}; give another RUN2, or --model and --model2")
-    return compare([first], [second], torch.Generator().manual_seed(0), across=across)
+    found = compare([first], [second], torch.Generator().manual_seed(0), across=across)
+    return found, unlike([first, second])
 
 
 def _outcomes(runs: Sequence[EvaluatedRun]) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """The job `dsmip compare`: two systems on the same mentions, with intervals and p-values. Knows no Ray."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +11,7 @@ from rich.table import Table
 from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
 from dsmip.evaluation.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
-from dsmip.evaluation.stored.comparison import Comparison, Evaluation, compare, protocol_differences, read_evaluation
+from dsmip.evaluation.stored.comparison import Comparison, Evaluation, compare, read_evaluation, unlike
 from dsmip.storage.atomic import write_masked_json
 from dsmip.storage.locations import Location
 from dsmip.storage.parsing import read_json
@@ -51,23 +51,29 @@ def compare_runs(
         raise UserError("RUN1 and RUN2 are a run each, or several with commas between: RUN-0,RUN-1,RUN-2")
     _check_different([*firsts, *seconds])
     found = compare(firsts, seconds, torch.Generator().manual_seed(seed), across=across)
-    unlike = sorted({each for other in (*firsts[1:], *seconds) for each in protocol_differences(firsts[0], other)})
+    not_alike = unlike([*firsts, *seconds])
     if json_file is not None:
         runs = [{"run": str(each.run), "model": each.model, **_made(each)} for each in (*firsts, *seconds)]
-        about = {"runs": runs, "runs_of_first": len(firsts), "split": split, "seed": seed, "across": unlike}
+        about = {"runs": runs, "runs_of_first": len(firsts), "split": split, "seed": seed, "across": not_alike}
         write_masked_json(json_file, {**about, **asdict(found)})
-    _show(firsts, seconds, split, found, unlike)
+    _show(firsts, seconds, split, found, not_alike)
     return found
 
 
 def _check_different(evaluations: Sequence[Evaluation]) -> None:
     seen = set()
     for each in evaluations:
-        key = each.run.location, each.model
+        key = _identity(each)
         if key in seen:
             twice = f"both are {each}" if len(evaluations) == 2 else f"{each} is named twice"
             raise UserError(f"{twice}; give another RUN2, or --model1 and --model2")
         seen.add(key)
+
+
+def _identity(evaluation: Evaluation) -> tuple[str, str]:
+    """The run, wherever a copy of it lies, and the model."""
+    stamp = read_json(evaluation.run.folder / STAMP, lambda stamp: stamp.get("id"))
+    return str(stamp or evaluation.run.location), evaluation.model
 
 
 def _made(evaluation: Evaluation) -> dict[str, Any]:
@@ -78,13 +84,13 @@ def _made(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _show(
-    firsts: Sequence[Evaluation], seconds: Sequence[Evaluation], split: str, found: Comparison, unlike: Sequence[str]
+    firsts: Sequence[Evaluation], seconds: Sequence[Evaluation], split: str, found: Comparison, not_alike: Sequence[str]
 ) -> None:
     console = result_console()
     console.print(f"{found.num_mentions} mentions of {split}")
     for number, side in enumerate((firsts, seconds), start=1):
         console.print(f"  {number}: {', '.join(map(str, side))}", soft_wrap=True)
-    for difference in unlike:
+    for difference in not_alike:
         console.print(f"  not evaluated alike: {difference}", soft_wrap=True)
     metrics = Table("", "1", "2", "2 - 1", f"{LEVEL:.0%} interval", "p")
     for name, metric in found.metrics.items():
@@ -92,11 +98,11 @@ def _show(
         figures = map(_figure, (metric.first, metric.second), metric.deviations)
         metrics.add_row(name, *figures, f"{metric.difference:+.3f}", _interval(metric.interval), p_value)
     console.print(metrics)
-    seeds = " and over seeds (mean and standard deviation of each)" if len(firsts) + len(seconds) > 2 else ""
     console.print(
-        f"paired over mentions{seeds}: {NUM_RESAMPLES} bootstrap resamples, {NUM_FLIPS} random sign flips of mentions",
-        soft_wrap=True,
+        f"paired over mentions: {NUM_RESAMPLES} bootstrap resamples, {NUM_FLIPS} random sign flips", soft_wrap=True
     )
+    for line in _of_seeds(firsts, seconds):
+        console.print(line, soft_wrap=True)
     hits = Table("hits@1 of", "mentions", "1", "2", "2 - 1", f"{LEVEL:.0%} interval")
     for group, values in found.groups.items():
         hits.add_section()
@@ -106,6 +112,20 @@ def _show(
             hits.add_row(f"{group} {value or '-'}", str(each["mentions"]), f"{one:.3f}", f"{two:.3f}", *of_both)
     if found.groups:
         console.print(hits)
+
+
+def _of_seeds(*sides: Sequence[Evaluation]) -> Iterator[str]:
+    """What figures of several runs mean, in lines."""
+    if all(len(side) == 1 for side in sides):
+        return
+    yield (
+        "figures are means over a side's runs, with standard deviations; resamples draw runs, too, each side's on its "
+        "own; p is of the mentions alone"
+    )
+    for number, side in enumerate(sides, start=1):
+        seeds = [each.protocol.seed for each in side if each.protocol]
+        if len(set(seeds)) < len(seeds):
+            yield f"side {number} has several runs of one seed: their spread is not that of seeds"
 
 
 def _figure(value: float, deviation: float | None) -> str:

@@ -24,7 +24,7 @@ def export_bundle(run: Location, out: Path, device: str, options: ExportOptions,
     display = Display()
     display.interrupted = lambda: f"interrupted; nothing is left at {out}"
     with display:
-        manifest = export_run(run, out, device_here(device), options, display)
+        manifest = export_run(run, out, device_here(device), options, display, display.say)
     sizes = Counter[str]()
     for name, file in manifest.files.items():
         sizes[name.partition("/")[0]] += file.bytes

@@ -52,7 +52,7 @@ def evaluation(
             split=split,
             mentions=len(IDS),
             mentions_sha256="",
-            seed=len(str(run)),
+            seed=5,
             versions={},
         )
         about[PROTOCOL] = protocol.model_dump_json().encode()
@@ -250,10 +250,13 @@ def test_evaluations_that_were_not_made_alike_are_refused(
     said = compare(first, second, "--across", "--json", tmp_path / "found.json")
     assert "not evaluated alike: entity_text (attr and abstract)" in said
     assert json.loads((tmp_path / "found.json").read_text())["across"] == differences.split("; ")
-    alike = evaluation(tmp_path / "of another seed", small_config, SECOND, texts=ATTRIBUTES)
-    assert "not evaluated alike" not in compare(first, alike)
     older = evaluation(tmp_path / "older", small_config, SECOND)
+    alike = evaluation(tmp_path / "alike", small_config, SECOND, texts=ATTRIBUTES)
+    assert "not evaluated alike" not in compare(first, alike)
+    assert "side 1 has several runs of one seed" in compare(f"{first},{alike}", older).replace("\n", " ")
     assert "not evaluated alike" not in compare(first, older)
+    for sides in ((older, f"{first},{second}"), (f"{older},{first}", second), (first, f"{older},{second}")):
+        assert differences in refused(*sides)
 
 
 def test_runs_of_several_seeds(
@@ -270,6 +273,9 @@ def test_runs_of_several_seeds(
     assert (found["first"], found["deviations"]) == (alone, [0.0, None])
     assert "\u00b1" in said
     assert "is named twice" in refused(f"{first},{first}", second)
+    for run in (first, again):
+        (run / "run.json").write_text('{"seed": 3, "id": "abc"}')  # a copy is no other run
+    assert "is named twice" in refused(f"{first},{again}", second)
     assert "RUN1 and RUN2 are a run each, or several with commas between" in refused(",", second)
 
 

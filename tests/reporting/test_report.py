@@ -299,7 +299,9 @@ def test_two_that_were_not_evaluated_alike_need_across(reported: Path, report: R
     pq.write_table(table.replace_schema_metadata(metadata), path)
     with pytest.raises(UserError, match="were not evaluated alike"):
         report(reported, other)
-    assert "run 1 right" in report(reported, other, across=True).source
+    source = report(reported, other, across=True).source
+    assert "run 1 right" in source
+    assert "Not evaluated alike:</strong> entities (12 and 13)" in source
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -75,13 +76,15 @@ def compare(
     Raises:
         UserError: They differ in mentions or golds, or, not `across`, in their protocols.
     """
-    first, others = firsts[0], [*firsts[1:], *seconds]
-    for other in others:
-        if not across and (found := protocol_differences(first, other)):
+    everyone = [*firsts, *seconds]
+    for one, other in () if across else combinations(everyone, 2):
+        if found := protocol_differences(one, other):
             raise UserError(
-                f"{first} and {other} were not evaluated alike: {'; '.join(found)}; compare runs on the same data, or "
+                f"{one} and {other} were not evaluated alike: {'; '.join(found)}; compare runs on the same data, or "
                 "take --across if that is what you compare"
             )
+    first = everyone[0]
+    for other in everyone[1:]:
         _check_same_mentions(first, other)
     keys = sorted(first.records)
     counts = _counts(firsts, keys), _counts(seconds, keys)
@@ -94,6 +97,11 @@ def compare(
             for value, rows in rows_by_value(groups, name).items()
         }
     return Comparison(len(keys), differences, by_group)
+
+
+def unlike(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What was not alike in any two evaluations, besides their mentions, in words."""
+    return sorted({each for pair in combinations(evaluations, 2) for each in protocol_differences(*pair)})
 
 
 def protocol_differences(first: Evaluation, second: Evaluation) -> list[str]:

@@ -38,11 +38,11 @@ def entity_table(entities: Iterable[Entity], *, whole_images: bool) -> pa.Table:
     return pa.Table.from_pylist(records, ENTITY_SCHEMA)
 
 
-def _thumbnail(image: bytes) -> bytes | None:
+def _thumbnail(image: bytes) -> bytes:
     try:
         return prepare_image(image, THUMBNAILS)
     except UnusableImage:
-        return None
+        return image  # none at all would say that the entity has no picture
 
 
 def write_segment(

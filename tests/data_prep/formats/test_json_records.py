@@ -114,3 +114,9 @@ def test_a_broken_line_does_not_stop_the_others(path: Path, monkeypatch: pytest.
     assert list(line_records(path)) == [1, *map(BrokenLine, problems), {"a": "\ud800"}]
     with pytest.raises(UserError, match="cannot be read: No such file"):
         list(line_records(path.with_name("nowhere")))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_a_line_that_is_cut_off_is_broken_at_its_end(tmp_path: Path, end: str) -> None:
+    (tmp_path / "records.jsonl").write_bytes(f'{{"id": "X3"{end}'.encode())
+    assert list(line_records(tmp_path / "records.jsonl")) == [BrokenLine("line 1 column 12: Expecting ',' delimiter")]

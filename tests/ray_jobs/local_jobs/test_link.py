@@ -266,3 +266,9 @@ def test_no_mention_at_all(run: Run, tmp_path: Path) -> None:
     command(run.folder, tmp_path / "none.jsonl", "--out", tmp_path / "links.parquet")
     table = pq.read_table(tmp_path / "links.parquet")
     assert (len(table), table.column_names) == (0, bulk.SCHEMA.names)
+
+
+def test_a_folder_in_the_results_place_is_said_before_anything_is_linked(tmp_path: Path) -> None:
+    (tmp_path / "links.parquet").mkdir()
+    with pytest.raises(dsmip.UserError, match=r"links\.parquet: is a folder; give the name of a parquet file"):
+        LinksFile(tmp_path / "links.parquet", {})
