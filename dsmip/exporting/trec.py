@@ -13,7 +13,7 @@ from dsmip.storage.atomic import write_text
 
 RUN_FILE, QRELS_FILE = "run.trec", "qrels.trec"
 _COLUMNS = ("mention_id", "gold", "top", "top_scores")
-_UNSAFE = re.compile(r"[\s%]")
+_UNSAFE = re.compile(r"[\s%#]")
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class TrecFiles:
 def write_trec(stored: StoredRanks, folder: Path) -> TrecFiles:
     """Writes run.trec and qrels.trec of stored ranks into a folder, which is made.
 
-    Ids keep their text but for white space and %, which are written as in URLs; of mentions with the same id the second
-    is ID#2. Scores are the model's where they fall strictly in single precision, in which trec_eval reads them; else
-    (ties, re-ranked entities before others) they are minus the ranks.
+    Ids keep their text but for white space, % and #, which are written as in URLs; of mentions with the same id the
+    second is ID#2. Scores are the model's where they fall strictly in single precision, which trec_eval reads them in;
+    else (ties, re-ranked entities before others) they are minus the ranks.
 
     Raises:
         UserError: The ranks are of an older version, or the folder is a file.
     """
     stored.check(_COLUMNS)
-    names = [_token(name if not number else f"{name}#{number + 1}") for name, number in stored.mention_keys()]
+    names = [_token(name) + (f"#{number + 1}" if number else "") for name, number in stored.mention_keys()]
     golds, tops, scores = (stored.table[column].to_pylist() for column in _COLUMNS[1:])
     by_rank = not all(_falls(each) for each in scores)
     if by_rank:

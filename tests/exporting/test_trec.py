@@ -54,15 +54,21 @@ def test_another_tool_finds_the_same_figures(run: Run, tmp_path: Path) -> None:
 def test_ids_stay_apart_and_in_one_word(stored: Any, tmp_path: Path) -> None:
     rows = [
         {"mention_id": mention_id, "gold": gold, "top": ["Q 1", "Q2"], "top_scores": [2.0, 1.5]}
-        for mention_id, gold in (("a b", "Q2"), ("m", "Q 1"), ("m", "Q9"), ("5%", "Q2"))
+        for mention_id, gold in (("a b", "Q2"), ("m", "Q 1"), ("m", "Q9"), ("5%", "Q2"), ("m#2", "Q2"))
     ]
     files = write_trec(stored(rows), tmp_path / "new")
-    assert (files.mentions, files.depth, files.golds_outside, files.by_rank) == (4, 2, 1, False)
+    assert (files.mentions, files.depth, files.golds_outside, files.by_rank) == (5, 2, 1, False)
     lines = files.run.read_text().splitlines()
     assert lines[0] == "a%20b Q0 Q%201 1 2.0 dsmip"
-    assert [line.split()[0] for line in lines[::2]] == ["a%20b", "m", "m#2", "5%25"]
-    assert files.qrels.read_text().splitlines() == ["a%20b 0 Q2 1", "m 0 Q%201 1", "m#2 0 Q9 1", "5%25 0 Q2 1"]
-    assert figures(tmp_path / "new") == {"hits@1": 0.25, "hits@3": 0.75, "mrr": 0.5}
+    assert [line.split()[0] for line in lines[::2]] == ["a%20b", "m", "m#2", "5%25", "m%232"]
+    assert files.qrels.read_text().splitlines() == [
+        "a%20b 0 Q2 1",
+        "m 0 Q%201 1",
+        "m#2 0 Q9 1",
+        "5%25 0 Q2 1",
+        "m%232 0 Q2 1",
+    ]
+    assert figures(tmp_path / "new") == pytest.approx({"hits@1": 0.2, "hits@3": 0.8, "mrr": 0.5})
 
 
 @pytest.mark.parametrize("scores", [[1.0, 1.0], [1.0, 1.0 - 1e-12], [0.5, 3.0]])

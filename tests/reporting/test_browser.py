@@ -1,23 +1,17 @@
 """The page of a report in a real browser, from a file: filters, a mention's address, hostile texts, no network."""
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from dsmip.reporting.page import ReportOptions, write_report
+from tests.support.pages.browser import BROWSER_MARKS, running_chromium, watched_page
 from tests.support.small_release import HOSTILE
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; set CHROMIUM"),
-]
+pytestmark = BROWSER_MARKS
 
 
 @pytest.fixture(scope="module")
@@ -36,34 +30,16 @@ def two(made_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with running_chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
 def page(browser: Browser, one: str) -> Iterator[Page]:
     """The page, which asks nobody for anything and complains of nothing."""
-    context = browser.new_context(viewport={"width": 1100, "height": 800})
-    opened, wrong = context.new_page(), list[str]()
-
-    def only_the_file(route: Route) -> None:
-        if route.request.url.startswith(("data:", one.rpartition("/")[0].rpartition("/")[0])):
-            route.continue_()
-        else:
-            wrong.append(route.request.url)
-            route.abort()
-
-    context.route("**/*", only_the_file)
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("console", lambda line: wrong.append(line.text))
-    opened.set_default_timeout(60_000)
-    opened.goto(one)
-    yield opened
-    assert wrong == []
-    assert opened.evaluate("window.hurt") is None
-    context.close()
+    folder = one.rpartition("/")[0].rpartition("/")[0]
+    with watched_page(browser, one, ("data:", folder), lambda line: True) as opened:
+        yield opened
 
 
 def count(page: Page) -> int:

@@ -1,7 +1,6 @@
 """The page in a real browser: a mention with a picture, cards, hostile texts, keyboard, narrow screens, no network."""
 
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 import dsmip
 from dsmip.linking.bundle import Example
@@ -17,14 +16,10 @@ from dsmip.runs.run import Run
 from dsmip.serving.app import create_app
 from dsmip.serving.served import Source
 from tests.support.cluster.ray_heads import wait_until
+from tests.support.pages.browser import BROWSER_MARKS, running_chromium, watched_page
 from tests.support.small_release import image_bytes
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; set CHROMIUM"),
-]
+pytestmark = BROWSER_MARKS
 HOSTILE = "<img src=x onerror=window.hurt=1><script>window.hurt=1</script>"
 
 
@@ -44,34 +39,16 @@ def address(run: Run) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with running_chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
 def page(browser: Browser, address: str) -> Iterator[Page]:
     """The page, which may ask nobody but its service, and complains of nothing."""
-    context = browser.new_context(viewport={"width": 1100, "height": 800})
-    opened, wrong = context.new_page(), list[str]()
-
-    def only_here(route: Route) -> None:
-        if route.request.url.startswith((address, "blob:", "data:")):
-            route.continue_()
-        else:
-            wrong.append(route.request.url)
-            route.abort()
-
-    context.route("**/*", only_here)
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("console", lambda line: wrong.extend([line.text] * ("Content Security" in line.text)))
-    opened.set_default_timeout(60_000)
-    opened.goto(address)
-    yield opened
-    assert wrong == []
-    assert opened.evaluate("window.hurt") is None
-    context.close()
+    allowed = (address, "blob:", "data:")
+    with watched_page(browser, address, allowed, lambda line: "Content Security" in line) as opened:
+        yield opened
 
 
 def cards(page: Page) -> Any:
