@@ -1,13 +1,14 @@
 """Texts of items: templates over a record's fields, and tokenizers (CLIP's byte pairs, Hugging Face's)."""
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from string import Formatter
 from threading import Lock
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from dsmip.data.records import Entity, Mention
 from dsmip.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from open_clip.tokenizer import SimpleTokenizer
 
 _KEPT_TEXTS = 1 << 17  # training reads the same texts every epoch
 _SHORTEST = 3  # start of text, a token, end of text
@@ -206,11 +210,9 @@ class ClipTokenizer(Tokenizer):
     def __init__(
         self, context_length: int, options: Mapping[str, Any] = MappingProxyType({}), *, fills_context: bool = False
     ) -> None:
-        from open_clip.tokenizer import SimpleTokenizer
-
         self.context_length, self.fills_context = context_length, fills_context
         self._encode = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_anew)
-        self._bpe = SimpleTokenizer(context_length=context_length, **options)
+        self._bpe = _byte_pairs(json.dumps(dict(options), sort_keys=True))
         self._start: int = self._bpe.sot_token_id
         self._end: int = self._bpe.eot_token_id
 
@@ -223,6 +225,14 @@ class ClipTokenizer(Tokenizer):
     def _encode_anew(self, text: str) -> list[int]:
         # The vocabulary's two special tokens may be written out in a text; there they mean nothing.
         return [token for token in self._bpe.encode(text) if token < self._start]
+
+
+@cache
+def _byte_pairs(options: str) -> "SimpleTokenizer":
+    """CLIP's vocabulary: reading it takes a tenth of a second, and each expert of a system has a tokenizer."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(**json.loads(options))
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,7 @@ def _output(command: Sequence[str]) -> str | None:
     return found.stdout
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
