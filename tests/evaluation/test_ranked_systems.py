@@ -44,7 +44,12 @@ def case(request: pytest.FixtureRequest, small_config: ExperimentConfig) -> Case
 
 
 @pytest.mark.parametrize(
-    ("tiles", "top_k"), [((100, 30), 5), ((4, 16), 0), ((4, 16), 5), ((1, 7), 5), ((9, 40), NUM_ENTITIES + 1)]
+    ("tiles", "top_k"),
+    [
+        ((4, 16), 5),
+        ((9, 40), NUM_ENTITIES + 1),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (((100, 30), 5), ((4, 16), 0), ((1, 7), 5))),
+    ],
 )
 def test_tiles_change_no_ranking(case: Case, tiles: tuple[int, int], top_k: int) -> None:
     expected = case.rank(case.golds(), TileSize(100, 100), top_k)

@@ -99,7 +99,7 @@ def seen_again(items: Table, seed: int) -> Table:
     return Table(columns)
 
 
-@pytest.mark.parametrize("form", ["m3el", "m3el bidirectional tokens", "mmoe"])
+@pytest.mark.parametrize("form", [pytest.param("m3el", marks=pytest.mark.slow), "m3el bidirectional tokens", "mmoe"])
 def test_it_learns_which_channels_tell_entities_apart(form: str) -> None:
     """On half of the kb, and then finds those of the other half, among all."""
     matcher, entities = random_matcher(form), random_items(96, 1)

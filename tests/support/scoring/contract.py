@@ -77,11 +77,12 @@ class Subject:
 def cases() -> Iterator[Any]:
     for name, system in systems().items():
         for number, form in enumerate(FORMS.get(name, [{}])):
-            slow = [pytest.mark.slow] if number else []  # the quick tests run over each system's first form
             tree = {"model": name, "backbone": {"architecture": "tiny"}, "system": form}
             section = parse_config(tree).system
             matchers = [part for part in system.part_names(section) if part not in system.rerankers(section)]
             for part in (*matchers, None):
+                # The quick tests run over each system's first form; the whole of one part is that part without towers.
+                slow = [pytest.mark.slow] if number or (part is None and not system.gated) else []
                 yield pytest.param((name, form, part), id=f"{name}{number}-{part or 'whole'}", marks=slow)
 
 
