@@ -11,7 +11,7 @@ from dsmip.runs.run import Run
 from tests.support.paths import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_it_measures_the_ways_against_the_bare_loop(run: Run, tmp_path: Path) -> None:
     arguments = ["--run", str(run.folder), "--mentions", "60", "--block", "10", "--workers", "2"]
     command = [sys.executable, "-m", "benchmarks.linking", *arguments, "--json", str(tmp_path / "rows.json")]

@@ -11,7 +11,7 @@ from dsmip.runs.run import Run
 from tests.support.paths import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_it_measures_clients_against_the_bare_loop(run: Run, tmp_path: Path) -> None:
     arguments = ["--run", str(run.folder), "--seconds", "1", "--clients", "2", "--json", str(tmp_path / "rows.json")]
     command = [sys.executable, "-m", "benchmarks.serving", *arguments]

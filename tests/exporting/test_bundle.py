@@ -51,7 +51,12 @@ def files_of_a_backbone(tmp_path: Path, narrow_backbone: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["dsmip", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mimic", "blink", "albef"))]
+    "name",
+    [
+        "dsmip",
+        pytest.param("blink", marks=pytest.mark.slow),
+        *(pytest.param(each, marks=pytest.mark.soak) for each in ("mimic", "albef")),
+    ],
 )
 def test_a_bundle_links_without_its_run_data_and_files(
     name: str, small_data: Dataset, files_of_a_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,8 +122,10 @@ def test_a_part_alone_and_a_folder_that_is_taken(run: Run, bundle: Path, tmp_pat
         export_run(run.folder, bundle, CPU)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "times"), [("float16", 2), ("int8", 4)])
+@pytest.mark.parametrize(
+    ("dtype", "times"),
+    [pytest.param("float16", 2, marks=pytest.mark.soak), pytest.param("int8", 4, marks=pytest.mark.slow)],
+)
 def test_an_index_that_is_stored_smaller(
     run: Run, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: IndexDtype, times: int
 ) -> None:

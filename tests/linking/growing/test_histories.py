@@ -26,7 +26,7 @@ from tests.support.scoring.grown import (
 )
 from tests.support.scoring.linked_runs import small_system
 
-QUICK = ("fused",)  # the others are slow tests
+MARKS = {"fused": (), "dsmip": pytest.mark.slow, "blink": pytest.mark.slow}  # a gate of each kind, and a re-ranker
 OPERATIONS = ("add", "remove", "update", "compact")
 
 
@@ -44,7 +44,7 @@ def config_of(name: str, backbone: Path) -> ExperimentConfig:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in ("fused", *systems())]
+    "name", [pytest.param(each, marks=MARKS.get(each, pytest.mark.soak)) for each in ("fused", *systems())]
 )
 def test_a_history_of_every_system(name: str, narrow_backbone: Path, images: Path, tmp_path: Path) -> None:
     config = config_of(name, narrow_backbone)
@@ -80,7 +80,7 @@ HISTORIES = st.lists(
 )
 
 
-@pytest.mark.parametrize("examples", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [2, pytest.param(10, marks=pytest.mark.soak)])
 def test_any_history(
     examples: int, config: ExperimentConfig, bundle: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -87,18 +87,13 @@ def assert_workers_make_the_same(model: LinkModel, run: Run, mentions: Path, fol
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster", "small_blocks")
 def test_workers_make_the_file_that_one_process_makes(run: Run, mentions: Path, tmp_path: Path) -> None:
-    assert_workers_make_the_same(model_of(run), run, mentions, tmp_path)
-    lines = Lines()
-    link_on_ray(model_of(run), mentions, tmp_path / "two.parquet", BulkOptions(), lines, workers=2)
-    assert lines.lines == [f"{tmp_path / 'two.parquet'}: is complete already"]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster", "small_blocks")
-def test_a_lost_workers_blocks_go_to_another(run: Run, mentions: Path, tmp_path: Path) -> None:
+    """Though one of them is lost: its blocks go to another one."""
     model = KillsOnce(str(run.folder), "cpu", LoadOptions(), os.getpid())
     assert_workers_make_the_same(model, run, mentions, tmp_path)
     assert (run.folder / "killed-linker").exists()
+    lines = Lines()
+    link_on_ray(model_of(run), mentions, tmp_path / "two.parquet", BulkOptions(), lines, workers=2)
+    assert lines.lines == [f"{tmp_path / 'two.parquet'}: is complete already"]
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def away(context: RayContext, settings: Mapping[str, Any]) -> None:
             raise StoreAway("s3://b/run: cannot be reached")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_store_that_is_away_is_no_mistake(tmp_path: Path) -> None:
     """Several workers are started again, as after any failure that is not the user's; a lone one is not."""
     cases = {"alone": (1, 1, 1), "once": (2, 1, 2), "always": (2, 9, 2)}  # workers, times away, tries

@@ -19,10 +19,11 @@ from ray_jobs.jobs.train_experts import train_experts
 from tests.support.displays import Lines
 from tests.support.encoders.small_backbones import SMALL_BACKBONES
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 HALF_A_CPU = {"resources": {"cpu": 0.5}}
 
 
+@pytest.mark.slow
 def test_a_re_ranker_is_trained_after_its_first_stage_by_workers_as_by_one(
     small_data: Dataset, narrow_backbone: Path, tmp_path: Path
 ) -> None:
@@ -51,6 +52,7 @@ def test_a_re_ranker_is_trained_after_its_first_stage_by_workers_as_by_one(
     assert any(line.startswith(f"  {CROSS_ENCODER}: finished already") for line in display.lines)
 
 
+@pytest.mark.soak
 def test_two_separate_towers_are_joined_by_workers(small_data: Dataset, tmp_path: Path) -> None:
     """Locked towers stay as they were; what joins them is trained."""
     (tmp_path / "towers").mkdir()
