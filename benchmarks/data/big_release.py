@@ -26,6 +26,10 @@ import torch
 from PIL import Image
 
 from benchmarks.data.big_images import BROKEN_IMAGES, ODD_IMAGES, ImageDrawer
+from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
+from data_prep.build.runners import run_in_processes
+from data_prep.formats.mimic import MimicRelease
 from dsmip.errors import UserError
 from dsmip.storage.atomic import atomic_path
 
@@ -134,6 +138,14 @@ class BigRelease:
         rng = self._rng("words")
         words = ["".join(rng.choices(_SYLLABLES, k=rng.randint(1, 4))) for _ in range(4000)]
         return words, list(accumulate(1 / rank for rank in range(1, len(words) + 1)))
+
+
+def prepared_release(entities: int, mentions: int, work: Path, size: int = 224, workers: int = 2) -> Path:
+    """The dataset directory of a faultless release, both in the folder `work`."""
+    write_big_release(BigRelease(entities, mentions, size=size), work / "release", workers)
+    with run_in_processes(workers) as run:
+        prepare(MimicRelease(work / "release"), work / "data", DatasetOptions(name="big"), run=run)
+    return work / "data"
 
 
 def write_big_release(release: BigRelease, folder: Path, workers: int = 1) -> dict[str, Counter[str]]:

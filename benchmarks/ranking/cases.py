@@ -32,21 +32,27 @@ class Case:
     """masked: texts are of different lengths (mean 22) and padding is masked. The published logic attends over padding,
     so that is another function than the one it computes.
 
+    scoring: of DSMIP; `mixture` is fused from all experts' distributions, by a gate that sees how sure they are.
     architecture: a name or a JSON file. width: of the units.
     """
 
     name: str
-    model: Literal["mimic", "dsmip"]
+    model: Literal["mimic", "dsmip", "mmoe"]
     num_tokens: int
     masked: bool = False
+    scoring: Literal["choice", "mixture"] = "choice"
     architecture: str = "ViT-B-32"
     width: int = 96
 
     @property
     def config(self) -> ExperimentConfig:
-        system: dict[str, Any] = {"mask_padding": self.masked, "width": self.width}
-        if self.model == "mimic":
+        system: dict[str, Any] = {"width": self.width}
+        if self.model != "mmoe":
+            system["mask_padding"] = self.masked
+        if self.model != "dsmip":
             system["num_tokens"] = self.num_tokens
+        if self.scoring == "mixture":
+            system["gate"] = {"preset": "confidence", "picture": "clip"}
         return parse_config({"model": self.model, "backbone": {"architecture": self.architecture}, "system": system})
 
     @property
@@ -55,7 +61,7 @@ class Case:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Names of the experts that the gate chooses from; none for MIMIC."""
+        """Names of the experts that the gate chooses from or fuses; none of a system without a gate."""
         return find_system(self.model).choices(self.config.system)
 
 
@@ -99,9 +105,10 @@ def feature_blocks(case: Case, side: Side, count: int, device: torch.device) -> 
 
 
 def _features(case: Case, count: int, generator: torch.Generator) -> Table:
-    if case.model == "mimic":
+    if case.model != "dsmip":
         return _expert_features(case, ("text", "image"), count, generator)
-    features = _gate_features(case, count, generator).prefixed(GATE)
+    sees_items = case.config.system.gate.sees_items
+    features = _gate_features(case, count, generator).prefixed(GATE) if sees_items else Table({})
     for name in case.choices:
         expert = _expert_features(case, MODALITIES[name], count, generator)
         features = features.merged(expert.prefixed(name))

@@ -19,6 +19,7 @@ from benchmarks.ranking import published
 from benchmarks.ranking.cases import Case, Side, build_matcher, feature_blocks
 from dsmip.data.table import Table, concatenate
 from dsmip.evaluation import ranking as exact_ranking
+from dsmip.evaluation.experts.survey import surveyed
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import Ranking
@@ -96,6 +97,16 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """What a ranking of ours takes, on the device."""
+
+    matcher: Matcher
+    mentions: Table
+    entities: Table
+    gold_row_M: Tensor
+
+
+@dataclass(frozen=True)
 class _Items:
     """One side. prepared: for our ranking, in `seconds`. stored: the first ones as the published logic keeps them."""
 
@@ -161,6 +172,17 @@ def run_case(
     return Outcome(case, theirs, ours, entities.seconds, *bytes_of)
 
 
+def ready_to_rank(case: Case, num_mentions: int, num_entities: int, backend: Backend, device: torch.device) -> Ready:
+    """A case without its published side, at any size."""
+    matcher = build_matcher(case, device)
+    mentions = _prepare(matcher, case, "mentions", num_mentions, 0, device)
+    entities = _prepare(matcher, case, "entities", num_entities, 0, device)
+    use_backend(matcher, backend, device)
+    use_precision(matcher, "auto", backend)
+    gold_row_M = torch.randint(num_entities, (num_mentions,), generator=torch.Generator().manual_seed(0))
+    return Ready(matcher, mentions.prepared, entities.prepared, gold_row_M)
+
+
 def _by_turns(
     rank_published: Callable[[], published.Ranked],
     rank_own: Mapping[str, Callable[[], Ranking]],
@@ -185,11 +207,7 @@ def rank_ours(
 ) -> Ranking:
     """What `dsmip evaluate` runs on prepared tables: close pairs are scored again in float64."""
     model = RankedModel(matcher, mentions, EntityIndex([entities]), gold_row_M, case.choices)
-    return exact_ranking.rank(
-        model,
-        device,
-        top_k=RankOptions().top_k,
-    )
+    return exact_ranking.rank(surveyed(model, device), device, top_k=RankOptions().top_k)
 
 
 def checked_difference(what: str, published_scores: Scores, our_scores: Scores, tolerance: float) -> float:
@@ -222,4 +240,4 @@ def _prepare(matcher: Matcher, case: Case, side: Side, count: int, num_stored: i
             features = full.rows(slice(0, num_stored - first))
             stored.append(published.stored_features(matcher, features).to(torch.device("cpu")))
         first += len(full)
-    return _Items(concatenate(prepared), concatenate(stored), seconds)
+    return _Items(concatenate(prepared), concatenate(stored) if stored else Table({}), seconds)

@@ -23,15 +23,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.data.big_release import BigRelease, positive, write_big_release
+from benchmarks.data.big_release import positive, prepared_release
 from benchmarks.training import first_step
 from benchmarks.training.stage_two_trial import Trials, trials
 from benchmarks.training.steps import WARM_UP, Steps, bare, in_ray_train, one_epoch
 from benchmarks.training.tower_rate import TowerRate, tower_rates
-from data_prep.build.build import prepare
-from data_prep.build.plan import DatasetOptions
-from data_prep.build.runners import run_in_processes
-from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
@@ -263,10 +259,7 @@ def _made(options: argparse.Namespace, work: Path) -> Path:
     """A dataset whose training split has the steps asked for."""
     _say("writing and preparing a release ...")
     mentions = int((options.steps + WARM_UP) * options.batch_size / _TRAIN_SHARE)
-    write_big_release(BigRelease(options.entities, mentions, size=224), work / "release", max(WORKERS))
-    with run_in_processes(max(WORKERS)) as run:
-        prepare(MimicRelease(work / "release"), work / "data", DatasetOptions(name="big"), run=run)
-    return work / "data"
+    return prepared_release(options.entities, mentions, work)
 
 
 def _say(line: str) -> None:

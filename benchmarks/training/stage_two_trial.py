@@ -23,6 +23,7 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features, whole_features
 from dsmip.evaluation.preparation import with_has_image
+from dsmip.runs.load_config import changed
 from dsmip.runs.part_features import PartFeatures
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, Step
@@ -58,20 +59,31 @@ class Trials:
 def trials(config: ExperimentConfig, dataset: Dataset, work: Path) -> Trials:
     """Each trial in a fresh process of one thread; experts have random weights.
 
+    A gate that fuses learns from whole rankings, of cached features only: the paper's form takes its place.
+
     Raises:
         RuntimeError: They did not train alike.
     """
+    if config.system.gate.fuses:
+        space = {"system.gate.scoring": {"values": ["choice"]}}
+        config = changed(config, {"system": {"gate": {"preset": "paper"}}, "tune": {"space": space}})
     with TemporaryDirectory(dir=work) as folder:
-        run = Run.create(Path(folder) / "run", config, dataset)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            for part in run.part_names:
-                run.save_part(part, run.system.build_part(part, config, with_encoder=True), {})
+        run = untrained_run(Path(folder) / "run", config, dataset)
         found = Trials(*(_in_a_process(run.folder, anew=anew) for anew in (False, False, True)))
     once, cached, anew = (torch.tensor(trial.losses) for trial in (found.once, found.cached, found.anew))
     if not all(torch.allclose(losses, cached, rtol=_TOLERANCE) for losses in (once, anew)):
         raise RuntimeError(f"the losses of three equal trials differ: {once}, {cached}, {anew}")
     return found
+
+
+def untrained_run(folder: Path, config: ExperimentConfig, dataset: Dataset) -> Run:
+    """A run whose parts are finished, with random weights."""
+    run = Run.create(folder, config, dataset)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for part in run.part_names:
+            run.save_part(part, run.system.build_part(part, config, with_encoder=True), {})
+    return run
 
 
 class EncodingSource:

@@ -33,6 +33,7 @@ GROUND = (
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "benchmarks.big_release",
+        "benchmarks.gpu",
         "benchmarks.linking",
         "benchmarks.memory",
         "benchmarks.prepare",
