@@ -59,6 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data_prep",),
     ("dsmip",),
     ("dsmip.serving",),
+    ("dsmip.suites",),
     ("dsmip.exporting", "dsmip.reporting"),
     ("dsmip.linking",),
     ("dsmip.reranking",),
