@@ -143,7 +143,8 @@ def ticks(low: float, high: float) -> list[float]:
 def _colours(lines: Sequence[Line]) -> list[str]:
     found, number = [], 0
     for line in lines:
-        found.append("reference" if line.reference else f"s{number % NUM_COLOURS}")
+        again = " again" if number >= NUM_COLOURS else ""  # the colours have been used up
+        found.append("reference" if line.reference else f"s{number % NUM_COLOURS}{again}")
         number += not line.reference
     return found
 

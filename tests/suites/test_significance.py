@@ -46,9 +46,7 @@ def test_holm_never_makes_a_p_value_smaller_and_keeps_their_order(values: list[f
 def exact_p_value(differences: Sequence[Fraction], groups: Sequence[int]) -> Fraction:
     """Over all ways to swap whole groups, in exact arithmetic."""
     patterns = list(itertools.product([1, -1], repeat=max(groups) + 1))
-    sums = [
-        sum(signs[group] * each for group, each in zip(groups, differences, strict=True)) for signs in patterns
-    ]
+    sums = [sum(signs[group] * each for group, each in zip(groups, differences, strict=True)) for signs in patterns]
     return Fraction(sum(abs(each) >= abs(sum(differences)) for each in sums), len(patterns))
 
 
