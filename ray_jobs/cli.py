@@ -13,6 +13,7 @@ from dsmip.errors import ReportedError, UserError, no_room, no_room_message
 from dsmip.messages import shown
 from dsmip.rank_options import BackendName, PrecisionName, RankOptions
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
+from ray_jobs.commands import bench as bench_command
 from ray_jobs.commands import calibration, entities, linking, reporting, serving
 from ray_jobs.commands import data as data_commands
 from ray_jobs.commands import systems as system_commands
@@ -67,6 +68,7 @@ for _command in (data_commands.prepare, data_commands.enhance, data_commands.ins
 app.command()(system_commands.systems)
 app.command()(calibration.calibrate)
 app.command()(reporting.report)
+app.command()(bench_command.bench)
 app.command()(linking.link)
 app.command()(serving.serve)
 app.command()(linking.export)

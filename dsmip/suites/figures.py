@@ -175,15 +175,14 @@ def _figures(side: Sequence[Result], keys: Sequence[MentionKey], metric: str) ->
     return measure(counts, {metric: METRICS[metric]})[metric].mean(dim=0)
 
 
-def write_results(path: Path, suite: str, results: Iterable[Result]) -> None:
-    """Writes a line for each run and model as parquet, whole or not at all."""
-    lines = [_line(suite, result) for result in results]
-    names = list(lines[0]) if lines else []
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Writes lines of the same keys as parquet, whole or not at all."""
     with atomic_path(path) as temporary:
-        pq.write_table(pa.table({name: [line[name] for line in lines] for name in names}), temporary)
+        pq.write_table(pa.table({name: [line[name] for line in lines] for name in lines[0]}), temporary)
 
 
-def _line(suite: str, result: Result) -> dict[str, Any]:
+def result_line(suite: str, result: Result) -> dict[str, Any]:
+    """A run's figures of one model as a line of results.parquet."""
     protocol = result.evaluation.protocol
     return {
         "suite": suite,

@@ -1,21 +1,15 @@
 """Groups of mentions that are not independent: they share a sentence, a picture or a gold, directly or by others."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from hashlib import sha256
 
 from dsmip.data.records import Mention
 
 
-def mention_keys(mentions: Iterable[Mention]) -> list[tuple[Hashable, ...]]:
+def mention_keys(mention: Mention) -> tuple[Hashable, ...]:
     """By what a mention may be linked to others: its sentence, its picture's content, its gold; None: by nothing."""
-    return [
-        (
-            mention.sentence.strip() or None,
-            None if mention.image is None else sha256(mention.image).digest(),
-            mention.entity_id,
-        )
-        for mention in mentions
-    ]
+    picture = None if mention.image is None else sha256(mention.image).digest()
+    return mention.sentence.strip() or None, picture, mention.entity_id
 
 
 def linked_groups(keys: Sequence[Sequence[Hashable]]) -> list[int]:

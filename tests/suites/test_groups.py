@@ -46,4 +46,4 @@ def test_a_sentence_a_picture_and_a_gold_link_mentions_and_nothing_else_does() -
         mention(5, "five", "Q2", b"blue"),  # 1's gold
         mention(6, "Q4", "Q6", b"Q4"),  # a sentence is no gold
     ]
-    assert linked_groups(mention_keys(mentions)) == [0, 0, 0, 1, 2, 0, 3]
+    assert linked_groups(list(map(mention_keys, mentions))) == [0, 0, 0, 1, 2, 0, 3]
