@@ -155,7 +155,9 @@ def _member_steps(suite: Suite, member: Member, places: Places) -> Iterable[Step
         evaluate = ("evaluate", "--run", str(run), "--split", SPLIT, "--model", model, "--device", places.device)
         written = run / evaluation_name(SPLIT, model) / METRICS_FILE
         gpu = float(places.device == "cuda")
-        yield Step(f"{name}/evaluate-{model}", "evaluate", evaluate, (trained,), (written,), _EVALUATION_CPUS, gpu)
+        step = f"{name}/evaluate-{model}"
+        yield Step(step, "evaluate", evaluate, (trained,), (written,), _EVALUATION_CPUS, gpu)
+        trained = step  # one after the other: they read and write the same features and indexes
 
 
 def _asked(resources: Sequence[Resources], workers: Sequence[int]) -> tuple[float, float]:

@@ -110,7 +110,7 @@ def _figure_table(
     return TableView(_title(suite, column), tuple(header), tuple(lines), (*sources, *notes))
 
 
-def tests_table(suite: Suite, tested: Sequence[Tested]) -> TableView | None:
+def comparison_table(suite: Suite, tested: Sequence[Tested]) -> TableView | None:
     """Every test, and the smallest difference that its mentions can show; None where nothing is tested."""
     if suite.significance is None or not tested:
         return None

@@ -34,7 +34,7 @@ from dsmip.suites.report import (
 )
 from dsmip.suites.schema import ParameterSuite, load_suite
 from dsmip.suites.steps import KINDS, SPLIT, Places, Step
-from dsmip.suites.tables import TableView, decline_table, figure_tables, parameter_table, tests_table
+from dsmip.suites.tables import TableView, comparison_table, decline_table, figure_tables, parameter_table
 from ray_jobs.cluster.failures import JobFailed
 from ray_jobs.jobs.benching.plan import Plan, make_plan
 from ray_jobs.jobs.benching.runner import Room, Setting, run_steps
@@ -141,7 +141,7 @@ def _report(plan: Plan, failures: Sequence[StepFailure], *, across: bool) -> Non
         return
     tested = [] if suite.significance is None else compared(results, suite.significance, _groups(plan), across=across)
     tables = [*figure_tables(suite, plan.rows, results, tested)]
-    tables += filter(None, [tests_table(suite, tested), decline_table(suite, plan.rows, results)])
+    tables += filter(None, [comparison_table(suite, tested), decline_table(suite, plan.rows, results)])
     report = SuiteReport(
         plan.name,
         suite.title,

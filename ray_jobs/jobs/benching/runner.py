@@ -97,7 +97,7 @@ def run_steps(steps: Mapping[str, Step], setting: Setting, table: StageTable) ->
                     if code == 0 and steps[name].done:
                         table.set(name, "done")
                     else:
-                        failures.append(_failure(name, process.log, code))
+                        failures.append(_failure(steps[name], process.log, code))
                         failed.add(name)
                         table.set(name, "failed", failures[-1].reason)
             if waiting or running:
@@ -108,7 +108,7 @@ def run_steps(steps: Mapping[str, Step], setting: Setting, table: StageTable) ->
 def _started(step: Step, setting: Setting) -> _Process:
     log = setting.logs / f"{step.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    file = log.open("ab")
+    file = log.open("wb")
     threads = {"OMP_NUM_THREADS": f"{max(1, int(step.cpu))}"} if step.kind == "evaluate" else {}
     popen = subprocess.Popen(
         [*setting.program, *step.arguments],
@@ -159,9 +159,14 @@ def _signal(process: _Process, number: int) -> None:
         os.killpg(process.popen.pid, number)
 
 
-def _failure(name: str, log: Path, code: int) -> StepFailure:
+def _failure(step: Step, log: Path, code: int) -> StepFailure:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
-    ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    reason = errors[-1] if errors else f"{ended}; {lines[-1].strip()}" if lines else ended
-    return StepFailure(name, masked(reason), str(log), tuple(masked(line) for line in lines[-_LAST_LINES:]))
+    if code == 0:
+        reason = f"it has not made {next(path for path in step.outcomes if not path.is_file())}"
+    elif errors:
+        reason = errors[-1]
+    else:
+        ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+        reason = "; ".join([ended, *(line.strip() for line in lines[-1:])])
+    return StepFailure(step.name, masked(reason), str(log), tuple(masked(line) for line in lines[-_LAST_LINES:]))
