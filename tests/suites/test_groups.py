@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmip.data.records import Mention
 from dsmip.suites.groups import linked_groups, mention_keys
 
-keys = st.lists(st.tuples(*[st.none() | st.integers(0, 5)] * 3), max_size=14)
+keys = st.lists(st.tuples(*[st.none() | st.integers(0, 5)] * 3), max_size=9)
 
 
 def closure(items: Sequence[Sequence[int | None]]) -> list[set[int]]:
@@ -26,6 +26,7 @@ def closure(items: Sequence[Sequence[int | None]]) -> list[set[int]]:
     return found
 
 
+@settings(max_examples=50)
 @given(keys)
 def test_groups_are_the_closure_of_shared_keys(items: list[tuple[int | None, ...]]) -> None:
     found = linked_groups(items)

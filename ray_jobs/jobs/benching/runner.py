@@ -81,10 +81,11 @@ def run_steps(steps: Mapping[str, Step], setting: Setting, table: StageTable) ->
     failed = set[str]()
     with _stopped_at_the_end(running):
         while waiting or running:
-            for name in [name for name in waiting if failed.intersection(steps[name].needs)]:
-                waiting.remove(name)
-                failed.add(name)
-                table.set(name, "left out", "what it needs has failed")
+            while doomed := [name for name in waiting if failed.intersection(steps[name].needs)]:
+                for name in doomed:
+                    waiting.remove(name)
+                    failed.add(name)
+                    table.set(name, "left out", "what it needs has failed")
             for name in [name for name in waiting if not {*waiting, *running}.intersection(steps[name].needs)]:
                 if setting.room.fits(steps[name], running, steps):
                     waiting.remove(name)
