@@ -139,8 +139,8 @@ def _member_steps(suite: Suite, member: Member, places: Places) -> Iterable[Step
     system = find_system(config.model)
     parts = system.part_names(config.system)
     data = [step.name for step in _data_steps(suite, member, places)]
-    train = ("train", "--config", str(places.config(member)))
-    train += ("--data", str(places.data(suite, member)), "--run", str(run))
+    where = ("--data", str(places.data(suite, member)), "--run", str(run))
+    train = ("train", "--config", str(places.config(member)), *where)
     plans = [config.part(part) for part in parts]
     cpu, gpu = _asked([plan.resources for plan in plans], [plan.workers.least for plan in plans])
     files = tuple(run / part / PART for part in parts)
