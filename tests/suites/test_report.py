@@ -6,67 +6,31 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from dsmip.errors import UserError
-from dsmip.evaluation.metrics import measure
-from dsmip.evaluation.stored.comparison import Evaluation
 from dsmip.evaluation.stored.protocol import EvaluationProtocol
-from dsmip.ops.ranking import Counts
-from dsmip.storage.locations import open_run_storage
 from dsmip.suites.figures import MentionKey, Result, compared, result_line, write_lines
-from dsmip.suites.members import Column, Row
 from dsmip.suites.report import StepFailure, SuiteReport, protocol_tables, share_charts, write_report
 from dsmip.suites.schema import Suite
 from dsmip.suites.significance import grouped_test, holm
 from dsmip.suites.tables import TableView, comparison_table, decline_table, figure_tables
 from dsmip.suites.texts import latex, markdown
+from tests.support.pages.suite_results import NUM_MENTIONS, ROWS, made_results, made_suite, result
 from tests.support.small_release import HOSTILE
-
-NUM_MENTIONS = 40
-ROWS = [Row(name, label, name, name) for name, label in (("dsmip", "DSMIP"), ("mimic", HOSTILE), ("mmoe", "MMoE"))]
-HITS = {"dsmip": 0.9, "mimic": 0.5, "mmoe": 0.3}
 
 
 @pytest.fixture
 def suite() -> Suite:
-    return Suite.model_validate(
-        {
-            "title": HOSTILE,
-            "data": {"wikimel": {"label": "WikiMEL_&%"}},
-            "systems": {name: {"config": "x"} for name in HITS},
-            "seeds": [0, 1],
-            "shares": [0.1, 1.0],
-            "metrics": ["hits@1", "mean_rank"],
-            "significance": {"of": "dsmip"},
-        }
-    )
-
-
-def result(row: Row, share: float, seed: int, better: Sequence[int], **changes: Any) -> Result:
-    about: dict[str, Any] = {"entities": 109976, "entities_sha256": "k", "texts": {"entity_text": "attr"}, "seed": seed}
-    about |= {"split": "test", "mentions": len(better), "mentions_sha256": "m", "versions": {}, **changes}
-    records = {(f"m{i}", 0): {"gold": f"Q{i}", "better": each, "tied": 0} for i, each in enumerate(better)}
-    run = open_run_storage("/nowhere")
-    evaluation = Evaluation(run, row.model, b"k", EvaluationProtocol.model_validate(about), records)
-    counts = Counts(torch.tensor(better), torch.zeros(len(better), dtype=torch.int64))
-    metrics = {name: float(value) for name, value in measure(counts).items()}
-    return Result(row, Column("wikimel", share), seed, "wikimel", evaluation, metrics)
+    return made_suite()
 
 
 @pytest.fixture
 def results() -> list[Result]:
-    generator, found = torch.Generator().manual_seed(5), []
-    for row in ROWS:
-        for share in (0.1, 1.0):
-            for seed in (0, 1):
-                wrong = torch.rand(NUM_MENTIONS, generator=generator) > HITS[row.name] * (0.5 + share / 2)
-                found.append(result(row, share, seed, (wrong * 7).tolist()))
-    return found
+    return made_results()
 
 
 def pairs(folder: str, keys: Sequence[MentionKey]) -> list[int]:
