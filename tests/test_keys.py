@@ -80,6 +80,7 @@ def test_every_field_of_an_item_format_is_in_the_key_of_features() -> None:
         "markers": ("[SEP]",),
         "word_places": True,
         "texts": (("word", Template()),),
+        "entity_modalities": ("image",),
     }
     formats = [replace(PLAIN_FORMAT, **{field.name: other[field.name]}) for field in fields(ItemFormat)]
     formats += [replace(PLAIN_FORMAT, template=Template(entity="{name}")), PLAIN_FORMAT]

@@ -18,7 +18,7 @@ from dsmip.encoders.image_networks import find_network
 from dsmip.models import find_system
 from dsmip.models.dsmip import GATE, DsmipMatcher
 from dsmip.runs.load_config import parse_config
-from dsmip.units.expert import MODALITIES
+from dsmip.units.expert import READS
 from dsmip.units.matcher import Matcher
 
 IMAGE_TOKENS = 50  # 7 x 7 patches and the class token
@@ -110,7 +110,7 @@ def _features(case: Case, count: int, generator: torch.Generator) -> Table:
     sees_items = case.config.system.gate.sees_items
     features = _gate_features(case, count, generator).prefixed(GATE) if sees_items else Table({})
     for name in case.choices:
-        expert = _expert_features(case, MODALITIES[name], count, generator)
+        expert = _expert_features(case, READS[name].mentions, count, generator)
         features = features.merged(expert.prefixed(name))
     return features
 

@@ -96,7 +96,7 @@ def score(matcher: Matcher, mentions: Table, entities: Table) -> Scores:
 
 def _scorers(matcher: Matcher) -> Mapping[str, UnitScorer]:
     experts = cast(DsmipMatcher, matcher).experts
-    return {name: cast(Expert, expert).scorer for name, expert in experts.items()}
+    return {name: cast(UnitScorer, cast(Expert, expert).scorer) for name, expert in experts.items()}
 
 
 def _stored(scorer: UnitScorer, features: Table) -> Table:

@@ -82,6 +82,7 @@ class ItemFormat:
     A modality that is not read is not decoded: its texts are empty, or its pictures are missing.
 
     Attributes:
+        modalities: Of mentions, and of entities too unless `entity_modalities` says otherwise.
         reserve: Positions kept free for prompts.
         num_tokens: Every text is padded (and cut) to exactly this length, for systems that attend over padding; None
             trims a batch to its longest text.
@@ -100,6 +101,17 @@ class ItemFormat:
     markers: tuple[str, ...] = ()
     texts: tuple[tuple[str, Template], ...] = ()
     word_places: bool = False
+    entity_modalities: tuple[Modality, ...] | None = None
+
+    @property
+    def of_entities(self) -> tuple[Modality, ...]:
+        """What is read of an entity."""
+        return self.modalities if self.entity_modalities is None else self.entity_modalities
+
+    @property
+    def of_either(self) -> tuple[Modality, ...]:
+        """What is read of mentions, of entities, or of both."""
+        return tuple(dict.fromkeys((*self.modalities, *self.of_entities)))
 
 
 class Collator:
@@ -111,16 +123,25 @@ class Collator:
 
     def mentions(self, mentions: Sequence[Mention]) -> ItemBatch:
         """A batch of mentions, in order."""
-        return self._batch(partial(mention_text, without=self.item_format.markers), mentions)
+        text_of = partial(mention_text, without=self.item_format.markers)
+        return self._batch(text_of, mentions, self.item_format.modalities)
 
-    def entities(self, entities: Sequence[Entity]) -> ItemBatch:
-        """A batch of entities with their first picture, in order."""
-        return self._batch(partial(entity_text, without=self.item_format.markers), entities)
+    def entities(self, entities: Sequence[Entity], *, as_mentions: bool = False) -> ItemBatch:
+        """A batch of entities with their first picture, in order.
 
-    def _batch(self, text_of: Callable[[Item, Template], str], items: Sequence[Item]) -> ItemBatch:
-        shown = items if "image" in self.item_format.modalities else [None] * len(items)
-        images, has_image = self._images(shown)
-        tokens = self._tokens([text_of(item, self.item_format.template) for item in items])
+        Args:
+            as_mentions: They are read as mentions are, where that differs.
+        """
+        text_of = partial(entity_text, without=self.item_format.markers)
+        modalities = self.item_format.modalities if as_mentions else self.item_format.of_entities
+        return self._batch(text_of, entities, modalities)
+
+    def _batch(
+        self, text_of: Callable[[Item, Template], str], items: Sequence[Item], modalities: Sequence[Modality]
+    ) -> ItemBatch:
+        images, has_image = self._images(items if "image" in modalities else [None] * len(items))
+        reads_texts = "text" in modalities
+        tokens = self._tokens([text_of(item, self.item_format.template) if reads_texts else "" for item in items])
         extras: dict[str, Tensor] = {}
         for name, template in self.item_format.texts:
             further = self.tokenizer([text_of(item, template) for item in items])
@@ -139,8 +160,6 @@ class Collator:
         return (place_L >= first_N1) & (place_L < stop_N1)
 
     def _tokens(self, texts: list[str]) -> Tokens:
-        if "text" not in self.item_format.modalities:
-            texts = [""] * len(texts)
         length = self.item_format.num_tokens
         if length is None:
             return self.tokenizer(texts, self.item_format.reserve)

@@ -61,14 +61,19 @@ class Ragged:
         index = torch.arange(int(length_of_unique.sum()), device=self.values.device) + offset
         return Ragged(self.values[index], new_starts[inverse], self.lengths)
 
-    def sharing(self, alike_N: Tensor) -> "Ragged":
-        """The same items, but those that are alike (bool [N]) have the token rows of the first of them, kept once."""
+    def sharing(self, alike_N: Tensor, alike: "Ragged | None" = None) -> "Ragged":
+        """The same items, but those that are alike (bool [N]) have the same token rows, kept once.
+
+        Args:
+            alike: One item, whose rows they are; None: the first of those that are alike.
+        """
         if not bool(alike_N.any()):
             return self
-        own, shared = self.rows(~alike_N).compact(), self.rows(alike_N.nonzero()[:1, 0]).compact()
-        starts_N = torch.full_like(self.starts, len(own.values))
-        starts_N[~alike_N] = own.starts
-        return Ragged(torch.cat([own.values, shared.values]), starts_N, self.lengths)
+        own = self.rows(~alike_N).compact()
+        shared = (alike or self.rows(alike_N.nonzero()[:1, 0])).compact()
+        starts_N, lengths_N = torch.full_like(self.starts, len(own.values)), self.lengths.clone()
+        starts_N[~alike_N], lengths_N[alike_N] = own.starts, shared.lengths
+        return Ragged(torch.cat([own.values, shared.values]), starts_N, lengths_N)
 
     def to(self, device: torch.device) -> "Ragged":
         return Ragged(self.values.to(device), self.starts.to(device), self.lengths.to(device))
@@ -175,12 +180,17 @@ class Table:
     def distinct(self) -> tuple["Table", Tensor | None]:
         """Rows that differ, and the index of each row among them (int64 [N]): what is scored once is copied.
 
-        (self, None) where no two rows are known to be equal: a column that is not `Repeated` tells nothing.
+        (self, None) where no two rows are known to be equal: a plain column tells nothing; of a ragged one items that
+        share their token rows are equal.
         """
-        columns = [column for column in self.columns.values() if isinstance(column, Repeated)]
-        if not columns or len(columns) < len(self.columns):
+        places: list[Tensor] = []
+        for column in self.columns.values():
+            if isinstance(column, Tensor):
+                return self, None
+            places += [column.index] if isinstance(column, Repeated) else [column.starts, column.lengths]
+        if not places:
             return self, None
-        index_CN = torch.stack([column.index for column in columns])
+        index_CN = torch.stack([place_N.long() for place_N in places])
         if bool((index_CN == index_CN[0]).all()):
             index_CN = index_CN[:1]
         index_N = torch.unique(index_CN, dim=1, return_inverse=True)[1]

@@ -59,7 +59,10 @@ class FeatureEncoder(Protocol):
     def encoder_state(self) -> Mapping[str, Tensor]: ...
 
     def image_token_columns(self) -> Sequence[str]:
-        """Ragged columns of its features that depend on the picture alone: stored once for all items without one."""
+        """Ragged columns of its features that depend on the picture alone: stored once for all items without one.
+
+        One side's features may lack some of them.
+        """
 
 
 @dataclass(frozen=True, slots=True)

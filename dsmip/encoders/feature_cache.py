@@ -102,6 +102,8 @@ def feature_key(
     if (pixels := item_format.pixels) not in (None, CLIP_PIXELS):
         part = () if pixels.part == 1 else (pixels.part,)
         items += f", {plain_text((pixels.resize, pixels.filter, *part))}"
+    if item_format.entity_modalities is not None:
+        items += f", entity_modalities={plain_text(item_format.entity_modalities)}"
     if item_format.texts:
         further = tuple((name, each.mention, each.entity) for name, each in item_format.texts)
         items += f", texts={plain_text(further)}"
@@ -172,7 +174,8 @@ def encode_entities(
     batches = list(_encoded(items, encoder.encode_entities, device))
     table = concatenate([table for table, _ in batches]).cast(dtype)
     missing_N = ~torch.cat([has_image for _, has_image in batches]).to(device)
-    shared = {name: table.ragged(name).sharing(missing_N) for name in encoder.image_token_columns()}
+    columns = [name for name in encoder.image_token_columns() if name in table.columns]
+    shared = {name: table.ragged(name).sharing(missing_N) for name in columns}
     return table.merged(Table(shared))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dsmip.data.collate import Collator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
-from dsmip.data.table import Repeated, Table, concatenate
+from dsmip.data.table import Column, Ragged, Repeated, Table, concatenate
 from dsmip.encoders.feature_cache import BATCH_SIZE, item_batches, load_features, whole_features
 from dsmip.parallel import map_alone
 from dsmip.progress import CountRows, Progress, no_progress
@@ -107,12 +107,18 @@ def sharing_image(
     if not (columns and bool(lacking_N.any())):
         return prepared
     alike = alone(int(lacking_E.nonzero()[0]))
-    lacking_N = lacking_N.to(alike.dense(columns[0]).device)
+    first = alike.columns[columns[0]]
+    lacking_N = lacking_N.to((first if isinstance(first, Tensor) else first.values).device)
     num_own = int((~lacking_N).sum())
     index_N = ((~lacking_N).cumsum(0) - 1).where(~lacking_N, num_own).int()
-    shared = {
-        name: Repeated(torch.cat([prepared.dense(name)[~lacking_N], alike.dense(name)]), index_N) for name in columns
-    }
+    shared: dict[str, Column] = {}
+    for name in columns:
+        own = prepared.columns[name]
+        if isinstance(own, Ragged):
+            shared[name] = own.sharing(lacking_N, alike.ragged(name))
+        else:
+            values = torch.cat([prepared.dense(name)[~lacking_N], alike.dense(name)])
+            shared[name] = Repeated(values, index_N)
     return prepared.merged(Table(shared))
 
 

@@ -189,7 +189,7 @@ class _Files:
 def _write_entities(opened: OpenedModel, path: Path, progress: Progress) -> None:
     """The kb's texts with small pictures; with whole ones where a re-ranker looks at them."""
     run, reranker = opened.run, opened.model.reranker
-    whole = reranker is not None and "image" in run.collator(reranker).item_format.modalities
+    whole = reranker is not None and "image" in run.collator(reranker).item_format.of_entities
     count = counting(progress, "entities written", run.dataset.num_entities)
     with pq.ParquetWriter(path, ENTITY_SCHEMA) as writer:
         for start in range(0, run.dataset.num_entities, GROUP_ROWS):

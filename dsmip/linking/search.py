@@ -159,7 +159,7 @@ class SecondStage:
     @property
     def reads_images(self) -> bool:
         """Whether it looks at pictures."""
-        return "image" in self.collator.item_format.modalities
+        return "image" in self.collator.item_format.of_entities
 
     def __call__(self, first: Best, mentions: Sequence[Mention], knowledge_base: KnowledgeBase) -> Best:
         """The candidates by their new scores, then the others as the first stage has them.

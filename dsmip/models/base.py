@@ -100,7 +100,7 @@ class System(ABC):
         for part in dict.fromkeys((*cls.part_names(config.system), *cls.feature_parts(config.system))):
             form, room = cls.item_format(config.system, part), backbone.context_length
             for modality, tower in (("text", backbone.text), ("image", backbone.vision)):
-                if modality in form.modalities and tower.is_absent:
+                if modality in form.of_either and tower.is_absent:
                     read, key = ("texts", "text: hf:") if modality == "text" else ("pictures", "vision: timm:")
                     raise UserError(
                         f"{part} reads {read}, and backbone {config.backbone.architecture} has no {tower.name} tower: "

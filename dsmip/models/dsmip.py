@@ -21,7 +21,7 @@ from dsmip.keys import plain_text
 from dsmip.models.base import System
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.ops.losses import contrastive_loss, contrastive_losses
-from dsmip.units.expert import MODALITIES, Expert, ExpertConfig, ExpertName
+from dsmip.units.expert import READS, Expert, ExpertConfig, ExpertName
 from dsmip.units.fusion.gate import FusionGate
 from dsmip.units.fusion.matcher import FusedMatcher, ScoringName
 from dsmip.units.gate import Gate, GateConfig, GateEncoder, GateTextEncoder, check_weights_named, stored_images
@@ -33,7 +33,15 @@ _SCALE_SPEED = 10.0  # Adam moves a parameter by its learning rate a step, too s
 
 
 class DsmipConfig(Frozen):
-    """The `system` section. `use` lists the experts of stage two, in order: ties go to the first."""
+    """The `system` section.
+
+    Attributes:
+        experts: What stage one trains, by name: the paper's three, and `text_image` and `image_text`, which compare a
+            mention's text with an entity's picture and the reverse.
+        use: The experts of stage two, two to all of them, in order: ties go to the first.
+        width: Of the units.
+        mask_padding: Whether the text units pass over padding; the published units do not.
+    """
 
     experts: dict[ExpertName, ExpertConfig] = {
         "text": ExpertConfig(),
@@ -49,13 +57,11 @@ class DsmipConfig(Frozen):
     @model_validator(mode="after")
     def _experts_fit(self) -> "DsmipConfig":
         if len(set(self.use)) != len(self.use) or len(self.use) < 2:
-            raise ValueError("use: name two or three different experts")
+            raise ValueError("use: name two to five different experts")
         if missing := [name for name in self.use if name not in self.experts]:
-            raise ValueError(f"use: no expert named {', '.join(missing)} under experts")
+            raise ValueError(f"use: no expert named {', '.join(missing)} under experts (experts.{missing[0]}: {{}})")
         for name, expert in self.experts.items():
-            if len(MODALITIES[name]) == 1 and (
-                expert.prompt_length or expert.prompt_depth or expert.prompts_in != "both"
-            ):
+            if name != "multimodal" and (expert.prompt_length or expert.prompt_depth or expert.prompts_in != "both"):
                 raise ValueError(
                     f"experts.{name}: only the multimodal expert has prompts; remove prompt_length, prompt_depth and "
                     "prompts_in"
@@ -207,7 +213,7 @@ class DsmipMatcher(Matcher):
 
 
 class Dsmip(System):
-    """How DSMIP is built: parts text, visual, multimodal, then the gate."""
+    """How DSMIP is built: a part for each expert, then the gate."""
 
     name: ClassVar[str] = "dsmip"
     paper: ClassVar[str] = "Ma et al., TKDE 2025"
@@ -249,7 +255,13 @@ class Dsmip(System):
     def item_format(cls, section: Any, part: str) -> ItemFormat:
         if part == GATE:
             return ItemFormat(section.template)
-        return ItemFormat(section.template, section.experts[part].num_prompts, modalities=MODALITIES[part])
+        reads = READS[cast(ExpertName, part)]
+        return ItemFormat(
+            section.template,
+            section.experts[part].num_prompts,
+            modalities=reads.mentions,
+            entity_modalities=reads.entities if reads.is_cross_modal else None,
+        )
 
     @classmethod
     def check(cls, config: ExperimentConfig, backbone: Backbone) -> None:
@@ -269,9 +281,10 @@ class Dsmip(System):
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> Expert:
         section: DsmipConfig = config.system
+        name = cast(ExpertName, part)
         return Expert.build(
-            part,
-            section.experts[cast(ExpertName, part)],
+            name,
+            section.experts[name],
             config.backbone,
             section.width,
             mask_padding=section.mask_padding,

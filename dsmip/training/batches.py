@@ -107,7 +107,8 @@ class StreamSource:
         mentions = changed(self.collator.mentions(real), config.augment, real_draws)
         if config.self_mentions:
             own_draws = draws("augment self mentions", config.self_mentions, position_S)
-            mentions = stacked(mentions, changed(self.collator.entities(own), config.self_augment, own_draws))
+            themselves = self.collator.entities(own, as_mentions=True)
+            mentions = stacked(mentions, changed(themselves, config.self_augment, own_draws))
         all_columns = drawn + size * config.hard_negatives
         entity_draws = draws("augment entities", all_columns, position_E)
         entities = changed(self.collator.entities(columns), config.augment, entity_draws)

@@ -1,11 +1,12 @@
 """An expert network: towers that encode an item once, units that score a pair (DSMIP section 3.2).
 
-The three experts are one class that uses the text, the picture or both; only the multimodal one has prompts and the
-cross unit. Without an encoder an expert scores cached features.
+The experts are one class. The paper's three use the text, the picture or both, the same of mentions and of entities;
+only the multimodal one has prompts and the cross unit. Two of ours compare one side's text with the other side's
+picture (the first of the paper's limitations). Without an encoder an expert scores cached features.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -19,14 +20,34 @@ from dsmip.encoders.clip import Backbone, TowerName, Tuning
 from dsmip.encoders.towers.base import TokenFeatures
 from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.ops.losses import contrastive_loss
+from dsmip.units.cross_modal import CrossModalScorer
 from dsmip.units.matcher import BatchGold, Scores, TowerMatcher
 from dsmip.units.unit_scorer import UnitScorer
 
-ExpertName = Literal["text", "visual", "multimodal"]
-MODALITIES: Mapping[str, tuple[Modality, ...]] = {
-    "text": ("text",),
-    "visual": ("image",),
-    "multimodal": ("text", "image"),
+ExpertName = Literal["text", "visual", "multimodal", "text_image", "image_text"]
+
+
+class Reads(NamedTuple):
+    """What an expert reads of mentions and of entities."""
+
+    mentions: tuple[Modality, ...]
+    entities: tuple[Modality, ...]
+
+    @property
+    def either(self) -> tuple[Modality, ...]:
+        return tuple(dict.fromkeys((*self.mentions, *self.entities)))
+
+    @property
+    def is_cross_modal(self) -> bool:
+        return self.mentions != self.entities
+
+
+READS: Mapping[ExpertName, Reads] = {
+    "text": Reads(("text",), ("text",)),
+    "visual": Reads(("image",), ("image",)),
+    "multimodal": Reads(("text", "image"), ("text", "image")),
+    "text_image": Reads(("text",), ("image",)),
+    "image_text": Reads(("image",), ("text",)),
 }
 _TOWERS: Mapping[Modality, TowerName] = {"text": "text", "image": "vision"}
 
@@ -58,13 +79,11 @@ class ExpertEncoder(nn.Module):
         mask_padding: True gives an item's own text tokens. False gives all places of the context, padded as in MIMIC.
     """
 
-    def __init__(
-        self, modalities: tuple[Modality, ...], config: ExpertConfig, backbone: BackboneConfig, *, mask_padding: bool
-    ) -> None:
+    def __init__(self, reads: Reads, config: ExpertConfig, backbone: BackboneConfig, *, mask_padding: bool) -> None:
         super().__init__()
-        self.modalities, self.mask_padding = modalities, mask_padding
+        self.reads, self.mask_padding = reads, mask_padding
         self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
-        self.backbone.tune(config.tune, [_TOWERS[modality] for modality in modalities])
+        self.backbone.tune(config.tune, [_TOWERS[modality] for modality in reads.either])
         vision_width = self.backbone.vision_width if config.prompts_in == "both" else None
         widths = (config.prompt_length, config.prompt_depth, self.backbone.text_width, vision_width)
         self.mention_prompts = InteractivePrompts(*widths)
@@ -74,14 +93,14 @@ class ExpertEncoder(nn.Module):
         """Towers always run in eval mode: they must give the same features twice (cached gradients)."""
         return super().train(False)
 
-    def encode(self, batch: ItemBatch, prompts: InteractivePrompts) -> Table:
+    def encode(self, batch: ItemBatch, modalities: Collection[Modality], prompts: InteractivePrompts) -> Table:
         """Features of N items: text_global [N, d_z], text_tokens, image_global [N, d_z], image_tokens (ragged)."""
         columns: dict[str, Tensor | Ragged] = {}
-        if "text" in self.modalities:
+        if "text" in modalities:
             text = self._encode_text(batch, prompts)
             columns["text_global"] = text.pooled
             columns["text_tokens"] = Ragged.from_padded(text.tokens, text.mask if self.mask_padding else None)
-        if "image" in self.modalities:
+        if "image" in modalities:
             pixels = self.backbone.normalise(batch.images, batch.has_image)
             image = self.backbone.encode_image(pixels, prompts if prompts.has_image_prompts else None)
             columns["image_global"] = image.pooled
@@ -96,41 +115,51 @@ class ExpertEncoder(nn.Module):
 
 
 class Expert(TowerMatcher[ExpertEncoder]):
-    """One of the three experts.
+    """One of the experts.
 
     Its score is the mean of its units' (eqs. 9, 10, 14); the loss is in-batch contrastive (eq. 17).
     """
 
-    def __init__(self, scorer: UnitScorer, encoder: ExpertEncoder | None = None) -> None:
+    def __init__(self, scorer: UnitScorer | CrossModalScorer, encoder: ExpertEncoder | None = None) -> None:
         super().__init__()
         self.scorer = scorer
         self.encoder = encoder
 
     @staticmethod
     def build(
-        name: str, config: ExpertConfig, backbone: BackboneConfig, width: int, *, mask_padding: bool, with_encoder: bool
+        name: ExpertName,
+        config: ExpertConfig,
+        backbone: BackboneConfig,
+        width: int,
+        *,
+        mask_padding: bool,
+        with_encoder: bool,
     ) -> "Expert":
         """The expert of that name; its units have `width`.
 
         Raises:
             UserError: The backbone cannot be built.
         """
-        modalities = MODALITIES[name]
-        scorer = UnitScorer(modalities, feature_sizes(backbone.architecture), width, mask_padding=mask_padding)
+        reads, sizes = READS[name], feature_sizes(backbone.architecture)
+        scorer: UnitScorer | CrossModalScorer
+        if reads.is_cross_modal:
+            scorer = CrossModalScorer(reads.mentions[0], reads.entities[0], sizes, width, mask_padding=mask_padding)
+        else:
+            scorer = UnitScorer(reads.mentions, sizes, width, mask_padding=mask_padding)
         if not with_encoder:
             return Expert(scorer)
-        return Expert(scorer, ExpertEncoder(modalities, config, backbone, mask_padding=mask_padding))
+        return Expert(scorer, ExpertEncoder(reads, config, backbone, mask_padding=mask_padding))
 
     def feature_settings(self) -> Mapping[str, float]:
         return {} if self._encoder().mask_padding else {"mask_padding": 0.0}
 
     def encode_mentions(self, batch: ItemBatch) -> Table:
         encoder = self._encoder()
-        return encoder.encode(batch, encoder.mention_prompts)
+        return encoder.encode(batch, encoder.reads.mentions, encoder.mention_prompts)
 
     def encode_entities(self, batch: ItemBatch) -> Table:
         encoder = self._encoder()
-        return encoder.encode(batch, encoder.entity_prompts)
+        return encoder.encode(batch, encoder.reads.entities, encoder.entity_prompts)
 
     def prepare_mentions(self, features: Table) -> Table:
         return self.scorer.prepare_mentions(features)
@@ -140,8 +169,8 @@ class Expert(TowerMatcher[ExpertEncoder]):
 
     @property
     def scores_tokens(self) -> bool:
-        """Whether it has the one unit that compares tokens with tokens."""
-        return "text" in self.scorer.units
+        """Whether a unit of it compares tokens with tokens."""
+        return self.scorer.scores_tokens
 
     def score(
         self,
@@ -170,4 +199,4 @@ class Expert(TowerMatcher[ExpertEncoder]):
         return contrastive_loss(scores.total_ME, gold.column_M, gold.same_ME)
 
     def image_token_columns(self) -> Sequence[str]:
-        return ("image_tokens",) if "image" in self._encoder().modalities else ()
+        return ("image_tokens",) if "image" in self._encoder().reads.either else ()

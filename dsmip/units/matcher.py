@@ -165,7 +165,7 @@ class Matcher(Part, ABC):
         """All that a pair needs of an entity, computed once; row n depends on features of row n alone."""
 
     def image_columns(self, prepared: Table) -> list[str]:
-        """Dense columns of prepared entities that depend on the picture alone: without one, entities share them."""
+        """Columns of prepared entities that depend on the picture alone: without one, entities share them."""
         return []
 
     @abstractmethod
@@ -243,7 +243,10 @@ class Matcher(Part, ABC):
         return self.state_dict()
 
     def image_token_columns(self) -> Sequence[str]:
-        """Ragged columns of its features that depend on the picture alone: stored once for all items without one."""
+        """Ragged columns of its features that depend on the picture alone: stored once for all items without one.
+
+        One side's features may lack some of them.
+        """
         return ()
 
 

@@ -53,12 +53,17 @@ class TextUnit(nn.Module):
         width: int,
         *,
         mask_padding: bool = True,
+        query_width: int | None = None,
     ) -> None:
+        """
+        Args:
+            token_width: Of mentions' tokens, and of entities' unless `query_width` says otherwise.
+        """
         super().__init__()
         self.mask_padding = mask_padding
         self.backend: Backend = "torch"
         self.precision: Precision = "fp32"
-        self.fc_query = nn.Linear(token_width, width)
+        self.fc_query = nn.Linear(query_width or token_width, width)
         self.fc_key = nn.Linear(token_width, width)
         self.fc_value = nn.Linear(token_width, width)
         self.fc_cls: nn.Module = nn.Linear(global_width, width)

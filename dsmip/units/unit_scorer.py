@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dsmip.data.collate import Modality
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import FeatureSizes, Side
+from dsmip.units.cross_modal import float_inputs
 from dsmip.units.cross_unit import CrossUnit, FusedUnit
 from dsmip.units.text_unit import TextUnit
 from dsmip.units.visual_unit import VisualUnit
@@ -115,6 +116,11 @@ class UnitScorer(nn.Module):
         return scores
 
     @property
+    def scores_tokens(self) -> bool:
+        """Whether it has the one unit that compares tokens with tokens."""
+        return "text" in self.units
+
+    @property
     def num_scores(self) -> int:
         """How many `score` gives."""
         units = map(self._unit, self.units)
@@ -134,9 +140,9 @@ class UnitScorer(nn.Module):
     def _prepare(self, features: Table, method: str) -> Table:
         inputs: dict[str, Tensor | Ragged] = {}
         if "text" in self.units:
-            inputs["text_global"], inputs["text_tokens"] = self.text_norm(*_float_inputs(features, "text"))
+            inputs["text_global"], inputs["text_tokens"] = self.text_norm(*float_inputs(features, "text"))
         if "image" in self.units:
-            inputs["image_global"], inputs["image_tokens"] = self.picture_norm(*_float_inputs(features, "image"))
+            inputs["image_global"], inputs["image_tokens"] = self.picture_norm(*float_inputs(features, "image"))
         prepared = Table({})
         for name in self.units:
             unit = self._unit(name)
@@ -149,10 +155,3 @@ class UnitScorer(nn.Module):
         unit = self.units[name]
         assert isinstance(unit, TextUnit | VisualUnit | FusedUnit)
         return unit
-
-
-def _float_inputs(features: Table, modality: Modality) -> tuple[Tensor, Ragged]:
-    """Pooled and token features as float32 (the cache may hold float16)."""
-    tokens = features.ragged(f"{modality}_tokens")
-    values = Ragged(tokens.values.float(), tokens.starts, tokens.lengths)
-    return features.dense(f"{modality}_global").float(), values

@@ -23,7 +23,7 @@ class Texts:
     """The texts that a part reads.
 
     Attributes:
-        mention, entity: Their templates.
+        mention, entity: Their templates; empty where a side's texts are not read.
         tokens: How many of a text it reads.
         padded: Whether every text is brought to that length.
     """
@@ -144,11 +144,13 @@ def _described_if_possible(config: ExperimentConfig, name: str) -> Description:
 def _part(system: type[System], name: str, config: ExperimentConfig) -> Part:
     form, network = system.item_format(config.system, name), resolve_architecture(config.backbone.architecture)
     texts, pictures = None, None
-    if "text" in form.modalities:
+    if "text" in form.of_either:
         tokens = form.num_tokens or network.context_length - form.reserve
         padded = form.num_tokens is not None or network.reads_padding
-        texts = Texts(form.template.mention, form.template.entity, tokens, padded)
-    if "image" in form.modalities:
+        mention = form.template.mention if "text" in form.modalities else ""
+        entity = form.template.entity if "text" in form.of_entities else ""
+        texts = Texts(mention, entity, tokens, padded)
+    if "image" in form.of_either:
         pixels = form.pixels or network.pixels
         pictures = Pictures(network.image_size, pixels.resize, pixels.filter)
     reranks = name in system.rerankers(config.system)

@@ -147,6 +147,7 @@ def test_products_of_a_systems_vectors_join_those_of_its_units(prepared: Prepare
         parts = []
         for name, expert in shut_matcher.experts.items():
             assert isinstance(expert, Expert)
+            assert isinstance(expert.scorer, UnitScorer)
             parts.append(mean_part(expert.scorer, mentions.under(name), entities.under(name)))
         parts_MEB = torch.stack(parts, dim=-1) * shut_matcher.scale_B()
         expected_ME = parts_MEB.sum(dim=-1)

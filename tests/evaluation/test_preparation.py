@@ -2,10 +2,11 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
@@ -17,9 +18,10 @@ from dsmip.evaluation.ranks import merge_rankings
 from dsmip.evaluation.refinement import GRID, PairScorer
 from dsmip.models.dsmip import Dsmip
 from dsmip.units.matcher import Matcher
+from dsmip.units.text_unit import TextUnit
 from dsmip.units.visual_unit import DualUnit
 from tests.support.scoring.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
-from tests.support.scoring.systems import features, whole
+from tests.support.scoring.systems import features, whole, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 6, 700  # more than one tile of preparing
 LACKING = torch.arange(NUM_ENTITIES) % 3 == 1
@@ -35,8 +37,12 @@ def kb_features(config: ExperimentConfig) -> Table:
     return Table({**columns, "has_image": ~LACKING})
 
 
-def seen_by_visual(kb: Table) -> Table:
-    return kb.under("visual").merged(Table({"has_image": kb.dense("has_image")}))
+def seen_by(part: str, kb: Table) -> Table:
+    return kb.under(part).merged(Table({"has_image": kb.dense("has_image")}))
+
+
+def with_text_image(config: ExperimentConfig) -> ExperimentConfig:
+    return with_system(config, experts={"text_image": {}})
 
 
 def index_of(matcher: Matcher, kb: Table, folder: Path) -> EntityIndex:
@@ -54,29 +60,37 @@ def test_who_has_a_picture(small_data: Dataset) -> None:
     assert kb.dense("has_image").tolist() == expected
 
 
+@pytest.mark.parametrize(("part", "unit"), [("visual", DualUnit), ("text_image", TextUnit)])
 @pytest.mark.parametrize("slices", [1, 3])
 def test_they_tie_and_are_scored_once(
-    small_config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slices: int
+    small_config: ExperimentConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    slices: int,
+    part: str,
+    unit: type[DualUnit] | type[TextUnit],
 ) -> None:
-    matcher = Dsmip.build_part("visual", small_config, with_encoder=False).eval()
-    kb = seen_by_visual(kb_features(small_config))
+    matcher = Dsmip.build_part(part, with_text_image(small_config), with_encoder=False).eval()
+    kb = seen_by(part, kb_features(small_config))
     index = index_of(matcher, kb, tmp_path)
-    mentions = prepare_in_tiles(matcher, features(small_config, NUM_MENTIONS, 2).under("visual"), "mentions", CPU)
+    mentions = prepare_in_tiles(matcher, features(small_config, NUM_MENTIONS, 2).under(part), "mentions", CPU)
     with torch.no_grad():
         twin = copy.deepcopy(matcher).double()
         entities = index.take(torch.arange(NUM_ENTITIES))
-        dense = Table({name: entities.dense(name) for name in entities.columns}).cast(torch.float64)
+        dense = Table({n: c.dense() if isinstance(c, Repeated) else c for n, c in entities.columns.items()})
+        dense = dense.cast(torch.float64)
         exact_ME = (twin.score(mentions.cast(torch.float64), dense).total_ME / GRID).round() * GRID
     gold_M = torch.tensor([1, 0, 4, 298, 9, 697])
     num_scored = list[int]()
-    score = DualUnit.score
+    score: Any = unit.score
 
-    def counting(unit: DualUnit, queries: Table, values: Table) -> Tensor:
-        num_scored.append(len(queries) * len(values) * (unit.fc.weight.dtype == torch.float64))
-        return score(unit, queries, values)
+    def counting(unit: nn.Module, one: Table, other: Table, *wanted: Tensor | None) -> Tensor:
+        num_scored.append(len(one) * len(other) * (next(unit.parameters()).dtype == torch.float64))
+        scores: Tensor = score(unit, one, other, *wanted)
+        return scores
 
-    monkeypatch.setattr(DualUnit, "score", counting)
-    parts = [index.slice(part, slices) for part in range(slices)]
+    monkeypatch.setattr(unit, "score", counting)
+    parts = [index.slice(number, slices) for number in range(slices)]
     golds = torch.stack([PairScorer(matcher, mentions, each, CPU).gold_scores(gold_M) for each in parts])
     gold_score_M = golds.nan_to_num(-torch.inf).amax(dim=0)
     models = [RankedModel(matcher, mentions, each, gold_M) for each in parts]
@@ -86,7 +100,8 @@ def test_they_tie_and_are_scored_once(
     assert ranking.counts.tied_M.tolist() == [num_alike - 1, 0, num_alike - 1, num_alike - 1, 0, num_alike - 1]
     assert ranking.cost.refinement is not None
     assert ranking.cost.refinement.num_pairs > 4 * num_alike
-    assert sum(num_scored) / 2 < 0.5 * num_alike * len(gold_M) + 16 * 64 * slices  # the sample of each slice
+    calls = 2 if unit is DualUnit else 1  # of one scoring
+    assert sum(num_scored) / calls < 0.5 * num_alike * len(gold_M) + 16 * 64 * slices  # the sample of each slice
 
 
 def test_they_are_stored_once(small_config: ExperimentConfig, tmp_path: Path) -> None:
@@ -114,7 +129,7 @@ def test_they_are_stored_once(small_config: ExperimentConfig, tmp_path: Path) ->
 @torch.no_grad()
 def test_validation_without_refinement_ties_them_too(small_config: ExperimentConfig) -> None:
     matcher = Dsmip.build_part("visual", small_config, with_encoder=False).eval()
-    kb = seen_by_visual(kb_features(small_config))
+    kb = seen_by("visual", kb_features(small_config))
     mentions = prepare_in_tiles(matcher, features(small_config, 2, 2).under("visual"), "mentions", CPU)
     index = EntityIndex([prepare_entities(matcher, kb, range(NUM_ENTITIES), CPU)])
     ranking = rank_unrefined(RankedModel(matcher, mentions, index, torch.tensor([1, 0])), CPU)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dsmip.config import ExperimentConfig
-from dsmip.data.collate import Collator
-from dsmip.data.records import Mention
+from dsmip.config import ExperimentConfig, TrainConfig
+from dsmip.data.collate import Collator, ItemBatch
+from dsmip.data.dataset import Dataset
+from dsmip.data.records import Entity, Mention
 from dsmip.data.table import Table
 from dsmip.data.text import Template, mention_text
 from dsmip.encoders.architecture import build_tokenizer
@@ -19,8 +20,10 @@ from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.gumbel import relaxed_choice, sample_gumbel
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.weights import load_own_weights, own_weights, save_weights
+from dsmip.training.batches import StreamSource
 from dsmip.units.matcher import BatchGold
 from tests.support.scoring.systems import features, seeded, whole, with_system
+from tests.support.small_release import image_bytes
 
 NUM_MENTIONS, NUM_ENTITIES = 5, 6
 
@@ -221,3 +224,79 @@ def test_weights_of_another_form_are_refused(small_config: ExperimentConfig, tmp
         load_own_weights(part(small_config, "visual"), path)
     with pytest.raises(UserError, match=r"scorer\.units.*shape.*8.*9"):
         load_own_weights(part(with_system(small_config, width=9), "text"), path)
+
+
+FIVE = ("text_image", "text", "visual", "multimodal", "image_text")
+
+
+def with_five(config: ExperimentConfig, **gate: Any) -> ExperimentConfig:
+    return with_system(config, experts={"text_image": {}, "image_text": {}}, use=list(FIVE), gate=gate)
+
+
+@pytest.mark.parametrize("choice", ["pair", "mention"])
+def test_the_gate_chooses_from_five_experts(small_config: ExperimentConfig, choice: str) -> None:
+    config = with_five(small_config, choice=choice)
+    matcher = seeded(1, lambda: Dsmip.build_whole(config)).eval()
+    with torch.no_grad():
+        matcher.gate.mention_logits.weight.mul_(20)  # else one expert has them all
+        scores = matcher.score(*prepared(matcher, config))
+        parts = matcher.part_scores(*prepared(matcher, config))
+    assert tuple(parts) == FIVE == Dsmip.choices(config.system)
+    assert scores.chosen_ME is not None
+    assert len(scores.chosen_ME.unique()) > 1
+    parts_MEB = torch.stack(list(parts.values()), dim=-1)
+    torch.testing.assert_close(scores.total_ME, parts_MEB.gather(-1, scores.chosen_ME[..., None])[..., 0])
+    assert scores.token_pairs_M2 is not None
+    assert scores.token_pairs_M2[:, 1].tolist() == [4 * NUM_ENTITIES] * NUM_MENTIONS  # all but the visual one
+
+
+def test_a_cross_modal_expert_reads_one_modality_of_each_side(small_config: ExperimentConfig) -> None:
+    """What it does not read is not even decoded."""
+    config = with_five(small_config)
+    mention = Mention("m0", "word", "a sentence", "Q1", 0, image=image_bytes((16, 16), "red"))
+    entity = Entity(0, "Q1", "name", "attributes", (image_bytes((16, 16), "blue"),))
+    for name, texts_of, images_of in (("text_image", 0, 1), ("image_text", 1, 0)):
+        form = Dsmip.item_format(config.system, name)
+        collator = Collator(build_tokenizer(config.backbone.architecture), form, 16)
+        batches = collator.mentions([mention]), collator.entities([entity])
+        assert [int(batch.token_mask.sum()) > 2 for batch in batches] == [texts_of == 0, texts_of == 1]
+        assert [bool(batch.has_image.any()) for batch in batches] == [images_of == 0, images_of == 1]
+        expert = part(config, name)
+        tables = expert.encode_mentions(batches[0]), expert.encode_entities(batches[1])
+        kinds = [{column.partition("_")[0] for column in table.columns} for table in tables]
+        assert kinds[texts_of] == {"text"}
+        assert kinds[images_of] == {"image"}
+
+
+def test_an_entity_as_a_mention_of_itself_is_read_as_mentions_are(
+    small_config: ExperimentConfig, small_data: Dataset
+) -> None:
+    collator = Collator(
+        build_tokenizer(small_config.backbone.architecture),
+        Dsmip.item_format(with_five(small_config).system, "text_image"),
+        16,
+    )
+    train = TrainConfig(batch_size=8, self_mentions=6)
+    step = next(iter(StreamSource(small_data, "train", collator, train, 0).steps(0)))
+    assert isinstance(step.mentions, ItemBatch)
+    assert isinstance(step.entities, ItemBatch)
+    own = step.mentions.rows(len(step.mentions) - 6, len(step.mentions))
+    assert bool((own.token_mask.sum(dim=1) > 2).all())
+    assert not bool(own.has_image.any())
+    assert bool(step.entities.has_image.any())
+
+
+@pytest.mark.parametrize(
+    ("system", "said"),
+    [
+        ({"use": ["text"]}, "two to five different experts"),
+        ({"use": ["text", "text_image"]}, r"no expert named text_image under experts \(experts.text_image: {}\)"),
+        (
+            {"experts": {"text": {}, "text_image": {"prompt_length": 2}}, "use": ["text", "text_image"]},
+            "text_image: only the multimodal expert",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(system: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_config({"model": "dsmip", "backbone": {"architecture": "tiny"}, "system": system})

@@ -73,6 +73,20 @@ def test_a_gate_learns_the_likelihood_of_the_mixture_and_is_ranked_with(
     assert repeated.history == result.history
 
 
+def test_a_gate_of_five_experts_learns(small_config: ExperimentConfig, tmp_path: Path) -> None:
+    """Three numbers of each expert, and three of each of ten pairs."""
+    five = ["text", "visual", "multimodal", "text_image", "image_text"]
+    config = with_system(small_config, experts={"text_image": {}, "image_text": {}}, use=five)
+    matcher = built(config, dropout=0.0)
+    assert matcher.gate is not None
+    assert matcher.gate.mean_F.shape == (45,)
+    training, validation = (split(config, matcher, seed) for seed in (2, 5))
+    result = fit_gate(matcher, training, validation, kb(config), SETTINGS, LocalContext(tmp_path), seed=0)
+    losses = [each["loss"] for each in result.history]
+    assert losses[-1] < losses[0]
+    assert tuple(matcher.surveyed()) == tuple(five)
+
+
 def test_a_paused_training_goes_on_as_if_it_had_not_been(small_config: ExperimentConfig, tmp_path: Path) -> None:
     matcher = built(small_config)
     training, validation = (split(small_config, matcher, seed) for seed in (2, 5))

@@ -24,6 +24,11 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"gate": {"picture": "clip"}},
         {"gate": {"picture": "clip", "choice": "mention"}},
         {"gate": {"picture": "clip"}, "mask_padding": False},
+        {
+            "gate": {"picture": "clip"},
+            "experts": {name: {} for name in ("text_image", "image_text", "text", "visual", "multimodal")},
+            "use": ["text_image", "image_text", "text", "visual", "multimodal"],
+        },
     ],
     "mimic": [{}, {"mask_padding": True}],
     "mmoe": [{}],

@@ -8,6 +8,7 @@ from dsmip.config import ExperimentConfig, merged
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import feature_sizes
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
+from dsmip.units.expert import READS
 
 
 def seeded(seed: int, build: Any) -> Any:
@@ -27,7 +28,7 @@ def whole(config: ExperimentConfig, **gate: Any) -> DsmipMatcher:
 
 
 def features(config: ExperimentConfig, count: int, seed: int) -> Table:
-    """Random features of all experts and of the gate."""
+    """Random features of all experts and of the gate; of cross-modal ones what they read of either side."""
     sizes, generator = feature_sizes(config.backbone.architecture), torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 4, (count,), generator=generator)
 
@@ -39,8 +40,8 @@ def features(config: ExperimentConfig, count: int, seed: int) -> Table:
         "gate.text": torch.randn(count, sizes.text_width, generator=generator),
         "gate.picture": torch.randn(count, sizes.embed_width, generator=generator),
     }
-    for part, kinds in {"text": ["text"], "visual": ["image"], "multimodal": ["text", "image"]}.items():
-        for kind in kinds:
+    for part, reads in READS.items():
+        for kind in reads.either:
             width = sizes.text_width if kind == "text" else sizes.vision_width
             columns[f"{part}.{kind}_global"] = torch.randn(count, sizes.embed_width, generator=generator)
             columns[f"{part}.{kind}_tokens"] = ragged(width)
