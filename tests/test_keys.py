@@ -151,6 +151,18 @@ def test_every_field_of_an_expert_is_in_its_key(config: ExperimentConfig) -> Non
     assert len(keys) == len(other) + 1
 
 
+def test_settings_of_the_whole_system_are_in_the_keys_of_what_they_change(config: ExperimentConfig) -> None:
+    def keys(system: dict[str, Any]) -> dict[str, str]:
+        other = changed(config, {"system": system})
+        return {part: find_system("dsmip").part_key(part, other) for part in ("text", "multimodal", "gate")}
+
+    before, squashed = keys({}), keys({"pixels": {"resize": "squash"}})
+    assert all(squashed[part] != key for part, key in before.items())
+    assert len({key["gate"] for key in (before, squashed, keys({"pixels": {"resize": "squash", "part": 0.9}}))}) == 3
+    of_tower = keys({"gate": {"text": "tower"}})
+    assert {part for part, key in before.items() if of_tower[part] != key} == {"gate"}
+
+
 def test_a_sweep_and_pretrained_weights_are_keyed_as_ever(config: ExperimentConfig) -> None:
     trials = draw_trials(config, 5)
     assert [dict(trial.changes) for trial in trials] == [

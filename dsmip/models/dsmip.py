@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemBatch, ItemFormat
 from dsmip.data.dataset import Dataset
+from dsmip.data.images import PixelForm
 from dsmip.data.table import Table
 from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureEncoder, Side, StoredFeatures, feature_sizes
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_networks import find_network
 from dsmip.errors import UserError
-from dsmip.keys import plain_text
+from dsmip.keys import key_tree, plain_text
 from dsmip.models.base import System
 from dsmip.ops.gumbel import hard_choice, sample_gumbel
 from dsmip.ops.losses import contrastive_loss, contrastive_losses
@@ -41,7 +42,10 @@ class DsmipConfig(Frozen):
         use: The experts of stage two, two to all of them, in order: ties go to the first.
         width: Of the units.
         mask_padding: Whether the text units pass over padding; the published units do not.
+        pixels: How pictures become squares, the gate's too; null: as the backbone's weights expect it.
     """
+
+    added: ClassVar[Mapping[str, Any]] = {"pixels": None}
 
     experts: dict[ExpertName, ExpertConfig] = {
         "text": ExpertConfig(),
@@ -51,6 +55,7 @@ class DsmipConfig(Frozen):
     use: tuple[ExpertName, ...] = ("text", "visual", "multimodal")
     width: int = Field(96, ge=1)
     mask_padding: bool = True
+    pixels: PixelForm | None = None
     gate: GateConfig = GateConfig()
     template: Template = Template()
 
@@ -78,6 +83,9 @@ class DsmipMatcher(Matcher):
         self.gate = gate
         if gate.config.units == "frozen":
             self.experts.requires_grad_(False)
+        elif gate.config.units == "projections_frozen":
+            for expert in self._experts().values():
+                expert.freeze_projections()
         if gate.config.calibration == "scale":
             self.log_scale_B = nn.Parameter(torch.zeros(len(experts)))
 
@@ -238,8 +246,10 @@ class Dsmip(System):
     def part_key(cls, part: str, config: ExperimentConfig) -> str:
         """Version 1. What is added to an expert or to the templates goes in only where it changes the part."""
         section: DsmipConfig = config.system
+        pixels = () if section.pixels is None else (key_tree(section.pixels),)
         if part == GATE:
-            return plain_text((section.gate.picture, section.gate.vgg_weights))
+            text = () if section.gate.text == "embeddings" else (section.gate.text,)
+            return plain_text((section.gate.picture, section.gate.vgg_weights, *text, *pixels))
         expert = section.experts[cast(ExpertName, part)]
         of_expert: dict[str, Any] = {
             "tune": expert.tune,
@@ -249,17 +259,18 @@ class Dsmip(System):
         if expert.prompts_in != "both":
             of_expert["prompts_in"] = expert.prompts_in
         texts = {"mention": section.template.mention, "entity": section.template.entity}
-        return plain_text((of_expert, section.width, section.mask_padding, texts))
+        return plain_text((of_expert, section.width, section.mask_padding, texts, *pixels))
 
     @classmethod
     def item_format(cls, section: Any, part: str) -> ItemFormat:
         if part == GATE:
-            return ItemFormat(section.template)
-        reads = READS[cast(ExpertName, part)]
+            return ItemFormat(section.template, pixels=section.pixels)
+        reads = READS[part]
         return ItemFormat(
             section.template,
             section.experts[part].num_prompts,
             modalities=reads.mentions,
+            pixels=section.pixels,
             entity_modalities=reads.entities if reads.is_cross_modal else None,
         )
 
@@ -281,10 +292,9 @@ class Dsmip(System):
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> Expert:
         section: DsmipConfig = config.system
-        name = cast(ExpertName, part)
         return Expert.build(
-            name,
-            section.experts[name],
+            part,
+            section.experts[cast(ExpertName, part)],
             config.backbone,
             section.width,
             mask_padding=section.mask_padding,
@@ -302,11 +312,11 @@ class Dsmip(System):
         if part != GATE:
             return None
         section: DsmipConfig = config.system
-        images = stored_images(section.gate, config.backbone, dataset, config.cache_dtype)
+        images = stored_images(section.gate, config.backbone, dataset, config.cache_dtype, section.pixels)
         if images is None:
             return None
         text = ItemFormat(section.template, modalities=("text",))
-        return StoredFeatures(images.folder, images.file, GateTextEncoder(config.backbone), text)
+        return StoredFeatures(images.folder, images.file, GateTextEncoder(section.gate, config.backbone), text)
 
     @classmethod
     def build_whole(cls, config: ExperimentConfig) -> Matcher:
@@ -314,10 +324,10 @@ class Dsmip(System):
         image_width = find_network(section.gate.picture).width(sizes)
         gate: GateConfig = section.gate
         if not gate.fuses:
-            paper_gate = Gate(gate, sizes.text_width, image_width, len(section.use))
+            paper_gate = Gate(gate, gate.text_width(sizes), image_width, len(section.use))
             return DsmipMatcher(cls._experts(config), paper_gate)
         fusion_gate = FusionGate(
-            sizes.text_width + image_width,
+            gate.text_width(sizes) + image_width,
             len(section.use),
             gate.width,
             gate.dropout,

@@ -42,7 +42,7 @@ class Reads(NamedTuple):
         return self.mentions != self.entities
 
 
-READS: Mapping[ExpertName, Reads] = {
+READS: Mapping[str, Reads] = {
     "text": Reads(("text",), ("text",)),
     "visual": Reads(("image",), ("image",)),
     "multimodal": Reads(("text", "image"), ("text", "image")),
@@ -127,7 +127,7 @@ class Expert(TowerMatcher[ExpertEncoder]):
 
     @staticmethod
     def build(
-        name: ExpertName,
+        name: str,
         config: ExpertConfig,
         backbone: BackboneConfig,
         width: int,
@@ -171,6 +171,12 @@ class Expert(TowerMatcher[ExpertEncoder]):
     def scores_tokens(self) -> bool:
         """Whether a unit of it compares tokens with tokens."""
         return self.scorer.scores_tokens
+
+    def freeze_projections(self) -> None:
+        """What maps pictures to the units' width trains no more (of units that have it)."""
+        if isinstance(self.scorer, UnitScorer):
+            for layer in self.scorer.projections():
+                layer.requires_grad_(False)
 
     def score(
         self,

@@ -1,7 +1,7 @@
 """The modality selection gating network (DSMIP section 3.3, eqs. 15-16).
 
-Each side's input is [mean of the frozen input token embeddings ; picture feature]. The paper's last layer over
-[h_m ; h_e] is split into one part per side, so that a pair costs B additions: M mentions, E entities, B experts.
+Each side's input is [text feature ; picture feature], both frozen. The paper's last layer over [h_m ; h_e] is split
+into one part per side, so that a pair costs B additions: M mentions, E entities, B experts.
 """
 
 import re
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from dsmip.config import BackboneConfig, Frozen
 from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
+from dsmip.data.images import PixelForm
 from dsmip.data.table import Table
 from dsmip.encoders.architecture import resolve_architecture
+from dsmip.encoders.base import FeatureSizes
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.image_features import DTypeName, ImageFeatures, Weights, find_features, network_hash
 from dsmip.encoders.image_networks import ClipImage, Kind, NetworkChoice, find_network
@@ -63,6 +65,7 @@ class GateConfig(Frozen):
             pooled picture).
         vgg_weights: Of an image network other than the backbone: a local file, `torchvision`, or `sha256:<16 or more
             digits>`: features that `dsmip features` has made.
+        text: The mean of the frozen text tower's input `embeddings`, or what the `tower` says of the whole text.
         inputs: What the gate sees: text and picture features `raw`, or `normalised` to mean 0 and variance 1 per number
             (means of token embeddings are tiny and nearly the same for all texts: raw, the gate does not see them);
             `confidence`, how sure each expert is of its answer (`dsmip.ops.experts.statistics.confidence`, normalised),
@@ -76,20 +79,24 @@ class GateConfig(Frozen):
         calibration: `none`; a learned `scale` of each expert's scores, since experts that were trained alone differ
             in how sure they are of themselves; or one `fitted` before the gate is trained, under which the golds that
             stage two trains on are likeliest (of a gate that fuses).
-        units: The experts' units are `tuned` with the gate (the paper) or `frozen`.
+        units: The experts' units are `tuned` with the gate (the paper) or `frozen`; `projections_frozen`: what maps
+            pictures to the units' width stays as stage one left it, as if it were of the encoders.
+        mlp: `two`, one for mentions and one for entities, or one that is `shared` (where every pair chooses).
     """
 
-    added: ClassVar[Mapping[str, Any]] = {"scoring": "choice"}
+    added: ClassVar[Mapping[str, Any]] = {"scoring": "choice", "text": "embeddings", "mlp": "two"}
     short_for: ClassVar[tuple[str, ...]] = ("preset",)
 
     picture: Kind = "vgg16"
     vgg_weights: str = "torchvision"
+    text: Literal["embeddings", "tower"] = "embeddings"
     inputs: Literal["raw", "normalised", "confidence", "both"] = "raw"
     scoring: ScoringName = "choice"
     choice: Literal["pair", "mention"] = "pair"
     training: Literal["sampled", "mixture"] = "sampled"
     calibration: Literal["none", "scale", "fitted"] = "none"
-    units: Literal["tuned", "frozen"] = "tuned"
+    units: Literal["tuned", "projections_frozen", "frozen"] = "tuned"
+    mlp: Literal["two", "shared"] = "two"
     final_activation: Literal["relu", "none"] = "none"
     width: int = Field(512, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)
@@ -99,6 +106,10 @@ class GateConfig(Frozen):
     def fuses(self) -> bool:
         """Whether the experts' probabilities over the whole kb have a part in it."""
         return self.sees_confidence or self.scoring != "choice" or self.calibration == "fitted"
+
+    def text_width(self, sizes: FeatureSizes) -> int:
+        """Of the gate's text feature."""
+        return sizes.text_width if self.text == "embeddings" else sizes.embed_width
 
     @property
     def sees_confidence(self) -> bool:
@@ -137,11 +148,13 @@ class GateConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _mixture_needs_one_scale(self) -> "GateConfig":
+    def _form_fits_the_choice(self) -> "GateConfig":
         if self.training == "mixture" and self.choice == "pair":
             raise ValueError(
                 "training: mixture needs choice: mention (experts are mixed as distributions over entities)"
             )
+        if self.mlp == "shared" and self.choice == "mention":
+            raise ValueError("mlp: shared needs choice: pair (where every mention chooses, entities have none)")
         return self
 
 
@@ -171,17 +184,24 @@ def check_weights_named(config: GateConfig) -> None:
 
 
 def stored_images(
-    config: GateConfig, backbone: BackboneConfig, dataset: Dataset, dtype: DTypeName
+    config: GateConfig,
+    backbone: BackboneConfig,
+    dataset: Dataset,
+    dtype: DTypeName,
+    pixels: PixelForm | None = None,
 ) -> ImageFeatures | None:
     """The gate's image features where they lie beside the shards, the same that it would compute; else None.
 
     Weights are loaded only to compare them, and only when there is something to compare with.
 
+    Args:
+        pixels: How pictures become squares; None: as the backbone's weights expect it.
+
     Raises:
         UserError: Weights cannot be loaded, or the features are damaged.
     """
     network = resolve_architecture(backbone.architecture)
-    found = list(find_features(dataset, config.picture, network.image_size, network.pixels, dtype))
+    found = list(find_features(dataset, config.picture, network.image_size, pixels or network.pixels, dtype))
     if not found:
         return None
     is_wanted = _same_weights(config, backbone)
@@ -198,11 +218,24 @@ def _same_weights(config: GateConfig, backbone: BackboneConfig) -> Callable[[Wei
     return lambda weights: weights.sha256 == sha256
 
 
-class GateTextEncoder(nn.Module):
-    """The gate's input from an item's text alone: column `text` [N, d_t]. Frozen."""
+def _text_vectors(config: GateConfig, backbone: Backbone, batch: ItemBatch) -> Tensor:
+    """float [N, `GateConfig.text_width`]."""
+    if config.text == "tower":
+        return backbone.encode_text(batch.token_ids, batch.token_mask).pooled
+    return backbone.token_embedding_mean(batch.token_ids, batch.token_mask)
 
-    def __init__(self, backbone: BackboneConfig) -> None:
+
+def _text_settings(config: GateConfig) -> Mapping[str, Tensor]:
+    """Beside tensors in the key of features; none for what earlier caches hold."""
+    return {"text_of_tower": torch.tensor(1.0)} if config.text == "tower" else {}
+
+
+class GateTextEncoder(nn.Module):
+    """The gate's input from an item's text alone: column `text` [N, `GateConfig.text_width`]. Frozen."""
+
+    def __init__(self, config: GateConfig, backbone: BackboneConfig) -> None:
         super().__init__()
+        self.config = config
         self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
 
     def encode_mentions(self, batch: ItemBatch) -> Table:
@@ -212,21 +245,25 @@ class GateTextEncoder(nn.Module):
         return self._encode(batch)
 
     def encoder_state(self) -> Mapping[str, Tensor]:
-        return {name: tensor for name, tensor in self.state_dict().items() if "token_embedding" in name}
+        state = self.state_dict()
+        if self.config.text == "tower":
+            return {**state, **_text_settings(self.config)}
+        return {name: tensor for name, tensor in state.items() if "token_embedding" in name}
 
     def image_token_columns(self) -> Sequence[str]:
         return ()
 
     @torch.no_grad()
     def _encode(self, batch: ItemBatch) -> Table:
-        return Table({"text": self.backbone.token_embedding_mean(batch.token_ids, batch.token_mask)})
+        return Table({"text": _text_vectors(self.config, self.backbone, batch)})
 
 
 class GateEncoder(nn.Module):
-    """The gate's inputs of an item: columns `text` [N, d_t] and `picture` [N, d_g]. Frozen."""
+    """The gate's inputs of an item: columns `text` [N, `GateConfig.text_width`] and `picture` [N, d_g]. Frozen."""
 
     def __init__(self, config: GateConfig, backbone: BackboneConfig) -> None:
         super().__init__()
+        self.config = config
         self.backbone = Backbone.build(backbone.architecture, backbone.pretrained)
         kind, choice = find_network(config.picture), image_network(config, backbone)
         # of a backbone: the very one that the texts' embeddings are of
@@ -241,7 +278,7 @@ class GateEncoder(nn.Module):
         return self._encode(batch)
 
     def encoder_state(self) -> Mapping[str, Tensor]:
-        return self.state_dict()
+        return {**self.state_dict(), **_text_settings(self.config)}
 
     def image_token_columns(self) -> Sequence[str]:
         return ()
@@ -249,11 +286,11 @@ class GateEncoder(nn.Module):
     @torch.no_grad()
     def _encode(self, batch: ItemBatch) -> Table:
         image = self._network.vectors(batch.images, batch.has_image)
-        return Table({"text": self.backbone.token_embedding_mean(batch.token_ids, batch.token_mask), "picture": image})
+        return Table({"text": _text_vectors(self.config, self.backbone, batch), "picture": image})
 
 
 class Gate(nn.Module):
-    """Logits of B experts per pair, from two MLPs of the same form."""
+    """Logits of B experts per pair, from two MLPs of the same form, or one for both sides."""
 
     def __init__(self, config: GateConfig, text_width: int, image_width: int, num_experts: int) -> None:
         super().__init__()
@@ -261,7 +298,10 @@ class Gate(nn.Module):
         self.mention_mlp = _mlp(text_width + image_width, config)
         self.mention_logits = nn.Linear(config.width, num_experts)
         if config.choice == "pair":
-            self.entity_mlp = _mlp(text_width + image_width, config)
+            if config.mlp == "two":
+                self.entity_mlp = _mlp(text_width + image_width, config)
+            elif config.inputs == "normalised":  # each side has means of its own
+                self.entity_norm = _norm(text_width + image_width)
             self.entity_logits = nn.Linear(config.width, num_experts, bias=False)
 
     def prepare_mentions(self, features: Table) -> Table:
@@ -273,7 +313,17 @@ class Gate(nn.Module):
         inputs = self._inputs(features)
         if self.config.choice == "mention":
             return Table({"logits": inputs.new_zeros(len(inputs), self.mention_logits.out_features)})
-        return Table({"logits": self.entity_logits(self.entity_mlp(inputs))})
+        return Table({"logits": self.entity_logits(self._of_entities(inputs))})
+
+    def _of_entities(self, inputs: Tensor) -> Tensor:
+        """h_e, float [E, width]."""
+        if self.config.mlp == "two":
+            hidden: Tensor = self.entity_mlp(inputs)
+        elif self.config.inputs == "normalised":
+            hidden = self.mention_mlp[1:](self.entity_norm(inputs))
+        else:
+            hidden = self.mention_mlp(inputs)
+        return hidden
 
     def log_pi(self, mentions: Table, entities: Table) -> Tensor:
         """Log probabilities of the experts [M, E, B] (E is 1 when the choice is per mention), before noise.
@@ -296,8 +346,10 @@ def _mlp(input_width: int, config: GateConfig) -> nn.Sequential:
     def block(width: int) -> list[nn.Module]:
         return [nn.Linear(width, config.width), nn.LeakyReLU(), nn.Dropout(config.dropout)]
 
-    normalise: list[nn.Module] = []
-    if config.inputs == "normalised":
-        # plain means over all batches (momentum None): decaying ones start at variance 1, a thousand times the inputs'
-        normalise = [nn.BatchNorm1d(input_width, eps=_SMALLEST_VARIANCE, momentum=None, affine=False)]
+    normalise = [_norm(input_width)] if config.inputs == "normalised" else []
     return nn.Sequential(*normalise, *block(input_width), *block(config.width))
+
+
+def _norm(width: int) -> nn.Module:
+    # plain means over all batches (momentum None): decaying ones start at variance 1, a thousand times the inputs'
+    return nn.BatchNorm1d(width, eps=_SMALLEST_VARIANCE, momentum=None, affine=False)

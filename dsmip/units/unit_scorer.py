@@ -126,6 +126,12 @@ class UnitScorer(nn.Module):
         units = map(self._unit, self.units)
         return sum(len(unit.vectors) if isinstance(unit, FusedUnit) else 1 for unit in units)
 
+    def projections(self) -> Sequence[nn.Module]:
+        """The maps of pictures to the unit width, which published code has among its encoders."""
+        if "image" not in self.units:
+            return ()
+        return self.picture_norm.image_cls_fc, self.picture_norm.image_tokens_fc
+
     def image_columns(self, prepared: Table) -> list[str]:
         """Dense columns of prepared items that depend on the picture alone: those of the unit of pictures."""
         columns = prepared.under("image").prefixed("image").columns

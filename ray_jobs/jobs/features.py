@@ -15,6 +15,7 @@ from ray_jobs.cluster.connection import connected
 # isort: split
 import ray
 
+from dsmip.config import ExperimentConfig
 from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
 from dsmip.data.images import CLIP_PIXELS, PixelForm
@@ -110,8 +111,8 @@ def feature_request(
     dtype: DTypeName = "float32"
     if config is not None:
         settings = job_config(config, overrides)
-        of_run, dtype = resolve_architecture(settings.backbone.architecture), settings.cache_dtype
-        size, form = of_run.image_size, of_run.pixels
+        dtype, form = settings.cache_dtype, _pixels(settings)
+        size = resolve_architecture(settings.backbone.architecture).image_size
         if isinstance(settings.system, DsmipConfig):
             named = settings.system.gate.vgg_weights
     elif overrides:
@@ -147,8 +148,13 @@ def _of_backbone(
     vision = Backbone.checked(architecture, backbone.pretrained).vision
     if vision.is_absent:
         raise UserError(f"the backbone of {config} has no vision tower, so there are no features of its pictures")
-    pixels = resolve_architecture(architecture).pixels
-    return FeatureRequest(choice, vision.image_size, settings.cache_dtype, pixels)
+    return FeatureRequest(choice, vision.image_size, settings.cache_dtype, _pixels(settings))
+
+
+def _pixels(settings: ExperimentConfig) -> PixelForm:
+    """How the gate of a run makes pictures squares."""
+    of_backbone = resolve_architecture(settings.backbone.architecture).pixels
+    return (isinstance(settings.system, DsmipConfig) and settings.system.pixels) or of_backbone
 
 
 def _absolute(name: str) -> str:

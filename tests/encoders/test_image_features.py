@@ -108,23 +108,27 @@ def test_the_gate_reads_what_it_would_compute(
         assert torch.equal(found[name], column), name
 
 
-def test_the_gate_reads_pictures_that_were_fitted_as_its_backbone_wants(
-    small_config: ExperimentConfig, narrow_backbone: Path, dataset: Dataset, tmp_path: Path
+@pytest.mark.parametrize("said_by", ["the backbone", "the run"])
+def test_the_gate_reads_pictures_that_were_fitted_as_its_backbone_or_its_run_wants(
+    small_config: ExperimentConfig, narrow_backbone: Path, dataset: Dataset, tmp_path: Path, said_by: str
 ) -> None:
     """Cropped ones of the same network are others, and are not taken for squashed ones."""
     form = PixelForm(resize="squash", filter="bilinear")
-    path = tmp_path / "squashed.json"
+    path, pixels = tmp_path / "squashed.json", form if said_by == "the run" else None
     stated = {"resize_mode": "squash", "interpolation": "bilinear"}
     path.write_text(json.dumps({"model_cfg": json.loads(narrow_backbone.read_text()), "preprocess_cfg": stated}))
-    config = changed(small_config, {"backbone": {"architecture": str(path)}})
+    if pixels is None:
+        config = changed(small_config, {"backbone": {"architecture": str(path)}})
+    else:
+        config = changed(small_config, {"system": {"pixels": pixels.model_dump()}})
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     request = feature_request("clip", str(tmp_path / "config.yaml"), (), None, 0)
     assert (request.size, request.form) == (16, form)
     expected = gate_features(Run.create(tmp_path / "computing", config, dataset))
     store(dataset, request.choice)  # cropped
-    assert stored_images(GateConfig(picture="clip"), config.backbone, dataset, "float32") is None
+    assert stored_images(GateConfig(picture="clip"), config.backbone, dataset, "float32", pixels) is None
     squashed = store(dataset, request.choice, form=form)
-    assert stored_images(GateConfig(picture="clip"), config.backbone, dataset, "float32") == squashed
+    assert stored_images(GateConfig(picture="clip"), config.backbone, dataset, "float32", pixels) == squashed
     found = gate_features(Run.create(tmp_path / "reading", config, dataset))
     for name, column in expected.items():
         assert torch.equal(found[name], column), name

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.collate import Collator, ItemBatch
 from dsmip.data.dataset import Dataset
+from dsmip.data.images import PixelForm
 from dsmip.data.records import Entity, Mention
 from dsmip.data.table import Table
 from dsmip.data.text import Template, mention_text
@@ -284,6 +285,12 @@ def test_an_entity_as_a_mention_of_itself_is_read_as_mentions_are(
     assert bool((own.token_mask.sum(dim=1) > 2).all())
     assert not bool(own.has_image.any())
     assert bool(step.entities.has_image.any())
+
+
+def test_all_parts_see_pictures_alike(small_config: ExperimentConfig) -> None:
+    config = with_system(with_five(small_config), pixels={"resize": "squash"})
+    for name in Dsmip.feature_parts(config.system):
+        assert Dsmip.item_format(config.system, name).pixels == PixelForm(resize="squash")
 
 
 @pytest.mark.parametrize(

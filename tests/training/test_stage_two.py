@@ -68,6 +68,15 @@ def test_frozen_units_do_not_train(small_config: ExperimentConfig) -> None:
     assert any(name.startswith("experts.") for name in trained_state(tuned))
 
 
+def test_projections_of_pictures_may_be_left_to_stage_one(small_config: ExperimentConfig) -> None:
+    """As if they were of the encoders; all else of the units trains."""
+    tuned, kept = (set(trained_state(whole(small_config, units=units))) for units in ("tuned", "projections_frozen"))
+    assert kept < tuned
+    left_out = {name.removeprefix("experts.").rpartition(".")[0] for name in tuned - kept}
+    maps = ("image_cls_fc", "image_tokens_fc")
+    assert left_out == {f"{part}.scorer.picture_norm.{name}" for part in ("visual", "multimodal") for name in maps}
+
+
 def test_a_normalised_gate_sees_small_differences(small_config: ExperimentConfig) -> None:
     """Inputs that differ by a hundred-thousandth of their common value reach the logits, row by row in eval mode."""
     matcher = whole(small_config, choice="mention", inputs="normalised")

@@ -1,14 +1,19 @@
 """The gate: its split last layer, its choice, and the gradient that gets through the choice."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dsmip.config import BackboneConfig
 from dsmip.data.table import Table
+from dsmip.encoders.base import feature_sizes
+from dsmip.encoders.feature_cache import fingerprint
 from dsmip.ops.gumbel import hard_choice, relaxed_choice, sample_gumbel
-from dsmip.units.gate import Gate, GateConfig
+from dsmip.units.gate import Gate, GateConfig, GateEncoder, GateTextEncoder
+from tests.support.scoring.contract import MENTIONS
 
 M, E, B, TEXT, IMAGE = 4, 5, 3, 6, 7
 
@@ -56,6 +61,46 @@ def test_two_blocks_of_the_same_form_per_side() -> None:
         kinds = [type(module) for module in mlp]
         assert kinds == [nn.Linear, nn.LeakyReLU, nn.Dropout] * 2
         assert [m.in_features for m in mlp if isinstance(m, nn.Linear)] == [TEXT + IMAGE, 8]
+
+
+@pytest.mark.parametrize(("seen", "factor"), [("raw", 1.0), ("normalised", 5.0)])
+@torch.no_grad()
+def test_a_shared_mlp_is_one_for_both_sides(seen: Any, factor: float) -> None:
+    """What it says of an item does not depend on the side; each side's inputs are normalised by its own means."""
+    gate, mentions = make_gate(mlp="shared", inputs=seen), inputs(64, 2)
+    entities = Table({name: factor * mentions.dense(name) for name in mentions.columns})
+    log_pi(gate.train(), mentions, entities)
+    gate.eval().entity_logits.weight.copy_(gate.mention_logits.weight)
+    gate.mention_logits.bias.zero_()
+    assert not any("entity_mlp" in name for name in gate.state_dict())
+    of_mentions, of_entities = (
+        table.dense("logits") for table in (gate.prepare_mentions(mentions), gate.prepare_entities(entities))
+    )
+    torch.testing.assert_close(of_entities, of_mentions, atol=1e-5, rtol=1e-4)
+    assert float(of_mentions.std(dim=0).min()) > 0.01
+
+
+def test_mentions_that_choose_have_no_mlp_to_share() -> None:
+    with pytest.raises(ValueError, match="mlp: shared needs choice: pair"):
+        make_gate(mlp="shared", choice="mention")
+
+
+@torch.no_grad()
+def test_the_texts_of_a_gate_are_embeddings_or_what_the_tower_says(narrow_backbone: Path) -> None:
+    """Features that are cached for one are not taken for the other's, whether pictures lie beside the data or not."""
+    backbone = BackboneConfig(architecture=str(narrow_backbone))
+    keys = list[set[str]]()
+    for text in ("embeddings", "tower"):
+        config = GateConfig(picture="clip", text=text)  # type: ignore[arg-type]
+        whole, texts_alone = GateEncoder(config, backbone), GateTextEncoder(config, backbone)
+        found = whole.encode_mentions(MENTIONS).dense("text")
+        assert found.shape[1] == config.text_width(feature_sizes(backbone.architecture))
+        assert torch.equal(texts_alone.encode_entities(MENTIONS).dense("text"), found)
+        tower = whole.backbone.encode_text(MENTIONS.token_ids, MENTIONS.token_mask).pooled
+        assert (text == "tower") == (tower.shape == found.shape and torch.equal(tower, found))
+        keys.append({fingerprint(encoder.encoder_state(), "()") for encoder in (whole, texts_alone)})
+    assert keys[0].isdisjoint(keys[1])
+    assert GateEncoder(GateConfig(picture="clip"), backbone).encoder_state().keys() == whole.state_dict().keys()
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"gate": {"picture": "clip", "choice": "mention"}},
         {"gate": {"picture": "clip"}, "mask_padding": False},
         {
-            "gate": {"picture": "clip"},
+            "gate": {"picture": "clip", "text": "tower", "mlp": "shared"},
             "experts": {name: {} for name in ("text_image", "image_text", "text", "visual", "multimodal")},
             "use": ["text_image", "image_text", "text", "visual", "multimodal"],
         },
