@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu [--json FILE] [--seconds 480] [--section ranking]
 
-At most eight minutes. Each section has a process of its own, within what is left of the time; one that fails stops no other:
+At most eight minutes. Each section has a process of its own, within what is left of the time; one that fails stops no
+other:
 
 tests     the tests of the kernels, of all backends, and of a training that resumes within the tolerance of GPUs
 ranking   WikiMEL's test set (5,169 mentions, 109,976 entities, random features) ranked whole; on a part of it against
