@@ -26,7 +26,8 @@ from tests.support.scoring.grown import (
 )
 from tests.support.scoring.linked_runs import small_system
 
-MARKS = {"fused": (), "dsmip": pytest.mark.slow, "blink": pytest.mark.slow}  # a gate of each kind, and a re-ranker
+# a gate of each kind, and a re-ranker
+MARKS: dict[str, list[pytest.MarkDecorator]] = {"fused": [], "dsmip": [pytest.mark.slow], "blink": [pytest.mark.slow]}
 OPERATIONS = ("add", "remove", "update", "compact")
 
 
@@ -44,7 +45,7 @@ def config_of(name: str, backbone: Path) -> ExperimentConfig:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(each, marks=MARKS.get(each, pytest.mark.soak)) for each in ("fused", *systems())]
+    "name", [pytest.param(each, marks=MARKS.get(each, [pytest.mark.soak])) for each in ("fused", *systems())]
 )
 def test_a_history_of_every_system(name: str, narrow_backbone: Path, images: Path, tmp_path: Path) -> None:
     config = config_of(name, narrow_backbone)
