@@ -20,9 +20,8 @@ from dsmip.encoders.clip import Backbone, TowerName, Tuning
 from dsmip.encoders.towers.base import TokenFeatures
 from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.ops.losses import contrastive_loss
-from dsmip.units.cross_modal import CrossModalScorer
 from dsmip.units.matcher import BatchGold, Scores, TowerMatcher
-from dsmip.units.unit_scorer import UnitScorer
+from dsmip.units.unit_scorer import CrossModalScorer, UnitScorer
 
 ExpertName = Literal["text", "visual", "multimodal", "text_image", "image_text"]
 

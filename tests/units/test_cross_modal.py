@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from dsmip.data.collate import Modality
 from dsmip.data.table import Ragged, Repeated, Table
 from dsmip.encoders.base import FeatureSizes
-from dsmip.units.cross_modal import CrossModalScorer, SharedSpaceNorm
+from dsmip.units.unit_scorer import CrossModalScorer, SharedSpaceNorm
 from tests.support.scoring.systems import seeded
 
 SIZES, WIDTH = FeatureSizes(text_width=10, vision_width=12, embed_width=6), 8
