@@ -108,7 +108,7 @@ def protocol_tables(suite: Suite, results: Sequence[Result]) -> list[TableView]:
                     values[key].append(str(value))
         lines = tuple((Entry(key), Entry(", ".join(each))) for key, each in values.items())
         if lines:
-            found.append(TableView(f"Protocol of {about.label or data}", ("", ""), lines))
+            found.append(TableView(f"Protocol of {about.label or data}", ("key", "value"), lines))
     return found
 
 

@@ -54,6 +54,8 @@ class StageTable:
     ) -> None:
         if self.console.is_terminal:
             self._live.stop()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self.say("interrupted; run the command again to go on")
 
     def add(self, name: str, row: str, stage: str, *, done: bool = False) -> None:
         """Adds a work that waits, or that is done already."""

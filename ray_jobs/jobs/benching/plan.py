@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from data_prep.demo.release import DemoConfig
-from dsmip.config import validated
+from dsmip.config import ExperimentConfig, validated
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from dsmip.runs.load_config import load_config, to_yaml
@@ -141,8 +142,8 @@ def _check_run(member: Member, places: Places, datasets: Mapping[str, Dataset]) 
     run = places.run(member)
     if not (run / STAMP).is_file() or not (run / CONFIG).is_file():
         return
-    stored = load_config(str(run / CONFIG)).model_dump(mode="json", exclude={"watch"})
-    if difference := first_difference(stored, member.config.model_dump(mode="json", exclude={"watch"})):
+    stored = load_config(str(run / CONFIG))
+    if difference := first_difference(_decisive(stored), _decisive(member.config)):
         raise UserError(f"{run} was made with other settings ({difference}); use another --out, or delete that folder")
     if member.column.share < 1 or member.folder not in datasets:
         return
@@ -151,6 +152,14 @@ def _check_run(member: Member, places: Places, datasets: Mapping[str, Dataset]) 
         raise UserError(
             f"{run} was made on other data than {dataset.location} holds now; use another --out, or delete that folder"
         )
+
+
+def _decisive(config: ExperimentConfig) -> dict[str, Any]:
+    """What decides figures: not how trainings are run, nor a backbone's, which its own file tells."""
+    tree = config.model_dump(mode="json", exclude={"watch", "pretrain"})
+    tree["parts"] = {name: part.train for name, part in config.parts.items()}
+    del tree["tune"]["resources"]
+    return tree
 
 
 def _check_backbones(suite: Suite, members: Sequence[Member], places: Places, datasets: Mapping[str, Dataset]) -> None:
