@@ -39,8 +39,11 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import (
     ENTITIES_FILE,
     KB,
+    NIL,
     REJECTS_FILE,
+    SECTIONS,
     SPLITS,
+    UNKNOWN_OF,
     ImageSettings,
     Manifest,
     Source,
@@ -122,7 +125,7 @@ def _settings(source: Release, options: DatasetOptions, source_sha256: str) -> d
         "licence": _writable(options.licence),
         "source": Source(name=_writable(Path(os.path.abspath(source.folder)).name), sha256=source_sha256),
         "layout": source.layout,
-        "choices": dict(source.choices),
+        "choices": {**source.choices, **({NIL: "kept"} if options.keep_nil else {})},
         "tool_version": VERSION,
         "seed": options.seed,
         "shard_bytes": options.shard_bytes,
@@ -176,9 +179,10 @@ def _plan(
             scanned=lambda split, count: progress(f"reading {split}", count, 0),
             warn=warn,
         )
-    for split in (KB, *SPLITS):
-        (out / split).mkdir(exist_ok=True)
-    for folder in (out, *(out / split for split in (KB, *SPLITS))):
+    folders = dict.fromkeys([KB, *SPLITS, *(shard.split for shard in plan.shards)])
+    for name in folders:
+        (out / name).mkdir(exist_ok=True)
+    for folder in (out, *(out / name for name in folders)):
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
     return plan
@@ -194,7 +198,7 @@ def _build(out: Path, plan: Plan, images: ImageSettings, run: Runner, progress: 
     _build_kb(out, plan.of(KB), finished, images, run, progress)
     kb = tuple(plan.of(KB))
     write_entities_file((staged(out, shard.path, "rows") for shard in kb), out / ENTITIES_FILE)
-    shards = plan.of(*SPLITS)
+    shards = plan.of(*SECTIONS)
     total = sum(shard.count for shard in shards)
     tasks = [SplitTask(out, shard, images, kb) for shard in shards if shard.path not in finished]
     before = total - sum(task.shard.count for task in tasks)
@@ -246,14 +250,16 @@ def _describe(out: Path, settings: dict[str, Any], plan: Plan, built: dict[str, 
     findings = [staged(out, shard.path, "findings") for shard in plan.shards]
     join_files([out / STAGE / SCAN_FINDINGS, *findings], out / REJECTS_FILE)
     counts = merged_counts([plan.findings, *(shard.findings for shard in built.values())])
-    samples = {split: sum(shard.count for shard in plan.of(split)) for split in (KB, *SPLITS)}
-    with_image = {split: sum(built[shard.path].num_with_image for shard in plan.of(split)) for split in (KB, *SPLITS)}
+    samples = {name: sum(shard.count for shard in plan.of(name)) for name in (KB, *SECTIONS)}
+    with_image = {name: sum(built[shard.path].num_with_image for shard in plan.of(name)) for name in (KB, *SECTIONS)}
+    counts_of = {name: SplitCounts(mentions=samples[name], with_image=with_image[name]) for name in SECTIONS}
     manifest = Manifest.model_validate(
         settings
         | {
             "entities": samples[KB],
             "entities_with_image": with_image[KB],
-            "splits": {split: SplitCounts(mentions=samples[split], with_image=with_image[split]) for split in SPLITS},
+            "splits": {split: counts_of[split] for split in SPLITS},
+            "unknown": {split: counts_of[name] for split, name in UNKNOWN_OF.items() if samples[name]},
             "entities_sha256": sha256_file(out / ENTITIES_FILE),
             "shards": tuple(built[shard.path].info for shard in plan.shards),
             "rejects": counts.get("rejected", {}),
@@ -331,8 +337,8 @@ def _empty(out: Path) -> None:
     """Removes what an earlier build made, but for the lock that this one holds."""
     for file in (MANIFEST_FILE, REJECTS_FILE):
         (out / file).unlink(missing_ok=True)
-    for split in (KB, *SPLITS):
-        shutil.rmtree(out / split, ignore_errors=True)
+    for name in (KB, *SECTIONS):
+        shutil.rmtree(out / name, ignore_errors=True)
     for path in (out / STAGE).iterdir():
         if path.name != "lock":
             path.unlink()

@@ -15,7 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from dsmip.data.dataset import ENTITY_SCHEMA
+from dsmip.data.records import ENTITY_SCHEMA
 from dsmip.storage.atomic import atomic_path
 
 _ROWS_AT_ONCE = 4096

@@ -12,21 +12,21 @@ until the manifest is: a build that stopped anywhere goes on from the chunks and
 """
 
 import json
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.build.findings import Counts, ImageCount, finding_log
+from data_prep.build.mention_shards import MentionSpool
 from data_prep.build.rules import UniqueIds, checked_entities, checked_mentions
-from data_prep.build.staged_records import write_entity, write_mention
+from data_prep.build.staged_records import write_entity
 from data_prep.formats.release import RawEntity, RawMention, Release
 from dsmip.data.image_preparation import IMAGES
-from dsmip.data.manifest import KB, SPLITS, ImageSettings, ShardInfo, shard_path
-from dsmip.data.sampler import permutation
+from dsmip.data.manifest import KB, SPLITS, UNKNOWN_OF, ImageSettings, ShardInfo, shard_path
+from dsmip.data.records import NO_ROW
 from dsmip.errors import UserError
 from dsmip.storage.atomic import atomic_path, sha256_file, write_json
 
@@ -35,8 +35,6 @@ PLAN_FILE = "plan.json"
 SCAN_FINDINGS = "scan.findings"
 
 MAX_RECORDS_PER_CHUNK = 1000
-MAX_MENTIONS_PER_SHARD = 1000
-MIN_TRAIN_SHARDS = 16
 SHARD_BYTES = 256_000_000
 
 _BLOCK = 512  # of a tar: each member takes a header and is rounded up
@@ -55,6 +53,7 @@ class DatasetOptions:
         images: How images are stored.
         shard_bytes: About the size of the kb's shards.
         seed: Orders the training mentions.
+        keep_nil: Keep mentions that have no gold in the kb.
     """
 
     name: str
@@ -62,6 +61,7 @@ class DatasetOptions:
     images: ImageSettings = IMAGES
     shard_bytes: int = SHARD_BYTES
     seed: int = 0
+    keep_nil: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class PlannedShard:
 
     @property
     def split(self) -> str:
-        """`kb` or the split."""
+        """`kb` or the section."""
         return self.path.split("/")[0]
 
     @property
@@ -161,7 +161,7 @@ class Plan:
     findings: Counts
 
     def of(self, *splits: str) -> list[PlannedShard]:
-        """The shards of the kb or of some splits."""
+        """The shards of the kb or of some sections."""
         return [shard for shard in self.shards if shard.split in splits]
 
 
@@ -214,8 +214,9 @@ def make_plan(
         ids = UniqueIds()
         for split in SPLITS:
             count = ImageCount(f"mentions of {split}")
-            mentions = checked_mentions(count.counted(source.mentions(split)), row_of, log.note, ids)
-            rows = ((mention, row_of[mention.gold or ""]) for mention in mentions)
+            counted = count.counted(source.mentions(split))
+            mentions = checked_mentions(counted, row_of, log.note, ids, keep_nil=options.keep_nil)
+            rows = ((mention, row_of.get(mention.gold or "", NO_ROW)) for mention in mentions)
             shards += _stage_split(out, split, rows, options.seed, scanned)
             warnings.append(count.warning(source.folder))
         counts = log.counts
@@ -293,12 +294,6 @@ def _read_done(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def training_order(count: int, seed: int) -> list[int]:
-    """Which place in the release's order each of the training mentions in the shards has, counted among those kept."""
-    order: list[int] = permutation(count, "build", seed).tolist()
-    return order
-
-
 def _stage_kb(out: Path, entities: Iterable[RawEntity], options: DatasetOptions) -> list[PlannedShard]:
     """Shards of about `shard_bytes`, by what the images will take at most, more or less."""
     shards: list[PlannedShard] = []
@@ -330,33 +325,13 @@ def _stored_size(entity: RawEntity, settings: ImageSettings) -> int:
 def _stage_split(
     out: Path, split: str, mentions: Iterable[tuple[RawMention, int]], seed: int, scanned: Scanned
 ) -> list[PlannedShard]:
-    """Training mentions are shuffled once, so that a window of shards is a fair sample; the others keep their order."""
-    spool, offsets = out / STAGE / f"{split}.spool", array("q")
-    with spool.open("w", encoding="ascii") as stream:
-        offset = 0
+    """Shards of the split's mentions, then of those that have no gold in the kb."""
+    shards: list[PlannedShard] = []
+    with MentionSpool(out / STAGE / "known.spool") as known, MentionSpool(out / STAGE / "unknown.spool") as unknown:
         for mention, row in mentions:
-            scanned(split, len(offsets))
-            offsets.append(offset)
-            offset += write_mention(stream, mention, row)
-    is_train = split == "train"
-    order: Sequence[int] = training_order(len(offsets), seed) if is_train else range(len(offsets))
-    shards = []
-    with spool.open("rb") as lines:
-        for index, positions in enumerate(
-            _cut(len(offsets), MAX_MENTIONS_PER_SHARD, MIN_TRAIN_SHARDS if is_train else 1)
-        ):
-            path = shard_path(split, index)
-            with atomic_path(staged(out, path, "records")) as temporary, temporary.open("wb") as stream_of_shard:
-                for position in positions:
-                    lines.seek(offsets[order[position]])
-                    stream_of_shard.write(lines.readline())
-            shards.append(PlannedShard(path, positions.start, len(positions)))
-    spool.unlink()
+            scanned(split, len(known) + len(unknown))
+            (unknown if row == NO_ROW else known).add(mention, row)
+        for section, spool in ((split, known), (UNKNOWN_OF[split], unknown)):
+            cut = spool.write_shards(section, seed, partial(staged, out, suffix="records"))
+            shards += [PlannedShard(path, positions.start, len(positions)) for path, positions in cut]
     return shards
-
-
-def _cut(count: int, max_size: int, min_ranges: int) -> list[range]:
-    """`count` items in ranges of nearly equal size: none above `max_size`, at least `min_ranges` where counts allow."""
-    num_ranges = max(-(-count // max_size), min(min_ranges, count))
-    bounds = [count * index // num_ranges for index in range(num_ranges + 1)] if num_ranges else []
-    return [range(start, stop) for start, stop in pairwise(bounds)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from data_prep.formats.release import Action, Finding, RawEntity, RawMention
 from dsmip.data.records import MAX_TEXT, has_control, is_id, is_text, without_control
 
+UNKNOWN_GOLD = "unknown gold"
 MAX_GROUPS, MAX_GROUP_NAME, MAX_GROUP_VALUE = 32, 64, 256
 
 Note = Callable[[Finding], object]
@@ -55,7 +56,12 @@ def checked_entities(items: Iterable[RawEntity | Finding], note: Note) -> Iterat
 
 
 def checked_mentions(
-    items: Iterable[RawMention | Finding], row_of: Mapping[str, int], note: Note, ids: UniqueIds | None = None
+    items: Iterable[RawMention | Finding],
+    row_of: Mapping[str, int],
+    note: Note,
+    ids: UniqueIds | None = None,
+    *,
+    keep_nil: bool = False,
 ) -> Iterator[RawMention]:
     """Mentions to keep, in release order.
 
@@ -69,6 +75,7 @@ def checked_mentions(
         row_of: The kb row of each entity id.
         note: Takes the findings.
         ids: Those given out so far: the same for all splits of a release.
+        keep_nil: Keep mentions of nil or null gold, which come without a gold, and of unknown gold; all are degraded.
     """
     ids = UniqueIds() if ids is None else ids
     for item in items:
@@ -81,16 +88,21 @@ def checked_mentions(
         # Findings on a mention that is rejected in the end would say nothing.
         findings: list[Finding] = []
         texts = _clean({"word": item.word, "sentence": item.sentence}, item, findings.append)
-        if reason := _no_target(texts["word"], item.gold, row_of):
+        reason = _no_target(texts["word"], item.gold, row_of)
+        if reason and not (keep_nil and texts["word"]):
             note(_finding(item, reason, "rejected", item.gold or ""))
             continue
+        if reason:
+            findings.append(_finding(item, reason, "degraded", item.gold or ""))
+        gold = item.gold if reason in ("", UNKNOWN_GOLD) else None
         mention_id = _mention_id(item, ids, findings.append)
         groups = _bounded_groups(item, findings.append)
         if not texts["sentence"]:
             findings.append(_finding(item, "empty sentence", "degraded", mention_id))
         for finding in findings:
             note(finding)
-        yield replace(item, mention_id=mention_id, word=texts["word"], sentence=texts["sentence"], groups=groups)
+        kept = replace(item, word=texts["word"], sentence=texts["sentence"], gold=gold)
+        yield replace(kept, mention_id=mention_id, groups=groups)
 
 
 def _finding(item: RawEntity | RawMention, reason: str, action: Action, detail: str) -> Finding:
@@ -109,15 +121,15 @@ def _entity_fault(item: RawEntity, known: set[str]) -> str | None:
     return "duplicate entity" if item.entity_id in known else None
 
 
-def _no_target(word: str, gold: str | None, row_of: Mapping[str, int]) -> str | None:
-    """Why a mention cannot be linked, or None."""
+def _no_target(word: str, gold: str | None, row_of: Mapping[str, int]) -> str:
+    """Why a mention cannot be linked, or nothing."""
     if not word:
         return "empty word"
     if not gold:
         return "null gold"
     if gold.lower() == "nil":
         return "nil gold"
-    return None if gold in row_of else "unknown gold"
+    return "" if gold in row_of else UNKNOWN_GOLD
 
 
 def _clean(texts: Mapping[str, str], item: RawEntity | RawMention, note: Note) -> dict[str, str]:

@@ -25,7 +25,7 @@ from data_prep.formats.image_files import read_image
 from data_prep.formats.release import Finding, RawEntity, RawImage, RawMention
 from dsmip.data.image_preparation import UnusableImage, prepare_image
 from dsmip.data.manifest import MAX_FILE_BYTES, ImageSettings, ShardInfo
-from dsmip.data.records import Entity, Mention, entity_fields, mention_fields
+from dsmip.data.records import NO_ROW, Entity, Mention, entity_fields, mention_fields
 from dsmip.data.tar import Fields, WrittenShard, join_shards, read_span, write_shard
 from dsmip.errors import UserError
 from dsmip.storage.atomic import join_files, sha256_file
@@ -133,7 +133,7 @@ class JoinTask:
 
 @dataclass(frozen=True, slots=True)
 class SplitTask:
-    """Makes a shard of a split; images of gold entities are copied from the kb's shards, which are made before.
+    """Makes a shard of a section; images of gold entities are copied from the kb's shards, which are made before.
 
     Attributes:
         out: The dataset's folder.
@@ -167,20 +167,24 @@ class SplitTask:
         with ExitStack() as open_files:
             kb: dict[str, BinaryIO] = {}
             for position, (raw, row) in enumerate(read_mentions(self._records), start=self.shard.start):
-                gold = golds[row]
-                if gold.image_spans and gold.shard not in kb:
-                    kb[gold.shard] = open_files.enter_context((self.out / gold.shard).open("rb"))
-                images = tuple(read_span(kb[gold.shard], offset, size) for offset, size in gold.image_spans)
-                entity = Entity(row, gold.entity_id, gold.name, gold.attributes, images)
+                entity = None if row == NO_ROW else self._entity(golds[row], kb, open_files)
                 image = _prepared(raw.image, raw, self.images, note) if raw.image else None
-                mention = Mention(raw.mention_id, raw.word, raw.sentence, gold.entity_id, row, raw.groups, image)
+                entity_id = raw.gold or "" if entity is None else entity.entity_id
+                mention = Mention(raw.mention_id, raw.word, raw.sentence, entity_id, row, raw.groups, image)
                 yield f"{self.shard.split}-{position:08d}", mention_fields(mention, entity)
                 tick(1)
+
+    def _entity(self, gold: StoredEntity, kb: dict[str, BinaryIO], open_files: ExitStack) -> Entity:
+        """A gold entity with its images, from the kb's shards: these are opened into `kb` as they are needed."""
+        if gold.image_spans and gold.shard not in kb:
+            kb[gold.shard] = open_files.enter_context((self.out / gold.shard).open("rb"))
+        images = tuple(read_span(kb[gold.shard], offset, size) for offset, size in gold.image_spans)
+        return Entity(gold.entity_row, gold.entity_id, gold.name, gold.attributes, images)
 
     def _golds(self) -> dict[int, StoredEntity]:
         paths = tuple(staged(self.out, shard.path, "rows") for shard in self.kb)
         kb = KbRows(paths, tuple(shard.start for shard in self.kb))
-        return kb.entities(row for _, row in read_mentions(self._records))
+        return kb.entities(row for _, row in read_mentions(self._records) if row != NO_ROW)
 
 
 def _prepared(image: RawImage, owner: RawEntity | RawMention, settings: ImageSettings, note: Note) -> bytes | None:

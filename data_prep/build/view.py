@@ -3,7 +3,7 @@
 import os
 from pathlib import Path, PurePath
 
-from data_prep.build.plan import training_order
+from data_prep.build.mention_shards import training_order
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import TRAIN, SplitCounts, Take, View, draw_rows, parse_view
 from dsmip.errors import UserError

@@ -26,7 +26,7 @@ from data_prep.enhancement.candidates import NameIndex
 from data_prep.enhancement.choosers import Chooser, Question
 from data_prep.enhancement.descriptions import Description, words_of
 from dsmip.data.dataset import Dataset
-from dsmip.data.manifest import KB, MENTION_DESC, REJECTS_FILE, SPLITS, Manifest, ShardInfo, read_manifest
+from dsmip.data.manifest import KB, MENTION_DESC, REJECTS_FILE, Manifest, ShardInfo, read_manifest
 from dsmip.data.records import described
 from dsmip.data.tar import Fields, json_field, read_samples, write_shard
 from dsmip.errors import UserError
@@ -93,7 +93,11 @@ def enhance(
     choice = f"{title}, settings {hashlib.sha256(text.encode()).hexdigest()[:16]}"
     if (complete := _complete(out, settings, choice)) is not None:
         return Enhanced(complete, None)
-    mentions = [(each.mention_id, each.word, each.sentence) for split in SPLITS for each in dataset.texts(split)]
+    mentions = [
+        (each.mention_id, each.word, each.sentence)
+        for name in dataset.manifest.sections
+        for each in dataset.texts(name)
+    ]
     bm25 = Bm25({part for _, _, sentence in mentions for part in words_of(sentence)})
     chooser = make_chooser(bm25, out / FOLDER / ANSWERS)
     write_json(out / FOLDER / SETTINGS, settings)
@@ -191,8 +195,8 @@ def _write_splits(dataset: Dataset, out: Path, descriptions: Sequence[str], prog
     """The shards of mentions, with the descriptions; what the manifest says of them."""
     remaining, written = iter(descriptions), list[ShardInfo]()
     add = counting(progress, "mentions", len(descriptions))
-    for split in SPLITS:
-        for shard in dataset.manifest.shards_of(split):
+    for name in dataset.manifest.sections:
+        for shard in dataset.manifest.shards_of(name):
             made = write_shard(out / shard.path, _described(dataset, shard, remaining))
             written.append(ShardInfo(path=shard.path, samples=made.samples, bytes=made.bytes, sha256=made.sha256))
             add(made.samples)

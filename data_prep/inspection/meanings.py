@@ -261,14 +261,15 @@ OF_REASONS: Mapping[str, Meaning] = {
         ("null gold", "nil gold"),
         Meaning(
             "property",
-            "Mentions whose entity is in no knowledge base. Models here always choose an entity, so these are left out"
-            " of training and of all figures.",
+            "Mentions whose entity is in no knowledge base. They are left out of training and of all ranks. Rejected:"
+            " of all figures, too. Degraded (--keep-nil): figures of 'not in the knowledge base' count them.",
             "Nothing, if that is meant. Else add the entities, and the answers, to the release.",
         ),
     ),
     "unknown gold": Meaning(
         "flaw",
-        "The answer is no entity of the knowledge base, so it could never be found: left out of training and figures.",
+        "The answer is no entity of the knowledge base, so it could never be found: left out of training and ranks."
+        " Degraded (--keep-nil): figures of 'not in the knowledge base' count it.",
         "Add the entities to the knowledge base, or see whether ids are written in two ways (Q1, q1).",
     ),
     "picture missing": Meaning(

@@ -63,6 +63,7 @@ class Inspection:
         manifest_sha256: Digest of its manifest.
         with_images: Whether images were compared.
         sizes: Mentions by split, and entities of the kb.
+        unknown: Mentions by split that have no gold in the kb, where they were kept.
         context_length: Tokens at which a text is cut.
         golds: By split, distinct golds and how many of them are unseen in training.
         mentions: Counts of the checks over mentions.
@@ -80,6 +81,7 @@ class Inspection:
     manifest_sha256: str
     with_images: bool
     sizes: Mapping[str, int]
+    unknown: Mapping[str, int]
     context_length: int
     golds: Mapping[str, Count]
     mentions: tuple[Row, ...]
@@ -97,6 +99,7 @@ class Inspection:
             "dataset": {"name": self.name, "licence": self.licence, "manifest_sha256": self.manifest_sha256},
             "with_pictures": self.with_images,
             "sizes": dict(self.sizes),
+            "unknown": dict(self.unknown),
             "mentions": {row.name: _json_counts(row) for row in self.mentions},
             "entities": {row.name: _json_counts(row)["kb"] for row in self.entities},
             "golds": {
@@ -151,6 +154,7 @@ def inspect_dataset(
         manifest_sha256=dataset.manifest_hash,
         with_images=images,
         sizes={split: dataset.num_mentions(split) for split in SPLITS} | {"kb": dataset.num_entities},
+        unknown={split: each.mentions for split, each in dataset.manifest.unknown.items()},
         context_length=columns.context_length,
         golds=_golds(columns, in_split),
         mentions=rows_M,

@@ -14,9 +14,8 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
-from dsmip.data.dataset import ENTITY_SCHEMA
-from dsmip.data.manifest import ENTITIES_FILE, KB, ShardInfo
-from dsmip.data.records import read_mention
+from dsmip.data.manifest import ENTITIES_FILE, KB, SPLITS, ShardInfo
+from dsmip.data.records import ENTITY_SCHEMA, NO_ROW, read_mention
 from dsmip.data.tar import Fields, Sample, json_field, read_shard, read_span
 from dsmip.errors import UserError
 from dsmip.storage.atomic import sha256_file
@@ -50,7 +49,7 @@ class ShardTask:
     Attributes:
         files: The dataset's files.
         shard: What the manifest says of the shard.
-        split: The split, or the kb.
+        split: The section, or the kb.
         table: Path of entities.parquet; None when it cannot be read.
     """
 
@@ -129,7 +128,7 @@ def _check_file(task: ShardTask, path: Path, found: Findings, report: "_Reporter
                     record = None if rows is None else next(rows, None)
                     _check_entity(sample, record, rows is not None, stream, found, report)
                 else:
-                    _check_mention(sample, found, report)
+                    _check_mention(sample, task.split in SPLITS, found, report)
     except UserError as error:
         report(f"cannot be read beyond {last} ({_reason(error)})")
     if found.samples != shard.samples:
@@ -192,8 +191,8 @@ def _check_entity(
             report(f"{number}.jpg does not lie where {ENTITIES_FILE} says ({offset} + {size})", sample.key)
 
 
-def _check_mention(sample: Sample, found: Findings, report: Callable[[str, str | None], None]) -> None:
-    """Checks a sample of a split by itself; its copy of the gold entity is kept as digests."""
+def _check_mention(sample: Sample, has_gold: bool, found: Findings, report: Callable[[str, str | None], None]) -> None:
+    """Checks a mention's sample by itself; its copy of the gold entity, if it should have one, is kept as digests."""
     try:
         mention = read_mention(sample.fields, "")
     except UserError as error:
@@ -202,6 +201,12 @@ def _check_mention(sample: Sample, found: Findings, report: Callable[[str, str |
     if mention.image is not None:
         found.with_image += 1
         _check_image(mention.image, "jpg", sample.key, found, report)
+    if not has_gold:
+        if mention.entity_row != NO_ROW:
+            report(f"its gold is row {mention.entity_row}, but this shard is of mentions that have none", sample.key)
+        if extra := sorted(set(sample.fields) - {"json", "jpg"}):
+            report(", ".join(f"{name} is unexpected" for name in extra), sample.key)
+        return
     record = _entity_record(sample, "entity.", report)
     if record is None:
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep.inspection.shard_verification import Copy, Problem, ShardTask, check_shard, readable_table
 from dsmip.data.dataset import Dataset
-from dsmip.data.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SPLITS, Manifest, parse_manifest, parse_view
+from dsmip.data.manifest import ENTITIES_FILE, KB, REJECTS_FILE, SECTIONS, Manifest, parse_manifest, parse_view
 from dsmip.parallel import map_tasks
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.storage.atomic import sha256_file
@@ -76,7 +76,7 @@ def _verified(files: DatasetStorage, manifest: Manifest, table: Path, workers: i
     problems.add(_check_rejects(files, manifest))
     problems.add(_check_table(table, manifest))
     rows_from = None if readable_table(table) is None else table
-    splits = (KB, *SPLITS)
+    splits = (KB, *SECTIONS)
     tasks = [ShardTask(files, shard, split, rows_from) for split in splits for shard in manifest.shards_of(split)]
     records: dict[int, bytes] = {}
     images: dict[int, tuple[bytes, ...]] = {}
@@ -166,7 +166,7 @@ def _check_table(path: Path, manifest: Manifest) -> list[Problem]:
 
 def _check_with_image(manifest: Manifest, found: Mapping[str, int]) -> list[Problem]:
     """The manifest's counts of records with an image against those of the shards."""
-    said = {KB: manifest.entities_with_image} | {name: counts.with_image for name, counts in manifest.splits.items()}
+    said = {KB: manifest.entities_with_image} | {name: each.with_image for name, each in manifest.sections.items()}
     return [
         Problem("manifest.json", None, f"says that {count} of {split} have a picture; the shards hold {found[split]}")
         for split, count in said.items()

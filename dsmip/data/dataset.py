@@ -6,6 +6,7 @@ It lies in a folder or, with copies on each node, in an object store: see `dsmip
 <data>/kb/entities.parquet         one row per entity, with the position of each image in the kb's shards
 <data>/kb/kb-000000.tar            <row>.json, <row>.0.jpg, <row>.1.jpg ...
 <data>/<split>/<split>-000000.tar  <key>.json, <key>.jpg, <key>.entity.json, <key>.entity.0.jpg ...
+<data>/<split>-unknown/...         the same without an entity: mentions that have no gold in the kb, if kept
 <data>/rejects.jsonl               what was left out, repaired or degraded
 """
 
@@ -23,27 +24,24 @@ from typing import Any, BinaryIO
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from dsmip.data.manifest import ENTITIES_FILE, KB, SPLITS, TRAIN, Manifest, ShardInfo, View, parse_manifest, parse_view
-from dsmip.data.records import Entity, Mention, make_entity, read_mention, read_pair
+from dsmip.data.manifest import (
+    ENTITIES_FILE,
+    KB,
+    TRAIN,
+    UNKNOWN_OF,
+    Manifest,
+    ShardInfo,
+    View,
+    parse_manifest,
+    parse_view,
+)
+from dsmip.data.records import ENTITY_SCHEMA, Entity, Mention, make_entity, read_mention, read_pair
 from dsmip.data.sampler import Window, count_steps, step_bounds, windows
 from dsmip.data.tar import Sample, read_samples, read_span
 from dsmip.errors import UserError
 from dsmip.storage.dataset_storage import MANIFEST_FILE, DatasetStorage, open_file
 from dsmip.storage.locations import open_dataset_storage
 
-ENTITY_SCHEMA = pa.schema(
-    [
-        ("entity_row", pa.int64()),
-        ("entity_id", pa.string()),
-        ("name", pa.string()),
-        ("attributes", pa.string()),
-        ("num_images", pa.int64()),
-        ("shard", pa.string()),
-        ("key", pa.string()),
-        ("image_offsets", pa.list_(pa.int64())),
-        ("image_sizes", pa.list_(pa.int64())),
-    ]
-)
 _TEXT_COLUMNS = ["entity_row", "entity_id", "name", "attributes", "num_images"]
 _TEXT_FIELDS = ("json",)
 _ROWS_AT_ONCE, _WINDOWS_AHEAD = 1024, 1
@@ -121,8 +119,16 @@ class Dataset:
         return self.manifest.entities
 
     def num_mentions(self, split: str) -> int:
-        """Mentions of a split."""
-        return self.manifest.splits[_known(split)].mentions
+        """Mentions of a split, or of another section (`dsmip.data.manifest.SECTIONS`)."""
+        return self.manifest.num_mentions(split)
+
+    def unknown_mentions(self, split: str) -> Iterator[Mention]:
+        """Mentions of a split that have no gold in the kb (`entity_row` -1), where they were kept, in shard order.
+
+        No other method counts or reads them for the split: nothing trains on them or ranks them. Errors are those of
+        `mentions`.
+        """
+        return self.mentions(UNKNOWN_OF.get(split, split))
 
     def num_steps(self, split: str, batch_size: int) -> int:
         """Steps of an epoch over a split: ceil(mentions / batch_size)."""
@@ -357,9 +363,3 @@ class Dataset:
 def _images(record: Mapping[str, Any], stream: BinaryIO) -> tuple[bytes, ...]:
     spans = zip(record["image_offsets"], record["image_sizes"], strict=True)
     return tuple(read_span(stream, offset, size) for offset, size in spans)
-
-
-def _known(split: str) -> str:
-    if split not in SPLITS:
-        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    return split

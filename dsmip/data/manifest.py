@@ -12,7 +12,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+)
 
 from dsmip.data.sampler import permutation
 from dsmip.errors import UserError
@@ -20,9 +28,14 @@ from dsmip.storage.dataset_storage import MANIFEST_FILE, MISSING, FileInfo
 from dsmip.storage.parsing import parse_json_object
 
 SPLITS = ("train", "validation", "test")
+UNKNOWN_OF = {split: f"{split}-unknown" for split in SPLITS}
+"""Where a split's mentions are that have no gold in the kb (`dsmip prepare --keep-nil`): in shards of their own."""
+SECTIONS = (*SPLITS, *UNKNOWN_OF.values())
+"""All that holds mentions; read alike, by these names."""
 KB = "kb"
 ENTITIES_FILE = "kb/entities.parquet"
 REJECTS_FILE = "rejects.jsonl"
+NIL = "nil"  # of the choices: "kept", where mentions without a gold in the kb were
 MENTION_DESC = "mention_desc"  # of the choices: how 'dsmip enhance' has given descriptions to mentions
 FORMAT = 1
 MAX_FILE_BYTES = 1 << 28  # of a picture as a release has it
@@ -31,7 +44,7 @@ _BASE = "view_of"
 Take = Literal["random", "first"]
 
 # Nothing else is ever opened: no other folder, no URL, no shell pipe.
-_SHARD_PATH = r"(kb/kb|train/train|validation/validation|test/test)-\d{6}\.tar"
+_SHARD_PATH = rf"({'|'.join(f'{name}/{name}' for name in (KB, *SECTIONS))})-\d{{6}}\.tar"
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
@@ -83,6 +96,7 @@ class Manifest(Section):
     Attributes:
         layout, choices: The release's layout and what was chosen of it (which text, which split).
         shard_bytes: About the size of the kb's shards.
+        unknown: Mentions without a gold in the kb that were kept, by split: in no split's counts and shards.
         rejects: Records left out, by reason (inputs = in shards + rejected).
         repaired, degraded: What was changed, or lost, in records that are kept, by reason.
     """
@@ -105,14 +119,36 @@ class Manifest(Section):
     rejects: dict[str, Count]
     repaired: dict[str, Count]
     degraded: dict[str, Count]
+    unknown: dict[str, SplitCounts] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Data without mentions of the unknown has the manifest, and so the hash, that it always had."""
+        tree: dict[str, Any] = handler(self)
+        return {name: value for name, value in tree.items() if name != "unknown" or value}
 
     @property
     def entities_file(self) -> FileInfo:
         """The table of the kb."""
         return FileInfo(ENTITIES_FILE, self.entities_sha256)
 
+    @property
+    def sections(self) -> dict[str, SplitCounts]:
+        """Counts of all that holds mentions here: the splits, then what they have of the unknown."""
+        return {**self.splits, **{UNKNOWN_OF[split]: self.unknown[split] for split in SPLITS if split in self.unknown}}
+
+    def num_mentions(self, section: str) -> int:
+        """Mentions of a split, or of what it has of the unknown.
+
+        Raises:
+            ValueError: no such section.
+        """
+        if section not in SECTIONS:
+            raise ValueError(f"no split {section!r}; there are {', '.join(SECTIONS)}")
+        return self.sections[section].mentions if section in self.sections else 0
+
     def shards_of(self, split: str) -> tuple[ShardInfo, ...]:
-        """Shards of the kb (`kb`) or of a split, in order."""
+        """Shards of the kb (`kb`) or of a section, in order."""
         return tuple(shard for shard in self.shards if shard.path.startswith(f"{split}/"))
 
 
@@ -156,7 +192,10 @@ def _check_sums(manifest: Manifest, path: str) -> None:
     """Names and sums that the types cannot say."""
     if tuple(sorted(manifest.splits)) != tuple(sorted(SPLITS)):
         raise UserError(f"{path}: splits must be {', '.join(SPLITS)}; found {', '.join(sorted(manifest.splits))}")
-    expected = {KB: manifest.entities} | {split: counts.mentions for split, counts in manifest.splits.items()}
+    if other := manifest.unknown.keys() - set(SPLITS):
+        raise UserError(f"{path}: unknown: splits must be of {', '.join(SPLITS)}; found {', '.join(sorted(other))}")
+    counts = dict.fromkeys(SECTIONS, 0) | {name: each.mentions for name, each in manifest.sections.items()}
+    expected = {KB: manifest.entities} | counts
     for split, count in expected.items():
         found = sum(shard.samples for shard in manifest.shards_of(split))
         if found != count:
@@ -164,7 +203,7 @@ def _check_sums(manifest: Manifest, path: str) -> None:
 
 
 def shard_path(split: str, index: int) -> str:
-    """Path of shard `index` of the kb or of a split, below the dataset's folder."""
+    """Path of shard `index` of the kb or of a section, below the dataset's folder."""
     path = f"{split}/{split}-{index:06d}.tar"
     if not is_shard_path(path):
         raise ValueError(f"no shard name: {path}")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import pyarrow as pa  # type: ignore[import-untyped]
+
 from dsmip.data.sampler import draw
 from dsmip.data.tar import Fields, json_field
 from dsmip.errors import UserError
@@ -13,6 +15,20 @@ from dsmip.errors import UserError
 Result = TypeVar("Result")
 MAX_TEXT = 1 << 16  # characters; no model reads as much
 MAX_ID = 256  # characters
+NO_ROW = -1  # of a mention whose entity is not in the kb
+ENTITY_SCHEMA = pa.schema(
+    [
+        ("entity_row", pa.int64()),
+        ("entity_id", pa.string()),
+        ("name", pa.string()),
+        ("attributes", pa.string()),
+        ("num_images", pa.int64()),
+        ("shard", pa.string()),
+        ("key", pa.string()),
+        ("image_offsets", pa.list_(pa.int64())),
+        ("image_sizes", pa.list_(pa.int64())),
+    ]
+)
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and line ends, which are white space
 
 
@@ -34,7 +50,8 @@ class Entity:
 class Mention:
     """One occurrence to be linked.
 
-    `entity_id` / `entity_row` name the gold entity. `groups` (kind, source, topic ...) are for reports only and
+    `entity_id` / `entity_row` name the gold entity; a mention of something that is not in the knowledge base has the
+    row -1, and as id what the release calls it, or nothing. `groups` (kind, source, topic ...) are for reports only and
     are never a model input. `image` is an encoded picture (JPEG bytes) or None. `desc` is a description that
     `dsmip enhance` has chosen for the mention without looking at its gold; empty where there is none.
     """
@@ -108,8 +125,8 @@ def entity_fields(entity: Entity) -> dict[str, bytes]:
     return {"json": json_field(record)} | {f"{number}.jpg": image for number, image in enumerate(entity.images)}
 
 
-def mention_fields(mention: Mention, entity: Entity) -> dict[str, bytes]:
-    """A mention with its gold entity: `json`, `jpg` (absent: no picture), `entity.json`, `entity.0.jpg` ..."""
+def mention_fields(mention: Mention, entity: Entity | None) -> dict[str, bytes]:
+    """A mention with its gold entity, if any: `json`, `jpg` (absent: no picture), `entity.json`, `entity.0.jpg` ..."""
     record = {
         "mention_id": mention.mention_id,
         "word": mention.word,
@@ -122,6 +139,8 @@ def mention_fields(mention: Mention, entity: Entity) -> dict[str, bytes]:
     fields = {"json": json_field(record)}
     if mention.image is not None:
         fields["jpg"] = mention.image
+    if entity is None:
+        return fields
     return fields | {f"entity.{field}": content for field, content in entity_fields(entity).items()}
 
 

@@ -8,7 +8,7 @@ picture), in row order of the kb or shard order of a split.
 """
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
 from dsmip.data.images import CLIP_PIXELS, PixelForm
-from dsmip.data.manifest import KB, SPLITS, Count, Digest, Section
+from dsmip.data.manifest import KB, SECTIONS, SPLITS, Count, Digest, Section
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import fingerprint
 from dsmip.encoders.image_networks import Identity, ImageNetwork, Kind
@@ -172,7 +172,7 @@ def read_features(files: DatasetStorage, name: str) -> ImageFeatures | None:
         raise UserError(
             f"{address}: {where}: {first['msg']}; delete the folder and run 'dsmip features' again"
         ) from error
-    if set(manifest.files) != set(KB_AND_SPLITS):
+    if not set(KB_AND_SPLITS) <= set(manifest.files) <= {KB, *SECTIONS}:
         raise UserError(
             f"{address}: files must be {', '.join(KB_AND_SPLITS)}; delete the folder and run 'dsmip features' again"
         )
@@ -189,10 +189,10 @@ def find_features(
             yield found
 
 
-def write_manifest(files: DatasetStorage, origin: Origin) -> ImageFeatures:
-    """Says that the tables of the features are finished: the last file of all."""
+def write_manifest(files: DatasetStorage, origin: Origin, sections: Sequence[str] = KB_AND_SPLITS) -> ImageFeatures:
+    """Says that the tables of the features, one of each section and of the kb, are finished: the last file of all."""
     described, width, name = {}, 0, features_name(origin)
-    for split in KB_AND_SPLITS:
+    for split in sections:
         path = files.folder / features_file(name, split)
         table = Table.load(path)
         width = table.dense("picture").shape[1]

@@ -9,6 +9,7 @@ Else they are computed on the way and not kept: of a full-size kb they are large
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dsmip.data.collate import gold_rows
-from dsmip.data.manifest import KB, SPLITS
+from dsmip.data.manifest import KB, SPLITS, UNKNOWN_OF
 from dsmip.data.records import Mention
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import fingerprint
@@ -72,7 +73,7 @@ class OpenedEvaluation(OpenedModel):
 
     Attributes:
         run: with a dataset that holds the split's mentions.
-        split: train, validation or test.
+        split: train, validation or test; of `of_unknown`, where these have mentions without a gold in the kb.
     """
 
     def __init__(self, run: Run, split: str, model: str | None = None) -> None:
@@ -90,6 +91,17 @@ class OpenedEvaluation(OpenedModel):
         super().__init__(replace(run, dataset=run.dataset.holding(split)), model)
         self.split = split
 
+    def of_unknown(self) -> "OpenedEvaluation | None":
+        """The same model on the split's mentions that have no gold in the kb; None where none were kept."""
+        section = UNKNOWN_OF[self.split]
+        if section not in self.run.dataset.manifest.sections:
+            return None
+        other = copy(self)
+        for name in ("mentions", "gold_row_M"):
+            other.__dict__.pop(name, None)
+        other.run, other.split = replace(self.run, dataset=self.run.dataset.holding(section)), section
+        return other
+
     @cached_property
     def mentions(self) -> list[Mention]:
         """The split's records, in shard order."""
@@ -97,11 +109,13 @@ class OpenedEvaluation(OpenedModel):
 
     @cached_property
     def gold_row_M(self) -> Tensor:
-        """kb rows int64 [M].
+        """kb rows int64 [M]; the first row for mentions without a gold, whose ranks nobody reads.
 
         Raises:
             UserError: As `gold_rows` says.
         """
+        if self.split not in SPLITS:
+            return torch.zeros(len(self.mentions), dtype=torch.int64)
         return gold_rows(self.run.dataset, self.split)
 
     @cached_property
@@ -120,6 +134,7 @@ class RankingFiles:
         data: its data's.
         split: of the mentions.
         model: its name in the run.
+        unknown: whether they are those of it that have no gold in the kb.
         name: the index's folder, below the run.
         made_from: what the index depends on.
         slices: kb rows by file.
@@ -134,6 +149,7 @@ class RankingFiles:
     made_from: Mapping[str, Plain]
     slices: Mapping[str, range]
     gold_row_M: Tensor = field(compare=False)
+    unknown: bool = False
 
     @property
     def storage(self) -> RunStorage:
@@ -148,7 +164,7 @@ class RankingFiles:
     @property
     def mentions(self) -> Path:
         """The mentions' table."""
-        return self.index / f"{self.split}.safetensors"
+        return self.index / f"{UNKNOWN_OF[self.split] if self.unknown else self.split}.safetensors"
 
     @property
     def missing(self) -> dict[str, int]:
@@ -161,7 +177,12 @@ class RankingFiles:
 
     def opened(self) -> OpenedEvaluation:
         """The evaluation that they belong to, opened in this process."""
-        return OpenedEvaluation(Run.open(self.run, self.data, any_data=True), self.split, self.model)
+        opened = OpenedEvaluation(Run.open(self.run, self.data, any_data=True), self.split, self.model)
+        return (self.unknown and opened.of_unknown()) or opened
+
+    def of(self, strangers: OpenedEvaluation) -> "RankingFiles":
+        """The files of the split's mentions that have no gold in the kb, with the same index."""
+        return replace(self, gold_row_M=strangers.gold_row_M, unknown=True)
 
     def build(
         self,
@@ -189,7 +210,7 @@ class RankingFiles:
         prepared = counting(progress, "entities and mentions prepared", sum(todo.values()))
         for name in todo:
             rows = self.slices.get(name)
-            table = preparer.mentions(self.split, prepared) if rows is None else preparer.entities(rows, prepared)
+            table = preparer.mentions(opened.split, prepared) if rows is None else preparer.entities(rows, prepared)
             with self.storage.atomic(name) as temporary:
                 table.to(CPU).save(temporary)
 

@@ -6,33 +6,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dsmip.calibration.calibration import MIN_MENTIONS, BestScores, Calibration, read_calibration
 from dsmip.calibration.evidence import NUM_SCORES
-from dsmip.calibration.figures import confidence_figures
 from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.evaluation.candidates import CandidateSearch, link
 from dsmip.evaluation.experts.survey import informed, needs_survey, surveyed
-from dsmip.evaluation.groups import KIND, REPORTED, report_groups, rows_by_value
+from dsmip.evaluation.groups import KIND, report_groups, rows_by_value
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
 from dsmip.evaluation.metrics import adjusted, confidence, measure_among
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import Choices, NotRankable, Ranking
+from dsmip.evaluation.stored.calibration import calibrated
+from dsmip.evaluation.stored.layout import METRICS_FILE, RANKS, UNKNOWN, evaluation_name
 from dsmip.evaluation.stored.protocol import EvaluationProtocol
+from dsmip.evaluation.stored.writing import write_ranks, write_unknown
 from dsmip.ops import ranking as ops
 from dsmip.ops.experts.statistics import Survey
 from dsmip.progress import Progress, no_progress
 from dsmip.rank_options import RankOptions
 from dsmip.runs.run import Run
 
-RANKS, METRICS_FILE, CALIBRATION = "ranks.parquet", "metrics.json", "calibration.json"
-CALIBRATED_ON = "validation"
-KB_HASH, PROTOCOL = b"kb_sha256", b"protocol"  # in the schema's metadata of ranks.parquet
 NO_COLUMNS = Table({})
 _CANDIDATES_NOTE = "ranks among k candidates, a gold outside them counted as a miss: not metrics of the full ranking"
 
@@ -43,11 +39,6 @@ class Evaluated:
 
     folder: Path
     metrics: dict[str, Any]
-
-
-def evaluation_name(split: str, model: str, below: str = "") -> str:
-    """Where metrics.json and ranks.parquet of a model on a split lie, below the run; `below`: `Run.below`."""
-    return f"{below}evaluate/{split}/{model}"
 
 
 def recall_name(k: int) -> str:
@@ -79,6 +70,9 @@ class SecondStage(Protocol):
     def candidates(self) -> int: ...
 
     def __call__(self, first: Ranking) -> Ranking: ...
+
+    def over(self, evaluation: OpenedEvaluation) -> "SecondStage":
+        """The same of other mentions."""
 
 
 def evaluate_model(
@@ -114,19 +108,9 @@ def evaluate_model(
     options = _checked_options(evaluation, second_stage, options, candidates)
     written, options = options.top_k, replace(options, top_k=max(options.top_k, NUM_SCORES + 1))
     files = plan_files(evaluation, notice=notice)
-    if workers:
-        workers.build(files)
-    else:
-        files.build(list(files.missing), device, progress, evaluation)
-    files.finish()
-    evaluation.release_encoders()
-    model = files.open(evaluation)
-    try:
-        model, added = _informed(model, files, device, options, workers, notice)
-        first = workers.rank(files, added) if workers else model.rank(device, options, notice, progress)
-        ranking = first if second_stage is None else second_stage(first)
-    except NotRankable as error:
-        raise _unrankable(error, evaluation, model) from None
+    strangers = evaluation.of_unknown()
+    work = _Work(device, options, workers, notice, progress)
+    (model, first, ranking), unknown = work.rank_both(files, evaluation, strangers, second_stage)
     run = evaluation.run
     groups = report_groups(run.dataset, evaluation.mentions, run.trained_on())
     without_image_M = torch.tensor([mention.image is None for mention in evaluation.mentions])
@@ -145,9 +129,13 @@ def evaluate_model(
     if candidates is not None:
         metrics["candidates"] = _candidate_metrics(model, candidates, ranking, device, notice)
     storage = run.storage / evaluation_name(evaluation.split, evaluation.model.name, run.below)
-    metrics |= _other_data(run) | _calibrated(evaluation, ranking, files.name)
+    metrics |= _other_data(run) | calibrated(evaluation, ranking, unknown, files.name)
     with storage.atomic(RANKS) as temporary:
-        _write_ranks(temporary, ranking.first(written), evaluation, groups, protocol)
+        write_ranks(temporary, ranking.first(written), evaluation, groups, protocol)
+    if strangers is not None and unknown is not None:
+        metrics["unknown"] = len(strangers.mentions)
+        with storage.atomic(UNKNOWN) as temporary:
+            write_unknown(temporary, unknown.first(written), strangers)
     storage.write_json(METRICS_FILE, metrics)
     return Evaluated(storage.folder, metrics)
 
@@ -177,32 +165,55 @@ def _checked_options(
     return options
 
 
-def _calibrated(evaluation: OpenedEvaluation, ranking: Ranking, index: str) -> dict[str, Any]:
-    """Figures of the model's confidences, which are fitted and stored where the split is validation."""
-    name, choices = evaluation.model.name, ranking.choices
-    expert_MK = torch.zeros_like(ranking.top_row_Mk) if choices is None else choices.top_Mk
-    best, is_gold_MK = BestScores(ranking.top_score_Mk, expert_MK), ranking.top_row_Mk == evaluation.gold_row_M[:, None]
-    storage = evaluation.run.storage / evaluation_name(CALIBRATED_ON, name, evaluation.run.below)
-    if evaluation.split == CALIBRATED_ON and len(best) >= MIN_MENTIONS:
-        made = Calibration.fit(name, index, evaluation.model.choices, best, is_gold_MK)
-        storage.write_json(CALIBRATION, made.model_dump(mode="json"))
-    calibration = stored_calibration(evaluation.run, name)
-    if calibration is None or calibration.index != index:
-        return {}
-    figures = confidence_figures(calibration, best, is_gold_MK)
-    return {"calibration": {**figures, "fitted_on_these": evaluation.split == CALIBRATED_ON}}
+@dataclass(frozen=True)
+class _Work:
+    """How an evaluation builds and ranks: here, or by workers."""
 
+    device: torch.device
+    options: RankOptions
+    workers: RankingWorkers | None
+    notice: Callable[[str], None]
+    progress: Progress
 
-def stored_calibration(run: Run, model: str) -> Calibration | None:
-    """That of a model of a run; None before the model was evaluated on the validation split.
+    def rank_both(
+        self,
+        files: RankingFiles,
+        evaluation: OpenedEvaluation,
+        strangers: OpenedEvaluation | None,
+        second_stage: SecondStage | None,
+    ) -> tuple[tuple[RankedModel, Ranking, Ranking], Ranking | None]:
+        """What `rank` says of the split's mentions, and the ranking of those that have no gold in the kb."""
+        self.build(files, evaluation)
+        if strangers is not None:
+            self.build(files.of(strangers), strangers)
+            strangers.release_encoders()
+        files.finish()
+        evaluation.release_encoders()
+        known = self.rank(files, evaluation, second_stage)
+        if strangers is None:
+            return known, None
+        return known, self.rank(files.of(strangers), strangers, second_stage and second_stage.over(strangers))[-1]
 
-    Raises:
-        UserError: Its file is damaged.
-    """
-    storage = run.storage / evaluation_name(CALIBRATED_ON, model, run.below)
-    storage.refresh()
-    path = storage.folder / CALIBRATION
-    return read_calibration(path) if path.is_file() else None
+    def build(self, files: RankingFiles, evaluation: OpenedEvaluation) -> None:
+        if self.workers:
+            self.workers.build(files)
+        else:
+            files.build(list(files.missing), self.device, self.progress, evaluation)
+
+    def rank(
+        self, files: RankingFiles, evaluation: OpenedEvaluation, second_stage: SecondStage | None
+    ) -> tuple[RankedModel, Ranking, Ranking]:
+        """The model with its index and mentions, the first stage's ranking and the whole's."""
+        model = files.open(evaluation)
+        try:
+            model, added = _informed(model, files, self.device, self.options, self.workers, self.notice)
+            if self.workers:
+                first = self.workers.rank(files, added)
+            else:
+                first = model.rank(self.device, self.options, self.notice, self.progress)
+            return model, first, first if second_stage is None else second_stage(first)
+        except NotRankable as error:
+            raise _unrankable(error, evaluation, model) from None
 
 
 def _informed(
@@ -335,31 +346,3 @@ def _best_by_expert(
         if mentions:
             report[name]["hits@1"] = ranking.metrics(rows_M)["hits@1"]
     return report
-
-
-def _write_ranks(
-    path: Path,
-    ranking: Ranking,
-    evaluation: OpenedEvaluation,
-    groups: Sequence[Mapping[str, str]],
-    protocol: EvaluationProtocol,
-) -> None:
-    mentions, entity_ids, experts = evaluation.mentions, evaluation.entity_ids, evaluation.model.choices
-    columns: dict[str, Any] = {
-        "mention_id": [mention.mention_id for mention in mentions],
-        "word": [mention.word for mention in mentions],
-        "sentence": [mention.sentence for mention in mentions],
-        "groups": pa.array([list(mention.groups.items()) for mention in mentions], pa.map_(pa.string(), pa.string())),
-        **{name: pa.array([each.get(name) for each in groups], pa.string()) for name in REPORTED},
-        "gold": [mention.entity_id for mention in mentions],
-        "rank": ranking.rank_M.tolist(),
-        "better": ranking.counts.better_M.tolist(),
-        "tied": ranking.counts.tied_M.tolist(),
-        "top": [[entity_ids[row] for row in rows] for rows in ranking.top_row_Mk.tolist()],
-        "top_scores": ranking.top_score_Mk.tolist(),
-    }
-    if ranking.choices is not None:
-        columns["gold_expert"] = [experts[c] for c in ranking.choices.gold_M.tolist()]
-        columns["top_experts"] = [[experts[c] for c in row] for row in ranking.choices.top_Mk.tolist()]
-    about = {KB_HASH: protocol.entities_sha256.encode(), PROTOCOL: protocol.model_dump_json().encode()}
-    pq.write_table(pa.table(columns).replace_schema_metadata(about), path)

@@ -5,7 +5,7 @@ from typing import Any
 
 from dsmip.evaluation.index_builder import OpenedModel
 from dsmip.evaluation.metrics import shown_metrics
-from dsmip.evaluation.report import evaluation_name
+from dsmip.evaluation.stored.layout import evaluation_name
 from dsmip.exporting.agreement import MENTIONS, TOP, Agreement
 from dsmip.storage.parsing import read_json
 

@@ -17,7 +17,7 @@ from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.evaluation.index import MANIFEST, EntityIndex, finish_index
 from dsmip.evaluation.index_builder import IndexPlan, OpenedModel, plan_index
-from dsmip.evaluation.report import stored_calibration
+from dsmip.evaluation.stored.calibration import stored_calibration
 from dsmip.exporting.agreement import measured_agreement
 from dsmip.exporting.card import model_card
 from dsmip.linking.bundle import (

@@ -11,7 +11,7 @@ from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import fingerprint
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
-from dsmip.evaluation.report import stored_calibration
+from dsmip.evaluation.stored.calibration import stored_calibration
 from dsmip.linking.bundle import BUNDLE, Example, read_manifest
 from dsmip.linking.found_bundles import find_bundle
 from dsmip.linking.growing.entities import BundleEntities

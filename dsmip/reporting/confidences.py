@@ -10,7 +10,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from dsmip.calibration.calibration import BestScores, Calibration, read_calibration
-from dsmip.evaluation.report import CALIBRATED_ON, CALIBRATION, evaluation_name
+from dsmip.evaluation.stored.layout import CALIBRATED_ON, CALIBRATION, evaluation_name
 from dsmip.ops.confidence import BINS, area_under_risk, risk_coverage
 from dsmip.reporting.charts import Line, line_chart
 from dsmip.reporting.evaluations import EvaluatedRun, Key
@@ -71,19 +71,22 @@ def confidences(run: EvaluatedRun) -> Confidences:
     if not path.is_file():
         return Confidences(f"The calibration itself is missing. Make it again: {again}", rows, None, (), on_these)
     calibration = read_calibration(path)
-    if (right_M := _right(run, calibration)) is None:
+    known = list(run.main.rows.values())
+    if (right_M := _right(run, calibration, [*known, *run.main.unknown])) is None:
         needed = run.command(
             "evaluate", "--split", run.split, "--model", run.shown, "--top-k", str(calibration.num_scores)
         )
         note = f"The curves need the {calibration.num_scores} best scores of each mention. Make them: {needed}"
         return Confidences(note, rows, None, (), on_these)
-    is_right_M = torch.tensor([bool(row["top"]) and row["top"][0] == row["gold"] for row in run.main.rows.values()])
+    is_right = [bool(row["top"]) and row["top"][0] == row["gold"] for row in known]
+    is_right_M = torch.tensor([*is_right, *(False for _ in run.main.unknown)])
     found = float(area_under_risk(right_M, is_right_M))
     if not math.isclose(found, stored["right"]["area_under_risk"], rel_tol=1e-6, abs_tol=1e-9):
         note = f"The model was calibrated anew after this evaluation. Make it again: {again}"
         return Confidences(note, rows, None, (), on_these)
     charts = (_reliability(right_M, is_right_M), _risk(right_M, is_right_M))
-    return Confidences("", rows, dict(zip(run.main.rows, right_M.tolist(), strict=True)), charts, on_these)
+    right = dict(zip(run.main.rows, right_M[: len(known)].tolist(), strict=True))
+    return Confidences("", rows, right, charts, on_these)
 
 
 def _rows(stored: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
@@ -98,9 +101,9 @@ def _rows(stored: Mapping[str, Any]) -> list[tuple[str, str, Figure]]:
     return rows
 
 
-def _right(run: EvaluatedRun, calibration: Calibration) -> Tensor | None:
-    """float64 [M]; None where the ranks hold fewer scores than the calibration reads, or other experts."""
-    rows, k = list(run.main.rows.values()), calibration.num_scores
+def _right(run: EvaluatedRun, calibration: Calibration, rows: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """float64 [M]; None where the rows hold fewer scores than the calibration reads, or other experts."""
+    k = calibration.num_scores
     if any(len(row["top_scores"]) < k for row in rows):
         return None
     number_of = {name: number for number, name in enumerate(calibration.experts)}

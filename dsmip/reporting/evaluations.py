@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from dsmip.errors import UserError
 from dsmip.evaluation.groups import REPORTED
-from dsmip.evaluation.report import METRICS_FILE, RANKS, evaluation_name
+from dsmip.evaluation.stored.layout import METRICS_FILE, RANKS, UNKNOWN, evaluation_name
 from dsmip.evaluation.stored.ranks import StoredRanks, read_ranks
 from dsmip.messages import masked
 from dsmip.ops.ranking import Counts
@@ -44,12 +46,14 @@ class ModelEvaluation:
         metrics: As they are stored.
         rows: Of ranks.parquet, by mention; mentions with one id are told apart by their order.
         schema: The columns that they have.
+        unknown: Of unknown.parquet: mentions whose entity is not in the knowledge base.
     """
 
     model: str
     metrics: Mapping[str, Any]
     rows: Mapping[Key, Mapping[str, Any]]
     schema: tuple[str, ...]
+    unknown: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def has_choices(self) -> bool:
@@ -158,7 +162,16 @@ def _evaluation(ranks: StoredRanks) -> ModelEvaluation:
         raise UserError(f"{path} and {RANKS} are of different evaluations{again}")
     schema = tuple(name for name in (*_COLUMNS, *_OF_CHOICES) if name in ranks.table.column_names)
     rows = dict(zip(ranks.mention_keys(), ranks.table.select(schema).to_pylist(), strict=True))
-    return ModelEvaluation(ranks.model, metrics, rows, schema)
+    return ModelEvaluation(ranks.model, metrics, rows, schema, _unknown(ranks) if metrics.get("unknown") else ())
+
+
+def _unknown(ranks: StoredRanks) -> tuple[Mapping[str, Any], ...]:
+    path = ranks.path.parent / UNKNOWN
+    ranks.run.pull(path.relative_to(ranks.run.folder).as_posix())
+    try:
+        return tuple(pq.read_table(path).to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is missing or damaged; make it again: {ranks.command}") from error
 
 
 def _checked_metrics(metrics: Any) -> dict[str, Any]:

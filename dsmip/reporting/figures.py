@@ -11,7 +11,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.evaluation.experts.oracle import oracle
 from dsmip.evaluation.groups import num_meanings
 from dsmip.evaluation.metrics import confidence, shown_metrics, summarise
-from dsmip.evaluation.report import evaluation_name
+from dsmip.evaluation.stored.layout import evaluation_name
 from dsmip.ops.ranking import Counts
 from dsmip.reporting.charts import interval_marks, share_bar
 from dsmip.reporting.evaluations import EvaluatedRun, Key

@@ -1,6 +1,6 @@
 """The second stage of an evaluation: a run's re-ranker over the best entities of its first stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,10 @@ class RunReranker:
             after_batch=counting(self.progress, f"{split} re-ranked by {self.part}", len(row_MK)),
         )
         return reranked(first, row_MK, score_MK, self.evaluation.gold_row_M)
+
+    def over(self, evaluation: OpenedEvaluation) -> "RunReranker":
+        """The same of other mentions of the run."""
+        return replace(self, evaluation=evaluation)
 
 
 def second_stage(

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from dsmip.data.manifest import REJECTS_FILE, SPLITS
+from dsmip.data.manifest import REJECTS_FILE, SPLITS, Manifest
 from dsmip.errors import UserError
 from ray_jobs.commands.options import ChooserName, DataArgument, EntityText, JsonOption, MentionText, TakeName
 from ray_jobs.terminal.lines import say
 
 # What a demo draws itself, and all that a view has.
-_NOT_OF_DEMOS = frozenset({"entity_text", "mention_text", "kb", "split", "image_size", "seed"})
+_NOT_OF_DEMOS = frozenset({"entity_text", "mention_text", "kb", "split", "image_size", "seed", "keep_nil"})
 _OF_ENDPOINTS = ("url", "model", "prompt", "at_once", "timeout", "retries")
 _OF_VIEWS = frozenset({"source", "out", "train_fraction", "take", "seed"})
 
@@ -31,6 +31,9 @@ def prepare(
     kb: Annotated[Path | None, typer.Option(help="Knowledge base, for layouts that come without one.")] = None,
     split: Annotated[str | None, typer.Option(help="Percentages, as 70/10/20, for layouts without splits.")] = None,
     image_size: Annotated[int, typer.Option(min=16, help="Shorter side that pictures are shrunk to.")] = 224,
+    keep_nil: Annotated[
+        bool, typer.Option("--keep-nil", help="Keep mentions whose entity is not in the knowledge base, for figures.")
+    ] = False,
     keep_original: Annotated[bool, typer.Option("--keep-original", help="Store JPEGs as they are.")] = False,
     shard_size: Annotated[str, typer.Option(help="About the size of the kb's shards.")] = "256MB",
     train_fraction: Annotated[
@@ -64,6 +67,7 @@ def prepare(
         images=job.image_settings(image_size, keep_original=keep_original),
         shard_bytes=job.parse_size(shard_size),
         seed=seed,
+        keep_nil=keep_nil,
         workers=workers,
         on_ray=ray,
     )
@@ -77,10 +81,16 @@ def prepare(
         release = open_release(Path(source), format, chosen, say)
         with Display() as display:
             manifest = job.prepare_release(release, out, options, display, display.say)
+    _say_prepared(out, manifest)
+
+
+def _say_prepared(out: str, manifest: Manifest) -> None:
     rejects = f"{out.rstrip('/')}/{REJECTS_FILE}"
     mentions = ", ".join(f"{split} {manifest.splits[split].mentions}" for split in SPLITS)
     touched = {"rejected": manifest.rejects, "repaired": manifest.repaired, "degraded": manifest.degraded}
     counts = ", ".join(f"{action} {sum(reasons.values())}" for action, reasons in touched.items())
+    if unknown := sum(each.mentions for each in manifest.unknown.values()):
+        mentions += f", not in the knowledge base {unknown}"
     say(f"{out}: {manifest.entities} entities; mentions: {mentions}; records {counts} (see {rejects})")
 
 

@@ -27,7 +27,8 @@ from dsmip.errors import UserError
 from dsmip.evaluation.experts.oracle import oracle
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import shown_metrics
-from dsmip.evaluation.report import CALIBRATED_ON, RANKS, evaluate_model, evaluation_name
+from dsmip.evaluation.report import evaluate_model
+from dsmip.evaluation.stored.layout import CALIBRATED_ON, RANKS, evaluation_name
 from dsmip.progress import no_progress
 from dsmip.runs.load_config import changed, job_config
 from dsmip.runs.run import Run

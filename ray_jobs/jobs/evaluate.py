@@ -11,13 +11,8 @@ from dsmip.calibration.calibration import MIN_MENTIONS
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import METRICS, shown_metrics
-from dsmip.evaluation.report import (
-    CALIBRATED_ON,
-    Evaluated,
-    evaluate_model,
-    evaluation_name,
-    recall_name,
-)
+from dsmip.evaluation.report import Evaluated, evaluate_model, recall_name
+from dsmip.evaluation.stored.layout import CALIBRATED_ON, evaluation_name
 from dsmip.rank_options import RankOptions, device_here, named_device
 from dsmip.reranking.second_stage import second_stage
 from dsmip.runs.run import Run
@@ -142,10 +137,11 @@ def _show_confidence(found: Mapping[str, Any]) -> None:
         f" hits@1 {right['hits@1_of_the_surest_half']:.3f}"
     )
     if known is not None:
+        real = f", {known['unknown_mentions']} here" if "unknown_mentions" in known else ""
         say(
             f"  not in the knowledge base: AUROC {known['auroc']:.3f}; finds {known['recall']:.0%} of such mentions"
             f" with {known['false_alarms']:.0%} false alarms, F1 {known['f1']:.3f} where {known['unknown_share']:.0%}"
-            " are such"
+            f" are such{real}"
         )
 
 

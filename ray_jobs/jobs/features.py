@@ -26,7 +26,6 @@ from dsmip.encoders.architecture import resolve_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.feature_cache import BATCH_SIZE
 from dsmip.encoders.image_features import (
-    KB_AND_SPLITS,
     Data,
     DTypeName,
     ImageFeatures,
@@ -234,7 +233,7 @@ def _origin(dataset: Dataset, request: FeatureRequest) -> Origin:
 
 def _chunks(dataset: Dataset, name: str) -> list[Chunk]:
     chunks = []
-    for split in KB_AND_SPLITS:
+    for split in (KB, *dataset.manifest.sections):
         total = dataset.num_entities if split == KB else dataset.num_mentions(split)
         for start in range(0, max(total, 1), CHUNK_ITEMS):  # of an empty split, one empty chunk
             file = f"{name}/{split}-{start:010d}.safetensors"
@@ -300,10 +299,11 @@ def _plain(value: Any) -> Any:
 
 def _join(files: DatasetStorage, origin: Origin, chunks: Sequence[Chunk]) -> ImageFeatures:
     """The chunks become one table per split; the manifest comes last."""
-    for split in KB_AND_SPLITS:
+    sections = list(dict.fromkeys(chunk.split for chunk in chunks))
+    for split in sections:
         with TableWriter(files.folder / features_file(features_name(origin), split)) as writer:
             for chunk in chunks:
                 if chunk.split == split:
                     with files.fresh(chunk.file) as path:
                         writer.append(Table.load(path))
-    return write_manifest(files, origin)
+    return write_manifest(files, origin, sections)

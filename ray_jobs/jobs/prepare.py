@@ -48,6 +48,7 @@ class BuildOptions:
         images: How images are stored.
         shard_bytes: About the size of the kb's shards.
         seed: Orders the training mentions.
+        keep_nil: Keep mentions that have no gold in the kb.
         workers: Processes, or with `on_ray` tasks of a cluster at a time.
         on_ray: Whether a Ray cluster does the work.
     """
@@ -57,6 +58,7 @@ class BuildOptions:
     images: ImageSettings = IMAGES
     shard_bytes: int = SHARD_BYTES
     seed: int = 0
+    keep_nil: bool = False
     workers: int = 1
     on_ray: bool = False
 
@@ -162,6 +164,7 @@ def _build(
         images=options.images,
         shard_bytes=options.shard_bytes,
         seed=options.seed,
+        keep_nil=options.keep_nil,
     )
     with _runner(options) as run:
         return prepare(release, out, dataset, run=run, progress=progress, warn=warn, published=published)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dsmip.evaluation.experts.oracle import oracle
 from dsmip.evaluation.metrics import shown_metrics
-from dsmip.evaluation.report import METRICS_FILE, RANKS, evaluation_name
+from dsmip.evaluation.stored.layout import METRICS_FILE, RANKS, evaluation_name
 from dsmip.runs.run import Run
 from dsmip.storage.parsing import read_json
 from ray_jobs.terminal.lines import say

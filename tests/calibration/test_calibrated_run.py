@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,7 +15,9 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
-from dsmip.evaluation.report import stored_calibration
+from dsmip.evaluation.index_builder import OpenedEvaluation, plan_files
+from dsmip.evaluation.stored.calibration import stored_calibration
+from dsmip.linking.load import LoadOptions, load_linker
 from dsmip.runs.run import Run
 from ray_jobs.cli import app
 from tests.support.small_release import write_release
@@ -22,26 +25,33 @@ from tests.support.small_release import write_release
 WORDS = ("red", "green", "blue", "yellow", "purple", "orange")
 
 
-@pytest.fixture(scope="module")
-def calibrated(small_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of random weights over six entities, with 24 mentions in each split."""
-    folder = tmp_path_factory.mktemp("calibrated")
+def _made_run(config: ExperimentConfig, folder: Path, answers: tuple[str, ...], *, keep_nil: bool) -> Run:
+    """A run of random weights over six entities, with as many mentions in each split as there are answers."""
     kb = [{"qid": f"Q{row}", "entity_name": word, "attr": f"colour {row}"} for row, word in enumerate(WORDS)]
+    size = len(answers)
     mentions = [
         {"id": f"m{number}", "sentence": f"a {WORDS[number % 6]} thing", "mentions": WORDS[number % 6]}
-        | {"answer": f"Q{number % 6}", "imgPath": "", "kind": "odd" if number % 2 else "even"}
-        for number in range(72)
+        | {"answer": answers[number % size], "imgPath": "", "kind": "odd" if number % 2 else "even"}
+        for number in range(3 * size)
     ]
-    records: dict[str, list[Any]] = {"kb": kb, "train": mentions[:24], "dev": mentions[24:48], "test": mentions[48:]}
+    parts = {name: mentions[k * size : (k + 1) * size] for k, name in enumerate(("train", "dev", "test"))}
+    records: dict[str, list[Any]] = {"kb": kb, **parts}
     release = MimicRelease(write_release(folder / "release", records, {}))
-    prepare(release, folder / "data", DatasetOptions(name="small"))
-    run = Run.create(folder / "run", small_config, Dataset.open(folder / "data"))
+    prepare(release, folder / "data", DatasetOptions(name="small", keep_nil=keep_nil))
+    run = Run.create(folder / "run", config, Dataset.open(folder / "data"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         for name in run.part_names:
-            run.save_part(name, run.system.build_part(name, small_config, with_encoder=True), {})
-        run.save_part("dsmip", run.system.build_whole(small_config), {})
+            run.save_part(name, run.system.build_part(name, config, with_encoder=True), {})
+        run.save_part("dsmip", run.system.build_whole(config), {})
     return run
+
+
+@pytest.fixture(scope="module")
+def calibrated(small_config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """With 24 mentions in each split."""
+    answers = tuple(f"Q{number % 6}" for number in range(24))
+    return _made_run(small_config, tmp_path_factory.mktemp("calibrated"), answers, keep_nil=False)
 
 
 def dsmip(*arguments: str) -> Any:
@@ -96,3 +106,40 @@ def test_a_damaged_file_is_named(calibrated: Run, text: str) -> None:
 def test_too_few_validation_mentions_are_said(run: Run) -> None:
     said = dsmip("calibrate", "--run", str(run.folder))
     assert "7 validation mentions are too few to calibrate dsmip: 20 at least" in str(said.exception)
+
+
+def test_kept_mentions_of_the_unknown_are_what_it_is_measured_on(
+    small_config: ExperimentConfig, tmp_path: Path
+) -> None:
+    answers = tuple("nil" if number % 4 == 3 else f"Q{number % 6}" for number in range(32))
+    run = _made_run(small_config, tmp_path, answers, keep_nil=True)
+    said = dsmip("calibrate", "--run", str(run.folder), "--model", "text")
+    assert said.exit_code == 0, said.output
+    made = stored_calibration(run, "text")
+    assert made is not None
+    assert (made.mentions, made.unknown, made.unknown_share) == (24, 8, 0.25)
+    said = dsmip("evaluate", "--run", str(run.folder), "--model", "text", "--top-k", "3")
+    assert "where 25% are such, 8 here" in said.output
+    folder = run.folder / "evaluate/test/text"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["mentions"], metrics["unknown"]) == (24, 8)  # ranks are of the others alone
+    known = metrics["calibration"]["known"]
+    assert (known["unknown_mentions"], known["unknown_share"]) == (8, 0.25)
+    rows = pq.read_table(folder / "unknown.parquet").to_pylist()
+    assert [row["mention_id"] for row in rows] == [f"m{number}" for number in range(67, 96, 4)]
+    assert all(len(row["top"]) == len(row["top_scores"]) == 3 for row in rows)
+    # What a linker says of such a mention is what was evaluated.
+    linker = load_linker(run.folder, torch.device("cpu"), LoadOptions("text"))
+    links = linker.link(rows[0]["word"], sentence=rows[0]["sentence"], top=3)
+    assert [link.entity_id for link in links] == rows[0]["top"]
+    assert [link.score for link in links] == pytest.approx(rows[0]["top_scores"])
+    # Workers open them by the files' names.
+    evaluation = OpenedEvaluation(run, "test", "text")
+    here = evaluation.of_unknown()
+    assert here is not None
+    strangers = plan_files(evaluation).of(here).opened()
+    assert (strangers.split, len(strangers.mentions), strangers.gold_row_M.tolist()) == ("test-unknown", 8, [0] * 8)
+    page = tmp_path / "page.html"
+    assert dsmip("evaluate", "--run", str(run.folder), "--model", "text").exit_code == 0
+    assert dsmip("report", str(run.folder), "--model", "text", "--html", str(page)).exit_code == 0
+    assert "Risk and coverage" in page.read_text()  # the curves give the stored area under risk

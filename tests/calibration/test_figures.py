@@ -45,3 +45,23 @@ def test_a_figure_that_nothing_defines_is_none() -> None:
     assert right["auroc"] is None
     assert "auroc" not in right["confidence"]
     assert right["area_under_risk"] == 0
+
+
+def test_mentions_of_the_unknown_count_where_they_are_there() -> None:
+    best, is_gold_MK = sure_by_margin(300, 0)
+    flat_MK = torch.tensor([0.1, 0.09, 0.08, 0.07]).repeat(100, 1)
+    unknown = BestScores(flat_MK, torch.zeros(100, 4, dtype=torch.long))
+    calibration = Calibration.fit("it", "index", (), best, is_gold_MK, unknown)
+    assert (calibration.unknown, calibration.unknown_share) == (100, 0.25)
+    found = confidence_figures(calibration, best, is_gold_MK, unknown)
+    assert found["known"]["auroc"] == 1  # the others' best scores are all higher
+    assert (found["known"]["unknown_share"], found["known"]["unknown_mentions"]) == (0.25, 100)
+    assert found["known"]["confidence"]["auroc"] == (1, 1)
+    right = int(is_gold_MK[:, 0].sum())
+    known_alone = confidence_figures(calibration, best, is_gold_MK)["right"]
+    everyone = found["right"]
+    assert everyone["hits@1_of_the_surest_half"] <= known_alone["hits@1_of_the_surest_half"]
+    risk_of_all = 1 - right / 400  # no link of theirs is right, and they are answered last
+    assert everyone["area_under_risk"] < risk_of_all
+    low, high = found["known"]["confidence"]["f1"]
+    assert low <= found["known"]["f1"] <= high

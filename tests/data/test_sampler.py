@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.build import plan
+from data_prep.build import mention_shards
 from data_prep.build.build import prepare
 from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
@@ -25,7 +25,7 @@ DRAWS = [1, 2, 0, 0, 0, 0, 2, 0]
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("streams")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "MIN_TRAIN_SHARDS", 9)
+        patch.setattr(mention_shards, "MIN_TRAIN_SHARDS", 9)
         prepare(
             MimicRelease(plain_release(folder / "release", 5, NUM_TRAIN)), folder / "data", DatasetOptions(name="plain")
         )

@@ -14,7 +14,7 @@ import torch
 
 from dsmip.config import ExperimentConfig
 from dsmip.evaluation.metrics import summarise
-from dsmip.evaluation.report import KB_HASH, PROTOCOL, evaluation_name
+from dsmip.evaluation.stored.layout import KB_HASH, PROTOCOL, evaluation_name
 from dsmip.evaluation.stored.protocol import EvaluationProtocol, ids_hash
 from dsmip.ops.ranking import Counts
 from dsmip.runs.load_config import parse_config, to_yaml

@@ -13,9 +13,9 @@ from data_prep.build.plan import DatasetOptions
 from data_prep.formats.mimic import MimicRelease
 from dsmip.calibration import calibration
 from dsmip.data.dataset import Dataset
-from dsmip.evaluation import report
-from dsmip.evaluation.report import CALIBRATION, RANKS
+from dsmip.evaluation.stored import calibration as stored
 from dsmip.evaluation.stored.comparison import read_evaluation
+from dsmip.evaluation.stored.layout import CALIBRATION, RANKS
 from dsmip.runs.run import Run
 
 
@@ -62,11 +62,11 @@ def read_kb_hash(folder: Path) -> bytes:
 
 
 def test_its_calibration_is_its_own(run: Run, grown: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (report, calibration):
+    for module in (stored, calibration):
         monkeypatch.setattr(module, "MIN_MENTIONS", 5)
     found = dsmip.evaluate(run.folder, "validation", "text", data=grown.folder)
     assert json.loads((found.folder / CALIBRATION).read_text())["index"].startswith("other_data/")
-    assert report.stored_calibration(run, "text") is None
+    assert stored.stored_calibration(run, "text") is None
     assert dsmip.load(run.folder, model="text").calibration is None
     assert "calibration" not in dsmip.evaluate(run.folder, "test", "text").metrics
     assert "calibration" in dsmip.evaluate(run.folder, "test", "text", data=grown.folder).metrics

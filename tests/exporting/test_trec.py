@@ -11,7 +11,7 @@ from ir_measures import RR, Success
 from typer.testing import CliRunner
 
 import dsmip
-from dsmip.evaluation.report import RANKS, evaluation_name
+from dsmip.evaluation.stored.layout import RANKS, evaluation_name
 from dsmip.evaluation.stored.ranks import read_ranks
 from dsmip.exporting.trec import QRELS_FILE, RUN_FILE, write_trec
 from dsmip.runs.run import Run

@@ -19,7 +19,7 @@ from data_prep.formats.jsonl import JsonlRelease
 from dsmip.calibration.calibration import BestScores, Calibration
 from dsmip.data.dataset import Dataset
 from dsmip.evaluation.index_builder import OpenedModel, plan_index
-from dsmip.evaluation.report import CALIBRATED_ON, CALIBRATION, RANKS, evaluation_name
+from dsmip.evaluation.stored.layout import CALIBRATED_ON, CALIBRATION, RANKS, evaluation_name
 from dsmip.linking.linker import Linker
 from dsmip.models import systems
 from dsmip.runs.load_config import changed

@@ -16,7 +16,8 @@ from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation
-from dsmip.evaluation.report import RANKS, evaluate_model
+from dsmip.evaluation.report import evaluate_model
+from dsmip.evaluation.stored.layout import RANKS
 from dsmip.models.cross_encoders.blink import BI_ENCODER, CROSS_ENCODER, Blink, one_text
 from dsmip.reranking.candidates import score_candidates
 from dsmip.reranking.second_stage import second_stage

@@ -52,6 +52,8 @@ def _mentions(found: Inspection) -> TextTable:
         ("distinct golds", *(str(gold.of) for gold in golds)),
         ("distinct golds unseen in training", "-", *map(_text, golds[1:])),
     ]
+    if found.unknown:
+        sizes.append(("besides, of what is not in the kb", *(str(found.unknown.get(split, 0)) for split in SPLITS)))
     rows, folded = _sorted(found.mentions, SPLITS)
     note = (
         "Largest share first; - where a question is not asked. Texts are compared without regard to case and spaces."

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsmip.errors import UserError
 from dsmip.evaluation.groups import KIND
 from dsmip.evaluation.metrics import summarise
-from dsmip.evaluation.report import RANKS
+from dsmip.evaluation.stored.layout import RANKS
 from dsmip.ops import ranking as ops
 
 

@@ -10,7 +10,7 @@ import torch
 from dsmip.errors import UserError
 from dsmip.evaluation.groups import REPORTED, rows_by_value
 from dsmip.evaluation.metrics import METRICS, Difference, compare_counts
-from dsmip.evaluation.report import KB_HASH, PROTOCOL
+from dsmip.evaluation.stored.layout import KB_HASH, PROTOCOL
 from dsmip.evaluation.stored.protocol import EvaluationProtocol
 from dsmip.evaluation.stored.ranks import read_ranks
 from dsmip.ops.ranking import Counts

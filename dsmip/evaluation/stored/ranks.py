@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dsmip.errors import UserError
 from dsmip.evaluation.groups import AMBIGUITY
-from dsmip.evaluation.report import RANKS, evaluation_name
+from dsmip.evaluation.stored.layout import RANKS, evaluation_name
 from dsmip.runs.load_config import load_config
 from dsmip.runs.loaded_model import CONFIG, evaluated_names
 from dsmip.storage.locations import Location, open_run_storage

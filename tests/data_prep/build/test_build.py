@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep.build import plan
+from data_prep.build import mention_shards, plan
 from data_prep.build.build import prepare
 from data_prep.build.plan import DatasetOptions
 from data_prep.build.runners import Result, Task, Tick, run_in_processes, run_serially
@@ -118,7 +118,7 @@ def test_the_seed_orders_the_training_mentions(tmp_path: Path) -> None:
 
 
 def test_shards_of_training_are_many_and_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "MAX_MENTIONS_PER_SHARD", 2)
+    monkeypatch.setattr(mention_shards, "MAX_MENTIONS_PER_SHARD", 2)
     release = MimicRelease(plain_release(tmp_path / "release", 7, 35))
     manifest = prepare(release, tmp_path / "data", DatasetOptions(name="plain", shard_bytes=4000))
     assert [shard.samples for shard in manifest.shards_of("kb")] == [1, 3, 3]

@@ -16,8 +16,8 @@ from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError, no_room
 from ray_jobs.local_jobs.enhance import EnhanceOptions, enhance_data
 from ray_jobs.terminal.display import Display
-from tests.support.chat_server import ChatServer, Reply, chat_server, says
 from tests.support.full_disk import small_files
+from tests.support.servers.chat_server import ChatServer, Reply, chat_server, says
 
 NUM_QUESTIONS = 18  # mentions of three splits with two candidates
 
