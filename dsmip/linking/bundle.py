@@ -171,8 +171,12 @@ def read_manifest(folder: Path) -> tuple[BundleManifest, str]:
         UserError: It is damaged, or of another version.
     """
     path = folder / BUNDLE
-    content = path.read_bytes()
-    tree = parse_json_object(content, str(path))
+    return parse_manifest(path.read_bytes(), str(path))
+
+
+def parse_manifest(content: bytes, path: str) -> tuple[BundleManifest, str]:
+    """The manifest and a hash of it; `path` is for messages. Errors are those of `read_manifest`."""
+    tree = parse_json_object(content, path)
     if tree.get("format") != FORMAT:
         raise UserError(
             f"{path}: bundle format {tree.get('format')!r}, this version reads {FORMAT}; export the run again"

@@ -1,11 +1,12 @@
 """Bundles where they are: in a folder, in an object store, or on the Hugging Face hub; those elsewhere are fetched."""
 
 import hashlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsmip.errors import UserError, first_line
-from dsmip.linking.bundle import BUNDLE, is_bundle, read_manifest
+from dsmip.linking.bundle import BUNDLE, is_bundle, parse_manifest
 from dsmip.storage.atomic import atomic_path
 from dsmip.storage.cache import checked_copy, data_cache
 from dsmip.storage.dataset_storage import FileInfo
@@ -56,11 +57,11 @@ def _of_store(uri: str) -> Path | None:
     content = store.read(BUNDLE)
     if content is None:
         return None
+    manifest, _ = parse_manifest(content, store.address(BUNDLE))
     folder = data_cache() / hashlib.sha256(content).hexdigest()[:32]
     folder.mkdir(exist_ok=True)
     with atomic_path(folder / BUNDLE) as temporary:
         temporary.write_bytes(content)
-    manifest, _ = read_manifest(folder)
     for name, file in manifest.files.items():
         stated = FileInfo(name, file.sha256, file.bytes)
         try:
@@ -84,7 +85,7 @@ def bundle_of_hub(address: str) -> Path:
     name = address.removeprefix(HUB)
     try:
         folder = Path(snapshot_download(name))
-    except (OSError, ValueError) as error:  # the hub's own errors are of both kinds
+    except _hub_errors() as error:
         raise UserError(
             f"{address} cannot be had ({first_line(error)}); check the name, the network and HF_TOKEN"
         ) from None
@@ -108,6 +109,16 @@ def push_bundle(folder: Path, name: str) -> str:
     try:
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="dsmip export")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--push {name}: {first_line(error)}; the bundle is at {folder}") from None
+    except _hub_errors() as error:
+        raise UserError(
+            f"--push {name}: the hub does not take it ({first_line(error)}); check the name, the network and HF_TOKEN; "
+            f"the bundle is at {folder}; then: {shlex.join(['hf', 'upload', name, str(folder)])}"
+        ) from None
     return f"{HUB}{name}"
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises: its own errors, and those of the HTTP client that these are derived from."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, ValueError, *(kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)))

@@ -243,8 +243,9 @@ def test_a_bundle_in_an_object_store(bundle: Path, bucket: str, object_store: Ob
         dsmip.load(bucket)
     changed["files"] = {"../outside": changed["files"]["lost.txt"]}
     store.write(BUNDLE, json.dumps(changed).encode())
-    with pytest.raises(dsmip.UserError, match="is no name of a bundle's file"):
+    with pytest.raises(dsmip.UserError, match=f"{bucket}/{BUNDLE}: .* is no name of a bundle's file"):
         dsmip.load(bucket)
-    store.write(BUNDLE, b"\xff")
-    with pytest.raises(dsmip.UserError, match=r"bundle\.json"):
-        dsmip.load(bucket)
+    for damaged in (b"\xff", b'{"format": 2}', b'{"format": 1}'):
+        store.write(BUNDLE, damaged)
+        with pytest.raises(dsmip.UserError, match=f"^{bucket}/{BUNDLE}"):  # not the copy on this node
+            dsmip.load(bucket)
