@@ -73,10 +73,11 @@ class ImageReader:
     Args:
         settings: How the data set's pictures were prepared.
         folder: Where relative paths start; None: the present folder.
+        field: What the pictures are called where users give them, for messages.
     """
 
-    def __init__(self, settings: ImageSettings, folder: ImageFolder = None) -> None:
-        self._settings, self._folder = settings, folder
+    def __init__(self, settings: ImageSettings, folder: ImageFolder = None, field: str = "image") -> None:
+        self._settings, self._folder, self._field = settings, folder, field
 
     def read(self, given: Any) -> bytes | None:
         """A prepared picture; None where there is none.
@@ -90,7 +91,7 @@ class ImageReader:
         try:
             return prepare_image(content, self._settings)
         except UnusableImage as error:
-            raise UserError(f"image{_named(given)}: {error}") from None
+            raise UserError(f"{self._field}{_named(given)}: {error}") from None
 
     def _encoded(self, given: Any) -> bytes:
         if isinstance(given, bytes | bytearray | memoryview):
@@ -100,26 +101,26 @@ class ImageReader:
         if isinstance(given, Image.Image):
             return _as_png(given)
         if isinstance(given, np.ndarray):
-            return _as_png(_of_array(given))
-        raise UserError(f"image: {kind_of(given)}; give a path, bytes, a Pillow image, a uint8 array, or None")
+            return _as_png(_of_array(given, self._field))
+        raise UserError(f"{self._field}: {kind_of(given)}; give a path, bytes, a Pillow image, a uint8 array, or None")
 
     def _file(self, given: str | Path) -> bytes:
         if callable(self._folder):
             try:
                 return self._folder(str(given))
             except UserError as error:
-                raise UserError(f"image {given}: {error}") from None
+                raise UserError(f"{self._field} {given}: {error}") from None
         if "://" in str(given):
-            raise UserError(f"image {given}: no address is fetched; give a file or the picture's bytes")
+            raise UserError(f"{self._field} {given}: no address is fetched; give a file or the picture's bytes")
         path = Path(given) if self._folder is None else self._folder / given
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
-                raise UserError(f"image {given}: picture too large")
+                raise UserError(f"{self._field} {given}: picture too large")
             return path.read_bytes()
         except FileNotFoundError:
-            raise UserError(f"image {given}: no such file") from None
+            raise UserError(f"{self._field} {given}: no such file") from None
         except (OSError, ValueError) as error:  # a NUL in a name
-            raise UserError(f"image {given}: {getattr(error, 'strerror', None) or error}") from None
+            raise UserError(f"{self._field} {given}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def records(mentions: Iterable[Any]) -> Iterator[Any]:
@@ -171,10 +172,10 @@ def _as_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _of_array(array: "NDArray[Any]") -> Image.Image:
+def _of_array(array: "NDArray[Any]", field: str) -> Image.Image:
     fits = array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
     if not fits or not array.size:
-        raise UserError(f"image: an array {array.dtype} {list(array.shape)}; give uint8 [H, W, 3]")
+        raise UserError(f"{field}: an array {array.dtype} {list(array.shape)}; give uint8 [H, W, 3]")
     return Image.fromarray(array)
 
 

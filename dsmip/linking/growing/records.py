@@ -48,7 +48,7 @@ class EntityReader:
     """
 
     def __init__(self, settings: ImageSettings, folder: Path | None = None) -> None:
-        self._folder, self._images = folder, ImageReader(settings, folder)
+        self._folder, self._images = folder, ImageReader(settings, folder, field="images")
 
     def id_of(self, given: GivenEntity) -> str:
         """The id of a record, or the id that it is.
@@ -111,4 +111,4 @@ class EntityReader:
             return
         folder = self._folder.resolve()
         if not (folder / given).resolve().is_relative_to(folder):
-            raise UserError(f"image {given}: outside the folder of the file")
+            raise UserError(f"images {given}: outside the folder of the file")

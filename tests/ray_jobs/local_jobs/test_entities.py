@@ -60,7 +60,7 @@ def test_a_bundle_grows(bundle: Path, file: Path) -> None:
     [
         ("add", [line(), "", line()], r"more\.jsonl: line 3: Q8: comes twice \(first: .*more\.jsonl: line 1\)"),
         ("add", [line(), "{"], r"more\.jsonl: wrong JSON: line 2 column 2"),
-        ("add", [line(images=["broken.jpg"])], r"more\.jsonl: line 1: Q8: image broken\.jpg: picture unreadable"),
+        ("add", [line(images=["broken.jpg"])], r"more\.jsonl: line 1: Q8: images broken\.jpg: picture unreadable"),
         ("update", [line()], r"more\.jsonl: line 1: Q8: is not in the knowledge base: 'add' adds it"),
         ("remove", ["3"], r"more\.jsonl: line 1: 3: is not in the knowledge base"),
     ],
