@@ -1,5 +1,6 @@
 """The way to a cluster: a real head with ports of its own, and every stage submitted to it from the checkout."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from dsmip.config import ExperimentConfig, TuneConfig, merged
@@ -140,3 +142,17 @@ def test_stage_two_and_evaluation_are_submitted(
     ended = head.submit("evaluate", "ray_jobs/evaluate.py", "--run", str(run.folder), "--workers", "2")
     assert ended.exit_code == 0, ended.output
     assert (run.folder / "evaluate" / "test" / "dsmip" / "metrics.json").is_file()
+
+
+@pytest.mark.soak
+def test_bulk_linking_is_submitted(head: Head, tmp_path: Path, run: Run) -> None:
+    mentions, out = tmp_path / "mentions.jsonl", tmp_path / "links.parquet"
+    records = [{"mention_id": str(number), "word": "red" if number else ""} for number in range(6)]
+    mentions.write_text("\n".join(map(json.dumps, records)))
+    options = ("--out", str(out), "--workers", "2", "--top", "2")
+    ended = head.submit("link", "ray_jobs/link.py", str(run.folder), str(mentions), *options)
+    assert (ended.cli_code, ended.exit_code) == (0, 0), ended.output
+    rows = pq.read_table(out).to_pylist()
+    assert [row["mention_id"] for row in rows] == [each["mention_id"] for each in records]  # every one, in order
+    assert rows[0]["reason"]
+    assert all(len(row["entity_ids"]) == 2 and row["reason"] is None for row in rows[1:])
