@@ -10,7 +10,9 @@ from dsmip.config import Frozen
 from dsmip.errors import UserError
 from dsmip.linking.load import LoadOptions, examples_of, load_linker
 from dsmip.rank_options import device_here
+from dsmip.serving.addresses import checked_prefix
 from dsmip.serving.app import create_app
+from dsmip.serving.limits import Limits
 from dsmip.serving.served import Source, reloading, stamp_of
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
 
@@ -31,6 +33,8 @@ class ServeArguments(Frozen):
         max_replicas: Up to how many come when requests queue.
         ongoing: Requests that a replica works on before another one is wanted.
         cpus, gpus: What a replica asks for; a fraction of a GPU is shared.
+        candidates: Entities that are scored for each mention, found by global vectors; None: all.
+        image_urls: Start of addresses, up to a slash, that pictures may be fetched from below; none: no address is.
     """
 
     model: str
@@ -41,6 +45,8 @@ class ServeArguments(Frozen):
     ongoing: int = Field(16, ge=1)
     cpus: float = Field(1.0, ge=0)
     gpus: float = Field(0.0, ge=0)
+    candidates: int | None = Field(None, ge=1)
+    image_urls: str | None = None
 
 
 @serve.ingress()
@@ -59,7 +65,14 @@ class LinkerReplica:
         opened = reloading(lambda: load_linker(location, device_here(arguments.device), options))
         source = Source(opened, lambda: stamp_of(location))
         examples = examples_of(location, options)
-        self._app = create_app(source, name=f"dsmip: {Path(location).name}", examples=examples)
+        allowed = (checked_prefix(arguments.image_urls),) if arguments.image_urls else ()
+        self._app = create_app(
+            source,
+            name=f"dsmip: {Path(location).name}",
+            limits=Limits(image_urls=allowed),
+            examples=examples,
+            candidates=arguments.candidates,
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

@@ -36,6 +36,7 @@ def create_app(
     name: str,
     limits: Limits = DEFAULT_LIMITS,
     examples: Sequence[Example] = (),
+    candidates: int | None = None,
     check_seconds: float = 10.0,
     notice: Any = lambda line: None,
 ) -> FastAPI:
@@ -46,15 +47,18 @@ def create_app(
         name: What the service is called, on its page and in OpenRefine.
         limits: What it takes.
         examples: Mentions on the page.
+        candidates: Entities that are scored for each mention, as `Linker.link` has it; None: all.
         check_seconds: How often the source is looked at for changes.
         notice: Takes lines of what happens.
 
     Raises:
-        UserError: The linker cannot be opened.
+        UserError: The linker cannot be opened, or has no global vectors that would find candidates.
     """
     figures = Figures()
     served = Served(source, notice, figures.reloads.inc)
-    batcher = Batcher(lambda: served.linker, limits.batch, limits.waiting, figures.batches.observe)
+    if candidates is not None:
+        _ = served.linker.search.candidates
+    batcher = Batcher(lambda: served.linker, limits.batch, limits.waiting, figures.batches.observe, candidates)
     figures.waiting.set_function(lambda: batcher.num_waiting)
     figures.entities.set_function(lambda: len(served.linker))
 

@@ -40,6 +40,7 @@ class Batcher:
         batch: Mentions that are linked at a time.
         waiting: Mentions that may wait.
         observe: Called with the number of mentions of each batch.
+        candidates: Entities that are scored for each mention (`Linker.link_many`); None: all.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Batcher:
         batch: int,
         waiting: int,
         observe: Callable[[int], None] = lambda count: None,
+        candidates: int | None = None,
     ) -> None:
         self._linker, self._batch, self._most_waiting, self._observe = linker, batch, waiting, observe
+        self._candidates = candidates
         self._jobs: deque[Job] = deque()
         self._num_waiting, self._ends = 0, False
         self._changed = threading.Condition()
@@ -101,6 +104,7 @@ class Batcher:
                     explain=any(job.explain for job in jobs),
                     on_error="report",
                     batch_size=self._batch,
+                    candidates=self._candidates,
                 )
                 for job in jobs:
                     job.links.set_result([next(found).first(job.top) for _ in job.mentions])

@@ -17,6 +17,7 @@ class Limits(Frozen):
         waiting: Mentions that wait at a time; above it requests are refused for the moment (429).
         batch: Mentions that are linked at a time.
         retry_after: Seconds that a refused client is told to wait.
+        image_urls: Starts of addresses below which pictures may be fetched; none: no address is (422).
     """
 
     body_bytes: int = Field(32 << 20, ge=1)
@@ -27,6 +28,7 @@ class Limits(Frozen):
     waiting: int = Field(1024, ge=1)
     batch: int = Field(32, ge=1)
     retry_after: int = Field(1, ge=1)
+    image_urls: tuple[str, ...] = ()
 
 
 DEFAULT_LIMITS = Limits()

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from dsmip.linking.links import Links
@@ -68,7 +69,7 @@ def link_router(served: Served, batcher: Batcher, limits: Limits) -> APIRouter:
     )
     async def link(request: Request) -> Any:
         asked, images = await _read(request)
-        mentions = _checked(asked, images, limits, served)
+        mentions = await run_in_threadpool(_checked, asked, images, limits, served)  # it may fetch pictures
         found = await linked(batcher, mentions, asked.top, explain=asked.explain)
         if len(found) == 1 and found[0].reason:
             field, _, message = found[0].reason.partition(": ")
@@ -144,7 +145,7 @@ def _checked(asked: LinkRequest, images: Mapping[int, bytes], limits: Limits, se
             raise Unusable(before + "image", f"a picture may have {limits.image_bytes} bytes")
         image = images.get(number)
         if image is None and each.image:
-            image = decoded_image(each.image, before + "image", limits.image_bytes)
+            image = decoded_image(each.image, before + "image", limits)
         mentions.append({**texts, "image": image})
     return mentions
 

@@ -21,7 +21,7 @@ from dsmip.serving.schemas import Unusable, decoded_image, image_address, json_o
 from dsmip.serving.served import Served
 
 TYPE = {"id": "entity", "name": "Entity"}
-PROPERTIES = ({"id": "sentence", "name": "Sentence"}, {"id": "image", "name": "Image (data: URL)"})
+PROPERTIES = ({"id": "sentence", "name": "Sentence"}, {"id": "image", "name": "Image"})
 EXTENSIONS = ({"id": "name", "name": "Name"}, {"id": "attributes", "name": "Attributes"})
 DEFAULT_LIMIT = 5
 SURE = 0.5  # of a calibrated model; OpenRefine then takes the link without being asked
@@ -32,9 +32,9 @@ def reconciliation_router(served: Served, batcher: Batcher, limits: Limits, page
     router = APIRouter(prefix="/reconcile")
 
     async def answers(queries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-        mentions = [mention_of(query, f"{key}.", limits) for key, query in queries.items()]
-        if len(mentions) > limits.mentions:
+        if len(queries) > limits.mentions:
             raise Unusable("queries", f"a request may have {limits.mentions} queries")
+        mentions = await run_in_threadpool(mentions_of, queries, limits)  # it may fetch pictures
         top = max(limit_of(query, f"{key}.", limits) for key, query in queries.items())
         found = await linked(batcher, mentions, top, explain=True)
         return {
@@ -127,6 +127,11 @@ def manifest(name: str, base: str) -> dict[str, Any]:
     }
 
 
+def mentions_of(queries: Mapping[str, Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
+    """Queries by key as mentions; errors are those of `mention_of`."""
+    return [mention_of(query, f"{key}.", limits) for key, query in queries.items()]
+
+
 def mention_of(query: Mapping[str, Any], before: str, limits: Limits) -> dict[str, Any]:
     """A query as a mention.
 
@@ -147,7 +152,7 @@ def mention_of(query: Mapping[str, Any], before: str, limits: Limits) -> dict[st
             continue  # a client may send columns that mean nothing here
         if not isinstance(value, str):
             raise Unusable(f"{before}{pid}", "is a text")
-        given[pid] = decoded_image(value, f"{before}image", limits.image_bytes) if pid == "image" else value
+        given[pid] = decoded_image(value, f"{before}image", limits) if pid == "image" else value
     for name in ("word", "sentence"):
         if len(given[name]) > limits.text_length:
             raise Unusable(f"{before}{name}", f"a text may have {limits.text_length} characters")

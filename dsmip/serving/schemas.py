@@ -10,6 +10,8 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field
 
 from dsmip.linking.links import Link, Links
+from dsmip.serving.addresses import NotFetched, fetch
+from dsmip.serving.limits import Limits
 
 
 class Body(BaseModel):
@@ -24,7 +26,7 @@ class MentionIn(Body):
     id: str = Field("", description="Comes back with the links.", max_length=1000)
     word: str = Field(description="The text that is to be linked.", examples=["Jaguar"])
     sentence: str = Field("", description="Where it stands.", examples=["A Jaguar crossed the river."])
-    image: str | None = Field(None, description="Its picture: base64 of a file, or a data: URL of it.")
+    image: str | None = Field(None, description="Its picture: base64 of a file, a data: URL, or an allowed address.")
     desc: str = Field("", description="A description of the mention, for models that read one.")
 
 
@@ -122,18 +124,24 @@ def json_object(text: str | bytes, field: str) -> dict[str, Any]:
     return value
 
 
-def decoded_image(text: str, field: str, max_bytes: int) -> bytes:
-    """The bytes of a base64 text or of a data: URL.
+def decoded_image(text: str, field: str, limits: Limits) -> bytes:
+    """The bytes of a base64 text, of a data: URL, or at an address that is allowed.
 
     Raises:
-        Unusable: It is neither, or too large.
+        Unusable: It is none of them, or too large.
     """
+    max_bytes = limits.image_bytes
     if text.startswith("data:"):
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
             raise Unusable(field, "a data: URL of a picture is data:image/...;base64,...")
     elif "://" in text[:16]:
-        raise Unusable(field, "no address is fetched; send the picture itself, as base64")
+        if not limits.image_urls:
+            raise Unusable(field, "no address is fetched; send the picture itself, as base64")
+        try:
+            return fetch(text, limits.image_urls, max_bytes)
+        except NotFetched as error:
+            raise Unusable(field, str(error)) from None
     if len(text) * 3 // 4 > max_bytes + 3:
         raise Unusable(field, f"a picture may have {max_bytes} bytes")
     try:
