@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from dsmip.config import Resources
-from dsmip.evaluation.report import METRICS_FILE, evaluation_name
+from dsmip.evaluation.stored.layout import METRICS_FILE, evaluation_name
 from dsmip.models import find_system
 from dsmip.runs.loaded_model import PART
 from dsmip.storage.dataset_storage import MANIFEST_FILE

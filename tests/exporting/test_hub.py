@@ -13,7 +13,6 @@ from dsmip.linking.found_bundles import HUB, push_bundle
 from dsmip.runs.run import Run
 from ray_jobs.cli import app
 from tests.support.servers.hub import TOKEN, Hub, running_hub
-from tests.support.hub import TOKEN, Hub, running_hub
 
 ME = "somebody/linker"
 
