@@ -60,7 +60,7 @@ def write_report(folder: Path, report: SuiteReport) -> None:
     labels = [f"tab:{report.name}-{number}" for number in range(1, len(report.tables) + 1)]
     texts = [latex(view, label) for view, label in zip(report.tables, labels, strict=True)]
     write_text(folder / LATEX, "\n".join(["% needs \\usepackage{booktabs}", *texts]))
-    style = base_style() + asset("dsmip.reporting", "page.css")
+    style = base_style() + asset("dsmip.reporting", "page.css") + asset(_PACKAGE, "page.css")
     policy = f"default-src 'none'; style-src '{_hash(style)}'"
     template = page_environment(_PACKAGE).get_template("page.html.j2")
     write_text(folder / PAGE, template.render(report=report, style=style, policy=policy))

@@ -119,8 +119,8 @@ def comparison_table(suite: Suite, tested: Sequence[Tested]) -> TableView | None
     header = (
         "data",
         "against",
-        "first",
-        "second",
+        tested[0].row.label,
+        "the other",
         f"difference, {points}",
         "p",
         "p, Holm",
@@ -209,7 +209,7 @@ def parameter_table(suite: ParameterSuite, counts: Mapping[str, tuple[int, int]]
 def column_label(suite: Suite, column: Column) -> str:
     """A column in words."""
     label = suite.data[column.data].label or column.data
-    return label if column.share == 1 else f"{label}, {percent(column.share)}"
+    return label if column.share == 1 else f"{label}, first {percent(column.share)}"
 
 
 def _title(suite: Suite, column: Column) -> str:

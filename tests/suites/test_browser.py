@@ -35,4 +35,6 @@ def test_the_page_is_whole_offline_and_fits(browser: Browser, tmp_path: Path, wi
         expect(page.locator("svg.chart")).to_have_count(2)
         # the style sheet was let in: a line of a chart has its colour
         assert page.evaluate("getComputedStyle(document.querySelector('.line')).strokeWidth") == "2px"
+        plain = "[...document.querySelectorAll('table.plain')]"
+        assert page.evaluate(f"{plain}.every(each => each.offsetWidth <= each.parentElement.clientWidth)")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

@@ -37,7 +37,12 @@ def made_suite() -> Suite:
 
 def result(row: Row, share: float, seed: int, better: Sequence[int], **changes: Any) -> Result:
     """A run's; `changes`: of its protocol."""
-    about: dict[str, Any] = {"entities": 109976, "entities_sha256": "k", "texts": {"entity_text": "attr"}, "seed": seed}
+    about: dict[str, Any] = {
+        "entities": 109976,
+        "entities_sha256": "0123456789abcdef" * 4,
+        "texts": {"entity_text": "attr"},
+        "seed": seed,
+    }
     about |= {"split": "test", "mentions": len(better), "mentions_sha256": "m", "versions": {}, **changes}
     records = {(f"m{i}", 0): {"gold": f"Q{i}", "better": each, "tied": 0} for i, each in enumerate(better)}
     run = open_run_storage("/nowhere")
