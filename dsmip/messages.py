@@ -4,6 +4,7 @@ Standard library only: errors mask their own messages.
 """
 
 import re
+import sys
 
 HIDDEN = "***"
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]+:/{1,3}"  # a path has made s3:/ of s3://
@@ -65,3 +66,8 @@ def _escape(found: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte, by Python's surrogateescape
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def on_stderr(line: str) -> None:
+    """Where lines go that nobody else takes."""
+    print(shown(line), file=sys.stderr)

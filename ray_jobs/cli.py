@@ -14,7 +14,7 @@ from dsmip.messages import shown
 from dsmip.rank_options import BackendName, PrecisionName, RankOptions
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
 from ray_jobs.commands import bench as bench_command
-from ray_jobs.commands import calibration, entities, linking, reporting, serving
+from ray_jobs.commands import caching, calibration, entities, linking, reporting, serving
 from ray_jobs.commands import data as data_commands
 from ray_jobs.commands import systems as system_commands
 from ray_jobs.commands.options import (
@@ -73,6 +73,7 @@ app.command()(linking.link)
 app.command()(serving.serve)
 app.command()(linking.export)
 app.add_typer(entities.entities, name="entities")
+app.add_typer(caching.cache, name="cache")
 app.command("import")(system_commands.import_checkpoint)
 
 

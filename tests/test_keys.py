@@ -16,7 +16,7 @@ from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
 from dsmip.data.images import PixelForm
 from dsmip.data.text import Template
-from dsmip.encoders.feature_cache import feature_key, fingerprint
+from dsmip.encoders.feature_keys import feature_key, fingerprint
 from dsmip.encoders.image_features import network_hash
 from dsmip.encoders.image_networks import NetworkChoice
 from dsmip.keys import Plain, key_tree, plain_text

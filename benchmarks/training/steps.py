@@ -80,6 +80,9 @@ class Stopwatch:
     def alive(self) -> None:
         self._inner.alive()
 
+    def warn(self, line: str) -> None:
+        self._inner.warn(line)
+
     def asked_to_leave(self) -> bool:
         return self._inner.asked_to_leave()
 

@@ -119,6 +119,7 @@ class Collator:
 
     def __init__(self, tokenizer: Tokenizer, item_format: ItemFormat, image_size: int) -> None:
         self.tokenizer, self.item_format = tokenizer, item_format
+        self.image_size = image_size
         self._images = ImageCollator(image_size, item_format.pixels or CLIP_PIXELS)
 
     def mentions(self, mentions: Sequence[Mention]) -> ItemBatch:

@@ -43,8 +43,7 @@ from dsmip.storage.dataset_storage import MANIFEST_FILE, DatasetStorage, open_fi
 from dsmip.storage.locations import open_dataset_storage
 
 _TEXT_COLUMNS = ["entity_row", "entity_id", "name", "attributes", "num_images"]
-_TEXT_FIELDS = ("json",)
-_ROWS_AT_ONCE, _WINDOWS_AHEAD = 1024, 1
+_TEXT_FIELDS, _ROWS_AT_ONCE, _WINDOWS_AHEAD = ("json",), 1024, 1
 
 Shards = Sequence[tuple[ShardInfo, Sequence[int]]]  # with the indices of their samples
 Positions = dict[int, dict[int, int]]
@@ -64,6 +63,7 @@ class Dataset:
 
     Attributes:
         manifest_hash: SHA-256 of manifest.json: equal hashes mean equal data.
+        kept: Of a view, by split the positions of its mentions in the whole split, ascending.
         own: The files beside the manifest.
         files: Those of the shards: of a view, of the dataset that it is a view of, see `dsmip.data.manifest`.
     """
@@ -77,7 +77,7 @@ class Dataset:
         files: DatasetStorage | None = None,
     ) -> None:
         self.own, self.manifest, self.manifest_hash, self.files = own, manifest, manifest_hash, files or own
-        self._kept = {TRAIN: view.rows()} if view else {}
+        self.kept: Mapping[str, list[int]] = {TRAIN: view.rows()} if view else {}
         self._held = dict[str, list[Mention]]()
 
     @classmethod
@@ -262,9 +262,9 @@ class Dataset:
         """A split's shards, each with the indices of its samples: of a view the kept ones."""
         shards = self.manifest.shards_of(split)
         starts = [0, *accumulate(shard.samples for shard in shards)]
-        if split not in self._kept:
+        if split not in self.kept:
             return [(shard, range(shard.samples)) for shard in shards]
-        kept = self._kept[split]
+        kept = self.kept[split]
         cuts = [bisect_left(kept, start) for start in starts]
         return [
             (shard, [row - start for row in kept[first:last]])

@@ -64,6 +64,12 @@ class FeatureEncoder(Protocol):
         One side's features may lack some of them.
         """
 
+    def shared_form(self) -> str | None:
+        """What it makes of its tensors, which others may make too: a text of keys (`dsmip.encoders.feature_keys`).
+
+        None: its features are its run's own, because it trains, or because it does not say what it makes.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class StoredFeatures:

@@ -4,13 +4,14 @@ Shapes: N items, L text tokens, T tokens that a tower returns, r prompts per lay
 vision width, d_z projection width.
 """
 
+import json
 import os
 import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -31,6 +32,7 @@ from dsmip.storage.atomic import atomic_path
 Tuning = Literal["frozen", "projection", "text", "full"]
 """What trains of a backbone: nothing, what maps into the shared space, this and the whole text tower, or all."""
 TowerName = Literal["text", "vision"]
+_NO_SETTINGS = ("transformers_version", "architectures", "dtype", "torch_dtype")
 _COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 _SHARED = "torchinductor_"  # what PyTorch writes into it when it is imported begins so, in the temporary folder
 
@@ -71,6 +73,7 @@ class Backbone(nn.Module):
         self.text: TextTower = text_tower(clip, network.context_length)
         self.vision: VisionTower = vision_tower(clip)
         self.embed_width = network.embed_width
+        self._network = network
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -119,6 +122,19 @@ class Backbone(nn.Module):
         elif network.separate is not None:
             Backbone.build(architecture, None)
         return backbone
+
+    @property
+    def form(self) -> str:
+        """What its features depend on besides its tensors, as a text of keys: the settings of its layers."""
+        config = {**self._network.config, "text_cfg": dict(self._network.config["text_cfg"])}
+        if self._network.is_hugging_face:  # its names are of folders that may move
+            text: Any = self.clip.text
+            settings: dict[str, Any] = text.transformer.config.to_diff_dict()
+            said = {name: value for name, value in settings.items() if name[0] != "_" and name not in _NO_SETTINGS}
+            named = {name: said for name in config["text_cfg"] if name.endswith("_name")}
+            config["text_cfg"] |= named
+        statistics = [value.flatten().tolist() for value in (self.mean, self.std)]
+        return json.dumps([config, statistics], sort_keys=True, default=str)
 
     @property
     def text_width(self) -> int:

@@ -1,10 +1,10 @@
-"""The feature cache: what a frozen encoder says of every item, computed once per split, memory-mapped by all readers.
+"""The feature cache: what an encoder says of every item, computed once per split, memory-mapped by all readers.
 
-A cache file's name carries the hash of everything that its content depends on (weights, data, texts, precision), so a
-stale file is never read and a finished one is never computed again.
+A table's name carries the hash of everything that its content depends on (weights, data, texts, precision), so a stale
+one is never read and a finished one is never computed again.
 """
 
-import hashlib
+import glob
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,22 +13,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dsmip.data.collate import Collator, ItemBatch, ItemFormat
+from dsmip.data.collate import Collator, ItemBatch
 from dsmip.data.dataset import Dataset
-from dsmip.data.images import CLIP_PIXELS
 from dsmip.data.manifest import KB
 from dsmip.data.records import Entity
 from dsmip.data.table import Table, concatenate
 from dsmip.data.table_writer import TableWriter
-from dsmip.encoders.base import FeatureEncoder
-from dsmip.keys import plain_text
+from dsmip.encoders.base import FeatureEncoder, Side
+from dsmip.encoders.feature_keys import content_key, content_of, feature_key
+from dsmip.encoders.shared_tables.places import address_of, open_address
+from dsmip.encoders.shared_tables.tables import Origin, Say, SharedTables
+from dsmip.messages import on_stderr
 from dsmip.parallel import map_alone
 from dsmip.progress import CountRows
 from dsmip.storage.locations import Location, open_run_storage
 
 Item = TypeVar("Item")
 BATCH_SIZE = 256  # rows that an encoder takes at once
-_DTYPES = {torch.float32: "torch.float32", torch.float16: "torch.float16"}  # words of a key
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -39,10 +40,26 @@ def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 class FeatureCache:
-    """Feature tables of one run, `<part>-<split>-<hash>.safetensors`; of a run in a store, nodes take one another's."""
+    """Feature tables of a run: those of encoders that train its own, frozen ones' shared with other runs.
 
-    def __init__(self, location: Location, dtype: torch.dtype = torch.float32) -> None:
+    Its own are `<part>-<split>-<hash>.safetensors`; of a run in a store, nodes take one another's.
+
+    Args:
+        location: Of its own tables.
+        dtype: In which features are kept.
+        places: Where shared tables are looked for.
+        new: Gives the place of new ones; None: the run keeps them.
+    """
+
+    def __init__(
+        self,
+        location: Location,
+        dtype: torch.dtype = torch.float32,
+        places: Sequence[SharedTables] = (),
+        new: Callable[[], SharedTables | None] = lambda: None,
+    ) -> None:
         self.storage, self.dtype = open_run_storage(location), dtype
+        self._places, self._new = places, new
 
     def table(
         self,
@@ -53,9 +70,11 @@ class FeatureCache:
         collator: Collator,
         device: torch.device,
         count_rows: CountRows = lambda count: None,
+        say: Say = on_stderr,
     ) -> Table:
         """Features of a split's mentions (in shard order) or of the kb (split "kb", in row order)."""
-        return Table.load(self.ensure(part, split, encoder, dataset, collator, device, count_rows))
+        path = self.ensure(part, split, encoder, dataset, collator, device, count_rows, say)
+        return load_features([path], dataset.kept.get(split))
 
     def ensure(
         self,
@@ -66,61 +85,96 @@ class FeatureCache:
         collator: Collator,
         device: torch.device,
         count_rows: CountRows = lambda count: None,
+        say: Say = on_stderr,
     ) -> Path:
-        """The file of those features, computed unless it is there."""
+        """The file of those features, computed unless it is there. Of a view it may hold those of the whole split.
+
+        Args:
+            count_rows: Also called, with 0, while another process computes them.
+            say: Told of damaged ones.
+        """
+        keys = self._keys(split, encoder, dataset, collator)
+        found = self._found(part, split, encoder, dataset, collator, keys, say)
+        if found is not None:
+            return found
+
+        def write(path: Path) -> int:
+            encode_split(path, split, encoder, dataset, collator, device, self.dtype, count_rows)
+            return dataset.num_entities if split == KB else dataset.num_mentions(split)
+
+        if keys and (place := self._new()) is not None:
+            origin = Origin(data=dataset.manifest.name, split=split, part=part)
+            return place.made(keys[-1], origin, write, lambda: count_rows(0))
         path = self.path(part, split, encoder, dataset, collator)
-        if not self.has(path):
-            with self.storage.atomic(path.name) as temporary:
-                encode_split(temporary, split, encoder, dataset, collator, device, self.dtype, count_rows)
+        with self.storage.atomic(path.name) as temporary:
+            write(temporary)
         return path
 
+    def find(
+        self,
+        part: str,
+        split: str,
+        encoder: FeatureEncoder,
+        dataset: Dataset,
+        collator: Collator,
+        say: Say = on_stderr,
+    ) -> Path | None:
+        """The file of those features, if they are computed; then it is here as well."""
+        keys = self._keys(split, encoder, dataset, collator)
+        return self._found(part, split, encoder, dataset, collator, keys, say)
+
+    def _found(
+        self,
+        part: str,
+        split: str,
+        encoder: FeatureEncoder,
+        dataset: Dataset,
+        collator: Collator,
+        keys: Sequence[str],
+        say: Say,
+    ) -> Path | None:
+        if not keys or self.storage.glob(f"{glob.escape(part)}-{split}-*.safetensors"):
+            own = self.path(part, split, encoder, dataset, collator)
+            if self.has(own):
+                return own
+        return next((path for key in keys for place in self._places if (path := place.find(key, say))), None)
+
     def has(self, path: Path) -> bool:
-        """Whether the features of that path are computed; then they are here as well."""
+        """Whether the run's own features of that path are computed; then they are here as well."""
         if not path.is_file():  # its name says what is in it: it is never out of date
             self.storage.pull(path.name)
         return path.is_file()
 
     def path(self, part: str, split: str, encoder: FeatureEncoder, dataset: Dataset, collator: Collator) -> Path:
-        """Where those features are, or would be."""
+        """Where the run's own features are, or would be."""
         key = feature_key(encoder.encoder_state(), dataset.manifest_hash, collator.item_format, split, self.dtype)
         return self.storage.folder / f"{part}-{split}-{key[:16]}.safetensors"
 
+    def address(self, path: Path) -> str:
+        """What other nodes find a table by: its name below the run's features, or that of a shared one (a URI or path).
 
-def feature_key(
-    weights: Mapping[str, Tensor], manifest_hash: str, item_format: ItemFormat, split: str, dtype: torch.dtype
-) -> str:
-    """Hex digest of all that a feature table depends on, version 1.
+        `opened` takes it.
+        """
+        for place in self._places:
+            if path.parent == place.storage.folder:
+                return address_of(place, path)
+        return path.name
 
-    The text is written out so that no name in the code is part of it: its words are those that the first caches were
-    keyed by, and stay. A field that is added to `ItemFormat` or `Template` goes into the text only where its value
-    changes what an encoder reads; a text that means something else starts with "version 2".
-    """
-    template, tokens = item_format.template, item_format.num_tokens
-    texts = f"Template(mention={template.mention!r}, entity={template.entity!r})"
-    modalities = plain_text(item_format.modalities)
-    items = f"ItemFormat(template={texts}, reserve={item_format.reserve}, num_tokens={tokens}, modalities={modalities})"
-    if (pixels := item_format.pixels) not in (None, CLIP_PIXELS):
-        part = () if pixels.part == 1 else (pixels.part,)
-        items += f", {plain_text((pixels.resize, pixels.filter, *part))}"
-    if item_format.entity_modalities is not None:
-        items += f", entity_modalities={plain_text(item_format.entity_modalities)}"
-    if item_format.texts:
-        further = tuple((name, each.mention, each.entity) for name, each in item_format.texts)
-        items += f", texts={plain_text(further)}"
-    if item_format.word_places:
-        items += ", word_places=True"
-    if item_format.markers:
-        items += f", markers={plain_text(item_format.markers)}"
-    return fingerprint(weights, f"({manifest_hash!r}, {items}, {split!r}, {_DTYPES[dtype]})")
+    def opened(self, address: str) -> Path | None:
+        """The table of an address, on this node; None: it is there no more."""
+        if "/" in address:
+            place, key = open_address(address)
+            return place.find(key, on_stderr)
+        path = self.storage.folder / address
+        return path if self.has(path) else None
 
-
-def fingerprint(weights: Mapping[str, Tensor], settings: str) -> str:
-    """Hex digest of named tensors and of a text."""
-    digest = hashlib.sha256(settings.encode())
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    def _keys(self, split: str, encoder: FeatureEncoder, dataset: Dataset, collator: Collator) -> list[str]:
+        """Of shared tables that have those features, or more of them; none where they are the run's own."""
+        if not self._places:
+            return []
+        side: Side = "entities" if split == KB else "mentions"
+        found = (content_key(encoder, records, collator, side, self.dtype) for records in content_of(dataset, split))
+        return [key for key in found if key is not None]
 
 
 @torch.no_grad()
@@ -193,11 +247,18 @@ def item_batches(split: str, dataset: Dataset, collator: Collator, rows: range |
     return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), BATCH_SIZE))
 
 
-def load_features(files: Iterable[Path]) -> Table:
-    """A part's features, memory-mapped: the columns of all its files side by side."""
+def load_features(files: Iterable[Path], kept: Sequence[int] | None = None) -> Table:
+    """A part's features, memory-mapped: the columns of all its files side by side.
+
+    Args:
+        kept: Of a view's split, its rows in the whole split (`Dataset.kept`): a file may hold them alone, or all.
+    """
     merged = Table({})
     for path in files:
-        merged = merged.merged(Table.load(path))
+        table = Table.load(path)
+        if kept is not None and len(table) != len(kept):
+            table = table.rows(torch.tensor(kept, dtype=torch.int64))
+        merged = merged.merged(table)
     return merged
 
 

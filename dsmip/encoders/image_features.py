@@ -8,6 +8,7 @@ picture), in row order of the kb or shard order of a split.
 """
 
 import fnmatch
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,12 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.images import CLIP_PIXELS, PixelForm
 from dsmip.data.manifest import KB, SECTIONS, SPLITS, Count, Digest, Section
 from dsmip.data.table import Table
-from dsmip.encoders.feature_cache import fingerprint
+from dsmip.encoders.feature_keys import fingerprint
 from dsmip.encoders.image_networks import Identity, ImageNetwork, Kind
 from dsmip.errors import UserError
 from dsmip.keys import plain_text
 from dsmip.storage.atomic import sha256_file, write_json
-from dsmip.storage.dataset_storage import DatasetStorage, FileInfo
+from dsmip.storage.dataset_storage import MANIFEST_FILE, DatasetStorage, FileInfo
 
 KB_AND_SPLITS = (KB, *SPLITS)
 DTypeName = Literal["float32", "float16"]
@@ -150,7 +151,7 @@ def features_file(name: str, split: str) -> str:
 
 
 def network_hash(identity: Identity) -> str:
-    """Hex digest of a network, version 1 (as `dsmip.encoders.feature_cache.feature_key`)."""
+    """Hex digest of a network, version 1 (as `dsmip.encoders.feature_keys.feature_key`)."""
     return fingerprint(identity.tensors, plain_text((identity.form, identity.mean, identity.std, identity.side)))
 
 
@@ -182,11 +183,27 @@ def read_features(files: DatasetStorage, name: str) -> ImageFeatures | None:
 def find_features(
     dataset: Dataset, kind: Kind, size: int, form: PixelForm, dtype: DTypeName
 ) -> Iterator[ImageFeatures]:
-    """Finished features of this very data, of pictures fitted alike, by any weights."""
-    for folder in fnmatch.filter(dataset.own.children(FOLDER), f"{kind}-*-{fitted_name(size, form)}-{dtype}"):
-        found = read_features(dataset.own, f"{FOLDER}/{folder}")
-        if found and found.manifest.origin.data.sha256 == dataset.manifest_hash:
+    """Finished features of this very data, of pictures fitted alike, by any weights.
+
+    Of a view also those of the data set that it is a view of, whose tables hold more (`load_features`).
+    """
+    for found in stored_features(dataset, f"{kind}-*-{fitted_name(size, form)}-{dtype}"):
+        if not is_outdated(found):
             yield found
+
+
+def stored_features(dataset: Dataset, pattern: str = "*") -> Iterator[ImageFeatures]:
+    """Finished features beside the data, and beside what they are a view of, also of other versions of them."""
+    for files in [dataset.own, *([dataset.files] if dataset.files is not dataset.own else [])]:
+        for folder in fnmatch.filter(files.children(FOLDER), pattern):
+            if found := read_features(files, f"{FOLDER}/{folder}"):
+                yield found
+
+
+def is_outdated(features: ImageFeatures) -> bool:
+    """Whether they are of another version of the data beside them, which no run takes."""
+    manifest = features.files.read(MANIFEST_FILE) or b""
+    return features.manifest.origin.data.sha256 != hashlib.sha256(manifest).hexdigest()
 
 
 def write_manifest(files: DatasetStorage, origin: Origin, sections: Sequence[str] = KB_AND_SPLITS) -> ImageFeatures:

@@ -22,7 +22,7 @@ from dsmip.data.collate import gold_rows
 from dsmip.data.manifest import KB, SPLITS, UNKNOWN_OF
 from dsmip.data.records import Mention
 from dsmip.data.table import Table
-from dsmip.encoders.feature_cache import fingerprint
+from dsmip.encoders.feature_keys import fingerprint
 from dsmip.errors import UserError
 from dsmip.evaluation.index import LAYOUT, MANIFEST, SLICE_ROWS, EntityIndex, finish_index, index_slices
 from dsmip.evaluation.preparation import Preparer
@@ -276,7 +276,7 @@ def plan_index(
     run, model, features = opened.run, opened.model, opened.features
     if reason := model.matcher.why_not_indexed():
         raise UserError(f"{run.storage.location}: {model.name} has no index: {reason}")
-    sources = [of_part.cached(KB).name for of_part in features.values()]
+    sources = [of_part.name(KB) for of_part in features.values()]
     for part, of_part in features.items():
         if of_part.beside:
             sources.append(of_part.beside.name)

@@ -15,7 +15,7 @@ from dsmip.data.collate import Collator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Column, Ragged, Repeated, Table, concatenate
-from dsmip.encoders.feature_cache import BATCH_SIZE, item_batches, load_features, whole_features
+from dsmip.encoders.feature_cache import BATCH_SIZE, item_batches, whole_features
 from dsmip.parallel import map_alone
 from dsmip.progress import CountRows, Progress, no_progress
 from dsmip.runs.part_features import PartFeatures, rows_of
@@ -189,7 +189,7 @@ class Preparer:
     def mentions(self, split: str, count_rows: CountRows) -> Table:
         """A split's prepared mentions. Their features go to the run's cache: several models read them."""
         sources = {
-            part: rows_of(load_features(features.files(split, self._device, self._progress)))
+            part: rows_of(features.table(split, self._device, self._progress))
             for part, features in self._features.items()
         }
         return self._prepared(range(self._dataset.num_mentions(split)), "mentions", sources, count_rows)

@@ -8,7 +8,7 @@ import torch
 
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.base import FeatureEncoder
-from dsmip.encoders.feature_cache import fingerprint
+from dsmip.encoders.feature_keys import fingerprint
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedModel, built_index, plan_index
 from dsmip.evaluation.stored.calibration import stored_calibration

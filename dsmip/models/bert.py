@@ -80,6 +80,8 @@ def _mean_of_word(tokens_NLd: Tensor, places_NP: Tensor) -> Tensor:
 class BertMatcher(VectorMatcher[TextEncoder]):
     """Products of text vectors; without an encoder it scores cached features."""
 
+    features_name = "text vector 1"
+
     def __init__(self, config: BertConfig, encoder: TextEncoder | None = None) -> None:
         super().__init__()
         self.encoder = encoder

@@ -69,6 +69,8 @@ class ClipEncoder(nn.Module):
 class ClipMatcher(VectorMatcher[ClipEncoder]):
     """Scaled cosines; without an encoder it scores cached features."""
 
+    features_name = "mean of pooled 1"
+
     def __init__(self, *, scale_trains: bool, encoder: ClipEncoder | None = None) -> None:
         super().__init__()
         self.encoder = encoder

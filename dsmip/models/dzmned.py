@@ -100,6 +100,8 @@ class ModalityAttention(nn.Module):
 class DzmnedMatcher(VectorMatcher[ModalityEncoder]):
     """Cosines of attended vectors; without an encoder it scores cached features."""
 
+    features_name = "words, tokens and pooled image 1"
+
     def __init__(self, config: DzmnedConfig, sizes: FeatureSizes, encoder: ModalityEncoder | None = None) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder

@@ -137,6 +137,8 @@ class MentionFusion(nn.Module):
 class GhmfcMatcher(VectorMatcher[TokenEncoder]):
     """Cosines of fused mentions with entities' texts; without an encoder it scores cached features."""
 
+    features_name = "tokens of mentions, texts of entities 1"
+
     def __init__(self, config: GhmfcConfig, sizes: FeatureSizes, encoder: TokenEncoder | None = None) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder

@@ -62,6 +62,8 @@ class JointEncoder(nn.Module):
 class JmelMatcher(VectorMatcher[JointEncoder]):
     """Cosines in the joint space; without an encoder it scores cached features."""
 
+    features_name = "text beside image 1"
+
     def __init__(self, config: JmelConfig, sizes: FeatureSizes, encoder: JointEncoder | None = None) -> None:
         super().__init__()
         self.config, self.encoder = config, encoder

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsmip import distributed
 from dsmip.data.collate import gold_rows
-from dsmip.encoders.feature_cache import feature_key
+from dsmip.encoders.feature_keys import feature_key
 from dsmip.evaluation.ranks import Ranking
 from dsmip.ops.ranking import Counts
 from dsmip.runs.run import Run

@@ -12,6 +12,8 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import encode_rows, load_features
+from dsmip.encoders.shared_tables.tables import Say
+from dsmip.messages import on_stderr
 from dsmip.progress import Progress, counting, no_progress
 from dsmip.runs.run import Run
 
@@ -44,23 +46,39 @@ class PartFeatures:
             return self.home.collator_of(self._stored.rest_format)
         return self.home.collator(self.part)
 
-    def cached(self, split: str) -> Path:
-        """The cache file of what the encoder says of a split or the kb; it may be there or not."""
-        return self.home.cache.path(self.part, split, self.encoder, self.home.dataset, self.collator).resolve()
+    def name(self, split: str) -> str:
+        """What stands in keys for what the encoder says of a split or the kb: the file of a run that keeps its own."""
+        return self.home.cache.path(self.part, split, self.encoder, self.home.dataset, self.collator).name
 
-    def files(self, split: str, device: torch.device, progress: Progress = no_progress) -> list[Path]:
-        """The tables of a split or the kb, whose columns belong side by side; made where they are missing."""
+    def cached(self, split: str) -> Path | None:
+        """The cache file of what the encoder says of a split or the kb, if that is computed."""
+        return self.home.cache.find(self.part, split, self.encoder, self.home.dataset, self.collator)
+
+    def table(self, split: str, device: torch.device, progress: Progress = no_progress) -> Table:
+        """The features of a split or the kb, memory-mapped; computed where they are missing."""
+        return load_features(self.files(split, device, progress), self.home.dataset.kept.get(split))
+
+    def files(
+        self, split: str, device: torch.device, progress: Progress = no_progress, say: Say = on_stderr
+    ) -> list[Path]:
+        """The files of those features, whose columns belong side by side; made where they are missing.
+
+        Of a view they may be those of the whole split (`load_features`).
+
+        Args:
+            say: Told of damaged ones.
+        """
         data = self.home.dataset
         total = data.num_entities if split == KB else data.num_mentions(split)
         encoded = counting(progress, f"{split} encoded by {self.part}", total)
         encoder = self.encoder.to(device)
-        ensured = self.home.cache.ensure(self.part, split, encoder, data, self.collator, device, encoded)
+        ensured = self.home.cache.ensure(self.part, split, encoder, data, self.collator, device, encoded, say)
         return [ensured, *self.files_beside(split)]
 
     def kb_rows(self, device: torch.device) -> Callable[[range], Table]:
         """What gives the features of kb rows: the cache file, or the encoder without keeping them."""
-        if self.home.cache.has(self.cached(KB)):
-            return rows_of(load_features([self.cached(KB), *self.files_beside(KB)]))
+        if (cached := self.cached(KB)) is not None:
+            return rows_of(load_features([cached, *self.files_beside(KB)]))
         encoder, collator, data, dtype = (
             self.encoder.to(device),
             self.collator,

@@ -7,7 +7,7 @@ It lies in a folder or in an object store (`dsmip.storage.run_storage`):
 <run>/config.yaml                 the whole configuration
 <run>/<part>/weights.safetensors  a finished part (or whole system), with part.json (metrics, history) last
 <run>/ray/                        checkpoints of trainings that are not finished
-<run>/features/                   the feature cache
+<run>/features/                   features of its own encoders (frozen ones' are shared: dsmip.encoders.shared_tables)
 <run>/variants/<hash>/            parts of other stage-one settings that a search asked for
 <run>/evaluate/<split>/<model>/   metrics.json and ranks.parquet
 <run>/other_data/<hash>/          features, index and evaluate/ of another data set that the run's models have ranked
@@ -23,6 +23,7 @@ from typing import Any
 from dsmip.config import ExperimentConfig, flat
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.feature_cache import FeatureCache
+from dsmip.encoders.shared_tables.places import places_of, writable_place
 from dsmip.errors import UserError
 from dsmip.models import find_system
 from dsmip.runs.load_config import load_config, to_yaml
@@ -175,7 +176,9 @@ class Run(TrainedParts):
 
     @property
     def cache(self) -> FeatureCache:
-        return FeatureCache(self.storage / f"{self.below}features", self.feature_dtype)
+        data = self.dataset
+        own = self.storage / f"{self.below}features"
+        return FeatureCache(own, self.feature_dtype, places_of(data), lambda: writable_place(data))
 
     def trained_on(self) -> Dataset | None:
         """The data that it was made on; None where another one is to be ranked, and this one has moved."""

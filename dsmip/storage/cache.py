@@ -117,16 +117,28 @@ def _limit(held: int) -> float:
     Raises:
         UserError: DSMIP_CACHE_GB is no number above 0.
     """
-    text = os.environ.get(LIMIT)
+    stated = stated_limit(LIMIT)
+    if stated is not None:
+        return stated
+    disk = shutil.disk_usage(data_cache())
+    return held + disk.free - _FREE_SHARE * disk.total
+
+
+def stated_limit(variable: str) -> float | None:
+    """Bytes that a variable allows, in gigabytes there; None where it is not set.
+
+    Raises:
+        UserError: It is no number above 0.
+    """
+    text = os.environ.get(variable)
     if not text:
-        disk = shutil.disk_usage(data_cache())
-        return held + disk.free - _FREE_SHARE * disk.total
+        return None
     try:
         limit = float(text)
     except ValueError:
         limit = 0.0
     if not limit > 0:
-        raise UserError(f"{LIMIT}={text}: must be a number of gigabytes above 0")
+        raise UserError(f"{variable}={text}: must be a number of gigabytes above 0")
     return limit * 1e9
 
 

@@ -1,21 +1,16 @@
 """A training's outside world on one machine, without a cluster: the newest sound checkpoint folder counts."""
 
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from dsmip.messages import shown
+from dsmip.messages import on_stderr
 from dsmip.runs.checkpoints import KEPT, MANIFEST, newest_sound
 from dsmip.training.monitor import StepFigures
 
 Report = Callable[[Mapping[str, float]], None]
-
-
-def _on_stderr(line: str) -> None:
-    print(shown(line), file=sys.stderr)
 
 
 class LocalContext:
@@ -26,7 +21,7 @@ class LocalContext:
         folder: Path,
         device: torch.device | str = "cpu",
         on_epoch: Report = lambda metrics: None,
-        warn: Callable[[str], None] = _on_stderr,
+        warn: Callable[[str], None] = on_stderr,
     ) -> None:
         self.device = torch.device(device)
         self.folder, self.on_epoch, self.warn = folder, on_epoch, warn

@@ -42,6 +42,9 @@ class Context(Protocol):
     def alive(self) -> None:
         """Called from time to time in long work between steps."""
 
+    def warn(self, line: str) -> None:
+        """Called with what whoever started the training should know."""
+
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         """Called after each step."""
 

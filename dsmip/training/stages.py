@@ -156,10 +156,13 @@ def run_features(run: Run, part: str, split: str, matcher: Matcher, context: Con
         context.alive()
         distributed.any_worker(True, device)
 
+    def alone(_: int) -> None:
+        context.alive()
+
     if distributed.rank() == 0:
-        run.cache.ensure(part, split, matcher, run.dataset, collator, device, working)
+        run.cache.ensure(part, split, matcher, run.dataset, collator, device, working, context.warn)
         distributed.any_worker(False, device)
     else:
         while distributed.any_worker(False, device):  # not a barrier: that one waits in vain after a while
             context.alive()
-    return run.cache.table(part, split, matcher, run.dataset, collator, device)
+    return run.cache.table(part, split, matcher, run.dataset, collator, device, alone, context.warn)

@@ -119,6 +119,8 @@ class Expert(TowerMatcher[ExpertEncoder]):
     Its score is the mean of its units' (eqs. 9, 10, 14); the loss is in-batch contrastive (eq. 17).
     """
 
+    features_name = "pooled and tokens 1"
+
     def __init__(self, scorer: UnitScorer | CrossModalScorer, encoder: ExpertEncoder | None = None) -> None:
         super().__init__()
         self.scorer = scorer

@@ -21,10 +21,12 @@ from dsmip.data.table import Table
 from dsmip.encoders.architecture import resolve_architecture
 from dsmip.encoders.base import FeatureSizes
 from dsmip.encoders.clip import Backbone
+from dsmip.encoders.feature_keys import tower_form
 from dsmip.encoders.image_features import DTypeName, ImageFeatures, Weights, find_features, network_hash
 from dsmip.encoders.image_networks import ClipImage, Kind, NetworkChoice, find_network
 from dsmip.encoders.vgg import BY_HASH
 from dsmip.errors import UserError
+from dsmip.keys import plain_text
 from dsmip.units.fusion.matcher import ScoringName
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -250,6 +252,9 @@ class GateTextEncoder(nn.Module):
             return {**state, **_text_settings(self.config)}
         return {name: tensor for name, tensor in state.items() if "token_embedding" in name}
 
+    def shared_form(self) -> str:
+        return tower_form("gate's texts 1", self)
+
     def image_token_columns(self) -> Sequence[str]:
         return ()
 
@@ -279,6 +284,11 @@ class GateEncoder(nn.Module):
 
     def encoder_state(self) -> Mapping[str, Tensor]:
         return {**self.state_dict(), **_text_settings(self.config)}
+
+    def shared_form(self) -> str:
+        network = self._network.identity()
+        described = (network.form, network.mean, network.std, network.side)
+        return tower_form(f"gate's texts and image 1 {plain_text(described)}", self)
 
     def image_token_columns(self) -> Sequence[str]:
         return ()

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Table
 from dsmip.encoders.base import Side
 from dsmip.encoders.clip import Backbone
+from dsmip.encoders.feature_keys import tower_form
 from dsmip.errors import UserError
 from dsmip.ops.experts.statistics import Survey
 from dsmip.ops.losses import contrastive_loss
@@ -249,14 +250,21 @@ class Matcher(Part, ABC):
         """
         return ()
 
+    def shared_form(self) -> str | None:
+        """See `FeatureEncoder.shared_form`."""
+        return None
+
 
 class TowerMatcher(Matcher, Generic[Encoder]):
     """A matcher with towers of its own.
 
     Attributes:
         encoder: The towers; None: it was built without them and scores cached features.
+        features_name: What its encoder makes of its backbones, for other runs and systems whose encoder makes the same
+            (`dsmip.encoders.feature_keys.tower_form`): it changes when the features do. None: they are not shared.
     """
 
+    features_name: ClassVar[str | None] = None
     encoder: Encoder | None
 
     def encoder_trains(self) -> bool:
@@ -265,6 +273,11 @@ class TowerMatcher(Matcher, Generic[Encoder]):
     def encoder_state(self) -> Mapping[str, Tensor]:
         settings = {name: torch.tensor(value) for name, value in self.feature_settings().items()}
         return {**self._encoder().state_dict(), **settings}
+
+    def shared_form(self) -> str | None:
+        if self.features_name is None or self.encoder_trains():
+            return None
+        return tower_form(self.features_name, self._encoder())
 
     def feature_settings(self) -> Mapping[str, float]:
         """What features depend on besides the towers' tensors and the item format, where it is not the default.

@@ -86,6 +86,7 @@ class SharedClipMatcher(TowerMatcher[SharedClipEncoder]):
         passed_over: Beginnings of published names that take no part in any score.
     """
 
+    features_name = "normalised pooled and tokens 1"
     title: ClassVar[str]
     published_units: Mapping[str, str]
     passed_over: tuple[str, ...] = ()

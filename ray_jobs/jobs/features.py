@@ -172,6 +172,8 @@ def compute_features(
 ) -> ImageFeatures:
     """Computes and writes the features of all pictures; finished ones of this data are kept. Returns them.
 
+    Those of a view are computed for the data set that it is a view of, which all its views read.
+
     Args:
         device: auto (GPUs where the cluster has some), cpu or cuda; a worker asks for one CPU, and for one GPU.
 
@@ -179,6 +181,7 @@ def compute_features(
         UserError: Weights not found or not fitting, more asked than the cluster can give.
         JobFailed: Some of it could not be computed.
     """
+    dataset = Dataset.open(dataset.files.location) if dataset.kept else dataset
     origin = _origin(dataset, request)
     files, name = dataset.own, features_name(origin)
     address = files.address(name)

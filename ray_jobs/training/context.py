@@ -72,6 +72,9 @@ class RayContext:
         self._stalls.alive()
         self._watch.alive()
 
+    def warn(self, line: str) -> None:
+        self._events.warn(line)
+
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         self._stalls.alive()
         self._events.step_done(epoch, step, num_steps)

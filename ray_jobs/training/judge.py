@@ -38,8 +38,8 @@ def judge(
     step_events = start_share(name, events)
     run, settings, device = Run.open(root, data), read_config(config), worker_device()
     parts = run.system.feature_parts(settings.system)
-    paths = {part: files_here(run, settings, part, features[part]) for part in parts}
-    tables = load_tables(json.dumps(paths), parts, str(device))
+    paths = {part: files_here(run, settings, part, features[part], device) for part in parts}
+    tables = load_tables(json.dumps(paths), parts, str(device), run.dataset.location)
     kb = with_has_image(tables[KB], run.dataset)
     validation = SplitFeatures(tables["validation"], gold_rows(run.dataset, "validation"))
     held_out = run.config.held_out > 0  # else the experts know all training mentions by heart

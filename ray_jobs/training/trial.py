@@ -12,6 +12,7 @@ import torch
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.collate import gold_rows
+from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features, whole_features
@@ -45,10 +46,11 @@ _GPU_SHARE = 0.5  # of the free memory: tables up to this size are moved there w
 
 @dataclass(frozen=True)
 class PartTables:
-    """The files of a part's feature tables: by split, as names below the run, and below the data set beside its shards.
+    """The files of a part's feature tables: by split, as the cache calls them, and those beside its shards.
 
     Attributes:
-        num_bytes: By name.
+        cached: Addresses (`FeatureCache.address`).
+        num_bytes: By path.
         beside: The folder of those beside the shards.
     """
 
@@ -99,10 +101,11 @@ def cache_features(root: str, data: str, config: str, part: str, name: str, even
 
     settings, device = read_config(config), worker_device()
     features = PartFeatures(run.home(part, settings), part, settings)
-    files = {split: features.files(split, device, count) for split in SPLITS}
-    cached = {split: _name(paths[0], run.folder) for split, paths in files.items()}
+    files = {split: features.files(split, device, count, step_events.warn) for split in SPLITS}
+    cache = features.home.cache
+    cached = {split: cache.address(paths[0]) for split, paths in files.items()}
     stored = {split: [_name(path, run.dataset.folder) for path in paths[1:]] for split, paths in files.items()}
-    sizes = {_name(path, run.folder): path.stat().st_size for paths in files.values() for path in paths}
+    sizes = {str(path.resolve()): path.stat().st_size for paths in files.values() for path in paths}
     return PartTables(cached, stored, sizes, str(features.beside) if features.beside else None)
 
 
@@ -120,8 +123,9 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
     if done := _finished(task):
         return done
     settings, storage, device = config.tune_train(), task.storage, worker_device()
-    paths = {part: files_here(run, config, part, task.features[part]) for part in task.features}
-    tables = load_tables(json.dumps(paths), run.system.feature_parts(config.system), str(device))
+    paths = {part: files_here(run, config, part, task.features[part], device) for part in task.features}
+    parts = run.system.feature_parts(config.system)
+    tables = load_tables(json.dumps(paths), parts, str(device), run.dataset.location)
     matcher = start_whole(run, config).to(device)
     with TrialContext(task, run.storage, config, settings.epochs, events, device) as context:
         result = train_whole(
@@ -151,17 +155,24 @@ def _finished(task: TrialTask) -> dict[str, Any] | None:
     return report if epochs == task.stop_epoch else None
 
 
-def files_here(run: Run, config: ExperimentConfig, part: str, tables: PartTables) -> dict[str, list[str]]:
-    """A part's files by split on this node, which need not be the one that computed them."""
-    files = {}
+def files_here(
+    run: Run, config: ExperimentConfig, part: str, tables: PartTables, device: torch.device
+) -> dict[str, list[str]]:
+    """A part's files by split on this node, which need not be the one that computed them.
+
+    What another command has removed since is computed again.
+    """
+    files, home = {}, run.home(part, config)
     for split in SPLITS:
-        cached = run.folder / tables.cached[split]
-        if not cached.is_file():
-            run.storage.pull(tables.cached[split])
+        cached = home.cache.opened(tables.cached[split])
         stored = [run.dataset.folder / name for name in tables.stored[split]]
-        if not all(path.is_file() for path in stored):
-            stored = PartFeatures(run.home(part, config), part, config).files_beside(split)
-        files[split] = [str(path.resolve()) for path in (cached, *stored)]
+        if cached is None:
+            paths = PartFeatures(home, part, config).files(split, device)
+        elif not all(path.is_file() for path in stored):
+            paths = [cached, *PartFeatures(home, part, config).files_beside(split)]
+        else:
+            paths = [cached, *stored]
+        files[split] = [str(path.resolve()) for path in paths]
     return files
 
 
@@ -243,13 +254,14 @@ def guarded_trial(task: TrialTask, events: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=2)
-def load_tables(features: str, parts: tuple[str, ...], device: str) -> dict[str, Table]:
+def load_tables(features: str, parts: tuple[str, ...], device: str, data: str) -> dict[str, Table]:
     """The whole system's tables by split, memory-mapped; on a GPU they are moved there when they fit."""
     paths: dict[str, dict[str, list[str]]] = json.loads(features)
-    tables = {
-        split: whole_features({part: load_features(map(Path, paths[part][split])) for part in parts}, parts)
-        for split in SPLITS
-    }
+    dataset, tables = Dataset.open(data), {}
+    for split in SPLITS:
+        kept = dataset.kept.get(split)
+        of_part = {part: load_features(map(Path, paths[part][split]), kept) for part in parts}
+        tables[split] = whole_features(of_part, parts)
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info()
         if sum(table.num_bytes for table in tables.values()) < _GPU_SHARE * free:

@@ -68,6 +68,9 @@ class Outside:
     def alive(self) -> None:
         self.calls.append("alive")
 
+    def warn(self, line: str) -> None:
+        self.calls.append(line)
+
     def asked_to_leave(self) -> bool:
         return True
 

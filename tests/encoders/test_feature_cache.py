@@ -1,16 +1,14 @@
 """The feature cache: computed once, keyed by what it depends on, missing pictures stored once."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
 
 import pytest
 import torch
 from torch import Tensor
 
 from dsmip.config import ExperimentConfig
-from dsmip.data.collate import Collator, ItemBatch
+from dsmip.data.collate import Collator
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
 from dsmip.data.table import Ragged, Table
@@ -21,48 +19,15 @@ from dsmip.encoders.feature_cache import (
     chunked,
     encode_rows,
     encode_split,
-    fingerprint,
     whole_features,
 )
+from dsmip.encoders.feature_keys import fingerprint
 from dsmip.evaluation.preparation import prepare_split
 from dsmip.runs.run import Run
 from dsmip.units.matcher import Matcher
+from tests.support.encoders.counting import CountingEncoder, patches
 
 CPU = torch.device("cpu")
-
-
-def patches(batch: ItemBatch, weight: Tensor) -> Tensor:
-    """Four pixels of each picture [N, 4, 3]."""
-    return batch.images.float().flatten(2).transpose(1, 2)[:, :4] * weight
-
-
-class CountingEncoder:
-    """Features made of token ids and pictures; notes how often it is asked."""
-
-    def __init__(self, weight: float = 1.0) -> None:
-        self.weight, self.calls, self.drops = torch.tensor([weight]), 0, True
-
-    def to(self, device: torch.device) -> Self:
-        self.weight = self.weight.to(device)
-        return self
-
-    def eval(self) -> Self:
-        self.drops = False
-        return self
-
-    def encode_mentions(self, batch: ItemBatch) -> Table:
-        self.calls += 1
-        tokens = Ragged.from_padded(patches(batch, self.weight))
-        return Table({"text_global": batch.token_ids[:, :2].float(), "image_tokens": tokens})
-
-    def encode_entities(self, batch: ItemBatch) -> Table:
-        return self.encode_mentions(batch)
-
-    def encoder_state(self) -> Mapping[str, Tensor]:
-        return {"weight": self.weight}
-
-    def image_token_columns(self) -> list[str]:
-        return ["image_tokens"]
 
 
 def untrained(run: Run) -> Matcher:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.vgg import VGG, make_layers
 
+from data_prep.build.view import make_view
 from dsmip.config import ExperimentConfig, validated
 from dsmip.data.collate import ImageCollator
 from dsmip.data.dataset import Dataset
@@ -29,7 +30,9 @@ from dsmip.encoders.image_features import (
     features_file,
     features_name,
     image_rows,
+    is_outdated,
     network_hash,
+    stored_features,
     write_manifest,
 )
 from dsmip.encoders.image_networks import ClipImage, NetworkChoice, find_network
@@ -132,6 +135,23 @@ def test_the_gate_reads_pictures_that_were_fitted_as_its_backbone_or_its_run_wan
     found = gate_features(Run.create(tmp_path / "reading", config, dataset))
     for name, column in expected.items():
         assert torch.equal(found[name], column), name
+
+
+def test_a_view_reads_those_of_its_data(small_config: ExperimentConfig, dataset: Dataset, tmp_path: Path) -> None:
+    """Its rows of them; those of another version of the data are nobody's."""
+    stored = store(dataset, NetworkChoice("clip", None, small_config.backbone.architecture))
+    view = make_view(dataset.folder, tmp_path / "view", 0.5, seed=0)
+    features = PartFeatures(Run.create(tmp_path / "run", small_config, view), GATE, small_config)
+    assert features.beside is not None
+    assert features.beside.resolve() == stored.folder
+    kept = torch.tensor(view.kept.get("train"))
+    whole = load_features([stored.file("train")]).dense("picture")
+    assert torch.equal(features.table("train", CPU).dense("picture"), whole[kept])
+    assert features.table(KB, CPU).dense("picture").shape[0] == view.num_entities
+    manifest = stored.folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(dataset.manifest_hash, "0" * 64))
+    assert [is_outdated(each) for each in stored_features(view)] == [True]
+    assert PartFeatures(features.home, GATE, small_config).beside is None
 
 
 def test_a_model_ranks_the_same_with_stored_features(

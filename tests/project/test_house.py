@@ -71,7 +71,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dsmip.models",),
     ("dsmip.units",),
     ("dsmip.encoders",),
-    ("dsmip.encoders.formats", "dsmip.encoders.towers"),
+    ("dsmip.encoders.formats", "dsmip.encoders.shared_tables", "dsmip.encoders.towers"),
     ("dsmip.data", "dsmip.pages"),
     ("dsmip.storage",),
     GROUND,

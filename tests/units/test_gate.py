@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dsmip.config import BackboneConfig
 from dsmip.data.table import Table
 from dsmip.encoders.base import feature_sizes
-from dsmip.encoders.feature_cache import fingerprint
+from dsmip.encoders.feature_keys import fingerprint
 from dsmip.ops.gumbel import hard_choice, relaxed_choice, sample_gumbel
 from dsmip.units.gate import Gate, GateConfig, GateEncoder, GateTextEncoder
 from tests.support.scoring.contract import MENTIONS

@@ -151,6 +151,8 @@ class TowersMatcher(VectorMatcher[TowerEncoder]):
         mask_id: Token that hides another; None: no loss of masked tokens.
     """
 
+    features_name = "mean of those pooled that are there 1"
+
     def __init__(self, config: AlbefConfig, encoder: TowerEncoder | None = None, mask_id: int | None = None) -> None:
         super().__init__()
         self.config, self.encoder, self.mask_id = config, encoder, mask_id

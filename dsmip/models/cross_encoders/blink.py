@@ -62,6 +62,8 @@ class TwoTextEncoders(nn.Module):
 class BiEncoder(VectorMatcher[TwoTextEncoders]):
     """Products of vectors; without encoders it scores cached features."""
 
+    features_name = "two text vectors 1"
+
     def __init__(self, encoder: TwoTextEncoders | None = None) -> None:
         super().__init__()
         self.encoder = encoder

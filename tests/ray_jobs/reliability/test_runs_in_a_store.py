@@ -91,6 +91,7 @@ def test_another_machine_takes_what_is_computed(
     run = Run.create(f"{bucket}/run", two_experts(small_config, epochs=1), data)
     train_part(run, "text", LocalContext(tmp_path / "checkpoints"))
     table = PartFeatures(run, "text", run.config).cached(KB)
+    assert table
     first = command("evaluate", "--run", f"{bucket}/run", "--model", "text", "--split", "validation")
 
     def encode(*arguments: object) -> None:
@@ -100,7 +101,9 @@ def test_another_machine_takes_what_is_computed(
     monkeypatch.setattr(feature_cache, "encode_split", encode)
     there = Run.open(f"{bucket}/run")
     assert there.is_finished("text")
-    assert there.cache.has(there.folder / "features" / table.name)
+    found = PartFeatures(there, "text", there.config).cached(KB)
+    assert found
+    assert (found.name, found.is_relative_to(tmp_path / "other")) == (table.name, True)
     again = command("evaluate", "--run", f"{bucket}/run", "--model", "text", "--split", "validation")
     assert untimed(again) == untimed(first)
     assert f"{bucket}/run/evaluate/validation/text/metrics.json" in first
