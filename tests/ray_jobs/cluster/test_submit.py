@@ -113,6 +113,7 @@ def test_who_has_no_token_submits_nothing(head: Head) -> None:
     assert "401" in ended.stderr + ended.stdout or "uthentication" in ended.stderr + ended.stdout
 
 
+@pytest.mark.soak
 def test_preparation_is_submitted(head: Head, tmp_path: Path, small_data: Dataset) -> None:
     release = small_data.folder.parent / "release"
     ended = head.submit("prepare", "ray_jobs/prepare.py", str(release), str(tmp_path / "data"), "--ray")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 HALF_A_CPU = {"resources": {"cpu": 0.5}}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_re_ranker_is_trained_after_its_first_stage_by_workers_as_by_one(
     small_data: Dataset, narrow_backbone: Path, tmp_path: Path
 ) -> None:

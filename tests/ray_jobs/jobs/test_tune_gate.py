@@ -93,7 +93,7 @@ def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption
         tune_gate(first, first.config, Display(), seed=5)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_experts_of_other_settings_are_trained_first(trained: Path, tmp_path: Path) -> None:
     run = opened(trained, tmp_path / "run")
     greedy = changed(run.config, {"tune": {"resources": {"cpu": 99}}})

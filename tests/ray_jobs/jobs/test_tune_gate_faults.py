@@ -74,7 +74,7 @@ def lost_once(mark: Path, *arguments: Any) -> Any:
     return trial.cache_features(*arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     ("fault", "said", "exit_code"),
