@@ -79,12 +79,7 @@ def lost_once(mark: Path, *arguments: Any) -> Any:
 @pytest.mark.parametrize(
     ("fault", "said", "exit_code"),
     [
-        pytest.param(
-            "full",
-            "trial 1: failed: no space left on the disk of /data/weights; make room there",
-            2,
-            marks=pytest.mark.soak,
-        ),
+        ("full", "trial 1: failed: no space left on the disk of /data/weights; make room there", 2),
         ("lost", "trial 1: failed: its process was lost", 1),
     ],
 )
