@@ -9,6 +9,7 @@ written to it since.
 """
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from dsmip.storage.run_storage import LocalRun, RunStorage
 LIMIT = "DSMIP_FEATURES_GB"
 Say = Callable[[str], None]
 _TABLE, _ENTRY, _LOCKS = ".safetensors", ".json", ".locks"
+_KEY = re.compile(r"[0-9a-f]{64}")
 _CHECKED_NS = 86_400_000_000_000  # one day after the epoch: nothing written now has it
 _FREE_SHARE, _FREE_BYTES = 0.1, 10e9  # of a disk, where no limit is given
 _WAIT_SECONDS = 0.5  # between two looks whether another process has written a table
@@ -210,6 +212,8 @@ class SharedTables:
         held = 0
         for path in self.storage.folder.glob(f".*{_TABLE}.*"):
             key = path.name.strip(".").partition(".")[0]
+            if not _KEY.fullmatch(key):
+                continue
             with suppress(OSError):
                 lock = lock_alone(self._lock(key, "write"))
                 if lock is not None:
@@ -287,7 +291,8 @@ class SharedTables:
 
 
 def _is_table(name: str) -> bool:
-    return name.endswith(_TABLE) and not name.startswith(".")
+    """A user may name a folder that has files of his own, weights above all: these are never listed nor removed."""
+    return bool(_KEY.fullmatch(name.removesuffix(_TABLE))) and name.endswith(_TABLE)
 
 
 def _fault(path: Path, entry: Entry) -> str:
