@@ -93,8 +93,7 @@ class FeatureCache:
             count_rows: Also called, with 0, while another process computes them.
             say: Told of damaged ones.
         """
-        keys = self._keys(split, encoder, dataset, collator)
-        found = self._found(part, split, encoder, dataset, collator, keys, say)
+        found = self.find(part, split, encoder, dataset, collator, say)
         if found is not None:
             return found
 
@@ -102,6 +101,7 @@ class FeatureCache:
             encode_split(path, split, encoder, dataset, collator, device, self.dtype, count_rows)
             return dataset.num_entities if split == KB else dataset.num_mentions(split)
 
+        keys = self._keys(split, encoder, dataset, collator)
         if keys and (place := self._new()) is not None:
             origin = Origin(data=dataset.manifest.name, split=split, part=part)
             return place.made(keys[-1], origin, write, lambda: count_rows(0))
@@ -121,18 +121,6 @@ class FeatureCache:
     ) -> Path | None:
         """The file of those features, if they are computed; then it is here as well."""
         keys = self._keys(split, encoder, dataset, collator)
-        return self._found(part, split, encoder, dataset, collator, keys, say)
-
-    def _found(
-        self,
-        part: str,
-        split: str,
-        encoder: FeatureEncoder,
-        dataset: Dataset,
-        collator: Collator,
-        keys: Sequence[str],
-        say: Say,
-    ) -> Path | None:
         if not keys or self.storage.glob(f"{glob.escape(part)}-{split}-*.safetensors"):
             own = self.path(part, split, encoder, dataset, collator)
             if self.has(own):
