@@ -59,7 +59,7 @@ class Ablation(Frozen):
 
 
 class Space(Frozen):
-    """A grid that stage two searches, by validation figures alone: as `tune` of a configuration."""
+    """A grid of which stage two tries `trials` settings, by validation figures alone: as `tune` of a configuration."""
 
     trials: int = Field(ge=2)
     rungs: tuple[int, ...]
