@@ -4,7 +4,8 @@ Gradients are summed by hand (`sum_gradients`) instead of by DDP: the cached-gra
 forward, where DDP's hooks would not see them, and the loss is already divided by the global number of mentions.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -68,9 +69,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
         (gradient,) = gradients
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total.chunk(world_size())[rank()]
+        return sum_own_parts([[part] for part in gradient.chunk(world_size())])[0]
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
@@ -94,11 +93,62 @@ def _gather_plain(padded: Tensor) -> Tensor:
 
 def gather_ints(value: int, device: torch.device) -> list[int]:
     """Every worker's number, in rank order."""
+    if world_size() == 1:
+        return [value]
     mine = torch.tensor([value], device=device)
     return [int(v) for v in _gather_plain(mine)]
 
 
-def sum_own_rows(gathered: Tensor, num_rows: int) -> Tensor:
-    """This worker's `num_rows` rows of the sum over workers of a tensor laid out as by `gather_rows` (no gradient)."""
-    start = sum(gather_ints(num_rows, gathered.device)[: rank()])
-    return sum_over_workers(gathered)[start : start + num_rows]
+@torch.no_grad()
+def gather_tensors(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Every worker's tensors, in rank order (no gradient); their numbers of rows may differ, and nothing else.
+
+    One collective for the numbers of rows and one for each dtype, whatever the number of tensors.
+    """
+    if world_size() == 1:
+        return [list(tensors)]
+    rows = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
+    shapes = [
+        [(count, *tensor.shape[1:]) for count, tensor in zip(counts, tensors, strict=True)]
+        for counts in _gather_plain(rows[None]).tolist()
+    ]
+    everyone = [list(tensors) for _ in shapes]
+    for numbers in _by_dtype(tensors):
+        sizes = [[math.prod(shape[number]) for number in numbers] for shape in shapes]
+        flat = torch.cat([tensors[number].flatten() for number in numbers])
+        padded = torch.cat([flat, flat.new_zeros(max(map(sum, sizes)) - len(flat))])
+        for worker, of_worker in enumerate(_gather_plain(padded[None])):
+            pieces = of_worker[: sum(sizes[worker])].split(sizes[worker])
+            for number, values in zip(numbers, pieces, strict=True):
+                everyone[worker][number] = values.view(shapes[worker][number])
+    return everyone
+
+
+@torch.no_grad()
+def sum_own_parts(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The sum over workers of what each has for this one, a reduce-scatter (no gradient).
+
+    Args:
+        parts: As `gather_tensors` returned them: of every worker the same shapes on all workers.
+    """
+    if world_size() == 1:
+        return list(parts[0])
+    own = parts[rank()]
+    sums = list(own)
+    for numbers in _by_dtype(own):
+        sent = [torch.cat([of_worker[number].flatten() for number in numbers]) for of_worker in parts]
+        size = len(sent[rank()])
+        received = sent[0].new_empty(world_size() * size)
+        dist.all_to_all_single(received, torch.cat(sent), [size] * world_size(), [len(part) for part in sent])
+        pieces = received.view(world_size(), size).sum(dim=0).split([own[number].numel() for number in numbers])
+        for number, values in zip(numbers, pieces, strict=True):
+            sums[number] = values.view_as(own[number])
+    return sums
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of the tensors that have the same dtype, in the order of first use."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        groups.setdefault(tensor.dtype, []).append(number)
+    return list(groups.values())

@@ -230,9 +230,10 @@ class Table:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, shared rows counted once."""
-        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by `column` or `column/field`."""
         tensors: dict[str, Tensor] = {}
         for name, column in self.columns.items():
             if isinstance(column, Tensor):
@@ -247,7 +248,7 @@ class Table:
         # cloned: columns may share starts and lengths, which safetensors refuses
         tensors = {
             n: t.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for n, t in self.take(slice(None))._tensors().items()
+            for n, t in self.take(slice(None)).tensors().items()
         }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"table": json.dumps(dict(metadata or {}), sort_keys=True)})
@@ -256,10 +257,13 @@ class Table:
     def load(path: Path) -> "Table":
         """Opens a saved table memory-mapped: tensors stay on disk until they are read."""
         with safe_open(path, framework="pt", device="cpu") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no __iter__)
-        names = {name.split("/")[0] for name in tensors}
+            return Table.of_tensors({name: stored.get_tensor(name) for name in sorted(stored.keys())})
+
+    @staticmethod
+    def of_tensors(tensors: Mapping[str, Tensor]) -> "Table":
+        """The table that has these `tensors`, with their order of columns."""
         columns: dict[str, Column] = {}
-        for name in sorted(names):
+        for name in dict.fromkeys(name.split("/")[0] for name in tensors):
             if name in tensors:
                 columns[name] = tensors[name]
                 continue

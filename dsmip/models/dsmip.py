@@ -174,8 +174,8 @@ class DsmipMatcher(Matcher):
             factor_MB = F.one_hot(chosen_M, logits_MB.shape[1]).to(logits_MB.dtype)
         return factor_MB if self.gate.config.calibration == "none" else factor_MB * self.scale_B()
 
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        mentions, entities = self.prepare_mentions(mention_features), self.prepare_entities(entity_features)
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
+        """Eq. 18 with drawn choices, or the likelihood of a mixture."""
         if self.gate.config.training == "mixture":
             return self._mixture_loss(mentions, entities, gold)
         log_pi_shape = (len(mentions), len(entities) if self.gate.config.choice == "pair" else 1, len(self.experts))

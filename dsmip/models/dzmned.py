@@ -114,7 +114,8 @@ class DzmnedMatcher(VectorMatcher[ModalityEncoder]):
     def prepare_entities(self, features: Table) -> Table:
         return Table({"vector": self.entities(features)})
 
-    def loss(self, scores_ME: Tensor, gold: BatchGold) -> Tensor:
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
+        scores_ME = self.score(mentions, entities).total_ME
         return triplet_losses(scores_ME, gold.column_M, gold.same_ME, margin=self.config.margin, hardest=False).sum()
 
 

@@ -154,14 +154,19 @@ class GhmfcMatcher(VectorMatcher[TokenEncoder]):
     def prepare_entities(self, features: Table) -> Table:
         return Table({"vector": F.normalize(self.entities(features.dense("vector")), dim=-1)})
 
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        vector_Mz, text_Md, image_Md = self.fusion(mention_features)
-        entities_Ez = self.prepare_entities(entity_features).dense("vector")
-        scores_ME = F.normalize(vector_Mz, dim=-1) @ entities_Ez.T
+    def loss_mentions(self, features: Table) -> Table:
+        vector_Nz, text_Nd, image_Nd = self.fusion(features)
+        columns = {"text": text_Nd, "image": image_Nd, "has_image": features.dense("has_image")}
+        return Table({"vector": F.normalize(vector_Nz, dim=-1), **columns})
+
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
+        """Of triplets, and of the contrast of texts with their own pictures."""
+        scores_ME = self.score(mentions, entities).total_ME
         triplets_M = triplet_losses(scores_ME, gold.column_M, gold.same_ME, margin=self.config.margin, hardest=True)
-        shown_M = mention_features.dense("has_image")[:, 0] > 0
+        shown_M = mentions.dense("has_image")[:, 0] > 0
         same_MM = gold.same_ME[:, gold.column_M] | (gold.column_M[:, None] == gold.column_M)
-        contrast = self._contrast(text_Md[shown_M], image_Md[shown_M], same_MM[shown_M][:, shown_M])
+        text_Md, image_Md = (mentions.dense(name)[shown_M] for name in ("text", "image"))
+        contrast = self._contrast(text_Md, image_Md, same_MM[shown_M][:, shown_M])
         return triplets_M.sum() + self.config.contrast_weight * contrast
 
     def _contrast(self, text_Md: Tensor, image_Md: Tensor, same_MM: Tensor) -> Tensor:

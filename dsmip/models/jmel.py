@@ -76,7 +76,8 @@ class JmelMatcher(VectorMatcher[JointEncoder]):
     def prepare_entities(self, features: Table) -> Table:
         return Table({"vector": F.normalize(self.entities(features.dense("joint")), dim=-1)})
 
-    def loss(self, scores_ME: Tensor, gold: BatchGold) -> Tensor:
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
+        scores_ME = self.score(mentions, entities).total_ME
         settings: dict[str, Any] = {"margin": self.config.margin, "hardest": self.config.hardest}
         return triplet_losses(scores_ME, gold.column_M, gold.same_ME, **settings).sum()
 

@@ -32,6 +32,7 @@ from dsmip.units.unit_scorer import MakeUnits, UnitScorer
 
 CrossName = Literal["one_way", "bidirectional"]
 _TEMPERATURE, _INTRA_WEIGHT = 0.03, 0.8
+_CONTRAST = "contrast"  # of the columns that only the loss reads
 _CROSS_UNITS: Mapping[CrossName, type[OneWayMatch | BidirectionalMatch]] = {
     "one_way": OneWayMatch,
     "bidirectional": BidirectionalMatch,
@@ -94,23 +95,28 @@ class M3elMatcher(SharedClipMatcher):
     def loss_is_of_whole_batch(self) -> bool:
         return self.contrast_weight > 0
 
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        """Sum of contrastive losses, of the total and of each unit, and of the contrast within modalities."""
-        loss = super().forward(mention_features, entity_features, gold)
-        if not self.contrast_weight:
-            return loss
-        contrast = self._contrast(mention_features, entity_features, gold)
-        return loss + self.contrast_weight * contrast
+    def loss_mentions(self, features: Table) -> Table:
+        return super().loss_mentions(features).merged(self._contrasted(features))
 
-    def _contrast(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
-        """Of pooled texts, and of pooled pictures at unit width before their norm; the mean of both."""
-        image_fc = self.scorer.picture_norm.image_cls_fc
+    def loss_entities(self, features: Table) -> Table:
+        return super().loss_entities(features).merged(self._contrasted(features))
+
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
+        """Sum of contrastive losses, of the total and of each unit, and of the contrast within modalities."""
+        loss = super().loss(mentions, entities, gold)
         losses = partial(joint_contrast_losses, temperature=_TEMPERATURE, intra_weight=_INTRA_WEIGHT)
-        text_Md, text_Ed = (side.dense("text_global").float() for side in (mentions, entities))
-        image_Md, image_Ed = (image_fc(side.dense("image_global").float()) for side in (mentions, entities))
-        of_texts_M = losses(text_Md, text_Ed, gold.column_M, gold.same_ME)
-        of_images_M = losses(image_Md, image_Ed, gold.column_M, gold.same_ME)
-        return (of_texts_M.sum() + of_images_M.sum()) / 2
+        own, others = mentions.under(_CONTRAST), entities.under(_CONTRAST)
+        for name in own.columns:
+            loss_M = losses(own.dense(name), others.dense(name), gold.column_M, gold.same_ME)
+            loss = loss + self.contrast_weight * loss_M.sum() / 2
+        return loss
+
+    def _contrasted(self, features: Table) -> Table:
+        """Pooled texts, and pooled pictures at unit width before their norm; nothing where they have no weight."""
+        if not self.contrast_weight:
+            return Table({})
+        image_Nd = self.scorer.picture_norm.image_cls_fc(features.dense("image_global").float())
+        return Table({"text": features.dense("text_global").float(), "image": image_Nd}).prefixed(_CONTRAST)
 
 
 class M3el(OnePartSystem):

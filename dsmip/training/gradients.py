@@ -1,8 +1,8 @@
 """The gradient of one batch, equal to that of one big batch whatever the workers and micro-batches.
 
 A batch's mentions and entities come either as raw items (towers train, so they are encoded here) or as rows of the
-feature cache (towers frozen). Negatives are gathered over workers, and micro-batches use cached gradients (Gao et al.,
-2021).
+feature cache (towers frozen). Every worker encodes and prepares its own; what a pair needs of entities is gathered over
+workers, and their gradients go back to whose they are. Micro-batches use cached gradients (Gao et al., 2021).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,16 +49,13 @@ def batch_backward(
     gold_row_M, entity_row_E = step.gold_row_M.to(device), step.entity_row_E.to(device)
     column_M = torch.arange(len(gold_row_M), device=device)
     items = _paired(step, mentions, entities, device) if matcher.reads_items else None
-    hand_back: Callable[[], None] = _nothing
+    prepared = matcher.loss_mentions(mentions), matcher.loss_entities(entities)
+    columns, hand_back = prepared[1], _nothing
     if config.negatives == "gathered" and distributed.world_size() > 1:
-        column_M = column_M + sum(distributed.gather_ints(len(entity_row_E), device)[: distributed.rank()])
-        entity_row_E = distributed.gather_rows(entity_row_E)
-        if isinstance(step.entities, Table):
-            entities = _gather_table(entities)
-        else:
-            entities, hand_back = _gathered(entities)
+        columns, entity_row_E, first, hand_back = _gathered(columns, entity_row_E)
+        column_M = column_M + first
     gold = BatchGold.from_rows(gold_row_M, entity_row_E, column_M)
-    loss_sum = matcher(mentions, entities, gold)
+    loss_sum = matcher.loss(prepared[0], columns, gold)
     own = torch.stack([loss_sum.detach().double(), loss_sum.new_tensor(len(gold_row_M), dtype=torch.float64)])
     totals = distributed.sum_over_workers(own)
     scale(loss_sum / totals[1].clamp_min(1).to(loss_sum.dtype)).backward()
@@ -150,36 +147,26 @@ def _drawing_again(state: tuple[Tensor, Tensor | None], device: torch.device) ->
         yield
 
 
-def _gathered(own: Table) -> tuple[Table, Callable[[], None]]:
-    """Features of all workers, and what to call after backward so that each worker's rows get their whole gradient.
+def _gathered(own: Table, entity_row_E: Tensor) -> tuple[Table, Tensor, int, Callable[[], None]]:
+    """Prepared entities of all workers in rank order, with their kb rows and how many stand before this worker's.
 
-    The collectives stay out of the graph: a worker with an empty share uses fewer columns than the others, and they
-    would wait for it.
+    The last is what to call after backward, so that each worker's rows get their whole gradient. The collectives stay
+    out of the graph: a worker with an empty share uses fewer columns than the others, and they would wait for it.
     """
-    everyone = _as_leaves(_gather_table(own))
+    named = own.tensors()
+    everyone = distributed.gather_tensors([entity_row_E, *named.values()])
+    tables = [_as_leaves(Table.of_tensors(dict(zip(named, tensors, strict=True)))) for _, *tensors in everyone]
 
     def hand_back() -> None:
-        gradients = [leaf.new_zeros(leaf.shape) if leaf.grad is None else leaf.grad for leaf in _floats(everyone)]
-        rows = [len(values) for values in _floats(own)]
-        _backward(own, [distributed.sum_own_rows(g, count) for g, count in zip(gradients, rows, strict=True)])
+        parts = [[_gradient(leaf) for leaf in _floats(table)] for table in tables]
+        _backward(own, distributed.sum_own_parts(parts))
 
-    return everyone, hand_back
+    before = sum(len(rows) for rows, *_ in everyone[: distributed.rank()])
+    return concatenate(tables), torch.cat([rows for rows, *_ in everyone]), before, hand_back
 
 
-@torch.no_grad()
-def _gather_table(table: Table) -> Table:
-    """Rows of all workers in rank order (no gradient)."""
-    if distributed.world_size() == 1:
-        return table
-    columns: dict[str, Column] = {}
-    for name, column in table.columns.items():
-        if not isinstance(column, Ragged):
-            columns[name] = distributed.gather_rows(table.dense(name))
-            continue
-        base = sum(distributed.gather_ints(len(column.values), column.values.device)[: distributed.rank()])
-        tensors = (column.values, column.starts + base, column.lengths)
-        columns[name] = Ragged(*map(distributed.gather_rows, tensors))
-    return Table(columns)
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _backward(features: Table, gradients: Sequence[Tensor | None]) -> None:

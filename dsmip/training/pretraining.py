@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -162,9 +161,9 @@ class PairObjective(Objective):
     def backward(self, batch: Any, device: torch.device, scale: Scale) -> BatchSums:
         loss, right = contrast(self.module, batch, self._config, device)
         scale(loss).backward()
-        count = float(distributed.sum_over_workers(torch.tensor(float(len(batch)), device=device)))
-        mean = loss.item() * distributed.world_size()
-        return BatchSums({"loss": mean * count, "accuracy": float(right)}, int(count))
+        own = torch.stack([loss.detach().double(), right.double(), right.new_tensor(len(batch)).double()])
+        mean, num_right, count = distributed.sum_over_workers(own).tolist()
+        return BatchSums({"loss": mean * count, "accuracy": num_right}, int(count))
 
     def state(self) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in self.module.clip.state_dict().items()}
@@ -180,20 +179,25 @@ class PairObjective(Objective):
 def contrast(
     backbone: Backbone, batch: ItemBatch, config: PretrainConfig, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """CLIP's symmetric loss over the pairs of all workers, divided by their number, and the number of right answers.
+    """A worker's share of CLIP's symmetric loss over the pairs of all workers, and of the number of right answers.
 
-    The gradients of all workers add up to that of the whole batch.
+    Its own pictures against all texts, and its own texts against all pictures, divided by the number of all pairs: what
+    the workers have adds up to the whole batch's loss, and so do the gradients.
     """
     batch = batch.to(device)
     with _precision(config, device):
         text_Nz = backbone.encode_text(batch.token_ids, batch.token_mask).pooled
         image_Nz = backbone.encode_image(backbone.normalise(batch.images, batch.has_image)).pooled
-    text_Nz = nn.functional.normalize(distributed.gather_rows(text_Nz.float()), dim=-1)
-    image_Nz = nn.functional.normalize(distributed.gather_rows(image_Nz.float()), dim=-1)
-    loss = ClipLoss()(image_Nz, text_Nz, backbone.logit_scale.exp())
-    with torch.no_grad():
-        right = (image_Nz @ text_Nz.T).argmax(dim=1) == torch.arange(len(text_Nz), device=device)
-    return loss / distributed.world_size(), right.sum()
+    text_Nz = nn.functional.normalize(text_Nz.float(), dim=-1)
+    image_Nz = nn.functional.normalize(image_Nz.float(), dim=-1)
+    text_Az, image_Az = distributed.gather_rows(text_Nz), distributed.gather_rows(image_Nz)
+    first = sum(distributed.gather_ints(len(text_Nz), device)[: distributed.rank()])
+    column_N = first + torch.arange(len(text_Nz), device=device)
+    scale = backbone.logit_scale.exp()
+    logits_NA = scale * image_Nz @ text_Az.T
+    total = nn.functional.cross_entropy(logits_NA, column_N, reduction="sum")
+    total = total + nn.functional.cross_entropy(scale * text_Nz @ image_Az.T, column_N, reduction="sum")
+    return total / 2 / len(text_Az), (logits_NA.detach().argmax(dim=1) == column_N).sum()
 
 
 @contextmanager

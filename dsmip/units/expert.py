@@ -19,8 +19,7 @@ from dsmip.encoders.base import Side, feature_sizes
 from dsmip.encoders.clip import Backbone, TowerName, Tuning
 from dsmip.encoders.towers.base import TokenFeatures
 from dsmip.encoders.towers.prompts import InteractivePrompts
-from dsmip.ops.losses import contrastive_loss
-from dsmip.units.matcher import BatchGold, Scores, TowerMatcher
+from dsmip.units.matcher import Scores, TowerMatcher
 from dsmip.units.unit_scorer import CrossModalScorer, UnitScorer
 
 ExpertName = Literal["text", "visual", "multimodal", "text_image", "image_text"]
@@ -200,10 +199,6 @@ class Expert(TowerMatcher[ExpertEncoder]):
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         return self.scorer.global_vectors(prepared, side)
-
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        scores = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features))
-        return contrastive_loss(scores.total_ME, gold.column_M, gold.same_ME)
 
     def image_token_columns(self) -> Sequence[str]:
         return ("image_tokens",) if "image" in self._encoder().reads.either else ()

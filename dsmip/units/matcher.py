@@ -188,9 +188,24 @@ class Matcher(Part, ABC):
         """
         raise UserError(f"{type(self).__name__} has no global vectors: candidates cannot be searched with it")
 
-    @abstractmethod
+    def loss_mentions(self, features: Table) -> Table:
+        """What the loss needs of mentions: prepared ones, with more columns where a loss has more terms than scores."""
+        return self.prepare_mentions(features)
+
+    def loss_entities(self, features: Table) -> Table:
+        """What the loss needs of entities, by the rule of rows that `prepare_entities` has.
+
+        With several workers each computes this of its own share, and all have the rows of all.
+        """
+        return self.prepare_entities(features)
+
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
+        """Training loss summed over the M mentions (a scalar), of `loss_mentions` and `loss_entities`: eq. 17."""
+        return contrastive_loss(self.score(mentions, entities).total_ME, gold.column_M, gold.same_ME)
+
     def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        """Training loss summed over the M mentions (a scalar): prepare, score, contrast."""
+        """The loss from features."""
+        return self.loss(self.loss_mentions(mention_features), self.loss_entities(entity_features), gold)
 
     @property
     def reads_items(self) -> bool:
@@ -308,14 +323,6 @@ class VectorMatcher(TowerMatcher[Encoder]):
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         """The vectors themselves: their product is the score, and nothing is left out."""
         return prepared.dense("vector")
-
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        scores = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features))
-        return self.loss(scores.total_ME, gold)
-
-    def loss(self, scores_ME: Tensor, gold: BatchGold) -> Tensor:
-        """Summed over mentions."""
-        return contrastive_loss(scores_ME, gold.column_M, gold.same_ME)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

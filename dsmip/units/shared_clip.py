@@ -123,9 +123,9 @@ class SharedClipMatcher(TowerMatcher[SharedClipEncoder]):
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         return self.scorer.global_vectors(prepared, side)
 
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
         """Sum of contrastive losses: of the total and of each unit's score alone."""
-        scores = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features))
+        scores = self.score(mentions, entities)
         loss = contrastive_loss(scores.total_ME, gold.column_M, gold.same_ME)
         for unit_ME in scores.parts.values():
             loss = loss + contrastive_loss(unit_ME, gold.column_M, gold.same_ME)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmip.data.table import Table
+from dsmip.data.table import Table, concatenate
 from dsmip.units.matcher import BatchGold, PairedItems
 from tests.support.scoring.contract import ENTITIES, MENTIONS, Subject, seeded
 
@@ -49,6 +49,19 @@ def test_loss_is_a_sum_over_mentions(subject: Subject, features: tuple[Table, Ta
     torch.testing.assert_close(
         loss_of(subject, features, [0, 1, 2, 3], gold_M.tolist()), expected, atol=5e-3, rtol=1e-4
     )
+
+
+@torch.no_grad()
+def test_a_loss_takes_entities_that_were_prepared_apart(subject: Subject, features: tuple[Table, Table]) -> None:
+    """As several workers do, one of which has none."""
+    gold_M, matcher = torch.tensor([4, 8, 4, 2]), subject.matcher
+    shares = [features[1].take(slice(*bounds)) for bounds in ((0, 3), (3, 3), (3, 4))]
+    with seeded(4):
+        mentions = matcher.loss_mentions(features[0].take(torch.arange(4)))
+        entities = concatenate([matcher.loss_entities(share) for share in shares])
+        loss = matcher.loss(mentions, entities, BatchGold.from_rows(gold_M, gold_M, torch.arange(4)))
+    expected = loss_of(subject, features, [0, 1, 2, 3], gold_M.tolist())
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_every_trainable_parameter_gets_a_gradient(subject: Subject) -> None:

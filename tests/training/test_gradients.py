@@ -58,9 +58,8 @@ class BilinearMatcher(Matcher):
     def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         return Scores(mentions.dense("vector") @ self.weight @ entities.dense("vector").T)
 
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        total_ME = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features)).total_ME
-        total_ME = total_ME.masked_fill(gold.same_ME, -torch.inf)
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
+        total_ME = self.score(mentions, entities).total_ME.masked_fill(gold.same_ME, -torch.inf)
         return functional.cross_entropy(total_ME, gold.column_M, reduction="sum")
 
     def encoder_trains(self) -> bool:

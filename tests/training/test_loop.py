@@ -89,9 +89,9 @@ class Spoiled(ToyMatcher):
         super().__init__()
         self.what, self.calls = what, 0
 
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
         self.calls += 1
-        loss = super().forward(mention_features, entity_features, gold)
+        loss = super().loss(mentions, entities, gold)
         if self.calls < 6:
             return loss
         if self.what == "loss":

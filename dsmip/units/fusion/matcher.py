@@ -154,7 +154,7 @@ class FusedMatcher(Matcher):
             vectors = [factor_M[:, None] * own for factor_M, own in zip(factor_BM, vectors, strict=True)]
         return torch.cat(vectors, dim=-1)
 
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
         raise RuntimeError("the fused system has no loss of a batch: its gate learns from whole rankings")
 
     def encoder_trains(self) -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Table
-from dsmip.units.matcher import BatchGold, Matcher, Scores
+from dsmip.units.matcher import Matcher, Scores
 
 CPU = torch.device("cpu")
 
@@ -32,9 +32,6 @@ class TableMatcher(Matcher):
     def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         rows, columns = mentions.dense("row")[:, None], entities.dense("row")[None]
         return Scores(self.scores_ME[rows, columns], None if self.chosen_ME is None else self.chosen_ME[rows, columns])
-
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        raise NotImplementedError
 
     def encoder_trains(self) -> bool:
         return False

@@ -48,9 +48,8 @@ class ToyMatcher(Matcher):
     def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         return Scores(mentions.dense("vector") @ entities.dense("vector").T)
 
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        total_ME = self.score(self.prepare_mentions(mention_features), self.prepare_entities(entity_features)).total_ME
-        return functional.cross_entropy(total_ME, gold.column_M, reduction="sum")
+    def loss(self, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
+        return functional.cross_entropy(self.score(mentions, entities).total_ME, gold.column_M, reduction="sum")
 
     def encoder_trains(self) -> bool:
         return False
