@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_VOCABULARY = 16_384
+"""Rows from which a matrix is taken for a vocabulary's: a batch has few of its tokens."""
+
 
 def rank() -> int:
     """This worker's number, 0 without a process group."""
@@ -47,14 +50,40 @@ def max_over_workers(value: float, device: torch.device) -> float:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up the gradients of all workers in one flat buffer; a missing gradient counts as zero."""
+    """Adds up the gradients of all workers in one flat buffer; a missing gradient counts as zero.
+
+    Of a vocabulary's embeddings only the rows of tokens that a worker has had are sent: the others are zero.
+    """
     if world_size() == 1:
         return
     trained = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    vocabularies = [p.grad for p in trained if _is_vocabulary(p) and p.grad is not None]
+    row_r = list(map(_used_rows, vocabularies))
+    whole = [p.grad for p in trained if not _is_vocabulary(p) and p.grad is not None]
+    sent = [*whole, *(gradient[rows] for gradient, rows in zip(vocabularies, row_r, strict=True))]
+    flat = torch.cat([gradient.flatten() for gradient in sent])
     dist.all_reduce(flat)
-    for parameter, gradient in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-        parameter.grad = gradient.view_as(parameter).clone()
+    sums = [
+        values.view_as(gradient) for values, gradient in zip(flat.split([g.numel() for g in sent]), sent, strict=True)
+    ]
+    for gradient, values in zip(whole, sums, strict=False):
+        gradient.copy_(values)
+    for gradient, rows, values in zip(vocabularies, row_r, sums[len(whole) :], strict=True):
+        gradient[rows] = values
+
+
+def _is_vocabulary(parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and len(parameter) >= _VOCABULARY
+
+
+def _used_rows(gradient_VD: Tensor) -> Tensor:
+    """Rows that are not zero on some worker, the same on all."""
+    used_V = (gradient_VD != 0).any(dim=1).byte()
+    dist.all_reduce(used_V, dist.ReduceOp.MAX)
+    return used_V.nonzero()[:, 0]
 
 
 class _GatherRows(torch.autograd.Function):
