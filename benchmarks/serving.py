@@ -2,7 +2,9 @@
 
 Both in one go on one machine, by turns: the service in a process of its own, clients in another, the loop in a third.
 Requests are test mentions of the run, with their pictures; with `--entities`, those of a generated bundle (its files
-take tens of kilobytes an entity). On a machine of few cores clients cost as well.
+take tens of kilobytes an entity). The loop is measured twice: in batches of 64, and of as many mentions as clients
+wait, which is what the service can put together: the rest is what HTTP costs. On a machine of few cores clients cost as
+well. `--change-every` changes the bundle's entities while it is asked, as it is served.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -33,6 +37,7 @@ from dsmip.runs.run import Run
 from ray_jobs.terminal.lines import result_console
 
 CLIENTS = (1, 8, 32)
+_FULL_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,15 @@ class Model:
     candidates: int | None = None
 
 
+@dataclass(frozen=True)
+class Load:
+    """What clients got: seconds of each answer, how many requests had none or an error, and how long they asked."""
+
+    latencies: Sequence[float]
+    lost: int
+    seconds: float
+
+
 def main() -> None:
     """Parses the command line, measures, prints a table and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -59,6 +73,10 @@ def main() -> None:
     what.add_argument("--run", help="a finished run, such as demo/run")
     what.add_argument("--entities", type=int, help="of a generated bundle, with the sizes of ViT-B/32")
     parser.add_argument("--data", help="where the run's data lies, if it has moved")
+    parser.add_argument("--bundle", help="of the run: it is served instead")
+    parser.add_argument(
+        "--change-every", type=float, help="add or remove an entity so many seconds after the last time"
+    )
     parser.add_argument("--candidates", type=int, help="score only so many entities, found by global vectors")
     parser.add_argument("--system", default="dsmip", help="of the generated bundle")
     parser.add_argument("--architecture", default=ARCHITECTURE, help="of the generated bundle's backbone")
@@ -72,44 +90,99 @@ def main() -> None:
             model = Model(str(bundle), mentions, None, given.candidates)
         else:
             mentions = list(Run.open(given.run, given.data).dataset.mentions("test"))
-            model = Model(given.run, mentions, given.data, given.candidates)
-        rows = measure(model, given.clients, given.seconds)
-    table = Table("clients", "mentions/s", "p50 ms", "p99 ms", "link_many, mentions/s", "share of it", "memory MiB")
-    for row in rows:
-        table.add_row(
-            str(row["clients"]),
-            *(f"{row[name]:.1f}" for name in ("per_second", "p50_ms", "p99_ms", "bare_per_second")),
-            f"{row['share']:.2f}",
-            f"{row['memory_mib']:.0f}",
-        )
-    result_console().print(table)
+            data = None if given.bundle else given.data
+            model = Model(given.bundle or given.run, mentions, data, given.candidates)
+        rows = measure(model, given.clients, given.seconds, given.change_every)
+    _print(rows)
     if given.json:
         given.json.write_text(json.dumps({"rows": rows}, indent=2))
 
 
-def measure(model: Model, clients: Sequence[int], seconds: float) -> list[dict[str, Any]]:
-    """A row for each number of clients; the bare loop is measured anew beside each."""
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    columns = {
+        "clients": "{clients}",
+        "mentions/s": "{per_second:.1f}",
+        "p50, p99 ms": "{p50_ms:.0f}, {p99_ms:.0f}",
+        "link_many": "{bare_per_second:.1f}",
+        "share": "{share:.2f}",
+        "in batches of clients": "{bare_same_batch:.1f}",
+        "share of that": "{share_same_batch:.2f}",
+        "memory MiB": "{memory_mib:.0f}",
+        "lost": "{lost}",
+        "changes": "{changes}",
+    }
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(form.format(**row) for form in columns.values()))
+    result_console().print(table)
+
+
+def measure(
+    model: Model, clients: Sequence[int], seconds: float, change_every: float | None = None
+) -> list[dict[str, Any]]:
+    """A row for each number of clients; the bare loop is measured anew beside each.
+
+    Args:
+        change_every: Seconds between changes of the entities of the bundle that is served.
+    """
     bodies = [json.dumps(_as_json(each.word, each.sentence, each.image)).encode() for each in model.mentions]
     rows = []
     for count in clients:
         with _served(model) as (address, process):
             _load(address, bodies, 1, min(seconds, 2.0))  # what is slow once
-            latencies, took = _load(address, bodies, count, seconds)
+            with _changed(model.location, change_every) as changes:
+                load = _load(address, bodies, count, seconds)
             memory = _resident(process.pid)
-        bare = _in_a_process(model, seconds)
-        ordered = sorted(latencies)
+        bare, same = (_in_a_process(model, seconds, size) for size in (_FULL_BATCH, min(count, _FULL_BATCH)))
+        ordered, rate = sorted(load.latencies), len(load.latencies) / load.seconds
         rows.append(
             {
                 "clients": count,
-                "per_second": len(latencies) / took,
+                "per_second": rate,
                 "p50_ms": 1000 * ordered[len(ordered) // 2],
                 "p99_ms": 1000 * ordered[int(len(ordered) * 0.99)],
                 "bare_per_second": bare,
-                "share": len(latencies) / took / bare,
+                "share": rate / bare,
+                "bare_same_batch": same,
+                "share_same_batch": rate / same,
                 "memory_mib": memory / 1024,
+                "lost": load.lost,
+                "changes": changes.value,
             }
         )
     return rows
+
+
+@contextmanager
+def _changed(location: str, every: float | None) -> Iterator["Synchronized[int]"]:
+    """How often a process has changed the bundle's entities."""
+    context = multiprocessing.get_context("spawn")
+    count, stop = context.Value("i", 0), context.Event()
+    if every is None:
+        yield count
+        return
+    process = context.Process(target=_change, args=(location, every, count, stop))
+    process.start()
+    try:
+        yield count
+    finally:
+        stop.set()
+        process.join()
+
+
+def _change(location: str, every: float, count: "Synchronized[int]", stop: Event) -> None:
+    """Adds an entity and removes it, by turns."""
+    entities, entity = dsmip.load(location).entities, {"entity_id": "benchmark", "name": "Changing entity"}
+    there = False
+    while not stop.wait(every):
+        if there:
+            entities.remove([entity["entity_id"]])
+        else:
+            entities.add([entity])
+        there = not there
+        count.value += 1
+    if there:
+        entities.remove([entity["entity_id"]])
 
 
 def _as_json(word: str, sentence: str, image: bytes | None) -> dict[str, Any]:
@@ -143,9 +216,9 @@ def _resident(pid: int) -> int:
     return int(found[1])
 
 
-def _load(address: str, bodies: Sequence[bytes], clients: int, seconds: float) -> tuple[list[float], float]:
-    """Seconds of each answer that a number of clients got, each with one request at a time, and how long they asked."""
-    latencies: list[float] = []
+def _load(address: str, bodies: Sequence[bytes], clients: int, seconds: float) -> Load:
+    """A number of clients, each with one request at a time."""
+    latencies, lost = list[float](), list[str]()
     started = time.perf_counter()
 
     def ask(first: int) -> None:
@@ -153,9 +226,11 @@ def _load(address: str, bodies: Sequence[bytes], clients: int, seconds: float) -
         with httpx.Client(base_url=address, timeout=600) as client:
             while time.perf_counter() - started < seconds:
                 begun = time.perf_counter()
-                answer = client.post("/link", content=bodies[number % len(bodies)], headers=headers)
-                answer.raise_for_status()
-                latencies.append(time.perf_counter() - begun)
+                try:
+                    client.post("/link", content=bodies[number % len(bodies)], headers=headers).raise_for_status()
+                    latencies.append(time.perf_counter() - begun)
+                except httpx.HTTPError as error:
+                    lost.append(str(error))
                 number += clients
 
     threads = [Thread(target=ask, args=(first,)) for first in range(clients)]
@@ -163,24 +238,26 @@ def _load(address: str, bodies: Sequence[bytes], clients: int, seconds: float) -
         thread.start()
     for thread in threads:
         thread.join()
-    return latencies, time.perf_counter() - started
+    for error in set(lost):
+        print(f"lost: {error}", file=sys.stderr)
+    return Load(latencies, len(lost), time.perf_counter() - started)
 
 
-def _in_a_process(model: Model, seconds: float) -> float:
+def _in_a_process(model: Model, seconds: float, batch_size: int) -> float:
     """Mentions a second of the bare loop, in a process without anything else."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_bare, (model, seconds))
+        return pool.apply(_bare, (model, seconds, batch_size))
 
 
-def _bare(model: Model, seconds: float) -> float:
+def _bare(model: Model, seconds: float, batch_size: int) -> float:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     linker, mentions = dsmip.load(model.location, data=model.data), model.mentions
     next(linker.link_many(mentions[:1], candidates=model.candidates))
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
-        batch = mentions[done % len(mentions) :][:32]
-        done += sum(1 for _ in linker.link_many(batch, batch_size=32, candidates=model.candidates))
+        batch = mentions[done % len(mentions) :][:batch_size]
+        done += sum(1 for _ in linker.link_many(batch, batch_size=batch_size, candidates=model.candidates))
     return done / (time.perf_counter() - started)
 
 
