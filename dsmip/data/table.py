@@ -125,9 +125,8 @@ _FIELDS: Mapping[type, tuple[str, ...]] = {Ragged: ("values", "starts", "lengths
 
 
 def _num_items(column: Column) -> int:
-    return len(
-        column.lengths if isinstance(column, Ragged) else column.index if isinstance(column, Repeated) else column
-    )
+    by_item = column.lengths if isinstance(column, Ragged) else column.index if isinstance(column, Repeated) else column
+    return by_item.shape[0]  # a third of the time of `len`, and every table asks each of its columns
 
 
 @dataclass(frozen=True)

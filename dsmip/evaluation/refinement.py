@@ -67,6 +67,20 @@ class Unrefined:
         }
 
 
+class DoubleCopies:
+    """Copies of matchers in float64, each made once: of matchers that train no more."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Matcher, Matcher]] = {}
+
+    def of(self, matcher: Matcher, device: torch.device) -> Matcher:
+        """The matcher's copy on a device, without its towers: they would be most of what is copied."""
+        if id(matcher) not in self._made:
+            towers = {id(tower): nn.Identity() for tower in matcher.pretrained_towers()}
+            self._made[id(matcher)] = matcher, copy.deepcopy(matcher, towers).to(device).double().eval()
+        return self._made[id(matcher)][1]
+
+
 class PairScorer:
     """Scores of single pairs in float64, on the grid. Lines about memory go to `notice`."""
 
@@ -77,10 +91,15 @@ class PairScorer:
         index: EntityIndex,
         device: torch.device,
         notice: Callable[[str], None] = lambda text: None,
+        copies: DoubleCopies | None = None,
     ) -> None:
-        self.matcher = _without_towers(matcher).to(device).double().eval()
+        """
+        Args:
+            copies: Where the matcher's copy is kept for the next one (default: nowhere).
+        """
+        self.matcher = (copies or DoubleCopies()).of(matcher, device)
         self.mentions, self.index, self.device = mentions, index, device
-        self._notice = notice
+        self.notice = notice
         self._most_mentions, self._most_entities = max(len(mentions), 1), _ENTITIES  # of one call
 
     def of(self, mentions: Table) -> "PairScorer":
@@ -127,7 +146,7 @@ class PairScorer:
             self._most_mentions = (num_mentions + 1) // 2
         else:
             self._most_entities = (num_entities + 1) // 2
-        self._notice(
+        self.notice(
             f"{self.device} is out of memory in double precision: going on with {self._most_mentions} mentions"
             f" against {self._most_entities} entities at a time"
         )
@@ -293,11 +312,6 @@ def _largest(errors: Tensor) -> float:
 def _spacing(scores_ME: Tensor) -> float:
     """The spacing of numbers of the scores' size and precision: no band is narrower."""
     return float(scores_ME.abs().max()) * torch.finfo(scores_ME.dtype).eps + GRID
-
-
-def _without_towers(matcher: Matcher) -> Matcher:
-    """A copy for scoring alone: towers would be most of what is copied."""
-    return copy.deepcopy(matcher, {id(tower): nn.Identity() for tower in matcher.pretrained_towers()})
 
 
 def _spread(num_items: int, num_chosen: int) -> Tensor:

@@ -19,7 +19,7 @@ from dsmip.evaluation.experts.survey import informed, survey
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranking import RankedModel, Tiles, default_tiles, placed
 from dsmip.evaluation.ranks import NotRankable
-from dsmip.evaluation.refinement import PairScorer, Refiner
+from dsmip.evaluation.refinement import DoubleCopies, PairScorer, Refiner
 from dsmip.linking.knowledge_base import KnowledgeBase
 from dsmip.ops import ranking as ops
 from dsmip.rank_options import RankOptions
@@ -62,7 +62,8 @@ class ExactSearch:
         self.matcher, self.device = matcher.to(device).eval(), device
         use_precision(matcher, options.precision, use_backend(matcher, options.backend, device))
         self.index = placed(index, device, lambda line: None)
-        self._pairs = PairScorer(matcher, Table({}), self.index, device)
+        self._copies = DoubleCopies()
+        self._pairs = PairScorer(matcher, Table({}), self.index, device, copies=self._copies)
         self._building = Lock()
 
     @cached_property
@@ -98,7 +99,7 @@ class ExactSearch:
         if not self.matcher.surveyed():
             return mentions
         model = RankedModel(self.matcher, mentions, self.index, torch.full((len(mentions),), -1))
-        return informed(model, survey(model, self.device)).mentions
+        return informed(model, survey(model, self.device, copies=self._copies)).mentions
 
     @torch.no_grad()
     def best(self, mentions: Table, top: int) -> Best:

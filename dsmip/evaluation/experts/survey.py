@@ -15,7 +15,7 @@ from torch import Tensor
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranking import RankedModel, Tiles, TileSize, default_tiles, placed
 from dsmip.evaluation.ranks import NotRankable, merge_gold_scores
-from dsmip.evaluation.refinement import PairScorer, Refiner
+from dsmip.evaluation.refinement import DoubleCopies, PairScorer, Refiner
 from dsmip.ops.experts.statistics import ExpertStatistics, Survey, expert_statistics, merge_statistics
 from dsmip.rank_options import RankOptions
 from dsmip.units.matcher import Matcher
@@ -54,14 +54,19 @@ def survey(
     notice: Callable[[str], None] = lambda line: None,
     *,
     tile_size: TileSize | None = None,
+    copies: DoubleCopies | None = None,
 ) -> Survey:
     """The survey of its mentions, from its whole index.
+
+    Args:
+        copies: Of the experts in float64, for the next survey as well.
 
     Raises:
         NotRankable: A score is NaN or infinite.
     """
-    found = slice_statistics(model, model.index, device, notice, tile_size=tile_size)
-    return survey_of(found, [cross_scores(model, model.index, best_rows(found), device)])
+    copies = copies or DoubleCopies()
+    found = slice_statistics(model, model.index, device, notice, tile_size=tile_size, copies=copies)
+    return survey_of(found, [cross_scores(model, model.index, best_rows(found), device, copies)])
 
 
 @torch.no_grad()
@@ -72,6 +77,7 @@ def slice_statistics(
     notice: Callable[[str], None] = lambda line: None,
     *,
     tile_size: TileSize | None = None,
+    copies: DoubleCopies | None = None,
 ) -> Statistics:
     """Every expert's statistics of all mentions against a slice of the index, on the CPU.
 
@@ -80,26 +86,21 @@ def slice_statistics(
     """
     found = {}
     for name, (expert, scale) in model.matcher.surveyed().items():
+        own = of_expert(model, name, expert, index)
+        pairs = PairScorer(own.matcher, own.mentions, own.index, device, notice, copies)
         try:
-            found[name] = _statistics(of_expert(model, name, expert, index), scale, device, notice, tile_size)
+            found[name] = _statistics(own, pairs, scale, tile_size)
         except NotRankable as error:
             raise NotRankable(error.mention, error.entity_row, name) from None
     return found
 
 
-def _statistics(
-    expert: RankedModel,
-    scale: float,
-    device: torch.device,
-    notice: Callable[[str], None],
-    tile_size: TileSize | None,
-) -> ExpertStatistics:
-    pairs = PairScorer(expert.matcher, expert.mentions, expert.index, device, notice)
+def _statistics(expert: RankedModel, pairs: PairScorer, scale: float, tile_size: TileSize | None) -> ExpertStatistics:
     unknown_M = torch.full((len(expert.mentions),), torch.nan, dtype=torch.float64)  # no gold is looked at
     refiner = Refiner(pairs, unknown_M)
     while True:
         tiles = []
-        for start, scores_ME in scored_by_tile(expert, device, tile_size=tile_size, notice=notice):
+        for start, scores_ME in scored_by_tile(expert, pairs.device, tile_size=tile_size, notice=pairs.notice):
             own_M = scores_ME.new_full((len(scores_ME),), torch.nan)
             exact_ME, _ = refiner.refine(scores_ME, start, own_M, 2)
             tiles.append(expert_statistics(exact_ME * scale, expert.index.first_row))
@@ -140,14 +141,16 @@ def best_rows(statistics: Statistics) -> Tensor:
 
 
 @torch.no_grad()
-def cross_scores(model: RankedModel, index: EntityIndex, row_MB: Tensor, device: torch.device) -> Tensor:
+def cross_scores(
+    model: RankedModel, index: EntityIndex, row_MB: Tensor, device: torch.device, copies: DoubleCopies | None = None
+) -> Tensor:
     """float64 [M, B, B]: exact scores times scale, by the first expert, of kb rows; NaN where not in this slice."""
     column_MB = row_MB - index.first_row
     here_MB = (column_MB >= 0) & (column_MB < len(index))
     scores_MBB = torch.full((len(row_MB), row_MB.shape[1], row_MB.shape[1]), torch.nan, dtype=torch.float64)
     for b, (name, (expert, scale)) in enumerate(model.matcher.surveyed().items()):
         own = of_expert(model, name, expert, index)
-        pairs = PairScorer(own.matcher, own.mentions, own.index, device)
+        pairs = PairScorer(own.matcher, own.mentions, own.index, device, copies=copies)
         for row_m in here_MB.any(dim=1).nonzero()[:, 0].split(_TOGETHER):
             here_mB, column_mB = here_MB[row_m], column_MB[row_m]
             column_e = column_mB[here_mB].unique()
