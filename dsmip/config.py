@@ -156,11 +156,19 @@ class TrainConfig(Frozen):
         self_mentions: Random entities of the kb that a batch also links to themselves, their text and picture changed
             by `self_augment` (towers that train only: with few mentions this teaches the whole kb's words and looks).
         validate_every, patience: Epochs; the last epoch is always validated.
+        validate_entities: Epochs between are validated, too, over so many entities: the validation mentions' golds and
+            a fixed draw of others. Metrics are named `subset_...`, and neither `patience` nor the choice of the best
+            epoch reads them. Of parts whose validation ranks the kb: no re-rankers, no gates fitted by likelihood.
         compile: Towers that train have their layers compiled (`torch.compile`) at the first step. Meant for GPUs.
     """
 
     _optimizer: ClassVar[Mapping[str, Any]] = {"betas": [0.9, 0.999], "eps": 1e-8, "decay": "matrices"}
-    added: ClassVar[Mapping[str, Any]] = {"optimizer": _optimizer, "hard_negatives": 0, "hard_negatives_every": 1}
+    added: ClassVar[Mapping[str, Any]] = {
+        "optimizer": _optimizer,
+        "hard_negatives": 0,
+        "hard_negatives_every": 1,
+        "validate_entities": None,
+    }
 
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=2)
@@ -180,6 +188,7 @@ class TrainConfig(Frozen):
     hard_negatives_every: int = Field(1, ge=1)
     self_mentions: int = Field(0, ge=0)
     validate_every: int = Field(1, ge=1)
+    validate_entities: int | None = Field(None, ge=1)
     patience: int | None = Field(None, ge=1)
     augment: AugmentConfig = AugmentConfig()
     self_augment: AugmentConfig = AugmentConfig(drop_tokens=0.6)

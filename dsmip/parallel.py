@@ -1,4 +1,4 @@
-"""Many tasks at once on this machine: in processes, or in threads that compute with the same bits on any machine.
+"""Many tasks at once on this machine: in processes, ahead, or in threads that compute with the same bits anywhere.
 
 Sums inside a product of matrices depend in their last bits on how many threads share it. So `map_alone` computes each
 call with one thread, and runs several calls at once.
@@ -6,6 +6,7 @@ call with one thread, and runs several calls at once.
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections import deque
@@ -85,3 +86,59 @@ def map_alone(work: Callable[[Item], Result], items: Iterable[Item], device: "to
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(num_threads)  # what the pool set is also what threads made later would begin with
+
+
+def map_ahead(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
+    """`work(item)` of each item, in order, done ahead of the reader by threads; another one draws the items.
+
+    Held at a time are about `num_threads` results more than the reader has taken. What `work` or the items raise is
+    raised here, in its place.
+    """
+
+    def results() -> Iterator[Result]:
+        under_way: deque[Future[Result]] = deque()
+        pool = ThreadPoolExecutor(num_threads)
+        try:
+            for item in items:
+                under_way.append(pool.submit(work, item))
+                if len(under_way) == num_threads:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    return read_ahead(results(), 1)
+
+
+def read_ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
+    """The same items, made up to `depth` ahead by a thread; its exception is raised here."""
+    ready: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(value: tuple[Item] | BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(value, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((item,)):
+                    return
+            put(None)
+        except BaseException as error:  # handed over to the reader
+            put(error)
+
+    threading.Thread(target=produce, daemon=True).start()
+    try:
+        while (value := ready.get()) is not None:
+            if isinstance(value, BaseException):
+                raise value
+            yield value[0]
+    finally:
+        stop.set()

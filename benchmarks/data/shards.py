@@ -38,8 +38,8 @@ from dsmip.data.dataset import Dataset, TrainingBatch
 from dsmip.data.text import Template
 from dsmip.encoders.architecture import build_tokenizer
 from dsmip.errors import UserError
+from dsmip.parallel import read_ahead
 from dsmip.storage.atomic import write_json
-from dsmip.training.batches import read_ahead
 
 Decoder = Literal["torchvision", "Pillow"]
 Work = Literal["records", "pictures", "all"]

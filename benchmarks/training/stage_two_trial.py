@@ -30,7 +30,7 @@ from dsmip.training.batches import CachedSource, Step
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import stage_two_split, start_whole, train_whole
 from dsmip.training.trainer import train
-from dsmip.training.validation import CachedValidation, SplitFeatures
+from dsmip.training.validation.validation import CachedValidation, SplitFeatures
 
 _SPLITS = ("train", "validation", KB)
 _TOLERANCE = 1e-3  # of losses: a text's batch decides its padding, and so the last bits of its features; a GPU adds

@@ -184,7 +184,7 @@ class Dataset:
         holding._held = {**self._held, split: []}
         return holding
 
-    def mentions(self, split: str, rows: range | None = None) -> Iterator[Mention]:
+    def mentions(self, split: str, rows: Sequence[int] | None = None) -> Iterator[Mention]:
         """Mentions of a split in shard order; `rows` (ascending) picks some of them by position.
 
         Raises:
@@ -207,7 +207,7 @@ class Dataset:
             yield from self._read_mentions(split, only=_TEXT_FIELDS)
 
     def _read_mentions(
-        self, split: str, rows: range | None = None, only: Container[str] | None = None
+        self, split: str, rows: Sequence[int] | None = None, only: Container[str] | None = None
     ) -> Iterator[Mention]:
         """Mentions from the shards.
 
@@ -216,10 +216,10 @@ class Dataset:
         """
         start = 0
         num_mentions = self.num_mentions(split)
-        rows = range(num_mentions) if rows is None else rows
+        chosen = range(num_mentions) if rows is None else rows if isinstance(rows, range) else set(rows)
         wanted = []
         for shard, samples in self.samples_of(split):
-            inside = [samples[row - start] for row in range(start, start + len(samples)) if row in rows]
+            inside = [samples[row - start] for row in range(start, start + len(samples)) if row in chosen]
             if inside:
                 wanted.append((shard, inside))
             start += len(samples)

@@ -21,7 +21,15 @@ from torch.nn import functional as F
 from dsmip.encoders.architecture import Architecture, resolve_architecture
 from dsmip.encoders.networks import build_network
 from dsmip.encoders.tower_weights import load_towers
-from dsmip.encoders.towers.base import TextTower, TokenFeatures, Tower, VisionTower, at_least_float32
+from dsmip.encoders.towers.base import (
+    TextTower,
+    TokenFeatures,
+    Tower,
+    TrunkFeatures,
+    TrunkKeeper,
+    VisionTower,
+    at_least_float32,
+)
 from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.encoders.towers.select import text_tower, vision_tower
 from dsmip.encoders.weights import check_weights, described, load_weights, locate_weights, read_weights
@@ -59,10 +67,12 @@ class Backbone(nn.Module):
         text: Its text tower.
         vision: Its vision tower.
         embed_width: d_z.
+        keeper: What is asked for what a trunk that does not train says; None: trunks always run.
         keeps_statistics: Those of batch norms stay as they are while it trains: they came with its weights, and every
             worker would have its own.
     """
 
+    keeper: TrunkKeeper | None = None
     keeps_statistics: bool = False
     mean: Tensor
     std: Tensor
@@ -180,7 +190,11 @@ class Backbone(nn.Module):
         if not len(token_ids):  # of a worker's empty share; libraries' layers take no empty batch
             one = token_ids.new_zeros(1, token_ids.shape[1])
             return self.text.encode(one, torch.ones_like(one, dtype=torch.bool), own, hide_padding=hide_padding).none()
-        return self.text.encode(token_ids, mask, own, hide_padding=hide_padding)
+
+        def trunk() -> TrunkFeatures:
+            return self.text.trunk(token_ids, mask, own, hide_padding=hide_padding)
+
+        return self.text.project(self._said(self.text, prompts, trunk))
 
     def encode_padded_text(
         self, token_ids: Tensor, mask: Tensor, length: int, prompts: InteractivePrompts | None = None
@@ -209,7 +223,14 @@ class Backbone(nn.Module):
         own = _per_layer(self.vision, prompts, InteractivePrompts.image_prompts)
         if not len(pixels):
             return self.vision.encode(pixels.new_zeros(1, *pixels.shape[1:]), own).none()
-        return self.vision.encode(pixels, own)
+        return self.vision.project(self._said(self.vision, prompts, lambda: self.vision.trunk(pixels, own)))
+
+    def _said(
+        self, tower: Tower, prompts: InteractivePrompts | None, trunk: Callable[[], TrunkFeatures]
+    ) -> TrunkFeatures:
+        """What a trunk says, from the keeper where nothing of it trains."""
+        trains = tower.trunk_trains or (prompts is not None and any(p.requires_grad for p in prompts.parameters()))
+        return trunk() if trains or self.keeper is None else self.keeper(tower.name, trunk)
 
     def normalise(self, images: Tensor, has_image: Tensor) -> Tensor:
         """float32 [N, 3, S, S] from uint8 [N, 3, S, S]: the backbone's pixel statistics; zeros where no picture is.
@@ -219,6 +240,8 @@ class Backbone(nn.Module):
         """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"pictures {tuple(images.shape)}, expected [N, 3, {self.image_size}, {self.image_size}]")
+        if self.keeper is not None and self.keeper.has_no_images:
+            return self.mean.new_full((), torch.nan).expand(images.shape)
         pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         return pixels.masked_fill(~has_image[:, None, None, None], 0.0)
 

@@ -24,12 +24,13 @@ from dsmip.encoders.feature_keys import content_key, content_of, feature_key
 from dsmip.encoders.shared_tables.places import address_of, open_address
 from dsmip.encoders.shared_tables.tables import Origin, Say, SharedTables
 from dsmip.messages import on_stderr
-from dsmip.parallel import map_alone
+from dsmip.parallel import map_ahead, map_alone
 from dsmip.progress import CountRows
 from dsmip.storage.locations import Location, open_run_storage
 
 Item = TypeVar("Item")
 BATCH_SIZE = 256  # rows that an encoder takes at once
+_LEAST_READERS, _MOST_READERS = 2, 8
 
 
 def chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -228,11 +229,24 @@ def _encoded(
     return map_alone(lambda batch: (encode(batch.to(device)), batch.has_image), batches, device)
 
 
-def item_batches(split: str, dataset: Dataset, collator: Collator, rows: range | None = None) -> Iterator[ItemBatch]:
-    """A split's mentions in shard order, or (split "kb") entities of `rows` or all, in batches of `BATCH_SIZE`."""
+def item_batches(
+    split: str, dataset: Dataset, collator: Collator, rows: Sequence[int] | None = None
+) -> Iterator[ItemBatch]:
+    """A split's mentions in shard order, or (split "kb") entities in row order, in batches of `BATCH_SIZE`.
+
+    They are read, decoded and tokenized ahead of the reader, by several threads.
+
+    Args:
+        rows: Those of the split or kb that are wanted, ascending; None: all.
+    """
     if split == KB:
-        return (collator.entities(chunk) for chunk in chunked(dataset.entities(rows), BATCH_SIZE))
-    return (collator.mentions(chunk) for chunk in chunked(dataset.mentions(split), BATCH_SIZE))
+        return map_ahead(collator.entities, chunked(dataset.entities(rows), BATCH_SIZE), num_readers())
+    return map_ahead(collator.mentions, chunked(dataset.mentions(split, rows), BATCH_SIZE), num_readers())
+
+
+def num_readers() -> int:
+    """Threads that decode and tokenize while an encoder is at work."""
+    return min(max(torch.get_num_threads(), _LEAST_READERS), _MOST_READERS)
 
 
 def load_features(files: Iterable[Path], kept: Sequence[int] | None = None) -> Table:

@@ -5,24 +5,24 @@ Prepared in a matrix product with others, equal rows differ in their last bits f
 should tie would be ranked by rounding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
-from dsmip.data.collate import Collator
+from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import KB
-from dsmip.data.table import Column, Ragged, Repeated, Table, concatenate
-from dsmip.encoders.feature_cache import BATCH_SIZE, item_batches, whole_features
+from dsmip.data.table import Column, Ragged, Repeated, Rows, Table, concatenate
+from dsmip.encoders.feature_cache import BATCH_SIZE, whole_features
 from dsmip.parallel import map_alone
 from dsmip.progress import CountRows, Progress, no_progress
 from dsmip.runs.part_features import PartFeatures, rows_of
 from dsmip.units.matcher import Matcher
 
 HAS_IMAGE = "has_image"
-_TILE = 512  # rows; two batches of the encoders
+TILE = 512  # rows; two batches of the encoders
 
 
 @torch.no_grad()
@@ -35,23 +35,24 @@ def prepare_in_tiles(matcher: Matcher, features: Table, side: str, device: torch
 
 
 @torch.no_grad()
-def prepare_split(
+def prepare_batches(
+    batches: Iterable[ItemBatch],
     split: str,
     matcher: Matcher,
-    dataset: Dataset,
-    collator: Collator,
     device: torch.device,
-    rows: range | None = None,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Table:
-    """Encodes and prepares a split (or `rows` of the kb) batch by batch: features are never held as a whole."""
+    """Encodes and prepares batches (at least one) of a split's mentions, or of entities (split "kb").
+
+    Features are never held as a whole.
+    """
     if split == KB:
         encode, prepare = matcher.encode_entities, matcher.prepare_entities
     else:
         encode, prepare = matcher.encode_mentions, matcher.prepare_mentions
     matcher.eval()
     prepared = []
-    for batch in item_batches(split, dataset, collator, rows):
+    for batch in batches:
         prepared.append(prepare(encode(batch.to(device))))
         after_batch()
     return concatenate(prepared)
@@ -71,16 +72,16 @@ def with_has_image(kb: Table, dataset: Dataset) -> Table:
 
 
 @torch.no_grad()
-def prepare_entities(matcher: Matcher, kb: Table, rows: range, device: torch.device) -> Table:
+def prepare_entities(matcher: Matcher, kb: Table, rows: Sequence[int], device: torch.device) -> Table:
     """`prepare_in_tiles` of some rows of the kb's features, with `sharing_image`.
 
     Args:
         matcher: on the device.
         kb: features `with_has_image`.
-        rows: of the kb.
+        rows: of the kb, at least one.
         device: where they are prepared.
     """
-    prepared = prepare_in_tiles(matcher, kb.rows(slice(rows.start, rows.stop)), "entities", device)
+    prepared = prepare_in_tiles(matcher, kb.rows(_indices(rows)), "entities", device)
     lacking_E = ~kb.dense(HAS_IMAGE)
 
     def alone(row: int) -> Table:
@@ -90,7 +91,7 @@ def prepare_entities(matcher: Matcher, kb: Table, rows: range, device: torch.dev
 
 
 def sharing_image(
-    matcher: Matcher, prepared: Table, rows: range, lacking_E: Tensor, alone: Callable[[int], Table]
+    matcher: Matcher, prepared: Table, rows: Sequence[int], lacking_E: Tensor, alone: Callable[[int], Table]
 ) -> Table:
     """Prepared entities of which all without a picture share one row of what depends on the picture alone.
 
@@ -103,7 +104,7 @@ def sharing_image(
         lacking_E: bool [E], which entities of the kb have no picture.
         alone: prepares one kb row in a call of its own; asked only where the row is needed.
     """
-    columns, lacking_N = matcher.image_columns(prepared), lacking_E[rows.start : rows.stop]
+    columns, lacking_N = matcher.image_columns(prepared), lacking_E[_indices(rows)]
     if not (columns and bool(lacking_N.any())):
         return prepared
     alike = alone(int(lacking_E.nonzero()[0]))
@@ -120,6 +121,11 @@ def sharing_image(
             values = torch.cat([prepared.dense(name)[~lacking_N], alike.dense(name)])
             shared[name] = Repeated(values, index_N)
     return prepared.merged(Table(shared))
+
+
+def _indices(rows: Sequence[int]) -> Rows:
+    """A slice where rows are a range: nothing is copied."""
+    return slice(rows.start, rows.stop) if isinstance(rows, range) else torch.tensor(rows, dtype=torch.int64)
 
 
 class Preparer:
@@ -180,7 +186,7 @@ class Preparer:
 
         tiles = []
         for table in map_alone(
-            prepare, [rows[start : start + _TILE] for start in range(0, len(rows), _TILE)], self._device
+            prepare, [rows[start : start + TILE] for start in range(0, len(rows), TILE)], self._device
         ):
             tiles.append(table)
             count_rows(len(table))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsmip.data.table import Table
-from dsmip.distributed import max_over_workers, sum_over_workers
+from dsmip.distributed import max_over_workers, sum_over_workers, world_size
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranks import Choices, Cost, NotRankable, Ranking, check_golds
 from dsmip.evaluation.refinement import PairScorer, Refiner, Unrefined, sample_errors
@@ -159,13 +159,13 @@ def rank_unrefined(
 ) -> Ranking:
     """Ranks by the scores' own precision, off by at most the number of pairs within a band of the gold (`Unrefined`).
 
-    With a process group every worker passes all mentions and the index of its own slice of the kb; counts are added up,
-    and `top_k` must be 0. Arguments and errors are those of `rank`; a gold must be in some worker's index.
+    With a process group every worker passes all mentions and the index of its own slice of the kb, or an empty one;
+    counts are summed, and `top_k` must be 0. Arguments and errors are those of `rank`; a gold must be in some index.
     """
     # workers must all have the same tiles, though their slices differ by an entity
     tiles, pairs = _opened(model, device, tile_size or default_tiles(device, 0), notice, after_tile)
-    sample = sample_errors(pairs, tiles.score, tiles.gold_column_M, _SAMPLE_MENTIONS)
-    band = max_over_workers(sample.band, device)
+    own = sample_errors(pairs, tiles.score, tiles.gold_column_M, _SAMPLE_MENTIONS).band if len(model.index) else 0.0
+    band = max_over_workers(own, device)
     columns = tiles.rank(top_k, len(model.choices), band)
     unrefined = Unrefined(band, columns["close"])
     return _ranking(columns, model.index.first_row, Cost(columns.get("token_pairs"), unrefined=unrefined))
@@ -180,7 +180,7 @@ def _opened(
 ) -> tuple["Tiles", PairScorer]:
     """What scores tiles, and what scores single pairs exactly."""
     matcher, mentions, index = model.matcher, model.mentions, model.index
-    if not (len(mentions) and len(index)):
+    if not len(mentions) or not (len(index) or world_size() > 1):
         raise ValueError(f"{len(mentions)} mentions against {len(index)} entities: nothing to rank")
     matcher.eval()
     index = placed(index, device, notice)
@@ -263,8 +263,8 @@ class Tiles:
         scores_ME, chosen_ME, counted = self.score_all(start)
         gold_column_M = self.gold_column_M[start : start + len(scores_ME)].to(self.device)
         here_M = (gold_column_M >= 0) & (gold_column_M < num_entities)
-        column_M = gold_column_M.clamp(0, num_entities - 1)
-        own_M = scores_ME.gather(1, column_M[:, None])[:, 0]
+        column_M = gold_column_M.clamp(0, max(num_entities - 1, 0))
+        own_M = scores_ME.gather(1, column_M[:, None])[:, 0] if num_entities else scores_ME.new_zeros(len(scores_ME))
         if isinstance(close, Refiner):
             scores_ME, gold_M = close.refine(scores_ME, start, own_M.where(here_M, torch.nan), top_k)
         else:
@@ -297,7 +297,7 @@ class Tiles:
     def score_all(self, start: int) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Scores [M, E], choices [M, E] or None, and columns of counts (`_counted`) of one tile of mentions."""
         mentions = self.mentions.take(slice(start, start + self.size.mentions)).to(self.device)
-        totals, choices, counts, first = [], [], [], 0
+        totals, choices, counts, first = [torch.zeros(len(mentions), 0, device=self.device)], [], [], 0
         for entities in self.index.tiles(self.size.entities):
             for scores in self._score_fitting(mentions, entities):
                 _refuse_broken(scores, start, self.index.first_row + first)
@@ -306,7 +306,8 @@ class Tiles:
                 if scores.chosen_ME is not None:
                     choices.append(scores.chosen_ME.to(torch.int8))
                 counts.append(_counted(scores))
-        counted = {name: torch.stack([each[name] for each in counts]).sum(dim=0) for name in counts[0]}
+        names = counts[0] if counts else ()  # none of a worker's empty slice
+        counted = {name: torch.stack([each[name] for each in counts]).sum(dim=0) for name in names}
         return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, counted
 
     def _score_fitting(self, mentions: Table, entities: Table) -> Iterator[Scores]:

@@ -12,7 +12,12 @@ from dsmip.reporting.evaluations import EvaluatedRun
 from dsmip.runs.loaded_model import PART
 from dsmip.storage.parsing import read_json
 
-_CURVES = {"loss": "loss", "mrr": "validation MRR", "log_likelihood": "validation log-likelihood"}
+_CURVES = {
+    "loss": "loss",
+    "mrr": "validation MRR",
+    "subset_mrr": "validation MRR over a part of the knowledge base",
+    "log_likelihood": "validation log-likelihood",
+}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from dsmip.ops.ranking import Counts
 from dsmip.runs.run import Run
 from dsmip.runs.weights import save_weights
 from dsmip.training.loop import Context
-from dsmip.training.validation import EncodingValidation, alike_groups
+from dsmip.training.validation.hard_negatives import alike_groups
+from dsmip.training.validation.validation import EncodingValidation
 from dsmip.units.matcher import Matcher
 
 

@@ -4,13 +4,10 @@ Both are pure functions of (seed, epoch, step), split over workers by sample, wi
 The union of the workers' shares does not depend on how many they are: mentions, random entities and augmentation.
 """
 
-import queue
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +22,8 @@ from dsmip.data.table import Table
 from dsmip.data.text import Tokenizer
 from dsmip.ops import augmentation
 from dsmip.ops.augmentation import Draws
+from dsmip.parallel import read_ahead
 
-Item = TypeVar("Item")
 Items = ItemBatch | Table
 _READ_AHEAD = 4
 _DRAWS = 1 << 32
@@ -236,36 +233,3 @@ def _strength(config: AugmentConfig) -> augmentation.ImageAugmentation:
         erase=config.erase,
         padding=config.padding,
     )
-
-
-def read_ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
-    """The same items, made up to `depth` ahead by a thread; its exception is raised here."""
-    ready: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(value: tuple[Item] | BaseException | None) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(value, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put((item,)):
-                    return
-            put(None)
-        except BaseException as error:  # handed over to the reader
-            put(error)
-
-    threading.Thread(target=produce, daemon=True).start()
-    try:
-        while (value := ready.get()) is not None:
-            if isinstance(value, BaseException):
-                raise value
-            yield value[0]
-    finally:
-        stop.set()

@@ -25,7 +25,8 @@ from dsmip.encoders.architecture import Architecture, build_tokenizer
 from dsmip.encoders.clip import Backbone, TowerName
 from dsmip.errors import UserError
 from dsmip.ops.augmentation import Draws
-from dsmip.training.batches import augmented, read_ahead
+from dsmip.parallel import read_ahead
+from dsmip.training.batches import augmented
 from dsmip.training.loop import BatchSums, Context, Loop, Objective, Scale
 from dsmip.training.optimizer import build_optimizer, learning_rate_factor
 

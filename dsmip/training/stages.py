@@ -19,7 +19,9 @@ from dsmip.training.batches import CachedSource, StreamSource, is_held_out
 from dsmip.training.fusion.fit import fit_gate
 from dsmip.training.loop import Context
 from dsmip.training.trainer import MinedSource, TrainResult, train
-from dsmip.training.validation import CachedValidation, EncodingValidation, SplitFeatures, Validation, alike_groups
+from dsmip.training.validation.hard_negatives import alike_groups
+from dsmip.training.validation.subset import validation_between
+from dsmip.training.validation.validation import CachedValidation, EncodingValidation, SplitFeatures, Validation
 from dsmip.units.fusion.matcher import FusedMatcher
 from dsmip.units.matcher import Matcher
 
@@ -48,6 +50,7 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
             compile_towers(matcher)
         source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)
         validate = EncodingValidation(run.dataset, run.collator(part), context)
+        validate.keeps_trunks = config.epochs > 1  # else there is one validation
         golds = gold_rows(run.dataset, "train")
     else:
         features, kb = (run_features(run, part, split, matcher, context) for split in ("validation", KB))
@@ -64,7 +67,9 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
     else:
         steps = run.config.part(part).checkpoint_steps
         mine = _miner(validate, golds, run.dataset, config)
-        result = train(matcher, source, config, context, validate, mine, seed=run.config.seed, checkpoint_steps=steps)
+        between = validation_between(validate, config.validate_entities, run.config.seed)
+        seed = run.config.seed
+        result = train(matcher, source, config, context, validate, mine, between, seed=seed, checkpoint_steps=steps)
     if distributed.rank() == 0:
         run.save_part(part, matcher, {"best": result.best, "history": result.history})
     return result
@@ -134,7 +139,8 @@ def train_whole(
     source = CachedSource(train_split.mentions, kb, train_split.gold_row_M, config, seed)
     validate = CachedValidation(validation, kb, context, train_split.mentions)
     mine = _miner(validate, train_split.gold_row_M, dataset, config)
-    return train(matcher, source, config, context, validate, mine, seed=seed, stop_epoch=stop_epoch)
+    between = validation_between(validate, config.validate_entities, seed)
+    return train(matcher, source, config, context, validate, mine, between, seed=seed, stop_epoch=stop_epoch)
 
 
 def _miner(

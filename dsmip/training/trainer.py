@@ -49,6 +49,7 @@ def train(
     context: Context,
     validate: Callable[[Trained], Mapping[str, float]],
     mine: Callable[[Trained], Tensor] | None = None,
+    validate_between: Callable[[Trained], Mapping[str, float]] | None = None,
     *,
     objective: Objective | None = None,
     seed: int,
@@ -65,6 +66,8 @@ def train(
         objective: What is minimised; None: the part is a matcher, and its own loss is.
         mine: Finds hard negatives (kb rows int64 [N, k] of the source's mentions) after every `hard_negatives_every`
             epochs; until the first time there are none.
+        validate_between: As `validate`, of epochs that are not validated otherwise; without the key `best_by` they
+            are never the best.
         stop_epoch: Pause there (a rung of successive halving); the schedule still spans `config.epochs`.
         checkpoint_steps: Save after so many steps, besides after each epoch.
         best_by: The validation's metric that tells the best epoch; higher is better.
@@ -97,6 +100,8 @@ def train(
         metrics = state.end_epoch()
         if state.epoch % config.validate_every == 0 or state.epoch == last:
             metrics |= validate(part)
+        elif validate_between is not None:
+            metrics |= validate_between(part)
         if mine is not None and state.epoch % config.hard_negatives_every == 0 and state.epoch < config.epochs:
             state.hard_row_NK = mine(part)
         state.history.append(metrics)

@@ -14,7 +14,7 @@ from dsmip.storage.atomic import write_masked_json
 from dsmip.storage.locations import Location, open_run_storage
 from ray_jobs.terminal.lines import result_console, say
 
-_SHOWN = ("loss", "mrr", "hits_at_1", "samples_per_second", "data_wait_share")
+_SHOWN = ("loss", "mrr", "hits_at_1", "subset_mrr", "samples_per_second", "data_wait_share")
 
 
 def show_status(

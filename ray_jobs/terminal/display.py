@@ -13,7 +13,7 @@ from rich.text import Text
 from dsmip.messages import shown
 from ray_jobs.terminal.lines import progress_console, result_console
 
-_FIGURES = ("loss", "mrr", "hits@1", "accuracy")  # of an epoch, beside its bar
+_FIGURES = ("loss", "mrr", "hits@1", "subset_mrr", "accuracy")  # of an epoch, beside its bar
 _PLAIN_LINE_SECONDS = 30.0
 
 

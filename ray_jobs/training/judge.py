@@ -18,7 +18,7 @@ from dsmip.runs.run import Run
 from dsmip.runs.weights import load_own_weights
 from dsmip.training.fusion.figures import validation_figures
 from dsmip.training.stages import stage_two_split
-from dsmip.training.validation import SplitFeatures
+from dsmip.training.validation.validation import SplitFeatures
 from dsmip.units.fusion.matcher import FusedMatcher
 from ray_jobs.cluster.tasks import start_share
 from ray_jobs.cluster.workers import worker_device

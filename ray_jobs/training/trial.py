@@ -31,7 +31,7 @@ from dsmip.training.local_context import LocalContext
 from dsmip.training.monitor import StepFigures
 from dsmip.training.stages import stage_two_split, start_whole, train_whole
 from dsmip.training.trackers import SEND_SECONDS, Watched
-from dsmip.training.validation import SplitFeatures
+from dsmip.training.validation.validation import SplitFeatures
 from ray_jobs.cluster.events import StepEvents
 from ray_jobs.cluster.failures import failure_of, traced
 from ray_jobs.cluster.tasks import start_share

@@ -19,10 +19,11 @@ from dsmip.encoders.feature_cache import (
     chunked,
     encode_rows,
     encode_split,
+    item_batches,
     whole_features,
 )
 from dsmip.encoders.feature_keys import fingerprint
-from dsmip.evaluation.preparation import prepare_split
+from dsmip.evaluation.preparation import prepare_batches
 from dsmip.runs.run import Run
 from dsmip.units.matcher import Matcher
 from tests.support.encoders.counting import CountingEncoder, patches
@@ -110,7 +111,7 @@ def test_preparing_in_one_go_equals_preparing_features(run: Run) -> None:
         ("validation", None, expert.prepare_mentions, slice(None)),
     ]
     for split, rows, prepare, part in pairs:
-        found = prepare_split(split, expert, run.dataset, collator, CPU, rows)
+        found = prepare_batches(item_batches(split, run.dataset, collator, rows), split, expert, CPU)
         with torch.no_grad():
             expected = prepare(encoded(run, split, expert, collator).rows(part))
         assert found.columns.keys() == expected.columns.keys()

@@ -1,7 +1,5 @@
 """Where batches come from: the same for every reader, divided over workers, made ahead by a thread that ends."""
 
-import itertools
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from dsmip.data.table import Table
 from dsmip.data.text import ClipTokenizer
 from dsmip.ops.augmentation import Draws
 from dsmip.runs.run import Run
-from dsmip.training.batches import CachedSource, Step, StreamSource, augmented, read_ahead
+from dsmip.training.batches import CachedSource, Step, StreamSource, augmented
 
 Pretend = Callable[[int, int], None]
 
@@ -214,43 +212,6 @@ def test_dropped_pictures_are_missing_pictures() -> None:
     result = augmented(items(40), AugmentConfig(drop_pictures=0.5), draws, TOKENIZER, 8)
     assert 8 < int(result.has_image.sum()) < 32
     assert torch.equal(result.images.flatten(1).any(dim=1), result.has_image)
-
-
-def test_read_ahead_keeps_order() -> None:
-    assert list(read_ahead(iter(range(50)), 3)) == list(range(50))
-    assert list(read_ahead(iter([None, 1]), 1)) == [None, 1]
-
-
-def test_read_ahead_passes_an_exception_on_in_its_place() -> None:
-    def broken() -> Iterator[int]:
-        yield 1
-        raise ValueError("shard 7 is damaged")
-
-    reader = read_ahead(broken(), 4)
-    assert next(reader) == 1
-    with pytest.raises(ValueError, match="shard 7"):
-        next(reader)
-
-
-def test_read_ahead_makes_a_bounded_number_and_stops_its_thread() -> None:
-    """A training that ends in the middle of an epoch leaves nothing behind."""
-    made: list[int] = []
-    thread: list[threading.Thread] = []
-
-    def endless() -> Iterator[int]:
-        thread.append(threading.current_thread())
-        for number in itertools.count():
-            made.append(number)
-            yield number
-
-    reader = read_ahead(endless(), 3)
-    assert [next(reader) for _ in range(2)] == [0, 1]
-    assert isinstance(reader, Iterator)
-    reader.close()  # type: ignore[attr-defined]
-    thread[0].join(timeout=30)
-    assert not thread[0].is_alive()
-    assert thread[0] is not threading.current_thread()
-    assert len(made) <= 2 + 3 + 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

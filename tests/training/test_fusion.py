@@ -16,7 +16,7 @@ from dsmip.runs.load_config import changed, parse_config
 from dsmip.training.fusion.figures import validation_figures
 from dsmip.training.fusion.fit import LOG_LIKELIHOOD, fit_gate
 from dsmip.training.local_context import LocalContext
-from dsmip.training.validation import SplitFeatures
+from dsmip.training.validation.validation import SplitFeatures
 from dsmip.units.fusion.matcher import FusedMatcher
 from dsmip.units.gate import PRESETS
 from tests.support.scoring.matchers import CPU

@@ -10,7 +10,7 @@ from torch import Tensor
 from dsmip import distributed
 from dsmip.data.dataset import Dataset
 from dsmip.evaluation.index import EntityIndex
-from dsmip.training.validation import alike_groups, best_entities
+from dsmip.training.validation.hard_negatives import alike_groups, best_entities
 from tests.support.scoring.matchers import CPU, TableMatcher, numbered
 from tests.support.training.workers import run_workers
 

@@ -197,6 +197,17 @@ def test_validation_every_second_epoch(tmp_path: Path) -> None:
     assert result.best_epoch == 1
 
 
+def test_validations_between_choose_no_epoch_and_end_no_training(tmp_path: Path) -> None:
+    """Their figures have other names: the best of them is passed over, and patience waits for a full validation."""
+    config = TrainConfig(**{**SETTINGS, "epochs": 7}, validate_every=3, patience=3)
+    between = iter([0.9, 0.1, 0.8, 0.2, 0.7])
+    options = {"validate_between": lambda matcher: {"subset_mrr": next(between)}}
+    _, result = run(config, LocalContext(tmp_path), [0.3, 0.2, 0.1], **options)
+    assert [epoch.get("mrr") for epoch in result.history] == [None, None, 0.3, None, None, 0.2]
+    assert [epoch.get("subset_mrr") for epoch in result.history] == [0.9, 0.1, None, 0.8, 0.2, None]
+    assert result.best_epoch == 2
+
+
 def test_the_loss_of_an_epoch_is_the_mean_over_mentions(tmp_path: Path) -> None:
     """Batches of 3, 3 and 2 mentions that all cost the same per mention: log of the number of columns."""
 

@@ -8,7 +8,7 @@ from typing import ClassVar, NoReturn
 
 from torch import Tensor, nn
 
-from dsmip.encoders.towers.base import TextTower, VisionTower
+from dsmip.encoders.towers.base import TextTower, TrunkFeatures, VisionTower
 
 
 class AbsentText(TextTower):
@@ -31,7 +31,7 @@ class AbsentText(TextTower):
     def embedding(self) -> nn.Module:
         raise RuntimeError("this backbone has no text tower")
 
-    def encode(
+    def trunk(
         self, token_ids: Tensor, mask: Tensor, prompts: Sequence[Tensor], *, hide_padding: bool = False
     ) -> NoReturn:
         """There is nothing to give.
@@ -39,6 +39,10 @@ class AbsentText(TextTower):
         Raises:
             RuntimeError: Always.
         """
+        raise RuntimeError("this backbone has no text tower")
+
+    def project(self, features: TrunkFeatures) -> NoReturn:
+        """As `trunk`."""
         raise RuntimeError("this backbone has no text tower")
 
 
@@ -58,10 +62,14 @@ class AbsentVision(VisionTower):
     def parameters(self) -> list[nn.Parameter]:
         return []
 
-    def encode(self, pixels: Tensor, prompts: Sequence[Tensor]) -> NoReturn:
+    def trunk(self, pixels: Tensor, prompts: Sequence[Tensor]) -> NoReturn:
         """There is nothing to give.
 
         Raises:
             RuntimeError: Always.
         """
+        raise RuntimeError("this backbone has no vision tower")
+
+    def project(self, features: TrunkFeatures) -> NoReturn:
+        """As `trunk`."""
         raise RuntimeError("this backbone has no vision tower")

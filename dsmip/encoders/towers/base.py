@@ -5,9 +5,9 @@ vision width, d_z projection width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,39 @@ class TokenFeatures:
         return TokenFeatures(self.pooled[:0], self.tokens[:0], self.mask[:0])
 
 
+@dataclass(frozen=True, slots=True)
+class TrunkFeatures:
+    """What a tower says of N texts or pictures before its projection.
+
+    Attributes:
+        unprojected: [N, ...], what the projection takes.
+        tokens: [N, T, width] of the last layer.
+        mask: bool [N, T], as in `TokenFeatures`; None: every token is real.
+    """
+
+    unprojected: Tensor
+    tokens: Tensor
+    mask: Tensor | None = None
+
+
+class TrunkKeeper(Protocol):
+    """What knows what trunks that do not train say of a batch (`dsmip.training.validation.kept_trunks`).
+
+    Attributes:
+        has_no_images: The batch was made without its pictures: what vision trunks say of them is kept.
+    """
+
+    has_no_images: bool
+
+    def __call__(self, tower: str, trunk: Callable[[], TrunkFeatures]) -> TrunkFeatures:
+        """What is kept of a tower's trunk, or what it says now.
+
+        Args:
+            tower: Its name.
+            trunk: Runs it.
+        """
+
+
 class Tower(ABC):
     """One side of a network. It owns no weights: it knows where they are in the network, and in which order they run.
 
@@ -66,6 +99,16 @@ class Tower(ABC):
     def parameters(self) -> list[nn.Parameter]:
         """All of its own, the projection too."""
 
+    @property
+    def trunk_trains(self) -> bool:
+        """Whether a parameter besides the projection's does."""
+        projection = {id(parameter) for parameter in self.projection}
+        return any(each.requires_grad for each in self.parameters if id(each) not in projection)
+
+    @abstractmethod
+    def project(self, features: TrunkFeatures) -> TokenFeatures:
+        """What the projection makes of the trunk's features."""
+
     def prompt_fault(self, depth: int) -> str | None:
         """Why prompts in so many layers have no place in it."""
         if depth and self.no_prompts:
@@ -90,11 +133,17 @@ class TextTower(Tower):
     reads_padding: bool = False
     is_causal: bool = False
 
-    @abstractmethod
     def encode(
         self, token_ids: Tensor, mask: Tensor, prompts: Sequence[Tensor], *, hide_padding: bool = False
     ) -> TokenFeatures:
-        """Features of texts; prompts stand right after the first token.
+        """`project` of `trunk`."""
+        return self.project(self.trunk(token_ids, mask, prompts, hide_padding=hide_padding))
+
+    @abstractmethod
+    def trunk(
+        self, token_ids: Tensor, mask: Tensor, prompts: Sequence[Tensor], *, hide_padding: bool = False
+    ) -> TrunkFeatures:
+        """Features of texts before the projection; prompts stand right after the first token.
 
         Args:
             token_ids: int64 [N, L], padding as the network's tokenizer writes it.
@@ -136,9 +185,13 @@ class VisionTower(Tower):
     name = "vision"
     image_size: int
 
-    @abstractmethod
     def encode(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TokenFeatures:
-        """Features of pictures; prompts stand after all other tokens.
+        """`project` of `trunk`."""
+        return self.project(self.trunk(pixels, prompts))
+
+    @abstractmethod
+    def trunk(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TrunkFeatures:
+        """Features of pictures before the projection; prompts stand after all other tokens.
 
         Args:
             pixels: float [N, 3, S, S], normalised.

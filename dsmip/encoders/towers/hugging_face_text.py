@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsmip.encoders.towers.base import TextTower, TokenFeatures, inserted, mask_with_prompts, replaced
+from dsmip.encoders.towers.base import TextTower, TokenFeatures, TrunkFeatures, inserted, mask_with_prompts, replaced
 
 _LAYERS = ("layer", "layers", "block")  # of an encoder, in the library's families
 
@@ -39,10 +39,10 @@ class HuggingFaceText(TextTower):
     def parameters(self) -> list[nn.Parameter]:
         return list(self._text.parameters())
 
-    def encode(
+    def trunk(
         self, token_ids: Tensor, mask: Tensor, prompts: Sequence[Tensor], *, hide_padding: bool = False
-    ) -> TokenFeatures:
-        """See `TextTower.encode`.
+    ) -> TrunkFeatures:
+        """See `TextTower.trunk`.
 
         Raises:
             ValueError: As `check_length`.
@@ -56,8 +56,11 @@ class HuggingFaceText(TextTower):
             x = inserted(self.embedding(token_ids), prompts[0], 1)
             with _deeper_prompts(self.layers, prompts):
                 found = self._text.transformer(inputs_embeds=x, attention_mask=mask.long())
-        pooled = self._text.proj(self._text.pooler(found, mask.long()))
-        return TokenFeatures.of(pooled, found.last_hidden_state, mask)
+        return TrunkFeatures(self._text.pooler(found, mask.long()), found.last_hidden_state, mask)
+
+    def project(self, features: TrunkFeatures) -> TokenFeatures:
+        """See `Tower.project`."""
+        return TokenFeatures.of(self._text.proj(features.unprojected), features.tokens, features.mask)
 
 
 def _encoder_layers(transformer: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmip.encoders.towers.base import TextTower, TokenFeatures, inserted, mask_with_prompts, replaced
+from dsmip.encoders.towers.base import TextTower, TokenFeatures, TrunkFeatures, inserted, mask_with_prompts, replaced
 
 
 class OpenClipText(TextTower):
@@ -48,10 +48,10 @@ class OpenClipText(TextTower):
         own = [text.positional_embedding, *([] if self._class_token is None else [self._class_token])]
         return [*own, *inner, *self.projection]
 
-    def encode(
+    def trunk(
         self, token_ids: Tensor, mask: Tensor, prompts: Sequence[Tensor], *, hide_padding: bool = False
-    ) -> TokenFeatures:
-        """See `TextTower.encode`.
+    ) -> TrunkFeatures:
+        """See `TextTower.trunk`.
 
         Raises:
             ValueError: As `check_length`.
@@ -70,9 +70,13 @@ class OpenClipText(TextTower):
                 x = replaced(x, prompts[layer], 1)
             x = block(x, attn_mask=attn_mask)
         if self._class_token is not None:
-            return TokenFeatures.of(self._projected(text.ln_final(x[:, -1])), x[:, :-1], mask)
+            return TrunkFeatures(text.ln_final(x[:, -1]), x[:, :-1], mask)
         x = text.ln_final(x)
-        return TokenFeatures.of(self._projected(self._pooled(x, mask)), x, mask)
+        return TrunkFeatures(self._pooled(x, mask), x, mask)
+
+    def project(self, features: TrunkFeatures) -> TokenFeatures:
+        """See `Tower.project`."""
+        return TokenFeatures.of(self._projected(features.unprojected), features.tokens, features.mask)
 
     def _attention_mask(self, mask: Tensor, x: Tensor, hide_padding: bool) -> Tensor | None:
         """Additive: [T, T], or with hidden padding [N * heads, T, T]; None: all places see one another."""

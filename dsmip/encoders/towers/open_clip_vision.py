@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsmip.encoders.towers.base import TokenFeatures, VisionTower, inserted, replaced
+from dsmip.encoders.towers.base import TokenFeatures, TrunkFeatures, VisionTower, inserted, replaced
 
 
 class OpenClipVision(VisionTower):
@@ -28,8 +28,8 @@ class OpenClipVision(VisionTower):
     def parameters(self) -> list[nn.Parameter]:
         return list(self._visual.parameters())
 
-    def encode(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TokenFeatures:
-        """See `VisionTower.encode`."""
+    def trunk(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TrunkFeatures:
+        """See `VisionTower.trunk`."""
         visual = self._visual
         x = visual.conv1(pixels).flatten(2).transpose(1, 2)
         x = inserted(x, visual.class_embedding[None], 0) + visual.positional_embedding.to(x.dtype)
@@ -45,7 +45,12 @@ class OpenClipVision(VisionTower):
             pooled = visual.ln_post(x[:, 0])  # a backward pass then keeps one token, not all
         else:
             pooled, _ = visual._pool(x[:, :num_own])
-        return TokenFeatures.of(pooled if visual.proj is None else pooled @ visual.proj, x)
+        return TrunkFeatures(pooled, x)
+
+    def project(self, features: TrunkFeatures) -> TokenFeatures:
+        """See `Tower.project`."""
+        pooled, projection = features.unprojected, self._visual.proj
+        return TokenFeatures.of(pooled if projection is None else pooled @ projection, features.tokens)
 
 
 class ResNetVision(VisionTower):
@@ -66,13 +71,17 @@ class ResNetVision(VisionTower):
     def parameters(self) -> list[nn.Parameter]:
         return list(self._visual.parameters())
 
-    def encode(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TokenFeatures:
-        """See `VisionTower.encode`."""
+    def trunk(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TrunkFeatures:
+        """See `VisionTower.trunk`: the whole map goes to the projection, which is the attention's own."""
         visual = self._visual
         x = visual.stem(pixels)
         for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
             x = stage(x)
-        return TokenFeatures.of(visual.attnpool(x), x.flatten(2).transpose(1, 2))
+        return TrunkFeatures(x, x.flatten(2).transpose(1, 2))
+
+    def project(self, features: TrunkFeatures) -> TokenFeatures:
+        """See `Tower.project`."""
+        return TokenFeatures.of(self._visual.attnpool(features.unprojected), features.tokens)
 
 
 def _side(size: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmip.encoders.towers.base import TokenFeatures, VisionTower, inserted, replaced
+from dsmip.encoders.towers.base import TokenFeatures, TrunkFeatures, VisionTower, inserted, replaced
 
 
 class TimmVision(VisionTower):
@@ -39,8 +39,8 @@ class TimmVision(VisionTower):
     def parameters(self) -> list[nn.Parameter]:
         return list(self._visual.parameters())
 
-    def encode(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TokenFeatures:
-        """See `VisionTower.encode`."""
+    def trunk(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TrunkFeatures:
+        """See `VisionTower.trunk`."""
         trunk = self._visual.trunk
         if prompts:
             with _prompted(self.layers, prompts) as after:
@@ -49,8 +49,11 @@ class TimmVision(VisionTower):
         else:
             features = trunk.forward_features(pixels)
             tokens = _tokens(features, self.width)
-        pooled = self._visual.head(trunk.forward_head(features))
-        return TokenFeatures.of(pooled, tokens)
+        return TrunkFeatures(trunk.forward_head(features), tokens)
+
+    def project(self, features: TrunkFeatures) -> TokenFeatures:
+        """See `Tower.project`."""
+        return TokenFeatures.of(self._visual.head(features.unprojected), features.tokens)
 
 
 def _tokens(features: Tensor, width: int) -> Tensor:

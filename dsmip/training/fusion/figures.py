@@ -10,7 +10,7 @@ from dsmip.evaluation.preparation import prepare_entities
 from dsmip.ops.experts.fusion import mixture_scores, product_scores
 from dsmip.ops.ranking import Counts, count_against
 from dsmip.training.fusion.fit import calibrate, prepared_split
-from dsmip.training.validation import SplitFeatures
+from dsmip.training.validation.validation import SplitFeatures
 from dsmip.units.fusion.matcher import FusedMatcher
 
 

@@ -22,7 +22,7 @@ from dsmip.ops.experts.statistics import Survey
 from dsmip.rank_options import RankOptions
 from dsmip.training.loop import BatchSums, Context, Scale
 from dsmip.training.trainer import PartObjective, TrainResult, train
-from dsmip.training.validation import SplitFeatures
+from dsmip.training.validation.validation import SplitFeatures
 from dsmip.units.fusion.gate import FusionGate
 from dsmip.units.fusion.matcher import FusedMatcher
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.errors import UserError
+from dsmip.training.validation.kept_trunks import KeptBatch
 from tests.support.encoders.tower_kinds import tower_kinds
 
 KINDS = tower_kinds()
@@ -67,6 +68,24 @@ def test_pooled_features_are_the_librarys_own(backbone: Backbone, texts: tuple[T
     assert torch.equal(text.mask, mask)
     assert image.mask.all()
     assert image.tokens.std(dim=1).max() > 1e-3 * image.tokens.abs().max()  # places differ
+
+
+@torch.no_grad()
+def test_kept_trunks_give_the_very_features(backbone: Backbone, texts: tuple[Tensor, Tensor], pixels: Tensor) -> None:
+    """Noted, said again with other texts and pictures, and without a keeper."""
+    noting = KeptBatch(torch.device("cpu"))
+    others = torch.full_like(texts[0], 7), texts[1]
+    try:
+        found = []
+        for keeper, given, seen in ((None, texts, pixels), (noting, texts, pixels), (None, others, 0 * pixels)):
+            backbone.keeper = keeper or (KeptBatch(torch.device("cpu"), noting.noted) if found else None)
+            found.append((backbone.encode_text(*given), backbone.encode_image(seen)))
+    finally:
+        backbone.keeper = None
+    for again in found[1:]:
+        for one, other in zip(found[0], again, strict=True):
+            for name in ("pooled", "tokens", "mask"):
+                assert torch.equal(getattr(one, name), getattr(other, name))
 
 
 @torch.no_grad()
