@@ -6,7 +6,6 @@ A sample is a key without dots and its fields (`json`, `jpg`, `entity.0.jpg` ...
 
 import hashlib
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -99,8 +98,9 @@ def read_samples(
         only: the fields that are read of it (default: all).
     """
     try:
-        yield from _read_samples(stream, wanted, only)
-    except _BadShard as error:
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            yield from _read_samples(archive, wanted, only)
+    except (tarfile.TarError, _BadShard, EOFError) as error:
         raise UserError(f"{address}: the shard is damaged ({error}); prepare the dataset again") from error
 
 
@@ -149,7 +149,6 @@ def _empty_header() -> bytes:
 
 
 _EMPTY_HEADER = _empty_header()
-_END = bytes(tarfile.BLOCKSIZE)
 
 
 class _BadShard(Exception):
@@ -186,49 +185,34 @@ def _write_sample(writer: _HashingWriter, key: str, fields: Fields) -> dict[str,
     return spans
 
 
-def _read_samples(stream: BinaryIO, wanted: Callable[[int], bool], only: Container[str] | None) -> Iterator[Sample]:
+def _read_samples(
+    archive: tarfile.TarFile, wanted: Callable[[int], bool], only: Container[str] | None
+) -> Iterator[Sample]:
     index, key, fields = -1, "", dict[str, bytes]()
     keep = False
-    while (member := _next_member(stream)) is not None:
-        name, size = member
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise _BadShard(f"unexpected member {name!r}")
+    for member in archive:
+        match = _NAME.fullmatch(member.name)
+        if match is None or not member.isreg() or member.issparse():
+            raise _BadShard(f"unexpected member {member.name!r}")
         if match[1] != key:
             if keep:
                 yield Sample(index, key, fields)
             index, key, fields = index + 1, match[1], {}
             keep = wanted(index)
-        padding = -size % tarfile.BLOCKSIZE
         if keep and (only is None or match[2] in only):
-            fields[match[2]] = _content(stream, name, size)
-            stream.seek(padding, os.SEEK_CUR)
-        else:
-            stream.seek(size + padding, os.SEEK_CUR)
+            fields[match[2]] = _content(archive, member)
     if keep:
         yield Sample(index, key, fields)
 
 
-def _next_member(stream: BinaryIO) -> tuple[str, int] | None:
-    """Name and size of the next file, None at the end. Any header but `tar_header`'s own is refused.
-
-    A twentieth of the time that `tarfile` takes: every worker passes over all members of a shard for its share of them.
-    """
-    header = stream.read(tarfile.BLOCKSIZE)
-    if len(header) < tarfile.BLOCKSIZE:
-        raise _BadShard("it ends early")
-    if header == _END:
-        return None
-    name, size = header[: tarfile.LENGTH_NAME].rstrip(b"\0").decode("ascii", "replace"), header[124:135]
-    if not (name.isascii() and size.isdigit() and tar_header(name, int(size, 8)) == header):
-        raise _BadShard(f"unexpected member {name!r}")
-    return name, int(size, 8)
-
-
-def _content(stream: BinaryIO, name: str, size: int) -> bytes:
-    if size > MAX_FIELD_BYTES:
-        raise _BadShard(f"member {name!r} has {size} bytes")
-    content = stream.read(size)
-    if len(content) != size:
-        raise _BadShard(f"member {name!r} is cut short")
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > MAX_FIELD_BYTES:
+        raise _BadShard(f"member {member.name!r} has {member.size} bytes")
+    stream = archive.extractfile(member)
+    try:
+        content = stream.read() if stream else b""
+    except tarfile.ReadError:  # the file ends inside it
+        content = b""
+    if len(content) != member.size:
+        raise _BadShard(f"member {member.name!r} is cut short")
     return content
