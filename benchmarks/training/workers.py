@@ -1,6 +1,6 @@
 """Two data-parallel workers against one, and against two loops side by side that share nothing.
 
-    uv run python -m benchmarks.training.workers [--rounds 3] [--steps 6] [--json FILE]
+    uv run python -m benchmarks.training.workers [--rounds 3] [--steps 3] [--json FILE]
 
 For each of DSMIP's experts, MIMIC and pretraining, with the demo's configurations on data drawn on the spot. Workers
 are processes of one thread in one gloo group, without Ray (`benchmarks.stage_one` has Ray Train's own cost). In a round
@@ -251,16 +251,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 def table(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> Table:
     """For people."""
     found = Table(title=f"Two workers of one thread, batches of {options.batch_size}, {options.rounds} rounds")
-    for heading in (
-        "part",
-        "samples/s, one",
-        "two workers",
-        "range",
-        "two bare loops",
-        "of these",
-        "CPU of one's",
-        "KB sent a step",
-    ):
+    for heading in _HEADINGS:
         found.add_column(heading, justify="left" if heading == "part" else "right")
     for row in rows:
         low, high = row["two_workers_range"]
@@ -284,13 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = measure(options, Path(work), partial(print, file=sys.stderr, flush=True))
     Console(width=None if sys.stdout.isatty() else 120).print(table(rows, options))
     if options.json is not None:
-        write_json(
-            options.json,
-            {
-                "rows": rows,
-                "options": {k: v for k, v in vars(options).items() if k in ("rounds", "steps", "batch_size")},
-            },
-        )
+        settings = {name: getattr(options, name) for name in ("rounds", "steps", "batch_size")}
+        write_json(options.json, {"rows": rows, **settings})
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -301,8 +287,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
     parser.add_argument("--rounds", type=positive, default=3, help="default: 3")
-    parser.add_argument("--steps", type=positive, default=6, help="counted in a training (default: 6)")
-    parser.add_argument("--batch-size", type=positive, default=64, help="default: 64")
+    parser.add_argument("--steps", type=positive, default=3, help="counted in a training (default: 3)")
+    parser.add_argument("--batch-size", type=positive, default=128, help="default: 128, the demo's")
     parser.add_argument("--work", type=Path, help="folder for what is written on the way (default: the system's)")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     return parser.parse_args(arguments)
