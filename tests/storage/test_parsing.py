@@ -14,7 +14,7 @@ from dsmip.runs.status import read_status
 from dsmip.storage.parsing import parse_json, parse_yaml, read_json
 from ray_jobs.jobs.prepare import demo_config
 
-DEEP = "[" * 3000 + "]" * 3000
+DEEP = "[" * 1000 + "]" * 1000  # PyYAML takes a time that grows with the square
 DIGITS = "9" * 6000
 DEEP_JSON = '{"data":' * 100_000
 
