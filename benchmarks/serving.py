@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument(
         "--change-every", type=float, help="add or remove an entity so many seconds after the last time"
     )
-    parser.add_argument("--candidates", type=int, help="score only so many entities, found by global vectors")
+    parser.add_argument(
+        "--candidates", type=int, nargs="+", default=[0], help="entities that are scored, one after the other; 0: all"
+    )
     parser.add_argument("--system", default="dsmip", help="of the generated bundle")
     parser.add_argument("--architecture", default=ARCHITECTURE, help="of the generated bundle's backbone")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
@@ -87,12 +89,18 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         if given.entities:
             bundle, mentions = write_big_bundle(Path(folder), given.entities, given.system, given.architecture)
-            model = Model(str(bundle), mentions, None, given.candidates)
+            model = Model(str(bundle), mentions)
         else:
             mentions = list(Run.open(given.run, given.data).dataset.mentions("test"))
             data = None if given.bundle else given.data
-            model = Model(given.bundle or given.run, mentions, data, given.candidates)
-        rows = measure(model, given.clients, given.seconds, given.change_every)
+            model = Model(given.bundle or given.run, mentions, data)
+        rows = [
+            row
+            for candidates in given.candidates
+            for row in measure(
+                replace(model, candidates=candidates or None), given.clients, given.seconds, given.change_every
+            )
+        ]
     _print(rows)
     if given.json:
         given.json.write_text(json.dumps({"rows": rows}, indent=2))
@@ -100,6 +108,7 @@ def main() -> None:
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
     columns = {
+        "candidates": "{candidates}",
         "clients": "{clients}",
         "mentions/s": "{per_second:.1f}",
         "p50, p99 ms": "{p50_ms:.0f}, {p99_ms:.0f}",
@@ -137,6 +146,7 @@ def measure(
         ordered, rate = sorted(load.latencies), len(load.latencies) / load.seconds
         rows.append(
             {
+                "candidates": model.candidates or "all",
                 "clients": count,
                 "per_second": rate,
                 "p50_ms": 1000 * ordered[len(ordered) // 2],
