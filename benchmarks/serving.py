@@ -38,6 +38,7 @@ from ray_jobs.terminal.lines import result_console
 
 CLIENTS = (1, 8, 32)
 _FULL_BATCH = 64
+_BARE_SECONDS = 30.0  # at most: the loop's rate does not change
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ def measure(
             with _changed(model.location, change_every) as changes:
                 load = _load(address, bodies, count, seconds)
             memory = _resident(process.pid)
-        bare, same = (_in_a_process(model, seconds, size) for size in (_FULL_BATCH, min(count, _FULL_BATCH)))
+        bare, same = (
+            _in_a_process(model, min(seconds, _BARE_SECONDS), size) for size in (_FULL_BATCH, min(count, _FULL_BATCH))
+        )
         ordered, rate = sorted(load.latencies), len(load.latencies) / load.seconds
         rows.append(
             {
