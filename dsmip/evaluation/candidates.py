@@ -1,21 +1,22 @@
-"""Candidates: a few entities per mention by their global vectors, then exact scores of these alone. For serving.
+"""Candidates: a few entities per mention by products of vectors, then exact scores of these alone. For serving.
 
-    search = CandidateSearch.build(matcher, index, device)          # once per index
-    links = link(matcher, mentions, index, search, k=100, top=5)    # prepared mentions -> kb rows and scores
+    search = CandidateSearch(GlobalVectors(matcher, device), index)     # once per index
+    links = link(matcher, mentions, index, search, k=100, top=5)        # prepared mentions -> kb rows and scores
 
 What the search misses is lost, so ranks among candidates are no ranks over the knowledge base. M mentions, E entities,
-g width of a global vector (`Matcher.global_vectors`), K candidates, T kept ones.
+g width of a vector, K candidates, T kept ones.
 """
 
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dsmip.data.table import Ragged, Table
+from dsmip.encoders.base import Side
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranks import NotRankable
 from dsmip.evaluation.refinement import PairScorer
@@ -26,14 +27,44 @@ SearchMethod = Literal["gemm", "faiss"]
 _TILE = 4096
 
 
-class CandidateSearch:
-    """Finds the entities whose global vectors have the largest dot products with a mention's; none is skipped.
+class VectorSource(Protocol):
+    """Makes one vector of each prepared item: the larger two items' product, the better their score should be."""
+
+    def of(self, prepared: Table, side: Side) -> Tensor:
+        """float32 [N, g] of N prepared items; for each of them what it would be alone."""
+
+
+@dataclass(frozen=True)
+class GlobalVectors:
+    """`Matcher.global_vectors`, with nothing learned for the search: all of a score that is one product of two vectors.
+
+    Attributes:
+        matcher: On the device.
+        device: Where vectors are computed.
+    """
+
+    matcher: Matcher
+    device: torch.device
+
+    @torch.no_grad()
+    def of(self, prepared: Table, side: Side) -> Tensor:
+        """See `VectorSource.of`.
+
+        Raises:
+            UserError: The matcher has no global vectors.
+        """
+        return self.matcher.global_vectors(_dense(prepared).to(self.device), side).float()
+
+
+class VectorSearch:
+    """Finds the entities whose vectors have the largest dot products with a mention's; none is skipped.
 
     Holds 4 g bytes per entity.
 
     Attributes:
         method: `faiss` (its IndexFlatIP) where that package is installed and the vectors lie on a CPU, else `gemm`.
             Both find the same, but of entities with equal products `gemm` takes those of lower rows.
+        width: Of a vector.
     """
 
     def __init__(self, vectors_Eg: Tensor, first_row: int = 0) -> None:
@@ -43,7 +74,8 @@ class CandidateSearch:
             ValueError: One of them is not finite.
         """
         _refuse_infinite(vectors_Eg, "entity", first_row)
-        self.first_row, self.device, self._num_entities = first_row, vectors_Eg.device, len(vectors_Eg)
+        self.first_row, self.device = first_row, vectors_Eg.device
+        self._num_entities, self.width = vectors_Eg.shape
         faiss = _faiss() if self.device.type == "cpu" else None
         self.method: SearchMethod = "gemm" if faiss is None else "faiss"
         if faiss is None:
@@ -54,19 +86,6 @@ class CandidateSearch:
 
     def __len__(self) -> int:
         return self._num_entities
-
-    @staticmethod
-    def build(matcher: Matcher, index: EntityIndex, device: torch.device) -> "CandidateSearch":
-        """Vectors of all entities of the index; the matcher moves to `device`.
-
-        Raises:
-            UserError: The matcher has no global vectors.
-            ValueError: A vector is not finite.
-        """
-        matcher.to(device).eval()
-        with torch.no_grad():
-            tiles = [matcher.global_vectors(_dense(tile).to(device), "entities") for tile in index.tiles(_TILE)]
-        return CandidateSearch(torch.cat(tiles), index.first_row)
 
     def search(self, vectors_Mg: Tensor, k: int) -> Tensor:
         """Kb rows int64 [M, min(k, E)] of each mention's best entities, best first.
@@ -83,6 +102,27 @@ class CandidateSearch:
         else:
             row_MK = torch.from_numpy(self._flat.search(vectors_Mg.contiguous().numpy(), k)[1])
         return row_MK + self.first_row
+
+
+class CandidateSearch(VectorSearch):
+    """The search among all entities of an index, by the vectors of a source.
+
+    Attributes:
+        source: Of the vectors.
+    """
+
+    def __init__(self, source: VectorSource, index: EntityIndex) -> None:
+        """
+        Raises:
+            UserError: The source has no vectors of these.
+            ValueError: A vector is not finite.
+        """
+        self.source = source
+        super().__init__(torch.cat([source.of(tile, "entities") for tile in index.tiles(_TILE)]), index.first_row)
+
+    def candidates(self, mentions: Table, k: int) -> Tensor:
+        """As `search`, of prepared mentions."""
+        return self.search(self.source.of(mentions, "mentions"), k)
 
 
 @dataclass(frozen=True)
@@ -119,10 +159,7 @@ def link(matcher: Matcher, mentions: Table, index: EntityIndex, search: Candidat
 
 def link_with(pairs: PairScorer, search: CandidateSearch, k: int, top: int) -> Links:
     """As `link`, with what scores pairs of the mentions and the search's index, which many calls may share."""
-    with torch.no_grad():
-        dense = _dense(pairs.mentions).to(search.device).cast(torch.float64)
-        vectors_Mg = pairs.matcher.global_vectors(dense, "mentions")
-    row_MK = search.search(vectors_Mg, k).cpu().sort(dim=1).values
+    row_MK = search.candidates(pairs.mentions, k).cpu().sort(dim=1).values
     score_MK, chosen_MK = _scored(pairs, row_MK, search.first_row)
     best = ops.merge_top_k(score_MK, row_MK, top)
     column_MT = torch.searchsorted(row_MK, best.rows_MK.contiguous())
@@ -158,4 +195,4 @@ def _faiss() -> ModuleType | None:
 def _refuse_infinite(vectors_Ng: Tensor, what: str, first: int = 0) -> None:
     broken = (~vectors_Ng.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
     if broken:
-        raise ValueError(f"the global vector of {what} {first + broken[0]} is not finite: nothing can be searched")
+        raise ValueError(f"the vector of {what} {first + broken[0]} is not finite: nothing can be searched")

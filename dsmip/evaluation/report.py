@@ -12,7 +12,7 @@ from torch import Tensor
 from dsmip.calibration.evidence import NUM_SCORES
 from dsmip.data.table import Table
 from dsmip.errors import UserError
-from dsmip.evaluation.candidates import CandidateSearch, link
+from dsmip.evaluation.candidates import CandidateSearch, GlobalVectors, link
 from dsmip.evaluation.experts.survey import informed, needs_survey, surveyed
 from dsmip.evaluation.groups import KIND, report_groups, rows_by_value
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
@@ -292,7 +292,7 @@ def _candidate_metrics(
     num_entities = len(model.index)
     if k > num_entities:
         notice(f"{k} candidates of {num_entities} entities: all entities are candidates")
-    search = CandidateSearch.build(model.matcher, model.index, device)
+    search = CandidateSearch(GlobalVectors(model.matcher.to(device).eval(), device), model.index)
     links = link(model.matcher, model.mentions, model.index, search, k, top=k)
     ranks_M = ops.ranks_among(links.score_MT, links.row_MT, model.gold_row_M)
     return {

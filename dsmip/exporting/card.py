@@ -1,12 +1,12 @@
 """The model card of a bundle: what the model is, how good it is, what it was made of, and what it is for."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from dsmip.evaluation.index_builder import OpenedModel
 from dsmip.evaluation.metrics import shown_metrics
 from dsmip.evaluation.stored.layout import evaluation_name
 from dsmip.exporting.agreement import MENTIONS, TOP, Agreement
+from dsmip.exporting.candidate_vectors import ChosenVectors
 from dsmip.storage.parsing import read_json
 
 _PROTOCOL = (
@@ -15,19 +15,17 @@ _PROTOCOL = (
 )
 _OF_WHOLE_INDEX = (
     "These figures, and the calibration, are of the index in single precision; this bundle stores it smaller, and the "
-    "first line below says what that finds of it."
+    "first table below says what that finds of it."
 )
 
 
-def model_card(
-    opened: OpenedModel, agreements: Sequence[Agreement], *, with_backbone: bool, stored_smaller: bool
-) -> str:
+def model_card(opened: OpenedModel, agreement: Agreement | None, vectors: ChosenVectors, *, with_backbone: bool) -> str:
     """The text of README.md.
 
     Args:
         opened: The model.
-        agreements: Of cheaper searches with the exact one.
-        stored_smaller: The index is stored in less than single precision.
+        agreement: Of an index that is stored in less than single precision; None: it is not, or nothing is measured.
+        vectors: What candidates are found by.
         with_backbone: The bundle has the backbone's tensors; else its tag brings them.
     """
     run, model = opened.run, opened.model
@@ -59,8 +57,8 @@ def model_card(
         "## How good it is",
         "",
         *_figures(opened),
-        *(["", _OF_WHOLE_INDEX] if stored_smaller and agreements else []),
-        *_searches(agreements),
+        *_smaller_index(agreement),
+        *_candidates(vectors),
         "",
         "## What it is for",
         "",
@@ -86,17 +84,39 @@ def _figures(opened: OpenedModel) -> list[str]:
     return rows
 
 
-def _searches(agreements: Sequence[Agreement]) -> list[str]:
-    if not agreements:
+def _smaller_index(agreement: Agreement | None) -> list[str]:
+    if agreement is None:
         return []
-    lines = [
+    return [
+        "",
+        _OF_WHOLE_INDEX,
         "",
         f"Of at most {MENTIONS} validation mentions, beside a search of all entities in single precision:",
         "",
         f"| search | same best entity | of the best {TOP} |",
         "|---|---|---|",
+        f"| {agreement.search} | {agreement.same_best:.1%} | {agreement.recall:.1%} |",
     ]
-    return lines + [f"| {each.search} | {each.same_best:.1%} | {each.recall:.1%} |" for each in agreements]
+
+
+def _candidates(vectors: ChosenVectors) -> list[str]:
+    rows = [
+        f"| {each.k} | {kind} | {each.best:.1%} | {each.gold:.1%} |"
+        for kind, recalls in vectors.recalls.items()
+        for each in recalls
+    ]
+    if not rows:
+        return []
+    used = "global" if vectors.distilled is None else "distilled"
+    return [
+        "",
+        f"What k candidates (`link(..., candidates=k)`) hold, of at most {MENTIONS} validation mentions: the best of",
+        f"all entities, and the right one. This bundle finds candidates by its {used} vectors.",
+        "",
+        "| k | vectors | the best | the right one |",
+        "|---|---|---|---|",
+        *rows,
+    ]
 
 
 def _plain(text: str) -> str:

@@ -13,16 +13,19 @@ import yaml
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
+from dsmip.distillation.vectors import DistilledVectors
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.evaluation.index import MANIFEST, EntityIndex, finish_index
 from dsmip.evaluation.index_builder import IndexPlan, OpenedModel, plan_index
 from dsmip.evaluation.stored.calibration import stored_calibration
-from dsmip.exporting.agreement import measured_agreement
+from dsmip.exporting.agreement import Probes
+from dsmip.exporting.candidate_vectors import VectorChoice, choose_vectors
 from dsmip.exporting.card import model_card
 from dsmip.linking.bundle import (
     BUNDLE,
     CALIBRATION,
+    CANDIDATES,
     CARD,
     ENTITIES,
     FILES,
@@ -56,12 +59,15 @@ class ExportOptions:
         data: Where the run's data lies, if it has moved.
         with_backbone: The pretrained backbone's tensors, also where their tag would do.
         index_dtype: In which the index is stored; it is read as float32.
+        candidate_vectors: What finds candidates: the model's `global` vectors, `distilled` ones that its exact scores
+            of training mentions have taught, or (`auto`) the latter where the former hold too little.
     """
 
     model: str | None = None
     data: Location | None = None
     with_backbone: bool = False
     index_dtype: IndexDtype = "float32"
+    candidate_vectors: VectorChoice = "auto"
 
 
 def export_run(
@@ -80,10 +86,10 @@ def export_run(
         device: Where the index is built, if it is missing.
         options: What goes in.
         progress: Of the index and of the entities.
-        notice: Takes a line of what a smaller index finds.
+        notice: Takes lines of what a smaller index and candidates find.
 
     Raises:
-        UserError: No such run or model, or something is at `out`.
+        UserError: No such run or model, something is at `out`, or there is nothing that vectors could be distilled of.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; give a new folder for the bundle")
@@ -95,10 +101,15 @@ def export_run(
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     folder.mkdir(parents=True)
     try:
-        stored = _write_index(index.folder, plan, folder, options.index_dtype)
-        found = measured_agreement(linker, opened.run.dataset, stored)
-        if stored is not None and found:
-            notice(f"stored as {options.index_dtype}, {found[0]}")
+        dataset, probes = opened.run.dataset, Probes.of_validation(linker, opened.run.dataset)
+        asked = linker, dataset, probes, options.candidate_vectors, opened.run.config.seed
+        vectors = choose_vectors(*asked, progress, notice)
+        if vectors.distilled is not None:
+            vectors.distilled.projection.save(folder / CANDIDATES)
+        stored = _write_index(index.folder, plan, folder, options.index_dtype, vectors.distilled)
+        agreement = None if stored is None or probes is None else probes.agreement(linker, stored)
+        if agreement is not None:
+            notice(f"stored as {options.index_dtype}, {agreement}")
         _write_parts(opened, folder, options)
         _write_entities(opened, folder / ENTITIES, progress)
         calibration = stored_calibration(opened.run, opened.model.name)
@@ -106,7 +117,7 @@ def export_run(
             write_json(folder / CALIBRATION, calibration.model_dump(mode="json"))
         write_text(
             folder / CARD,
-            model_card(opened, found, with_backbone=(folder / _BACKBONE).is_file(), stored_smaller=stored is not None),
+            model_card(opened, agreement, vectors, with_backbone=(folder / _BACKBONE).is_file()),
         )
         manifest = _manifest(opened, folder, options.index_dtype)
         write_json(folder / BUNDLE, manifest.model_dump(mode="json"))
@@ -118,16 +129,21 @@ def export_run(
     return manifest
 
 
-def _write_index(source: Path, plan: IndexPlan, bundle: Path, dtype: IndexDtype) -> EntityIndex | None:
-    """Copies an index, or stores it smaller, and returns what that reads as."""
+def _write_index(
+    source: Path, plan: IndexPlan, bundle: Path, dtype: IndexDtype, distilled: DistilledVectors | None
+) -> EntityIndex | None:
+    """Copies an index, with vectors for candidates, or stores it smaller, and returns what that reads as."""
     target = bundle / INDEX
-    if dtype == "float32":
+    if dtype == "float32" and distilled is None:
         for name in (MANIFEST, *plan.slices):
             _copy(source / name, target / name)
         return None
     for name in plan.slices:
-        stored_as(Table.load(source / name), dtype).save(target / name)
+        table = Table.load(source / name)
+        stored_as(table if distilled is None else distilled.with_vectors(table), dtype).save(target / name)
     finish_index(target, dict(plan.made_from), {target / name: rows for name, rows in plan.slices.items()})
+    if dtype == "float32":
+        return None
     return read_index(bundle, [Segment(folder="", entities=sum(map(len, plan.slices.values())))])
 
 
@@ -202,6 +218,7 @@ def _write_entities(opened: OpenedModel, path: Path, progress: Progress) -> None
 def _manifest(opened: OpenedModel, folder: Path, index_dtype: IndexDtype) -> BundleManifest:
     dataset = opened.run.dataset
     return BundleManifest(
+        format=2 if (folder / CANDIDATES).is_file() else 1,
         made_with=VERSION,
         model=opened.model.name,
         data=dataset.manifest.name,

@@ -9,6 +9,7 @@
 <bundle>/entities.parquet       entity_id, name, attributes, image (a small JPEG), by row
 <bundle>/segments/<name>/       index/ and entities.parquet of entities that came later (`dsmip.linking.growing`)
 <bundle>/calibration.json       where the model is calibrated
+<bundle>/candidates.safetensors what finds candidates, where global vectors do not (`dsmip.distillation.vectors`)
 
 Nothing in it is executed: tensors are safetensors, all else is JSON, YAML, Markdown and parquet.
 """
@@ -32,8 +33,11 @@ from dsmip.storage.atomic import sha256_file
 from dsmip.storage.parsing import parse_json_object
 
 BUNDLE = "bundle.json"
-FORMAT: Literal[1] = 1
+Format = Literal[1, 2]
+FORMATS: tuple[Format, ...] = (1, 2)
+"""2: indexes hold distilled vectors for candidates. Without them a bundle is of format 1, which older versions read."""
 ENTITIES, CALIBRATION, INDEX, FILES, CARD = "entities.parquet", "calibration.json", "index", "files", "README.md"
+CANDIDATES = "candidates.safetensors"
 IndexDtype = Literal["float32", "float16", "int8"]
 SEGMENTS = "segments"
 _NAME = re.compile(r"[A-Za-z0-9_][\w.@+-]*(/[A-Za-z0-9_][\w.@+-]*)*")
@@ -94,7 +98,7 @@ class BundleManifest(Frozen):
         files: All others of the bundle.
     """
 
-    format: Literal[1] = FORMAT
+    format: Format = 1
     made_with: str
     model: str
     data: str
@@ -112,6 +116,17 @@ class BundleManifest(Frozen):
         if self.segments and self.entities != sum(each.entities - len(each.removed) for each in self.segments):
             raise ValueError("entities is not the sum of those of the segments")
         return self
+
+    @model_validator(mode="after")
+    def _vectors_are_there(self) -> Self:
+        if self.has_distilled_vectors != (CANDIDATES in self.files):
+            raise ValueError(f"format {self.format} does not go with the files: {CANDIDATES}")
+        return self
+
+    @property
+    def has_distilled_vectors(self) -> bool:
+        """Whether its indexes hold vectors of their own for candidates."""
+        return self.format == 2
 
     @property
     def all_segments(self) -> tuple[Segment, ...]:
@@ -177,9 +192,10 @@ def read_manifest(folder: Path) -> tuple[BundleManifest, str]:
 def parse_manifest(content: bytes, path: str) -> tuple[BundleManifest, str]:
     """The manifest and a hash of it; `path` is for messages. Errors are those of `read_manifest`."""
     tree = parse_json_object(content, path)
-    if tree.get("format") != FORMAT:
+    if tree.get("format") not in FORMATS:
+        readable = " and ".join(map(str, FORMATS))
         raise UserError(
-            f"{path}: bundle format {tree.get('format')!r}, this version reads {FORMAT}; export the run again"
+            f"{path}: bundle format {tree.get('format')!r}, this version reads {readable}; export the run again"
         )
     try:
         manifest = BundleManifest.model_validate(tree)

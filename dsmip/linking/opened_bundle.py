@@ -7,9 +7,12 @@ from pathlib import Path
 import torch
 
 from dsmip.calibration.calibration import read_calibration
+from dsmip.distillation.vectors import DistilledVectors, Projection
 from dsmip.errors import UserError
+from dsmip.evaluation.candidates import GlobalVectors
 from dsmip.linking.bundle import (
     CALIBRATION,
+    CANDIDATES,
     INDEX,
     BundledParts,
     BundleFile,
@@ -39,6 +42,7 @@ class _BundledModel:
 
     Attributes:
         files: What it was loaded from.
+        distilled: What finds candidates; None: the model's global vectors.
         checked: Files of the bundle whose hashes were looked at.
     """
 
@@ -47,6 +51,7 @@ class _BundledModel:
     feature_dtype: torch.dtype
     second_stage: SecondStage | None
     files: Mapping[str, BundleFile]
+    distilled: DistilledVectors | None
     checked: Mapping[str, BundleFile]
 
 
@@ -113,7 +118,7 @@ class BundleSource:
         return Linker(
             linked,
             read_entities(self.folder, segments),
-            ExactSearch(model.matcher, read_index(self.folder, segments), self.device, self.rank),
+            ExactSearch(model.matcher, read_index(self.folder, segments), self.device, self.rank, opened.distilled),
             opened.second_stage,
             read_calibration(path) if path.is_file() else None,
             Origin(lambda: self.linker(opened), self._entities(opened)),
@@ -132,8 +137,15 @@ class BundleSource:
             parts.feature_dtype,
             second_stage_of(parts, model, self.device),
             manifest.model_files,
+            self._distilled(manifest, model),
             manifest.files,
         )
+
+    def _distilled(self, manifest: BundleManifest, model: LoadedModel) -> DistilledVectors | None:
+        if not manifest.has_distilled_vectors:
+            return None
+        base = GlobalVectors(model.matcher.to(self.device).eval(), self.device)
+        return DistilledVectors(Projection.load(self.folder / CANDIDATES), base)
 
     def _entities(self, opened: _BundledModel | None) -> BundleEntities | str:
         if self.bundle.why_kept is not None:
@@ -147,7 +159,13 @@ class BundleSource:
             opened = self._model(manifest)
         whole_images = opened.second_stage is not None and opened.second_stage.reads_images
         return EntityPreparer(
-            opened.model.matcher, opened.encoders, opened.feature_dtype, self.device, whole_images, opened.files
+            opened.model.matcher,
+            opened.encoders,
+            opened.feature_dtype,
+            self.device,
+            whole_images,
+            opened.files,
+            opened.distilled,
         )
 
 

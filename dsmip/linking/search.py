@@ -14,7 +14,7 @@ from torch import Tensor
 from dsmip.data.collate import Collator
 from dsmip.data.records import Entity, Mention
 from dsmip.data.table import Table
-from dsmip.evaluation.candidates import CandidateSearch, link_with
+from dsmip.evaluation.candidates import CandidateSearch, GlobalVectors, VectorSource, link_with
 from dsmip.evaluation.experts.survey import informed, survey
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranking import RankedModel, Tiles, default_tiles, placed
@@ -50,7 +50,12 @@ class ExactSearch:
     """
 
     def __init__(
-        self, matcher: Matcher, index: EntityIndex, device: torch.device, options: RankOptions = RankOptions()
+        self,
+        matcher: Matcher,
+        index: EntityIndex,
+        device: torch.device,
+        options: RankOptions = RankOptions(),
+        vectors: VectorSource | None = None,
     ) -> None:
         """
         Args:
@@ -58,31 +63,33 @@ class ExactSearch:
             index: it moves there as well, where it fits; else its tiles do for every call.
             device: where pairs are scored.
             options: what computes token-level scores, and how precisely; no score depends on it.
+            vectors: what candidates are found by (default: the model's global vectors).
         """
         self.matcher, self.device = matcher.to(device).eval(), device
         use_precision(matcher, options.precision, use_backend(matcher, options.backend, device))
         self.index = placed(index, device, lambda line: None)
         self._copies = DoubleCopies()
         self._pairs = PairScorer(matcher, Table({}), self.index, device, copies=self._copies)
+        self._vectors = vectors or GlobalVectors(self.matcher, device)
         self._building = Lock()
 
     @cached_property
     def candidates(self) -> CandidateSearch:
-        """The search among global vectors, built when it is first asked for.
+        """The search for candidates, built when it is first asked for.
 
         Raises:
-            UserError: the model has no global vectors.
+            UserError: the model has no vectors.
         """
-        return CandidateSearch.build(self.matcher, self.index, self.device)
+        return CandidateSearch(self._vectors, self.index)
 
     def best_of(self, mentions: Table, top: int, candidates: int) -> Best:
-        """As `best`, but only the `candidates` entities with the largest products of global vectors are scored.
+        """As `best`, but only the `candidates` entities with the largest products of vectors are scored.
 
         What is found has its exact score; what the candidates miss is lost. Experts that are fused score all entities
         all the same, to know what their scores are worth: candidates then save only half of the work.
 
         Raises:
-            UserError: the model has no global vectors.
+            UserError: the model has no vectors.
             NotRankable: a score is NaN.
         """
         with self._building:

@@ -30,6 +30,23 @@ def contrastive_loss(scores_ME: Tensor, gold_column_M: Tensor, excluded_ME: Tens
     return contrastive_losses(scores_ME, gold_column_M, excluded_ME).sum()
 
 
+def listwise_divergences(scores_ME: Tensor, teacher_ME: Tensor) -> Tensor:
+    """KL divergence of softmax(scores) from softmax(teacher) over each mention's entities, float [M].
+
+    It is 0 where the scores differ from the teacher's by a constant of the mention (ListNet's top-1 distribution, Cao
+    et al., ICML 2007).
+
+    Args:
+        scores_ME, teacher_ME: float [M, E].
+
+    >>> teacher = torch.tensor([[1.0, 2.0, 4.0]])
+    >>> bool(listwise_divergences(teacher + 5, teacher).abs() < 1e-6)
+    True
+    """
+    log_p_ME, log_teacher_ME = scores_ME.log_softmax(dim=1), teacher_ME.log_softmax(dim=1)
+    return F.kl_div(log_p_ME, log_teacher_ME, reduction="none", log_target=True).sum(dim=1)
+
+
 def joint_contrast_losses(
     mentions_Md: Tensor,
     entities_Ed: Tensor,

@@ -9,6 +9,7 @@ from dsmip.errors import UserError
 from ray_jobs.commands.options import MovedDataOption, RunArgument, VerboseOption
 
 IndexDtypeName = Literal["float32", "float16", "int8"]
+VectorChoiceName = Literal["auto", "distilled", "global"]
 
 
 def link(
@@ -89,6 +90,14 @@ def export(
     index_dtype: Annotated[
         IndexDtypeName, typer.Option("--index-dtype", help="Of the index on disk; float16: half, int8: a quarter.")
     ] = "float32",
+    candidate_vectors: Annotated[
+        VectorChoiceName,
+        typer.Option(
+            "--candidate-vectors",
+            help="What finds candidates: the model's global vectors, or small ones learned from its exact scores "
+            "(auto: where 100 candidates by global ones hold less than 99 % of the best entities).",
+        ),
+    ] = "auto",
     push: Annotated[
         str | None, typer.Option("--push", help="owner/name: also put it onto the Hugging Face hub (private if new).")
     ] = None,
@@ -103,4 +112,5 @@ def export(
     folder = local_path(out)
     if folder is None:
         raise UserError(f"{out}: a bundle is made in a folder of this machine; give one as OUT")
-    export_bundle(run, folder, device, ExportOptions(part, data, with_backbone, index_dtype), push)
+    options = ExportOptions(part, data, with_backbone, index_dtype, candidate_vectors)
+    export_bundle(run, folder, device, options, push)

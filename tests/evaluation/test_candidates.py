@@ -18,7 +18,7 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
 from dsmip.encoders.base import Side
 from dsmip.errors import UserError
-from dsmip.evaluation.candidates import CandidateSearch, link
+from dsmip.evaluation.candidates import CandidateSearch, GlobalVectors, VectorSearch, link
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles
 from dsmip.evaluation.metrics import HITS_AT
@@ -96,6 +96,10 @@ class Prepared:
 @pytest.fixture(params=SYSTEMS)
 def prepared(request: pytest.FixtureRequest, small_config: ExperimentConfig) -> Prepared:
     return Prepared(request.param, small_config)
+
+
+def candidate_search(matcher: Matcher, index: EntityIndex) -> CandidateSearch:
+    return CandidateSearch(GlobalVectors(matcher, CPU), index)
 
 
 @torch.no_grad()
@@ -188,7 +192,7 @@ def test_the_search_equals_the_full_matrix(
     expected = top_k(m_Mg @ e_Eg.T, k)
     assert torch.equal(found.rows_MK, expected.rows_MK)
     assert torch.equal(found.scores_MK, expected.scores_MK)
-    assert torch.equal(CandidateSearch(e_Eg, first_row=5).search(m_Mg, k), expected.rows_MK + 5)
+    assert torch.equal(VectorSearch(e_Eg, first_row=5).search(m_Mg, k), expected.rows_MK + 5)
 
 
 def test_all_entities_as_candidates_give_the_exact_ranking(prepared: Prepared) -> None:
@@ -197,7 +201,7 @@ def test_all_entities_as_candidates_give_the_exact_ranking(prepared: Prepared) -
     gold_row_M = 40 + torch.arange(NUM_MENTIONS)
     choices = ("text", "visual", "multimodal") if isinstance(matcher, DsmipMatcher) else ()
     exact = rank(RankedModel(matcher, mentions, index, gold_row_M, choices), CPU, top_k=4)
-    search = CandidateSearch.build(matcher, index, CPU)
+    search = candidate_search(matcher, index)
     links = link(matcher, mentions, index, search, k=NUM_ENTITIES + 9, top=4)
     assert torch.equal(links.row_MT, exact.top_row_Mk)
     assert torch.equal(links.score_MT, exact.top_score_Mk)
@@ -230,18 +234,18 @@ def missing_one() -> VectorMatcher:
 
 def test_candidates_are_those_of_the_vectors_and_their_order_that_of_the_scores() -> None:
     matcher, index = missing_one(), EntityIndex([numbered(4)])
-    links = link(matcher, numbered(2), index, CandidateSearch.build(matcher, index, CPU), k=2, top=2)
+    links = link(matcher, numbered(2), index, candidate_search(matcher, index), k=2, top=2)
     assert links.candidate_row_MK.tolist() == [[0, 1], [0, 1]]
     assert links.row_MT.tolist() == [[1, 0], [0, 1]]
     assert links.score_MT.tolist() == [[3.0, 1.0], [2.0, 1.0]]
     assert links.chosen_MT is None
-    one = link(matcher, numbered(2), index, CandidateSearch.build(matcher, index, CPU), k=3, top=1)
+    one = link(matcher, numbered(2), index, candidate_search(matcher, index), k=3, top=1)
     assert one.row_MT.tolist() == [[1], [2]]
 
 
 def test_a_gold_outside_the_candidates_is_a_miss() -> None:
     matcher, index = missing_one(), EntityIndex([numbered(4)])
-    links = link(matcher, numbered(2), index, CandidateSearch.build(matcher, index, CPU), k=2, top=2)
+    links = link(matcher, numbered(2), index, candidate_search(matcher, index), k=2, top=2)
     ranks_M = ranks_among(links.score_MT, links.row_MT, torch.tensor([0, 3]))
     assert ranks_M.tolist() == [2.0, float("inf")]
     tied = ranks_among(torch.tensor([[1.0, 1.0, 2.0]]), torch.tensor([[4, 7, 5]]), torch.tensor([7]))
@@ -269,16 +273,16 @@ def test_recall_of_nothing_is_refused() -> None:
 
 def test_what_cannot_be_searched_is_refused() -> None:
     matcher, index = missing_one(), EntityIndex([numbered(4)])
-    search = CandidateSearch.build(matcher, index, CPU)
+    search = candidate_search(matcher, index)
     for k in (0, -3):
         with pytest.raises(ValueError, match=f"{k} candidates: at least one"):
             link(matcher, numbered(2), index, search, k=k, top=1)
     with pytest.raises(ValueError, match="a search among 4 entities for an index of 3"):
         link(matcher, numbered(2), EntityIndex([numbered(3)]), search, k=2, top=1)
     with pytest.raises(UserError, match="TableMatcher has no global vectors"):
-        CandidateSearch.build(TableMatcher(torch.zeros(2, 4)), index, CPU)
+        candidate_search(TableMatcher(torch.zeros(2, 4)), index)
     with pytest.raises(ValueError, match="vector of entity 9 is not finite"):
-        CandidateSearch(torch.tensor([[0.0], [0.0], [float("nan")]]), first_row=7)
+        VectorSearch(torch.tensor([[0.0], [0.0], [float("nan")]]), first_row=7)
     with pytest.raises(ValueError, match="vector of mention 1 is not finite"):
         search.search(torch.tensor([[0.0], [float("inf")]]), 2)
 
@@ -287,7 +291,7 @@ def test_a_candidate_that_scores_nan_is_named() -> None:
     matcher, index = missing_one(), EntityIndex([numbered(4)])
     matcher.scores_ME[1, 1] = float("nan")
     with pytest.raises(NotRankable, match="mention 1 and entity row 1 is NaN"):
-        link(matcher, numbered(2), index, CandidateSearch.build(matcher, index, CPU), k=2, top=1)
+        link(matcher, numbered(2), index, candidate_search(matcher, index), k=2, top=1)
 
 
 class FlatIndex:
@@ -309,11 +313,11 @@ class FlatIndex:
 def test_faiss_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     m_Mg, e_Eg = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (4, 30))
-    plain = CandidateSearch(e_Eg, first_row=3)
+    plain = VectorSearch(e_Eg, first_row=3)
     faiss = ModuleType("faiss")
     faiss.__dict__["IndexFlatIP"] = FlatIndex
     monkeypatch.setitem(sys.modules, "faiss", faiss)
-    search = CandidateSearch(e_Eg, first_row=3)
+    search = VectorSearch(e_Eg, first_row=3)
     assert (plain.method, search.method, len(search)) == ("gemm", "faiss", 30)
     for k in (1, 7, 99):
         assert torch.equal(search.search(m_Mg, k), plain.search(m_Mg, k))

@@ -174,6 +174,8 @@ def test_what_is_damaged_is_one_line(bundle: Path, tmp_path: Path) -> None:
         dsmip.load(cut)
     with pytest.raises(dsmip.UserError, match="bundle format 9, this version reads 1"):
         dsmip.load(rewritten(damaged(bundle, tmp_path / "other"), format=9))
+    with pytest.raises(dsmip.UserError, match=r"format 2 does not go with the files: candidates\.safetensors"):
+        dsmip.load(rewritten(damaged(bundle, tmp_path / "vectors"), format=2))
     with pytest.raises(dsmip.UserError, match="further"):
         dsmip.load(rewritten(damaged(bundle, tmp_path / "further"), further=1))
     outside = {"../secret": {"bytes": 1, "sha256": "0" * 64}}

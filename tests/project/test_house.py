@@ -62,7 +62,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dsmip.suites",),
     ("dsmip.exporting", "dsmip.reporting"),
     ("dsmip.linking",),
-    ("dsmip.reranking",),
+    ("dsmip.distillation", "dsmip.reranking"),
     ("dsmip.training",),
     ("dsmip.evaluation",),
     ("dsmip.calibration",),

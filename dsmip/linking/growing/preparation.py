@@ -8,6 +8,7 @@ import torch
 from dsmip.data.collate import Collator
 from dsmip.data.records import Entity
 from dsmip.data.table import Table, concatenate
+from dsmip.distillation.vectors import DistilledVectors
 from dsmip.encoders.base import FeatureEncoder
 from dsmip.encoders.feature_cache import chunked, encode_entities, whole_features
 from dsmip.evaluation.preparation import prepare_in_tiles, sharing_image
@@ -43,6 +44,7 @@ class EntityPreparer:
         device: Where entities are encoded and prepared.
         whole_images: Pictures are kept whole, for a re-ranker that looks at them.
         files: What it was loaded from: entities of another model's index are not to be mixed with its own.
+        distilled: What makes their vectors for candidates, which an index then holds; None: it holds none.
     """
 
     matcher: Matcher
@@ -51,6 +53,7 @@ class EntityPreparer:
     device: torch.device
     whole_images: bool
     files: Mapping[str, BundleFile]
+    distilled: DistilledVectors | None = None
 
     def prepared(self, entities: Sequence[Entity], dtype: IndexDtype, without_image: "WithoutImage") -> Table:
         """Prepared entities, on the CPU.
@@ -68,8 +71,8 @@ class EntityPreparer:
         def alone(row: int) -> Table:
             return restored(without_image.shared(lambda: stored_as(self._computed([entities[row]]), dtype)))
 
-        prepared = self._computed(entities)
-        return stored_as(sharing_image(self.matcher, prepared, range(len(entities)), lacking_E, alone), dtype)
+        prepared = sharing_image(self.matcher, self._computed(entities), range(len(entities)), lacking_E, alone)
+        return stored_as(prepared if self.distilled is None else self.distilled.with_vectors(prepared), dtype)
 
     @torch.no_grad()
     def _computed(self, entities: Sequence[Entity]) -> Table:
