@@ -34,7 +34,6 @@ from rich.table import Table
 
 import dsmip
 from benchmarks.data.big_release import prepared_release
-from benchmarks.measure import measured
 from benchmarks.ranking.against_published import available_backends
 from benchmarks.ranking.cases import CASES, Case
 from benchmarks.ranking.contest import Sizes, rank_ours, ready_to_rank, run_case
@@ -45,6 +44,7 @@ from benchmarks.training.tower_rate import tower_rates
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.data.records import Mention
+from dsmip.planning.probing.measure import measured
 from dsmip.runs.load_config import changed, load_config
 from dsmip.storage.atomic import write_json
 

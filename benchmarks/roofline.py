@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.measure import measured
 from dsmip.data.table import Ragged, Table
 from dsmip.evaluation.ranks import Ranking
+from dsmip.planning.probing.measure import measured
 
 _EXPONENTIALS_PER_CLOCK = 16  # of a multiprocessor's special function units, since 2017
 _MATRIX, _CPU_MATRIX, _ROUNDS = 8192, 1024, 10

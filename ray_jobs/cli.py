@@ -14,7 +14,7 @@ from dsmip.messages import shown
 from dsmip.rank_options import BackendName, PrecisionName, RankOptions
 from ray_jobs.cluster import connection  # noqa: F401  (before anything imports Ray)
 from ray_jobs.commands import bench as bench_command
-from ray_jobs.commands import caching, calibration, entities, linking, reporting, serving
+from ray_jobs.commands import caching, calibration, entities, linking, planning, reporting, serving
 from ray_jobs.commands import data as data_commands
 from ray_jobs.commands import systems as system_commands
 from ray_jobs.commands.options import (
@@ -66,6 +66,7 @@ app = typer.Typer(
 for _command in (data_commands.prepare, data_commands.enhance, data_commands.inspect, data_commands.verify):
     app.command()(_command)
 app.command()(system_commands.systems)
+app.command()(planning.plan)
 app.command()(calibration.calibrate)
 app.command()(reporting.report)
 app.command()(bench_command.bench)

@@ -25,7 +25,7 @@ from dsmip.runs.load_config import changed, parse_config
 from dsmip.units.expert import ExpertConfig
 from ray_jobs.jobs.pretrain import weights_stamp
 from ray_jobs.jobs.tune_gate import sweep_key
-from ray_jobs.training.sweep import draw_trials
+from ray_jobs.training.trials import draw_trials
 from tools.archive_run import write_backbone
 
 WEIGHTS = {"b": torch.ones(2), "a": torch.arange(3.0)}

@@ -29,12 +29,12 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from benchmarks.data.big_release import BigRelease, positive, write_big_release
 from benchmarks.data.processes import Pace, Processes
-from benchmarks.measure import status_bytes
 from data_prep.build.build import prepare
 from data_prep.build.plan import DatasetOptions
 from data_prep.build.runners import run_in_processes
 from data_prep.formats.mimic import MimicRelease
 from dsmip.data.image_preparation import JPEG_QUALITY
+from dsmip.planning.probing.measure import status_bytes
 from dsmip.storage.atomic import write_json
 
 WORKERS = (1, 2)

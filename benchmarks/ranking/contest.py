@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import roofline
-from benchmarks.measure import Cost, measured
 from benchmarks.ranking import published
 from benchmarks.ranking.cases import Case, Side, build_matcher, feature_blocks
 from dsmip.data.table import Table, concatenate
@@ -23,6 +22,7 @@ from dsmip.evaluation.experts.survey import surveyed
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import Ranking
+from dsmip.planning.probing.measure import Cost, measured
 from dsmip.rank_options import PrecisionName, RankOptions
 from dsmip.units.matcher import Matcher, Scores
 from dsmip.units.text_unit import Backend, Precision, use_backend, use_precision

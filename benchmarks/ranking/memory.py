@@ -22,12 +22,12 @@ import torch
 from rich.console import Console
 from rich.table import Table as Printed
 
-from benchmarks.measure import measured, status_bytes
 from benchmarks.ranking.cases import BLOCK, Case, build_matcher, feature_blocks
 from dsmip.data.table import Table, concatenate
 from dsmip.evaluation.index import SLICE_ROWS, EntityIndex, finish_index, index_slices
 from dsmip.evaluation.preparation import prepare_in_tiles
 from dsmip.evaluation.ranking import RankedModel
+from dsmip.planning.probing.measure import measured, status_bytes
 
 CPU = torch.device("cpu")
 MIB = 2**20

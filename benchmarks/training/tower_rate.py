@@ -11,11 +11,11 @@ from statistics import median
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import kept_for_backward, measured
 from benchmarks.roofline import matrix_rate
 from dsmip.config import BackboneConfig, TrainConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.encoders.clip import Backbone, Tuning
+from dsmip.planning.probing.measure import kept_for_backward, measured
 from dsmip.training.batches import Step
 from dsmip.training.gradients import batch_backward
 from dsmip.training.optimizer import build_optimizer

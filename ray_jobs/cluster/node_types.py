@@ -17,11 +17,21 @@ VARIABLE = "DSMIP_NODE_TYPES"
 _CLUSTER_FILE = Path("~/ray_bootstrap_config.yaml")
 
 
+class _NodeConfig(BaseModel):
+    InstanceType: str = ""
+
+
 class NodeType(BaseModel):
     """Resources of one node, and how many there may be (None: no maximum)."""
 
     resources: dict[str, float] = {}
     max_workers: int | None = Field(None, ge=0)
+    node_config: _NodeConfig = _NodeConfig()
+
+    @property
+    def machine(self) -> str:
+        """What the provider calls such a machine; empty where nobody says."""
+        return self.node_config.InstanceType
 
 
 class _Cluster(BaseModel):
@@ -40,12 +50,23 @@ def configured_node_types() -> Mapping[str, NodeType]:
     try:
         if text := os.environ.get(VARIABLE):
             return TypeAdapter(dict[str, NodeType]).validate_python(parse_yaml(text, f"the variable {VARIABLE}"))
-        if not path.is_file():
-            return {}
+    except (ValueError, ValidationError) as error:
+        raise UserError(f"the variable {VARIABLE} does not hold a cluster's node types: {error}") from error
+    return node_types_of(path) if path.is_file() else {}
+
+
+def node_types_of(path: Path) -> Mapping[str, NodeType]:
+    """Worker node types by name that a cluster file describes.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
         cluster = _Cluster.model_validate(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
-    except (OSError, ValueError, ValidationError) as error:
-        where = f"the variable {VARIABLE}" if os.environ.get(VARIABLE) else path
-        raise UserError(f"{where} does not hold a cluster's node types: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, ValidationError) as error:
+        raise UserError(f"{path} does not hold a cluster's node types: {' '.join(str(error).split())}") from error
     return {
         name: kind.model_copy(update={"max_workers": _lower(kind.max_workers, cluster.max_workers)})
         for name, kind in cluster.available_node_types.items()

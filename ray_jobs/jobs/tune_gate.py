@@ -28,8 +28,9 @@ from ray_jobs.cluster.tasks import run_shares
 from ray_jobs.jobs.train_experts import train_parts
 from ray_jobs.terminal.display import Display
 from ray_jobs.training.judge import gate_warnings, judge
-from ray_jobs.training.sweep import Trial, best_trial, decided, draw_trials, run_rung, survivors, trial_request
+from ray_jobs.training.sweep import best_trial, decided, run_rung, trial_request
 from ray_jobs.training.trial import RESULT, PartTables, TrialTask, cache_features, trial_name
+from ray_jobs.training.trials import Trial, draw_trials, survivors
 
 
 def tune_gate(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import roofline
-from benchmarks.measure import measured
 from benchmarks.ranking import memory, published
 from benchmarks.ranking.against_published import available_backends, main
 from benchmarks.ranking.cases import CASES, build_matcher, feature_blocks
@@ -21,6 +20,7 @@ from dsmip.encoders.base import FeatureSizes
 from dsmip.evaluation.ranks import Cost, Ranking
 from dsmip.models.mimic import MimicMatcher
 from dsmip.ops.ranking import Counts
+from dsmip.planning.probing.measure import measured
 from dsmip.units.matcher import Scores
 from dsmip.units.unit_scorer import UnitScorer
 from tests.support.paths import MIMIC_UNITS

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import kept_for_backward
 from dsmip.config import BackboneConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Table
 from dsmip.encoders.clip import Tuning
+from dsmip.planning.probing.measure import kept_for_backward
 from dsmip.units.expert import Expert, ExpertConfig
 
 NUM_ITEMS, NUM_TOKENS, SIZE = 6, 11, 16

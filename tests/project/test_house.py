@@ -60,7 +60,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("dsmip",),
     ("dsmip.serving",),
     ("dsmip.suites",),
-    ("dsmip.exporting", "dsmip.reporting"),
+    ("dsmip.exporting", "dsmip.planning", "dsmip.reporting"),
     ("dsmip.linking",),
     ("dsmip.distillation", "dsmip.reranking"),
     ("dsmip.training",),

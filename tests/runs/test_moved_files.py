@@ -14,7 +14,7 @@ from dsmip.runs.load_config import changed, job_config, key_text
 from dsmip.runs.moved_files import found_beside
 from dsmip.runs.run import Run
 from ray_jobs.jobs.tune_gate import sweep_key, tune_gate
-from ray_jobs.training.sweep import draw_trials
+from ray_jobs.training.trials import draw_trials
 from tests.support.displays import Lines
 
 

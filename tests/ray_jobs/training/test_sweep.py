@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.errors import UserError
 from dsmip.runs.load_config import parse_config, to_yaml
-from ray_jobs.training.sweep import best_trial, draw_trials, survivors
+from ray_jobs.training.sweep import best_trial
+from ray_jobs.training.trials import draw_trials, survivors
 
 
 def with_space(config: ExperimentConfig, space: dict[str, Any], trials: int = 6) -> ExperimentConfig:

@@ -1,0 +1,26 @@
+"""The command `plan`. Torch is imported inside the function: help and errors are quick."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ray_jobs.commands.options import ConfigOption, DataOption, JsonOption, SetOption
+
+
+def plan(
+    config: ConfigOption,
+    data: DataOption,
+    run: Annotated[str, typer.Option("--run", help="Where the run will lie, for the free disk.")] = ".",
+    cluster: Annotated[
+        Path | None,
+        typer.Option("--cluster", help="Plan for the nodes of this cluster file, from stated rates of its machines."),
+    ] = None,
+    set: SetOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Says what a configuration will take on a data set; exit code 1 when something does not fit."""
+    from ray_jobs.local_jobs.planning.plan import plan as make_plan
+
+    if not make_plan(config, data, run, cluster, set or [], json_file).fits:
+        raise typer.Exit(1)
