@@ -86,7 +86,8 @@ def arguments(tmp_path: Path, small_config: ExperimentConfig, small_data: Datase
     return tmp_path / "config.yaml", Path(small_data.location), tmp_path / "run"
 
 
-@pytest.mark.parametrize(("num_workers", "batch"), [(2, 2), pytest.param(3, 6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_workers", "batch"), [(2, 2), (3, 6)])
 def test_workers_get_what_one_alone_gets(
     arguments: tuple[Path, Path, Path], tmp_path: Path, num_workers: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_subset_as_large_as_the_kb_is_the_kb(arguments: tuple[Path, Path, Path
     assert validation_between(validation, None, seed=4) is None
 
 
+@pytest.mark.slow
 def test_a_part_is_validated_over_a_subset_between_full_validations(
     arguments: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
