@@ -77,7 +77,7 @@ class GateConfig(Frozen):
         choice: Every `pair` chooses its expert, or every `mention`, so that all entities of a ranking are scored on one
             scale.
         training: `sampled` one-hot choices with straight-through gradients (eqs. 15, 16), or `mixture`, the exact
-            likelihood of a mixture of the experts (mention choice only).
+            likelihood of a mixture of the experts (mention choice only); of their product where that is the scoring.
         calibration: `none`; a learned `scale` of each expert's scores, since experts that were trained alone differ
             in how sure they are of themselves; or one `fitted` before the gate is trained, under which the golds that
             stage two trains on are likeliest (of a gate that fuses).

@@ -85,7 +85,8 @@ def gate_warnings(system: str, best: Mapping[str, float], judged: Mapping[str, A
             f"the gate has collapsed: it chooses {favourite} for {share[favourite]:.1%} of the validation golds"
         )
     expert = max(share, key=lambda name: figures[name]["mrr"])
-    for title, name in (("its best expert", expert), ("the calibrated mean of its experts", "mean")):
+    others = {"its best expert": expert, "the calibrated mean of its experts": "mean", "their product": "product"}
+    for title, name in others.items():
         if best["mrr"] <= figures[name]["mrr"]:
             lines.append(
                 f"{system} is not better than {title} ({name}): validation MRR {best['mrr']:.4f} against "

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmip.ops.experts.fusion import fit_scale, mixture_scores, product_scores
+from dsmip.ops.experts.fusion import fit_scale, mixture_losses, mixture_scores, product_losses, product_scores
 
 
 def negative_log_likelihood(scores_ME: Tensor, gold_column_M: Tensor, scale: float) -> float:
@@ -61,3 +61,20 @@ def test_fusions_are_sums_over_experts(num_experts: int, num_mentions: int, num_
             assert float(mixed_ME[m, e]) == pytest.approx(math.log(sum(pi * math.exp(p) for pi, p in shares)))
             assert float(product_ME[m, e]) == pytest.approx(sum(pi * p for pi, p in shares))
     torch.testing.assert_close(mixed_ME.exp().sum(dim=1), torch.ones(num_mentions, dtype=torch.float64))
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(2, 9), st.integers(0, 10**6))
+def test_losses_are_those_of_the_fusions(num_experts: int, num_mentions: int, num_entities: int, seed: int) -> None:
+    """The gold comes first; the product's powers are the exponentials of the logits, whatever they add up to."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_mentions, num_entities, num_experts)
+    log_p_MKB = torch.log_softmax(4 * torch.randn(shape, generator=generator, dtype=torch.float64), dim=1)
+    logits_MB = torch.randn(num_mentions, num_experts, generator=generator, dtype=torch.float64)
+    mixed_M, product_M = mixture_losses(logits_MB, log_p_MKB[:, 0]), product_losses(logits_MB, log_p_MKB)
+    for m in range(num_mentions):
+        power_B = [math.exp(float(logit)) for logit in logits_MB[m]]
+        p_KB = [[math.exp(float(log_p)) for log_p in log_p_B] for log_p_B in log_p_MKB[m]]
+        mixture = sum(power * p for power, p in zip(power_B, p_KB[0], strict=True)) / sum(power_B)
+        assert float(mixed_M[m]) == pytest.approx(-math.log(mixture), abs=1e-9)
+        product_K = [math.prod(p**power for power, p in zip(power_B, p_B, strict=True)) for p_B in p_KB]
+        assert float(product_M[m]) == pytest.approx(-math.log(product_K[0] / sum(product_K)), abs=1e-6)

@@ -9,12 +9,15 @@ import torch
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.table import Table
 from dsmip.errors import UserError
-from dsmip.evaluation.preparation import HAS_IMAGE
+from dsmip.evaluation.experts.survey import informed, survey
+from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.preparation import HAS_IMAGE, prepare_entities
+from dsmip.evaluation.ranking import rank_unrefined
 from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.experts.fusion import fit_scale
 from dsmip.runs.load_config import changed, parse_config
 from dsmip.training.fusion.figures import validation_figures
-from dsmip.training.fusion.fit import LOG_LIKELIHOOD, fit_gate
+from dsmip.training.fusion.fit import LOG_LIKELIHOOD, fit_gate, prepared_split
 from dsmip.training.local_context import LocalContext
 from dsmip.training.validation.validation import SplitFeatures
 from dsmip.units.fusion.matcher import FusedMatcher
@@ -23,6 +26,7 @@ from tests.support.scoring.matchers import CPU
 from tests.support.scoring.systems import features, seeded, with_system
 
 NUM_MENTIONS, NUM_ENTITIES = 40, 23
+ALL = torch.arange(NUM_ENTITIES)
 SETTINGS = TrainConfig(epochs=6, batch_size=8, learning_rate=0.01)
 
 
@@ -71,6 +75,31 @@ def test_a_gate_learns_the_likelihood_of_the_mixture_and_is_ranked_with(
         again, training, validation, kb(small_config), SETTINGS, LocalContext(tmp_path / "again"), seed=0
     )
     assert repeated.history == result.history
+
+
+def test_the_gate_of_a_product_learns_the_likelihood_of_the_product(
+    small_config: ExperimentConfig, tmp_path: Path
+) -> None:
+    """Over all entities, by the full matrices; its powers are what the golds are ranked by."""
+    matcher = built(small_config, scoring="product", dropout=0.0)
+    assert matcher.gate is not None
+    training, validation = (split(small_config, matcher, seed) for seed in (2, 5))
+    result = fit_gate(matcher, training, validation, kb(small_config), SETTINGS, LocalContext(tmp_path), seed=0)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    index = EntityIndex([prepare_entities(matcher, kb(small_config), range(NUM_ENTITIES), CPU)])
+    model = prepared_split(matcher, validation, index, CPU)
+    found = survey(model, CPU)
+    with torch.no_grad():
+        power_MB = matcher.gate.logits(matcher.gate.inputs(Table({}), found)).exp()
+        log_p = [
+            torch.log_softmax(expert.score(model.mentions.under(name), index.under(name).take(ALL)).total_ME * scale, 1)
+            for name, (expert, scale) in matcher.surveyed().items()
+        ]
+    total_ME = (torch.stack(log_p, dim=2) * power_MB[:, None]).sum(dim=2)
+    expected = -torch.nn.functional.cross_entropy(total_ME, validation.gold_row_M)
+    assert result.best[LOG_LIKELIHOOD] == pytest.approx(float(expected), abs=1e-4)
+    ranked = rank_unrefined(informed(model, found), CPU).metrics()
+    assert ranked["hits@1"] == pytest.approx(hits(total_ME, validation))
 
 
 def test_a_gate_of_five_experts_learns(small_config: ExperimentConfig, tmp_path: Path) -> None:

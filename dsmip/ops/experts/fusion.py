@@ -49,6 +49,31 @@ def mixture_scores(log_p_BME: Tensor, log_pi_MB: Tensor) -> Tensor:
     return torch.logsumexp(log_p_BME + log_pi_MB.T[:, :, None], dim=0)
 
 
+def mixture_losses(logits_MB: Tensor, log_p_MB: Tensor) -> Tensor:
+    """-log sum over experts of pi p of the golds, [M], where pi is the softmax of the logits.
+
+    Args:
+        log_p_MB: Each expert's log probability of the gold.
+    """
+    return -torch.logsumexp(torch.log_softmax(logits_MB, dim=1) + log_p_MB, dim=1)
+
+
+def product_losses(logits_MB: Tensor, log_p_MKB: Tensor) -> Tensor:
+    """-log softmax of the golds among their rivals under the product of experts, each to the power exp(logit): [M].
+
+    Powers need not add up to 1, so that a mention's product is as sure of itself as it should be; its ranking is that
+    of `product_scores` with pi = softmax(logits).
+
+    Args:
+        log_p_MKB: Each expert's log probabilities of K entities, the gold first.
+
+    >>> half = torch.tensor([[[0.5, 0.9], [0.5, 0.1]]]).log()  # two experts, one of which does not know
+    >>> bool(torch.isclose(product_losses(torch.zeros(1, 2), half), torch.tensor([0.9]).log().neg()))
+    True
+    """
+    return -(log_p_MKB * logits_MB.exp()[:, None]).sum(dim=2).log_softmax(dim=1)[:, 0]
+
+
 def product_scores(log_p_BME: Tensor, log_pi_MB: Tensor) -> Tensor:
     """Sum over experts of pi log p: [M, E], a weighted product of experts (not normalised)."""
     return (log_p_BME * log_pi_MB.exp().T[:, :, None]).sum(dim=0)

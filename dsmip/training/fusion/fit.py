@@ -1,7 +1,8 @@
 """Stage two of fused experts: a scale per expert, then the gate, from the experts' probabilities over the whole kb.
 
-Experts are frozen, so a mention's survey and the log probability that each expert gives to its gold are computed once;
-an epoch is then of a few numbers per mention. M mentions, E entities, B experts, F inputs of the gate.
+Experts are frozen, so a mention's survey and the log probabilities that each expert gives to its gold, and for a
+product to the gold's rivals, are computed once; an epoch is then of a few numbers per mention. M mentions, E entities,
+B experts, K entities with the gold first, F inputs of the gate.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from dsmip.evaluation.experts.survey import informed, of_expert, scored_by_tile,
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles
 from dsmip.evaluation.ranking import RankedModel, rank_unrefined
-from dsmip.ops.experts.fusion import fit_scale
+from dsmip.ops.experts.fusion import fit_scale, mixture_losses, product_losses
 from dsmip.ops.experts.statistics import Survey
 from dsmip.rank_options import RankOptions
 from dsmip.training.loop import BatchSums, Context, Scale
@@ -26,6 +27,7 @@ from dsmip.training.validation.validation import SplitFeatures
 from dsmip.units.fusion.gate import FusionGate
 from dsmip.units.fusion.matcher import FusedMatcher
 
+_RIVALS = 128  # of a gold: what all experts together find likeliest; 512 give the same gate
 _FIT_PAIRS = 2**25  # a scale is one number: so many scores tell it well, and are held at a time
 LOG_LIKELIHOOD = "log_likelihood"
 
@@ -37,13 +39,18 @@ class _Known:
     Attributes:
         model: Ranks them, once they are informed.
         inputs_MF: The gate's.
-        log_p_MB: Log probability that each expert gives to the gold.
+        log_p: Log probability that each expert gives to the gold, [M, B]; of a product [M, K, B], to its rivals too.
     """
 
     model: RankedModel
     survey: Survey
     inputs_MF: Tensor
-    log_p_MB: Tensor
+    log_p: Tensor
+
+    def losses(self, gate: FusionGate, row_m: Tensor) -> Tensor:
+        """-log likelihood of some mentions' golds under the fusion that will rank them, float [m]."""
+        losses = product_losses if self.log_p.ndim == 3 else mixture_losses
+        return losses(gate.logits(self.inputs_MF[row_m]), self.log_p[row_m])
 
 
 def fit_gate(
@@ -57,7 +64,9 @@ def fit_gate(
     seed: int,
     stop_epoch: int | None = None,
 ) -> TrainResult:
-    """Fits the experts' scales, where the matcher is calibrated, and trains the gate on the likelihood of the mixture.
+    """Fits the experts' scales, where the matcher is calibrated, and trains the gate on the likelihood of its fusion.
+
+    That of the mixture, or of the product; a gate that chooses learns as if it mixed.
 
     The best epoch is that of the likeliest validation golds; its weights are ranked with, over the whole kb.
 
@@ -85,11 +94,11 @@ def fit_gate(
     def validate(part: FusedMatcher) -> Mapping[str, float]:
         part.eval()
         with torch.no_grad():
-            return {LOG_LIKELIHOOD: -float(_losses(gate, judged.inputs_MF, judged.log_p_MB).mean())}
+            return {LOG_LIKELIHOOD: -float(judged.losses(gate, torch.arange(len(judged.log_p))).mean())}
 
     result = train(
         matcher,
-        _Rows(len(known.log_p_MB), config.batch_size, seed),
+        _Rows(len(known.log_p), config.batch_size, seed),
         config,
         context,
         validate,
@@ -127,18 +136,34 @@ def prepared_split(
 @torch.no_grad()
 def _known(model: RankedModel, gate: FusionGate, device: torch.device) -> _Known:
     found = survey(model, device)
-    scores = [
-        scale * of_expert(model, name, expert, model.index).gold_scores(model.index.under(name), device)
-        for name, (expert, scale) in model.matcher.surveyed().items()
-    ]
-    log_p_MB = torch.stack(scores, dim=1) - found.log_normaliser_MB
+    if model.matcher.scoring == "product":
+        log_p = _with_rivals(model, found, device)
+    else:
+        scores = [
+            scale * of_expert(model, name, expert, model.index).gold_scores(model.index.under(name), device)
+            for name, (expert, scale) in model.matcher.surveyed().items()
+        ]
+        log_p = torch.stack(scores, dim=1) - found.log_normaliser_MB
     inputs_MF = gate.inputs(model.mentions.under("gate").to(torch.device("cpu")), found)
-    return _Known(model, found, inputs_MF.to(device), log_p_MB.float().to(device))
+    return _Known(model, found, inputs_MF.to(device), log_p.float().to(device))
 
 
-def _losses(gate: FusionGate, inputs_MF: Tensor, log_p_MB: Tensor) -> Tensor:
-    """-log sum over experts of pi p(gold), of each mention."""
-    return -torch.logsumexp(gate(inputs_MF) + log_p_MB, dim=1)
+def _with_rivals(model: RankedModel, survey: Survey, device: torch.device) -> Tensor:
+    """Log probabilities [M, K, B] of the gold and of the entities whose unweighted product is largest."""
+    found, experts = list[Tensor](), model.matcher.surveyed()
+    each_alone = [of_expert(model, name, expert, model.index) for name, (expert, _) in experts.items()]
+    tiles_of = [scored_by_tile(alone, device) for alone in each_alone]
+    scale_B = torch.tensor([scale for _, scale in experts.values()], device=device)
+    for tiles in zip(*tiles_of, strict=True):
+        start, scores_MEB = tiles[0][0], torch.stack([scores_ME for _, scores_ME in tiles], dim=2) * scale_B
+        rows = slice(start, start + len(scores_MEB))
+        log_p_MEB = scores_MEB - survey.log_normaliser_MB[rows, None].to(scores_MEB)
+        gold_M1 = model.gold_row_M[rows, None].to(device) - model.index.first_row
+        others_ME = log_p_MEB.sum(dim=2).scatter(1, gold_M1, -torch.inf)
+        rivals_MK = others_ME.topk(min(_RIVALS, len(model.index) - 1), dim=1).indices
+        column_MK = torch.cat([gold_M1, rivals_MK], dim=1)
+        found.append(log_p_MEB.gather(1, column_MK[..., None].expand(-1, -1, len(experts))))
+    return torch.cat(found)
 
 
 class _GateObjective(PartObjective):
@@ -149,7 +174,7 @@ class _GateObjective(PartObjective):
         self._gate, self._known = gate, known
 
     def backward(self, batch: Tensor, device: torch.device, scale: Scale) -> BatchSums:
-        loss_M = _losses(self._gate, self._known.inputs_MF[batch], self._known.log_p_MB[batch])
+        loss_M = self._known.losses(self._gate, batch)
         scale(loss_M.mean()).backward()
         return BatchSums({"loss": float(loss_M.detach().sum())}, len(batch))
 

@@ -59,6 +59,11 @@ class FusionGate(nn.Module):
         self.mean_F.copy_(inputs_MF.mean(dim=0))
         self.deviation_F.copy_(inputs_MF.std(dim=0, correction=0).clamp_min(_LEAST_DEVIATION))
 
+    def logits(self, inputs_MF: Tensor) -> Tensor:
+        """log pi [M, B] but for a constant of each mention."""
+        logits_MB: Tensor = self.mlp((inputs_MF - self.mean_F) / self.deviation_F)
+        return logits_MB
+
     def forward(self, inputs_MF: Tensor) -> Tensor:
         """log pi [M, B]."""
-        return torch.log_softmax(self.mlp((inputs_MF - self.mean_F) / self.deviation_F), dim=-1)
+        return torch.log_softmax(self.logits(inputs_MF), dim=-1)
