@@ -1,7 +1,7 @@
 """Amounts of work: each step of the way, from counts of a data set and the costs of items, pairs and steps."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from dsmip.config import ExperimentConfig, TrainConfig
@@ -35,6 +35,12 @@ class Counts:
             manifest.entities_with_image,
             {name: each.mentions for name, each in splits.items()},
             {name: each.with_image for name, each in splits.items()},
+        )
+
+    def with_entities(self, count: int) -> "Counts":
+        """Those of a larger or smaller kb with the same share of pictures."""
+        return replace(
+            self, entities=count, entities_with_image=round(count * self.entities_with_image / self.entities)
         )
 
     def items(self, split: str) -> tuple[int, int]:

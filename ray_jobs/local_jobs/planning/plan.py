@@ -74,7 +74,13 @@ class Plan:
 
 
 def plan(
-    config: str, data: str, run: str, cluster: Path | None, overrides: Sequence[str], json_file: Path | None
+    config: str,
+    data: str,
+    run: str,
+    cluster: Path | None,
+    overrides: Sequence[str],
+    json_file: Path | None,
+    entities: int | None = None,
 ) -> Plan:
     """Probes, forecasts and prints.
 
@@ -85,6 +91,7 @@ def plan(
         cluster: A cluster file: the forecast is for its nodes, from stated rates.
         overrides: `key=value` of the configuration.
         json_file: Where to write all of it as well.
+        entities: Plan as if the knowledge base had so many.
 
     Raises:
         UserError: A wrong configuration, data that are not prepared, a wrong cluster file.
@@ -105,6 +112,8 @@ def plan(
     costs = probe_system(settings, dataset, meter)
     took = time.perf_counter() - begun[0], time.process_time() - begun[1]
     counts, trials, variants = Counts.of(dataset), 0, list[str]()
+    if entities is not None:
+        counts = counts.with_entities(entities)
     if costs.whole is not None:
         trials, variants = _sweep(settings)
     forecast = Forecaster(settings, costs, pretrain, counts, machines, trials, variants).forecast()

@@ -31,15 +31,35 @@ def write(path: Path, backbone: Path, model: str, system: dict[str, Any], **more
             {**BLINK, **TEXTS},
             ["train biencoder", "train", "train crossencoder", "train", "evaluate"],
         ),
+        (
+            "dsmip",
+            {"gate": {"preset": "confidence"}, "experts": {name: {} for name in ("text", "visual", "multimodal")}},
+            ["features", "train text", "train visual", "train multimodal", "train", "tune", "evaluate"],
+        ),
     ],
 )
 def test_systems_of_other_kinds(
     model: str, system: dict[str, Any], steps: list[str], small_data: Dataset, narrow_backbone: Path, tmp_path: Path
 ) -> None:
-    """Zero-shot, and with a re-ranker."""
+    """Zero-shot, with a re-ranker, and with a gate."""
     config = write(tmp_path / "config.yaml", narrow_backbone, model, system)
     found = plan(config, small_data.location, str(tmp_path), None, [], None)
     assert [step.name for step in found.forecast.steps] == steps
+
+
+def test_a_larger_knowledge_base_takes_more(small_data: Dataset, narrow_backbone: Path, tmp_path: Path) -> None:
+    """Its index grows with it, what training mentions take does not."""
+    config = write(tmp_path / "config.yaml", narrow_backbone, "clip", {"tune": "frozen"})
+    options = ["--config", config, "--data", small_data.location, "--run", str(tmp_path)]
+    bytes_of = []
+    for more in ([], ["--entities", str(1000 * small_data.num_entities)]):
+        out = tmp_path / f"{len(bytes_of)}.json"
+        CliRunner().invoke(app, ["plan", *options, *more, "--json", str(out)])
+        bytes_of.append({each["what"]: each["num_bytes"] for each in json.loads(out.read_text())["files"]})
+    one, thousand = bytes_of
+    (index,) = (name for name in one if "index" in name)
+    assert thousand[index] == pytest.approx(1000 * one[index], rel=0.2)
+    assert any(thousand[name] == one[name] for name in one)
 
 
 def test_a_cluster_file_is_planned_for_from_stated_rates(
