@@ -1,11 +1,14 @@
 """Dynamic batching: mentions of many requests are linked together, by one thread, in the order in which they came.
 
-Nobody waits for a batch to fill: whatever has come while one batch was linked makes up the next one.
+Whatever has come while one batch was linked makes up the next one. Clients that were just answered may ask again at
+once: a batch waits for as many mentions as there were before, but no longer than a tenth of the last batch's time. A
+single client never waits.
 """
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +44,7 @@ class Batcher:
         waiting: Mentions that may wait.
         observe: Called with the number of mentions of each batch.
         candidates: Entities that are scored for each mention (`Linker.link_many`); None: all.
+        linger: How long a batch may wait for those who were answered last, as a share of the last batch's time.
     """
 
     def __init__(
@@ -50,9 +54,11 @@ class Batcher:
         waiting: int,
         observe: Callable[[int], None] = lambda count: None,
         candidates: int | None = None,
+        linger: float = 0.1,
     ) -> None:
         self._linker, self._batch, self._most_waiting, self._observe = linker, batch, waiting, observe
-        self._candidates = candidates
+        self._candidates, self._linger = candidates, linger
+        self._expected, self._patient_until = 0, 0.0
         self._jobs: deque[Job] = deque()
         self._num_waiting, self._ends = 0, False
         self._changed = threading.Condition()
@@ -97,26 +103,36 @@ class Batcher:
         while jobs := self._next():
             mentions = [mention for job in jobs for mention in job.mentions]
             self._observe(len(mentions))
+            begun = time.monotonic()
             try:
-                found = self._linker().link_many(
-                    mentions,
-                    top=max(job.top for job in jobs),
-                    explain=any(job.explain for job in jobs),
-                    on_error="report",
-                    batch_size=self._batch,
-                    candidates=self._candidates,
-                )
+                found = self._links(jobs, mentions)
+                self._expected = len(mentions) + self._num_waiting
                 for job in jobs:
                     job.links.set_result([next(found).first(job.top) for _ in job.mentions])
             except Exception as error:  # whatever it is, those who wait are told, and the next batch is linked
                 for job in jobs:
                     if not job.links.done():
                         job.links.set_exception(error)
+            ended = time.monotonic()
+            self._patient_until = ended + self._linger * (ended - begun)
+
+    def _links(self, jobs: Sequence[Job], mentions: Sequence[Mapping[str, Any]]) -> Iterator[Links]:
+        """Of all mentions, once all are linked."""
+        found = self._linker().link_many(
+            mentions,
+            top=max(job.top for job in jobs),
+            explain=any(job.explain for job in jobs),
+            on_error="report",
+            batch_size=self._batch,
+            candidates=self._candidates,
+        )
+        return iter(list(found))
 
     def _next(self) -> list[Job]:
         """Jobs of about one batch, whose clients still wait; none at the end."""
         with self._changed:
             while True:
+                self._wait_for_the_answered()
                 jobs, count = list[Job](), 0
                 while self._jobs and (not jobs or count + len(self._jobs[0].mentions) <= self._batch):
                     job = self._jobs.popleft()
@@ -127,3 +143,10 @@ class Batcher:
                 if jobs or self._ends:
                     return jobs
                 self._changed.wait()
+
+    def _wait_for_the_answered(self) -> None:
+        """With the lock: until as many wait as there were when the last batch began, if they come soon."""
+        while self._num_waiting < min(self._expected, self._batch) and not self._ends:
+            left = self._patient_until - time.monotonic()
+            if left <= 0 or not self._changed.wait(left):
+                return

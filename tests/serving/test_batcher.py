@@ -96,3 +96,25 @@ def test_the_end_links_what_waits_and_takes_nothing_more(held: HeldLinker, batch
     assert (len(first.result(0)), len(second.result(0))) == (1, 1)
     with pytest.raises(Stopped):
         batcher.submit(words("c"), 1)
+
+
+def test_those_who_were_just_answered_are_waited_for(held: HeldLinker) -> None:
+    """As many as there were, and a single one not at all."""
+    batcher = Batcher(lambda: held, batch=4, waiting=6, linger=1e6)  # type: ignore[arg-type, return-value]
+    first = batcher.submit(words("a"), 1)
+    assert held.begun.wait(30)
+    second = batcher.submit(words("b"), 1)
+    held.let.set()
+    first.result(30)
+    third = batcher.submit(words("c"), 1)
+    for job in (second, third):
+        job.result(30)
+    assert held.batches == [["a"], ["b", "c"]]
+    batcher.submit(words("d"), 1)
+    batcher.close()  # though one more was expected
+    assert held.batches[2:] == [["d"]]
+    alone = Batcher(lambda: held, batch=4, waiting=6, linger=1e6)  # type: ignore[arg-type, return-value]
+    for word in "ef":
+        alone.submit(words(word), 1).result(30)
+    alone.close()
+    assert held.batches[3:] == [["e"], ["f"]]
