@@ -52,6 +52,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Forms of the gate by name, which `gate.preset` may be written for."""
+RANDOM = "random"  # weights, for trials of what a network costs
 _HASH = re.compile(rf"{BY_HASH}[0-9a-f]{{16,64}}")
 _SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the usual 1e-5 would swallow them
 
@@ -66,7 +67,7 @@ class GateConfig(Frozen):
         picture: The image network (`dsmip.encoders.image_networks`): `vgg16` (fc7) or `clip` (the frozen backbone's
             pooled picture).
         vgg_weights: Of an image network other than the backbone: a local file, `torchvision`, or `sha256:<16 or more
-            digits>`: features that `dsmip features` has made.
+            digits>`: features that `dsmip features` has made. `random` draws them, to try what the network costs.
         text: The mean of the frozen text tower's input `embeddings`, or what the `tower` says of the whole text.
         inputs: What the gate sees: text and picture features `raw`, or `normalised` to mean 0 and variance 1 per number
             (means of token embeddings are tiny and nearly the same for all texts: raw, the gate does not see them);
@@ -164,7 +165,7 @@ def image_network(config: GateConfig, backbone: BackboneConfig) -> NetworkChoice
     """What the gate looks at images with."""
     if find_network(config.picture).of_backbone:
         return NetworkChoice(config.picture, backbone.pretrained, backbone.architecture)
-    return NetworkChoice(config.picture, config.vgg_weights)
+    return NetworkChoice(config.picture, None if config.vgg_weights == RANDOM else config.vgg_weights)
 
 
 def check_weights_named(config: GateConfig) -> None:
@@ -176,7 +177,7 @@ def check_weights_named(config: GateConfig) -> None:
         UserError: There is no such file.
     """
     network, weights = find_network(config.picture), config.vgg_weights
-    if network.of_backbone or weights in network.published or weights.startswith(BY_HASH):
+    if network.of_backbone or weights in (RANDOM, *network.published) or weights.startswith(BY_HASH):
         return
     if not Path(weights).is_file():
         raise UserError(

@@ -35,6 +35,7 @@ from dsmip.runs.load_config import changed
 from dsmip.runs.loaded_model import TrainedParts
 from dsmip.training.trainer import MatcherObjective
 from dsmip.units.fusion.matcher import FusedMatcher
+from dsmip.units.gate import RANDOM
 from dsmip.units.matcher import Matcher, Reranker
 
 Kind = Literal["towers", "cached", "nothing", "reranker"]
@@ -121,7 +122,8 @@ class SystemCosts:
 
 def bare(config: ExperimentConfig) -> ExperimentConfig:
     """The configuration without weights of its own: networks of the same sizes, drawn at random."""
-    return changed(config, {"backbone": {"pretrained": None}})
+    of_gate = {"system": {"gate": {"vgg_weights": RANDOM}}} if find_system(config.model).gated else {}
+    return changed(config, {"backbone": {"pretrained": None}, **of_gate})
 
 
 def probe_system(config: ExperimentConfig, dataset: Dataset, meter: Meter) -> SystemCosts:

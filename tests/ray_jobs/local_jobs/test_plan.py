@@ -31,6 +31,12 @@ def write(path: Path, backbone: Path, model: str, system: dict[str, Any], **more
             {**BLINK, **TEXTS},
             ["train biencoder", "train", "train crossencoder", "train", "evaluate"],
         ),
+        pytest.param(
+            "dsmip",
+            {"gate": {"picture": "vgg16"}, "experts": {name: {} for name in ("text", "visual", "multimodal")}},
+            ["features", "train text", "train visual", "train multimodal", "train", "tune", "evaluate"],
+            marks=pytest.mark.slow,
+        ),
         (
             "dsmip",
             {"gate": {"preset": "confidence"}, "experts": {name: {} for name in ("text", "visual", "multimodal")}},
