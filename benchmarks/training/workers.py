@@ -1,6 +1,6 @@
 """Two data-parallel workers against one, and against two loops side by side that share nothing.
 
-    uv run python -m benchmarks.training.workers [--rounds 3] [--steps 3] [--json FILE]
+    uv run python -m benchmarks.training.workers [--rounds 2] [--steps 3] [--json FILE]
 
 For each of DSMIP's experts, MIMIC and pretraining, with the demo's configurations on data drawn on the spot. Workers
 are processes of one thread in one gloo group, without Ray (`benchmarks.stage_one` has Ray Train's own cost). In a round
@@ -62,6 +62,7 @@ _HEADINGS = (
     "CPU of one's",
     "KB sent a step",
 )
+_IMAGE = 128  # pixels of the pictures' sides
 _TRAIN_SHARE = 0.7  # of a drawn release's mentions
 
 
@@ -138,7 +139,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
     mentions = int((options.steps + WARM_UP + 1) * options.batch_size / _TRAIN_SHARE)
     entities = max(300, (options.steps + WARM_UP + 1) * options.batch_size)  # pretraining has a pair for each
     say("writing and preparing a release ...")
-    data = prepared_release(entities, mentions, work)
+    data = prepared_release(entities, mentions, work, _IMAGE)
     found = {part: Rates() for part in options.parts}
     with ExitStack() as stack:
         pools = [stack.enter_context(_process()) for _ in range(WORKERS)]
@@ -286,7 +287,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
-    parser.add_argument("--rounds", type=positive, default=3, help="default: 3")
+    parser.add_argument("--rounds", type=positive, default=2, help="default: 2")
     parser.add_argument("--steps", type=positive, default=3, help="counted in a training (default: 3)")
     parser.add_argument("--batch-size", type=positive, default=128, help="default: 128, the demo's")
     parser.add_argument("--work", type=Path, help="folder for what is written on the way (default: the system's)")
