@@ -16,6 +16,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 TORCHVISION = "torchvision"  # IMAGENET1K_V1
 BY_HASH = "sha256:"  # names the features that `dsmip features` made, in place of weights
+RANDOM = "random"  # draws weights, to try what the network costs
 _AT_ONCE = 32  # pictures: their first layers' activations take 25 MB each
 
 

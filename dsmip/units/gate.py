@@ -24,7 +24,7 @@ from dsmip.encoders.clip import Backbone
 from dsmip.encoders.feature_keys import tower_form
 from dsmip.encoders.image_features import DTypeName, ImageFeatures, Weights, find_features, network_hash
 from dsmip.encoders.image_networks import ClipImage, Kind, NetworkChoice, find_network
-from dsmip.encoders.vgg import BY_HASH
+from dsmip.encoders.vgg import BY_HASH, RANDOM
 from dsmip.errors import UserError
 from dsmip.keys import plain_text
 from dsmip.units.fusion.matcher import ScoringName
@@ -52,7 +52,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Forms of the gate by name, which `gate.preset` may be written for."""
-RANDOM = "random"  # weights, for trials of what a network costs
 _HASH = re.compile(rf"{BY_HASH}[0-9a-f]{{16,64}}")
 _SMALLEST_VARIANCE = 1e-10  # means of token embeddings vary by thousandths: the usual 1e-5 would swallow them
 

@@ -12,6 +12,7 @@ from dsmip.data.collate import Collator, ItemFormat
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.encoders.base import FeatureEncoder, Side
+from dsmip.encoders.vgg import RANDOM
 from dsmip.evaluation.preparation import HAS_IMAGE
 from dsmip.models import find_system
 from dsmip.planning.probing.probe import (
@@ -35,7 +36,6 @@ from dsmip.runs.load_config import changed
 from dsmip.runs.loaded_model import TrainedParts
 from dsmip.training.trainer import MatcherObjective
 from dsmip.units.fusion.matcher import FusedMatcher
-from dsmip.units.gate import RANDOM
 from dsmip.units.matcher import Matcher, Reranker
 
 Kind = Literal["towers", "cached", "nothing", "reranker"]
