@@ -106,9 +106,8 @@ def distil(linker: Linker, dataset: Dataset, seed: int, progress: Progress = no_
 
 
 def _sampled_mentions(dataset: Dataset, generator: torch.Generator) -> list[Mention]:
-    num_mentions = dataset.num_mentions("train")
-    chosen = set(torch.randperm(num_mentions, generator=generator)[:_MENTIONS].tolist())
-    return [mention for row, mention in enumerate(dataset.mentions("train")) if row in chosen]
+    order = torch.randperm(dataset.num_mentions("train"), generator=generator)
+    return list(dataset.mentions("train", order[:_MENTIONS].sort().values.tolist()))
 
 
 def _sampled_entities(num_entities: int, gold_row_M: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -130,6 +130,25 @@ def scored_by_tile(
         yield start, tiles.score_all(start)[0]
 
 
+@torch.no_grad()
+def log_probabilities(model: RankedModel, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Every tile's first mention and all experts' log probabilities over the whole index, float64 [B, m, E].
+
+    Raises:
+        NotRankable: A score is NaN or infinite.
+    """
+    experts = model.matcher.surveyed()
+    tiles_of = [
+        scored_by_tile(of_expert(model, name, expert, model.index), device) for name, (expert, _) in experts.items()
+    ]
+    scale_B11 = torch.tensor([scale for _, scale in experts.values()], dtype=torch.float64, device=device)[
+        :, None, None
+    ]
+    for tiles in zip(*tiles_of, strict=True):
+        scores_BME = torch.stack([scores_ME for _, scores_ME in tiles]).double()
+        yield tiles[0][0], torch.log_softmax(scores_BME * scale_B11, dim=2)
+
+
 def merged_statistics(slices: Sequence[Statistics]) -> Statistics:
     """Statistics of the whole kb from those of disjoint slices."""
     return {name: merge_statistics([each[name] for each in slices]) for name in slices[0]}

@@ -3,7 +3,7 @@
 import torch
 
 from dsmip.data.table import Table
-from dsmip.evaluation.experts.survey import of_expert, scored_by_tile
+from dsmip.evaluation.experts.survey import log_probabilities
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.metrics import summarise
 from dsmip.evaluation.preparation import prepare_entities
@@ -29,12 +29,8 @@ def validation_figures(
     calibrate(prepared_split(fused, calibration, index, device), device)
     model = prepared_split(fused, validation, index, device)
     experts = fused.surveyed()
-    scored = [scored_by_tile(of_expert(model, name, expert, index), device) for name, (expert, _) in experts.items()]
-    scale_B11 = fused.scale_B.double()[:, None, None]
     counts: dict[str, list[Counts]] = {}
-    for tiles in zip(*scored, strict=True):
-        start = tiles[0][0]
-        log_p_BME = torch.log_softmax(torch.stack([scores_ME for _, scores_ME in tiles]).double() * scale_B11, dim=2)
+    for start, log_p_BME in log_probabilities(model, device):
         gold_M = model.gold_row_M[start : start + log_p_BME.shape[1]].to(device)
         alike_MB = torch.zeros(len(gold_M), len(experts), dtype=torch.float64, device=device)
         totals = dict(zip(experts, log_p_BME, strict=True))

@@ -14,7 +14,7 @@ from torch import Tensor
 from dsmip.config import TrainConfig
 from dsmip.data.sampler import draw
 from dsmip.data.table import Table
-from dsmip.evaluation.experts.survey import informed, of_expert, scored_by_tile, survey
+from dsmip.evaluation.experts.survey import informed, log_probabilities, of_expert, scored_by_tile, survey
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles
 from dsmip.evaluation.ranking import RankedModel, rank_unrefined
@@ -137,7 +137,7 @@ def prepared_split(
 def _known(model: RankedModel, gate: FusionGate, device: torch.device) -> _Known:
     found = survey(model, device)
     if model.matcher.scoring == "product":
-        log_p = _with_rivals(model, found, device)
+        log_p = _with_rivals(model, device)
     else:
         scores = [
             scale * of_expert(model, name, expert, model.index).gold_scores(model.index.under(name), device)
@@ -148,21 +148,15 @@ def _known(model: RankedModel, gate: FusionGate, device: torch.device) -> _Known
     return _Known(model, found, inputs_MF.to(device), log_p.float().to(device))
 
 
-def _with_rivals(model: RankedModel, survey: Survey, device: torch.device) -> Tensor:
+def _with_rivals(model: RankedModel, device: torch.device) -> Tensor:
     """Log probabilities [M, K, B] of the gold and of the entities whose unweighted product is largest."""
-    found, experts = list[Tensor](), model.matcher.surveyed()
-    each_alone = [of_expert(model, name, expert, model.index) for name, (expert, _) in experts.items()]
-    tiles_of = [scored_by_tile(alone, device) for alone in each_alone]
-    scale_B = torch.tensor([scale for _, scale in experts.values()], device=device)
-    for tiles in zip(*tiles_of, strict=True):
-        start, scores_MEB = tiles[0][0], torch.stack([scores_ME for _, scores_ME in tiles], dim=2) * scale_B
-        rows = slice(start, start + len(scores_MEB))
-        log_p_MEB = scores_MEB - survey.log_normaliser_MB[rows, None].to(scores_MEB)
-        gold_M1 = model.gold_row_M[rows, None].to(device) - model.index.first_row
-        others_ME = log_p_MEB.sum(dim=2).scatter(1, gold_M1, -torch.inf)
+    found = []
+    for start, log_p_BME in log_probabilities(model, device):
+        gold_M1 = model.gold_row_M[start : start + log_p_BME.shape[1], None].to(device)
+        others_ME = log_p_BME.sum(dim=0).scatter(1, gold_M1, -torch.inf)
         rivals_MK = others_ME.topk(min(_RIVALS, len(model.index) - 1), dim=1).indices
         column_MK = torch.cat([gold_M1, rivals_MK], dim=1)
-        found.append(log_p_MEB.gather(1, column_MK[..., None].expand(-1, -1, len(experts))))
+        found.append(log_p_BME.gather(2, column_MK.expand(len(log_p_BME), -1, -1)).permute(1, 2, 0).float())
     return torch.cat(found)
 
 

@@ -11,6 +11,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
 from ray_jobs.cli import app
 from ray_jobs.local_jobs.planning.plan import plan
+from tests.support.paths import ROOT
 
 BLINK = {"pooling": "tower", "markers": [], "candidates": 4, "num_tokens": 20}
 TEXTS = {"template": {"mention": "{left} | {word} | {right}", "entity": "{name} : {attributes}"}}
@@ -73,7 +74,7 @@ def test_a_cluster_file_is_planned_for_from_stated_rates(
 ) -> None:
     parts = {"clip": {"resources": {"cpu": 4, "gpu": 1}}}
     config = write(tmp_path / "config.yaml", narrow_backbone, "clip", {}, parts=parts)
-    found = plan(config, small_data.location, str(tmp_path), Path("cluster.yaml"), [], None)
+    found = plan(config, small_data.location, str(tmp_path), ROOT / "cluster.yaml", [], None)
     assert {step.name: step.node for step in found.forecast.steps}["train clip"] == "gpu"
     assert all(step.seconds > 0 for step in found.forecast.steps)
     assert "stated rates, not measured" in capsys.readouterr().out
