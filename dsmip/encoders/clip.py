@@ -30,6 +30,7 @@ from dsmip.encoders.towers.base import (
     VisionTower,
     at_least_float32,
 )
+from dsmip.encoders.towers.lengths import by_length
 from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.encoders.towers.select import text_tower, vision_tower
 from dsmip.encoders.weights import check_weights, described, load_weights, locate_weights, read_weights
@@ -179,8 +180,9 @@ class Backbone(nn.Module):
         Args:
             token_ids: int64 [N, L] as `dsmip.data.text.Tokenizer` makes them, with L + r <= context length.
             mask: bool [N, L], False at padding.
-            hide_padding: no place attends to padding, as Hugging Face's towers do with an attention mask. Of causal
-                towers only the outputs at padding places change: the causal mask hides padding from all others.
+            hide_padding: no place attends to padding, as Hugging Face's towers do with an attention mask, and places of
+                padding have outputs, too. Of causal towers only these change: the causal mask hides padding from all
+                others.
 
         Raises:
             ValueError: L + r above the context length (tokenize with reserve=r).
@@ -191,10 +193,15 @@ class Backbone(nn.Module):
             one = token_ids.new_zeros(1, token_ids.shape[1])
             return self.text.encode(one, torch.ones_like(one, dtype=torch.bool), own, hide_padding=hide_padding).none()
 
-        def trunk() -> TrunkFeatures:
-            return self.text.trunk(token_ids, mask, own, hide_padding=hide_padding)
+        def trunk(ids: Tensor, seen: Tensor) -> TrunkFeatures:
+            return self.text.trunk(ids, seen, own, hide_padding=hide_padding)
 
-        return self.text.project(self._said(self.text, prompts, trunk))
+        def said() -> TrunkFeatures:
+            if hide_padding or self.text.reads_padding:  # places of padding may be used
+                return trunk(token_ids, mask)
+            return by_length(trunk, token_ids, mask, places=len(own[0]) if own else 0)
+
+        return self.text.project(self._said(self.text, prompts, said))
 
     def encode_padded_text(
         self, token_ids: Tensor, mask: Tensor, length: int, prompts: InteractivePrompts | None = None

@@ -5,7 +5,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsmip.encoders.towers.base import TokenFeatures, TrunkFeatures, VisionTower, inserted, replaced
+from dsmip.encoders.towers.base import (
+    TokenFeatures,
+    TrunkFeatures,
+    VisionTower,
+    channels_last,
+    inserted,
+    replaced,
+)
 
 
 class OpenClipVision(VisionTower):
@@ -74,7 +81,7 @@ class ResNetVision(VisionTower):
     def trunk(self, pixels: Tensor, prompts: Sequence[Tensor]) -> TrunkFeatures:
         """See `VisionTower.trunk`: the whole map goes to the projection, which is the attention's own."""
         visual = self._visual
-        x = visual.stem(pixels)
+        x = visual.stem(channels_last(pixels))
         for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
             x = stage(x)
         return TrunkFeatures(x, x.flatten(2).transpose(1, 2))

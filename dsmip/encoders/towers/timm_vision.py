@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmip.encoders.towers.base import TokenFeatures, TrunkFeatures, VisionTower, inserted, replaced
+from dsmip.encoders.towers.base import (
+    TokenFeatures,
+    TrunkFeatures,
+    VisionTower,
+    channels_last,
+    inserted,
+    replaced,
+)
 
 
 class TimmVision(VisionTower):
@@ -47,7 +54,7 @@ class TimmVision(VisionTower):
                 features = trunk.forward_features(pixels)
             tokens = torch.cat([features, trunk.norm(after[0])], dim=1)
         else:
-            features = trunk.forward_features(pixels)
+            features = trunk.forward_features(pixels if self.layers else channels_last(pixels))
             tokens = _tokens(features, self.width)
         return TrunkFeatures(trunk.forward_head(features), tokens)
 

@@ -109,6 +109,30 @@ def test_a_text_does_not_depend_on_the_others(backbone: Backbone, texts: tuple[T
         torch.testing.assert_close(alone.tokens[0, :count], together.tokens[row, :count], **ALIKE)
 
 
+def test_of_many_texts_those_of_like_length_run_together(backbone: Backbone, texts: tuple[Tensor, Tensor]) -> None:
+    """With prompts too; the tower sees little padding, and gives what it gives of three."""
+    rows = torch.arange(60)[torch.randperm(60, generator=torch.Generator().manual_seed(3))] % len(LENGTHS)
+    for prompts in (None, prompts_of(backbone, 2)):
+        room = -NUM_PROMPTS if prompts is not None and backbone.text.reads_padding else None
+        ids, mask = texts[0][:, :room], texts[1][:, :room]
+        few, seen = backbone.encode_text(ids, mask, prompts), list[int]()
+        handle = backbone.text.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen: seen.append((*args, *kwargs.values())[0].shape[:2].numel()),
+            with_kwargs=True,
+        )
+        many = backbone.encode_text(ids[rows], mask[rows], prompts)
+        handle.remove()
+        torch.testing.assert_close(many.pooled, few.pooled[rows], **ALIKE)
+        assert torch.equal(many.mask, few.mask[rows])
+        torch.testing.assert_close(many.tokens[many.mask], few.tokens[rows][many.mask], **ALIKE)
+        assert sum(seen) >= many.mask.numel() if backbone.text.reads_padding else sum(seen) < 0.9 * many.mask.numel()
+        if prompts is not None:
+            of_few, of_many = (
+                torch.autograd.grad(each.pooled.square().mean(), prompts.tables_Jrt)[0] for each in (few, many)
+            )
+            torch.testing.assert_close(of_many, of_few, **ALIKE)
+
+
 def test_a_worker_may_have_no_item(backbone: Backbone, texts: tuple[Tensor, Tensor], pixels: Tensor) -> None:
     backbone.tune("full")
     ids, mask = texts
