@@ -227,9 +227,9 @@ class Choice(Frozen):
 
 
 class TuneConfig(Frozen):
-    """Stage two: the search space (dotted configuration keys) and the budget. `train` overrides the frame's `train`."""
+    """Stage two: search space (dotted keys), budget (draws, or all of a grid), what overrides the frame's `train`."""
 
-    trials: int = Field(8, ge=1)
+    trials: Annotated[int, Field(ge=1)] | Literal["all"] = 8
     rungs: tuple[int, ...] = (2, 6, 18)
     reduction: int = Field(3, ge=2)
     resources: Resources = Resources()
@@ -237,9 +237,12 @@ class TuneConfig(Frozen):
     train: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _rungs_grow(self) -> "TuneConfig":
+    def _can_be_searched(self) -> "TuneConfig":
         if not self.rungs or self.rungs[0] < 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)):
             raise ValueError(f"rungs are epochs that grow, starting at 1 or more; got {list(self.rungs)}")
+        ranges = [key for key, choice in self.space.items() if choice.values is None]
+        if self.trials == "all" and ranges:
+            raise ValueError(f"trials: all tries every setting of a grid, but {ranges[0]} is a range: list its values")
         return self
 
 

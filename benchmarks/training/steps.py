@@ -83,6 +83,9 @@ class Stopwatch:
     def warn(self, line: str) -> None:
         self._inner.warn(line)
 
+    def features_done(self, done: int, total: int) -> None:
+        self._inner.features_done(done, total)
+
     def asked_to_leave(self) -> bool:
         return self._inner.asked_to_leave()
 

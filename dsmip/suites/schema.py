@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -59,9 +59,9 @@ class Ablation(Frozen):
 
 
 class Space(Frozen):
-    """A grid of which stage two tries `trials` settings, by validation figures alone: as `tune` of a configuration."""
+    """A space of which stage two tries `trials` settings, by validation figures alone: as `tune` of a configuration."""
 
-    trials: int = Field(ge=2)
+    trials: Annotated[int, Field(ge=2)] | Literal["all"]
     rungs: tuple[int, ...]
     reduction: int = Field(3, ge=2)
     space: dict[str, Choice] = Field(min_length=1)

@@ -10,10 +10,11 @@ Whatever a step makes is complete once it is there (all files are atomic), so wh
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
 
-from dsmip.config import Resources
+from dsmip.config import Resources, TuneConfig
 from dsmip.evaluation.stored.layout import METRICS_FILE, evaluation_name
 from dsmip.models import find_system
 from dsmip.runs.loaded_model import PART
@@ -148,7 +149,7 @@ def _member_steps(suite: Suite, member: Member, places: Places) -> Iterable[Step
     trained = f"{name}/train"
     if system.gated:
         tune = ("tune", "--run", str(run), "--seed", str(member.seed))
-        cpu, gpu = _asked([config.tune.resources], [config.tune.trials])
+        cpu, gpu = _asked([config.tune.resources], [_most_trials(config.tune)])
         yield Step(f"{name}/tune", "tune", tune, (trained,), (run / system.name / PART,), cpu, gpu)
         trained = f"{name}/tune"
     for model in member.models:
@@ -164,3 +165,10 @@ def _asked(resources: Sequence[Resources], workers: Sequence[int]) -> tuple[floa
     """CPUs and GPUs of all workers together."""
     pairs = list(zip(resources, workers, strict=True))
     return sum(each.cpu * count for each, count in pairs), sum(each.gpu * count for each, count in pairs)
+
+
+def _most_trials(tune: TuneConfig) -> int:
+    """Of a sweep at once; a grid has the configuration's own setting, too, where it is none of its own."""
+    if tune.trials != "all":
+        return tune.trials
+    return 1 + prod(len(choice.values or ()) for choice in tune.space.values())

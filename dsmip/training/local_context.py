@@ -34,6 +34,9 @@ class LocalContext:
     def alive(self) -> None:
         """Nobody watches."""
 
+    def features_done(self, done: int, total: int) -> None:
+        """Nothing is shown of features."""
+
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         """Nothing is shown of a step."""
 

@@ -45,6 +45,9 @@ class Context(Protocol):
     def warn(self, line: str) -> None:
         """Called with what whoever started the training should know."""
 
+    def features_done(self, done: int, total: int) -> None:
+        """Called while features of frozen towers are computed before the first step, with the items that are done."""
+
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         """Called after each step."""
 

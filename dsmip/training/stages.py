@@ -156,10 +156,15 @@ def _miner(
 def run_features(run: Run, part: str, split: str, matcher: Matcher, context: Context) -> Table:
     """Cached features of a part's encoder on a split or the kb. Only rank 0 computes them; the others wait for it."""
 
-    collator, device = run.collator(part), context.device
+    collator, device, done = run.collator(part), context.device, 0
+    total = run.dataset.num_entities if split == KB else run.dataset.num_mentions(split)
 
-    def working(_: int) -> None:
+    def working(count: int) -> None:
+        nonlocal done
         context.alive()
+        if count:  # else another process computes them
+            done += count
+            context.features_done(done, total)
         distributed.any_worker(True, device)
 
     def alone(_: int) -> None:

@@ -65,7 +65,7 @@ def start_event_queue() -> Any:
 
 
 class StepEvents:
-    """Sends an `EventQueue` actor steps (at most about two a second) and every epoch.
+    """Sends an `EventQueue` actor steps (at most about two a second, and the last one) and every epoch.
 
     The first event is sent at once: it says that the worker has started. Without a queue (None) nothing is sent.
     """
@@ -78,8 +78,9 @@ class StepEvents:
 
     def step_done(self, epoch: int, step: int, num_steps: int) -> None:
         self._num_steps = num_steps
-        if time.monotonic() - self._last >= _STEP_EVENT_SECONDS:
-            self._send(epoch, epoch * num_steps + step + 1, {})
+        done = epoch * num_steps + step + 1
+        if time.monotonic() - self._last >= _STEP_EVENT_SECONDS or done == self._num_epochs * num_steps:
+            self._send(epoch, done, {})
 
     def epoch_done(self, metrics: Mapping[str, float]) -> None:
         epoch = int(metrics["epoch"])

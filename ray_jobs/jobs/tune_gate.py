@@ -56,7 +56,7 @@ def tune_gate(
     check_trials([(trial.changes, trial.config) for trial in trials])
     check_held_out(run.dataset, run.config.held_out)
     check_before_start([trial_request("a trial", config.tune.resources)])
-    if len(trials) < config.tune.trials:
+    if config.tune.trials != "all" and len(trials) < config.tune.trials:
         display.say(
             f"  tune.space has {len(trials)} different settings: {len(trials)} trials, not {config.tune.trials}"
         )

@@ -41,7 +41,9 @@ class RayContext:
         self.device: torch.device = ray.train.torch.get_device()
         context = ray.train.get_context()
         rank, num_workers = context.get_world_rank(), context.get_world_size()
-        self._events = StepEvents(watched.name, num_epochs, events if rank == 0 else None)
+        self._name, self._queue = watched.name, events if rank == 0 else None
+        self._events = StepEvents(watched.name, num_epochs, self._queue)
+        self._features: StepEvents | None = None
         progress = storage, f"{watched.name}.{PROGRESS}"
         self._watch = open_watch(
             watched, self.device, num_epochs, progress, self._events, rank=rank, num_workers=num_workers
@@ -74,6 +76,11 @@ class RayContext:
 
     def warn(self, line: str) -> None:
         self._events.warn(line)
+
+    def features_done(self, done: int, total: int) -> None:
+        if self._features is None:
+            self._features = StepEvents(f"{self._name} features", 1, self._queue)
+        self._features.step_done(0, done - 1, total)
 
     def step_done(self, epoch: int, step: int, num_steps: int, figures: StepFigures) -> None:
         self._stalls.alive()

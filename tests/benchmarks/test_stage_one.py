@@ -71,6 +71,9 @@ class Outside:
     def warn(self, line: str) -> None:
         self.calls.append(line)
 
+    def features_done(self, done: int, total: int) -> None:
+        self.calls.append(done)
+
     def asked_to_leave(self) -> bool:
         return True
 

@@ -74,6 +74,8 @@ def test_the_papers_settings_are_one_trial_and_a_space_is_searched_by_name(tmp_p
     searched = members(suite(tmp_path, spaces={"grid": space}, search="grid"))[0].config.tune
     assert (searched.trials, searched.rungs, list(searched.space)) == (4, (1, 2), ["train.learning_rate"])
     assert searched.train == exact.train
+    whole = {**space, "trials": "all"}
+    assert members(suite(tmp_path, spaces={"grid": whole}, search="grid"))[0].config.tune.trials == "all"
 
 
 def test_an_ablation_is_its_system_but_for_some_keys(tmp_path: Path) -> None:

@@ -108,6 +108,30 @@ def test_a_part_may_have_nothing_to_train(tmp_path: Path, narrow_backbone: Path,
     assert not any(parameter.requires_grad for parameter in again.parameters())
 
 
+class FeatureContext(LocalContext):
+    """Notes how far features are."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.seen: list[tuple[int, int]] = []
+
+    def features_done(self, done: int, total: int) -> None:
+        self.seen.append((done, total))
+
+
+def test_the_features_of_a_frozen_part_tell_how_far_they_are(tmp_path: Path, narrow_backbone: Path) -> None:
+    prepare(MimicRelease(plain_release(tmp_path / "release", 6, 5)), tmp_path / "data", DatasetOptions(name="tiny"))
+    data = Dataset.open(tmp_path / "data")
+    tree = {"model": "clip", "backbone": {"architecture": str(narrow_backbone)}, "system": {"tune": "frozen"}}
+    run = Run(tmp_path / "run", parse_config(tree), data)
+    first, second = FeatureContext(tmp_path / "first"), FeatureContext(tmp_path / "second")
+    train_part(run, "clip", first)
+    sizes = [data.num_mentions("validation"), data.num_entities]
+    assert [total for done, total in first.seen if done == total] == sizes
+    train_part(Run(tmp_path / "again", run.config, data), "clip", second)
+    assert second.seen == []  # they are kept beside the data
+
+
 class KilledContext(LocalContext):
     """Its process is killed in the second epoch."""
 

@@ -24,6 +24,7 @@ from dsmip.storage.locations import open_run_storage
 from dsmip.storage.run_storage import LocalRun, RunStorage
 from dsmip.training.monitor import StepFigures
 from dsmip.training.trackers import Watched
+from ray_jobs.cluster.events import Event
 from ray_jobs.training import context as contexts
 from ray_jobs.training.context import RayContext
 from ray_jobs.training.stalls import collect_stalled, stall_file
@@ -34,11 +35,16 @@ STALL_SECONDS = 1000.0
 
 
 class Events:
-    """In the place of an `EventQueue` actor: keeps the lines."""
+    """In the place of an `EventQueue` actor: keeps the lines, and how far what is."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.push = SimpleNamespace(remote=lambda event: self.lines.append(event.note))
+        self.progress: list[tuple[str, int, int]] = []
+        self.push = SimpleNamespace(remote=self._add)
+
+    def _add(self, event: Event) -> None:
+        self.lines.append(event.note)
+        self.progress.append((event.name, event.done, event.total))
 
 
 @pytest.fixture
@@ -69,6 +75,16 @@ def test_a_worker_says_at_once_that_it_trains(tmp_path: Path, worker: SimpleName
         context.alive()  # within a minute of the last sign of life
         assert not (tmp_path / "text.progress.json").exists()
     assert progress(tmp_path)["state"] == "finished"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_worker_tells_how_far_features_are(tmp_path: Path, worker: SimpleNamespace, rank: int) -> None:
+    worker.rank, events = rank, Events()
+    with opened(LocalRun(tmp_path), events) as context:
+        for done in (4, 8, 10):
+            context.features_done(done, 10)
+    told = [(done, total) for name, done, total in events.progress if name == "text features"]
+    assert told[-1:] == ([(10, 10)] if rank == 0 else [])
 
 
 def test_a_training_that_fails_with_its_device_ends_as_any_other(

@@ -1,11 +1,12 @@
 """What a sweep tries and keeps: trials drawn up front, survivors that depend on figures alone."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dsmip.config import ExperimentConfig, TuneConfig, merged
 from dsmip.errors import UserError
@@ -14,7 +15,7 @@ from ray_jobs.training.sweep import best_trial
 from ray_jobs.training.trials import draw_trials, survivors
 
 
-def with_space(config: ExperimentConfig, space: dict[str, Any], trials: int = 6) -> ExperimentConfig:
+def with_space(config: ExperimentConfig, space: dict[str, Any], trials: int | Literal["all"] = 6) -> ExperimentConfig:
     tune = TuneConfig(trials=trials, space=space)
     return config.model_copy(update={"tune": tune})
 
@@ -48,6 +49,28 @@ def test_a_small_space_is_used_up_without_repetition(small_config: ExperimentCon
     assert trials[0].changes == {}
     drawn = sorted(trial.changes["system.use"] for trial in trials[1:])
     assert drawn == [["text", "multimodal"], ["visual", "text"]]
+
+
+def test_all_of_a_grid_is_tried_once_whatever_the_seed(small_config: ExperimentConfig) -> None:
+    """The configuration's own setting is one of the grid's, and comes first."""
+    own = small_config.system.gate.temperature
+    space = {
+        "system.gate.temperature": {"values": [0.25, own, 0.75]},
+        "system.use": {"values": [list(small_config.system.use), ["visual", "text"]]},
+    }
+    config = with_space(small_config, space, trials="all")
+    trials = draw_trials(config, seed=1)
+    found = [(trial.config.system.gate.temperature, trial.config.system.use) for trial in trials]
+    assert found[0] == (own, small_config.system.use)
+    uses = (small_config.system.use, ("visual", "text"))
+    assert sorted(found) == sorted((temperature, use) for temperature in (0.25, own, 0.75) for use in uses)
+    assert trials == draw_trials(config, seed=2)
+
+
+def test_a_range_is_no_grid(small_config: ExperimentConfig) -> None:
+    space = {"system.gate.temperature": {"values": [0.5]}, "train.learning_rate": {"uniform": [0.1, 0.2]}}
+    with pytest.raises(ValidationError, match=r"every setting of a grid, but train.learning_rate is a range: list its"):
+        with_space(small_config, space, trials="all")
 
 
 def test_without_a_space_there_is_one_trial(small_config: ExperimentConfig) -> None:
