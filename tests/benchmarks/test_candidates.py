@@ -9,7 +9,7 @@ from benchmarks.ranking import candidates
 from dsmip.runs.run import Run
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_recalls_and_costs_of_a_run_and_of_a_generated_bundle(
     run: Run, narrow_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,7 +83,7 @@ def test_the_stream_is_measured_against_bare_decoding(tmp_path: Path, capsys: py
     assert "all : bare" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_object_store_is_measured_against_a_folder(
     small_data: Dataset, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from benchmarks.training.validation import WAYS, measure
 from dsmip.data.dataset import Dataset
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_three_ways_are_measured(small_data: Dataset, tmp_path: Path) -> None:
     found = measure(small_data, "demo", rounds=1)
     assert found["entities"] == small_data.num_entities

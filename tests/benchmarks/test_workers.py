@@ -8,7 +8,7 @@ import pytest
 from benchmarks.training import workers
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_workers_are_compared_with_one_and_with_loops_side_by_side(tmp_path: Path) -> None:
     out = tmp_path / "workers.json"
     options = ["--parts", "visual", "--rounds", "1", "--steps", "1", "--batch-size", "4", "--work", str(tmp_path)]
