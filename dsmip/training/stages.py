@@ -16,7 +16,7 @@ from dsmip.errors import UserError
 from dsmip.evaluation.preparation import with_has_image
 from dsmip.runs.run import Run
 from dsmip.training.batches import CachedSource, StreamSource, is_held_out
-from dsmip.training.fusion.fit import fit_gate
+from dsmip.training.fusion.fit import FitScores, fit_gate
 from dsmip.training.loop import Context
 from dsmip.training.trainer import MinedSource, TrainResult, train
 from dsmip.training.validation.hard_negatives import alike_groups
@@ -129,13 +129,16 @@ def train_whole(
     *,
     seed: int,
     stop_epoch: int | None = None,
+    kept: FitScores | None = None,
 ) -> TrainResult:
     """Stage two of a gated system on cached features (DSMIP eq. 18): gate and units train, the towers are not there.
 
-    kb: features of the whole kb `with_has_image`.
+    kb: features of the whole kb `with_has_image`. kept: as of `fit_gate`.
     """
     if isinstance(matcher, FusedMatcher):
-        return fit_gate(matcher, train_split, validation, kb, config, context, seed=seed, stop_epoch=stop_epoch)
+        return fit_gate(
+            matcher, train_split, validation, kb, config, context, seed=seed, stop_epoch=stop_epoch, kept=kept
+        )
     source = CachedSource(train_split.mentions, kb, train_split.gold_row_M, config, seed)
     validate = CachedValidation(validation, kb, context, train_split.mentions)
     mine = _miner(validate, train_split.gold_row_M, dataset, config)

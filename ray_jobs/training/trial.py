@@ -17,6 +17,7 @@ from dsmip.data.manifest import KB
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import load_features, whole_features
 from dsmip.errors import StoreAway
+from dsmip.evaluation.experts.survey import KeptScores
 from dsmip.evaluation.preparation import with_has_image
 from dsmip.runs.load_config import read_config
 from dsmip.runs.loaded_model import WEIGHTS
@@ -27,6 +28,7 @@ from dsmip.runs.weights import own_weights, save_weights
 from dsmip.storage.locations import open_run_storage
 from dsmip.storage.parsing import read_json
 from dsmip.storage.run_storage import RunStorage
+from dsmip.training.fusion.fit import FitScores
 from dsmip.training.local_context import LocalContext
 from dsmip.training.monitor import StepFigures
 from dsmip.training.stages import stage_two_split, start_whole, train_whole
@@ -138,6 +140,7 @@ def run_trial(task: TrialTask, events: Any) -> dict[str, Any]:
             context,
             seed=config.seed,
             stop_epoch=task.stop_epoch,
+            kept=kept_scores(json.dumps([task.root, paths, config.system.model_dump(mode="json", exclude={"gate"})])),
         )
     with storage.atomic(WEIGHTS) as temporary:
         save_weights(temporary, own_weights(matcher))
@@ -251,6 +254,16 @@ def guarded_trial(task: TrialTask, events: Any) -> dict[str, Any]:
         failure = failure_of(error, task.storage)
         where = traced(failure, task.storage, "error.txt")
         return {"failure": asdict(replace(failure, message=f"{failure.message}{where}", trace=""))}
+
+
+@lru_cache(maxsize=1)
+def kept_scores(experts: str) -> FitScores:
+    """Room for experts' scores, which trials that differ in their gates alone share in a process.
+
+    Args:
+        experts: All that the scores depend on.
+    """
+    return KeptScores(), KeptScores()
 
 
 @lru_cache(maxsize=2)

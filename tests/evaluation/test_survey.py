@@ -1,6 +1,8 @@
 """Ranking by fused experts in two passes: equal to the full matrix's in float64, for any tiles and slices of the kb."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +10,16 @@ from torch import Tensor
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
+from dsmip.evaluation.experts import survey as surveys
 from dsmip.evaluation.experts.survey import (
+    KeptScores,
     best_rows,
     cross_scores,
     informed,
+    log_probabilities,
     merged_statistics,
     slice_statistics,
+    survey,
     survey_of,
     surveyed,
 )
@@ -183,3 +189,32 @@ def test_the_columns_of_a_survey_stay_apart_from_the_experts(small_config: Exper
     added = set(surveyed(model, CPU).mentions.columns) - set(model.mentions.columns)
     assert added == {"fusion.log_pi", "fusion.log_normaliser"}
     assert isinstance(model.mentions, Table)
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "passes"), [(2**20, 3), (4 * NUM_MENTIONS * NUM_ENTITIES, 1 + 2 * 3), (0, 3 * 3)]
+)
+def test_scores_that_fit_are_computed_once(
+    small_config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, most_bytes: int, passes: int
+) -> None:
+    """Room for all experts' scores, for one's, for none; what is said of mentions is the same to the bit."""
+    model = opened(fused(small_config, "product"), small_config)
+    expected = survey(model, CPU), list(log_probabilities(model, CPU))
+    scored, calls = surveys.scored_by_tile, list[str]()
+
+    def counted(model: RankedModel, device: torch.device, **how: Any) -> Iterator[tuple[int, Tensor]]:
+        calls.append("pass")
+        return scored(model, device, **how)
+
+    monkeypatch.setattr(surveys, "scored_by_tile", counted)
+    kept = KeptScores(most_bytes)
+    found = survey(model, CPU, kept=kept)
+    assert torch.equal(found.confidence_MF, expected[0].confidence_MF)
+    assert torch.equal(found.log_normaliser_MB, expected[0].log_normaliser_MB)
+    for _ in range(2):
+        for (start, log_p_BME), (first, expected_BME) in zip(
+            log_probabilities(model, CPU, kept), expected[1], strict=True
+        ):
+            assert start == first
+            assert torch.equal(log_p_BME, expected_BME)
+    assert len(calls) == passes

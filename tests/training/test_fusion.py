@@ -9,7 +9,7 @@ import torch
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.table import Table
 from dsmip.errors import UserError
-from dsmip.evaluation.experts.survey import informed, survey
+from dsmip.evaluation.experts.survey import KeptScores, informed, survey
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import HAS_IMAGE, prepare_entities
 from dsmip.evaluation.ranking import rank_unrefined
@@ -114,6 +114,16 @@ def test_a_gate_of_five_experts_learns(small_config: ExperimentConfig, tmp_path:
     losses = [each["loss"] for each in result.history]
     assert losses[-1] < losses[0]
     assert tuple(matcher.surveyed()) == tuple(five)
+
+
+def test_gates_of_the_same_experts_share_their_scores(small_config: ExperimentConfig, tmp_path: Path) -> None:
+    matcher = built(small_config)
+    training, validation = (split(small_config, matcher, seed) for seed in (2, 5))
+    data, kept = (training, validation, kb(small_config), SETTINGS), (KeptScores(), KeptScores())
+    whole = fit_gate(matcher, *data, LocalContext(tmp_path / "whole"), seed=0)
+    for name in ("first", "second"):
+        again = fit_gate(built(small_config), *data, LocalContext(tmp_path / name), seed=0, kept=kept)
+        assert again.history == whole.history
 
 
 def test_a_paused_training_goes_on_as_if_it_had_not_been(small_config: ExperimentConfig, tmp_path: Path) -> None:

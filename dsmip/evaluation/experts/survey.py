@@ -8,6 +8,7 @@ M mentions, B experts.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,17 +56,19 @@ def survey(
     *,
     tile_size: TileSize | None = None,
     copies: DoubleCopies | None = None,
+    kept: "KeptScores | None" = None,
 ) -> Survey:
     """The survey of its mentions, from its whole index.
 
     Args:
         copies: Of the experts in float64, for the next survey as well.
+        kept: The experts' scores, for what else is asked of the same mentions.
 
     Raises:
         NotRankable: A score is NaN or infinite.
     """
     copies = copies or DoubleCopies()
-    found = slice_statistics(model, model.index, device, notice, tile_size=tile_size, copies=copies)
+    found = slice_statistics(model, model.index, device, notice, tile_size=tile_size, copies=copies, kept=kept)
     return survey_of(found, [cross_scores(model, model.index, best_rows(found), device, copies)])
 
 
@@ -78,29 +81,32 @@ def slice_statistics(
     *,
     tile_size: TileSize | None = None,
     copies: DoubleCopies | None = None,
+    kept: "KeptScores | None" = None,
 ) -> Statistics:
     """Every expert's statistics of all mentions against a slice of the index, on the CPU.
 
     Raises:
         NotRankable: A score is NaN or infinite.
     """
-    found = {}
+    found, kept = {}, kept or KeptScores(most_bytes=0)
     for name, (expert, scale) in model.matcher.surveyed().items():
         own = of_expert(model, name, expert, index)
         pairs = PairScorer(own.matcher, own.mentions, own.index, device, notice, copies)
         try:
-            found[name] = _statistics(own, pairs, scale, tile_size)
+            found[name] = _statistics(own, pairs, scale, partial(kept.tiles, name, own, device, tile_size, notice))
         except NotRankable as error:
             raise NotRankable(error.mention, error.entity_row, name) from None
     return found
 
 
-def _statistics(expert: RankedModel, pairs: PairScorer, scale: float, tile_size: TileSize | None) -> ExpertStatistics:
+def _statistics(
+    expert: RankedModel, pairs: PairScorer, scale: float, scored: Callable[[], Iterator[tuple[int, Tensor]]]
+) -> ExpertStatistics:
     unknown_M = torch.full((len(expert.mentions),), torch.nan, dtype=torch.float64)  # no gold is looked at
     refiner = Refiner(pairs, unknown_M)
     while True:
         tiles = []
-        for start, scores_ME in scored_by_tile(expert, pairs.device, tile_size=tile_size, notice=pairs.notice):
+        for start, scores_ME in scored():
             own_M = scores_ME.new_full((len(scores_ME),), torch.nan)
             exact_ME, _ = refiner.refine(scores_ME, start, own_M, 2)
             tiles.append(expert_statistics(exact_ME * scale, expert.index.first_row))
@@ -130,16 +136,54 @@ def scored_by_tile(
         yield start, tiles.score_all(start)[0]
 
 
+class KeptScores:
+    """Experts' scores of the same mentions against the whole index, kept from the first pass on where there is room.
+
+    Args:
+        most_bytes: Of all experts together; of more none are kept.
+    """
+
+    def __init__(self, most_bytes: int = 2**28) -> None:
+        self._most_bytes = most_bytes
+        self._tiles: dict[str, list[tuple[int, Tensor]]] = {}
+
+    def tiles(
+        self,
+        name: str,
+        expert: RankedModel,
+        device: torch.device,
+        tile_size: TileSize | None = None,
+        notice: Callable[[str], None] = lambda line: None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """As `scored_by_tile` of the expert of that name."""
+        if name in self._tiles:
+            yield from self._tiles[name]
+            return
+        found: list[tuple[int, Tensor]] = []
+        for tile in scored_by_tile(expert, device, tile_size=tile_size, notice=notice):
+            found.append(tile)
+            if self._num_bytes(found) > self._most_bytes:
+                found.clear()
+            yield tile
+        if sum(len(scores_ME) for _, scores_ME in found) == len(expert.mentions):
+            self._tiles[name] = found
+
+    def _num_bytes(self, more: Sequence[tuple[int, Tensor]]) -> int:
+        return sum(each.numel() * each.element_size() for tiles in (*self._tiles.values(), more) for _, each in tiles)
+
+
 @torch.no_grad()
-def log_probabilities(model: RankedModel, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+def log_probabilities(
+    model: RankedModel, device: torch.device, kept: KeptScores | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Every tile's first mention and all experts' log probabilities over the whole index, float64 [B, m, E].
 
     Raises:
         NotRankable: A score is NaN or infinite.
     """
-    experts = model.matcher.surveyed()
+    experts, kept = model.matcher.surveyed(), kept or KeptScores(most_bytes=0)
     tiles_of = [
-        scored_by_tile(of_expert(model, name, expert, model.index), device) for name, (expert, _) in experts.items()
+        kept.tiles(name, of_expert(model, name, expert, model.index), device) for name, (expert, _) in experts.items()
     ]
     scale_B11 = torch.tensor([scale for _, scale in experts.values()], dtype=torch.float64, device=device)[
         :, None, None

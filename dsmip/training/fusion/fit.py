@@ -14,7 +14,14 @@ from torch import Tensor
 from dsmip.config import TrainConfig
 from dsmip.data.sampler import draw
 from dsmip.data.table import Table
-from dsmip.evaluation.experts.survey import informed, log_probabilities, of_expert, scored_by_tile, survey
+from dsmip.evaluation.experts.survey import (
+    KeptScores,
+    informed,
+    log_probabilities,
+    of_expert,
+    scored_by_tile,
+    survey,
+)
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles
 from dsmip.evaluation.ranking import RankedModel, rank_unrefined
@@ -30,6 +37,7 @@ from dsmip.units.fusion.matcher import FusedMatcher
 _RIVALS = 128  # of a gold: what all experts together find likeliest; 512 give the same gate
 _FIT_PAIRS = 2**25  # a scale is one number: so many scores tell it well, and are held at a time
 LOG_LIKELIHOOD = "log_likelihood"
+FitScores = tuple[KeptScores, KeptScores]  # of the mentions that the gate is fitted to, and of validation
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ def fit_gate(
     *,
     seed: int,
     stop_epoch: int | None = None,
+    kept: FitScores | None = None,
 ) -> TrainResult:
     """Fits the experts' scales, where the matcher is calibrated, and trains the gate on the likelihood of its fusion.
 
@@ -72,6 +81,7 @@ def fit_gate(
 
     Args:
         kb: Features `with_has_image`.
+        kept: The experts' scores of both splits, for other fits of the same experts, too.
 
     Raises:
         UserError: The training diverges.
@@ -84,9 +94,10 @@ def fit_gate(
     index = EntityIndex([prepare_entities(matcher, kb, range(len(kb)), device)])
     models = [prepared_split(matcher, split, index, device) for split in (training, validation)]
     context.alive()
+    kept = kept or (KeptScores(), KeptScores())
     if matcher.calibrated:
-        calibrate(models[0], device)
-    known, judged = (_known(model, gate, device) for model in models)
+        calibrate(models[0], device, kept[0])
+    known, judged = (_known(model, gate, device, scores) for model, scores in zip(models, kept, strict=True))
     context.alive()
     gate.fit_normalisation(known.inputs_MF)
     objective = _GateObjective(matcher, gate, known)
@@ -112,15 +123,23 @@ def fit_gate(
     return result
 
 
-def calibrate(model: RankedModel, device: torch.device) -> None:
-    """Fits the scale of each of the fused matcher's experts to the model's golds, in place."""
+def calibrate(model: RankedModel, device: torch.device, kept: KeptScores | None = None) -> None:
+    """Fits the scale of each of the fused matcher's experts to the model's golds, in place.
+
+    Args:
+        kept: Of the model's mentions; used where all of them are looked at.
+    """
     matcher, num_mentions = model.matcher, max(_FIT_PAIRS // len(model.index), 1)
     row_M = torch.linspace(0, len(model.mentions) - 1, min(num_mentions, len(model.mentions))).long()
     for b, (name, (expert, _)) in enumerate(matcher.surveyed().items()):
         own = of_expert(model, name, expert, model.index)
-        own = RankedModel(expert, own.mentions.take(row_M), own.index, model.gold_row_M[row_M])
+        if len(row_M) < len(model.mentions) or kept is None:
+            own = RankedModel(expert, own.mentions.take(row_M), own.index, model.gold_row_M[row_M])
+            tiles = scored_by_tile(own, device)
+        else:
+            tiles = kept.tiles(name, own, device)
         with torch.no_grad():
-            scores_ME = torch.cat([scores_ME for _, scores_ME in scored_by_tile(own, device)])
+            scores_ME = torch.cat([scores_ME for _, scores_ME in tiles])
         matcher.get_buffer("scale_B")[b] = fit_scale(scores_ME, own.gold_row_M.to(scores_ME.device))
 
 
@@ -134,10 +153,10 @@ def prepared_split(
 
 
 @torch.no_grad()
-def _known(model: RankedModel, gate: FusionGate, device: torch.device) -> _Known:
-    found = survey(model, device)
+def _known(model: RankedModel, gate: FusionGate, device: torch.device, kept: KeptScores) -> _Known:
+    found = survey(model, device, kept=kept)
     if model.matcher.scoring == "product":
-        log_p = _with_rivals(model, device)
+        log_p = _with_rivals(model, device, kept)
     else:
         scores = [
             scale * of_expert(model, name, expert, model.index).gold_scores(model.index.under(name), device)
@@ -148,10 +167,10 @@ def _known(model: RankedModel, gate: FusionGate, device: torch.device) -> _Known
     return _Known(model, found, inputs_MF.to(device), log_p.float().to(device))
 
 
-def _with_rivals(model: RankedModel, device: torch.device) -> Tensor:
+def _with_rivals(model: RankedModel, device: torch.device, kept: KeptScores) -> Tensor:
     """Log probabilities [M, K, B] of the gold and of the entities whose unweighted product is largest."""
     found = []
-    for start, log_p_BME in log_probabilities(model, device):
+    for start, log_p_BME in log_probabilities(model, device, kept):
         gold_M1 = model.gold_row_M[start : start + log_p_BME.shape[1], None].to(device)
         others_ME = log_p_BME.sum(dim=0).scatter(1, gold_M1, -torch.inf)
         rivals_MK = others_ME.topk(min(_RIVALS, len(model.index) - 1), dim=1).indices
