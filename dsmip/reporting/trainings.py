@@ -17,6 +17,7 @@ _CURVES = {
     "mrr": "validation MRR",
     "subset_mrr": "validation MRR over a part of the knowledge base",
     "log_likelihood": "validation log-likelihood",
+    "product_log_likelihood": "validation log-likelihood among rivals",
 }
 
 

@@ -50,7 +50,8 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
             compile_towers(matcher)
         source = StreamSource(run.dataset, "train", run.collator(part), config, run.config.seed, run.config.held_out)
         validate = EncodingValidation(run.dataset, run.collator(part), context)
-        validate.keeps_trunks = config.epochs > 1  # else there is one validation
+        several = config.epochs > config.validate_every or config.validate_entities or config.hard_negatives
+        validate.keeps_trunks = bool(several)  # what one validation alone sees is not looked at again
         golds = gold_rows(run.dataset, "train")
     else:
         features, kb = (run_features(run, part, split, matcher, context) for split in ("validation", KB))

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,16 @@ class Reranker(Part, ABC):
 
 class Matcher(Part, ABC):
     """A trainable scorer of mention-entity pairs (a whole system or one of its parts)."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuses what was the loss once, and would never be called.
+
+        Raises:
+            TypeError: The class has a `forward` of its own.
+        """
+        super().__init_subclass__(**options)
+        if "forward" in cls.__dict__:
+            raise TypeError(f"{cls.__name__}.forward: a matcher's loss is its `loss`, of prepared items")
 
     @abstractmethod
     def encode_mentions(self, batch: ItemBatch) -> Table:

@@ -85,7 +85,7 @@ def gate_warnings(system: str, best: Mapping[str, float], judged: Mapping[str, A
             f"the gate has collapsed: it chooses {favourite} for {share[favourite]:.1%} of the validation golds"
         )
     expert = max(share, key=lambda name: figures[name]["mrr"])
-    others = {"its best expert": expert, "the calibrated mean of its experts": "mean", "their product": "product"}
+    others = {"its best expert": expert, "its experts' calibrated mean": "mean", "its experts' product": "product"}
     for title, name in others.items():
         if best["mrr"] <= figures[name]["mrr"]:
             lines.append(

@@ -33,10 +33,10 @@ def draw_trials(config: ExperimentConfig, seed: int) -> list[Trial]:
     """
     trials = [Trial(0, {}, config)]
     known = {to_yaml(config)}
-    settings = _grid(config.tune.space) if config.tune.trials == "all" else _draws(config.tune.space, seed)
-    repeated = 0
+    is_grid, repeated = config.tune.trials == "all", 0
+    settings = _grid(config.tune.space) if is_grid else _draws(config.tune.space, seed)
     for changes in settings:
-        if len(trials) == config.tune.trials or repeated == _DRAWS_PER_TRIAL:
+        if len(trials) == config.tune.trials or (repeated == _DRAWS_PER_TRIAL and not is_grid):
             break
         changed = swept(config, changes)
         repeated += 1

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsmip.ops.experts.fusion import fit_scale, mixture_losses, mixture_scores, product_losses, product_scores
+from dsmip.ops.experts.fusion import (
+    fit_scale,
+    mixture_losses,
+    mixture_scores,
+    product_losses,
+    product_scores,
+    with_rivals,
+)
 
 
 def negative_log_likelihood(scores_ME: Tensor, gold_column_M: Tensor, scale: float) -> float:
@@ -78,3 +85,19 @@ def test_losses_are_those_of_the_fusions(num_experts: int, num_mentions: int, nu
         assert float(mixed_M[m]) == pytest.approx(-math.log(mixture), abs=1e-9)
         product_K = [math.prod(p**power for power, p in zip(power_B, p_B, strict=True)) for p_B in p_KB]
         assert float(product_M[m]) == pytest.approx(-math.log(product_K[0] / sum(product_K)), abs=1e-6)
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 12), st.integers(0, 10**6))
+def test_rivals_are_the_best_others(
+    num_experts: int, num_mentions: int, num_entities: int, num_rivals: int, seed: int
+) -> None:
+    """Also where the gold is far from the best, and where there are fewer others, or none."""
+    generator = torch.Generator().manual_seed(seed)
+    log_p_BME = torch.randn(num_experts, num_mentions, num_entities, generator=generator).log_softmax(dim=-1)
+    gold_M = torch.randint(num_entities, (num_mentions,), generator=generator)
+    found_MKB = with_rivals(log_p_BME, gold_M, num_rivals)
+    assert found_MKB.shape == (num_mentions, 1 + min(num_rivals, num_entities - 1), num_experts)
+    for m, gold in enumerate(gold_M.tolist()):
+        others = sorted((e for e in range(num_entities) if e != gold), key=lambda e: -float(log_p_BME[:, m, e].sum()))
+        expected_KB = log_p_BME[:, m, [gold, *others[:num_rivals]]].T
+        assert torch.equal(found_MKB[m], expected_KB)

@@ -17,7 +17,7 @@ from dsmip.models.dsmip import Dsmip, DsmipMatcher
 from dsmip.ops.experts.fusion import fit_scale
 from dsmip.runs.load_config import changed, parse_config
 from dsmip.training.fusion.figures import validation_figures
-from dsmip.training.fusion.fit import LOG_LIKELIHOOD, fit_gate, prepared_split
+from dsmip.training.fusion.fit import LOG_LIKELIHOOD, PRODUCT_LOG_LIKELIHOOD, fit_gate, prepared_split
 from dsmip.training.local_context import LocalContext
 from dsmip.training.validation.validation import SplitFeatures
 from dsmip.units.fusion.matcher import FusedMatcher
@@ -97,7 +97,7 @@ def test_the_gate_of_a_product_learns_the_likelihood_of_the_product(
         ]
     total_ME = (torch.stack(log_p, dim=2) * power_MB[:, None]).sum(dim=2)
     expected = -torch.nn.functional.cross_entropy(total_ME, validation.gold_row_M)
-    assert result.best[LOG_LIKELIHOOD] == pytest.approx(float(expected), abs=1e-4)
+    assert result.best[PRODUCT_LOG_LIKELIHOOD] == pytest.approx(float(expected), abs=1e-4)
     ranked = rank_unrefined(informed(model, found), CPU).metrics()
     assert ranked["hits@1"] == pytest.approx(hits(total_ME, validation))
 

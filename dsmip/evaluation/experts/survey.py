@@ -22,6 +22,7 @@ from dsmip.rank_options import RankOptions
 from dsmip.units.matcher import Matcher
 
 Statistics = Mapping[str, ExpertStatistics]
+_PAIRS = 2**22  # of a tile of log probabilities
 _TOGETHER = 16  # mentions whose experts' best entities are scored in one call
 
 
@@ -176,7 +177,9 @@ class KeptScores:
 def log_probabilities(
     model: RankedModel, device: torch.device, kept: KeptScores | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Every tile's first mention and all experts' log probabilities over the whole index, float64 [B, m, E].
+    """A tile's first mention and all experts' log probabilities over the whole index, float64 [B, m, E].
+
+    Tiles are small: what is made of them takes several times their room.
 
     Raises:
         NotRankable: A score is NaN or infinite.
@@ -188,9 +191,11 @@ def log_probabilities(
     scale_B11 = torch.tensor([scale for _, scale in experts.values()], dtype=torch.float64, device=device)[
         :, None, None
     ]
+    rows = max(_PAIRS // len(model.index), 1)
     for tiles in zip(*tiles_of, strict=True):
-        scores_BME = torch.stack([scores_ME for _, scores_ME in tiles]).double()
-        yield tiles[0][0], torch.log_softmax(scores_BME * scale_B11, dim=2)
+        for first in range(0, len(tiles[0][1]), rows):
+            scores_BME = torch.stack([scores_ME[first : first + rows] for _, scores_ME in tiles]).double()
+            yield tiles[0][0] + first, torch.log_softmax(scores_BME * scale_B11, dim=2)
 
 
 def merged_statistics(slices: Sequence[Statistics]) -> Statistics:

@@ -74,6 +74,22 @@ def product_losses(logits_MB: Tensor, log_p_MKB: Tensor) -> Tensor:
     return -(log_p_MKB * logits_MB.exp()[:, None]).sum(dim=2).log_softmax(dim=1)[:, 0]
 
 
+def with_rivals(log_p_BME: Tensor, gold_column_M: Tensor, num_rivals: int) -> Tensor:
+    """Log probabilities [M, K, B] of the gold, which comes first, and of its strongest rivals, at most `num_rivals`.
+
+    Rivals are the other entities of the largest unweighted product, the strongest first.
+
+    >>> one = torch.tensor([[[0.5, 0.2, 0.3]]]).log()
+    >>> with_rivals(one, torch.tensor([1]), 1).exp().flatten()
+    tensor([0.2000, 0.5000])
+    """
+    gold_M1 = gold_column_M[:, None]
+    others_ME = log_p_BME.sum(dim=0).scatter(1, gold_M1, -torch.inf)
+    rival_MK = others_ME.topk(min(num_rivals, log_p_BME.shape[2] - 1), dim=1).indices
+    column_MK = torch.cat([gold_M1, rival_MK], dim=1)
+    return log_p_BME.gather(2, column_MK.expand(len(log_p_BME), -1, -1)).permute(1, 2, 0)
+
+
 def product_scores(log_p_BME: Tensor, log_pi_MB: Tensor) -> Tensor:
     """Sum over experts of pi log p: [M, E], a weighted product of experts (not normalised)."""
     return (log_p_BME * log_pi_MB.exp().T[:, :, None]).sum(dim=0)

@@ -25,7 +25,7 @@ from dsmip.evaluation.experts.survey import (
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles
 from dsmip.evaluation.ranking import RankedModel, rank_unrefined
-from dsmip.ops.experts.fusion import fit_scale, mixture_losses, product_losses
+from dsmip.ops.experts.fusion import fit_scale, mixture_losses, product_losses, with_rivals
 from dsmip.ops.experts.statistics import Survey
 from dsmip.rank_options import RankOptions
 from dsmip.training.loop import BatchSums, Context, Scale
@@ -37,6 +37,7 @@ from dsmip.units.fusion.matcher import FusedMatcher
 _RIVALS = 128  # of a gold: what all experts together find likeliest; 512 give the same gate
 _FIT_PAIRS = 2**25  # a scale is one number: so many scores tell it well, and are held at a time
 LOG_LIKELIHOOD = "log_likelihood"
+PRODUCT_LOG_LIKELIHOOD = "product_log_likelihood"  # among the gold and its rivals: not to be compared with the other
 FitScores = tuple[KeptScores, KeptScores]  # of the mentions that the gate is fitted to, and of validation
 
 
@@ -101,11 +102,12 @@ def fit_gate(
     context.alive()
     gate.fit_normalisation(known.inputs_MF)
     objective = _GateObjective(matcher, gate, known)
+    figure = PRODUCT_LOG_LIKELIHOOD if matcher.scoring == "product" else LOG_LIKELIHOOD
 
     def validate(part: FusedMatcher) -> Mapping[str, float]:
         part.eval()
         with torch.no_grad():
-            return {LOG_LIKELIHOOD: -float(judged.losses(gate, torch.arange(len(judged.log_p))).mean())}
+            return {figure: -float(judged.losses(gate, torch.arange(len(judged.log_p))).mean())}
 
     result = train(
         matcher,
@@ -116,7 +118,7 @@ def fit_gate(
         objective=objective,
         seed=seed,
         stop_epoch=stop_epoch,
-        best_by=LOG_LIKELIHOOD,
+        best_by=figure,
     )
     ranking = rank_unrefined(informed(judged.model, judged.survey), device, after_tile=lambda _: context.alive())
     result.history[result.best_epoch] |= ranking.metrics()
@@ -171,16 +173,13 @@ def _with_rivals(model: RankedModel, device: torch.device, kept: KeptScores) -> 
     """Log probabilities [M, K, B] of the gold and of the entities whose unweighted product is largest."""
     found = []
     for start, log_p_BME in log_probabilities(model, device, kept):
-        gold_M1 = model.gold_row_M[start : start + log_p_BME.shape[1], None].to(device)
-        others_ME = log_p_BME.sum(dim=0).scatter(1, gold_M1, -torch.inf)
-        rivals_MK = others_ME.topk(min(_RIVALS, len(model.index) - 1), dim=1).indices
-        column_MK = torch.cat([gold_M1, rivals_MK], dim=1)
-        found.append(log_p_BME.gather(2, column_MK.expand(len(log_p_BME), -1, -1)).permute(1, 2, 0).float())
+        gold_M = model.gold_row_M[start : start + log_p_BME.shape[1]].to(device)
+        found.append(with_rivals(log_p_BME, gold_M, _RIVALS).float())
     return torch.cat(found)
 
 
 class _GateObjective(PartObjective):
-    """The likelihood of the golds under the mixture."""
+    """The likelihood of the golds under the fusion."""
 
     def __init__(self, matcher: FusedMatcher, gate: FusionGate, known: _Known) -> None:
         self.module: FusedMatcher = matcher

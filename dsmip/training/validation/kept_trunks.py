@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -83,7 +84,8 @@ class KeptTrunks:
         try:
             for chunk, batch in self._read(split, rows):
                 kept = self._kept.get((split, chunk))
-                keeper = KeptBatch(self._device, kept, kept is not None and not self._sees_images[split])
+                blank = kept is not None and not self._sees_images.get(split, True)
+                keeper = KeptBatch(self._device, kept, blank)
                 self._hand_out(keeper)
                 yield batch
                 if keeper.noted and not self._is_full:
@@ -94,7 +96,7 @@ class KeptTrunks:
     def _read(self, split: str, rows: Sequence[int]) -> Iterator[tuple[Chunk, ItemBatch]]:
         size = feature_cache.BATCH_SIZE
         chunks = [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
-        blank = {c: (split, c) in self._kept and not self._sees_images[split] for c in chunks}
+        blank = {c: (split, c) in self._kept and not self._sees_images.get(split, True) for c in chunks}
         with_images = [row for chunk in chunks if not blank[chunk] for row in chunk]
         whole = feature_cache.chunked(_items(self._dataset, split, with_images), size)
         texts = feature_cache.chunked(_texts(self._dataset, split, [r for c in chunks if blank[c] for r in c]), size)
@@ -111,7 +113,7 @@ class KeptTrunks:
         kept = self._on_disk({**noted, _HAS_IMAGE: batch.has_image})
         if kept is None:
             return
-        if split not in self._sees_images:
+        if split not in self._sees_images and batch.has_image.any():  # else no answer would say anything
             self._sees_images[split] = not self._is_same_without_images(split, batch, kept)
         self._kept[split, chunk] = kept
 
@@ -135,12 +137,19 @@ class KeptTrunks:
         disk = shutil.disk_usage(folder)
         wanted = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if disk.free - wanted < min(_FREE_SHARE * disk.total, _FREE_BYTES):
-            self._is_full = True
-            self._say(f"{folder} has no room for what frozen towers say of the rest: validations encode it each time")
+            self._stop(folder)
             return None
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="dsmip-trunks-") as file:
-            save_file(tensors, file.name)
-            return load_file(file.name)
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix="dsmip-trunks-") as file:
+                save_file(tensors, file.name)
+                return load_file(file.name)
+        except (OSError, SafetensorError):  # others write, too, and there may be a quota
+            self._stop(folder)
+            return None
+
+    def _stop(self, folder: Path) -> None:
+        self._is_full = True
+        self._say(f"{folder} has no room for what frozen towers say of the rest: validations encode it each time")
 
 
 def _blank(batch: ItemBatch, kept: dict[str, Tensor]) -> ItemBatch:

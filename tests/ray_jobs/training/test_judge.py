@@ -24,14 +24,14 @@ def judged(gold_share: dict[str, float], **mrr: float) -> dict[str, Any]:
         (0.6, 0.51, []),
         (0.98, 0.51, []),
         (0.981, 0.51, ["the gate has collapsed: it chooses visual for 98.1% of the validation golds"]),
-        (0.6, 0.5, ["better than the calibrated mean of its experts (mean): validation MRR 0.5000 against 0.5000"]),
+        (0.6, 0.5, ["better than its experts' calibrated mean (mean): validation MRR 0.5000 against 0.5000"]),
         (
             0.6,
             0.39,
             [
                 "better than its best expert (multimodal): validation MRR 0.3900 against 0.4000",
-                "better than the calibrated mean of its experts (mean): validation MRR 0.3900 against 0.5000",
-                "better than their product (product): validation MRR 0.3900 against 0.4500",
+                "better than its experts' calibrated mean (mean): validation MRR 0.3900 against 0.5000",
+                "better than its experts' product (product): validation MRR 0.3900 against 0.4500",
             ],
         ),
     ],

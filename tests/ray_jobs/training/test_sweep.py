@@ -67,6 +67,21 @@ def test_all_of_a_grid_is_tried_once_whatever_the_seed(small_config: ExperimentC
     assert trials == draw_trials(config, seed=2)
 
 
+def test_a_grid_is_tried_whole_whatever_repeats_in_it(small_config: ExperimentConfig) -> None:
+    """A preset overrides other keys of the gate, so most settings are the same."""
+    space = {
+        "system.gate.preset": {"values": ["paper", "confidence"]},
+        "system.gate.temperature": {"values": [0.25]},
+        "system.gate.inputs": {"values": ["raw", "normalised", "confidence", "both"]},
+        "system.gate.scoring": {"values": ["choice", "mixture", "product"]},
+        "system.gate.training": {"values": ["sampled", "mixture"]},
+        "system.gate.calibration": {"values": ["none", "scale", "fitted"]},
+        "system.gate.units": {"values": ["tuned", "frozen"]},
+    }
+    trials = draw_trials(with_space(small_config, space, trials="all"), seed=0)
+    assert {trial.changes["system.gate.preset"] for trial in trials[1:]} == {"paper", "confidence"}
+
+
 def test_a_range_is_no_grid(small_config: ExperimentConfig) -> None:
     space = {"system.gate.temperature": {"values": [0.5]}, "train.learning_rate": {"uniform": [0.1, 0.2]}}
     with pytest.raises(ValidationError, match=r"every setting of a grid, but train.learning_rate is a range: list its"):
