@@ -20,6 +20,7 @@ from dsmip.distillation.products import nearest_products
 from dsmip.distillation.vectors import Projection
 from dsmip.ops.losses import listwise_divergences
 
+_NOISE = 1e-5  # of an input's largest value: columns that differ by less differ by rounding
 _JUDGED = 8  # one mention of so many is held out
 _BEST = 4  # entities of each mention that are in every step with it
 
@@ -96,7 +97,8 @@ def _started(lesson: Lesson, learned: Tensor, target_ME: Tensor, options: FitOpt
     for network, inputs_Nd in ((projection.mentions, of_mentions_md), (projection.entities, of_entities_Ed)):
         deviation_d = inputs_Nd.double().std(dim=0, correction=0)
         network.mean_d.copy_(inputs_Nd.double().mean(dim=0))
-        network.scale_d.copy_(torch.where(deviation_d > 1e-6, 1 / deviation_d, 0.0))
+        differs_d = deviation_d > _NOISE * inputs_Nd.double().abs().amax(dim=0).clamp_min(1e-30)
+        network.scale_d.copy_(torch.where(differs_d, 1 / deviation_d, 0.0))
     with_bias = F.pad(projection.mentions.standardised(of_mentions_md), (0, 1), value=1.0)
     entities = projection.entities.standardised(of_entities_Ed)
     mention_map, entity_map = nearest_products(with_bias, entities, target_ME[learned], options.width)
@@ -141,9 +143,11 @@ def _entities_of_step(target_mE: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def _log_rank(projection: Projection, lesson: Lesson, rows: Tensor) -> float:
-    """Mean logarithm of the rank that the exact best entity of some mentions has by products."""
+    """Mean logarithm of the rank that the exact best entity of some mentions has by products; inf if it diverged."""
     mentions_mg = projection.mentions(lesson.mention_inputs_Md[rows])
     product_mE = mentions_mg @ projection.entities(lesson.entity_inputs_Ed).T
+    if not bool(product_mE.isfinite().all()):
+        return float("inf")
     best_m1 = lesson.scores_ME[rows].argmax(dim=1, keepdim=True)
     rank_m = 1 + (product_mE > product_mE.gather(1, best_m1)).sum(dim=1)
     return float(rank_m.double().log().mean())

@@ -21,6 +21,7 @@ from dsmip.storage.atomic import atomic_path
 
 COLUMN = "candidate_vector"
 """Of prepared entities in an index that has their vectors."""
+_FARTHEST = 20.0  # deviations from the mean
 _TILE = 512  # items whose token rows are padded at a time
 
 
@@ -45,8 +46,11 @@ class SideNetwork(nn.Module):
         return vectors_Ng
 
     def standardised(self, inputs_Nd: Tensor) -> Tensor:
-        """Inputs of mean 0 and variance 1 among those that it was fitted to; what never differed there is 0."""
-        return (inputs_Nd - self.mean_d) * self.scale_d
+        """Inputs of mean 0 and variance 1 among those that it was fitted to; what never differed there is 0.
+
+        An item that is far from all of those, as a picture is where they had none, counts as far and no more.
+        """
+        return ((inputs_Nd - self.mean_d) * self.scale_d).clamp(-_FARTHEST, _FARTHEST)
 
 
 class Projection(nn.Module):

@@ -1,5 +1,6 @@
 """Bytes on disk of the whole way: tables of features, weights, checkpoints, a sweep's trials, the index, ranks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -124,5 +125,7 @@ def disk_problems(files: Sequence[Stored], free: int | None, config: ExperimentC
     shared, limit = sum(each.num_bytes for each in files if each.place == "data"), stated_limit(LIMIT)
     if limit is not None and shared > limit:
         what = f"feature tables take {mebibytes(shared)}, and {LIMIT} allows {mebibytes(int(limit))}"
-        problems.append(Problem(what, f"set {LIMIT} to {shared / 1e9:.1f} or more, or cache_dtype to float16"))
+        problems.append(
+            Problem(what, f"set {LIMIT} to {math.ceil(shared / 1e8) / 10} or more, or cache_dtype to float16")
+        )
     return problems

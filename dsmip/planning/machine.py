@@ -83,11 +83,11 @@ class Machines:
         return max(fitting, key=lambda each: (each.memory or 0, each.cpus), default=None)
 
 
-def this_machine(folder: Path, cpus: float, gpus: float, start: float) -> Machines:
+def this_machine(folder: Path | None, cpus: float, gpus: float, start: float) -> Machines:
     """This machine as it is.
 
     Args:
-        folder: Where run and data lie; it need not be there yet.
+        folder: Where run and data lie; it need not be there yet. None: elsewhere.
         cpus, gpus: As Ray counts them.
         start: Seconds of processor time that this process took to import what a worker imports.
     """
@@ -97,7 +97,7 @@ def this_machine(folder: Path, cpus: float, gpus: float, start: float) -> Machin
         process = 450 << 20
     gpu_memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     node = Node("this machine", 1, cpus, gpus, free_memory(), gpu_memory)
-    return Machines([node], process, start, free_disk(folder))
+    return Machines([node], process, start, None if folder is None else free_disk(folder))
 
 
 def free_disk(folder: Path) -> int | None:

@@ -15,7 +15,7 @@ from dsmip.evaluation.candidates import CandidateSearch, GlobalVectors, link
 from dsmip.evaluation.index import EntityIndex
 from dsmip.ops.losses import listwise_divergences
 from dsmip.ops.ranking import recall_at
-from dsmip.units.matcher import BatchGold, Matcher, Scores
+from dsmip.units.matcher import Matcher, Scores
 from tests.support.scoring.matchers import CPU
 
 WIDTH = 12
@@ -44,9 +44,6 @@ class TokenMatcher(Matcher):
 
     def global_vectors(self, prepared: Table, side: Side) -> Tensor:
         return prepared.dense("pooled")
-
-    def forward(self, mention_features: Table, entity_features: Table, gold: BatchGold) -> Tensor:
-        raise NotImplementedError
 
     def encoder_trains(self) -> bool:
         return False
@@ -160,3 +157,28 @@ def test_the_divergence_is_that_of_two_distributions() -> None:
         p, q = (torch.tensor(each).exp() / torch.tensor(each).exp().sum() for each in (teacher, scores))
         expected.append(sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True)))
     assert listwise_divergences(scores_ME, teacher_ME).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_hardly_differed_does_not_throw_an_item_out_of_reach() -> None:
+    """A column that differs by rounding alone says nothing; one that a few items differ in says a bounded amount."""
+    generator = torch.Generator().manual_seed(0)
+    inputs_Ed = torch.randn(400, 5, generator=generator)
+    inputs_Ed[:, 3] = 1 + 2e-6 * torch.randn(400, generator=generator)
+    inputs_Ed[:, 4] = 0.0
+    inputs_Ed[0, 4] = 1e-3
+    mentions_Md = torch.randn(80, 5, generator=generator)
+    lesson = Lesson(mentions_Md, inputs_Ed, mentions_Md[:, :3] @ inputs_Ed[:, :3].T)
+    network = fit_projection(lesson, 0, FitOptions(epochs=2)).entities
+    usual = float(network(inputs_Ed[1:]).norm(dim=1).max())
+    for column, value in ((3, 2.0), (4, 5.0)):
+        strange_1d = inputs_Ed[1:2].clone()
+        strange_1d[0, column] = value
+        assert float(network(strange_1d).detach().norm()) < 20 * usual
+
+
+def test_a_fit_that_diverges_is_not_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mentions_Md, entities_Ed = (torch.randn(n, 4, generator=generator) for n in (40, 60))
+    lesson = Lesson(mentions_Md, entities_Ed, mentions_Md @ entities_Ed.T)
+    projection = fit_projection(lesson, 0, FitOptions(epochs=2, learning_rate=float("inf")))
+    assert projection.entities(entities_Ed).isfinite().all()

@@ -15,7 +15,8 @@ from dsmip.planning.disk import disk_problems, stored
 from dsmip.planning.forecast import Forecaster
 from dsmip.planning.machine import Machines, Node
 from dsmip.planning.probing.parts import EncoderCosts, Kind, PartCosts, SystemCosts
-from dsmip.planning.probing.probe import Cost, Stepped
+from dsmip.planning.probing.probe import Cost
+from dsmip.planning.probing.steps import Stepped
 from dsmip.planning.rates import stated_node, stated_rates
 from dsmip.planning.sizes import PartBytes, TableBytes
 from dsmip.runs.load_config import parse_config

@@ -22,13 +22,12 @@ from dsmip.planning.probing.probe import (
     InTurn,
     Meter,
     Sample,
-    Stepped,
     affordable_batch,
     encoded,
     one_thread,
     scored,
-    stepped,
 )
+from dsmip.planning.probing.steps import Stepped, Trained, whole_step
 from dsmip.planning.sizes import PartBytes, TableBytes, part_bytes, side_by_side
 from dsmip.reranking.candidates import score_mentions
 from dsmip.reranking.training import RerankingObjective
@@ -196,11 +195,14 @@ def _tower_step(
     name: str, matcher: Matcher, config: ExperimentConfig, sample: Sample, encoder: EncoderCosts, meter: Meter
 ) -> Stepped:
     train = config.train_of(name)
-    seconds = max(cost.seconds for cost in encoder.encode.values())
-    few = smaller(train, affordable_batch(train, seconds))
-    source = _stream(name, few, config, sample.dataset)
-    share = few.batch_size / train.batch_size
-    return stepped(MatcherObjective(matcher, few), source, few, matcher.tower_tensors(), share, meter)
+    few = affordable_batch(train, max(cost.seconds for cost in encoder.encode.values()))
+    towers = set(matcher.tower_tensors())
+
+    def probe(count: int) -> Trained:
+        own = smaller(train, count)
+        return Trained(MatcherObjective(matcher, own), _stream(name, own, config, sample.dataset), own, towers)
+
+    return whole_step(probe, few, train.batch_size, meter, held=2 * (train.micro_batch_size or 0))
 
 
 def _stream(name: str, train: TrainConfig, config: ExperimentConfig, dataset: Dataset) -> InTurn:
@@ -213,11 +215,13 @@ def _stream(name: str, train: TrainConfig, config: ExperimentConfig, dataset: Da
 
 
 def smaller(train: TrainConfig, batch_size: int) -> TrainConfig:
-    """A training of smaller batches, with as many further columns a mention."""
+    """A training of smaller batches, with as many further columns a mention, in two micro-batches where it has any."""
     share = batch_size / train.batch_size
+    micro = train.micro_batch_size
     return train.model_copy(
         update={
             "batch_size": batch_size,
+            "micro_batch_size": micro and min(micro, max(batch_size // 2, 1)),
             "self_mentions": round(train.self_mentions * share),
             "extra_negatives": round(train.extra_negatives * share),
         }
@@ -232,11 +236,19 @@ def _cached_step(
     pair: Cost,
     meter: Meter,
 ) -> Stepped:
+    """Of fewer mentions against as many columns: pairs then grow with the mentions."""
     columns = train.batch_size * (1 + train.hard_negatives) + min(train.extra_negatives, num_entities)
-    few = smaller(train, affordable_batch(train.model_copy(update={"extra_negatives": 0}), pair.seconds * columns))
-    source = CachedProbe(tables["mentions"][0], tables["entities"][0], few, num_entities).source()
-    share = few.batch_size / train.batch_size
-    return stepped(MatcherObjective(matcher, few), source, few, matcher.tower_tensors(), share, meter)
+    no_more = train.model_copy(update={"hard_negatives": 0, "extra_negatives": 0})
+    few = affordable_batch(no_more, pair.seconds * columns)
+
+    def probe(count: int) -> Trained:
+        own = train
+        if count < train.batch_size:
+            own = no_more.model_copy(update={"batch_size": count, "extra_negatives": columns - count})
+        source = CachedProbe(tables["mentions"][0], tables["entities"][0], own, num_entities).source()
+        return Trained(MatcherObjective(matcher, own), source, own, set(matcher.tower_tensors()))
+
+    return whole_step(probe, few, train.batch_size, meter)
 
 
 def _reranker(name: str, config: ExperimentConfig, sample: Sample, meter: Meter) -> PartCosts:
@@ -248,13 +260,16 @@ def _reranker(name: str, config: ExperimentConfig, sample: Sample, meter: Meter)
     few = min(_PROBED_CANDIDATES, candidates, len(sample.entities))
     pair = _candidate_cost(reranker, collator, sample, few, meter)
     train = config.train_of(name)
-    few_train = smaller(train, affordable_batch(train, pair.seconds * candidates / 2)).model_copy(
-        update={"hard_negatives": max(candidates - 1, 1), "extra_negatives": 0, "self_mentions": 0}
-    )
-    source = _stream(name, few_train, config, sample.dataset)
-    objective = RerankingObjective(reranker, few_train)
-    share = few_train.batch_size / train.batch_size
-    step = stepped(objective, source, few_train, reranker.tower_tensors(), share, meter)
+
+    def probe(count: int) -> Trained:
+        own = smaller(train, count).model_copy(
+            update={"hard_negatives": max(candidates - 1, 1), "extra_negatives": 0, "self_mentions": 0}
+        )
+        towers = set(reranker.tower_tensors())
+        return Trained(RerankingObjective(reranker, own), _stream(name, own, config, sample.dataset), own, towers)
+
+    affordable = affordable_batch(train, pair.seconds * candidates / 2)
+    step = whole_step(probe, affordable, train.batch_size, meter, held=2 * (train.micro_batch_size or 0))
     return PartCosts(name, "reranker", *counts, sizes, None, {}, Cost(), pair, step)
 
 

@@ -3,14 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dsmip.config import ExperimentConfig, PretrainConfig, TrainConfig
 from dsmip.data.collate import Collator, ItemBatch, ItemFormat
+from dsmip.data.dataset import Dataset
 from dsmip.data.text import Template
 from dsmip.encoders.clip import Backbone
 from dsmip.ops.augmentation import Draws
-from dsmip.planning.probing.probe import Meter, Sample, Stepped, affordable, one_thread, stepped
+from dsmip.planning.probing.probe import SAMPLE, Meter, affordable, one_thread
+from dsmip.planning.probing.steps import Stepped, Trained, whole_step
 from dsmip.planning.sizes import module_bytes
 from dsmip.runs.loaded_model import TrainedParts
 from dsmip.training.batches import augmented
@@ -40,26 +43,41 @@ def is_configured(config: ExperimentConfig) -> bool:
     return config.backbone.pretrained is None and config.pretrain != PretrainConfig()
 
 
-def probe_pretraining(config: ExperimentConfig, sample: Sample, meter: Meter) -> PretrainCosts:
-    """Probes a step; only entities with a picture are taken."""
+def probe_pretraining(config: ExperimentConfig, dataset: Dataset, meter: Meter) -> PretrainCosts:
+    """Probes a step of entities with a picture, from all over the knowledge base.
+
+    Args:
+        dataset: It has some.
+    """
     backbone = Backbone.build(config.backbone.architecture, None)
     backbone.tune("full")
     backbone.logit_scale.requires_grad_(True)
     collator = TrainedParts(".", config).collator_of(ItemFormat(Template()))
     settings = config.pretrain
     with one_thread():
-        pictured = [each for each in sample.entities if each.images][: settings.batch_size]
+        pictured = list(dataset.entities(_pictured_rows(dataset, min(SAMPLE, settings.batch_size))))
         batch = collator.entities(pictured)
         few = batch.rows(0, min(4, len(batch))).to(meter.device)
         with torch.no_grad():
             backbone.to(meter.device)
             cost = meter.cost(lambda: (backbone.encode_text(few.token_ids, few.token_mask), _image(backbone, few)))
         count = max(affordable(_BACKWARD * cost.seconds / len(few), len(pictured), 2.0), min(2, len(pictured)))
-        source = _Pairs(batch.rows(0, count), settings, collator)
-        train = TrainConfig(batch_size=max(settings.batch_size, 2), weight_decay=settings.weight_decay)
-        step = stepped(PairObjective(backbone, settings), source, train, set(), count / settings.batch_size, meter)
+        objective = PairObjective(backbone, settings)
+
+        def probe(count: int) -> Trained:
+            train = TrainConfig(batch_size=max(count, 2), weight_decay=settings.weight_decay)
+            return Trained(objective, _Pairs(batch.rows(0, count), settings, collator), train, set())
+
+        step = whole_step(probe, count, settings.batch_size, meter)
     total = sum(each.numel() for each in backbone.parameters())
     return PretrainCosts(total, module_bytes(backbone), 3 * collator.image_size**2, step)
+
+
+def _pictured_rows(dataset: Dataset, most: int) -> list[int]:
+    """Some kb rows of entities with a picture, ascending."""
+    has_picture = dataset.entity_texts().column("num_images").to_numpy() > 0
+    rows = np.flatnonzero(has_picture)
+    return [int(rows[number * len(rows) // most]) for number in range(most)] if len(rows) > most else rows.tolist()
 
 
 def _image(backbone: Backbone, batch: ItemBatch) -> object:

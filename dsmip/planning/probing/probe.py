@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,6 @@ from dsmip.encoders.base import FeatureEncoder, Side
 from dsmip.planning.probing.measure import measured
 from dsmip.planning.sizes import TableBytes, materialised, table_bytes
 from dsmip.training.batches import CachedSource, Step, StreamSource
-from dsmip.training.local_context import LocalContext
-from dsmip.training.loop import Loop, LoopState, Objective, StepSource
-from dsmip.training.optimizer import build_optimizer
 from dsmip.units.matcher import Matcher
 from dsmip.units.text_unit import use_backend
 
@@ -215,79 +211,11 @@ def _pair_cost(matcher: Matcher, mentions: Table, entities: Table, meter: Meter)
     return Cost(cost.seconds / (count * _ENTITIES), first.flops / (len(few[0]) * len(few[1])))
 
 
-@dataclass(frozen=True)
-class Stepped:
-    """What a training step costs.
-
-    Attributes:
-        cost: Of a whole batch, read and trained on.
-        num_bytes: Memory that it takes beside the part and what its training keeps; None: nobody tells.
-    """
-
-    cost: Cost
-    num_bytes: int | None
-
-
-class _Quiet(LocalContext):
-    """A training that nobody watches and nothing is saved of."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(Path(), device)
-
-    def restore(self) -> None:
-        return None
-
-
-class _Given(StepSource):
-    """Batches that are there already."""
-
-    def __init__(self, steps: Sequence[Any]) -> None:
-        self._steps = steps
-
-    def num_steps(self) -> int:
-        return len(self._steps)
-
-    def steps(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        return iter(self._steps)
-
-
 class InTurn(StreamSource):
     """Batches of shards that no thread reads ahead, so that reading can be told from computing."""
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[Step]:
         return self._steps(epoch, start)
-
-
-def stepped(
-    objective: Objective, source: StepSource, config: TrainConfig, towers: set[str], share: float, meter: Meter
-) -> Stepped:
-    """Trains some steps of a source whose batches are `share` of the real ones.
-
-    Args:
-        towers: Names of the module's pretrained tensors.
-    """
-    gentle = config.model_copy(update={"learning_rate": 1e-9, "tower_learning_rate": None})  # weights are random
-    module = objective.module.to(meter.device)
-    loop = Loop(
-        objective,
-        build_optimizer(module, gentle, towers),
-        lambda step: 1.0,
-        _Quiet(meter.device),
-        seed=0,
-        precision=config.precision,
-        clip_norm=config.clip_norm,
-    )
-    count = min(_STEPS, source.num_steps())
-    steps, read = measured(lambda: list(islice(source.steps(0), count)), torch.device("cpu"))
-    loop.epoch(_Given(steps[:1]), LoopState())
-    few = steps[-1:]
-    _, cost = measured(lambda: loop.epoch(_Given(few), LoopState(epoch=1)), meter.device)
-    flops = meter.flops(lambda: loop.epoch(_Given(few), LoopState(epoch=2))) if meter.counts else 0.0
-    reading = read.cpu_s / count
-    num_bytes = cost.peak_bytes
-    if num_bytes is not None and config.micro_batch_size is None:
-        num_bytes = int(num_bytes / share)
-    return Stepped(Cost(cost.seconds(meter.device) + reading, flops, reading) * (1 / share), num_bytes)
 
 
 def affordable_batch(config: TrainConfig, item_seconds: float, budget: float = 2 * _SECONDS) -> int:

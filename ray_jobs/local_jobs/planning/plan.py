@@ -15,12 +15,12 @@ from dsmip.models import find_system
 from dsmip.planning.amounts import Counts
 from dsmip.planning.disk import Stored, disk_problems, stored
 from dsmip.planning.forecast import Forecast, Forecaster
-from dsmip.planning.machine import Machines, free_disk, own_cpus, this_machine
+from dsmip.planning.machine import Machines, own_cpus, this_machine
 from dsmip.planning.probing.parts import bare, probe_system
 from dsmip.planning.probing.pretraining import is_configured, probe_pretraining
-from dsmip.planning.probing.probe import Meter, Sample
+from dsmip.planning.probing.probe import Meter
 from dsmip.planning.rates import stated_node
-from dsmip.runs.checks import check_training
+from dsmip.runs.checks import check_pretraining, check_training
 from dsmip.runs.load_config import job_config
 from dsmip.storage.atomic import write_masked_json
 from dsmip.storage.locations import local_path
@@ -100,15 +100,17 @@ def plan(
     settings = job_config(config, overrides)
     nodes = None if cluster is None else _stated(cluster, settings)
     dataset = Dataset.open(data)
-    for warning in check_training(bare(settings), dataset):
+    pretrains = is_configured(settings)
+    warnings = check_training(bare(settings), dataset)
+    for warning in dict.fromkeys([*warnings, *(check_pretraining(settings, dataset) if pretrains else [])]):
         complain(warning)
     device = torch.device("cuda" if nodes is None and _wants_gpu(settings) and torch.cuda.is_available() else "cpu")
-    folder = local_path(run) or Path()
+    folder = local_path(run)
     machines = this_machine(folder, own_cpus(), float(torch.cuda.device_count()), start)
     if nodes is not None:
-        machines = replace(nodes, process=machines.process, start=machines.start, disk=free_disk(folder))
+        machines = replace(nodes, process=machines.process, start=machines.start)
     begun, meter = (time.perf_counter(), time.process_time()), Meter(device, counts=cluster is not None)
-    pretrain = probe_pretraining(settings, Sample.of(dataset), meter) if is_configured(settings) else None
+    pretrain = probe_pretraining(settings, dataset, meter) if pretrains else None
     costs = probe_system(settings, dataset, meter)
     took = time.perf_counter() - begun[0], time.process_time() - begun[1]
     counts, trials, variants = Counts.of(dataset), 0, list[str]()
