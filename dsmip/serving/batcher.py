@@ -2,7 +2,7 @@
 
 Whatever has come while one batch was linked makes up the next one. Clients that were just answered may ask again at
 once: a batch waits for as many mentions as there were before, but no longer than a tenth of the last batch's time. A
-single client never waits.
+single client whose requests are of one size never waits.
 """
 
 import threading

@@ -169,7 +169,7 @@ def test_what_hardly_differed_does_not_throw_an_item_out_of_reach() -> None:
     mentions_Md = torch.randn(80, 5, generator=generator)
     lesson = Lesson(mentions_Md, inputs_Ed, mentions_Md[:, :3] @ inputs_Ed[:, :3].T)
     network = fit_projection(lesson, 0, FitOptions(epochs=2)).entities
-    usual = float(network(inputs_Ed[1:]).norm(dim=1).max())
+    usual = float(network(inputs_Ed[1:]).detach().norm(dim=1).max())
     for column, value in ((3, 2.0), (4, 5.0)):
         strange_1d = inputs_Ed[1:2].clone()
         strange_1d[0, column] = value

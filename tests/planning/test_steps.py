@@ -17,13 +17,12 @@ METER = Meter(torch.device("cpu"), counts=True)
 def test_operations_of_a_batch_are_those_of_smaller_ones_carried_on(small_config: ExperimentConfig) -> None:
     """Columns are a fixed part: what is prepared of them does not grow with the mentions."""
     matcher = seeded(1, lambda: Dsmip.build_part("multimodal", small_config, with_encoder=False))
-    tables = features(small_config, 12, 2), features(small_config, 40, 3)
+    mentions, entities = (features(small_config, *of).under("multimodal") for of in ((12, 2), (40, 3)))
 
     def probe(count: int) -> Trained:
         own = TrainConfig(batch_size=max(count, 2), extra_negatives=BATCH - count)
         objective = MatcherObjective(matcher, own)
-        own_tables = (table.under("multimodal") for table in tables)
-        return Trained(objective, CachedProbe(*own_tables, own, 40).source(), own, set())
+        return Trained(objective, CachedProbe(mentions, entities, own, 40).source(), own, set())
 
     whole = whole_step(probe, BATCH, BATCH, METER).cost
     carried = whole_step(probe, BATCH // 4, BATCH, METER).cost
@@ -34,11 +33,11 @@ def test_operations_of_a_batch_are_those_of_smaller_ones_carried_on(small_config
 
 def test_a_larger_batch_takes_more(small_config: ExperimentConfig) -> None:
     matcher = seeded(1, lambda: Dsmip.build_part("text", small_config, with_encoder=False))
-    tables = features(small_config, 12, 2).under("text"), features(small_config, 40, 3).under("text")
+    mentions, entities = (features(small_config, *of).under("text") for of in ((12, 2), (40, 3)))
 
     def probe(count: int) -> Trained:
         own = TrainConfig(batch_size=max(count, 2))
-        return Trained(MatcherObjective(matcher, own), CachedProbe(*tables, own, 40).source(), own, set())
+        return Trained(MatcherObjective(matcher, own), CachedProbe(mentions, entities, own, 40).source(), own, set())
 
     small, large = (whole_step(probe, 8, batch, METER) for batch in (16, 4096))
     assert large.cost.flops > small.cost.flops
