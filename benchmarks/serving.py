@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -94,7 +95,10 @@ def main() -> None:
         else:
             mentions = list(Run.open(given.run, given.data).dataset.mentions("test"))
             data = None if given.bundle else given.data
-            model = Model(given.bundle or given.run, mentions, data)
+            location = given.bundle or given.run
+            if given.bundle and given.change_every:  # the user's own stays as it is
+                location = str(shutil.copytree(given.bundle, Path(folder) / "bundle"))
+            model = Model(location, mentions, data)
         rows = [
             row
             for candidates in given.candidates
@@ -147,6 +151,8 @@ def measure(
             _in_a_process(model, min(seconds, _BARE_SECONDS), size) for size in (_FULL_BATCH, min(count, _FULL_BATCH))
         )
         ordered, rate = sorted(load.latencies), len(load.latencies) / load.seconds
+        if not ordered:
+            raise SystemExit(f"none of {load.lost} requests was answered")
         rows.append(
             {
                 "candidates": model.candidates or "all",
@@ -181,6 +187,8 @@ def _changed(location: str, every: float | None) -> Iterator["Synchronized[int]"
     finally:
         stop.set()
         process.join()
+        if process.exitcode:
+            raise SystemExit("entities could not be changed: see above")
 
 
 def _change(location: str, every: float, count: "Synchronized[int]", stop: Event) -> None:
