@@ -111,7 +111,8 @@ def _candidates(vectors: ChosenVectors) -> list[str]:
     return [
         "",
         f"What k candidates (`link(..., candidates=k)`) hold, of at most {MENTIONS} validation mentions: the best of",
-        f"all entities, and the right one, with an index of float32. This bundle finds candidates by its {used} vectors.",
+        "all entities, and the right one, with an index of float32.",
+        f"This bundle finds candidates by its {used} vectors.",
         "",
         "| k | vectors | the best | the right one |",
         "|---|---|---|---|",
