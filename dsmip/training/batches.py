@@ -27,6 +27,7 @@ from dsmip.parallel import read_ahead
 Items = ItemBatch | Table
 _READ_AHEAD = 4
 _DRAWS = 1 << 32
+_MANY_ROWS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,7 @@ class CachedSource:
             if number < start:
                 continue
             generator = _generator("entities", self.seed, epoch, number)
-            extra = torch.randperm(len(self.entities), generator=generator)[: self.config.extra_negatives]
+            extra = distinct_rows(len(self.entities), self.config.extra_negatives, generator)
             mine, extra = batch.tensor_split(world_size)[rank], extra.tensor_split(world_size)[rank]
             gold = self.gold_row_N[mine]
             rows = torch.cat([gold, extra, self._hard_negatives(mine)])
@@ -175,6 +176,19 @@ class CachedSource:
             return torch.zeros(0, dtype=torch.int64)
         rows = self.hard_row_NK[mentions_M].flatten()
         return rows[rows >= 0]
+
+
+def distinct_rows(num_rows: int, count: int, generator: torch.Generator) -> Tensor:
+    """int64 [min(count, num_rows)]: different rows at random.
+
+    Of a million rows and more a few are drawn one by one: a permutation of all would take longer than the step.
+    """
+    if num_rows < _MANY_ROWS or 4 * count > num_rows:
+        return torch.randperm(num_rows, generator=generator)[:count]
+    rows: dict[int, None] = {}
+    while len(rows) < count:
+        rows |= dict.fromkeys(torch.randint(num_rows, (count - len(rows),), generator=generator).tolist())
+    return torch.tensor(list(rows), dtype=torch.int64)
 
 
 def _generator(*label: str | int) -> torch.Generator:

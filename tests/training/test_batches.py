@@ -15,7 +15,7 @@ from dsmip.data.table import Table
 from dsmip.data.text import ClipTokenizer
 from dsmip.ops.augmentation import Draws
 from dsmip.runs.run import Run
-from dsmip.training.batches import CachedSource, Step, StreamSource, augmented
+from dsmip.training.batches import CachedSource, Step, StreamSource, augmented, distinct_rows
 
 Pretend = Callable[[int, int], None]
 
@@ -243,3 +243,15 @@ def test_hard_negatives_are_columns_of_their_own_mentions_whoever_has_these(
         golds = [len(step.gold_row_M) for step in make().steps(0)]
         hard = sum(len(columns_) - count - 1 for columns_, count in zip(together, golds, strict=True))
         assert hard == int((hard_row_NK >= 0).sum())
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 1 << 21])
+@pytest.mark.parametrize("count", [0, 5, 700])
+def test_random_rows_are_distinct_and_a_function_of_the_generator(num_rows: int, count: int) -> None:
+    drawn = [distinct_rows(num_rows, count, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert len(drawn[0]) == len(drawn[0].unique()) == min(count, num_rows)
+    assert ((drawn[0] >= 0) & (drawn[0] < num_rows)).all()
+    assert torch.equal(drawn[0], drawn[1])
+    if min(count, num_rows) > 5:
+        assert not torch.equal(drawn[0], drawn[2])
+        assert drawn[0].double().mean() == pytest.approx(num_rows / 2, rel=0.5)
