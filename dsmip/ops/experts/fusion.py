@@ -41,7 +41,7 @@ def fit_scale(scores_ME: Tensor, gold_column_M: Tensor) -> float:
     while high / low > 1 + _TOLERANCE:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if falls(middle) else (middle, high)
-    return round(math.sqrt(low * high), 4)
+    return float(f"{math.sqrt(low * high):.4g}")
 
 
 def mixture_scores(log_p_BME: Tensor, log_pi_MB: Tensor) -> Tensor:
