@@ -336,7 +336,8 @@ def validated(config_class: type[Config], tree: Any, source: str, prefix: str) -
 
 
 def _explain(detail: ErrorDetails, root: type[BaseModel], prefix: str) -> str:
-    key = prefix + ".".join(str(each) for each in detail["loc"])
+    loc = [str(each) for each in detail["loc"]]
+    key = prefix + ".".join(each for each in loc if not re.search(r"^constrained-|\[", each))  # of a union: no keys
     if detail["type"] != "extra_forbidden":
         return (f"{key.rstrip('.')}: " if key else "") + detail["msg"].removeprefix("Value error, ")
     valid = _keys_at(root, detail["loc"][:-1])

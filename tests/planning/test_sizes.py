@@ -71,7 +71,7 @@ def test_tables_and_index_take_what_was_forecast(
     name: str, part: str, small_data: Dataset, narrow_backbone: Path, tmp_path: Path
 ) -> None:
     config = config_of(name, narrow_backbone)
-    parts, meter, sample = TrainedParts(tmp_path, config), Meter(CPU), Sample.of(small_data)
+    parts, meter, sample = TrainedParts(tmp_path, config), Meter(CPU, seconds=600), Sample.of(small_data)
     matcher = find_system(name).build_part(part, config, with_encoder=True)
     collator, pictured = parts.collator(part), small_data.manifest.entities_with_image
     found = {side: encoded(matcher, collator, sample, side, torch.float16, meter) for side in SIDES}

@@ -5,6 +5,7 @@ import torch
 
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.models.dsmip import Dsmip
+from dsmip.planning.probing.parts import micro_batch, smaller
 from dsmip.planning.probing.probe import CachedProbe, Meter
 from dsmip.planning.probing.steps import Trained, whole_step
 from dsmip.training.trainer import MatcherObjective
@@ -41,3 +42,12 @@ def test_a_larger_batch_takes_more(small_config: ExperimentConfig) -> None:
 
     small, large = (whole_step(probe, 8, batch, METER) for batch in (16, 4096))
     assert large.cost.flops > small.cost.flops
+
+
+@pytest.mark.parametrize(("micro", "batch", "expected"), [(None, 32, None), (64, 32, None), (32, 32, None), (8, 32, 4)])
+def test_a_smaller_batch_has_micro_batches_where_the_whole_one_has(
+    micro: int | None, batch: int, expected: int | None
+) -> None:
+    whole = TrainConfig(batch_size=batch, micro_batch_size=micro)
+    assert smaller(whole, 8).micro_batch_size == expected
+    assert smaller(whole, batch).micro_batch_size == micro_batch(whole)

@@ -5,14 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsmip.encoders.towers.base import (
-    TokenFeatures,
-    TrunkFeatures,
-    VisionTower,
-    channels_last,
-    inserted,
-    replaced,
-)
+from dsmip.encoders.towers.base import TokenFeatures, TrunkFeatures, VisionTower, channels_last, inserted, replaced
 
 
 class OpenClipVision(VisionTower):

@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmip.encoders.towers.base import (
-    TokenFeatures,
-    TrunkFeatures,
-    VisionTower,
-    channels_last,
-    inserted,
-    replaced,
-)
+from dsmip.encoders.towers.base import TokenFeatures, TrunkFeatures, VisionTower, channels_last, inserted, replaced
 
 
 class TimmVision(VisionTower):

@@ -202,7 +202,7 @@ def _tower_step(
         own = smaller(train, count)
         return Trained(MatcherObjective(matcher, own), _stream(name, own, config, sample.dataset), own, towers)
 
-    return whole_step(probe, few, train.batch_size, meter, held=2 * (train.micro_batch_size or 0))
+    return whole_step(probe, few, train.batch_size, meter, held=2 * (micro_batch(train) or 0))
 
 
 def _stream(name: str, train: TrainConfig, config: ExperimentConfig, dataset: Dataset) -> InTurn:
@@ -216,8 +216,7 @@ def _stream(name: str, train: TrainConfig, config: ExperimentConfig, dataset: Da
 
 def smaller(train: TrainConfig, batch_size: int) -> TrainConfig:
     """A training of smaller batches, with as many further columns a mention, in two micro-batches where it has any."""
-    share = batch_size / train.batch_size
-    micro = train.micro_batch_size
+    share, micro = batch_size / train.batch_size, micro_batch(train)
     return train.model_copy(
         update={
             "batch_size": batch_size,
@@ -226,6 +225,11 @@ def smaller(train: TrainConfig, batch_size: int) -> TrainConfig:
             "extra_negatives": round(train.extra_negatives * share),
         }
     )
+
+
+def micro_batch(train: TrainConfig) -> int | None:
+    """Mentions of a micro-batch; None where one holds the whole batch."""
+    return train.micro_batch_size if (train.micro_batch_size or 0) < train.batch_size else None
 
 
 def _cached_step(
@@ -269,7 +273,7 @@ def _reranker(name: str, config: ExperimentConfig, sample: Sample, meter: Meter)
         return Trained(RerankingObjective(reranker, own), _stream(name, own, config, sample.dataset), own, towers)
 
     affordable = affordable_batch(train, pair.seconds * candidates / 2)
-    step = whole_step(probe, affordable, train.batch_size, meter, held=2 * (train.micro_batch_size or 0))
+    step = whole_step(probe, affordable, train.batch_size, meter, held=2 * (micro_batch(train) or 0))
     return PartCosts(name, "reranker", *counts, sizes, None, {}, Cost(), pair, step)
 
 

@@ -81,10 +81,12 @@ class Meter:
 
     Attributes:
         counts: Whether operations are counted, too, for machines that are not this one.
+        seconds: That one encoding may take, more or less: of a sample's items as many as there is time for.
     """
 
     device: torch.device
     counts: bool = False
+    seconds: float = _SECONDS
 
     def cost(self, work: Callable[[], object]) -> Cost:
         """Of one call."""
@@ -142,7 +144,7 @@ def encoded(
     few = batch.rows(0, _FIRST).to(meter.device)
     encode(few)  # the first call sets things up
     first = meter.cost(lambda: encode(few))
-    count = affordable(first.seconds / len(few), len(items))
+    count = affordable(first.seconds / len(few), len(items), meter.seconds)
     more, tables = batch.rows(0, count).to(meter.device), list[Table]()
     cost = first
     if count > len(few):

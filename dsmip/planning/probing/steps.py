@@ -97,7 +97,7 @@ def whole_step(probe: Callable[[int], Trained], few: int, batch_size: int, meter
     ]
     num_bytes = None
     if small.num_bytes is not None and large.num_bytes is not None:
-        num_bytes = int(extended(small.num_bytes, large.num_bytes, max(held or batch_size, few)))
+        num_bytes = int(extended(small.num_bytes, large.num_bytes, max(min(held or batch_size, batch_size), few)))
     return Stepped(Cost(*costs), num_bytes)
 
 

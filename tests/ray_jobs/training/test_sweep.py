@@ -88,6 +88,13 @@ def test_a_range_is_no_grid(small_config: ExperimentConfig) -> None:
         with_space(small_config, space, trials="all")
 
 
+@pytest.mark.parametrize("trials", ["al", 0, 1.5])
+def test_a_wrong_number_of_trials_names_its_key_alone(trials: object) -> None:
+    with pytest.raises(UserError, match=r"tune.trials: .*; tune.trials: Input should be 'all'") as caught:
+        parse_config({"model": "clip", "backbone": {"architecture": "tiny"}, "tune": {"trials": trials}})
+    assert "constrained" not in str(caught.value)
+
+
 def test_without_a_space_there_is_one_trial(small_config: ExperimentConfig) -> None:
     assert len(draw_trials(with_space(small_config, {}), seed=0)) == 1
 
