@@ -2,7 +2,8 @@
 
 Of each run: the share of mentions whose exact best entity, and whose gold, are among k candidates, by the model's
 global vectors and by distilled ones (fitted here to training mentions, as `dsmip export` does); and milliseconds a
-mention of the exact search and of that among candidates, by turns, without the encoding of mentions. With `--entities`
+mention of the exact search and of that among candidates, by turns, without the encoding of mentions but with what must
+be known of all entities before experts can be fused. With `--entities`
 the cost on a generated bundle, whose weights are random: its recalls would say nothing.
 """
 
@@ -27,8 +28,9 @@ from dsmip.data.table import Table
 from dsmip.distillation.fit import FitOptions
 from dsmip.distillation.vectors import DistilledVectors, Projection, inputs_of
 from dsmip.evaluation.candidates import CandidateSearch, GlobalVectors, VectorSource
-from dsmip.exporting.agreement import Probes, informed_tables
+from dsmip.exporting.agreement import Probes
 from dsmip.exporting.candidate_vectors import distil
+from dsmip.linking.linker import BATCH_SIZE
 from dsmip.linking.search import ExactSearch
 from dsmip.runs.run import Run
 from ray_jobs.terminal.display import Display
@@ -95,7 +97,8 @@ def _of_generated(given: argparse.Namespace, display: Display) -> list[Row]:
         asked = Path(folder), given.entities, given.system, given.architecture
         bundle, mentions = write_big_bundle(*asked, display)
         linker = dsmip.load(str(bundle))
-        tables = list(informed_tables(linker, mentions[: given.timed]))
+        starts = range(0, min(given.timed, len(mentions)), BATCH_SIZE)
+        tables = [linker.prepared(mentions[start : start + BATCH_SIZE]) for start in starts]
         base, options = GlobalVectors(linker.search.matcher, linker.device), FitOptions()
         some = next(iter(linker.search.index.tiles(1)))
         of_mentions = inputs_of(tables[0].rows(slice(0, 1)), "mentions", base).shape[1]
@@ -120,11 +123,11 @@ def _costs(
 
     def among(search: ExactSearch) -> None:
         for table in tables:
-            search.best_of(table, TOP, SCORED)
+            search.best_of(search.informed(table).mentions, TOP, SCORED)
 
     def exact() -> None:
         for table in tables:
-            linker.search.best(table, TOP)
+            linker.search.best(linker.search.informed(table), TOP)
 
     ways: dict[str, Callable[[], None]] = {"exact": exact}
     ways |= {kind: partial(among, search) for kind, search in searches.items()}

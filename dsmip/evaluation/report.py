@@ -13,7 +13,7 @@ from dsmip.calibration.evidence import NUM_SCORES
 from dsmip.data.table import Table
 from dsmip.errors import UserError
 from dsmip.evaluation.candidates import CandidateSearch, GlobalVectors, link
-from dsmip.evaluation.experts.survey import informed, needs_survey, surveyed
+from dsmip.evaluation.experts.survey import KeptScores, informed, needs_survey, surveyed
 from dsmip.evaluation.groups import KIND, report_groups, rows_by_value
 from dsmip.evaluation.index_builder import OpenedEvaluation, RankingFiles, plan_files
 from dsmip.evaluation.metrics import adjusted, confidence, measure_among
@@ -83,6 +83,7 @@ def evaluate_model(
     options: RankOptions = RankOptions(),
     candidates: int | None = None,
     workers: RankingWorkers | None = None,
+    kept: KeptScores | None = None,
     notice: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
 ) -> Evaluated:
@@ -98,6 +99,7 @@ def evaluate_model(
         options: how the ranking is computed here; `workers` have their own.
         candidates: also rank among so many candidates, in this process; their figures are a section of their own.
         workers: do the work (default: this process); with a second stage they keep as many best entities as it scores.
+        kept: scores of the run's experts of the split's mentions, for other models that fuse them.
         notice: takes lines about how it is done.
         progress: of this process's work.
 
@@ -110,7 +112,7 @@ def evaluate_model(
     files = plan_files(evaluation, notice=notice)
     strangers = evaluation.of_unknown()
     work = _Work(device, options, workers, notice, progress)
-    (model, first, ranking), unknown = work.rank_both(files, evaluation, strangers, second_stage)
+    (model, first, ranking), unknown = work.rank_both(files, evaluation, strangers, second_stage, kept)
     run = evaluation.run
     groups = report_groups(run.dataset, evaluation.mentions, run.trained_on())
     without_image_M = torch.tensor([mention.image is None for mention in evaluation.mentions])
@@ -181,6 +183,7 @@ class _Work:
         evaluation: OpenedEvaluation,
         strangers: OpenedEvaluation | None,
         second_stage: SecondStage | None,
+        kept: KeptScores | None,
     ) -> tuple[tuple[RankedModel, Ranking, Ranking], Ranking | None]:
         """What `rank` says of the split's mentions, and the ranking of those that have no gold in the kb."""
         self.build(files, evaluation)
@@ -189,7 +192,7 @@ class _Work:
             strangers.release_encoders()
         files.finish()
         evaluation.release_encoders()
-        known = self.rank(files, evaluation, second_stage)
+        known = self.rank(files, evaluation, second_stage, kept)
         if strangers is None:
             return known, None
         return known, self.rank(files.of(strangers), strangers, second_stage and second_stage.over(strangers))[-1]
@@ -201,12 +204,16 @@ class _Work:
             files.build(list(files.missing), self.device, self.progress, evaluation)
 
     def rank(
-        self, files: RankingFiles, evaluation: OpenedEvaluation, second_stage: SecondStage | None
+        self,
+        files: RankingFiles,
+        evaluation: OpenedEvaluation,
+        second_stage: SecondStage | None,
+        kept: KeptScores | None = None,
     ) -> tuple[RankedModel, Ranking, Ranking]:
         """The model with its index and mentions, the first stage's ranking and the whole's."""
         model = files.open(evaluation)
         try:
-            model, added = _informed(model, files, self.device, self.options, self.workers, self.notice)
+            model, added = self._informed(model, files, kept)
             if self.workers:
                 first = self.workers.rank(files, added)
             else:
@@ -215,22 +222,18 @@ class _Work:
         except NotRankable as error:
             raise _unrankable(error, evaluation, model) from None
 
-
-def _informed(
-    model: RankedModel,
-    files: RankingFiles,
-    device: torch.device,
-    options: RankOptions,
-    workers: RankingWorkers | None,
-    notice: Callable[[str], None],
-) -> tuple[RankedModel, Table]:
-    """The model as it can be ranked with, and what its mentions have come to know for it."""
-    if not needs_survey(model):
-        return model, NO_COLUMNS
-    before, started = model.mentions.columns, time.monotonic()
-    model = informed(model, workers.survey(files)) if workers else surveyed(model, device, options, notice)
-    notice(f"first of two passes: what {', '.join(model.matcher.surveyed())} say, {time.monotonic() - started:.1f} s")
-    return model, Table({name: column for name, column in model.mentions.columns.items() if name not in before})
+    def _informed(self, model: RankedModel, files: RankingFiles, kept: KeptScores | None) -> tuple[RankedModel, Table]:
+        """The model as it can be ranked with, and what its mentions have come to know for it."""
+        if not needs_survey(model):
+            return model, NO_COLUMNS
+        before, started = model.mentions.columns, time.monotonic()
+        if self.workers:
+            model = informed(model, self.workers.survey(files))
+        else:
+            model = surveyed(model, self.device, self.options, self.notice, kept=kept)
+        experts, seconds = ", ".join(model.matcher.surveyed()), time.monotonic() - started
+        self.notice(f"first of two passes: what {experts} say, {seconds:.1f} s")
+        return model, Table({name: column for name, column in model.mentions.columns.items() if name not in before})
 
 
 def _unrankable(error: NotRankable, evaluation: OpenedEvaluation, model: RankedModel) -> UserError:

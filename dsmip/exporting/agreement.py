@@ -13,6 +13,7 @@ from dsmip.data.records import Mention
 from dsmip.data.table import Table
 from dsmip.evaluation.candidates import CandidateSearch
 from dsmip.evaluation.index import EntityIndex
+from dsmip.evaluation.ranking import RankedModel
 from dsmip.linking.linker import BATCH_SIZE, Linker
 from dsmip.linking.search import Best, ExactSearch
 from dsmip.ops.ranking import recall_at
@@ -75,8 +76,10 @@ class Probes:
     @classmethod
     def of(cls, linker: Linker, mentions: Sequence[Mention]) -> Self:
         """Of some mentions with a gold."""
-        tables = list(informed_tables(linker, mentions))
-        exact = [linker.search.best(table, TOP) for table in tables]
+        tables, exact = list[Table](), list[Best]()
+        for informed in informed_batches(linker, mentions):
+            tables.append(informed.mentions)
+            exact.append(linker.search.best(informed, TOP))
         return cls(tables, exact, torch.tensor([each.entity_row for each in mentions]))
 
     @classmethod
@@ -118,7 +121,7 @@ def candidate_recall(row_Mk: Tensor, best_row_M: Tensor, gold_row_M: Tensor) -> 
     return CandidateRecall(row_Mk.shape[1], best, gold)
 
 
-def informed_tables(linker: Linker, mentions: Sequence[Mention]) -> Iterator[Table]:
-    """Prepared mentions that can be scored, batch by batch."""
+def informed_batches(linker: Linker, mentions: Sequence[Mention]) -> Iterator[RankedModel]:
+    """The linker's model with prepared mentions that can be scored, batch by batch."""
     for start in range(0, len(mentions), BATCH_SIZE):
         yield linker.search.informed(linker.prepared(mentions[start : start + BATCH_SIZE]))

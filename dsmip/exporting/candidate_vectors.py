@@ -1,7 +1,7 @@
 """The vectors by which a bundle finds candidates: its model's global ones, or some that exact scores have taught."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -9,16 +9,14 @@ import torch
 from dsmip.data.dataset import Dataset
 from dsmip.data.records import Mention
 from dsmip.data.sampler import draw
-from dsmip.data.table import concatenate
 from dsmip.distillation.fit import FitOptions, Lesson, fit_projection
 from dsmip.distillation.vectors import DistilledVectors, inputs_of
 from dsmip.errors import UserError
 from dsmip.evaluation.candidates import CandidateSearch, GlobalVectors
 from dsmip.evaluation.experts.survey import scored_by_tile
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import RankedModel
-from dsmip.exporting.agreement import CANDIDATES, CandidateRecall, Probes, informed_tables
-from dsmip.linking.linker import BATCH_SIZE, Linker
+from dsmip.exporting.agreement import CANDIDATES, CandidateRecall, Probes, informed_batches
+from dsmip.linking.linker import Linker
 from dsmip.progress import Progress, counting, no_progress
 
 VectorChoice = Literal["auto", "distilled", "global"]
@@ -94,12 +92,14 @@ def distil(linker: Linker, dataset: Dataset, seed: int, progress: Progress = no_
     taken = EntityIndex([index.take(position_E)])
     base = GlobalVectors(linker.search.matcher, linker.device)
     inputs, scores = [], []
-    for start in range(0, len(mentions), BATCH_SIZE):
-        table = concatenate(list(informed_tables(linker, mentions[start : start + BATCH_SIZE])))
-        model = RankedModel(base.matcher, table, taken, torch.full((len(table),), -1))
+    for informed in informed_batches(linker, mentions):
+        kept = {
+            name: scores_mE[:, position_E.to(scores_mE.device)] for name, scores_mE in informed.expert_scores.items()
+        }
+        model = replace(informed, index=taken, expert_scores=kept)
         scores += [scores_mE.float().cpu() for _, scores_mE in scored_by_tile(model, linker.device)]
-        inputs.append(inputs_of(table, "mentions", base).cpu())
-        count(len(table))
+        inputs.append(inputs_of(model.mentions, "mentions", base).cpu())
+        count(len(model.mentions))
     entity_inputs_Ed = torch.cat([inputs_of(tile, "entities", base).cpu() for tile in taken.tiles(512)])
     lesson = Lesson(torch.cat(inputs), entity_inputs_Ed, torch.cat(scores))
     return DistilledVectors(fit_projection(lesson, seed, FitOptions()), base)

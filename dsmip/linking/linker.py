@@ -264,12 +264,12 @@ class Linker:
             if asked.candidates is None:
                 best = self.search.best(informed, wanted)
             else:
-                best = self.search.best_of(informed, wanted, asked.candidates)
+                best = self.search.best_of(informed.mentions, wanted, asked.candidates)
             if self.second_stage is not None:
                 best = self.second_stage(best, mentions, self.knowledge_base)
             if not asked.explain:
                 return best, [{}] * len(mentions)
-            return best, self.search.part_scores(informed, best.row_Mk[:, : asked.top])
+            return best, self.search.part_scores(informed.mentions, best.row_Mk[:, : asked.top])
         except NotRankable as error:
             entity_id = self.knowledge_base.texts([error.entity_row])[0]["entity_id"]
             of_part = f" ({error.part})" if error.part else ""

@@ -15,11 +15,12 @@ from dsmip.data.collate import Collator
 from dsmip.data.records import Entity, Mention
 from dsmip.data.table import Table
 from dsmip.evaluation.candidates import CandidateSearch, GlobalVectors, VectorSource, link_with
-from dsmip.evaluation.experts.survey import informed, survey
+from dsmip.evaluation.experts.survey import KeptScores, informed, survey
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import RankedModel, Tiles, default_tiles, placed
+from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import NotRankable
 from dsmip.evaluation.refinement import DoubleCopies, PairScorer, Refiner
+from dsmip.evaluation.tiles import Tiles, default_tiles, placed
 from dsmip.linking.knowledge_base import KnowledgeBase
 from dsmip.ops import ranking as ops
 from dsmip.rank_options import RankOptions
@@ -86,7 +87,8 @@ class ExactSearch:
         """As `best`, but only the `candidates` entities with the largest products of vectors are scored.
 
         What is found has its exact score; what the candidates miss is lost. Experts that are fused score all entities
-        all the same, to know what their scores are worth: candidates then save only half of the work.
+        all the same, to know what their scores are worth: candidates then save nothing, but where there is no room to
+        keep those scores.
 
         Raises:
             UserError: the model has no vectors.
@@ -97,34 +99,36 @@ class ExactSearch:
         found = link_with(self._pairs.of(mentions), search, max(candidates, top), top)
         return Best(found.row_MT, found.score_MT, found.chosen_MT)
 
-    def informed(self, mentions: Table) -> Table:
-        """Prepared mentions that know what fused experts say of them; others as they are.
+    def informed(self, mentions: Table) -> RankedModel:
+        """The model with prepared mentions, which know what fused experts say of them.
 
         Raises:
             NotRankable: a score is NaN or infinite.
         """
-        if not self.matcher.surveyed():
-            return mentions
         model = RankedModel(self.matcher, mentions, self.index, torch.full((len(mentions),), -1))
-        return informed(model, survey(model, self.device, copies=self._copies)).mentions
+        if not self.matcher.surveyed():
+            return model
+        kept = KeptScores()
+        return informed(model, survey(model, self.device, copies=self._copies, kept=kept), kept)
 
     @torch.no_grad()
-    def best(self, mentions: Table, top: int) -> Best:
+    def best(self, informed: RankedModel, top: int) -> Best:
         """The `top` best entities (at most all) of mentions that are `informed`.
 
         Raises:
             NotRankable: a score is NaN or infinite.
         """
-        nowhere_M = torch.full((len(mentions),), -1)
+        mentions = informed.mentions
         tiles = Tiles(
             self.matcher,
             mentions,
             self.index,
-            nowhere_M,
+            informed.gold_row_M,
             self.device,
             default_tiles(self.device, len(self.index)),
             lambda line: None,
             lambda done: None,
+            informed.expert_scores,
         )
         refiner = Refiner(self._pairs.of(mentions), torch.full((len(mentions),), torch.nan, dtype=torch.float64))
         columns = tiles.best(top, refiner)

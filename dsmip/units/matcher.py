@@ -241,6 +241,10 @@ class Matcher(Part, ABC):
         """Prepared mentions with what scoring needs of their survey, the same whatever the tile."""
         return mentions
 
+    def fused(self, mentions: Table, scores: Mapping[str, Tensor]) -> Scores:
+        """Scores of mentions that are `informed`, from those of all `surveyed` experts [M, E], without their scales."""
+        raise RuntimeError(f"{type(self).__name__} fuses no experts")
+
     def part_scores(self, mentions: Table, entities: Table) -> Mapping[str, Tensor]:
         """Scores [M, E] by name of all experts or units that a score is made of, also where one is chosen: to be shown.
 

@@ -25,6 +25,7 @@ from dsmip.data.image_preparation import JPEG_QUALITY
 from dsmip.data.manifest import ImageSettings
 from dsmip.errors import UserError
 from dsmip.evaluation.experts.oracle import oracle
+from dsmip.evaluation.experts.survey import KeptScores
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import shown_metrics
 from dsmip.evaluation.report import evaluate_model
@@ -101,8 +102,9 @@ def compare(run: Run, split: str) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     evaluate_model(OpenedEvaluation(run, CALIBRATED_ON, run.system.name), device)
     run = replace(run, dataset=run.dataset.holding(split))  # read once for all models
+    kept = KeptScores()
     evaluated = {
-        model: evaluate_model(OpenedEvaluation(run, split, model), device)
+        model: evaluate_model(OpenedEvaluation(run, split, model), device, kept=kept)
         for model in (*experts, run.system.name, *run.system.fusions)
     }
     best = oracle({name: evaluated[name].folder for name in experts})

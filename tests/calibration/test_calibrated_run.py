@@ -1,6 +1,7 @@
 """A run that is calibrated by its validation mentions, and what its evaluations say then."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,16 @@ from dsmip.evaluation.index_builder import OpenedEvaluation, plan_files
 from dsmip.evaluation.stored.calibration import stored_calibration
 from dsmip.linking.load import LoadOptions, load_linker
 from dsmip.runs.run import Run
+from dsmip.storage.atomic import sha256_file
 from ray_jobs.cli import app
-from tests.support.small_release import write_release
+from tests.support.small_release import write_colours
 
-WORDS = ("red", "green", "blue", "yellow", "purple", "orange")
+SOME_NIL = tuple("nil" if number % 4 == 3 else f"Q{number % 6}" for number in range(32))
 
 
 def _made_run(config: ExperimentConfig, folder: Path, answers: tuple[str, ...], *, keep_nil: bool) -> Run:
     """A run of random weights over six entities, with as many mentions in each split as there are answers."""
-    kb = [{"qid": f"Q{row}", "entity_name": word, "attr": f"colour {row}"} for row, word in enumerate(WORDS)]
-    size = len(answers)
-    mentions = [
-        {"id": f"m{number}", "sentence": f"a {WORDS[number % 6]} thing", "mentions": WORDS[number % 6]}
-        | {"answer": answers[number % size], "imgPath": "", "kind": "odd" if number % 2 else "even"}
-        for number in range(3 * size)
-    ]
-    parts = {name: mentions[k * size : (k + 1) * size] for k, name in enumerate(("train", "dev", "test"))}
-    records: dict[str, list[Any]] = {"kb": kb, **parts}
-    release = MimicRelease(write_release(folder / "release", records, {}))
+    release = MimicRelease(write_colours(folder / "release", answers))
     prepare(release, folder / "data", DatasetOptions(name="small", keep_nil=keep_nil))
     run = Run.create(folder / "run", config, Dataset.open(folder / "data"))
     with torch.random.fork_rng(devices=[]):
@@ -111,8 +104,7 @@ def test_too_few_validation_mentions_are_said(run: Run) -> None:
 def test_kept_mentions_of_the_unknown_are_what_it_is_measured_on(
     small_config: ExperimentConfig, tmp_path: Path
 ) -> None:
-    answers = tuple("nil" if number % 4 == 3 else f"Q{number % 6}" for number in range(32))
-    run = _made_run(small_config, tmp_path, answers, keep_nil=True)
+    run = _made_run(small_config, tmp_path, SOME_NIL, keep_nil=True)
     said = dsmip("calibrate", "--run", str(run.folder), "--model", "text")
     assert said.exit_code == 0, said.output
     made = stored_calibration(run, "text")
@@ -143,3 +135,17 @@ def test_kept_mentions_of_the_unknown_are_what_it_is_measured_on(
     assert dsmip("evaluate", "--run", str(run.folder), "--model", "text").exit_code == 0
     assert dsmip("report", str(run.folder), "--model", "text", "--html", str(page)).exit_code == 0
     assert "Risk and coverage" in page.read_text()  # the curves give the stored area under risk
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_rank_mentions_of_the_unknown_as_one_process(small_config: ExperimentConfig, tmp_path: Path) -> None:
+    run, written = _made_run(small_config, tmp_path, SOME_NIL, keep_nil=True), list[list[str]]()
+    folder = run.folder / "evaluate/test/dsmip"
+    for workers in ("1", "2"):
+        shutil.rmtree(run.folder / "index", ignore_errors=True)
+        said = dsmip("evaluate", "--run", str(run.folder), "--workers", workers)
+        assert said.exit_code == 0, said.output
+        written.append([sha256_file(folder / name) for name in ("ranks.parquet", "unknown.parquet")])
+    assert written[0] == written[1]
+    assert json.loads((folder / "metrics.json").read_text())["unknown"] == 8

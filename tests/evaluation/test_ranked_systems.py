@@ -16,9 +16,10 @@ from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.table import Column, Ragged, Table
 from dsmip.encoders.base import feature_sizes
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import RankedModel, TileSize, rank, rank_unrefined
+from dsmip.evaluation.ranking import RankedModel, rank, rank_unrefined
 from dsmip.evaluation.ranks import NotRankable, merge_rankings
 from dsmip.evaluation.refinement import PairScorer
+from dsmip.evaluation.tiles import TileSize
 from dsmip.training.batches import CachedSource
 from dsmip.training.local_context import LocalContext
 from dsmip.training.trainer import train

@@ -12,8 +12,9 @@ from torch import Tensor
 from dsmip import distributed
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.metrics import summarise
-from dsmip.evaluation.ranking import RankedModel, TileSize, rank_unrefined
+from dsmip.evaluation.ranking import RankedModel, rank_unrefined
 from dsmip.evaluation.ranks import Ranking
+from dsmip.evaluation.tiles import TileSize
 from dsmip.ops.ranking import Counts
 from tests.support.scoring.matchers import CPU, TableMatcher, numbered, ranks_by_sorting
 from tests.support.training.workers import run_workers

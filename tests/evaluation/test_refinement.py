@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dsmip.data.table import Table
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import RankedModel, TileSize, rank, rank_unrefined
+from dsmip.evaluation.ranking import RankedModel, rank, rank_unrefined
 from dsmip.evaluation.ranks import NotRankable, Ranking, check_golds, merge_gold_scores, merge_rankings
 from dsmip.evaluation.refinement import GRID, PairScorer, scored_together
+from dsmip.evaluation.tiles import TileSize
 from dsmip.units.matcher import Scores
 from tests.support.scoring.matchers import CPU, NoisyMatcher, TableMatcher, numbered, ranks_by_sorting, weighted
 

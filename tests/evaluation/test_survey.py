@@ -24,14 +24,17 @@ from dsmip.evaluation.experts.survey import (
     surveyed,
 )
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import RankedModel, TileSize, rank
+from dsmip.evaluation.ranking import RankedModel, rank
 from dsmip.evaluation.ranks import NotRankable, Ranking, merge_gold_scores, merge_rankings
+from dsmip.evaluation.tiles import TileSize
 from dsmip.models.dsmip import Dsmip
 from dsmip.ops import ranking as ops
 from dsmip.ops.experts.fusion import mixture_scores, product_scores
 from dsmip.ops.experts.statistics import num_confidence
+from dsmip.units.expert import Expert
 from dsmip.units.fusion.gate import FusionGate
 from dsmip.units.fusion.matcher import FusedMatcher, ScoringName
+from dsmip.units.matcher import Scores
 from tests.support.scoring.matchers import CPU
 from tests.support.scoring.systems import features, seeded
 
@@ -133,6 +136,7 @@ def test_ranks_are_those_of_the_full_matrix_for_any_tiles_and_slices(
         rank(surveyed(model, CPU, tile_size=size), CPU, top_k=TOP_K, tile_size=size)
         for size in (TileSize(128, 2048), TileSize(4, 13))
     ]
+    rankings.append(rank(surveyed(model, CPU, kept=KeptScores(most_bytes=0)), CPU, top_k=TOP_K))
     rankings.append(ranked_in_slices(model, 3))
     for found in rankings:
         assert torch.equal(found.counts.better_M, expected.better_M)
@@ -218,3 +222,31 @@ def test_scores_that_fit_are_computed_once(
             assert start == first
             assert torch.equal(log_p_BME, expected_BME)
     assert len(calls) == passes
+
+
+def test_models_that_fuse_the_same_experts_score_them_once(
+    small_config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both passes of a product and of a mixture take one scoring of all pairs, and ranks are those of each alone."""
+    scorings: tuple[ScoringName, ...] = ("product", "mixture")
+    models = [opened(fused(small_config, scoring), small_config) for scoring in scorings]
+    alone = [rank(surveyed(model, CPU, kept=KeptScores(most_bytes=0)), CPU, top_k=TOP_K) for model in models]
+    score, scored = Expert.score, list[int]()
+
+    def counted(self: Expert, mentions: Table, entities: Table, **how: Any) -> Scores:
+        found = score(self, mentions, entities, **how)
+        if found.total_ME.dtype == torch.float32:  # not close pairs, which are exact
+            scored.append(found.total_ME.numel())
+        return found
+
+    monkeypatch.setattr(Expert, "score", counted)
+    kept = KeptScores()
+    for model, expected in zip(models, alone, strict=True):
+        found = rank(surveyed(model, CPU, kept=kept), CPU, top_k=TOP_K)
+        assert torch.equal(found.top_score_Mk, expected.top_score_Mk)
+        assert torch.equal(found.top_row_Mk, expected.top_row_Mk)
+        assert torch.equal(found.counts.better_M, expected.counts.better_M)
+        assert found.choices is not None
+        assert expected.choices is not None
+        assert torch.equal(found.choices.pairs_MB, expected.choices.pairs_MB)
+    assert sum(scored) == len(EXPERTS) * NUM_MENTIONS * NUM_ENTITIES

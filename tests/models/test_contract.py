@@ -16,9 +16,10 @@ from dsmip.data.table import Ragged, Table, concatenate
 from dsmip.data.table_writer import TableWriter
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_in_tiles
-from dsmip.evaluation.ranking import RankedModel, TileSize, rank, rank_unrefined
+from dsmip.evaluation.ranking import RankedModel, rank, rank_unrefined
 from dsmip.evaluation.ranks import Ranking, merge_rankings
 from dsmip.evaluation.refinement import GRID, PairScorer
+from dsmip.evaluation.tiles import TileSize
 from dsmip.ops.ranking import count_against, top_k
 from dsmip.runs.weights import load_own_weights, own_weights, save_weights
 from dsmip.units.matcher import Scores

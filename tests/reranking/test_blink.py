@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dsmip
+from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
+from data_prep.formats.mimic import MimicRelease
 from dsmip import distributed
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
@@ -17,7 +20,7 @@ from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.report import evaluate_model
-from dsmip.evaluation.stored.layout import RANKS
+from dsmip.evaluation.stored.layout import RANKS, UNKNOWN
 from dsmip.models.cross_encoders.blink import BI_ENCODER, CROSS_ENCODER, Blink, one_text
 from dsmip.reranking.candidates import score_candidates
 from dsmip.reranking.second_stage import second_stage
@@ -27,6 +30,7 @@ from dsmip.runs.loaded_model import model_names
 from dsmip.runs.run import Run
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import CPU
+from tests.support.small_release import write_colours
 from tests.support.training.workers import run_workers
 
 SYSTEM: dict[str, Any] = {"pooling": "tower", "markers": [], "candidates": 4, "num_tokens": 20}
@@ -76,6 +80,25 @@ def test_ranks_are_over_the_whole_kb_and_the_first_stage_is_beside(trained: Run)
     assert outside
     assert all(old == new for old, new in outside)
     assert found.metrics["overall"]["hits@1"] <= first["gold_recall"]
+
+
+def test_mentions_of_the_unknown_are_re_ranked_too(trained: Run, tmp_path: Path) -> None:
+    """What is stored of them is what a linker says."""
+    answers = [*(f"Q{number}" for number in range(6)), "nil", "nil"]
+    release = MimicRelease(write_colours(tmp_path / "release", answers))
+    prepare(release, tmp_path / "data", DatasetOptions(name="colours", keep_nil=True))
+    run = Run.create(tmp_path / "run", trained.config, Dataset.open(tmp_path / "data"))
+    for part in run.part_names:
+        shutil.copytree(trained.folder / part, run.folder / part)
+    evaluation = OpenedEvaluation(run, "test")
+    found = evaluate_model(evaluation, CPU, second_stage=second_stage(evaluation, CPU))
+    assert (found.metrics["mentions"], found.metrics["unknown"]) == (6, 2)
+    rows = pq.read_table(found.folder / UNKNOWN).to_pylist()
+    linker = dsmip.load(run.folder)
+    for row in rows:
+        links = linker.link(row["word"], sentence=row["sentence"], top=6)
+        assert [link.entity_id for link in links] == row["top"]
+        assert [link.score for link in links] == pytest.approx(row["top_scores"], abs=1e-5)
 
 
 def test_the_whole_comes_first_and_a_re_ranker_is_no_model(trained: Run) -> None:

@@ -1,7 +1,7 @@
 """A hand-made release in the MIMIC layout with one of every fault, for the tests of preparation and of shards."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -96,3 +96,20 @@ def plain_release(folder: Path, num_entities: int, num_train: int) -> Path:
 
 def _images(row: int) -> list[str]:
     return [f"{row}-{number}.jpg" for number in range(2 if row == 0 else row % 3 == 0)]
+
+
+def write_colours(folder: Path, answers: Sequence[str]) -> Path:
+    """A release without pictures of six entities, with as many mentions in each split as there are answers.
+
+    Args:
+        answers: Q0 to Q5, or nil, of a split's mentions.
+    """
+    words, size = ("red", "green", "blue", "yellow", "purple", "orange"), len(answers)
+    kb = [{"qid": f"Q{row}", "entity_name": word, "attr": f"colour {row}"} for row, word in enumerate(words)]
+    mentions = [
+        {"id": f"m{number}", "sentence": f"a {words[number % 6]} thing", "mentions": words[number % 6]}
+        | {"answer": answers[number % size], "imgPath": "", "kind": "odd" if number % 2 else "even"}
+        for number in range(3 * size)
+    ]
+    parts = {name: mentions[k * size : (k + 1) * size] for k, name in enumerate(("train", "dev", "test"))}
+    return write_release(folder, {"kb": kb, **parts}, {})

@@ -6,6 +6,7 @@ by a millionth or so. All that a mention needs is put into its table once, so ev
 M mentions, B experts.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import RankedModel, Tiles, TileSize, default_tiles, placed
+from dsmip.evaluation.ranking import RankedModel
 from dsmip.evaluation.ranks import NotRankable, merge_gold_scores
 from dsmip.evaluation.refinement import DoubleCopies, PairScorer, Refiner
+from dsmip.evaluation.tiles import Tiles, TileSize, default_tiles, placed
 from dsmip.ops.experts.statistics import ExpertStatistics, Survey, expert_statistics, merge_statistics
 from dsmip.rank_options import RankOptions
 from dsmip.units.matcher import Matcher
@@ -38,16 +40,23 @@ def surveyed(
     notice: Callable[[str], None] = lambda line: None,
     *,
     tile_size: TileSize | None = None,
+    kept: "KeptScores | None" = None,
 ) -> RankedModel:
     """The model with its mentions informed, from its whole index; the same model where nothing need be known.
+
+    It has the experts' scores, where there is room for them: they are scored once for both passes.
+
+    Args:
+        kept: For other models that fuse the same experts, of the same mentions (default: scores of this model alone).
 
     Raises:
         NotRankable: A score is NaN or infinite.
     """
     if not needs_survey(model):
         return model
+    kept = kept or KeptScores()
     model = model.ready(device, options, notice)
-    return informed(model, survey(model, device, notice, tile_size=tile_size))
+    return informed(model, survey(model, device, notice, tile_size=tile_size, kept=kept), kept)
 
 
 def survey(
@@ -132,7 +141,7 @@ def scored_by_tile(
     matcher, mentions, size = model.matcher.eval(), model.mentions, tile_size or default_tiles(device, len(model.index))
     nowhere_M = torch.full((len(mentions),), -1)
     index = placed(model.index, device, notice)
-    tiles = Tiles(matcher, mentions, index, nowhere_M, device, size, notice, lambda num_mentions: None)
+    tiles = Tiles(matcher, mentions, index, nowhere_M, device, size, notice, lambda done: None, model.expert_scores)
     for start in range(0, len(mentions), size.mentions):
         yield start, tiles.score_all(start)[0]
 
@@ -146,7 +155,12 @@ class KeptScores:
 
     def __init__(self, most_bytes: int = 2**28) -> None:
         self._most_bytes = most_bytes
-        self._tiles: dict[str, list[tuple[int, Tensor]]] = {}
+        self._scores: dict[str, Tensor] = {}
+
+    def of(self, model: RankedModel) -> Mapping[str, Tensor]:
+        """Scores [M, E] by name of all experts that a model fuses; none where not all are here."""
+        names = model.matcher.surveyed()
+        return {name: self._scores[name] for name in names} if names.keys() <= self._scores.keys() else {}
 
     def tiles(
         self,
@@ -157,20 +171,24 @@ class KeptScores:
         notice: Callable[[str], None] = lambda line: None,
     ) -> Iterator[tuple[int, Tensor]]:
         """As `scored_by_tile` of the expert of that name."""
-        if name in self._tiles:
-            yield from self._tiles[name]
+        if name in self._scores:
+            num_mentions = (tile_size or default_tiles(device, len(expert.index))).mentions
+            for start in range(0, len(expert.mentions), num_mentions):
+                yield start, self._scores[name][start : start + num_mentions]
             return
-        found: list[tuple[int, Tensor]] = []
-        for tile in scored_by_tile(expert, device, tile_size=tile_size, notice=notice):
-            found.append(tile)
-            if self._num_bytes(found) > self._most_bytes:
-                found.clear()
-            yield tile
-        if sum(len(scores_ME) for _, scores_ME in found) == len(expert.mentions):
-            self._tiles[name] = found
+        shape, scores_ME = (len(expert.mentions), len(expert.index)), None
+        for start, tile_mE in scored_by_tile(expert, device, tile_size=tile_size, notice=notice):
+            if start == 0 and self._num_bytes + math.prod(shape) * tile_mE.element_size() <= self._most_bytes:
+                scores_ME = tile_mE.new_empty(shape)
+            if scores_ME is not None:
+                scores_ME[start : start + len(tile_mE)] = tile_mE
+            yield start, tile_mE
+        if scores_ME is not None:
+            self._scores[name] = scores_ME
 
-    def _num_bytes(self, more: Sequence[tuple[int, Tensor]]) -> int:
-        return sum(each.numel() * each.element_size() for tiles in (*self._tiles.values(), more) for _, each in tiles)
+    @property
+    def _num_bytes(self) -> int:
+        return sum(each.numel() * each.element_size() for each in self._scores.values())
 
 
 @torch.no_grad()
@@ -235,10 +253,10 @@ def survey_of(statistics: Statistics, cross: Sequence[Tensor]) -> Survey:
 
 
 @torch.no_grad()
-def informed(model: RankedModel, survey: Survey) -> RankedModel:
-    """The model with its mentions informed of their survey."""
-    matcher = model.matcher.eval()
-    return replace(model, mentions=matcher.informed(model.mentions, survey))
+def informed(model: RankedModel, survey: Survey, kept: KeptScores | None = None) -> RankedModel:
+    """The model with its mentions informed of their survey, and with the experts' scores if they were kept."""
+    mentions = model.matcher.eval().informed(model.mentions, survey)
+    return replace(model, mentions=mentions, expert_scores=kept.of(model) if kept else {})
 
 
 def of_expert(model: RankedModel, name: str, expert: Matcher, index: EntityIndex) -> RankedModel:

@@ -83,21 +83,21 @@ class FusedMatcher(Matcher):
     @torch.no_grad()
     def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         """Scores of mentions that are `informed`. The expert of the largest pi counts as the one that was chosen."""
-        fusion = mentions.under(_FUSION)
-        if not fusion.columns:
-            raise RuntimeError("fused experts score mentions that are surveyed (dsmip.evaluation.experts.survey)")
+        wanted = self._wanted(_fusion_of(mentions).dense("log_pi"))
+        return self.fused(mentions, {name: self._scores(name, mentions, entities, wanted[name]) for name in wanted})
+
+    @torch.no_grad()
+    def fused(self, mentions: Table, scores: Mapping[str, Tensor]) -> Scores:
+        fusion = _fusion_of(mentions)
         log_pi_MB, log_normaliser_MB = fusion.dense("log_pi"), fusion.dense("log_normaliser")
-        shape = (len(mentions), len(entities))
-        chosen_ME = log_pi_MB.argmax(dim=1)[:, None].expand(shape)
-        everywhere_ME = torch.ones(shape, dtype=torch.bool, device=log_pi_MB.device)
-        wanted = {
-            name: chosen_ME == b if self.scoring == "choice" else everywhere_ME for b, name in enumerate(self.experts)
-        }
+        wanted = self._wanted(log_pi_MB)
         parts = {
-            name: self._log_p(name, b, mentions, entities, log_normaliser_MB[:, b], wanted[name])
+            name: self._log_p(b, scores[name], log_normaliser_MB[:, b]).masked_fill(~wanted[name][:, None], 0.0)
             for b, name in enumerate(wanted)
         }
         log_p_BME = torch.stack(list(parts.values()))
+        shape = log_p_BME.shape[1:]
+        chosen_ME = log_pi_MB.argmax(dim=1)[:, None].expand(shape)
         fuse = mixture_scores if self.scoring == "mixture" else product_scores
         if self.scoring == "choice":
             total_ME = log_p_BME.gather(0, chosen_ME[None])[0]
@@ -108,30 +108,39 @@ class FusedMatcher(Matcher):
             return Scores(total_ME, parts=parts)
         best_M2 = log_pi_MB.topk(min(2, len(parts)), dim=1).values
         tied_ME = (best_M2[:, 0] == best_M2[:, -1])[:, None].expand(shape)
-        tokens = token_pairs([wanted[name] for name, expert in self._experts().items() if expert.scores_tokens])
+        token_scored = [name for name, expert in self._experts().items() if expert.scores_tokens]
+        tokens = token_pairs([wanted[name][:, None].expand(shape) for name in token_scored])
         return Scores(total_ME, chosen_ME, parts, tied_ME, tokens)
 
     @torch.no_grad()
     def part_scores(self, mentions: Table, entities: Table) -> Mapping[str, Tensor]:
         """Log probabilities over the whole knowledge base."""
-        log_normaliser_MB = mentions.under(_FUSION).dense("log_normaliser")
-        everywhere_ME = torch.ones(len(mentions), len(entities), dtype=torch.bool, device=log_normaliser_MB.device)
+        log_normaliser_MB = _fusion_of(mentions).dense("log_normaliser")
         return {
-            name: self._log_p(name, b, mentions, entities, log_normaliser_MB[:, b], everywhere_ME)
-            for b, name in enumerate(self.experts)
+            name: self._log_p(
+                b, expert.score(mentions.under(name), entities.under(name)).total_ME, log_normaliser_MB[:, b]
+            )
+            for b, (name, expert) in enumerate(self._experts().items())
         }
 
-    def _log_p(
-        self, name: str, b: int, mentions: Table, entities: Table, log_normaliser_M: Tensor, wanted_ME: Tensor
-    ) -> Tensor:
-        """An expert's log probabilities [M, E] in the rows of mentions that want it, 0 in others."""
-        row_m = wanted_ME.any(dim=1).nonzero()[:, 0]
-        own = mentions.under(name)
+    def _wanted(self, log_pi_MB: Tensor) -> dict[str, Tensor]:
+        """Which mentions' scores an expert has a part in, bool [M] by name."""
+        if self.scoring != "choice":
+            return {name: torch.ones_like(log_pi_MB[:, 0], dtype=torch.bool) for name in self.experts}
+        chosen_M = log_pi_MB.argmax(dim=1)
+        return {name: chosen_M == b for b, name in enumerate(self.experts)}
+
+    def _scores(self, name: str, mentions: Table, entities: Table, wanted_M: Tensor) -> Tensor:
+        """An expert's scores [M, E] of the mentions that want it, 0 of others."""
+        own, row_m = mentions.under(name), wanted_M.nonzero()[:, 0]
         if len(row_m) < len(own):
             own = own.rows(row_m)
         total_mE = self._experts()[name].score(own, entities.under(name)).total_ME
-        log_p_mE = total_mE * self.scale_B[b].to(total_mE.dtype) - log_normaliser_M[row_m, None].to(total_mE.dtype)
-        return log_p_mE.new_zeros(wanted_ME.shape).index_copy(0, row_m, log_p_mE)
+        return total_mE.new_zeros(len(mentions), len(entities)).index_copy(0, row_m, total_mE)
+
+    def _log_p(self, b: int, scores_ME: Tensor, log_normaliser_M: Tensor) -> Tensor:
+        """An expert's log probabilities over the whole knowledge base."""
+        return scores_ME * self.scale_B[b].to(scores_ME.dtype) - log_normaliser_M[:, None].to(scores_ME.dtype)
 
     def image_columns(self, prepared: Table) -> list[str]:
         return [
@@ -168,3 +177,11 @@ class FusedMatcher(Matcher):
             getattr(expert, method)(features.under(name)).prefixed(name) for name, expert in self._experts().items()
         ]
         return Table({name: column for table in prepared for name, column in table.columns.items()})
+
+
+def _fusion_of(mentions: Table) -> Table:
+    """What mentions know of their survey."""
+    fusion = mentions.under(_FUSION)
+    if not fusion.columns:
+        raise RuntimeError("fused experts score mentions that are surveyed (dsmip.evaluation.experts.survey)")
+    return fusion

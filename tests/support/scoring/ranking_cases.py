@@ -10,8 +10,9 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
 from dsmip.encoders.base import feature_sizes
 from dsmip.evaluation.index import EntityIndex
-from dsmip.evaluation.ranking import RankedModel, TileSize, rank
+from dsmip.evaluation.ranking import RankedModel, rank
 from dsmip.evaluation.ranks import Ranking
+from dsmip.evaluation.tiles import TileSize
 from dsmip.models.dsmip import Dsmip
 from dsmip.models.mimic import MimicMatcher
 from dsmip.units.matcher import Matcher, Scores
