@@ -33,7 +33,7 @@ class RankedModel:
 
     Attributes:
         choices: The experts that the model chooses from (may be none).
-        expert_scores: Of fused experts, by name [M, E] against the whole index, where the first pass has kept them.
+        expert_scores: Of fused experts, by name [M, E] against `index`, where the first pass has kept them.
     """
 
     matcher: Matcher
@@ -87,9 +87,8 @@ class RankedModel:
         progress: Progress = no_progress,
     ) -> Ranking:
         """The ranking against a slice of the index, given all golds' exact scores."""
-        kept = self.expert_scores if index is self.index else {}
         return rank(
-            replace(self.ready(device, options, notice), index=index, expert_scores=kept),
+            replace(self.ready(device, options, notice), index=index),
             device,
             top_k=options.top_k,
             gold_score_M=gold_score_M,
@@ -168,13 +167,14 @@ def _opened(
     size: TileSize,
     notice: Callable[[str], None],
     after_tile: Callable[[int], None],
-) -> tuple["Tiles", PairScorer]:
+) -> tuple[Tiles, PairScorer]:
     """What scores tiles, and what scores single pairs exactly."""
     matcher, mentions, index = model.matcher, model.mentions, model.index
     if not len(mentions) or not (len(index) or world_size() > 1):
         raise ValueError(f"{len(mentions)} mentions against {len(index)} entities: nothing to rank")
     matcher.eval()
-    index = placed(index, device, notice)
+    if not model.expert_scores:  # else only close pairs are taken from it
+        index = placed(index, device, notice)
     gold_column_M = model.gold_row_M - index.first_row
     tiles = Tiles(matcher, mentions, index, gold_column_M, device, size, notice, after_tile, model.expert_scores)
     return tiles, PairScorer(matcher, mentions, index, device, notice)

@@ -185,9 +185,9 @@ class SampleErrors(NamedTuple):
 
 
 def sample_errors(
-    pairs: PairScorer, score: Callable[[Table, Table], Tensor], gold_column_M: Tensor, num_mentions: int
+    pairs: PairScorer, score: Callable[[Tensor, Tensor], Tensor], gold_column_M: Tensor, num_mentions: int
 ) -> SampleErrors:
-    """Errors of `score` (prepared mentions and entities to [m, e]) on some mentions, some entities and their golds.
+    """Errors of `score` (rows of mentions and positions in the index to [m, e]) on some of them and their golds.
 
     The sample has golds: they score high, and errors grow with scores. Four times as many entities as mentions are
     taken.
@@ -202,8 +202,7 @@ def sample_errors(
     gold_m = gold_column_M[row_m]
     here_m = (gold_m >= 0) & (gold_m < len(pairs.index))
     column_e = torch.cat([_spread(len(pairs.index), 4 * num_mentions), gold_m[here_m]]).unique()
-    mentions, entities = pairs.mentions.take(row_m).to(pairs.device), pairs.index.take(column_e)
-    return _errors(score(mentions, entities), pairs.score(row_m, column_e))
+    return _errors(score(row_m, column_e), pairs.score(row_m, column_e))
 
 
 class Refiner:

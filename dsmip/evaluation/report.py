@@ -218,6 +218,7 @@ class _Work:
                 first = self.workers.rank(files, added)
             else:
                 first = model.rank(self.device, self.options, self.notice, self.progress)
+            model = replace(model, expert_scores={})  # they are large, and needed no more
             return model, first, first if second_stage is None else second_stage(first)
         except NotRankable as error:
             raise _unrankable(error, evaluation, model) from None

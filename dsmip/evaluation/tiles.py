@@ -1,8 +1,8 @@
 """Tiles of scores: mentions against an index, one tile of both at a time, within the device's memory.
 
 The gold's score is read from the same scoring call as its column's, never from a second one: scores of two calls differ
-in the last bits. Scores of one tile of mentions against the whole slice are held, not of all pairs. Shapes: M mentions,
-E entities of this worker's slice, k kept candidates.
+in the last bits. Scores of one tile of mentions against the whole slice are held; of all pairs only those of experts
+that are fused, where they were kept. Shapes: M mentions, E entities of this worker's slice, k kept candidates.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -70,9 +70,27 @@ class Tiles:
     after_tile: Callable[[int], None]
     expert_scores: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def score(self, mentions: Table, entities: Table) -> Tensor:
-        """[m, e] of a few mentions and entities, as `rank` scores them."""
-        return torch.cat([scores.total_ME for scores in self._score_fitting(mentions, entities)], dim=1)
+    def __post_init__(self) -> None:
+        """Checks what is fused.
+
+        Raises:
+            ValueError: Scores of experts are of other mentions or entities.
+        """
+        shape = (len(self.mentions), len(self.index))
+        for name, scores_ME in self.expert_scores.items():
+            if scores_ME.shape != shape:
+                raise ValueError(f"{name}: scores {tuple(scores_ME.shape)} are not of these pairs, {shape}")
+
+    def score(self, row_m: Tensor, column_e: Tensor) -> Tensor:
+        """[m, e] of a few mentions and positions in the index, as `rank` scores them."""
+        mentions = self.mentions.take(row_m).to(self.device)
+        if self.expert_scores:
+            scored = self._fused(
+                mentions, {name: each[row_m][:, column_e] for name, each in self.expert_scores.items()}
+            )
+        else:
+            scored = self._score_fitting(mentions, self.index.take(column_e))
+        return torch.cat([scores.total_ME for scores in scored], dim=1)
 
     def rank(self, top_k: int, num_choices: int, close: Refiner | float) -> dict[str, Tensor]:
         """Columns of a `Ranking` for all mentions, on the CPU; rows are positions in the index.
@@ -144,7 +162,7 @@ class Tiles:
         """Scores [M, E], choices [M, E] or None, and columns of counts (`_counted`) of one tile of mentions."""
         mentions = self.mentions.take(slice(start, start + self.size.mentions)).to(self.device)
         totals, choices, counts, first = [torch.zeros(len(mentions), 0, device=self.device)], [], [], 0
-        for scores in self._fused(start, mentions) if self.expert_scores else self._scored(mentions):
+        for scores in self._scored(start, mentions):
             _refuse_broken(scores, start, self.index.first_row + first)
             first += scores.total_ME.shape[1]
             totals.append(scores.total_ME)
@@ -155,30 +173,43 @@ class Tiles:
         counted = {name: torch.stack([each[name] for each in counts]).sum(dim=0) for name in names}
         return torch.cat(totals, dim=1), torch.cat(choices, dim=1) if choices else None, counted
 
-    def _scored(self, mentions: Table) -> Iterator[Scores]:
+    def _scored(self, start: int, mentions: Table) -> Iterator[Scores]:
+        """Of the mentions that begin at `start`, against the whole index."""
+        if self.expert_scores:
+            stop = start + len(mentions)
+            yield from self._fused(mentions, {name: each[start:stop] for name, each in self.expert_scores.items()})
+            return
         for entities in self.index.tiles(self.size.entities):
             yield from self._score_fitting(mentions, entities)
 
-    def _fused(self, start: int, mentions: Table) -> Iterator[Scores]:
-        own = {name: scores_ME[start : start + len(mentions)] for name, scores_ME in self.expert_scores.items()}
-        for first in range(0, len(self.index), self.size.entities):
-            tile = slice(first, first + self.size.entities)
-            yield self.matcher.fused(mentions, {name: scores_mE[:, tile] for name, scores_mE in own.items()})
+    def _fused(self, mentions: Table, scores: Mapping[str, Tensor]) -> Iterator[Scores]:
+        def score(tile: slice) -> Scores:
+            return self.matcher.fused(mentions, {name: scores_mE[:, tile] for name, scores_mE in scores.items()})
+
+        num_entities = next(iter(scores.values())).shape[1]
+        return self._fitting(score, num_entities)
 
     def _score_fitting(self, mentions: Table, entities: Table) -> Iterator[Scores]:
-        """Scores of a tile of entities, in smaller ones where the device has no memory for all of it.
+        def score(tile: slice) -> Scores:
+            return self.matcher.score(mentions, entities.rows(tile).to(self.device))
+
+        return self._fitting(score, len(entities))
+
+    def _fitting(self, score: Callable[[slice], Scores], num_entities: int) -> Iterator[Scores]:
+        """Scores of so many entities, in smaller tiles where the device has no memory for all of it.
 
         Where half precision cannot hold token rows, this tile and all that follow are scored in single precision.
         """
         start = 0
-        while start < len(entities):
-            tile = entities.rows(slice(start, start + self.size.entities))
+        while start < num_entities:
+            tile = slice(start, min(start + self.size.entities, num_entities))
+            length = tile.stop - tile.start
             try:
-                scores = self.matcher.score(mentions, tile.to(self.device))
+                scores = score(tile)
             except torch.OutOfMemoryError:
-                if len(tile) == 1:
+                if length == 1:
                     raise
-                self.size = TileSize(self.size.mentions, (len(tile) + 1) // 2)
+                self.size = TileSize(self.size.mentions, (length + 1) // 2)
                 self.notice(f"{self.device} is out of memory: going on with tiles of {self.size.entities} entities")
                 continue
             except HalfOverflow as overflow:
@@ -186,7 +217,7 @@ class Tiles:
                 self.notice(f"{overflow}: going on with fp32")
                 continue
             yield scores
-            start += len(tile)
+            start += length
 
 
 def _counted(scores: Scores) -> dict[str, Tensor]:

@@ -80,6 +80,7 @@ class Probes:
         for informed in informed_batches(linker, mentions):
             tables.append(informed.mentions)
             exact.append(linker.search.best(informed, TOP))
+            del informed  # with its experts' scores, before the next ones are made
         return cls(tables, exact, torch.tensor([each.entity_row for each in mentions]))
 
     @classmethod

@@ -22,7 +22,8 @@ from dsmip.progress import Progress, counting, no_progress
 VectorChoice = Literal["auto", "distilled", "global"]
 ENOUGH, AT = 0.99, 100
 """Global vectors are kept where so many exact best entities are among so many candidates."""
-_MENTIONS, _ENTITIES = 2048, 8192  # that are scored to learn from, at most
+MOST_MENTIONS, MOST_ENTITIES = 2048, 8192
+"""That are scored to learn from."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def distil(linker: Linker, dataset: Dataset, seed: int, progress: Progress = no_
 
 def _sampled_mentions(dataset: Dataset, generator: torch.Generator) -> list[Mention]:
     order = torch.randperm(dataset.num_mentions("train"), generator=generator)
-    return list(dataset.mentions("train", order[:_MENTIONS].sort().values.tolist()))
+    return list(dataset.mentions("train", order[:MOST_MENTIONS].sort().values.tolist()))
 
 
 def _sampled_entities(num_entities: int, gold_row_M: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -115,7 +116,7 @@ def _sampled_entities(num_entities: int, gold_row_M: torch.Tensor, generator: to
     random_E = torch.randperm(num_entities, generator=generator)
     is_gold_E = torch.zeros(num_entities, dtype=torch.bool).index_fill(0, gold_row_M, True)
     golds_first_E = torch.cat([random_E[is_gold_E[random_E]], random_E[~is_gold_E[random_E]]])
-    return golds_first_E[:_ENTITIES].sort().values
+    return golds_first_E[:MOST_ENTITIES].sort().values
 
 
 def _held(recalls: Sequence[CandidateRecall]) -> float | None:

@@ -159,8 +159,8 @@ class Linker:
             top: How many entities to return (at most all).
             min_confidence: Where a calibrated model takes the mention's entity for being in the knowledge base with a
                 lower probability, `is_nil` is True (None: the model's own threshold).
-            candidates: Score only so many entities, those that global vectors find: faster, and what they miss is
-                lost. Their scores are the exact ones. None: all entities.
+            candidates: Score only so many entities, those that global vectors find: faster (unless experts are fused:
+                they score all), and what they miss is lost. Their scores are the exact ones. None: all entities.
             explain: Also what each expert or unit says of each link (`Links.parts`).
             desc: A description of the mention, for models that read one (see `dsmip enhance`).
 
@@ -260,7 +260,7 @@ class Linker:
         wanted = max(asked.top, self.calibration.num_scores if self.calibration else 0)
         wanted = max(wanted, self.second_stage.candidates if self.second_stage else 0)
         try:
-            informed = self.search.informed(self.prepared(mentions))
+            informed = self.search.informed(self.prepared(mentions), for_best=asked.candidates is None)
             if asked.candidates is None:
                 best = self.search.best(informed, wanted)
             else:

@@ -28,6 +28,9 @@ from dsmip.reranking.candidates import score_mentions
 from dsmip.units.matcher import Matcher, Reranker
 from dsmip.units.text_unit import use_backend, use_precision
 
+MOST_KEPT = 2**26
+"""Bytes of experts' scores that a call keeps; several threads may each do so."""
+
 
 @dataclass(frozen=True, slots=True)
 class Best:
@@ -99,8 +102,11 @@ class ExactSearch:
         found = link_with(self._pairs.of(mentions), search, max(candidates, top), top)
         return Best(found.row_MT, found.score_MT, found.chosen_MT)
 
-    def informed(self, mentions: Table) -> RankedModel:
+    def informed(self, mentions: Table, *, for_best: bool = True) -> RankedModel:
         """The model with prepared mentions, which know what fused experts say of them.
+
+        Args:
+            for_best: It will be asked for the `best`: what the experts say of all entities is kept for that.
 
         Raises:
             NotRankable: a score is NaN or infinite.
@@ -108,7 +114,7 @@ class ExactSearch:
         model = RankedModel(self.matcher, mentions, self.index, torch.full((len(mentions),), -1))
         if not self.matcher.surveyed():
             return model
-        kept = KeptScores()
+        kept = KeptScores(MOST_KEPT if for_best else 0)
         return informed(model, survey(model, self.device, copies=self._copies, kept=kept), kept)
 
     @torch.no_grad()
@@ -120,9 +126,9 @@ class ExactSearch:
         """
         mentions = informed.mentions
         tiles = Tiles(
-            self.matcher,
+            informed.matcher,
             mentions,
-            self.index,
+            informed.index,
             informed.gold_row_M,
             self.device,
             default_tiles(self.device, len(self.index)),

@@ -7,6 +7,7 @@ from math import ceil
 from dsmip.config import ExperimentConfig, TrainConfig
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.base import Side
+from dsmip.evaluation.experts.survey import KEPT_BYTES
 from dsmip.models import find_system
 from dsmip.planning.probing.parts import EncoderCosts, PartCosts, SystemCosts, WholeCosts
 from dsmip.planning.probing.probe import Cost
@@ -130,7 +131,8 @@ def trial(config: ExperimentConfig, whole: WholeCosts, counts: Counts, epochs: i
     ready = whole.prepare * (kb + validation + mentions)
     if whole.fused:
         fitted = min(mentions, max(_FITTED_PAIRS // kb, 1))
-        known = whole.pair * ((fitted + (mentions + validation) * REFINED + validation) * kb)
+        again = 0 if kept_bytes(config, whole, counts, validation) else validation  # the ranking of the fitted gate
+        known = whole.pair * ((fitted + (mentions + validation) * REFINED + again) * kb)
         return ready + known + _GATE_STEP * (steps_of(mentions, train) * epochs)
     assert whole.step is not None
     judged = whole.prepare * (kb + validation) + whole.pair * (validation * kb)
@@ -145,8 +147,15 @@ def judging(config: ExperimentConfig, whole: WholeCosts, counts: Counts) -> Cost
     mentions = counts.mentions["train"] * config.held_out or validation
     fitted = min(mentions, max(_FITTED_PAIRS // kb, 1))
     ready = whole.prepare * (2 * (kb + validation) + mentions)
-    passes = 5 if whole.fused else 4  # experts, mean, product, and the winner with or without a survey
+    passes = 1 if kept_bytes(config, whole, counts, validation) else 3 if whole.fused else 2  # experts; the winner
     return ready + whole.pair * ((fitted + passes * validation * REFINED) * kb)
+
+
+def kept_bytes(config: ExperimentConfig, whole: WholeCosts, counts: Counts, num_mentions: float) -> int:
+    """Bytes of experts' scores that are kept for the second pass of a ranking; 0 where experts score twice, or once."""
+    num_experts = len(find_system(config.model).choices(config.system))
+    size = int(num_experts * num_mentions * counts.entities * 4)
+    return size if whole.fused and size <= KEPT_BYTES else 0
 
 
 def evaluation(config: ExperimentConfig, costs: SystemCosts, counts: Counts, split: str, *, kb_is_there: bool) -> Cost:
@@ -158,7 +167,8 @@ def evaluation(config: ExperimentConfig, costs: SystemCosts, counts: Counts, spl
         for encoder in feature_encoders(config, costs).values():
             total += encoding(encoder, counts, wanted)
         whole = costs.whole
-        return total + whole.prepare * (counts.entities + count) + whole.pair * (pairs * (2 if whole.fused else 1))
+        passes = 2 if whole.fused and not kept_bytes(config, whole, counts, count) else 1
+        return total + whole.prepare * (counts.entities + count) + whole.pair * (pairs * passes)
     rerankers = system.rerankers(config.system)
     first = next(part for part in costs.parts.values() if part.kind != "reranker")
     assert first.encoder is not None

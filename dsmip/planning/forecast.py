@@ -180,6 +180,8 @@ def _evaluation(frame: Frame) -> Found:
     held = 2 * prepared["entities"].of(rows, min(counts.entities_with_image, rows))
     held += prepared["mentions"].of(*counts.items("test")) + prepared["entities"].of(*counts.items("kb"))
     held += sum(each.num_bytes.module for each in costs.parts.values()) + TILE_BYTES + DECODED_BYTES
+    if costs.whole is not None:
+        held += amounts.kept_bytes(frame.config, costs.whole, counts, counts.mentions["test"])
     size = machines.process + held
     step = Step("evaluate", seconds, size, size, node=node.name, about="the test split, one process")
     if node.memory is None or size <= node.memory:

@@ -77,4 +77,8 @@ def held_by_trial(frame: Frame, whole: WholeCosts) -> int:
     counts, prepared = frame.counts, whole.prepared
     held = whole.num_bytes.while_training + prepared["entities"].of(*counts.items("kb")) + TILE_BYTES
     held += sum(prepared["mentions"].of(*counts.items(split)) for split in ("train", "validation"))
+    learned = counts.mentions["train"] * (frame.config.held_out or 1.0)
+    held += sum(
+        amounts.kept_bytes(frame.config, whole, counts, each) for each in (learned, counts.mentions["validation"])
+    )
     return held + (whole.step.num_bytes or 0 if whole.step else 0)

@@ -8,7 +8,7 @@ import torch
 
 from dsmip.data.collate import gold_rows
 from dsmip.data.manifest import KB
-from dsmip.evaluation.experts.survey import surveyed
+from dsmip.evaluation.experts.survey import KeptScores, surveyed
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.preparation import prepare_entities, prepare_in_tiles, with_has_image
 from dsmip.evaluation.ranking import RankedModel, rank_unrefined
@@ -46,7 +46,8 @@ def judge(
     fusion = run.build_fusion(run.system.fusions[0], settings)
     assert isinstance(fusion, FusedMatcher)
     calibration = stage_two_split(run, tables["train"]) if held_out else validation
-    figures = validation_figures(fusion, calibration, validation, kb, device)
+    kept = KeptScores()
+    figures = validation_figures(fusion, calibration, validation, kb, device, kept)
 
     storage = run.storage / trial
     storage.pull(WEIGHTS)
@@ -56,8 +57,8 @@ def judge(
     mentions = prepare_in_tiles(matcher, validation.mentions, "mentions", device)
     index = EntityIndex([prepare_entities(matcher, kb, range(len(kb)), device)])
     experts = run.system.choices(settings.system)
-    model = surveyed(RankedModel(matcher, mentions, index, validation.gold_row_M, experts), device)
-    choices = rank_unrefined(model, device).choices
+    model = RankedModel(matcher, mentions, index, validation.gold_row_M, experts)
+    choices = rank_unrefined(surveyed(model, device, kept=kept), device).choices
     assert choices is not None
     count_B = torch.bincount(choices.gold_M, minlength=len(experts)).double()
     step_events.step_done(0, 0, 1)

@@ -39,6 +39,7 @@ from tests.support.scoring.matchers import CPU
 from tests.support.scoring.systems import features, seeded
 
 NUM_MENTIONS, NUM_ENTITIES, TOP_K = 9, 37, 5
+ALL_BYTES = 4 * NUM_MENTIONS * NUM_ENTITIES
 EXPERTS = ("text", "visual", "multimodal")
 SCALES = torch.tensor([1.7, 0.4, 1.1])
 
@@ -137,6 +138,7 @@ def test_ranks_are_those_of_the_full_matrix_for_any_tiles_and_slices(
         for size in (TileSize(128, 2048), TileSize(4, 13))
     ]
     rankings.append(rank(surveyed(model, CPU, kept=KeptScores(most_bytes=0)), CPU, top_k=TOP_K))
+    rankings.append(rank(surveyed(model, CPU, tile_size=TileSize(4, 13)), CPU, tile_size=TileSize(5, 8), top_k=TOP_K))
     rankings.append(ranked_in_slices(model, 3))
     for found in rankings:
         assert torch.equal(found.counts.better_M, expected.better_M)
@@ -195,13 +197,11 @@ def test_the_columns_of_a_survey_stay_apart_from_the_experts(small_config: Exper
     assert isinstance(model.mentions, Table)
 
 
-@pytest.mark.parametrize(
-    ("most_bytes", "passes"), [(2**20, 3), (4 * NUM_MENTIONS * NUM_ENTITIES, 1 + 2 * 3), (0, 3 * 3)]
-)
+@pytest.mark.parametrize(("most_bytes", "passes"), [(3 * ALL_BYTES, 3), (3 * ALL_BYTES - 1, 3 * 3)])
 def test_scores_that_fit_are_computed_once(
     small_config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch, most_bytes: int, passes: int
 ) -> None:
-    """Room for all experts' scores, for one's, for none; what is said of mentions is the same to the bit."""
+    """Room for all experts' scores, or none is kept; what is said of mentions is the same to the bit."""
     model = opened(fused(small_config, "product"), small_config)
     expected = survey(model, CPU), list(log_probabilities(model, CPU))
     scored, calls = surveys.scored_by_tile, list[str]()
@@ -250,3 +250,14 @@ def test_models_that_fuse_the_same_experts_score_them_once(
         assert expected.choices is not None
         assert torch.equal(found.choices.pairs_MB, expected.choices.pairs_MB)
     assert sum(scored) == len(EXPERTS) * NUM_MENTIONS * NUM_ENTITIES
+
+
+def test_experts_scores_of_other_pairs_are_refused(small_config: ExperimentConfig) -> None:
+    model = opened(fused(small_config, "mixture"), small_config)
+    kept = KeptScores()
+    informed_model = surveyed(model, CPU, kept=kept)
+    few = replace(informed_model, index=model.index.slice(0, 2))
+    with pytest.raises(ValueError, match=r"text: scores \(9, 37\) are not of these pairs, \(9, 18\)"):
+        rank(few, CPU, gold_score_M=torch.zeros(NUM_MENTIONS, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"text: kept scores \(9, 37\) are not of these pairs, \(4, 37\)"):
+        survey(replace(model, mentions=model.mentions.take(slice(0, 4))), CPU, kept=kept)

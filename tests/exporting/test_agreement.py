@@ -1,6 +1,7 @@
 """Agreement of cheaper searches with the exact one, and which vectors a bundle finds candidates by."""
 
 from itertools import islice, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dsmip
+from dsmip.data.dataset import Dataset
+from dsmip.distillation.fit import FitOptions, Lesson
+from dsmip.distillation.vectors import Projection
 from dsmip.exporting import candidate_vectors
 from dsmip.exporting.agreement import Probes, candidate_recall
-from dsmip.exporting.candidate_vectors import choose_vectors
+from dsmip.exporting.candidate_vectors import choose_vectors, distil
+from dsmip.linking import search
+from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
+from tests.support.scoring.linked_runs import finished_run, small_system
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +70,25 @@ def test_vectors_are_distilled_where_global_ones_hold_too_little(
     assert "10 candidates hold" in said[0]
     assert choose_vectors(linker, run.dataset, None, "distilled", seed=0).distilled is not None
     assert choose_vectors(linker, run.dataset, None, "auto", seed=0).distilled is None
+
+
+def test_a_lesson_is_the_same_whether_experts_scores_are_kept_or_not(
+    small_data: Dataset, narrow_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused experts have scored the sampled entities among all of them."""
+    config = changed(small_system("dsmip", narrow_backbone), {"system": {"gate": {"preset": "confidence"}}})
+    linker = dsmip.load(finished_run(tmp_path / "run", config, small_data).folder)
+    lessons, fit = list[Lesson](), candidate_vectors.fit_projection
+
+    def fitted(lesson: Lesson, seed: int, options: FitOptions) -> Projection:
+        lessons.append(lesson)
+        return fit(lesson, seed, options)
+
+    monkeypatch.setattr(candidate_vectors, "fit_projection", fitted)
+    monkeypatch.setattr(candidate_vectors, "MOST_ENTITIES", 5)
+    for most_kept in (search.MOST_KEPT, 0):
+        monkeypatch.setattr(search, "MOST_KEPT", most_kept)
+        distil(linker, small_data, seed=0)
+    kept, again = lessons
+    assert kept.scores_ME.shape[1] == 5 < len(linker)
+    torch.testing.assert_close(kept.scores_ME, again.scores_ME)

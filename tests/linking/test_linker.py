@@ -18,12 +18,16 @@ from data_prep.build.plan import DatasetOptions
 from data_prep.formats.jsonl import JsonlRelease
 from dsmip.calibration.calibration import BestScores, Calibration
 from dsmip.data.dataset import Dataset
+from dsmip.data.table import Table
 from dsmip.evaluation.index_builder import OpenedModel, plan_index
 from dsmip.evaluation.stored.layout import CALIBRATED_ON, CALIBRATION, RANKS, evaluation_name
+from dsmip.linking import search
 from dsmip.linking.linker import Linker
 from dsmip.models import systems
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
+from dsmip.units.expert import Expert
+from dsmip.units.matcher import Scores
 from tests.support.scoring.linked_runs import finished_run, small_system
 from tests.support.small_release import image_bytes
 
@@ -91,6 +95,37 @@ def test_fused_experts_are_asked_about_all_entities_for_every_mention(
         for links, row in zip(linker.link_many(small_data.mentions("test"), top=5, **options), rows, strict=True):
             assert [link.entity_id for link in links] == row["top"][:5]
             assert [link.score for link in links] == pytest.approx(row["top_scores"][:5], **TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def fused(small_data: Dataset, narrow_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Its gate sees how sure its experts are."""
+    config = changed(small_system("dsmip", narrow_backbone), {"system": {"gate": {"preset": "confidence"}}})
+    return finished_run(tmp_path_factory.mktemp("fused") / "run", config, small_data)
+
+
+@pytest.mark.parametrize("most_kept", [search.MOST_KEPT, 0])
+@pytest.mark.parametrize("candidates", [None, 4])
+def test_fused_experts_score_a_pair_once(
+    fused: Run, most_kept: int, candidates: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is room for their scores; close pairs and candidates are scored exactly, in float64."""
+    linker, scored = dsmip.load(fused.folder), list[int]()
+    expected = linker.link("red", sentence="a red thing", candidates=candidates)
+    score = Expert.score
+
+    def counted(self: Expert, mentions: Table, entities: Table, **how: Any) -> Scores:
+        found = score(self, mentions, entities, **how)
+        if found.total_ME.dtype == torch.float32:
+            scored.append(found.total_ME.numel())
+        return found
+
+    monkeypatch.setattr(Expert, "score", counted)
+    monkeypatch.setattr(search, "MOST_KEPT", most_kept)
+    links = linker.link("red", sentence="a red thing", candidates=candidates)
+    assert [(link.entity_id, link.score) for link in links] == [(link.entity_id, link.score) for link in expected]
+    once = len(EXPERTS) * len(linker)
+    assert sum(scored) == (once if candidates or most_kept else 2 * once)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from dsmip.ops.experts.statistics import ExpertStatistics, Survey, expert_statis
 from dsmip.rank_options import RankOptions
 from dsmip.units.matcher import Matcher
 
+KEPT_BYTES = 2**28
+"""Of scores that are kept between the passes of a ranking, of all experts."""
 Statistics = Mapping[str, ExpertStatistics]
 _PAIRS = 2**22  # of a tile of log probabilities
 _TOGETHER = 16  # mentions whose experts' best entities are scored in one call
@@ -99,11 +101,12 @@ def slice_statistics(
         NotRankable: A score is NaN or infinite.
     """
     found, kept = {}, kept or KeptScores(most_bytes=0)
+    model = replace(model, index=index)
     for name, (expert, scale) in model.matcher.surveyed().items():
-        own = of_expert(model, name, expert, index)
+        own = of_expert(model, name, expert)
         pairs = PairScorer(own.matcher, own.mentions, own.index, device, notice, copies)
         try:
-            found[name] = _statistics(own, pairs, scale, partial(kept.tiles, name, own, device, tile_size, notice))
+            found[name] = _statistics(own, pairs, scale, partial(kept.tiles, model, name, device, tile_size, notice))
         except NotRankable as error:
             raise NotRankable(error.mention, error.entity_row, name) from None
     return found
@@ -147,13 +150,13 @@ def scored_by_tile(
 
 
 class KeptScores:
-    """Experts' scores of the same mentions against the whole index, kept from the first pass on where there is room.
+    """Experts' scores of the same mentions against the same index, kept from the first pass on where there is room.
 
     Args:
-        most_bytes: Of all experts together; of more none are kept.
+        most_bytes: Of all experts together; where they take more none is kept.
     """
 
-    def __init__(self, most_bytes: int = 2**28) -> None:
+    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
         self._most_bytes = most_bytes
         self._scores: dict[str, Tensor] = {}
 
@@ -164,31 +167,44 @@ class KeptScores:
 
     def tiles(
         self,
+        model: RankedModel,
         name: str,
-        expert: RankedModel,
         device: torch.device,
         tile_size: TileSize | None = None,
         notice: Callable[[str], None] = lambda line: None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """As `scored_by_tile` of the expert of that name."""
+        """As `scored_by_tile` of the expert of that name.
+
+        Raises:
+            ValueError: What is kept is of other mentions or entities.
+        """
+        experts, shape = model.matcher.surveyed(), (len(model.mentions), len(model.index))
         if name in self._scores:
-            num_mentions = (tile_size or default_tiles(device, len(expert.index))).mentions
-            for start in range(0, len(expert.mentions), num_mentions):
+            if self._scores[name].shape != shape:
+                raise ValueError(
+                    f"{name}: kept scores {tuple(self._scores[name].shape)} are not of these pairs, {shape}"
+                )
+            num_mentions = (tile_size or default_tiles(device, shape[1])).mentions
+            for start in range(0, shape[0], num_mentions):
                 yield start, self._scores[name][start : start + num_mentions]
             return
-        shape, scores_ME = (len(expert.mentions), len(expert.index)), None
-        for start, tile_mE in scored_by_tile(expert, device, tile_size=tile_size, notice=notice):
-            if start == 0 and self._num_bytes + math.prod(shape) * tile_mE.element_size() <= self._most_bytes:
-                scores_ME = tile_mE.new_empty(shape)
-            if scores_ME is not None:
+        own, scores_ME = of_expert(model, name, experts[name][0]), None
+        for start, tile_mE in scored_by_tile(own, device, tile_size=tile_size, notice=notice):
+            if start == 0 and len(experts) * math.prod(shape) * tile_mE.element_size() <= self._most_bytes:
+                scores_ME = tile_mE if len(tile_mE) == shape[0] else _room(tile_mE, shape)
+            if scores_ME is not None and scores_ME is not tile_mE:
                 scores_ME[start : start + len(tile_mE)] = tile_mE
             yield start, tile_mE
         if scores_ME is not None:
             self._scores[name] = scores_ME
 
-    @property
-    def _num_bytes(self) -> int:
-        return sum(each.numel() * each.element_size() for each in self._scores.values())
+
+def _room(tile_mE: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """For scores like the tile's; None where the device has no memory for them."""
+    try:
+        return tile_mE.new_empty(shape)
+    except torch.OutOfMemoryError:
+        return None
 
 
 @torch.no_grad()
@@ -203,9 +219,7 @@ def log_probabilities(
         NotRankable: A score is NaN or infinite.
     """
     experts, kept = model.matcher.surveyed(), kept or KeptScores(most_bytes=0)
-    tiles_of = [
-        kept.tiles(name, of_expert(model, name, expert, model.index), device) for name, (expert, _) in experts.items()
-    ]
+    tiles_of = [kept.tiles(model, name, device) for name in experts]
     scale_B11 = torch.tensor([scale for _, scale in experts.values()], dtype=torch.float64, device=device)[
         :, None, None
     ]
@@ -234,8 +248,9 @@ def cross_scores(
     column_MB = row_MB - index.first_row
     here_MB = (column_MB >= 0) & (column_MB < len(index))
     scores_MBB = torch.full((len(row_MB), row_MB.shape[1], row_MB.shape[1]), torch.nan, dtype=torch.float64)
+    model = replace(model, index=index)
     for b, (name, (expert, scale)) in enumerate(model.matcher.surveyed().items()):
-        own = of_expert(model, name, expert, index)
+        own = of_expert(model, name, expert)
         pairs = PairScorer(own.matcher, own.mentions, own.index, device, copies=copies)
         for row_m in here_MB.any(dim=1).nonzero()[:, 0].split(_TOGETHER):
             here_mB, column_mB = here_MB[row_m], column_MB[row_m]
@@ -259,6 +274,6 @@ def informed(model: RankedModel, survey: Survey, kept: KeptScores | None = None)
     return replace(model, mentions=mentions, expert_scores=kept.of(model) if kept else {})
 
 
-def of_expert(model: RankedModel, name: str, expert: Matcher, index: EntityIndex) -> RankedModel:
-    """One of the experts of a model, with its own columns of mentions and of (a slice of) the index."""
-    return RankedModel(expert, model.mentions.under(name), index.under(name), model.gold_row_M)
+def of_expert(model: RankedModel, name: str, expert: Matcher) -> RankedModel:
+    """One of the experts of a model, with its own columns of mentions and index."""
+    return RankedModel(expert, model.mentions.under(name), model.index.under(name), model.gold_row_M)

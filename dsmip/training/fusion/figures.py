@@ -3,7 +3,7 @@
 import torch
 
 from dsmip.data.table import Table
-from dsmip.evaluation.experts.survey import log_probabilities
+from dsmip.evaluation.experts.survey import KeptScores, log_probabilities
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.metrics import summarise
 from dsmip.evaluation.preparation import prepare_entities
@@ -16,13 +16,19 @@ from dsmip.units.fusion.matcher import FusedMatcher
 
 @torch.no_grad()
 def validation_figures(
-    fused: FusedMatcher, calibration: SplitFeatures, validation: SplitFeatures, kb: Table, device: torch.device
+    fused: FusedMatcher,
+    calibration: SplitFeatures,
+    validation: SplitFeatures,
+    kb: Table,
+    device: torch.device,
+    kept: KeptScores | None = None,
 ) -> dict[str, dict[str, float]]:
     """Metrics on validation of each expert and of their calibrated mean and product, in single precision.
 
     Args:
         fused: Any fusion of the experts; its scales are fitted to `calibration` in place.
         kb: Features `with_has_image`.
+        kept: Of the experts and the validation mentions, for other models that fuse them.
     """
     fused.to(device).eval()
     index = EntityIndex([prepare_entities(fused, kb, range(len(kb)), device)])
@@ -30,7 +36,7 @@ def validation_figures(
     model = prepared_split(fused, validation, index, device)
     experts = fused.surveyed()
     counts: dict[str, list[Counts]] = {}
-    for start, log_p_BME in log_probabilities(model, device):
+    for start, log_p_BME in log_probabilities(model, device, kept):
         gold_M = model.gold_row_M[start : start + log_p_BME.shape[1]].to(device)
         alike_MB = torch.zeros(len(gold_M), len(experts), dtype=torch.float64, device=device)
         totals = dict(zip(experts, log_p_BME, strict=True))

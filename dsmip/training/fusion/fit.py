@@ -6,7 +6,7 @@ B experts, K entities with the gold first, F inputs of the gate.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -120,7 +120,9 @@ def fit_gate(
         stop_epoch=stop_epoch,
         best_by=figure,
     )
-    ranking = rank_unrefined(informed(judged.model, judged.survey), device, after_tile=lambda _: context.alive())
+    ranking = rank_unrefined(
+        informed(judged.model, judged.survey, kept[1]), device, after_tile=lambda _: context.alive()
+    )
     result.history[result.best_epoch] |= ranking.metrics()
     return result
 
@@ -134,15 +136,14 @@ def calibrate(model: RankedModel, device: torch.device, kept: KeptScores | None 
     matcher, num_mentions = model.matcher, max(_FIT_PAIRS // len(model.index), 1)
     row_M = torch.linspace(0, len(model.mentions) - 1, min(num_mentions, len(model.mentions))).long()
     for b, (name, (expert, _)) in enumerate(matcher.surveyed().items()):
-        own = of_expert(model, name, expert, model.index)
         if len(row_M) < len(model.mentions) or kept is None:
-            own = RankedModel(expert, own.mentions.take(row_M), own.index, model.gold_row_M[row_M])
-            tiles = scored_by_tile(own, device)
+            own = of_expert(model, name, expert)
+            tiles = scored_by_tile(replace(own, mentions=own.mentions.take(row_M)), device)
         else:
-            tiles = kept.tiles(name, own, device)
+            tiles = kept.tiles(model, name, device)
         with torch.no_grad():
             scores_ME = torch.cat([scores_ME for _, scores_ME in tiles])
-        matcher.get_buffer("scale_B")[b] = fit_scale(scores_ME, own.gold_row_M.to(scores_ME.device))
+        matcher.get_buffer("scale_B")[b] = fit_scale(scores_ME, model.gold_row_M[row_M].to(scores_ME.device))
 
 
 def prepared_split(
@@ -161,7 +162,7 @@ def _known(model: RankedModel, gate: FusionGate, device: torch.device, kept: Kep
         log_p = _with_rivals(model, device, kept)
     else:
         scores = [
-            scale * of_expert(model, name, expert, model.index).gold_scores(model.index.under(name), device)
+            scale * of_expert(model, name, expert).gold_scores(model.index.under(name), device)
             for name, (expert, scale) in model.matcher.surveyed().items()
         ]
         log_p = torch.stack(scores, dim=1) - found.log_normaliser_MB

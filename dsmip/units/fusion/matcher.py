@@ -2,7 +2,8 @@
 
 What a pair scores depends on the mention's scores against all entities (the experts' normalisers, tops and so on), so
 a ranking has two passes: `dsmip.evaluation.experts.survey` collects them for each expert, `FusedMatcher.informed` makes
-columns of the mentions' table from them, and then pairs are scored like any other. M mentions, E entities, B experts.
+columns of the mentions' table from them, and then pairs are scored like any other, or `fused` from what the first pass
+has kept. M mentions, E entities, B experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from dsmip.ops.experts.fusion import mixture_scores, product_scores
 from dsmip.ops.experts.statistics import Survey
 from dsmip.units.expert import Expert
 from dsmip.units.fusion.gate import FusionGate
-from dsmip.units.matcher import BatchGold, Matcher, Scores, token_pairs
+from dsmip.units.matcher import BatchGold, Matcher, Scores
 
 ScoringName = Literal["choice", "mixture", "product"]
 _GATE, _FUSION = "gate", "fusion"
@@ -83,64 +84,60 @@ class FusedMatcher(Matcher):
     @torch.no_grad()
     def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
         """Scores of mentions that are `informed`. The expert of the largest pi counts as the one that was chosen."""
-        wanted = self._wanted(_fusion_of(mentions).dense("log_pi"))
-        return self.fused(mentions, {name: self._scores(name, mentions, entities, wanted[name]) for name in wanted})
+        chosen_M = _fusion_of(mentions).dense("log_pi").argmax(dim=1)
+        scores = {}
+        for b, (name, expert) in enumerate(self._experts().items()):
+            own, others = mentions.under(name), entities.under(name)
+            if self.scoring == "choice":
+                row_m = (chosen_M == b).nonzero()[:, 0]
+                total_mE = expert.score(own.rows(row_m), others).total_ME
+                scores[name] = total_mE.new_zeros(len(mentions), len(entities)).index_copy(0, row_m, total_mE)
+            else:
+                scores[name] = expert.score(own, others).total_ME
+        return self.fused(mentions, scores)
 
     @torch.no_grad()
     def fused(self, mentions: Table, scores: Mapping[str, Tensor]) -> Scores:
         fusion = _fusion_of(mentions)
         log_pi_MB, log_normaliser_MB = fusion.dense("log_pi"), fusion.dense("log_normaliser")
-        wanted = self._wanted(log_pi_MB)
-        parts = {
-            name: self._log_p(b, scores[name], log_normaliser_MB[:, b]).masked_fill(~wanted[name][:, None], 0.0)
-            for b, name in enumerate(wanted)
-        }
+        chosen_M = log_pi_MB.argmax(dim=1)
+        parts = self._log_p(scores, log_normaliser_MB)
+        if self.scoring == "choice":
+            parts = {
+                name: part_ME.masked_fill((chosen_M != b)[:, None], 0.0)
+                for b, (name, part_ME) in enumerate(parts.items())
+            }
         log_p_BME = torch.stack(list(parts.values()))
-        shape = log_p_BME.shape[1:]
-        chosen_ME = log_pi_MB.argmax(dim=1)[:, None].expand(shape)
-        fuse = mixture_scores if self.scoring == "mixture" else product_scores
+        chosen_ME = chosen_M[:, None].expand(log_p_BME.shape[1:])
         if self.scoring == "choice":
             total_ME = log_p_BME.gather(0, chosen_ME[None])[0]
         else:
+            fuse = mixture_scores if self.scoring == "mixture" else product_scores
             total_ME = fuse(log_p_BME, log_pi_MB.to(log_p_BME.dtype))
         total_ME = total_ME.masked_fill(log_pi_MB.isnan().any(dim=1)[:, None], torch.nan)  # argmax would choose anyhow
         if self.gate is None:
             return Scores(total_ME, parts=parts)
         best_M2 = log_pi_MB.topk(min(2, len(parts)), dim=1).values
-        tied_ME = (best_M2[:, 0] == best_M2[:, -1])[:, None].expand(shape)
-        token_scored = [name for name, expert in self._experts().items() if expert.scores_tokens]
-        tokens = token_pairs([wanted[name][:, None].expand(shape) for name in token_scored])
-        return Scores(total_ME, chosen_ME, parts, tied_ME, tokens)
+        tied_ME = (best_M2[:, 0] == best_M2[:, -1])[:, None].expand(total_ME.shape)
+        return Scores(total_ME, chosen_ME, parts, tied_ME)  # no token-level score is spared: the first pass has all
 
     @torch.no_grad()
     def part_scores(self, mentions: Table, entities: Table) -> Mapping[str, Tensor]:
         """Log probabilities over the whole knowledge base."""
         log_normaliser_MB = _fusion_of(mentions).dense("log_normaliser")
-        return {
-            name: self._log_p(
-                b, expert.score(mentions.under(name), entities.under(name)).total_ME, log_normaliser_MB[:, b]
-            )
-            for b, (name, expert) in enumerate(self._experts().items())
+        scores = {
+            name: expert.score(mentions.under(name), entities.under(name)).total_ME
+            for name, expert in self._experts().items()
         }
+        return self._log_p(scores, log_normaliser_MB)
 
-    def _wanted(self, log_pi_MB: Tensor) -> dict[str, Tensor]:
-        """Which mentions' scores an expert has a part in, bool [M] by name."""
-        if self.scoring != "choice":
-            return {name: torch.ones_like(log_pi_MB[:, 0], dtype=torch.bool) for name in self.experts}
-        chosen_M = log_pi_MB.argmax(dim=1)
-        return {name: chosen_M == b for b, name in enumerate(self.experts)}
-
-    def _scores(self, name: str, mentions: Table, entities: Table, wanted_M: Tensor) -> Tensor:
-        """An expert's scores [M, E] of the mentions that want it, 0 of others."""
-        own, row_m = mentions.under(name), wanted_M.nonzero()[:, 0]
-        if len(row_m) < len(own):
-            own = own.rows(row_m)
-        total_mE = self._experts()[name].score(own, entities.under(name)).total_ME
-        return total_mE.new_zeros(len(mentions), len(entities)).index_copy(0, row_m, total_mE)
-
-    def _log_p(self, b: int, scores_ME: Tensor, log_normaliser_M: Tensor) -> Tensor:
-        """An expert's log probabilities over the whole knowledge base."""
-        return scores_ME * self.scale_B[b].to(scores_ME.dtype) - log_normaliser_M[:, None].to(scores_ME.dtype)
+    def _log_p(self, scores: Mapping[str, Tensor], log_normaliser_MB: Tensor) -> dict[str, Tensor]:
+        """Each expert's log probabilities [M, E] over the whole knowledge base, in the experts' order."""
+        return {
+            name: scores[name] * self.scale_B[b].to(scores[name].dtype)
+            - log_normaliser_MB[:, b, None].to(scores[name].dtype)
+            for b, name in enumerate(self.experts)
+        }
 
     def image_columns(self, prepared: Table) -> list[str]:
         return [
