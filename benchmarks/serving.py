@@ -3,8 +3,9 @@
 Both in one go on one machine, by turns: the service in a process of its own, clients in another, the loop in a third.
 Requests are test mentions of the run, with their pictures; with `--entities`, those of a generated bundle (its files
 take tens of kilobytes an entity). The loop is measured twice: in batches of 64, and of as many mentions as clients
-wait, which is what the service can put together: the rest is what HTTP costs. On a machine of few cores clients cost as
-well. `--change-every` changes the bundle's entities while it is asked, as it is served.
+wait, which is what the service can put together: the rest is what HTTP costs. Beside it stands how long encoding such a
+batch takes alone. On a machine of few cores clients cost as well. `--change-every` changes the bundle's entities while
+it is asked, as it is served.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any
@@ -117,6 +119,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         "clients": "{clients}",
         "mentions/s": "{per_second:.1f}",
         "p50, p99 ms": "{p50_ms:.0f}, {p99_ms:.0f}",
+        "encoding ms": "{encoding_ms:.0f}",
         "link_many": "{bare_per_second:.1f}",
         "share": "{share:.2f}",
         "in batches of clients": "{bare_same_batch:.1f}",
@@ -147,7 +150,7 @@ def measure(
             with _changed(model.location, change_every) as changes:
                 load = _load(address, bodies, count, seconds)
             memory = _resident(process.pid)
-        bare, same = (
+        (bare, _), (same, encoding_ms) = (
             _in_a_process(model, min(seconds, _BARE_SECONDS), size) for size in (_FULL_BATCH, min(count, _FULL_BATCH))
         )
         ordered, rate = sorted(load.latencies), len(load.latencies) / load.seconds
@@ -160,6 +163,7 @@ def measure(
                 "per_second": rate,
                 "p50_ms": 1000 * ordered[len(ordered) // 2],
                 "p99_ms": 1000 * ordered[int(len(ordered) * 0.99)],
+                "encoding_ms": encoding_ms,
                 "bare_per_second": bare,
                 "share": rate / bare,
                 "bare_same_batch": same,
@@ -264,14 +268,14 @@ def _load(address: str, bodies: Sequence[bytes], clients: int, seconds: float) -
     return Load(latencies, len(lost), time.perf_counter() - started)
 
 
-def _in_a_process(model: Model, seconds: float, batch_size: int) -> float:
-    """Mentions a second of the bare loop, in a process without anything else."""
+def _in_a_process(model: Model, seconds: float, batch_size: int) -> tuple[float, float]:
+    """Mentions a second of the bare loop, and milliseconds that a batch takes to encode, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_bare, (model, seconds, batch_size))
 
 
-def _bare(model: Model, seconds: float, batch_size: int) -> float:
+def _bare(model: Model, seconds: float, batch_size: int) -> tuple[float, float]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     linker, mentions = dsmip.load(model.location, data=model.data), model.mentions
     next(linker.link_many(mentions[:1], candidates=model.candidates))
@@ -279,7 +283,13 @@ def _bare(model: Model, seconds: float, batch_size: int) -> float:
     while time.perf_counter() - started < seconds:
         batch = mentions[done % len(mentions) :][:batch_size]
         done += sum(1 for _ in linker.link_many(batch, batch_size=batch_size, candidates=model.candidates))
-    return done / (time.perf_counter() - started)
+    rate, times, first = done / (time.perf_counter() - started), list[float](), 0
+    while len(times) < 3 or sum(times) < seconds / 4:
+        begun = time.perf_counter()
+        linker.prepared(mentions[first % len(mentions) :][:batch_size])
+        times.append(time.perf_counter() - begun)
+        first += batch_size
+    return rate, 1000 * median(times)
 
 
 if __name__ == "__main__":

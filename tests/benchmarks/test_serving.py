@@ -31,6 +31,7 @@ def test_it_measures_clients_against_the_bare_loop(run: Run, tmp_path: Path) -> 
     assert row["clients"] == 2
     assert row["share"] == pytest.approx(row["per_second"] / row["bare_per_second"])
     assert 0 < row["p50_ms"] <= row["p99_ms"]
+    assert row["encoding_ms"] > 0
 
 
 @pytest.mark.slow
