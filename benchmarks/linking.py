@@ -27,6 +27,7 @@ from ray_jobs.terminal.display import Display
 from ray_jobs.terminal.lines import result_console
 
 BARE = "bare loop"
+_FEWEST_NOTES = 4
 
 
 def main() -> None:
@@ -113,8 +114,14 @@ class _Clock(Display):
 
     @property
     def rate(self) -> float:
-        """Mentions a second between the first and the last note."""
+        """Mentions a second between the first and the last note.
+
+        Raises:
+            SystemExit: Notes are too few: blocks are finished together.
+        """
         (first, begun), (last, done) = self.seen[0], self.seen[-1]
+        if len({done for _, done in self.seen}) < _FEWEST_NOTES:
+            raise SystemExit("too few blocks for a rate: give more --mentions, or a smaller --block")
         return (done - begun) / (last - first)
 
 
