@@ -1,5 +1,7 @@
-"""Pictures by address: fetched from below the addresses that the service's owner allows, and from nowhere else."""
+"""Pictures of a request: base64, data: URLs, and addresses, fetched from below those that the owner allows alone."""
 
+import base64
+import binascii
 import time
 import urllib.error
 import urllib.request
@@ -9,6 +11,8 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from dsmip.errors import UserError
+from dsmip.serving.limits import Limits
+from dsmip.serving.schemas import Unusable
 
 SECONDS = 5.0  # for one picture, from the connection to the last byte
 _CHUNK = 1 << 16
@@ -17,6 +21,56 @@ _PORTS = {"http": 80, "https": 443}
 
 class NotFetched(ValueError):
     """A picture cannot be had from an address; the message is for the client, and names nothing of the server's."""
+
+    def __init__(self, message: str, status: int = 422) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Fetcher:
+    """Pictures of one request, whose addresses may take `Limits.fetch_seconds` together."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._left = limits.fetch_seconds
+
+    def decoded(self, text: str, field: str) -> bytes:
+        """The bytes of a base64 text, of a data: URL, or at an address that is allowed.
+
+        Raises:
+            Unusable: It is none of them, or too large.
+        """
+        if text.startswith("data:"):
+            head, comma, text = text.partition(",")
+            if not comma or not head.endswith(";base64"):
+                raise Unusable(field, "a data: URL of a picture is data:image/...;base64,...")
+        elif "://" in text[:16]:
+            return self._fetched(text, field)
+        if len(text) * 3 // 4 > self.limits.image_bytes + 3:
+            raise too_large(field, self.limits)
+        try:
+            return base64.b64decode("".join(text.split()), validate=True)
+        except (binascii.Error, ValueError):
+            raise Unusable(field, "is no base64") from None
+
+    def _fetched(self, address: str, field: str) -> bytes:
+        limits, started = self.limits, time.monotonic()
+        if not limits.image_urls:
+            raise Unusable(field, "no address is fetched; send the picture itself, as base64")
+        if self._left <= 0:
+            seconds = f"{limits.fetch_seconds:.0f} seconds"
+            raise Unusable(field, f"the addresses of a request took {seconds} before; send fewer, or the pictures")
+        try:
+            return fetch(address, limits.image_urls, limits.image_bytes)
+        except NotFetched as error:
+            raise Unusable(field, str(error), status=error.status) from None
+        finally:
+            self._left -= time.monotonic() - started
+
+
+def too_large(field: str, limits: Limits) -> Unusable:
+    """Of a picture."""
+    return Unusable(field, f"a picture may have {limits.image_bytes} bytes", status=413)
 
 
 def checked_prefix(text: str) -> str:
@@ -69,7 +123,7 @@ def fetch(address: str, prefixes: Sequence[str], max_bytes: int) -> bytes:
             while chunk := stream.read1(_CHUNK):
                 content += chunk
                 if len(content) > max_bytes:
-                    raise NotFetched(f"a picture may have {max_bytes} bytes")
+                    raise NotFetched(f"a picture may have {max_bytes} bytes", status=413)
                 if time.monotonic() > deadline:
                     raise NotFetched(f"the address did not answer in {SECONDS:.0f} seconds")
     except urllib.error.HTTPError as error:

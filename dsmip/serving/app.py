@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsmip.linking.bundle import Example
@@ -155,7 +156,7 @@ def _add_refusals(app: FastAPI, limits: Limits) -> None:
         assert isinstance(error, StarletteHTTPException)
         return refusal(error.status_code, Problem(message=str(error.detail)))
 
-    for kind in (Unusable, Busy, Stopped, Exception):
+    for kind in (Unusable, Busy, Stopped, ClientDisconnect, Exception):
         app.add_exception_handler(kind, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(StarletteHTTPException, missing)  # of routes that there are none, too

@@ -15,6 +15,10 @@ from typing import Any
 
 from dsmip.linking.linker import Linker
 from dsmip.linking.links import Links
+from dsmip.linking.mentions import Unreadable
+
+Given = Mapping[str, Any] | Unreadable
+"""A mention of a request, or why it is none."""
 
 
 class Busy(Exception):
@@ -25,11 +29,11 @@ class Stopped(Exception):
     """The service ends and takes nothing more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One request's mentions, and what they become."""
 
-    mentions: Sequence[Mapping[str, Any]]
+    mentions: Sequence[Given]
     top: int
     explain: bool
     links: "Future[list[Links]]" = field(default_factory=Future)
@@ -70,9 +74,7 @@ class Batcher:
         """Mentions that wait now."""
         return self._num_waiting
 
-    def submit(
-        self, mentions: Sequence[Mapping[str, Any]], top: int, *, explain: bool = False
-    ) -> "Future[list[Links]]":
+    def submit(self, mentions: Sequence[Given], top: int, *, explain: bool = False) -> "Future[list[Links]]":
         """The links of mentions, in their order, once they are there. Cancelling it takes them out of the queue.
 
         A mention that cannot be read has `Links` with a `reason`. All of a request are by one linker.
@@ -90,7 +92,15 @@ class Batcher:
             self._jobs.append(job)
             self._num_waiting += len(mentions)
             self._changed.notify()
+        job.links.add_done_callback(lambda links: self._forget(job) if links.cancelled() else None)
         return job.links
+
+    def _forget(self, job: Job) -> None:
+        """Makes room for others where a job is cancelled in the queue."""
+        with self._changed:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                self._num_waiting -= len(job.mentions)
 
     def close(self) -> None:
         """Links what waits, then ends the thread."""
@@ -116,7 +126,7 @@ class Batcher:
             ended = time.monotonic()
             self._patient_until = ended + self._linger * (ended - begun)
 
-    def _links(self, jobs: Sequence[Job], mentions: Sequence[Mapping[str, Any]]) -> Iterator[Links]:
+    def _links(self, jobs: Sequence[Job], mentions: Sequence[Given]) -> Iterator[Links]:
         """Of all mentions, once all are linked."""
         found = self._linker().link_many(
             mentions,

@@ -9,17 +9,20 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
 
 from dsmip.linking.links import Links
-from dsmip.serving.batcher import Batcher, Busy, Stopped
+from dsmip.linking.mentions import Unreadable
+from dsmip.serving.addresses import Fetcher, too_large
+from dsmip.serving.batcher import Batcher, Busy, Given, Stopped
 from dsmip.serving.limits import Limits
+from dsmip.serving.observed import GONE
 from dsmip.serving.schemas import (
     LinkRequest,
     LinkResponse,
     MentionIn,
     Problem,
     Unusable,
-    decoded_image,
     first_problem,
     json_object,
     links_out,
@@ -28,7 +31,7 @@ from dsmip.serving.served import Served
 
 _SHARED = ("top", "explain", "min_confidence")
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    413: {"model": Problem, "description": "The body is too large."},
+    413: {"model": Problem, "description": "The body or a picture is too large, or mentions are too many."},
     422: {"model": Problem, "description": "A field cannot be used."},
     429: {"model": Problem, "description": "Too many wait; `Retry-After` says how long."},
     503: {"model": Problem, "description": "The service ends."},
@@ -70,7 +73,7 @@ def link_router(served: Served, batcher: Batcher, limits: Limits) -> APIRouter:
     async def link(request: Request) -> Any:
         asked, images = await _read(request)
         mentions = await run_in_threadpool(_checked, asked, images, limits, served)  # it may fetch pictures
-        found = await linked(batcher, mentions, asked.top, explain=asked.explain)
+        found = await linked(request, batcher, mentions, asked.top, explain=asked.explain)
         if len(found) == 1 and found[0].reason:
             field, _, message = found[0].reason.partition(": ")
             raise Unusable(field, message)
@@ -85,14 +88,31 @@ def link_router(served: Served, batcher: Batcher, limits: Limits) -> APIRouter:
     return router
 
 
-async def linked(batcher: Batcher, mentions: Sequence[Mapping[str, Any]], top: int, *, explain: bool) -> list[Links]:
-    """Waits for the links; a client that is gone takes its mentions out of the queue."""
-    waiting = batcher.submit(mentions, top, explain=explain)
+async def linked(
+    request: Request, batcher: Batcher, mentions: Sequence[Given], top: int, *, explain: bool
+) -> list[Links]:
+    """Waits for the links of a request whose body is read.
+
+    Raises:
+        ClientDisconnect: The client is gone; its mentions are taken out of the queue.
+    """
+    links = batcher.submit(mentions, top, explain=explain)
+    answer, gone = asyncio.wrap_future(links), asyncio.ensure_future(_hung_up(request))
+    first: list[asyncio.Future[Any]] = [answer, gone]
     try:
-        return await asyncio.wrap_future(waiting)
-    except asyncio.CancelledError:
-        waiting.cancel()
-        raise
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        gone.cancel()
+        answer.cancel()  # and with it what waits in the queue; done, it stays as it is
+
+
+async def _hung_up(request: Request) -> None:
+    """Ends when the client has ended the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _read(request: Request) -> tuple[LinkRequest, dict[int, bytes]]:
@@ -125,29 +145,36 @@ def _parsed(given: dict[str, Any]) -> LinkRequest:
         raise Unusable(field, problem.message.rpartition(": ")[2]) from None
 
 
-def _checked(asked: LinkRequest, images: Mapping[int, bytes], limits: Limits, served: Served) -> list[dict[str, Any]]:
-    """Mentions for the linker, within the limits."""
+def _checked(asked: LinkRequest, images: Mapping[int, bytes], limits: Limits, served: Served) -> list[Given]:
+    """Mentions for the linker, within the limits; of many, one that cannot be used has its reason instead."""
     if len(asked.mentions) > limits.mentions:
-        raise Unusable("mentions", f"a request may have {limits.mentions} mentions")
+        raise Unusable("mentions", f"a request may have {limits.mentions} mentions", status=413)
     if asked.top > limits.top:
         raise Unusable("top", f"a mention may get {limits.top} entities")
     if asked.min_confidence is not None and served.linker.calibration is None:
         raise Unusable("min_confidence", "the served model is not calibrated; it has no confidences")
-    many = len(asked.mentions) > 1
-    mentions = []
+    fetcher = Fetcher(limits)
+    mentions = list[Given]()
     for number, each in enumerate(asked.mentions):
-        before = f"mentions.{number}." if many else ""
-        texts = {"word": each.word, "sentence": each.sentence, "desc": each.desc}
-        for name, text in texts.items():
-            if len(text) > limits.text_length:
-                raise Unusable(before + name, f"a text may have {limits.text_length} characters")
-        if number in images and len(images[number]) > limits.image_bytes:
-            raise Unusable(before + "image", f"a picture may have {limits.image_bytes} bytes")
-        image = images.get(number)
-        if image is None and each.image:
-            image = decoded_image(each.image, before + "image", limits)
-        mentions.append({**texts, "image": image})
+        try:
+            mentions.append(_within_limits(each, images.get(number), fetcher))
+        except Unusable as error:
+            if len(asked.mentions) == 1:
+                raise
+            mentions.append(Unreadable(f"{error.field}: {error.message}"))
     return mentions
+
+
+def _within_limits(each: MentionIn, image: bytes | None, fetcher: Fetcher) -> dict[str, Any]:
+    texts, limits = {"word": each.word, "sentence": each.sentence, "desc": each.desc}, fetcher.limits
+    for name, text in texts.items():
+        if len(text) > limits.text_length:
+            raise Unusable(name, f"a text may have {limits.text_length} characters")
+    if image is not None and len(image) > limits.image_bytes:
+        raise too_large("image", limits)
+    if image is None and each.image:
+        image = fetcher.decoded(each.image, "image")
+    return {**texts, "image": image}
 
 
 def refusal(status: int, problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -157,8 +184,10 @@ def refusal(status: int, problem: Problem, headers: Mapping[str, str] | None = N
 
 def of_error(error: Exception, limits: Limits) -> JSONResponse:
     """The answer to a request that was refused."""
+    if isinstance(error, ClientDisconnect):
+        return refusal(GONE, Problem(message="nobody is there any more to be answered"))
     if isinstance(error, Unusable):
-        return refusal(422, Problem(message=error.message, field=error.field or None))
+        return refusal(error.status, Problem(message=error.message, field=error.field or None))
     if isinstance(error, Busy):
         return refusal(
             429, Problem(message="too many mentions wait; try again"), {"Retry-After": str(limits.retry_after)}

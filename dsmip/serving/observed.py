@@ -8,6 +8,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+GONE = 499
+"""The status that is counted where nobody was there any more to be answered."""
 _OTHER = "other"  # a path that no route has: its own label for each would let strangers fill the memory
 
 
@@ -41,7 +43,7 @@ class CountRequests:
             await self._app(scope, receive, send)
             return
         self._figures.in_progress.inc()
-        started, status = time.perf_counter(), 499  # nobody was there any more to be answered
+        started, status = time.perf_counter(), GONE
 
         async def counting(message: Message) -> None:
             nonlocal status

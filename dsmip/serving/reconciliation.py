@@ -13,11 +13,13 @@ from jinja2 import Environment
 from starlette.concurrency import run_in_threadpool
 
 from dsmip.linking.links import Links
-from dsmip.serving.batcher import Batcher
+from dsmip.linking.mentions import Unreadable
+from dsmip.serving.addresses import Fetcher
+from dsmip.serving.batcher import Batcher, Given
 from dsmip.serving.entity_routes import row_of
 from dsmip.serving.limits import Limits
 from dsmip.serving.link_routes import linked
-from dsmip.serving.schemas import Unusable, decoded_image, image_address, json_object
+from dsmip.serving.schemas import Unusable, image_address, json_object
 from dsmip.serving.served import Served
 
 TYPE = {"id": "entity", "name": "Entity"}
@@ -31,33 +33,35 @@ def reconciliation_router(served: Served, batcher: Batcher, limits: Limits, page
     """All routes below `/reconcile`."""
     router = APIRouter(prefix="/reconcile")
 
-    async def answers(queries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    async def answers(request: Request, queries: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         if len(queries) > limits.mentions:
-            raise Unusable("queries", f"a request may have {limits.mentions} queries")
-        mentions = await run_in_threadpool(mentions_of, queries, limits)  # it may fetch pictures
+            raise Unusable("queries", f"a request may have {limits.mentions} queries", status=413)
         top = max(limit_of(query, f"{key}.", limits) for key, query in queries.items())
-        found = await linked(batcher, mentions, top, explain=True)
+        mentions = await run_in_threadpool(mentions_of, queries, limits)  # it may fetch pictures
+        found = await linked(request, batcher, mentions, top, explain=True)
         return {
             key: results(links)[: limit_of(query, f"{key}.", limits)]
             for (key, query), links in zip(queries.items(), found, strict=True)
         }
 
-    async def reconcile(queries: str) -> JSONResponse:
+    async def reconcile(request: Request, queries: str) -> JSONResponse:
         asked = json_object(queries, "queries")
         if not asked or not all(isinstance(each, dict) for each in asked.values()):
             raise Unusable("queries", "is a JSON object of queries by key")
-        return JSONResponse({key: {"result": found} for key, found in (await answers(asked)).items()})
+        return JSONResponse({key: {"result": found} for key, found in (await answers(request, asked)).items()})
 
     @router.get("", summary="The manifest, or the answers to `queries`")
     async def get(request: Request, queries: str | None = None) -> JSONResponse:
-        return JSONResponse(manifest(name, str(request.base_url))) if queries is None else await reconcile(queries)
+        if queries is None:
+            return JSONResponse(manifest(name, str(request.base_url)))
+        return await reconcile(request, queries)
 
     @router.post("", summary="The answers to `queries`, or the values that `extend` asks for")
     async def post(
-        queries: Annotated[str | None, Form()] = None, extend: Annotated[str | None, Form()] = None
+        request: Request, queries: Annotated[str | None, Form()] = None, extend: Annotated[str | None, Form()] = None
     ) -> JSONResponse:
         if queries is not None:
-            return await reconcile(queries)
+            return await reconcile(request, queries)
         if extend is not None:
             return JSONResponse(await run_in_threadpool(extended, served, json_object(extend, "extend")))
         raise Unusable("queries", "is missing")
@@ -69,7 +73,8 @@ def reconciliation_router(served: Served, batcher: Batcher, limits: Limits, page
         if not isinstance(asked, list) or not asked or not all(isinstance(each, dict) for each in asked):
             raise Unusable("queries", "is a list of queries")
         queries = {f"queries.{number}": of_conditions(each, number) for number, each in enumerate(asked)}
-        return JSONResponse({"results": [{"candidates": found} for found in (await answers(queries)).values()]})
+        found = await answers(request, queries)
+        return JSONResponse({"results": [{"candidates": each} for each in found.values()]})
 
     _add_entities(router, served, pages)
     return router
@@ -127,12 +132,24 @@ def manifest(name: str, base: str) -> dict[str, Any]:
     }
 
 
-def mentions_of(queries: Mapping[str, Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    """Queries by key as mentions; errors are those of `mention_of`."""
-    return [mention_of(query, f"{key}.", limits) for key, query in queries.items()]
+def mentions_of(queries: Mapping[str, Mapping[str, Any]], limits: Limits) -> list[Given]:
+    """Queries by key as mentions; of many, one that cannot be used has its reason instead, and will have no result.
+
+    Raises:
+        Unusable: The only one cannot be used.
+    """
+    fetcher, mentions = Fetcher(limits), list[Given]()
+    for key, query in queries.items():
+        try:
+            mentions.append(mention_of(query, f"{key}.", fetcher))
+        except Unusable as error:
+            if len(queries) == 1:
+                raise
+            mentions.append(Unreadable(f"{error.field}: {error.message}"))
+    return mentions
 
 
-def mention_of(query: Mapping[str, Any], before: str, limits: Limits) -> dict[str, Any]:
+def mention_of(query: Mapping[str, Any], before: str, fetcher: Fetcher) -> dict[str, Any]:
     """A query as a mention.
 
     Raises:
@@ -152,10 +169,10 @@ def mention_of(query: Mapping[str, Any], before: str, limits: Limits) -> dict[st
             continue  # a client may send columns that mean nothing here
         if not isinstance(value, str):
             raise Unusable(f"{before}{pid}", "is a text")
-        given[pid] = decoded_image(value, f"{before}image", limits) if pid == "image" else value
+        given[pid] = fetcher.decoded(value, f"{before}image") if pid == "image" else value
     for name in ("word", "sentence"):
-        if len(given[name]) > limits.text_length:
-            raise Unusable(f"{before}{name}", f"a text may have {limits.text_length} characters")
+        if len(given[name]) > fetcher.limits.text_length:
+            raise Unusable(f"{before}{name}", f"a text may have {fetcher.limits.text_length} characters")
     return given
 
 

@@ -1,7 +1,5 @@
 """Requests and answers of the HTTP interface, as OpenAPI describes them."""
 
-import base64
-import binascii
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +8,6 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field
 
 from dsmip.linking.links import Link, Links
-from dsmip.serving.addresses import NotFetched, fetch
-from dsmip.serving.limits import Limits
 
 
 class Body(BaseModel):
@@ -101,11 +97,11 @@ class Problem(BaseModel):
 
 
 class Unusable(ValueError):
-    """A field of a request that cannot be used."""
+    """A field of a request that cannot be used; the answer's status is 422, or 413 for what is too much."""
 
-    def __init__(self, field: str, message: str) -> None:
+    def __init__(self, field: str, message: str, status: int = 422) -> None:
         super().__init__(message)
-        self.field, self.message = field, message
+        self.field, self.message, self.status = field, message, status
 
 
 def json_object(text: str | bytes, field: str) -> dict[str, Any]:
@@ -122,32 +118,6 @@ def json_object(text: str | bytes, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Unusable(field, "is no JSON object")
     return value
-
-
-def decoded_image(text: str, field: str, limits: Limits) -> bytes:
-    """The bytes of a base64 text, of a data: URL, or at an address that is allowed.
-
-    Raises:
-        Unusable: It is none of them, or too large.
-    """
-    max_bytes = limits.image_bytes
-    if text.startswith("data:"):
-        head, comma, text = text.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise Unusable(field, "a data: URL of a picture is data:image/...;base64,...")
-    elif "://" in text[:16]:
-        if not limits.image_urls:
-            raise Unusable(field, "no address is fetched; send the picture itself, as base64")
-        try:
-            return fetch(text, limits.image_urls, max_bytes)
-        except NotFetched as error:
-            raise Unusable(field, str(error)) from None
-    if len(text) * 3 // 4 > max_bytes + 3:
-        raise Unusable(field, f"a picture may have {max_bytes} bytes")
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise Unusable(field, "is no base64") from None
 
 
 def links_out(given_id: str, word: str, links: Links, min_confidence: float | None, *, explain: bool) -> LinksOut:

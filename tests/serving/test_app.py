@@ -1,12 +1,16 @@
 """Health, figures, entities, pages and their headers; busy and changed services."""
 
 import re
+import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from dsmip.errors import UserError
@@ -15,6 +19,7 @@ from dsmip.linking.links import Links
 from dsmip.serving.app import create_app
 from dsmip.serving.limits import Limits
 from dsmip.serving.served import Served, Source, stamp_of
+from tests.support.cluster.ray_heads import wait_until
 
 
 def test_health_has_facts(client: TestClient) -> None:
@@ -113,6 +118,53 @@ def test_who_comes_while_too_many_wait_is_told_when_to_come_again(linker: Linker
         for thread in threads:
             thread.join(60)
         assert [each.status_code for each in answers] == [200, 200]
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[tuple[str, int]]:
+    """The address of a real server of the application, in a thread."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started, 60, "the server does not start")
+        yield server.servers[0].sockets[0].getsockname()
+    finally:
+        server.should_exit = True
+        thread.join(60)
+
+
+@pytest.mark.parametrize("path", ["/link", "/reconcile"])
+def test_clients_that_hang_up_leave_nothing_behind(linker: Linker, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """One in the middle of its upload, one while it waits: no traceback, and its place in the queue is free again."""
+    slow = SlowLinker(linker)
+    app = create_app(Source(lambda: slow, lambda: ""), name="slow")  # type: ignore[arg-type, return-value]
+    queries: dict[str, Any] = {"data": {"queries": '{"q0": {"query": "red"}}'}}
+    body = httpx.Request("POST", "http://x/", **({"json": {"word": "red"}} if path == "/link" else queries))
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {body.headers['content-type']}\r\nContent-Length: "
+    with listening(app) as address, httpx.Client(base_url=f"http://{address[0]}:{address[1]}") as client:
+
+        def waiting() -> int:
+            return int(client.get("/health/ready").json()["waiting"])
+
+        with socket.create_connection(address) as first, socket.create_connection(address) as second:
+            first.sendall(f"{head}{len(body.content)}\r\n\r\n".encode() + body.content)
+            assert slow.begun.wait(60)
+            second.sendall(f"{head}{len(body.content)}\r\n\r\n".encode() + body.content)
+            wait_until(lambda: waiting() == 1, 60, "it does not wait")
+            second.close()
+            wait_until(lambda: waiting() == 0, 60, "it still waits")
+        with socket.create_connection(address) as third:
+            third.sendall(f"{head}999\r\n\r\n".encode() + body.content)
+        gone = re.compile(rf'requests_total{{path="{path}",status="4\d\d"}} (\d+)')
+
+        def counted() -> int:
+            return sum(int(each) for each in gone.findall(client.get("/metrics").text))
+
+        wait_until(lambda: counted() == 3, 60, "they are not counted")
+        slow.let.set()
+        assert client.post("/link", json={"word": "red"}).status_code == 200
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]
 
 
 def test_a_changed_source_is_opened_again_and_a_damaged_one_changes_nothing(linker: Linker) -> None:

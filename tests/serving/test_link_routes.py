@@ -53,10 +53,23 @@ def test_a_form_with_a_file_is_the_same(client: TestClient, linker: Linker) -> N
     assert pairs(answer) == as_linked(linker, 2, word="red", sentence="a red thing", image=PICTURE)
 
 
-def test_many_keep_their_order_and_a_bad_one_stops_no_other(client: TestClient, linker: Linker) -> None:
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"image": base64.b64encode(b"no picture").decode()}, "image: "),
+        ({"image": "/etc/passwd!"}, "image: is no base64"),
+        ({"image": "http://x.example/a.jpg"}, "image: no address is fetched"),
+        ({"image": base64.b64encode(b"x" * 60_000).decode()}, "image: a picture may have 50000 bytes"),
+        ({"sentence": "r" * 501}, "sentence: a text may have 500 characters"),
+        ({"word": " "}, "word: empty"),
+    ],
+)
+def test_many_keep_their_order_and_a_bad_one_stops_no_other(
+    client: TestClient, linker: Linker, bad: dict[str, Any], reason: str
+) -> None:
     mentions = [
         {"id": "a", "word": "red"},
-        {"id": "b", "word": "blue", "image": base64.b64encode(b"no picture").decode()},
+        {"id": "b", "word": "blue", **bad},
         {"id": "c", "word": "green", "sentence": "a green thing"},
     ]
     answer = client.post("/link", json={"mentions": mentions, "top": 1})
@@ -64,7 +77,7 @@ def test_many_keep_their_order_and_a_bad_one_stops_no_other(client: TestClient, 
     found = answer.json()["mentions"]
     assert [each["id"] for each in found] == ["a", "b", "c"]
     assert [len(each["links"]) for each in found] == [1, 0, 1]
-    assert "image: " in found[1]["reason"]
+    assert found[1]["reason"].startswith(reason)
     assert pairs(answer, 2) == as_linked(linker, 1, word="green", sentence="a green thing")
 
 
@@ -92,13 +105,10 @@ def test_explained_links_have_every_experts_score(client: TestClient, linker: Li
         ({"word": "red", "image": "http://x.example/a.jpg"}, "image", "no address is fetched"),
         ({"word": "red", "image": "/etc/passwd!"}, "image", "no base64"),
         ({"word": "red", "image": "data:image/png,x"}, "image", "data:image/...;base64"),
-        ({"word": "red", "image": base64.b64encode(b"x" * 60_000).decode()}, "image", "50000 bytes"),
         ({"word": "red", "image": base64.b64encode(bomb()).decode()}, "image", "too large"),
         ({"word": "red", "image": base64.b64encode(b"GIF89a").decode()}, "image", "unreadable"),
         ({"word": "red", "min_confidence": 0.5}, "min_confidence", "not calibrated"),
         ({"mentions": []}, "mentions", "at least 1"),
-        ({"mentions": [{"word": "red"}] * 5}, "mentions", "4 mentions"),
-        ({"mentions": [{"word": "red"}, {"word": "r" * 501}]}, "mentions.1.word", "500 characters"),
         ({"mentions": [{"word": "red"}, {"words": "x"}]}, "mentions.1.word", "Field required"),
     ],
 )
@@ -106,6 +116,19 @@ def test_what_cannot_be_used_is_named(client: TestClient, asked: dict[str, Any],
     answer = client.post("/link", json=asked)
     assert answer.status_code == 422, answer.text
     assert answer.json()["field"] == field
+    assert message in answer.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "message"),
+    [
+        ({"mentions": [{"word": "red"}] * 5}, "mentions", "4 mentions"),
+        ({"word": "red", "image": base64.b64encode(b"x" * 60_000).decode()}, "image", "50000 bytes"),
+    ],
+)
+def test_what_is_too_much_is_named(client: TestClient, asked: dict[str, Any], field: str, message: str) -> None:
+    answer = client.post("/link", json=asked)
+    assert (answer.status_code, answer.json()["field"]) == (413, field)
     assert message in answer.json()["message"]
 
 

@@ -92,12 +92,22 @@ def test_every_origin_may_ask_and_only_here(client: TestClient) -> None:
         ('{"q0": {"query": "red", "limit": "x"}}', "q0.limit"),
         ('{"q0": {"query": "red", "properties": 1}}', "q0.properties"),
         ('{"q0": {"query": "red", "properties": [{"pid": "image", "v": "http://x.example/a"}]}}', "q0.image"),
-        (json.dumps({f"q{number}": {"query": "red"} for number in range(5)}), "queries"),
     ],
 )
 def test_queries_that_are_none_are_named(client: TestClient, queries: str, field: str) -> None:
     answer = client.post("/reconcile", data={"queries": queries})
     assert (answer.status_code, answer.json()["field"]) == (422, field)
+
+
+def test_a_bad_cell_stops_no_other(client: TestClient) -> None:
+    """An empty one, and pictures at addresses that cannot be had."""
+    properties = [{"pid": "image", "v": "http://x.example/a"}]
+    queries = {"q0": {"query": ""}, "q1": {"query": "red"}, "q2": {"query": "red", "properties": properties}}
+    answer = asked(client, queries)
+    assert answer.status_code == 200, answer.text
+    assert [len(answer.json()[key]["result"]) for key in queries] == [0, 5, 0]
+    many = asked(client, {f"q{number}": {"query": "red"} for number in range(5)})
+    assert (many.status_code, many.json()["field"]) == (413, "queries")
 
 
 def test_a_post_without_anything_is_refused(client: TestClient) -> None:
