@@ -189,6 +189,11 @@ class Tokenizer(ABC):
         length_N1 = torch.tensor([len(own) for own in rows], dtype=torch.int64).view(-1, 1)
         return Tokens(ids, torch.arange(length) < length_N1)
 
+    @property
+    @abstractmethod
+    def num_ids(self) -> int:
+        """One more than its highest id: a tower embeds at least so many."""
+
     @abstractmethod
     def num_positions(self, text: str) -> int:
         """Places that a text takes before it is cut, its first and last token included."""
@@ -215,6 +220,10 @@ class ClipTokenizer(Tokenizer):
         self._bpe = _byte_pairs(json.dumps(dict(options), sort_keys=True))
         self._start: int = self._bpe.sot_token_id
         self._end: int = self._bpe.eot_token_id
+
+    @property
+    def num_ids(self) -> int:
+        return self._end + 1
 
     def num_positions(self, text: str) -> int:
         return len(self._encode(text)) + 2
@@ -247,7 +256,7 @@ class HuggingFaceTokenizer(Tokenizer):
         markers: Tokens of its vocabulary that a text may write out.
 
     Raises:
-        UserError: It cannot be had, or knows no padding or not each of the markers.
+        UserError: It cannot be had, or knows no words, no padding or not each of the markers.
     """
 
     def __init__(
@@ -269,9 +278,15 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(
                 f"tokenizer {name} cannot be had ({first_line(error)}); without internet give a folder that holds it"
             ) from None
+        vocabulary = self._tokenizer.get_vocab()
+        if vocabulary.keys() <= set(self._tokenizer.all_special_tokens):  # what the library makes of a missing file
+            raise UserError(
+                f"tokenizer {name} knows no words: its files are missing or empty; a text tower's folder holds "
+                "tokenizer.json, or what the network's own tokenizer has (vocab.txt, spiece.model ...)"
+            )
         if self._tokenizer.pad_token_id is None:
             raise UserError(f"tokenizer {name} has no padding token, which texts of different length need")
-        if missing := [token for token in markers if token not in self._tokenizer.get_vocab()]:
+        if missing := [token for token in markers if token not in vocabulary]:
             raise UserError(
                 f"tokenizer {name} has no token {', '.join(missing)}, by which the system's template marks things; "
                 "take a text tower of BERT's vocabulary, or a template of tokens that it has"
@@ -283,8 +298,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self.mask_id = self._tokenizer.mask_token_id
         self._separator = self._tokenizer.sep_token_id if strip_sep_token else None
         self._clean = get_clean_fn(clean)
+        self._num_ids = max(vocabulary.values()) + 1
         self._lock = Lock()  # where texts are cut is a state of the library's tokenizer
         self._encode = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_anew)
+
+    @property
+    def num_ids(self) -> int:
+        return self._num_ids
 
     def num_positions(self, text: str) -> int:
         return len(self._encode(text, None))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from dsmip.encoders.architecture import Architecture
 from dsmip.encoders.formats import hugging_face
+from dsmip.encoders.formats.pickled import FAULTS
+from dsmip.encoders.formats.pickled import FAULTS
 from dsmip.encoders.formats.sizes import networks_of_such_sizes
 from dsmip.encoders.formats.statistics import Statistic, pixel_statistics
 from dsmip.encoders.formats.torchscript import is_archive, read_archive
@@ -152,7 +154,7 @@ def _stored(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:
         # weights_only refused the content; it was not executed.
         raise UserError(f"weights file {path} is not a plain file of tensors") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (SafetensorError, *FAULTS) as error:
         raise UserError(f"weights file {path} cannot be read: {first_line(error)}") from None
     if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
         stored = stored["state_dict"]

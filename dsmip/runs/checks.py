@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dsmip.config import BackboneConfig, Choice, ExperimentConfig, Running, TrainConfig
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import MENTION_DESC
-from dsmip.encoders.architecture import read_architecture
+from dsmip.encoders.architecture import build_tokenizer, read_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.weights import locate_weights, stored_activation
 from dsmip.errors import UserError
@@ -41,6 +43,7 @@ def check_training(config: ExperimentConfig, dataset: Dataset) -> list[str]:
     check_texts(config, dataset)
     backbone = Backbone.checked(config.backbone.architecture, config.backbone.pretrained)
     system.check(config, backbone)
+    _check_tokenizer(config.backbone, backbone)
     warnings = [
         *image_warnings(config, dataset),
         *warmup_warnings(config, dataset),
@@ -108,10 +111,27 @@ def check_pretraining(config: ExperimentConfig, dataset: Dataset) -> list[str]:
         raise UserError(
             f"backbone {config.backbone.architecture} is one tower: 'dsmip pretrain' aligns a text and a vision tower"
         )
+    _check_tokenizer(config.backbone, backbone)
     settings = config.pretrain
     steps = settings.epochs * math.ceil(pictured / settings.batch_size)
     warnings = [*image_warnings(config, dataset), *_activation_warnings(config.backbone)]
     return [*warnings, *_warmup_warning("backbone", "pretrain", settings.warmup_steps, steps)]
+
+
+def _check_tokenizer(config: BackboneConfig, backbone: Backbone) -> None:
+    """Builds the text tower's tokenizer, and checks that they belong together.
+
+    Raises:
+        UserError: It cannot be had, or has tokens that the tower does not know.
+    """
+    if backbone.text.is_absent:
+        return
+    tokenizer, embedding = build_tokenizer(config.architecture), backbone.text.embedding
+    if isinstance(embedding, nn.Embedding) and tokenizer.num_ids > embedding.num_embeddings:
+        raise UserError(
+            f"backbone {config.architecture}: its tokenizer has {tokenizer.num_ids} tokens, and its text tower embeds "
+            f"{embedding.num_embeddings}: they are of different networks"
+        )
 
 
 def _check_shares(where: str, train: TrainConfig, plan: Running) -> None:

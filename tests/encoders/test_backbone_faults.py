@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dsmip.encoders.architecture import resolve_architecture
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.weights import stored_activation
+from dsmip.encoders.weights import read_weights, stored_activation
 from dsmip.errors import UserError
 from tests.support.encoders.backbones import small_config, write_config
 
@@ -101,6 +101,26 @@ def test_weights_with_code_are_refused_unexecuted(tmp_path: Path, monkeypatch: p
         with pytest.raises(UserError, match=f"weights file {name}"):
             Backbone.build(write_config(tmp_path), name)
     assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"(", b".", b"Nb", b"X", b"K", b"\x80\x02", b"PK\x03\x04", b"no weights"])
+@pytest.mark.parametrize("suffix", ["pt", "bin", "safetensors"])
+def test_files_that_are_no_weights_are_one_line(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"weights.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"weights.{suffix}") as refused:
+        read_weights(path)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"(", b".", b"Nb", b"X", b"K", b"\x80\x02", b"PK\x03\x04", b"no weights"])
+@pytest.mark.parametrize("suffix", ["pt", "bin", "safetensors"])
+def test_files_that_are_no_weights_are_one_line(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"weights.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"weights.{suffix}") as refused:
+        read_weights(path)
+    assert "\n" not in str(refused.value)
 
 
 def test_unknown_weights_list_the_tags(tmp_path: Path) -> None:

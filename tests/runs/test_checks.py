@@ -22,6 +22,7 @@ from dsmip.runs.checks import check_pretraining, check_training, check_trials
 from dsmip.runs.load_config import job_config
 from dsmip.training.stages import check_held_out
 from ray_jobs.jobs.prepare import BuildOptions, prepare_release
+from tests.support.encoders.small_bert import write_small_bert
 from tests.support.encoders.tower_kinds import tower_kinds
 
 QUICK = ("train.warmup_steps=0",)
@@ -198,6 +199,22 @@ def test_texts_longer_than_the_towers_context_are_refused(sound: Dataset) -> Non
             UserError, match=f"{system}: texts of 99 tokens and 0 prompts exceed the 77 positions of tiny"
         ):
             check_training(job_config(f"{system}_wikimel", [backbone, "system.num_tokens=99"]), sound)
+
+
+def test_a_tokenizer_of_another_network_is_refused(sound: Dataset, tmp_path: Path) -> None:
+    """Its words beyond what the tower embeds would end a worker."""
+    folder = write_small_bert(tmp_path / "text", (f"w{number}" for number in range(100)))
+    bert = [f"backbone={{architecture: null, text: 'hf:{folder}'}}", "parts.bert.resources.gpu=0", *QUICK]
+    assert check_training(job_config("bert_wikimel", bert), sound) == []
+    config = json.loads((folder / "tokenizer.json").read_text())
+    config["model"]["vocab"] |= {f"further{number}": number for number in range(150, 200)}
+    (folder / "tokenizer.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="its tokenizer has 200 tokens, and its text tower embeds 160"):
+        check_training(job_config("bert_wikimel", bert), sound)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"tokenizer .*text (knows no words|cannot be had)"):
+        check_training(job_config("bert_wikimel", bert), sound)
 
 
 def test_a_tower_that_reads_padding_wants_full_texts(sound: Dataset, tmp_path: Path) -> None:

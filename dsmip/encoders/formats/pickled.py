@@ -34,7 +34,7 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 # Whatever a pickle that is not as it should be makes of the unpickler.
-_FAULTS = (
+FAULTS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     struct.error,
@@ -164,7 +164,7 @@ def opened_archive(path: Path, label: str) -> Iterator[Archive]:
     try:
         with zipfile.ZipFile(path) as file:
             yield Archive(file)
-    except _FAULTS as error:
+    except FAULTS as error:
         raise UserError(f"{label} cannot be read: {first_line(error)}") from None
 
 
