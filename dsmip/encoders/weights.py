@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dsmip.encoders.architecture import Architecture
 from dsmip.encoders.formats import hugging_face
 from dsmip.encoders.formats.pickled import FAULTS
-from dsmip.encoders.formats.pickled import FAULTS
 from dsmip.encoders.formats.sizes import networks_of_such_sizes
 from dsmip.encoders.formats.statistics import Statistic, pixel_statistics
 from dsmip.encoders.formats.torchscript import is_archive, read_archive
