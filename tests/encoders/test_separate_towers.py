@@ -232,14 +232,6 @@ def test_a_folder_without_a_tokenizer_is_one_line(pair: SeparateTowers, tmp_path
         build_tokenizer(str(replace(pair, text=str(folder))))
 
 
-def test_a_folder_without_a_tokenizer_is_one_line(pair: SeparateTowers, tmp_path: Path) -> None:
-    """The library makes one of a few special tokens then, to which every word is unknown."""
-    folder = tmp_path / "text"
-    shutil.copytree(str(pair.text), folder, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
-    with pytest.raises(UserError, match=r"tokenizer .*text (knows no words|cannot be had)"):
-        build_tokenizer(str(replace(pair, text=str(folder))))
-
-
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])
 def test_a_folder_that_is_not_there_is_no_name_of_the_hub(pair: SeparateTowers, name: str) -> None:
     config = job_config("demo", [f"backbone={{architecture: null, text: 'hf:{name}', vision: 'timm:{VISION}'}}"])
