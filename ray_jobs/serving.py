@@ -20,6 +20,7 @@ from ray_jobs.cluster import connection  # noqa: F401  (before anything imports 
 from ray import serve
 
 _ONGOING_AT_MOST = 8  # times `ongoing`; what is above waits in front of the replicas
+_QUEUED_AT_MOST = 64  # times `ongoing` of all replicas; what is above is refused with status 503
 
 
 class ServeArguments(Frozen):
@@ -93,6 +94,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         name="linker",
         ray_actor_options={"num_cpus": given.cpus, "num_gpus": given.gpus},
         max_ongoing_requests=_ONGOING_AT_MOST * given.ongoing,
+        max_queued_requests=_QUEUED_AT_MOST * given.ongoing * max(given.max_replicas, given.num_replicas),
         autoscaling_config={
             "min_replicas": given.num_replicas,
             "max_replicas": max(given.max_replicas, given.num_replicas),

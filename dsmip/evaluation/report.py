@@ -119,6 +119,7 @@ def evaluate_model(
     metrics = {
         "model": evaluation.model.name,
         "split": evaluation.split,
+        "index": files.name,
         **_metrics(ranking, groups, without_image_M, model),
         "index_bytes_per_entity": model.index.num_bytes / len(model.index),
     }

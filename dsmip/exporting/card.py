@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dsmip.evaluation.index_builder import OpenedModel
+from dsmip.evaluation.index_builder import OpenedModel, plan_index
 from dsmip.evaluation.metrics import shown_metrics
 from dsmip.evaluation.stored.layout import evaluation_name
 from dsmip.exporting.agreement import MENTIONS, TOP, Agreement
@@ -19,7 +19,15 @@ _OF_WHOLE_INDEX = (
 )
 
 
-def model_card(opened: OpenedModel, agreement: Agreement | None, vectors: ChosenVectors, *, with_backbone: bool) -> str:
+def model_card(
+    opened: OpenedModel,
+    agreement: Agreement | None,
+    vectors: ChosenVectors,
+    *,
+    with_backbone: bool,
+    index: str,
+    of_hub: str | None = None,
+) -> str:
     """The text of README.md.
 
     Args:
@@ -27,6 +35,8 @@ def model_card(opened: OpenedModel, agreement: Agreement | None, vectors: Chosen
         agreement: Of an index that is stored in less than single precision; None: it is not, or nothing is measured.
         vectors: What candidates are found by.
         with_backbone: The bundle has the backbone's tensors; else its tag brings them.
+        index: In what the index is stored, and how large it is.
+        of_hub: The network whose configuration and tokenizer come from the hub when the bundle is opened.
     """
     run, model = opened.run, opened.model
     manifest, backbone = run.dataset.manifest, model.config.backbone
@@ -49,6 +59,8 @@ def model_card(opened: OpenedModel, agreement: Agreement | None, vectors: Chosen
         "|---|---|",
         f"| system | {run.system.name} ({run.system.paper}) |",
         f"| backbone | {_plain(backbone.architecture)}; weights: {_plain(weights)} |",
+        *([] if of_hub is None else [f"| tokenizer | of {_plain(of_hub)} on the hub, not in this bundle |"]),
+        f"| index | {index} |",
         f"| data set | {_plain(manifest.name)}, manifest {run.dataset.manifest_hash} |",
         f"| licence of the data | {_plain(manifest.licence)} |",
         f"| training mentions | {run.dataset.num_mentions('train')} |",
@@ -71,11 +83,13 @@ def model_card(opened: OpenedModel, agreement: Agreement | None, vectors: Chosen
 
 def _figures(opened: OpenedModel) -> list[str]:
     run, name = opened.run, opened.model.name
-    path = run.folder / evaluation_name("test", name) / "metrics.json"
+    path, index = run.folder / evaluation_name("test", name) / "metrics.json", plan_index(opened).name
     run.storage.pull(f"{evaluation_name('test', name)}/metrics.json")
     if not path.is_file():
         return ["It was not evaluated on the test split before it was exported."]
     metrics: dict[str, Any] = read_json(path, dict, "; evaluate again")
+    if metrics.get("index", index) != index:
+        return ["It was trained or tuned anew since it was evaluated on the test split: those figures are of another."]
     rows = [f"{_PROTOCOL} {metrics['mentions']} mentions.", "", "| metric | | 95 % interval |", "|---|---|---|"]
     for metric in shown_metrics():
         low, high = metrics["confidence"].get(metric, (None, None))

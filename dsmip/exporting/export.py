@@ -14,6 +14,7 @@ import yaml
 from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
 from dsmip.distillation.vectors import DistilledVectors
+from dsmip.encoders.architecture import resolve_architecture
 from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.evaluation.index import MANIFEST, EntityIndex, finish_index
@@ -111,13 +112,23 @@ def export_run(
         if agreement is not None:
             notice(f"stored as {options.index_dtype}, {agreement}")
         _write_parts(opened, folder, options)
+        of_hub = _tokenizer_of_hub(opened.model.config)
+        if of_hub is not None:
+            notice(f"opening it asks the hub for configuration and tokenizer of {of_hub}; a folder (hf:FOLDER) goes in")
         _write_entities(opened, folder / ENTITIES, progress)
         calibration = stored_calibration(opened.run, opened.model.name)
         if calibration is not None and calibration.index == plan.name:
             write_json(folder / CALIBRATION, calibration.model_dump(mode="json"))
         write_text(
             folder / CARD,
-            model_card(opened, agreement, vectors, with_backbone=(folder / _BACKBONE).is_file()),
+            model_card(
+                opened,
+                agreement,
+                vectors,
+                with_backbone=(folder / _BACKBONE).is_file(),
+                index=_index_size(folder / INDEX, index.folder, options.index_dtype),
+                of_hub=of_hub,
+            ),
         )
         manifest = _manifest(opened, folder, options.index_dtype)
         write_json(folder / BUNDLE, manifest.model_dump(mode="json"))
@@ -145,6 +156,19 @@ def _write_index(
     if dtype == "float32":
         return None
     return read_index(bundle, [Segment(folder="", entities=sum(map(len, plan.slices.values())))])
+
+
+def _index_size(stored: Path, whole: Path, dtype: IndexDtype) -> str:
+    """In what an index is stored, and how large its files are; of a smaller one also those of single precision."""
+    own, of_float32 = (sum(path.stat().st_size for path in folder.iterdir()) / 2**20 for folder in (stored, whole))
+    return f"{dtype}, {own:.1f} MiB" + ("" if dtype == "float32" else f" (float32: {of_float32:.1f} MiB)")
+
+
+def _tokenizer_of_hub(config: ExperimentConfig) -> str | None:
+    """The network whose tokenizer is on no disk of the user's; None: it is CLIP's own, or in a folder."""
+    text = resolve_architecture(config.backbone.architecture).config.get("text_cfg") or {}
+    name = text.get("hf_tokenizer_name")
+    return None if name is None or Path(name).exists() else str(name)
 
 
 def _write_parts(opened: OpenedModel, folder: Path, options: ExportOptions) -> None:

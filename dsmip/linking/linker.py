@@ -168,10 +168,11 @@ class Linker:
             Its links, best first.
 
         Raises:
-            UserError: An empty word, a picture that cannot be read, `top` or `candidates` below 1, a model that scores
-                NaN, or one that has no global vectors and is asked for candidates.
+            UserError: An empty word, a picture that cannot be read, `top` or `candidates` below 1, a `min_confidence`
+                outside 0 to 1 or of a model that is not calibrated, a model that scores NaN, or one that has no global
+                vectors and is asked for candidates.
         """
-        asked = _Asked(top, min_confidence, candidates, explain)
+        asked = self._asked(top, min_confidence, candidates, explain)
         given = {"word": word, "sentence": sentence, "image": image, "desc": desc}
         return self._link_batch([MentionReader(self.model.images).read(given)], asked)[0]
 
@@ -207,10 +208,21 @@ class Linker:
             UserError: As for `link`; the message has the number of the mention, from 0.
         """
         _check_count("batch_size", batch_size)
-        asked, reader = _Asked(top, min_confidence, candidates, explain), MentionReader(self.model.images, images)
+        asked, reader = self._asked(top, min_confidence, candidates, explain), MentionReader(self.model.images, images)
         given = records(mentions)
         batches = iter(lambda: list(islice(given, batch_size)), [])
         return self._linked(batches, asked, reader, on_error)
+
+    def _asked(self, top: int, min_confidence: float | None, candidates: int | None, explain: bool) -> _Asked:
+        if min_confidence is not None:
+            if self.calibration is None:
+                raise UserError(
+                    f"min_confidence: {self.model.name} of {self.model.source} is not calibrated, it has no "
+                    "confidences; 'dsmip calibrate' gives them to a run (export it again after that)"
+                )
+            if not 0 <= min_confidence <= 1:
+                raise UserError(f"min_confidence: {min_confidence} is no probability; give one from 0 to 1")
+        return _Asked(top, min_confidence, candidates, explain)
 
     def _linked(
         self, batches: Iterator[list[Any]], asked: _Asked, reader: MentionReader, on_error: str

@@ -48,6 +48,7 @@ def check_training(config: ExperimentConfig, dataset: Dataset) -> list[str]:
         *image_warnings(config, dataset),
         *warmup_warnings(config, dataset),
         *_activation_warnings(config.backbone),
+        *_negatives_warnings(config),
     ]
     if system.gated:
         for each in _space_corners(config):
@@ -116,6 +117,15 @@ def check_pretraining(config: ExperimentConfig, dataset: Dataset) -> list[str]:
     steps = settings.epochs * math.ceil(pictured / settings.batch_size)
     warnings = [*image_warnings(config, dataset), *_activation_warnings(config.backbone)]
     return [*warnings, *_warmup_warning("backbone", "pretrain", settings.warmup_steps, steps)]
+
+
+def _negatives_warnings(config: ExperimentConfig) -> Iterator[str]:
+    """Hard negatives that are asked for where nothing looks for them."""
+    for part in find_system(config.model).rerankers(config.system):
+        if config.part(part).train.get("hard_negatives"):
+            yield f"parts.{part}.train.hard_negatives: a re-ranker learns from all system.candidates; it does nothing"
+    if config.tune.train.get("hard_negatives") and getattr(getattr(config.system, "gate", None), "fuses", False):
+        yield "tune.train.hard_negatives: a gate that fuses its experts learns from whole rankings; it does nothing"
 
 
 def _check_tokenizer(config: BackboneConfig, backbone: Backbone) -> None:

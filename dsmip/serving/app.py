@@ -110,6 +110,7 @@ def _add_facts(app: FastAPI, served: Served, batcher: Batcher, figures: Figures)
             "status": "ready",
             "system": linker.model.name,
             "entities": len(linker),
+            "index_bytes": linker.search.index.num_bytes,
             "experts": list(linker.model.choices),
             "device": str(linker.device),
             "calibrated": linker.calibration is not None,

@@ -102,11 +102,24 @@ def test_the_card_says_what_it_is(bundle: Path, run: Run) -> None:
         run.dataset.manifest_hash,
         "Ma et al.",
         "ranked against all entities",
+        "| index | float32, ",
         "| unknown |",
         "in this bundle",
     ):
         assert said in card
     assert list(bundle.glob("files/backbone.safetensors"))
+
+
+def test_figures_of_earlier_weights_are_in_no_card(run: Run, tmp_path: Path) -> None:
+    path = dsmip.evaluate(run.folder, "test", "visual").folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    path.write_text(json.dumps(metrics | {"index": "index/visual-of-before"}))
+    export_run(run.folder, tmp_path / "visual", CPU, ExportOptions(model="visual", index_dtype="float16"))
+    card = (tmp_path / "visual" / CARD).read_text()
+    assert "It was trained or tuned anew since it was evaluated" in card
+    assert "| mrr |" not in card
+    assert "| index | float16, " in card
+    assert " (float32: " in card
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from data_prep.formats.jsonl import JsonlRelease
 from dsmip.calibration.calibration import BestScores, Calibration
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
+from dsmip.errors import UserError
 from dsmip.evaluation.index_builder import OpenedModel, plan_index
 from dsmip.evaluation.stored.layout import CALIBRATED_ON, CALIBRATION, RANKS, evaluation_name
 from dsmip.linking import search
@@ -316,6 +317,8 @@ def test_a_calibrated_model_says_how_sure_it_is(run: Run, *, is_of_this_index: b
     run.storage.delete(name)
     if not is_of_this_index:
         assert linker.calibration is None
+        with pytest.raises(UserError, match=r"min_confidence: dsmip of .* is not calibrated"):
+            linker.link("red", min_confidence=0.5)
         return
     assert linker.calibration == made
     mentions = list(run.dataset.mentions("test"))
@@ -329,7 +332,9 @@ def test_a_calibrated_model_says_how_sure_it_is(run: Run, *, is_of_this_index: b
     assert [links.best is None for links in found] == (known_M < made.min_known).tolist()
     assert {len(links) for links in found} == {2}
     assert found[0][1].confidence is None
-    assert linker.link("red", min_confidence=1.1).is_nil
+    assert linker.link("red", min_confidence=1.0).is_nil
+    with pytest.raises(UserError, match=r"min_confidence: 1.1 is no probability"):
+        linker.link("red", min_confidence=1.1)
     assert not linker.link("red", min_confidence=0.0).is_nil
 
 

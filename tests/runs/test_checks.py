@@ -201,6 +201,18 @@ def test_texts_longer_than_the_towers_context_are_refused(sound: Dataset) -> Non
             check_training(job_config(f"{system}_wikimel", [backbone, "system.num_tokens=99"]), sound)
 
 
+def test_hard_negatives_that_nothing_looks_for_are_told(sound: Dataset, tmp_path: Path) -> None:
+    gate = job_config("demo", [*QUICK, "tune.train.hard_negatives=2"])
+    assert check_training(gate, sound) == [
+        "tune.train.hard_negatives: a gate that fuses its experts learns from whole rankings; it does nothing"
+    ]
+    folder = write_small_bert(tmp_path / "text", ("w", "n0", "n1"))
+    blink = [f"backbone={{architecture: null, text: 'hf:{folder}'}}", "system.num_tokens=12", *QUICK]
+    blink += ["parts.crossencoder.train.hard_negatives=3", "parts.crossencoder.train.warmup_steps=0"]
+    (told,) = check_training(job_config("blink_wikimel", blink), sound)
+    assert told.startswith("parts.crossencoder.train.hard_negatives: a re-ranker learns from all system.candidates")
+
+
 def test_a_tokenizer_of_another_network_is_refused(sound: Dataset, tmp_path: Path) -> None:
     """Its words beyond what the tower embeds would end a worker."""
     folder = write_small_bert(tmp_path / "text", (f"w{number}" for number in range(100)))

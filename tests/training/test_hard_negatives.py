@@ -1,17 +1,22 @@
 """Hard negatives against the full matrix, in one process and over slices of the kb."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from data_prep.build.build import prepare
+from data_prep.build.plan import DatasetOptions
+from data_prep.formats.mimic import MimicRelease
 from dsmip import distributed
 from dsmip.data.dataset import Dataset
 from dsmip.evaluation.index import EntityIndex
 from dsmip.training.validation.hard_negatives import alike_groups, best_entities
 from tests.support.scoring.matchers import CPU, TableMatcher, numbered
+from tests.support.small_release import write_release
 from tests.support.training.workers import run_workers
 
 
@@ -56,3 +61,15 @@ def test_workers_find_the_same_over_their_slices(tmp_path: Path) -> None:
 def test_what_reads_alike_shares_a_number(small_data: Dataset) -> None:
     groups = alike_groups(small_data)
     assert groups.tolist() == list(range(small_data.num_entities))  # all names differ there
+
+
+def test_entities_of_the_same_text_share_a_number(tmp_path: Path) -> None:
+    texts = [("Ash", "tree"), ("Ash", "town"), ("Ash", "tree"), ("Birch", "tree")]
+    kb = [{"qid": f"Q{row}", "entity_name": name, "attr": attr} for row, (name, attr) in enumerate(texts)]
+    mentions = [{"id": "m", "sentence": "an ash", "mentions": "ash", "answer": "Q0", "imgPath": ""}]
+    records: dict[str, list[Any]] = {"kb": kb, **dict.fromkeys(("train", "dev", "test"), mentions)}
+    release = MimicRelease(write_release(tmp_path / "release", records, {}))
+    prepare(release, tmp_path / "data", DatasetOptions(name="alike"))
+    groups = alike_groups(Dataset.open(tmp_path / "data")).tolist()
+    assert groups[0] == groups[2]
+    assert len(set(groups)) == 3

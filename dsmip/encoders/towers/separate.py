@@ -91,6 +91,10 @@ def _read(name: str, file: str, *, needed: bool = True) -> dict[str, Any]:
     """A JSON file of a folder, or of a model of the hub; empty where there is none and none is needed."""
     path: str | Path | None = Path(name) / file
     if not os.path.isdir(name):
+        if os.path.isfile(name):
+            raise UserError(
+                f"backbone.text hf:{name} is a file: name its folder, which has config.json and the tokenizer"
+            )
         if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no owner/model of the hub
             raise UserError(f"backbone.text hf:{name}: no such folder")
         path = _fetched(name, file, needed=needed)
