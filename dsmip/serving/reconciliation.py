@@ -50,21 +50,24 @@ def reconciliation_router(served: Served, batcher: Batcher, limits: Limits, page
             raise Unusable("queries", "is a JSON object of queries by key")
         return JSONResponse({key: {"result": found} for key, found in (await answers(request, asked)).items()})
 
-    @router.get("", summary="The manifest, or the answers to `queries`")
-    async def get(request: Request, queries: str | None = None) -> JSONResponse:
-        if queries is None:
-            return JSONResponse(manifest(name, str(request.base_url)))
-        return await reconcile(request, queries)
+    async def asked(request: Request, queries: str | None, extend: str | None) -> JSONResponse | None:
+        if queries is not None:
+            return await reconcile(request, queries)
+        if extend is not None:
+            return JSONResponse(await run_in_threadpool(extended, served, json_object(extend, "extend")))
+        return None
+
+    @router.get("", summary="The manifest, or what a POST of the same answers")
+    async def get(request: Request, queries: str | None = None, extend: str | None = None) -> JSONResponse:
+        return await asked(request, queries, extend) or JSONResponse(manifest(name, str(request.base_url)))
 
     @router.post("", summary="The answers to `queries`, or the values that `extend` asks for")
     async def post(
         request: Request, queries: Annotated[str | None, Form()] = None, extend: Annotated[str | None, Form()] = None
     ) -> JSONResponse:
-        if queries is not None:
-            return await reconcile(request, queries)
-        if extend is not None:
-            return JSONResponse(await run_in_threadpool(extended, served, json_object(extend, "extend")))
-        raise Unusable("queries", "is missing")
+        if (answer := await asked(request, queries, extend)) is None:
+            raise Unusable("queries", "is missing")
+        return answer
 
     @router.post("/match", summary="The answers to a list of queries (1.0 draft)")
     async def match(request: Request) -> JSONResponse:

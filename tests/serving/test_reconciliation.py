@@ -67,6 +67,7 @@ def test_entities_are_extended_and_previewed(client: TestClient) -> None:
     answer = client.post("/reconcile", data={"extend": json.dumps(extend)}).json()
     assert answer["meta"] == [{"id": "attributes", "name": "Attributes"}]
     assert answer["rows"] == {"Q1": {"attributes": [{"str": "colour 1"}]}, "Q99": {"attributes": []}}
+    assert client.get("/reconcile", params={"extend": json.dumps(extend)}).json() == answer
     card = client.get("/reconcile/preview", params={"id": "Q1"})
     assert "green" in card.text
     assert "frame-ancestors" not in card.headers["content-security-policy"]
