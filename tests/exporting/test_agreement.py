@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import dsmip
 from dsmip.data.dataset import Dataset
-from dsmip.distillation.fit import FitOptions, Lesson
+from dsmip.distillation.fit import FitOptions, Lesson, fit_projection
 from dsmip.distillation.vectors import Projection
 from dsmip.exporting import candidate_vectors
 from dsmip.exporting.agreement import Probes, candidate_recall
@@ -78,11 +78,11 @@ def test_a_lesson_is_the_same_whether_experts_scores_are_kept_or_not(
     """Fused experts have scored the sampled entities among all of them."""
     config = changed(small_system("dsmip", narrow_backbone), {"system": {"gate": {"preset": "confidence"}}})
     linker = dsmip.load(finished_run(tmp_path / "run", config, small_data).folder)
-    lessons, fit = list[Lesson](), candidate_vectors.fit_projection
+    lessons = list[Lesson]()
 
     def fitted(lesson: Lesson, seed: int, options: FitOptions) -> Projection:
         lessons.append(lesson)
-        return fit(lesson, seed, options)
+        return fit_projection(lesson, seed, options)
 
     monkeypatch.setattr(candidate_vectors, "fit_projection", fitted)
     monkeypatch.setattr(candidate_vectors, "MOST_ENTITIES", 5)
