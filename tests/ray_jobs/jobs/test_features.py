@@ -59,6 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_the_job_writes_what_the_gate_computes(
     dataset: Dataset, config: Path, small_config: ExperimentConfig, tmp_path: Path
 ) -> None:

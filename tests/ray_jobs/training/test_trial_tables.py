@@ -36,6 +36,7 @@ def tables_of(run: Run) -> dict[str, PartTables]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_trials_of_a_view_read_the_tables_of_another_run(
     small_data: Dataset, small_config: ExperimentConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
