@@ -157,6 +157,6 @@ def result_of(reference: Any, failed: str, expected: tuple[type[Exception], ...]
         cause: Exception = error.cause
         if isinstance(cause, (ReportedError, *expected)):
             raise cause from None
-        raise JobFailed(f"{failed}: {cause!r}", 1) from error
+        raise JobFailed(f"{failed}: {type(cause).__name__}: {cause}", 1) from error
     except ray.exceptions.RayError as error:
         raise JobFailed(f"{failed}: {error}; run the command again to go on", 1) from error
