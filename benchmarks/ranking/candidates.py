@@ -3,8 +3,8 @@
 Of each run: the share of mentions whose exact best entity, and whose gold, are among k candidates, by the model's
 global vectors and by distilled ones (fitted here to training mentions, as `dsmip export` does); and milliseconds a
 mention of the exact search and of that among candidates, by turns, without the encoding of mentions but with what must
-be known of all entities before experts can be fused. With `--entities`
-the cost on a generated bundle, whose weights are random: its recalls would say nothing.
+be known of all entities before experts can be fused. With `--entities` the cost on a generated bundle, whose weights
+are random: its recalls would say nothing.
 """
 
 import argparse
