@@ -263,7 +263,7 @@ class IndexPlan:
 def plan_index(
     opened: OpenedModel, slice_rows: int = SLICE_ROWS, notice: Callable[[str], None] = lambda line: None
 ) -> IndexPlan:
-    """The index of a model over the run's data; one of earlier weights or features of these data is deleted.
+    """The index of a model over the run's data, for any mentions.
 
     Args:
         opened: the model.
@@ -271,11 +271,19 @@ def plan_index(
         notice: takes a line about features that are read beside the shards.
 
     Raises:
-        UserError: the model cannot be indexed.
+        UserError: the model ranks whole splits alone.
     """
+    if fixed := opened.model.matcher.fixed_batches():
+        raise UserError(
+            f"{opened.run.storage.location}: {opened.model.name} ranks whole splits ('dsmip evaluate') and links no "
+            f"mention: {fixed.reason}"
+        )
+    return _plan(opened, slice_rows, notice)
+
+
+def _plan(opened: OpenedModel, slice_rows: int, notice: Callable[[str], None]) -> IndexPlan:
+    """An index; one of earlier weights or features of these data is deleted."""
     run, model, features = opened.run, opened.model, opened.features
-    if reason := model.matcher.why_not_indexed():
-        raise UserError(f"{run.storage.location}: {model.name} has no index: {reason}")
     sources = [of_part.name(KB) for of_part in features.values()]
     for part, of_part in features.items():
         if of_part.beside:
@@ -324,12 +332,23 @@ def plan_files(
     slice_rows: int = SLICE_ROWS,
     notice: Callable[[str], None] = lambda line: None,
 ) -> RankingFiles:
-    """The files of an evaluation's ranking; arguments and errors are those of `plan_index`.
+    """The files of an evaluation's ranking.
+
+    Args:
+        evaluation: of the model.
+        slice_rows: kb rows of an index slice, unless the model says how many are prepared together.
+        notice: takes lines about such batches, and about features that are read beside the shards.
 
     Raises:
         UserError: the split has no mentions, or one whose gold is not in the kb.
     """
-    run, gold_row_M = evaluation.run, evaluation.gold_row_M
-    plan = plan_index(evaluation, slice_rows, notice)
-    where = run.storage.location, run.dataset.location, evaluation.split, evaluation.model.ranked_by
+    run, gold_row_M, model = evaluation.run, evaluation.gold_row_M, evaluation.model
+    if fixed := model.matcher.fixed_batches():
+        slice_rows = fixed.entities
+        notice(
+            f"{model.name}: {fixed.reason}; it ranks {fixed.mentions} mentions and {fixed.entities:,} entities at a "
+            "time, as its release does"
+        )
+    plan = _plan(evaluation, slice_rows, notice)
+    where = run.storage.location, run.dataset.location, evaluation.split, model.ranked_by
     return RankingFiles(*where, plan.name, plan.made_from, plan.slices, gold_row_M)

@@ -128,6 +128,10 @@ def _indices(rows: Sequence[int]) -> Rows:
     return slice(rows.start, rows.stop) if isinstance(rows, range) else torch.tensor(rows, dtype=torch.int64)
 
 
+def _tiles(rows: range, size: int) -> list[range]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 class Preparer:
     """Prepares the items of a data set on one device; an encoder is loaded when it is first needed."""
 
@@ -179,18 +183,27 @@ class Preparer:
     ) -> Table:
         """Prepared items of these rows, tile by tile; `sources` give each part's features of some rows."""
 
-        def prepare(tile: range) -> Table:
+        def features(tile: range) -> Table:
             tables = {part: source(tile) for part, source in sources.items()}
-            features = whole_features(tables, list(tables)) if len(tables) > 1 else next(iter(tables.values()))
-            return prepare_in_tiles(self._matcher, features, side, self._device)
+            return whole_features(tables, list(tables)) if len(tables) > 1 else next(iter(tables.values()))
 
-        tiles = []
-        for table in map_alone(
-            prepare, [rows[start : start + TILE] for start in range(0, len(rows), TILE)], self._device
-        ):
-            tiles.append(table)
+        def prepare(table: Table) -> Table:
+            return prepare_in_tiles(self._matcher, table, side, self._device, tile=len(table))
+
+        def prepare_together(batch: range) -> Table:
+            return prepare(concatenate(list(map_alone(features, _tiles(batch, TILE), self._device))))
+
+        prepared: Iterable[Table]
+        if (fixed := self._matcher.fixed_batches()) is None:
+            prepared = map_alone(lambda tile: prepare(features(tile)), _tiles(rows, TILE), self._device)
+        else:
+            size = fixed.mentions if side == "mentions" else fixed.entities
+            prepared = map(prepare_together, _tiles(rows, size))
+        found = []
+        for table in prepared:
+            found.append(table)
             count_rows(len(table))
-        return concatenate(tiles)
+        return concatenate(found)
 
     def mentions(self, split: str, count_rows: CountRows) -> Table:
         """A split's prepared mentions. Their features go to the run's cache: several models read them."""

@@ -30,12 +30,14 @@ class System(ABC):
         fusions: Names of the fusions of its experts that have no gate and nothing to train but a scale per expert: they
             are evaluated beside the whole.
         published_sign: How a name begins that only this system's released checkpoints have; empty: none are known.
+        released_with: `key=value` that a released checkpoint was trained with and `published_config` has otherwise.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     published_config: ClassVar[str]
     published_sign: ClassVar[str] = ""
+    released_with: ClassVar[tuple[str, ...]] = ()
     fusions: ClassVar[tuple[str, ...]] = ()
     config_class: ClassVar[type[Frozen]]
     gated: ClassVar[bool]
@@ -128,6 +130,11 @@ class System(ABC):
                     f"{part}: texts of {form.num_tokens} tokens do not fill the {room} positions, which the text tower "
                     f"of {config.backbone.architecture} reads whole: set system.num_tokens to {room - form.reserve}"
                 )
+
+    @classmethod
+    def why_not_trained(cls, section: Any) -> str | None:
+        """Why settings only rank, with weights that come trained; None: they can be trained."""
+        return None
 
     @classmethod
     @abstractmethod

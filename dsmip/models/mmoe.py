@@ -7,9 +7,7 @@ a batch: `gate: published` has it for comparison, `gate: per_token` is what the 
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
@@ -17,19 +15,16 @@ from dsmip.data.images import PixelForm
 from dsmip.data.table import Table
 from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureSizes, feature_sizes
-from dsmip.encoders.clip import Backbone, Tuning
-from dsmip.errors import UserError
+from dsmip.encoders.clip import Tuning
 from dsmip.models.base import OnePartSystem
+from dsmip.units.matcher import FixedBatches
 from dsmip.units.mixture import GateName, MixedCrossUnit, MixedTokensUnit, Mixture
 from dsmip.units.shared_clip import SharedClipEncoder, SharedClipMatcher
 from dsmip.units.unit_scorer import MakeUnits, UnitScorer
 
 _PUBLISHED_UNITS = {"text": "text_module", "image": "vision_module", "cross": "cross_module"}
-_MENTION_BATCH, _ENTITY_CHUNK = 20, 6000  # of the released evaluation
-_BATCH_BOUND = (
-    "system.gate: published gives an item other scores with every batch that it is in, so it can be neither validated "
-    "nor indexed; use per_token"
-)
+_BATCH_BOUND = "system.gate: published gives an item other scores with every batch that it is in (per_token does not)"
+_PUBLISHED_BATCHES = FixedBatches(mentions=20, entities=6000, reason=_BATCH_BOUND)  # of the released evaluation
 
 
 class MmoeConfig(Frozen):
@@ -38,8 +33,8 @@ class MmoeConfig(Frozen):
     Attributes:
         num_tokens: Every text is cut or padded to this length; as published as many as a picture has tokens.
         top_k: How many of the experts a token keeps: as published 3 on WikiMEL, 4 on RichpediaMEL, 2 on WikiDiverse.
-        gate: `per_token`: every token has its own best experts. `published`: the released gate, which only ranks with
-            its own fixed batches (`MmoeMatcher.scores_in_published_batches`): no training, no index.
+        gate: `per_token`: every token has its own best experts. `published`: the released gate, which only ranks whole
+            splits, 20 mentions and 6,000 entities at a time, as the released evaluation does.
     """
 
     tune: Tuning = "full"
@@ -68,23 +63,12 @@ class MmoeMatcher(SharedClipMatcher):
         self.published_units = dict(_published_units(config.num_experts))
         self.gate = config.gate
 
-    def why_not_indexed(self) -> str | None:
-        return _BATCH_BOUND if self.gate == "published" else None
+    def fixed_batches(self) -> FixedBatches | None:
+        return _PUBLISHED_BATCHES if self.gate == "published" else None
 
-    @torch.no_grad()
-    def scores_in_published_batches(self, mention_features: Table, entity_features: Table) -> Tensor:
-        """Scores [M, E] as the released evaluation makes them: 20 mentions and 6,000 entities at a time, in order.
-
-        Of `gate: published` they are meant for a whole split against a whole knowledge base, in the release's order.
-        """
-        mentions, entities = (
-            [prepare(features.take(slice(start, start + size))) for start in range(0, len(features), size)]
-            for features, prepare, size in (
-                (mention_features, self.prepare_mentions, _MENTION_BATCH),
-                (entity_features, self.prepare_entities, _ENTITY_CHUNK),
-            )
-        )
-        return torch.cat([torch.cat([self.score(m, e).total_ME for e in entities], dim=1) for m in mentions])
+    def image_columns(self, prepared: Table) -> list[str]:
+        """None with the released gate: a missing picture becomes something else in every batch."""
+        return [] if self.gate == "published" else super().image_columns(prepared)
 
 
 class Mmoe(OnePartSystem):
@@ -94,6 +78,7 @@ class Mmoe(OnePartSystem):
     paper: ClassVar[str] = "Multi-level mixture of experts, 2025"
     published_config: ClassVar[str] = "mmoe_wikimel"
     published_sign: ClassVar[str] = "matcher.text_module."
+    released_with: ClassVar[tuple[str, ...]] = ("system.gate=published",)
     config_class: ClassVar[type[Frozen]] = MmoeConfig
 
     @classmethod
@@ -101,10 +86,8 @@ class Mmoe(OnePartSystem):
         return ItemFormat(section.template, num_tokens=section.num_tokens, pixels=section.pixels)
 
     @classmethod
-    def check(cls, config: ExperimentConfig, backbone: Backbone) -> None:
-        super().check(config, backbone)
-        if config.system.gate == "published":
-            raise UserError(_BATCH_BOUND)
+    def why_not_trained(cls, section: Any) -> str | None:
+        return f"{_BATCH_BOUND}, so it only ranks" if section.gate == "published" else None
 
     @classmethod
     def build_part(cls, part: str, config: ExperimentConfig, *, with_encoder: bool) -> MmoeMatcher:

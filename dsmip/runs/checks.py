@@ -38,6 +38,8 @@ def check_training(config: ExperimentConfig, dataset: Dataset) -> list[str]:
     if dataset.num_mentions("train") < 2:
         raise UserError(f"{dataset.location}: has one mention of train, and a batch contrasts at least two")
     system = find_system(config.model)
+    if reason := system.why_not_trained(config.system):
+        raise UserError(reason)
     for part in system.part_names(config.system):
         _check_shares(f"parts.{part}", config.train_of(part), config.part(part))
     check_texts(config, dataset)

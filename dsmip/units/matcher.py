@@ -103,6 +103,20 @@ class PairedItems:
     seed: int
 
 
+@dataclass(frozen=True, slots=True)
+class FixedBatches:
+    """How many items are prepared at a time, in the order of the split and of the kb.
+
+    Attributes:
+        mentions, entities: How many of each side.
+        reason: Which setting makes prepared items depend on each other.
+    """
+
+    mentions: int
+    entities: int
+    reason: str
+
+
 class Part(nn.Module):
     """What is trained on its own: a matcher or a re-ranker, with its pretrained towers."""
 
@@ -252,8 +266,12 @@ class Matcher(Part, ABC):
         """
         return self.score(mentions, entities).parts
 
-    def why_not_indexed(self) -> str | None:
-        """Why items must not be prepared in tiles and slices, as an index is; None: they may."""
+    def fixed_batches(self) -> FixedBatches | None:
+        """In which batches items must be prepared, where what they become depends on each other; None: it does not.
+
+        A matcher that has some ranks whole splits against the whole kb, as its release does; it is neither trained nor
+        linked with, and its entities share no `image_columns`.
+        """
         return None
 
     @property

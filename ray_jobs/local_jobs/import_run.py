@@ -34,7 +34,8 @@ def import_run(
         checkpoint: The file.
         location: Where the run goes.
         data: Where the dataset is that it is evaluated on.
-        config: A shipped configuration's name or a YAML file; None: the system's published one of WikiMEL.
+        config: A shipped configuration's name or a YAML file; None: the system's published one of WikiMEL, with what
+            its release has otherwise.
         overrides: `key=value` of it.
 
     Raises:
@@ -42,7 +43,8 @@ def import_run(
             else.
     """
     system = _importable(name)
-    settings = _without_weights(job_config(config or system.published_config, overrides), system, config)
+    source = (system.published_config, [*system.released_with, *overrides]) if config is None else (config, overrides)
+    settings = _without_weights(job_config(*source), system, config)
     found = read_checkpoint(checkpoint)
     _check_system(found.tensors, system, checkpoint)
     dataset = Dataset.open(data)

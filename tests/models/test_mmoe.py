@@ -3,22 +3,28 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dsmip
+from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.data.images import PixelForm
-from dsmip.data.table import Ragged, Table
-from dsmip.encoders.base import FeatureSizes
-from dsmip.encoders.clip import Backbone
+from dsmip.data.table import Ragged
 from dsmip.errors import UserError
-from dsmip.evaluation.index_builder import OpenedEvaluation, plan_files
+from dsmip.evaluation.index_builder import OpenedEvaluation
+from dsmip.evaluation.preparation import prepare_in_tiles
+from dsmip.evaluation.report import evaluate_model
 from dsmip.models.mmoe import Mmoe, MmoeConfig, MmoeMatcher
+from dsmip.runs.checks import check_training
 from dsmip.runs.load_config import load_config, parse_config
 from dsmip.runs.run import Run
+from dsmip.units.matcher import FixedBatches
 from dsmip.units.mixture import MixedCrossUnit, Mixture
+from tests.support.scoring.contract import CPU, seeded, shake
 from tests.support.scoring.published import SIZES, WIDTH, golden_values, published_features, published_weights
 
 GATES = ["per_token", "published"]
@@ -39,56 +45,65 @@ def test_published_weights_give_the_published_scores(gate: str) -> None:
     scores = matcher.score(matcher.prepare_mentions(sides[0]), matcher.prepare_entities(sides[1]))
     for name, value in {**scores.parts, "mean": scores.total_ME}.items():
         torch.testing.assert_close(value, golden[f"scores/{name}"], atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(matcher.scores_in_published_batches(*sides), scores.total_ME)
 
 
-def random_features(count: int, seed: int) -> Table:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    return Table(
-        {
-            "text_global": F.normalize(normal(count, 6), dim=-1),
-            "text_tokens": Ragged.from_padded(normal(count, 5, 6)),
-            "image_global": F.normalize(normal(count, 6), dim=-1),
-            "image_tokens": Ragged.from_padded(normal(count, 5, 8)),
-        }
+def published(backbone: str, **system: Any) -> ExperimentConfig:
+    return parse_config(
+        {"model": "mmoe", "backbone": {"architecture": backbone}, "system": {"gate": "published"} | system}
     )
 
 
-@torch.no_grad()
-def test_published_scores_are_of_20_mentions_and_6000_entities_at_a_time() -> None:
-    torch.manual_seed(0)
-    matcher = MmoeMatcher(MmoeConfig(width=4, gate="published"), FeatureSizes(6, 8, 6))
-    mentions, entities = random_features(23, 1), random_features(3, 2)
-    prepared = matcher.prepare_entities(entities)
-    parts = [matcher.prepare_mentions(mentions.take(rows)) for rows in (slice(0, 20), slice(20, 23))]
-    expected = torch.cat([matcher.score(part, prepared).total_ME for part in parts])
-    torch.testing.assert_close(matcher.scores_in_published_batches(mentions, entities), expected)
-    whole = matcher.score(matcher.prepare_mentions(mentions), prepared).total_ME
-    assert not torch.allclose(whole, expected, atol=1e-3)
-
-
-def test_the_published_gate_is_refused_where_items_are_prepared_one_by_one() -> None:
-    config = parse_config({"model": "mmoe", "backbone": {"architecture": "tiny"}, "system": {"gate": "published"}})
-    with pytest.raises(UserError, match=r"gate: published .*neither validated nor indexed; use per_token"):
-        Mmoe.check(config, Backbone.build("tiny", None, device="meta"))
-    reason = Mmoe.build_whole(config).why_not_indexed()
-    assert reason is not None
-    assert "use per_token" in reason
+def test_the_published_gate_is_not_trained(small_data: Dataset, narrow_backbone: Path) -> None:
+    config = published(str(narrow_backbone), width=4, num_tokens=8)
+    with pytest.raises(
+        UserError, match=r"gate: published gives an item other scores .*\(per_token does not\), so it only ranks"
+    ):
+        check_training(config, small_data)
     with pytest.raises(UserError, match=r"top_k: 5 exceeds num_experts 4"):
-        parse_config({"model": "mmoe", "backbone": {"architecture": "tiny"}, "system": {"top_k": 5}})
+        published("tiny", top_k=5)
 
 
-def test_a_run_with_the_published_gate_has_no_index(small_data: Dataset, narrow_backbone: Path, tmp_path: Path) -> None:
-    backbone, system = {"architecture": str(narrow_backbone)}, {"gate": "published", "width": 4, "num_tokens": 8}
-    config = parse_config({"model": "mmoe", "backbone": backbone, "system": system})
+@torch.no_grad()
+@pytest.mark.parametrize("batches", [None, (3, 4)])
+def test_the_published_gate_ranks_in_its_own_batches_and_links_nothing(
+    batches: tuple[int, int] | None,
+    small_data: Dataset,
+    narrow_backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the release, of which the 23 mentions of train need two; and small ones, of both sides."""
+    notices: list[str] = []
+    if batches is not None:
+        monkeypatch.setattr(MmoeMatcher, "fixed_batches", lambda _: FixedBatches(*batches, reason="few at a time"))
+    num_mentions, num_entities = batches or (20, 6000)
+    config = published(str(narrow_backbone), width=4, num_tokens=8)
     run = Run.create(tmp_path / "run", config, small_data)
-    run.save_part("mmoe", Mmoe.build_part("mmoe", config, with_encoder=True), {})
-    with pytest.raises(UserError, match=r"run: mmoe has no index: system\.gate: published .*use per_token"):
-        plan_files(OpenedEvaluation(run, "test"))
+    with seeded(3):
+        matcher = Mmoe.build_part("mmoe", config, with_encoder=True).eval()
+        shake(matcher)
+    run.save_part("mmoe", matcher, {})
+    evaluated = evaluate_model(OpenedEvaluation(Run.open(run.folder), "train"), CPU, notice=notices.append)
+    ranks = pq.read_table(evaluated.folder / "ranks.parquet")
+    assert f"{num_mentions} mentions and {num_entities:,} entities at a time" in notices[0]
+
+    make = run.collator("mmoe")
+    mentions = matcher.encode_mentions(make.mentions(list(small_data.mentions("train"))))
+    entities = matcher.encode_entities(make.entities(list(small_data.entities())))
+
+    def scores(mention_batch: int, entity_batch: int) -> Tensor:
+        prepared = (
+            prepare_in_tiles(matcher, mentions, "mentions", CPU, mention_batch),
+            prepare_in_tiles(matcher, entities, "entities", CPU, entity_batch),
+        )
+        return matcher.score(*prepared).total_ME
+
+    score_ME = scores(num_mentions, num_entities)
+    assert not torch.allclose(score_ME, scores(100, 100), atol=1e-3)
+    best_Mk = score_ME.sort(dim=1, descending=True).values
+    torch.testing.assert_close(torch.tensor(ranks["top_scores"].to_pylist()).float(), best_Mk, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match=r"run: mmoe ranks whole splits \('dsmip evaluate'\) and links no mention: "):
+        dsmip.load(run.folder)
 
 
 @torch.no_grad()

@@ -114,6 +114,7 @@ def test_a_released_checkpoint_becomes_a_run_with_its_weights(
     run = import_run(name, file, tmp_path / "run", small_data.location, config=None, overrides=overrides)
     assert not (tmp_path / "planted").exists()
     assert run.config.backbone.pretrained is None
+    assert getattr(run.config.system, "gate", "published") == "published"  # MMoE's, which its releases have
     expected = systems()[name].build_part(name, run.config, with_encoder=True)
     assert isinstance(expected, SharedClipMatcher)
     expected.load_published_state_dict(state)
