@@ -21,7 +21,7 @@ from dsmip.progress import CountRows, Progress, no_progress
 from dsmip.runs.part_features import PartFeatures, rows_of
 from dsmip.units.matcher import Matcher
 
-HAS_IMAGE = "has_image"
+HAS_IMAGE = "entity_has_image"  # beside the features of any encoder, which may have a `has_image` of their own
 TILE = 512  # rows; two batches of the encoders
 
 
@@ -64,7 +64,8 @@ def entities_with_image(dataset: Dataset) -> Tensor:
 
 
 def with_has_image(kb: Table, dataset: Dataset) -> Table:
-    """Features of the whole kb with the column `has_image` (bool [E]), which `prepare_entities` reads."""
+    """Features of the whole kb with the column `HAS_IMAGE` (bool [E]), which `prepare_entities` reads."""
+    assert HAS_IMAGE not in kb.columns
     has_image_E = entities_with_image(dataset)
     for column in kb.columns.values():  # a training may have moved them to its GPU
         has_image_E = has_image_E.to(column.device if isinstance(column, Tensor) else column.values.device)

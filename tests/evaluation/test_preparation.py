@@ -12,7 +12,13 @@ from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Column, Ragged, Repeated, Table
 from dsmip.evaluation.index import EntityIndex, finish_index, index_slices
-from dsmip.evaluation.preparation import entities_with_image, prepare_entities, prepare_in_tiles, with_has_image
+from dsmip.evaluation.preparation import (
+    HAS_IMAGE,
+    entities_with_image,
+    prepare_entities,
+    prepare_in_tiles,
+    with_has_image,
+)
 from dsmip.evaluation.ranking import RankedModel, rank, rank_unrefined
 from dsmip.evaluation.ranks import merge_rankings
 from dsmip.evaluation.refinement import GRID, PairScorer
@@ -34,11 +40,11 @@ def kb_features(config: ExperimentConfig) -> Table:
     for name, column in columns.items():
         if "image" in name:
             columns[name] = column.rows(of_image) if isinstance(column, Ragged) else column[of_image]  # type: ignore[index]
-    return Table({**columns, "has_image": ~LACKING})
+    return Table({**columns, HAS_IMAGE: ~LACKING})
 
 
 def seen_by(part: str, kb: Table) -> Table:
-    return kb.under(part).merged(Table({"has_image": kb.dense("has_image")}))
+    return kb.under(part).merged(Table({HAS_IMAGE: kb.dense(HAS_IMAGE)}))
 
 
 def with_text_image(config: ExperimentConfig) -> ExperimentConfig:
@@ -57,7 +63,7 @@ def test_who_has_a_picture(small_data: Dataset) -> None:
     expected = [len(entity.images) > 0 for entity in small_data.entities()]
     assert entities_with_image(small_data).tolist() == expected
     kb = with_has_image(numbered(len(expected)), small_data)
-    assert kb.dense("has_image").tolist() == expected
+    assert kb.dense(HAS_IMAGE).tolist() == expected
 
 
 @pytest.mark.parametrize(("part", "unit"), [("visual", DualUnit), ("text_image", TextUnit)])

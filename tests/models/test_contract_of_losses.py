@@ -1,12 +1,14 @@
 """The contract of `dsmip.models.base` for training: what a loss is a sum of, and what it trains."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from dsmip.data.table import Table, concatenate
 from dsmip.units.matcher import BatchGold, PairedItems
-from tests.support.scoring.contract import ENTITIES, MENTIONS, Subject, seeded
+from tests.support.scoring.contract import Subject, seeded
 
 
 def loss_of(subject: Subject, features: tuple[Table, Table], rows_M: list[int], gold_rows: list[int]) -> Tensor:
@@ -68,13 +70,18 @@ def test_every_trainable_parameter_gets_a_gradient(subject: Subject) -> None:
     trained = {name: p for name, p in subject.matcher.named_parameters() if p.requires_grad}
     if not trained:
         pytest.skip("without its towers it compares features as they are")
-    mentions, entities = subject.encode(MENTIONS.rows(0, 4), ENTITIES.rows(0, 4))
+    few = replace(
+        subject.sample,
+        mentions=subject.sample.mentions.rows(0, 4),
+        entities=subject.sample.entities.rows(0, 4),
+    )
+    mentions, entities = subject.encode(few.mentions, few.entities)
     gold = BatchGold.from_rows(torch.arange(4), torch.arange(4), torch.arange(4))
     subject.matcher.train()
     with seeded(4):
         loss = subject.matcher(mentions, entities, gold)
         if subject.matcher.reads_items:
-            batch = PairedItems(MENTIONS.rows(0, 4), ENTITIES.rows(0, 4), mentions, entities, gold, seed=3)
+            batch = PairedItems(few.mentions, few.entities, mentions, entities, gold, seed=3)
             loss = loss + subject.matcher.item_loss(batch, slice(0, 4))
     subject.matcher.zero_grad(set_to_none=True)
     loss.backward()

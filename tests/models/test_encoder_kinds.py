@@ -1,7 +1,8 @@
 """Every system with every kind of encoder: it trains, is stored and ranks, or its configuration is refused."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from dsmip.data.collate import Collator, ItemBatch
 from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.encoders.architecture import build_tokenizer, resolve_architecture
-from dsmip.encoders.clip import Backbone
 from dsmip.errors import UserError
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranking import RankedModel, rank_unrefined
@@ -26,51 +26,10 @@ from dsmip.training.batches import Items, Step
 from dsmip.training.gradients import batch_backward
 from dsmip.units.matcher import Matcher, Part, Reranker
 from tests.support.encoders.small_backbones import SMALL_BACKBONES
-from tests.support.scoring.contract import CPU, seeded, shake
-
-FORMS: dict[str, dict[str, Any]] = {
-    "albef": {"layers": 1, "heads": 2, "num_tokens": 24, "masked_weight": 0.0, "candidates": 2},
-    "blink": {"num_tokens": 12, "candidates": 2},
-    "dsmip": {
-        "experts": {"text": {}, "visual": {}, "multimodal": {"prompt_length": 2, "prompt_depth": 2}},
-        "width": 8,
-        "gate": {"picture": "clip", "width": 8},
-    },
-    "dzmned": {"width": 8},
-    "ghmfc": {"width": 8, "heads": 2, "layers": 1},
-    "jmel": {"width": 8},
-    "m3el": {"width": 8, "num_tokens": 24},
-    "mimic": {"width": 8, "num_tokens": 24},
-    "mmoe": {"width": 8, "num_tokens": 24},
-}
-TEXT_ALONE = ("bert", "blink")
-NO_PICTURES, NO_TEXTS = r"reads pictures, and backbone .* has no vision tower", r"reads texts, and .* has no text tower"
-CLIPS_WORDS = r"has CLIP's vocabulary, without \["
-
-
-def refusal(name: str, kind: str) -> str | None:
-    """Why a system cannot be had with an encoder; None: it can."""
-    if kind == "pictures alone":
-        return NO_TEXTS
-    if name in TEXT_ALONE:
-        return None if kind in ("BERT", "separate towers", "texts alone") else CLIPS_WORDS
-    if kind == "texts alone":
-        return NO_PICTURES
-    if name == "dsmip" and kind in ("ResNet", "timm ConvNet", "separate towers"):
-        return r"multimodal.prompt_depth: prompts have no place in the vision tower: .*; .*prompts_in: text puts them"
-    return None
-
-
-@pytest.fixture(scope="module")
-def architectures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    found = {}
-    for kind, write in SMALL_BACKBONES.items():
-        found[kind] = write(tmp_path_factory.mktemp("backbone"))
-    return found
-
+from tests.support.scoring.contract import CPU, on_meta, seeded, shake
+from tests.support.scoring.small_systems import SMALL_FORMS, refusal
 
 tokenizer = cache(build_tokenizer)  # CLIP's takes half a second
-on_meta = cache(partial(Backbone.build, pretrained=None, device="meta"))
 
 
 def collator(system: type[System], part: str, config: ExperimentConfig) -> Collator:
@@ -152,15 +111,15 @@ QUICK = ("dsmip", "bert")
     ],
 )
 def test_a_system_works_with_an_encoder_or_says_why_not(
-    name: str, kind: str, architectures: dict[str, str], small_data: Dataset, tmp_path: Path
+    name: str, kind: str, architecture_of: Callable[[str], str], small_data: Dataset, tmp_path: Path
 ) -> None:
-    system, backbone = find_system(name), {"architecture": architectures[kind]}
-    config = parse_config({"model": name, "backbone": backbone, "system": FORMS.get(name, {})})
+    system, backbone = find_system(name), {"architecture": architecture_of(kind)}
+    config = parse_config({"model": name, "backbone": backbone, "system": SMALL_FORMS.get(name, {})})
     if (reason := refusal(name, kind)) is not None:
         with pytest.raises(UserError, match=reason):
-            system.check(config, on_meta(architectures[kind]))
+            system.check(config, on_meta(architecture_of(kind)))
         return
-    system.check(config, on_meta(architectures[kind]))
+    system.check(config, on_meta(architecture_of(kind)))
     mentions, entities = list(small_data.mentions("test"))[:3], list(small_data.entities())[:5]
     rerankers, parts = system.rerankers(config.system), system.part_names(config.system)
     with seeded(1), torch.no_grad():
@@ -177,16 +136,16 @@ def test_a_system_works_with_an_encoder_or_says_why_not(
 
 @pytest.mark.parametrize("kind", ["ResNet", "separate towers"])
 def test_prompts_go_into_the_text_tower_alone_beside_a_convolutional_one(
-    kind: str, architectures: dict[str, str], small_data: Dataset, tmp_path: Path
+    kind: str, architecture_of: Callable[[str], str], small_data: Dataset, tmp_path: Path
 ) -> None:
     system = find_system("dsmip")
 
     def configured(**prompts: Any) -> ExperimentConfig:
-        form = {**FORMS["dsmip"], "experts": {"text": {}, "multimodal": prompts}, "use": ["text", "multimodal"]}
-        return parse_config({"model": "dsmip", "backbone": {"architecture": architectures[kind]}, "system": form})
+        form = {**SMALL_FORMS["dsmip"], "experts": {"text": {}, "multimodal": prompts}, "use": ["text", "multimodal"]}
+        return parse_config({"model": "dsmip", "backbone": {"architecture": architecture_of(kind)}, "system": form})
 
     config, plain = configured(prompt_length=2, prompt_depth=2, prompts_in="text"), configured()
-    system.check(config, on_meta(architectures[kind]))
+    system.check(config, on_meta(architecture_of(kind)))
     make = collator(system, "multimodal", config)
     mentions, entities = (
         make.mentions(list(small_data.mentions("test"))[:3]),

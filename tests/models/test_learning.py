@@ -1,14 +1,21 @@
-"""Every system of one part learns: on small data it finds the gold first, far above chance."""
+"""Every system of one part learns: on small data it finds the gold first, far above chance; and from hard negatives."""
 
+import math
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from dsmip.data.dataset import Dataset
-from dsmip.runs.load_config import changed
+from dsmip.data.table import Table
+from dsmip.models import find_system
+from dsmip.models.cross_encoders.albef import TOWERS
+from dsmip.models.cross_encoders.blink import BI_ENCODER
+from dsmip.runs.load_config import changed, load_config
 from dsmip.runs.run import Run
 from dsmip.training.local_context import LocalContext
 from dsmip.training.stages import train_part
+from dsmip.units.matcher import BatchGold, Matcher
 from tests.support.scoring.linked_runs import small_system
 
 RATES = {
@@ -33,3 +40,32 @@ def test_it_learns(name: str, small_data: Dataset, narrow_backbone: Path, tmp_pa
     result = train_part(run, name, LocalContext(tmp_path / "work"))
     assert result.best["mrr"] > 0.75
     assert result.history[-1]["loss"] < 0.6 * result.history[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "part"), [*((name, name) for name in RATES), ("albef", TOWERS), ("blink", BI_ENCODER)]
+)
+def test_it_learns_from_hard_negatives(
+    name: str, part: str, small_data: Dataset, narrow_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second epoch on, when there is something to look them up in, mentions have more wrong entities each.
+
+    Towers are frozen or not as in the published configuration: there are features then, or items.
+    """
+    train = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "hard_negatives": 3}
+    published = load_config(find_system(name).published_config).system
+    system = {"tune": published.tune} if hasattr(published, "tune") else {}
+    config = changed(small_system(name, narrow_backbone), {"system": system, "train": train})
+    matcher = type(find_system(name).build_part(part, config, with_encoder=False))
+    columns, loss = list[float](), matcher.loss
+
+    def counted(self: Matcher, mentions: Table, entities: Table, gold: BatchGold) -> Tensor:
+        columns.append((~gold.same_ME).sum(dim=1).float().mean().item())
+        return loss(self, mentions, entities, gold)
+
+    monkeypatch.setattr(matcher, "loss", counted)
+    result = train_part(Run.create(tmp_path / "run", config, small_data), part, LocalContext(tmp_path / "work"))
+    assert all(math.isfinite(epoch["loss"]) for epoch in result.history)
+    first, second = columns[: len(columns) // 2], columns[len(columns) // 2 :]
+    assert min(second) > max(first)

@@ -1,8 +1,9 @@
-"""The systems under the contract of `dsmip.models.base`: every registered one, every part of it and the whole."""
+"""The systems under the contract of `dsmip.models.base`: every one, every part and the whole, every kind of encoder."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -11,13 +12,17 @@ import torch
 from dsmip.config import ExperimentConfig
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Table
+from dsmip.encoders.architecture import resolve_architecture
+from dsmip.encoders.clip import Backbone
 from dsmip.encoders.feature_cache import whole_features
 from dsmip.models import systems
 from dsmip.models.base import System
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.weights import own_weights
 from dsmip.units.matcher import Matcher, Part, Scores
-from tests.support.tokens import mask_to_end
+from tests.support.encoders.small_backbones import SMALL_BACKBONES
+from tests.support.scoring.items import Form, Sample, filled
+from tests.support.scoring.small_systems import BERTS_VOCABULARY, form_with
 
 FORMS: dict[str, list[dict[str, Any]]] = {
     "dsmip": [
@@ -47,10 +52,11 @@ BACKBONE = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 9},
 }
 CPU = torch.device("cpu")
-START, END, IMAGE_SIZE = 49406, 49407, 16
-NUM_MENTIONS, NUM_ENTITIES, LONGEST = 7, 11, 20
-# Scores are sums over tens of channels with values of order one: float32 in another order of summation.
-TOLERANCE: dict[str, Any] = {"atol": 1e-3, "rtol": 1e-5}
+NUM_MENTIONS, NUM_ENTITIES = 7, 11
+_CLIPS = Form(start=49406, end=49407, words=range(1, 49000), longest=20, places=50, image_size=16)
+_BERTS = Form(start=2, end=3, words=range(4, 150), longest=11, places=22, image_size=16)
+DEEP = "deep ViT"
+"""The kind of `BACKBONE`, which every form of every system is tested with; other kinds have one form."""
 
 Encode = Callable[[ItemBatch], Table]
 
@@ -60,11 +66,13 @@ class Subject:
     """A matcher under test, and how its features are made from raw items.
 
     Attributes:
+        sample: Items that its encoders can read.
         image_token_columns: Of its features, as their encoders declare them.
         rebuild: Makes the same with fresh weights.
     """
 
     matcher: Matcher
+    sample: Sample
     encode_mentions: Encode
     encode_entities: Encode
     image_token_columns: Sequence[str]
@@ -79,36 +87,91 @@ class Subject:
         return self.matcher.score(self.matcher.prepare_mentions(mentions), self.matcher.prepare_entities(entities))
 
 
+@dataclass(frozen=True)
+class Case:
+    """A part of a system, or the whole of it (None), with a kind of encoder."""
+
+    name: str
+    form: dict[str, Any]
+    kind: str
+    part: str | None
+
+    def subject(self, architecture: str) -> Subject:
+        tree = {"model": self.name, "backbone": {"architecture": architecture}, "system": self.form}
+        system, config, sample = systems()[self.name], parse_config(tree), sample_of(self.kind, architecture)
+        if self.part is None:
+            return _whole(system, config, sample)
+        return _part_of(system, self.part, config, sample)
+
+
 def cases() -> Iterator[Any]:
+    """The quick ones are each system's first form with `DEEP`; a whole of one part is that part without towers.
+
+    With the other kinds of encoders that is not tested again.
+    """
     for name, system in systems().items():
         for number, form in enumerate(FORMS.get(name, [{}])):
-            tree = {"model": name, "backbone": {"architecture": "tiny"}, "system": form}
-            section = parse_config(tree).system
-            matchers = [part for part in system.part_names(section) if part not in system.rerankers(section)]
-            for part in (*matchers, None):
-                # The quick tests run over each system's first form; the whole of one part is that part without towers.
-                slow = [pytest.mark.slow] if number or (part is None and not system.gated) else []
-                yield pytest.param((name, form, part), id=f"{name}{number}-{part or 'whole'}", marks=slow)
+            for part in _matchers(name, form):
+                slow = number > 0 or (part is None and not system.gated)
+                yield _param(Case(name, form, DEEP, part), f"{name}{number}-{part or 'whole'}", slow=slow)
+        for kind in SMALL_BACKBONES:
+            form = form_with(name, kind)
+            for part in [] if form is None else _matchers(name, form):
+                if part is not None or system.gated:
+                    yield _param(Case(name, form or {}, kind, part), f"{name}-{kind}-{part or 'whole'}", slow=True)
 
 
-def part_of(system: type[System], part: str, config: ExperimentConfig) -> Subject:
-    matcher = system.build_part(part, config, with_encoder=True)
-    return Subject(
-        matcher,
-        matcher.encode_mentions,
-        matcher.encode_entities,
-        matcher.image_token_columns(),
-        rebuild=lambda: part_of(system, part, config),
+def _param(case: Case, name: str, *, slow: bool) -> Any:
+    return pytest.param(case, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+def _matchers(name: str, form: dict[str, Any]) -> list[str | None]:
+    """The parts that are no re-rankers, and None for the whole."""
+    system = systems()[name]
+    section = parse_config({"model": name, "backbone": {"architecture": "tiny"}, "system": form}).system
+    return [*(part for part in system.part_names(section) if part not in system.rerankers(section)), None]
+
+
+def sample_of(kind: str, architecture: str) -> Sample:
+    if kind == DEEP:
+        return _CLIPS.sample(NUM_MENTIONS, NUM_ENTITIES)
+    form, side = _BERTS if kind in BERTS_VOCABULARY else _CLIPS, resolve_architecture(architecture).image_size
+    return replace(form, longest=_BERTS.longest, places=_BERTS.places, image_size=side).sample(
+        NUM_MENTIONS, NUM_ENTITIES
     )
 
 
-def whole(system: type[System], config: ExperimentConfig) -> Subject:
+on_meta = cache(partial(Backbone.build, pretrained=None, device="meta"))
+
+
+def _reader(system: type[System], part: str, config: ExperimentConfig) -> Callable[[ItemBatch], ItemBatch]:
+    """What a collator does for a tower that reads padding: it fills all places but those of prompts."""
+    backbone = on_meta(config.backbone.architecture)
+    room = backbone.context_length - system.item_format(config.system, part).reserve
+    return (lambda batch: filled(batch, room)) if backbone.text.reads_padding else (lambda batch: batch)
+
+
+def _part_of(system: type[System], part: str, config: ExperimentConfig, sample: Sample) -> Subject:
+    matcher, read = system.build_part(part, config, with_encoder=True), _reader(system, part, config)
+    sample = replace(sample, mentions=read(sample.mentions), entities=read(sample.entities))
+    return Subject(
+        matcher,
+        sample,
+        lambda batch: matcher.encode_mentions(read(batch)),
+        lambda batch: matcher.encode_entities(read(batch)),
+        matcher.image_token_columns(),
+        rebuild=lambda: _part_of(system, part, config, sample),
+    )
+
+
+def _whole(system: type[System], config: ExperimentConfig, sample: Sample) -> Subject:
     """A gated system scores its parts' features side by side; any other is its one part without towers."""
     names = system.feature_parts(config.system)
     encoders = {name: system.build_encoder(name, config) for name in names}
+    readers = {name: _reader(system, name, config) for name in names}
 
     def encode(batch: ItemBatch, method: str) -> Table:
-        tables = {name: getattr(encoder, method)(batch) for name, encoder in encoders.items()}
+        tables = {name: getattr(encoder, method)(readers[name](batch)) for name, encoder in encoders.items()}
         return whole_features(tables, names) if system.gated else tables[names[0]]
 
     image_token_columns = [
@@ -120,6 +183,7 @@ def whole(system: type[System], config: ExperimentConfig) -> Subject:
     def build() -> Subject:
         return Subject(
             system.build_whole(config),
+            sample,
             lambda batch: encode(batch, "encode_mentions"),
             lambda batch: encode(batch, "encode_entities"),
             image_token_columns,
@@ -145,41 +209,6 @@ def shake(part: Part) -> None:
             tensor += 0.1 * torch.randn_like(tensor)
 
 
-def make_items(count: int, seed: int) -> ItemBatch:
-    """Texts of different length, every third item without a picture."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, LONGEST + 1, (count,), generator=generator).tolist()
-    token_ids = torch.zeros(count, max(lengths), dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        token_ids[row, 0], token_ids[row, length - 1] = START, END
-        token_ids[row, 1 : length - 1] = torch.randint(1, 49000, (length - 2,), generator=generator)
-    shape = (count, 3, IMAGE_SIZE, IMAGE_SIZE)
-    images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
-    has_image = torch.arange(count) % 3 != 1
-    images[~has_image] = 0
-    word_ids = token_ids[:, :3].clamp(min=1)  # of systems that read an item's name apart
-    extras = {"word_ids": word_ids, "word_mask": torch.ones_like(word_ids, dtype=torch.bool)}
-    extras["word_places"] = torch.arange(max(lengths)) == 1  # of those that read where the name stands
-    extras["word_places"] = extras["word_places"].expand(count, -1)
-    return ItemBatch(token_ids, mask_to_end(token_ids), images, has_image, extras)
-
-
-def trimmed(batch: ItemBatch) -> ItemBatch:
-    """Without columns that are padding in every row."""
-    longest = int(batch.token_mask.sum(dim=1).max())
-    return replace(batch, token_ids=batch.token_ids[:, :longest], token_mask=batch.token_mask[:, :longest])
-
-
-def padded(batch: ItemBatch, columns: int) -> ItemBatch:
-    """With padding, whose ids mean nothing: the highest one would be taken for an end of text."""
-    ids, mask = torch.full((len(batch), columns), END), torch.zeros(len(batch), columns, dtype=torch.bool)
-    padded_ids, padded_mask = torch.cat([batch.token_ids, ids], dim=1), torch.cat([batch.token_mask, mask], dim=1)
-    return replace(batch, token_ids=padded_ids, token_mask=padded_mask)
-
-
-MENTIONS, ENTITIES = make_items(NUM_MENTIONS, seed=2), make_items(NUM_ENTITIES, seed=3)
-
-
 def assert_equal_bits(actual: Scores, expected: Scores) -> None:
     assert torch.equal(actual.total_ME, expected.total_ME)
     assert actual.parts.keys() == expected.parts.keys()
@@ -189,10 +218,22 @@ def assert_equal_bits(actual: Scores, expected: Scores) -> None:
         assert torch.equal(actual.chosen_ME, expected.chosen_ME)
 
 
-def assert_close(actual: Scores, expected: Scores) -> None:
+def spread(scores: Scores) -> float:
+    """By how much scores of an item differ, of the item for which they differ least."""
+    return min(float(scores.total_ME.std(dim=axis).min()) for axis in (0, 1))
+
+
+def tolerance(scores: Scores) -> dict[str, float]:
+    """Scores are sums over tens of channels: float32 in another order of summation, and far less than their spread."""
+    return {"atol": min(1e-3, spread(scores) / 10), "rtol": 1e-5}
+
+
+def assert_close(actual: Scores, expected: Scores, within: Mapping[str, float] | None = None) -> None:
+    """Within the tolerance of `expected`, unless that is a cut-out of more."""
+    limits: Mapping[str, Any] = tolerance(expected) if within is None else within
     for name, value in expected.parts.items():
-        torch.testing.assert_close(actual.parts[name], value, **TOLERANCE)
+        torch.testing.assert_close(actual.parts[name], value, **limits)
     if expected.chosen_ME is not None:
         assert actual.chosen_ME is not None
         assert torch.equal(actual.chosen_ME, expected.chosen_ME)
-    torch.testing.assert_close(actual.total_ME, expected.total_ME, **TOLERANCE)
+    torch.testing.assert_close(actual.total_ME, expected.total_ME, **limits)
