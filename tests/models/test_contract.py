@@ -24,6 +24,7 @@ from dsmip.evaluation.tiles import TileSize
 from dsmip.ops.ranking import count_against, top_k
 from dsmip.runs.weights import load_own_weights, own_weights, save_weights
 from dsmip.units.matcher import Scores
+from tests.support.encoders.items import trimmed
 from tests.support.scoring.contract import (
     CPU,
     NUM_ENTITIES,
@@ -36,7 +37,6 @@ from tests.support.scoring.contract import (
     spread,
     tolerance,
 )
-from tests.support.scoring.items import trimmed
 
 
 def test_scores_are_finite_float32_and_differ(scores: Scores) -> None:

@@ -13,7 +13,7 @@ from dsmip.encoders.base import feature_sizes
 from dsmip.encoders.feature_keys import fingerprint
 from dsmip.ops.gumbel import hard_choice, relaxed_choice, sample_gumbel
 from dsmip.units.gate import Gate, GateConfig, GateEncoder, GateTextEncoder
-from tests.support.scoring.contract import DEEP, sample_of
+from tests.support.scoring.contract import MENTIONS
 
 M, E, B, TEXT, IMAGE = 4, 5, 3, 6, 7
 
@@ -89,14 +89,14 @@ def test_mentions_that_choose_have_no_mlp_to_share() -> None:
 def test_the_texts_of_a_gate_are_embeddings_or_what_the_tower_says(narrow_backbone: Path) -> None:
     """Features that are cached for one are not taken for the other's, whether pictures lie beside the data or not."""
     backbone = BackboneConfig(architecture=str(narrow_backbone))
-    keys, items = list[set[str]](), sample_of(DEEP, "").mentions
+    keys = list[set[str]]()
     for text in ("embeddings", "tower"):
         config = GateConfig(picture="clip", text=text)  # type: ignore[arg-type]
         whole, texts_alone = GateEncoder(config, backbone), GateTextEncoder(config, backbone)
-        found = whole.encode_mentions(items).dense("text")
+        found = whole.encode_mentions(MENTIONS).dense("text")
         assert found.shape[1] == config.text_width(feature_sizes(backbone.architecture))
-        assert torch.equal(texts_alone.encode_entities(items).dense("text"), found)
-        tower = whole.backbone.encode_text(items.token_ids, items.token_mask).pooled
+        assert torch.equal(texts_alone.encode_entities(MENTIONS).dense("text"), found)
+        tower = whole.backbone.encode_text(MENTIONS.token_ids, MENTIONS.token_mask).pooled
         assert (text == "tower") == (tower.shape == found.shape and torch.equal(tower, found))
         keys.append({fingerprint(encoder.encoder_state(), "()") for encoder in (whole, texts_alone)})
     assert keys[0].isdisjoint(keys[1])

@@ -20,8 +20,8 @@ from dsmip.models.base import System
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.weights import own_weights
 from dsmip.units.matcher import Matcher, Part, Scores
+from tests.support.encoders.items import Form, Sample, filled
 from tests.support.encoders.small_backbones import SMALL_BACKBONES
-from tests.support.scoring.items import Form, Sample, filled
 from tests.support.scoring.small_systems import BERTS_VOCABULARY, form_with
 
 FORMS: dict[str, list[dict[str, Any]]] = {
@@ -57,6 +57,8 @@ _CLIPS = Form(start=49406, end=49407, words=range(1, 49000), longest=20, places=
 _BERTS = Form(start=2, end=3, words=range(4, 150), longest=11, places=22, image_size=16)
 DEEP = "deep ViT"
 """The kind of `BACKBONE`, which every form of every system is tested with; other kinds have one form."""
+_DEEP_SAMPLE = _CLIPS.sample(NUM_MENTIONS, NUM_ENTITIES)
+MENTIONS, ENTITIES = _DEEP_SAMPLE.mentions, _DEEP_SAMPLE.entities
 
 Encode = Callable[[ItemBatch], Table]
 
@@ -115,10 +117,10 @@ def cases() -> Iterator[Any]:
                 slow = number > 0 or (part is None and not system.gated)
                 yield _param(Case(name, form, DEEP, part), f"{name}{number}-{part or 'whole'}", slow=slow)
         for kind in SMALL_BACKBONES:
-            form = form_with(name, kind)
-            for part in [] if form is None else _matchers(name, form):
-                if part is not None or system.gated:
-                    yield _param(Case(name, form or {}, kind, part), f"{name}-{kind}-{part or 'whole'}", slow=True)
+            if (small := form_with(name, kind)) is not None:
+                for part in _matchers(name, small):
+                    if part is not None or system.gated:
+                        yield _param(Case(name, small, kind, part), f"{name}-{kind}-{part or 'whole'}", slow=True)
 
 
 def _param(case: Case, name: str, *, slow: bool) -> Any:
@@ -134,7 +136,7 @@ def _matchers(name: str, form: dict[str, Any]) -> list[str | None]:
 
 def sample_of(kind: str, architecture: str) -> Sample:
     if kind == DEEP:
-        return _CLIPS.sample(NUM_MENTIONS, NUM_ENTITIES)
+        return _DEEP_SAMPLE
     form, side = _BERTS if kind in BERTS_VOCABULARY else _CLIPS, resolve_architecture(architecture).image_size
     return replace(form, longest=_BERTS.longest, places=_BERTS.places, image_size=side).sample(
         NUM_MENTIONS, NUM_ENTITIES
@@ -144,7 +146,7 @@ def sample_of(kind: str, architecture: str) -> Sample:
 on_meta = cache(partial(Backbone.build, pretrained=None, device="meta"))
 
 
-def _reader(system: type[System], part: str, config: ExperimentConfig) -> Callable[[ItemBatch], ItemBatch]:
+def reader(system: type[System], part: str, config: ExperimentConfig) -> Callable[[ItemBatch], ItemBatch]:
     """What a collator does for a tower that reads padding: it fills all places but those of prompts."""
     backbone = on_meta(config.backbone.architecture)
     room = backbone.context_length - system.item_format(config.system, part).reserve
@@ -152,7 +154,7 @@ def _reader(system: type[System], part: str, config: ExperimentConfig) -> Callab
 
 
 def _part_of(system: type[System], part: str, config: ExperimentConfig, sample: Sample) -> Subject:
-    matcher, read = system.build_part(part, config, with_encoder=True), _reader(system, part, config)
+    matcher, read = system.build_part(part, config, with_encoder=True), reader(system, part, config)
     sample = replace(sample, mentions=read(sample.mentions), entities=read(sample.entities))
     return Subject(
         matcher,
@@ -168,7 +170,7 @@ def _whole(system: type[System], config: ExperimentConfig, sample: Sample) -> Su
     """A gated system scores its parts' features side by side; any other is its one part without towers."""
     names = system.feature_parts(config.system)
     encoders = {name: system.build_encoder(name, config) for name in names}
-    readers = {name: _reader(system, name, config) for name in names}
+    readers = {name: reader(system, name, config) for name in names}
 
     def encode(batch: ItemBatch, method: str) -> Table:
         tables = {name: getattr(encoder, method)(readers[name](batch)) for name, encoder in encoders.items()}

@@ -49,8 +49,8 @@ class Form:
         lengths_N = torch.randint(3, self.longest + 1, (count,), generator=generator)
         places_L = torch.arange(int(lengths_N.max()))
         mask_NL = places_L < lengths_N[:, None]
-        shape = (count, len(places_L))
-        token_ids = torch.randint(self.words.start, self.words.stop, shape, generator=generator)
+        ids = self.words.start, self.words.stop
+        token_ids = torch.randint(*ids, (count, len(places_L)), generator=generator)
         token_ids[:, 0] = self.start
         token_ids[torch.arange(count), lengths_N - 1] = self.end
         token_ids[~mask_NL] = 0
