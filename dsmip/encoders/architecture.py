@@ -17,6 +17,8 @@ from dsmip.errors import UserError
 from dsmip.separate_towers import SeparateTowers
 from dsmip.storage.parsing import parse_json
 
+HUGGING_FACE_NAMES = ("hf_model_name", "hf_tokenizer_name")
+"""Keys of `text_cfg` that name a model of Hugging Face's hub, or a folder."""
 SHIPPED = Path(__file__).parents[1] / "configs" / "backbones"
 # OpenAI's CLIP statistics: the default of every open_clip model that states no others.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -53,6 +55,17 @@ class Architecture:
     pixels: PixelForm
     is_open_clip: bool
     separate: SeparateTowers | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What `read_architecture` reads as the same network, of a file of open_clip's form."""
+        preprocess = {
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resize_mode": {"crop": "shortest", "squash": "squash"}[self.pixels.resize],
+            "interpolation": self.pixels.filter,
+            **({} if self.pixels.part == 1 else {"crop_pct": self.pixels.part}),
+        }
+        return {"model_cfg": dict(self.config), "preprocess_cfg": preprocess}
 
     @property
     def embed_width(self) -> int:
@@ -115,7 +128,7 @@ def read_architecture(architecture: str) -> Architecture:
     if towers is not None:
         stored, is_open_clip = as_open_clip(towers), False
     elif architecture.endswith(".json"):
-        stored, is_open_clip = _read_json(Path(architecture)), False
+        stored, is_open_clip = _beside(Path(architecture), _read_json(Path(architecture))), False
     elif shipped.name == f"{architecture}.json" and shipped.is_file():
         stored, is_open_clip = _read_json(shipped), False
     else:
@@ -196,6 +209,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"backbone file {path} must hold a JSON object with embed_dim, vision_cfg and text_cfg")
     return value
+
+
+def _beside(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """A file's network, whose names of Hugging Face's models that begin with ./ are of folders beside the file."""
+    config = stored.get("model_cfg", stored)
+    text = config.get("text_cfg") if isinstance(config, dict) else None
+    if not isinstance(text, dict):
+        return stored
+    names = {key: text[key] for key in HUGGING_FACE_NAMES if str(text.get(key, "")).startswith("./")}
+    text = text | {key: str(path.absolute().parent / name) for key, name in names.items()}
+    config = config | {"text_cfg": text}
+    return stored | {"model_cfg": config} if "model_cfg" in stored else config
 
 
 def _open_clip_config(name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,8 +14,9 @@ import yaml
 from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
 from dsmip.distillation.vectors import DistilledVectors
-from dsmip.encoders.architecture import resolve_architecture
+from dsmip.encoders.architecture import HUGGING_FACE_NAMES, Architecture, resolve_architecture
 from dsmip.encoders.clip import Backbone
+from dsmip.encoders.formats.hugging_face_files import copy_model_files
 from dsmip.errors import UserError
 from dsmip.evaluation.index import MANIFEST, EntityIndex, finish_index
 from dsmip.evaluation.index_builder import IndexPlan, OpenedModel, plan_index
@@ -111,10 +112,10 @@ def export_run(
         agreement = None if stored is None or probes is None else probes.agreement(linker, stored)
         if agreement is not None:
             notice(f"stored as {options.index_dtype}, {agreement}")
-        _write_parts(opened, folder, options)
-        of_hub = _tokenizer_of_hub(opened.model.config)
-        if of_hub is not None:
-            notice(f"opening it asks the hub for configuration and tokenizer of {of_hub}; a folder (hf:FOLDER) goes in")
+        files = _Files(folder, opened.model.config, with_backbone=options.with_backbone)
+        if files.of_hub is not None:
+            notice(f"opening it asks the hub for {files.of_hub}; --with-backbone puts that in")
+        _write_parts(opened, folder, files)
         _write_entities(opened, folder / ENTITIES, progress)
         calibration = stored_calibration(opened.run, opened.model.name)
         if calibration is not None and calibration.index == plan.name:
@@ -127,7 +128,7 @@ def export_run(
                 vectors,
                 with_backbone=(folder / _BACKBONE).is_file(),
                 index=_index_size(folder / INDEX, index.folder, options.index_dtype),
-                of_hub=of_hub,
+                of_hub=files.of_hub,
             ),
         )
         manifest = _manifest(opened, folder, options.index_dtype)
@@ -164,17 +165,9 @@ def _index_size(stored: Path, whole: Path, dtype: IndexDtype) -> str:
     return f"{dtype}, {own:.1f} MiB" + ("" if dtype == "float32" else f" (float32: {of_float32:.1f} MiB)")
 
 
-def _tokenizer_of_hub(config: ExperimentConfig) -> str | None:
-    """The network whose tokenizer is on no disk of the user's; None: it is CLIP's own, or in a folder."""
-    text = resolve_architecture(config.backbone.architecture).config.get("text_cfg") or {}
-    name = text.get("hf_tokenizer_name")
-    return None if name is None or Path(name).exists() else str(name)
-
-
-def _write_parts(opened: OpenedModel, folder: Path, options: ExportOptions) -> None:
+def _write_parts(opened: OpenedModel, folder: Path, files: "_Files") -> None:
     """Configurations, finished parts, and files that the configurations name."""
     run, model = opened.run, opened.model
-    files = _Files(folder, model.config, with_backbone=options.with_backbone)
     write_text(folder / CONFIG, files.config_text(run.config))
     for part, home in _parts_of(run, model):
         for name in (PART, WEIGHTS):
@@ -197,7 +190,11 @@ def _parts_of(run: Run, model: LoadedModel) -> Iterator[tuple[str, Run]]:
 
 
 class _Files:
-    """Files that configurations name, copied into a bundle."""
+    """Files that configurations name, copied into a bundle.
+
+    Attributes:
+        of_hub: The model of Hugging Face's hub that the text tower's configuration and tokenizer still come from.
+    """
 
     def __init__(self, folder: Path, config: ExperimentConfig, *, with_backbone: bool) -> None:
         self._folder, self._names = folder, dict[str, str]()
@@ -205,10 +202,33 @@ class _Files:
         self._own_backbone = with_backbone or (backbone.pretrained is not None and os.path.exists(backbone.pretrained))
         if self._own_backbone:
             Backbone.build(backbone.architecture, backbone.pretrained).save_weights(folder / _BACKBONE)
+        self._architecture, self.of_hub = self._with_text_tower(resolve_architecture(backbone.architecture))
+
+    def _with_text_tower(self, network: Architecture) -> tuple[str, str | None]:
+        """The architecture by a name that has its tokenizer in the bundle, or the model that the hub is asked for.
+
+        Where the backbone's weights are not in it, they come with their tag or name, and so may the tokenizer.
+        """
+        text = network.config.get("text_cfg") or {}
+        names = {key: str(text[key]) for key in HUGGING_FACE_NAMES if text.get(key)}
+        of_hub = next((name for name in names.values() if not Path(name).is_dir()), None)
+        is_file = network.name.endswith(".json")
+        if not names or not (self._own_backbone or is_file) or (network.separate and of_hub is None):
+            return network.name, of_hub
+        inside = f"{FILES}/text"
+        for key, name in names.items():
+            copy_model_files(name, self._folder / inside / key)
+        if network.separate:
+            return str(replace(network.separate, text=f"{inside}/{HUGGING_FACE_NAMES[0]}")), None
+        form = network.as_json()
+        form["model_cfg"] |= {"text_cfg": {**text, **{key: f"./{key}" for key in names}}}
+        write_json(self._folder / inside / "network.json", form)
+        return f"{inside}/network.json", None
 
     def config_text(self, config: ExperimentConfig) -> str:
         """A configuration as YAML, with the names that files have in the bundle."""
         tree = config.model_dump(mode="json")
+        tree["backbone"]["architecture"] = self._architecture
         if self._own_backbone:
             tree["backbone"]["pretrained"] = None
         tree = with_files(tree, self._inside)

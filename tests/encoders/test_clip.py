@@ -11,6 +11,7 @@ from dsmip.encoders.clip import Backbone
 from dsmip.encoders.towers.prompts import InteractivePrompts
 from dsmip.errors import UserError
 from tests.support.encoders.backbones import small_config, write_config
+from tests.support.encoders.small_backbones import SMALL_BACKBONES
 from tests.support.tokens import mask_to_end
 
 START, END = 49406, 49407
@@ -198,3 +199,14 @@ def test_saved_weights_bring_their_pixel_statistics(tmp_path: Path) -> None:
     save_file(adapted.clip.state_dict(), tmp_path / "odd.safetensors", metadata={"preprocess_cfg": "[1]"})
     with pytest.raises(UserError, match=r"odd\.safetensors: its preprocess_cfg must be an object, not list"):
         Backbone.build(write_config(tmp_path), str(tmp_path / "odd.safetensors"))
+
+
+@pytest.mark.parametrize("kind", SMALL_BACKBONES)
+def test_saved_weights_of_every_kind_are_read_again(kind: str, tmp_path: Path) -> None:
+    """Also of one tower alone, which a bundle has."""
+    architecture = SMALL_BACKBONES[kind](tmp_path)
+    made = Backbone.build(architecture, None, seed=3)
+    made.save_weights(tmp_path / "saved.safetensors")
+    again = Backbone.build(architecture, str(tmp_path / "saved.safetensors"), seed=4)
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in again.state_dict().items())
+    assert again.state_dict().keys() == made.state_dict().keys()

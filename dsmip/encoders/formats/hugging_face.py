@@ -85,8 +85,8 @@ def statistics_beside(path: Path) -> tuple[Statistic, Statistic]:
 
 def kind_of(state: Mapping[str, Tensor]) -> str | None:
     """Which Hugging Face model a state dict is of, by its names; None: of none that is known here."""
-    if any(name.startswith("visual.") for name in state):
-        return None  # open_clip's, whose text tower may be a Hugging Face model
+    if any(name.startswith(("visual.", "text.transformer.")) for name in state):
+        return None  # open_clip's, whose text tower may be a Hugging Face model, or the one tower that there is
     for sign, kind in _SIGNS:
         if any(name == sign or name.endswith(f".{sign}") for name in state):
             return kind

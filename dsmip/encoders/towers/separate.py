@@ -7,11 +7,11 @@ import difflib
 import os.path
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsmip.encoders.formats.hugging_face_files import model_file
 from dsmip.errors import UserError, first_line
 from dsmip.separate_towers import SeparateTowers
 from dsmip.storage.parsing import parse_json
@@ -89,46 +89,20 @@ def _size(name: str, config: Mapping[str, Any], key: str) -> int | None:
 
 def _read(name: str, file: str, *, needed: bool = True) -> dict[str, Any]:
     """A JSON file of a folder, or of a model of the hub; empty where there is none and none is needed."""
-    path: str | Path | None = Path(name) / file
-    if not os.path.isdir(name):
-        if os.path.isfile(name):
-            raise UserError(
-                f"backbone.text hf:{name} is a file: name its folder, which has config.json and the tokenizer"
-            )
-        if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no owner/model of the hub
-            raise UserError(f"backbone.text hf:{name}: no such folder")
-        path = _fetched(name, file, needed=needed)
-    elif not (Path(name) / file).is_file():
-        path = None
+    if os.path.isfile(name):
+        raise UserError(f"backbone.text hf:{name} is a file: name its folder, which has config.json and the tokenizer")
+    if not os.path.isdir(name) and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise UserError(f"backbone.text hf:{name}: no such folder")  # and no owner/model of the hub
+    try:
+        path = model_file(name, file, needed=needed)
+    except UserError as error:
+        raise UserError(f"backbone.text hf:{error}") from None
     if path is None:
-        if needed:
-            raise UserError(f"backbone.text hf:{name} has no {file}: no folder of a Hugging Face model")
         return {}
-    found = parse_json(Path(path).read_bytes(), path)
+    found = parse_json(path.read_bytes(), path)
     if not isinstance(found, dict):
         raise UserError(f"{path} must hold a JSON object")
     return found
-
-
-def _fetched(name: str, file: str, *, needed: bool) -> str | None:
-    found = _asked_for(name, file, needed=needed)
-    if isinstance(found, Exception):
-        raise UserError(f"backbone.text hf:{name} cannot be had ({first_line(found)}); without internet give a folder")
-    return found
-
-
-@cache
-def _asked_for(name: str, file: str, *, needed: bool) -> str | Exception | None:
-    """The file, or why it cannot be had: the hub is asked once in a process, which may take half a minute."""
-    from transformers.utils.hub import cached_file
-
-    try:
-        path: str | None = cached_file(
-            name, file, _raise_exceptions_for_missing_entries=needed, _raise_exceptions_for_connection_errors=needed
-        )
-    except (OSError, ValueError) as error:
-        return error
-    return path
 
 
 @cache

@@ -29,7 +29,7 @@ SMALL_FORMS: dict[str, dict[str, Any]] = {
 """The `system` section of each system, of the narrow backbone; what is not here has its defaults."""
 
 
-def small_system(name: str, backbone: Path, **frame: Any) -> ExperimentConfig:
+def small_system(name: str, backbone: Path | str, **frame: Any) -> ExperimentConfig:
     """A small configuration of a registered system; `frame` changes anything but the system."""
     backbone_section = {"architecture": str(backbone)}
     return parse_config({"model": name, "backbone": backbone_section, "system": SMALL_FORMS.get(name, {}), **frame})
