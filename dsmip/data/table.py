@@ -213,6 +213,15 @@ class Table:
                 columns[name] = column.cast(dtype)
         return Table(columns)
 
+    def single(self) -> "Table":
+        """With columns of half precision, in which features may be stored, as float32: what is computed with them."""
+
+        def is_half(column: Column) -> bool:
+            return (column if isinstance(column, Tensor) else column.values).dtype in (torch.float16, torch.bfloat16)
+
+        halves = Table({name: column for name, column in self.columns.items() if is_half(column)})
+        return self.merged(halves.cast(torch.float32)) if halves.columns else self
+
     def under(self, prefix: str) -> "Table":
         """The columns named `prefix.*`, without the prefix."""
         start = prefix + "."

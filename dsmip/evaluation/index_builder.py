@@ -296,6 +296,8 @@ def _plan(opened: OpenedModel, slice_rows: int, notice: Callable[[str], None]) -
         "weights": fingerprint(model.matcher.state_dict(), "()"),
         "features": sorted(sources),
     }
+    if fixed := model.matcher.fixed_batches():
+        made_from["together"] = [fixed.mentions, fixed.entities]
     index = f"{run.below}index/{model.ranked_by}-{fingerprint({}, plain_text((made_from,)))[:16]}"
     for outdated in run.storage.glob(f"{run.below}index/{model.ranked_by}-{'[0-9a-f]' * 16}"):
         if outdated != index:

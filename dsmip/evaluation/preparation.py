@@ -5,7 +5,7 @@ Prepared in a matrix product with others, equal rows differ in their last bits f
 should tie would be ranked by rounding.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 
 import torch
@@ -31,7 +31,7 @@ def prepare_in_tiles(matcher: Matcher, features: Table, side: str, device: torch
     matcher.eval()
     prepare = matcher.prepare_mentions if side == "mentions" else matcher.prepare_entities
     starts = range(0, len(features), tile)
-    return concatenate([prepare(features.take(slice(s, s + tile)).to(device)) for s in starts])
+    return concatenate([prepare(features.take(slice(s, s + tile)).to(device).single()) for s in starts])
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def entities_with_image(dataset: Dataset) -> Tensor:
 
 
 def with_has_image(kb: Table, dataset: Dataset) -> Table:
-    """Features of the whole kb with the column `HAS_IMAGE` (bool [E]), which `prepare_entities` reads."""
+    """Features of the whole kb with the column `HAS_IMAGE` (bool [E]), by which `prepare_entities` goes."""
     assert HAS_IMAGE not in kb.columns
     has_image_E = entities_with_image(dataset)
     for column in kb.columns.values():  # a training may have moved them to its GPU
@@ -82,11 +82,12 @@ def prepare_entities(matcher: Matcher, kb: Table, rows: Sequence[int], device: t
         rows: of the kb, at least one.
         device: where they are prepared.
     """
-    prepared = prepare_in_tiles(matcher, kb.rows(_indices(rows)), "entities", device)
+    features = Table({name: column for name, column in kb.columns.items() if name != HAS_IMAGE})
+    prepared = prepare_in_tiles(matcher, features.rows(_indices(rows)), "entities", device)
     lacking_E = ~kb.dense(HAS_IMAGE)
 
     def alone(row: int) -> Table:
-        return prepare_in_tiles(matcher, kb.rows(slice(row, row + 1)), "entities", device)
+        return prepare_in_tiles(matcher, features.rows(slice(row, row + 1)), "entities", device)
 
     return sharing_image(matcher, prepared, rows, lacking_E, alone)
 
@@ -162,6 +163,8 @@ class Preparer:
         if not self._sources:
             self._sources = {part: features.kb_rows(self._device) for part, features in self._features.items()}
         prepared = self._prepared(rows, "entities", self._sources, count_rows)
+        if self._matcher.fixed_batches():  # a missing picture becomes something else in every batch
+            return prepared
         return sharing_image(self._matcher, prepared, rows, self._lacking_E, self._alone)
 
     @cached_property
@@ -191,20 +194,19 @@ class Preparer:
         def prepare(table: Table) -> Table:
             return prepare_in_tiles(self._matcher, table, side, self._device, tile=len(table))
 
-        def prepare_together(batch: range) -> Table:
-            return prepare(concatenate(list(map_alone(features, _tiles(batch, TILE), self._device))))
+        def counted(tables: Iterator[Table]) -> Iterator[Table]:
+            for table in tables:
+                count_rows(len(table))
+                yield table
 
-        prepared: Iterable[Table]
         if (fixed := self._matcher.fixed_batches()) is None:
-            prepared = map_alone(lambda tile: prepare(features(tile)), _tiles(rows, TILE), self._device)
-        else:
-            size = fixed.mentions if side == "mentions" else fixed.entities
-            prepared = map(prepare_together, _tiles(rows, size))
-        found = []
-        for table in prepared:
-            found.append(table)
-            count_rows(len(table))
-        return concatenate(found)
+            each = map_alone(lambda tile: prepare(features(tile)), _tiles(rows, TILE), self._device)
+            return concatenate(list(counted(each)))
+        size, together = fixed.mentions if side == "mentions" else fixed.entities, []
+        for batch in _tiles(rows, size):
+            read = list(counted(map_alone(features, _tiles(batch, TILE), self._device)))
+            together.append(prepare(concatenate(read)))
+        return concatenate(together)
 
     def mentions(self, split: str, count_rows: CountRows) -> Table:
         """A split's prepared mentions. Their features go to the run's cache: several models read them."""

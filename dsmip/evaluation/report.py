@@ -125,6 +125,8 @@ def evaluate_model(
     }
     protocol = EvaluationProtocol.of(evaluation.run, evaluation.split, evaluation.mentions, evaluation.entity_ids)
     metrics["protocol"] = protocol.model_dump(mode="json")
+    if fixed := model.matcher.fixed_batches():
+        metrics["fixed_batches"] = {"mentions": fixed.mentions, "entities": fixed.entities}
     if passes := len(model.matcher.surveyed()):
         metrics["first_pass_pairs"] = passes * len(evaluation.mentions) * len(model.index)
     if second_stage is not None:

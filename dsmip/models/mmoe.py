@@ -12,7 +12,6 @@ from pydantic import Field, model_validator
 from dsmip.config import ExperimentConfig, Frozen
 from dsmip.data.collate import ItemFormat
 from dsmip.data.images import PixelForm
-from dsmip.data.table import Table
 from dsmip.data.text import Template
 from dsmip.encoders.base import FeatureSizes, feature_sizes
 from dsmip.encoders.clip import Tuning
@@ -65,10 +64,6 @@ class MmoeMatcher(SharedClipMatcher):
 
     def fixed_batches(self) -> FixedBatches | None:
         return _PUBLISHED_BATCHES if self.gate == "published" else None
-
-    def image_columns(self, prepared: Table) -> list[str]:
-        """None with the released gate: a missing picture becomes something else in every batch."""
-        return [] if self.gate == "published" else super().image_columns(prepared)
 
 
 class Mmoe(OnePartSystem):

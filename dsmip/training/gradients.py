@@ -110,7 +110,7 @@ def _features(
 ) -> tuple[Table, Callable[[], None]]:
     """Features of a batch, and what to call after backward (re-encoding of micro-batches, or nothing)."""
     if isinstance(items, Table):
-        return items.to(device), _nothing
+        return items.to(device).single(), _nothing
     size = config.micro_batch_size or len(items)
     with autocast(config, device):
         if size >= len(items):

@@ -43,6 +43,7 @@ def train_part(run: Run, part: str, context: Context) -> TrainResult:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)  # every worker starts from the same weights
         matcher = run.system.build_part(part, run.config, with_encoder=True).to(context.device)
+    assert matcher.fixed_batches() is None, "check_training refuses it"
     source: MinedSource | None = None
     validate: Validation
     if matcher.encoder_trains() or matcher.reads_items:

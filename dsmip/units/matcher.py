@@ -270,7 +270,7 @@ class Matcher(Part, ABC):
         """In which batches items must be prepared, where what they become depends on each other; None: it does not.
 
         A matcher that has some ranks whole splits against the whole kb, as its release does; it is neither trained nor
-        linked with, and its entities share no `image_columns`.
+        linked with.
         """
         return None
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side
@@ -42,8 +43,13 @@ class Mixture(nn.Module):
             tokens: [N, S, w] with the gate `published`.
             gated_by: Of the same shape, what the gate sees (default: the tokens).
         """
-        gates_of = gates_as_published if self.gate == "published" else gates_per_token
-        gates = gates_of(self.gate_fc(tokens if gated_by is None else gated_by), self.top_k)
+        logits = self.gate_fc(tokens if gated_by is None else gated_by)
+        if self.gate == "per_token":
+            return self._mixed(tokens, gates_per_token(logits, self.top_k))
+        gates, alive = gates_as_published(logits, self.top_k), len(self.experts)  # places behind these have no share
+        return F.pad(self._mixed(tokens[:, :alive], gates[:, :alive]), (0, 0, 0, max(tokens.shape[1] - alive, 0)))
+
+    def _mixed(self, tokens: Tensor, gates: Tensor) -> Tensor:
         mixed: Tensor = gates[..., :1] * self.experts[0](tokens)
         for number in range(1, len(self.experts)):
             mixed = mixed + gates[..., number : number + 1] * self.experts[number](tokens)

@@ -14,7 +14,7 @@ from dsmip.errors import UserError
 from dsmip.models import find_system, systems
 from dsmip.models.base import System
 from dsmip.runs.checks import check_texts, image_warnings
-from dsmip.runs.load_config import changed, job_config
+from dsmip.runs.load_config import changed, job_config, shipped_configs
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
 from dsmip.storage.locations import Location
@@ -34,8 +34,8 @@ def import_run(
         checkpoint: The file.
         location: Where the run goes.
         data: Where the dataset is that it is evaluated on.
-        config: A shipped configuration's name or a YAML file; None: the system's published one of WikiMEL, with what
-            its release has otherwise.
+        config: A shipped configuration's name, with what a release has otherwise, or a YAML file; None: the system's
+            published one of WikiMEL.
         overrides: `key=value` of it.
 
     Raises:
@@ -43,8 +43,9 @@ def import_run(
             else.
     """
     system = _importable(name)
-    source = (system.published_config, [*system.released_with, *overrides]) if config is None else (config, overrides)
-    settings = _without_weights(job_config(*source), system, config)
+    if config is None or config in shipped_configs():
+        overrides = [*system.released_with, *overrides]
+    settings = _without_weights(job_config(config or system.published_config, overrides), system, config)
     found = read_checkpoint(checkpoint)
     _check_system(found.tensors, system, checkpoint)
     dataset = Dataset.open(data)

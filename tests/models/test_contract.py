@@ -100,6 +100,22 @@ def test_prepare_is_row_wise(subject: Subject, features: tuple[Table, Table], sc
 
 
 @torch.no_grad()
+def test_features_may_be_stored_in_half_precision(
+    subject: Subject, features: tuple[Table, Table], scores: Scores
+) -> None:
+    """What is made of them is in single precision again."""
+    mentions, entities = (each.cast(torch.float16) for each in features)
+    prepared = (
+        prepare_in_tiles(subject.matcher, mentions, "mentions", CPU),
+        prepare_in_tiles(subject.matcher, entities, "entities", CPU),
+    )
+    found = subject.matcher.score(*prepared)
+    assert all(value.dtype == torch.float32 for value in (found.total_ME, *found.parts.values()))
+    rounded = [each.cast(torch.float16).cast(torch.float32) for each in features]
+    assert_close(found, subject.score(*rounded), tolerance(scores))
+
+
+@torch.no_grad()
 def test_saved_tables_give_the_same_scores(
     subject: Subject, features: tuple[Table, Table], scores: Scores, tmp_path: Path
 ) -> None:

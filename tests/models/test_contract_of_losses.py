@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsmip.config import TrainConfig
 from dsmip.data.table import Table, concatenate
+from dsmip.training.batches import Step
+from dsmip.training.gradients import batch_backward
 from dsmip.units.matcher import BatchGold, PairedItems
-from tests.support.scoring.contract import Subject, seeded
+from tests.support.scoring.contract import CPU, Subject, seeded
 
 
 def loss_of(subject: Subject, features: tuple[Table, Table], rows_M: list[int], gold_rows: list[int]) -> Tensor:
@@ -64,6 +67,21 @@ def test_a_loss_takes_entities_that_were_prepared_apart(subject: Subject, featur
         loss = matcher.loss(mentions, entities, BatchGold.from_rows(gold_M, gold_M, torch.arange(4)))
     expected = loss_of(subject, features, [0, 1, 2, 3], gold_M.tolist())
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_takes_features_of_half_precision(subject: Subject, features: tuple[Table, Table]) -> None:
+    matcher = subject.matcher
+    if matcher.reads_items or matcher.encoder_trains() or not any(p.requires_grad for p in matcher.parameters()):
+        pytest.skip("it trains on no stored features")
+    halves = [each.take(torch.arange(4)).cast(torch.float16) for each in features]
+    with seeded(4):
+        step = Step(halves[0], halves[1], torch.arange(4), torch.arange(4))
+        loss = batch_backward(matcher, step, TrainConfig(), CPU)
+    gradients = [parameter.grad for parameter in matcher.parameters() if parameter.grad is not None]
+    assert loss.mean > 0
+    assert gradients
+    assert all(gradient.dtype == torch.float32 and bool(gradient.isfinite().all()) for gradient in gradients)
+    matcher.zero_grad(set_to_none=True)
 
 
 def test_every_trainable_parameter_gets_a_gradient(subject: Subject) -> None:

@@ -15,7 +15,7 @@ from dsmip.data.table import Ragged, Table, concatenate
 from dsmip.encoders.feature_cache import encode_split, load_features
 from dsmip.evaluation.preparation import prepare_entities, with_has_image
 from dsmip.models import find_system, systems
-from dsmip.planning.probing.parts import SIDES, with_images
+from dsmip.planning.probing.parts import SIDES
 from dsmip.planning.probing.probe import Meter, Sample, encoded, scored
 from dsmip.planning.sizes import materialised, part_bytes
 from dsmip.runs.checkpoints import Checkpoint, save_checkpoint
@@ -43,7 +43,9 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "ghmfc": {"width": 16, "heads": 2},
 }
 
-EXACT = ("albef", "blink", "clip", "dsmip", "jmel", "mimic")  # tables of the others are not compared yet
+
+ROUNDED = {"ghmfc": 1e-3, "m3el": 0.02, "mmoe": 0.02}
+"""How far forecasts are off where items of one kind are not of one size; all others are exact."""
 
 
 def cases() -> Iterator[Any]:
@@ -66,7 +68,7 @@ def tensor_bytes(path: Path) -> int:
         return sum(each.numel() * each.element_size() for each in map(stored.get_tensor, stored.keys()))
 
 
-@pytest.mark.parametrize(("name", "part"), [case for case in cases() if case.values[0] in EXACT])
+@pytest.mark.parametrize(("name", "part"), [*cases()])
 def test_tables_and_index_take_what_was_forecast(
     name: str, part: str, small_data: Dataset, narrow_backbone: Path, tmp_path: Path
 ) -> None:
@@ -77,17 +79,20 @@ def test_tables_and_index_take_what_was_forecast(
     found = {side: encoded(matcher, collator, sample, side, torch.float16, meter) for side in SIDES}
     path = tmp_path / "table.safetensors"
 
+    def written() -> Any:
+        return pytest.approx(tensor_bytes(path), rel=ROUNDED.get(name, 0.0), abs=0.0)
+
     encode_split(path, KB, matcher, small_data, collator, CPU, torch.float16)
-    assert found["entities"].stored.of(small_data.num_entities, pictured) == tensor_bytes(path)
-    kb = with_has_image(load_features([path]).cast(torch.float32), small_data)
+    assert found["entities"].stored.of(small_data.num_entities, pictured) == written()
+    kb = with_has_image(load_features([path]), small_data)
     encode_split(path, "train", matcher, small_data, collator, CPU, torch.float16)
     of_train = small_data.manifest.splits["train"]
-    assert found["mentions"].stored.of(of_train.mentions, of_train.with_image) == tensor_bytes(path)
+    assert found["mentions"].stored.of(of_train.mentions, of_train.with_image) == written()
 
-    tables = with_images({side: (each.table, each.has_image_N) for side, each in found.items()})
+    tables = {side: (each.table, each.has_image_N) for side, each in found.items()}
     prepared = scored(matcher, tables, meter).prepared
     prepare_entities(matcher, kb, range(len(kb)), CPU).save(path)
-    assert prepared["entities"].of_index(small_data.num_entities, pictured) == tensor_bytes(path)
+    assert prepared["entities"].of_index(small_data.num_entities, pictured) == written()
 
 
 @pytest.mark.parametrize(("name", "part"), [*cases()])

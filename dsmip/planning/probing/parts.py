@@ -13,7 +13,6 @@ from dsmip.data.dataset import Dataset
 from dsmip.data.table import Table
 from dsmip.encoders.base import FeatureEncoder, Side
 from dsmip.encoders.vgg import RANDOM
-from dsmip.evaluation.preparation import HAS_IMAGE
 from dsmip.models import find_system
 from dsmip.planning.probing.probe import (
     CachedProbe,
@@ -153,7 +152,7 @@ def _part(name: str, config: ExperimentConfig, sample: Sample, meter: Meter) -> 
     towers = matcher.encoder_trains() or matcher.reads_items
     sizes, counts = part_bytes(matcher), _counts(matcher)
     encoder, features = _encoder(name, matcher, config, sample, meter, own=matcher.encoder_trains())
-    tables = with_images({side: (each.table, each.has_image_N) for side, each in features.items()})
+    tables: dict[Side, tuple[Table, Tensor]] = {side: (each.table, each.has_image_N) for side, each in features.items()}
     of_pairs = scored(matcher, tables, meter)
     step = None
     if towers:
@@ -309,7 +308,6 @@ def _whole(
         rows = {name: each.table.rows(slice(0, count)) for name, each in own.items()}
         has_image_N = torch.stack([each.has_image_N[:count] for each in own.values()]).any(dim=0)
         tables[side] = side_by_side(rows, gated=True), has_image_N
-    tables = with_images(tables)
     of_pairs, step, pair = scored(matcher, tables, meter), None, Cost()
     fused = isinstance(matcher, FusedMatcher)
     if fused:
@@ -328,14 +326,6 @@ def _sum(parts: Mapping[str, PartCosts], names: tuple[str, ...]) -> Cost:
     for name in names:
         total += parts[name].pair
     return total
-
-
-def with_images(tables: Mapping[Side, tuple[Table, Tensor]]) -> dict[Side, tuple[Table, Tensor]]:
-    """With `has_image` among the entities' features, which preparing them reads."""
-    return {
-        side: (table.merged(Table({HAS_IMAGE: has_image_N})) if side == "entities" else table, has_image_N)
-        for side, (table, has_image_N) in tables.items()
-    }
 
 
 def _counts(module: torch.nn.Module) -> tuple[int, int]:

@@ -180,10 +180,10 @@ class Scored:
 
 @torch.no_grad()
 def scored(matcher: Matcher, sides: Mapping[Side, tuple[Table, Tensor]], meter: Meter) -> Scored:
-    """Prepares features of both sides (with `has_image`) and scores pairs of them."""
+    """Prepares features of both sides and scores pairs of them."""
     matcher.to(meter.device).eval()
     use_backend(matcher, "auto", meter.device)
-    tables = {side: table.to(meter.device) for side, (table, _) in sides.items()}
+    tables = {side: table.to(meter.device).single() for side, (table, _) in sides.items()}
     prepared = {
         "mentions": matcher.prepare_mentions(tables["mentions"]),
         "entities": matcher.prepare_entities(tables["entities"]),

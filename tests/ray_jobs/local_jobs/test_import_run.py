@@ -105,6 +105,17 @@ def write_checkpoint(path: Path, state: Mapping[str, Tensor], planted: Path) -> 
     return path
 
 
+@pytest.mark.parametrize("config", [None, "mmoe_wikimel", "mmoe_richpediamel", "mmoe_wikidiverse"])
+def test_mmoes_released_gate_is_taken_unless_another_is_asked_for(
+    config: str | None, overrides: list[str], small_data: Dataset, tmp_path: Path, narrow_backbone: Path
+) -> None:
+    file = write_checkpoint(tmp_path / "released.ckpt", released_state("mmoe", overrides), tmp_path / "planted")
+    asked = [*overrides, "system.gate=per_token"]
+    for folder, given, gate in (("a", overrides, "published"), ("b", asked, "per_token")):
+        run = import_run("mmoe", file, tmp_path / folder, small_data.location, config=config, overrides=given)
+        assert run.config.system.gate == gate
+
+
 @pytest.mark.parametrize("name", IMPORTABLE)
 def test_a_released_checkpoint_becomes_a_run_with_its_weights(
     name: str, overrides: list[str], small_data: Dataset, tmp_path: Path
@@ -114,7 +125,6 @@ def test_a_released_checkpoint_becomes_a_run_with_its_weights(
     run = import_run(name, file, tmp_path / "run", small_data.location, config=None, overrides=overrides)
     assert not (tmp_path / "planted").exists()
     assert run.config.backbone.pretrained is None
-    assert getattr(run.config.system, "gate", "published") == "published"  # MMoE's, which its releases have
     expected = systems()[name].build_part(name, run.config, with_encoder=True)
     assert isinstance(expected, SharedClipMatcher)
     expected.load_published_state_dict(state)
