@@ -76,6 +76,7 @@ def test_the_published_gate_ranks_in_its_own_batches_and_links_nothing(
     notices: list[str] = []
     if batches is not None:
         monkeypatch.setattr(MmoeMatcher, "fixed_batches", lambda _: FixedBatches(*batches, reason="few at a time"))
+        monkeypatch.setattr("dsmip.evaluation.preparation.TILE", 2)  # features are encoded in smaller ones
     num_mentions, num_entities = batches or (20, 6000)
     config = published(str(narrow_backbone), width=4, num_tokens=8)
     run = Run.create(tmp_path / "run", config, small_data)
@@ -84,6 +85,7 @@ def test_the_published_gate_ranks_in_its_own_batches_and_links_nothing(
         shake(matcher)
     run.save_part("mmoe", matcher, {})
     evaluated = evaluate_model(OpenedEvaluation(Run.open(run.folder), "train"), CPU, notice=notices.append)
+    assert evaluated.metrics["fixed_batches"] == {"mentions": num_mentions, "entities": num_entities}
     ranks = pq.read_table(evaluated.folder / "ranks.parquet")
     assert f"{num_mentions} mentions and {num_entities:,} entities at a time" in notices[0]
 
