@@ -217,7 +217,7 @@ class Table:
         """With columns of half precision, in which features may be stored, as float32: what is computed with them."""
 
         def is_half(column: Column) -> bool:
-            return (column if isinstance(column, Tensor) else column.values).dtype in (torch.float16, torch.bfloat16)
+            return (column if isinstance(column, Tensor) else column.values).dtype == torch.float16
 
         halves = Table({name: column for name, column in self.columns.items() if is_half(column)})
         return self.merged(halves.cast(torch.float32)) if halves.columns else self

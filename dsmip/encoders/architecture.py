@@ -17,7 +17,8 @@ from dsmip.errors import UserError
 from dsmip.separate_towers import SeparateTowers
 from dsmip.storage.parsing import parse_json
 
-HUGGING_FACE_NAMES = ("hf_model_name", "hf_tokenizer_name")
+MODEL_NAME = "hf_model_name"
+HUGGING_FACE_NAMES = (MODEL_NAME, "hf_tokenizer_name")
 """Keys of `text_cfg` that name a model of Hugging Face's hub, or a folder."""
 SHIPPED = Path(__file__).parents[1] / "configs" / "backbones"
 # OpenAI's CLIP statistics: the default of every open_clip model that states no others.

@@ -298,6 +298,8 @@ def _plan(opened: OpenedModel, slice_rows: int, notice: Callable[[str], None]) -
     }
     if fixed := model.matcher.fixed_batches():
         made_from["together"] = [fixed.mentions, fixed.entities]
+    if run.feature_dtype != torch.float32:
+        made_from["computed"] = "float32"  # earlier versions prepared some systems' items in half precision
     index = f"{run.below}index/{model.ranked_by}-{fingerprint({}, plain_text((made_from,)))[:16]}"
     for outdated in run.storage.glob(f"{run.below}index/{model.ranked_by}-{'[0-9a-f]' * 16}"):
         if outdated != index:

@@ -204,8 +204,8 @@ class Preparer:
             return concatenate(list(counted(each)))
         size, together = fixed.mentions if side == "mentions" else fixed.entities, []
         for batch in _tiles(rows, size):
-            read = list(counted(map_alone(features, _tiles(batch, TILE), self._device)))
-            together.append(prepare(concatenate(read)))
+            whole = concatenate(list(counted(map_alone(features, _tiles(batch, TILE), self._device))))
+            together.append(prepare(whole))
         return concatenate(together)
 
     def mentions(self, split: str, count_rows: CountRows) -> Table:

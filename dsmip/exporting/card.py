@@ -7,6 +7,7 @@ from dsmip.evaluation.metrics import shown_metrics
 from dsmip.evaluation.stored.layout import evaluation_name
 from dsmip.exporting.agreement import MENTIONS, TOP, Agreement
 from dsmip.exporting.candidate_vectors import ChosenVectors
+from dsmip.separate_towers import SeparateTowers
 from dsmip.storage.parsing import read_json
 
 _PROTOCOL = (
@@ -36,11 +37,12 @@ def model_card(
         vectors: What candidates are found by.
         with_backbone: The bundle has the backbone's tensors; else its tag brings them.
         index: In what the index is stored, and how large it is.
-        of_hub: The network whose configuration and tokenizer come from the hub when the bundle is opened.
+        of_hub: A model of the hub that is asked for when the bundle is opened, weights aside.
     """
     run, model = opened.run, opened.model
     manifest, backbone = run.dataset.manifest, model.config.backbone
-    weights = "in this bundle" if with_backbone else f"{backbone.pretrained or 'random'}, not in this bundle"
+    own = "the towers' own" if SeparateTowers.parsed(backbone.architecture) else "random"
+    weights = "in this bundle" if with_backbone else f"{backbone.pretrained or own}, not in this bundle"
     lines = [
         "---",
         "library_name: dsmip",
@@ -59,7 +61,7 @@ def model_card(
         "|---|---|",
         f"| system | {run.system.name} ({run.system.paper}) |",
         f"| backbone | {_plain(backbone.architecture)}; weights: {_plain(weights)} |",
-        *([] if of_hub is None else [f"| tokenizer | of {_plain(of_hub)} on the hub, not in this bundle |"]),
+        *([] if of_hub is None else [f"| asked of the hub | {_plain(of_hub)}, when this bundle is opened |"]),
         f"| index | {index} |",
         f"| data set | {_plain(manifest.name)}, manifest {run.dataset.manifest_hash} |",
         f"| licence of the data | {_plain(manifest.licence)} |",

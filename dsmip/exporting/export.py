@@ -14,9 +14,9 @@ import yaml
 from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
 from dsmip.distillation.vectors import DistilledVectors
-from dsmip.encoders.architecture import HUGGING_FACE_NAMES, Architecture, resolve_architecture
+from dsmip.encoders.architecture import HUGGING_FACE_NAMES, MODEL_NAME, Architecture, resolve_architecture
 from dsmip.encoders.clip import Backbone
-from dsmip.encoders.formats.hugging_face_files import copy_model_files
+from dsmip.encoders.formats.hugging_face_files import copy_configuration, save_tokenizer
 from dsmip.errors import UserError
 from dsmip.evaluation.index import MANIFEST, EntityIndex, finish_index
 from dsmip.evaluation.index_builder import IndexPlan, OpenedModel, plan_index
@@ -103,6 +103,9 @@ def export_run(
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     folder.mkdir(parents=True)
     try:
+        files = _Files(folder, opened.model.config, with_backbone=options.with_backbone)
+        if files.of_hub is not None:
+            notice(f"opening it asks the hub for {files.of_hub}; --with-backbone puts that in")
         dataset, probes = opened.run.dataset, Probes.of_validation(linker, opened.run.dataset)
         asked = linker, dataset, probes, options.candidate_vectors, opened.run.config.seed
         vectors = choose_vectors(*asked, progress, notice)
@@ -112,9 +115,6 @@ def export_run(
         agreement = None if stored is None or probes is None else probes.agreement(linker, stored)
         if agreement is not None:
             notice(f"stored as {options.index_dtype}, {agreement}")
-        files = _Files(folder, opened.model.config, with_backbone=options.with_backbone)
-        if files.of_hub is not None:
-            notice(f"opening it asks the hub for {files.of_hub}; --with-backbone puts that in")
         _write_parts(opened, folder, files)
         _write_entities(opened, folder / ENTITIES, progress)
         calibration = stored_calibration(opened.run, opened.model.name)
@@ -193,7 +193,7 @@ class _Files:
     """Files that configurations name, copied into a bundle.
 
     Attributes:
-        of_hub: The model of Hugging Face's hub that the text tower's configuration and tokenizer still come from.
+        of_hub: A model of Hugging Face's hub that opening the bundle still asks for, weights aside.
     """
 
     def __init__(self, folder: Path, config: ExperimentConfig, *, with_backbone: bool) -> None:
@@ -202,38 +202,42 @@ class _Files:
         self._own_backbone = with_backbone or (backbone.pretrained is not None and os.path.exists(backbone.pretrained))
         if self._own_backbone:
             Backbone.build(backbone.architecture, backbone.pretrained).save_weights(folder / _BACKBONE)
-        self._architecture, self.of_hub = self._with_text_tower(resolve_architecture(backbone.architecture))
+        network = resolve_architecture(backbone.architecture)
+        self._architecture = self._with_text_tower(network)
+        self.of_hub = _asked_of_hub(network, text=self._architecture is None)
 
-    def _with_text_tower(self, network: Architecture) -> tuple[str, str | None]:
-        """The architecture by a name that has its tokenizer in the bundle, or the model that the hub is asked for.
+    def _with_text_tower(self, network: Architecture) -> str | None:
+        """The architecture by a name that has configuration and tokenizer in the bundle; None: it keeps its own name.
 
         Where the backbone's weights are not in it, they come with their tag or name, and so may the tokenizer.
         """
-        text = network.config.get("text_cfg") or {}
-        names = {key: str(text[key]) for key in HUGGING_FACE_NAMES if text.get(key)}
-        of_hub = next((name for name in names.values() if not Path(name).is_dir()), None)
-        is_file = network.name.endswith(".json")
-        if not names or not (self._own_backbone or is_file) or (network.separate and of_hub is None):
-            return network.name, of_hub
-        inside = f"{FILES}/text"
+        names = _hugging_face_names(network)
+        if not names or not (self._own_backbone or network.name.endswith(".json")):
+            return None
+        inside = {name: f"text-{number}" for number, name in enumerate(dict.fromkeys(names.values()))}
         for key, name in names.items():
-            copy_model_files(name, self._folder / inside / key)
-        if network.separate:
-            return str(replace(network.separate, text=f"{inside}/{HUGGING_FACE_NAMES[0]}")), None
-        form = network.as_json()
-        form["model_cfg"] |= {"text_cfg": {**text, **{key: f"./{key}" for key in names}}}
-        write_json(self._folder / inside / "network.json", form)
-        return f"{inside}/network.json", None
+            folder = self._folder / FILES / inside[name]
+            folder.mkdir(parents=True, exist_ok=True)
+            (copy_configuration if key == MODEL_NAME else save_tokenizer)(name, folder)
+        if network.separate is not None:  # its own weights are the backbone's
+            text = f"{FILES}/{inside[names[MODEL_NAME]]}"
+            return str(replace(network.separate, text=text, vision_file=None))
+        form, beside = network.as_json(), {key: f"./{inside[name]}" for key, name in names.items()}
+        form["model_cfg"] |= {"text_cfg": {**form["model_cfg"]["text_cfg"], **beside}}
+        write_json(self._folder / FILES / "network.json", form)
+        return f"{FILES}/network.json"
 
     def config_text(self, config: ExperimentConfig) -> str:
         """A configuration as YAML, with the names that files have in the bundle."""
         tree = config.model_dump(mode="json")
-        tree["backbone"]["architecture"] = self._architecture
+        backbone = tree.pop("backbone")
         if self._own_backbone:
-            tree["backbone"]["pretrained"] = None
-        tree = with_files(tree, self._inside)
+            backbone["pretrained"] = None
+        architecture = self._architecture or with_files(backbone["architecture"], self._inside)
+        backbone = with_files(backbone | {"architecture": ""}, self._inside) | {"architecture": architecture}
         if self._own_backbone:
-            tree["backbone"]["pretrained"] = _BACKBONE
+            backbone["pretrained"] = _BACKBONE
+        tree = with_files(tree, self._inside) | {"backbone": backbone}
         return yaml.safe_dump(tree, sort_keys=True, allow_unicode=True)
 
     def _inside(self, name: str) -> str:
@@ -244,6 +248,21 @@ class _Files:
             self._names[name] = f"{FILES}/{len(self._names)}-{path.name}"
             _copy(path, self._folder / self._names[name])
         return self._names[name]
+
+
+def _hugging_face_names(network: Architecture) -> dict[str, str]:
+    """The models that a text tower is built and reads by, by key of its configuration."""
+    text = network.config.get("text_cfg") or {}
+    return {key: str(text[key]) for key in HUGGING_FACE_NAMES if text.get(key)}
+
+
+def _asked_of_hub(network: Architecture, *, text: bool) -> str | None:
+    """A model of the hub that building a network asks for, weights aside; with `text`, also for its text tower."""
+    vision = str(network.config["vision_cfg"].get("timm_model_name") or "")
+    if vision.startswith("hf-hub:"):
+        return vision
+    names = _hugging_face_names(network).values() if text else ()
+    return next((name for name in names if not Path(name).is_dir()), None)
 
 
 def _write_entities(opened: OpenedModel, path: Path, progress: Progress) -> None:

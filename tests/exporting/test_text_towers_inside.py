@@ -14,7 +14,7 @@ from dsmip.data.dataset import Dataset
 from dsmip.encoders.architecture import read_architecture
 from dsmip.exporting.export import ExportOptions, export_run
 from dsmip.linking.bundle import CARD
-from tests.support.encoders.small_backbones import SMALL_BACKBONES
+from tests.support.encoders.small_backbones import SMALL_BACKBONES, TEXT, VISION
 from tests.support.encoders.small_bert import write_small_bert
 from tests.support.scoring.linked_runs import finished_run, small_system
 
@@ -47,7 +47,7 @@ def check_stands_alone(
     expected = links(run.folder, mentions)
     export_run(run.folder, tmp_path / "bundle", CPU, options, notice=notices.append)
     assert not any("hub" in notice for notice in notices)
-    assert "| tokenizer |" not in (tmp_path / "bundle" / CARD).read_text()
+    assert "| asked of the hub |" not in (tmp_path / "bundle" / CARD).read_text()
     shutil.rmtree(run.folder)
     shutil.rmtree(gone)
     found = links(tmp_path / "bundle", mentions)
@@ -55,11 +55,50 @@ def check_stands_alone(
     assert [score for each in found for _, score in each] == pytest.approx([s for each in expected for _, s in each])
 
 
-def test_a_network_of_a_file_that_names_a_folder(small_data: Dataset, tmp_path: Path) -> None:
-    (tmp_path / "own").mkdir()
-    architecture = SMALL_BACKBONES["BERT"](tmp_path / "own")
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_network_of_a_file_that_names_folders(apart: bool, small_data: Dataset, tmp_path: Path) -> None:
+    """One for both, or one for the tokenizer, which needs no configuration of a network."""
+    own = tmp_path / "own"
+    own.mkdir()
+    architecture = SMALL_BACKBONES["BERT"](own)
+    if apart:
+        (own / "tokenizer").mkdir()
+        for path in (own / "bert").glob("*token*"):
+            path.rename(own / "tokenizer" / path.name)
+        network = json.loads(Path(architecture).read_text())
+        network["text_cfg"]["hf_tokenizer_name"] = "./tokenizer"
+        Path(architecture).write_text(json.dumps(network))
     options = ExportOptions(with_backbone=True)
-    check_stands_alone(small_system("bert", architecture), small_data, tmp_path, tmp_path / "own", options)
+    check_stands_alone(small_system("bert", architecture), small_data, tmp_path, own, options)
+
+
+@pytest.mark.parametrize("kind", ["separate towers", "texts alone"])
+def test_separate_towers_of_files(kind: str, small_data: Dataset, tmp_path: Path) -> None:
+    """Their own weights are the backbone's, and not in the bundle a second time."""
+    own = tmp_path / "own"
+    own.mkdir()
+    architecture = SMALL_BACKBONES[kind](own)
+    config = small_system("bert", architecture)
+    check_stands_alone(config, small_data, tmp_path, own, ExportOptions(with_backbone=True))
+    inside = [path for path in (tmp_path / "bundle" / "files").rglob("*") if path.suffix == ".safetensors"]
+    assert [path.name for path in inside] == ["backbone.safetensors"]
+
+
+def test_a_tokenizer_of_the_hub_for_a_tower_of_open_clips(
+    on_the_hub: str, small_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SigLIP has one, without a configuration beside it."""
+    (tmp_path / "hub" / f"models--{on_the_hub.replace('/', '--')}/snapshots/{'0' * 40}/config.json").unlink()
+    network = {
+        "embed_dim": 24,
+        "text_cfg": {**TEXT, "vocab_size": 160, "hf_tokenizer_name": on_the_hub},
+        "vision_cfg": VISION,
+    }
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "siglip.json").write_text(json.dumps(network))
+    config = small_system("bert", tmp_path / "own" / "siglip.json")
+    monkeypatch.chdir(tmp_path)
+    check_stands_alone(config, small_data, tmp_path, tmp_path / "hub", ExportOptions(with_backbone=True))
 
 
 @pytest.mark.parametrize("pair", [False, True])
@@ -74,7 +113,7 @@ def test_without_its_weights_the_hub_is_still_asked(on_the_hub: str, small_data:
     notices = list[str]()
     export_run(run.folder, tmp_path / "bundle", CPU, notice=notices.append)
     assert f"opening it asks the hub for {on_the_hub}; --with-backbone puts that in" in notices
-    assert f"| tokenizer | of {on_the_hub} on the hub" in (tmp_path / "bundle" / CARD).read_text()
+    assert f"| asked of the hub | {on_the_hub}, when" in (tmp_path / "bundle" / CARD).read_text()
 
 
 def test_a_networks_file_is_read_as_it_was_written(tmp_path: Path) -> None:

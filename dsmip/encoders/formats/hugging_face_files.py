@@ -3,25 +3,13 @@
 import shutil
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from dsmip.errors import UserError, first_line
 
-# In the order of their use: sizes, pooling and places (sentence-transformers), the tokenizers of the library's kinds.
-_FILES = (
-    "config.json",
-    "1_Pooling/config.json",
-    "sentence_bert_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-)
+# Sizes; how sentence-transformers pools, and how many places it used.
+_CONFIGURATION = ("config.json", "1_Pooling/config.json", "sentence_bert_config.json")
+_PROBE = "A Jaguar, the 2nd: déjà vu at 10 o'clock (Ünïcode 中文 😀) don't"
 
 
 def model_file(name: str, file: str, *, needed: bool) -> Path | None:
@@ -45,16 +33,37 @@ def model_file(name: str, file: str, *, needed: bool) -> Path | None:
     return None if found is None else Path(found)
 
 
-def copy_model_files(name: str, folder: Path) -> None:
-    """Puts a model's configuration and tokenizer into a new folder, which stands for it where no weights are read.
+def copy_configuration(name: str, folder: Path) -> None:
+    """Puts what a text tower is built by into a folder, which stands for the model where its weights are not read.
 
     Raises:
         UserError: As `model_file`.
     """
-    for file in _FILES:
-        if (source := model_file(name, file, needed=file == _FILES[0])) is not None:
+    for file in _CONFIGURATION:
+        if (source := model_file(name, file, needed=file == _CONFIGURATION[0])) is not None:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / file)
+
+
+def save_tokenizer(name: str, folder: Path) -> None:
+    """Puts a tokenizer into a folder: one that reads texts alike.
+
+    Raises:
+        UserError: It cannot be had, or what was saved reads a text otherwise.
+    """
+    from transformers import AutoTokenizer
+
+    def opened(where: str) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises a bare Exception of a file that is none
+            raise UserError(f"tokenizer {where} cannot be had ({first_line(error)})") from None
+
+    tokenizer = opened(name)
+    tokenizer.save_pretrained(folder)
+    again = opened(str(folder))
+    if again(_PROBE).input_ids != tokenizer(_PROBE).input_ids or again.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"tokenizer {name} cannot be saved: what the library makes of its files reads texts otherwise")
 
 
 @cache

@@ -183,7 +183,7 @@ def scored(matcher: Matcher, sides: Mapping[Side, tuple[Table, Tensor]], meter: 
     """Prepares features of both sides and scores pairs of them."""
     matcher.to(meter.device).eval()
     use_backend(matcher, "auto", meter.device)
-    tables = {side: table.to(meter.device).single() for side, (table, _) in sides.items()}
+    tables = {side: table.to(meter.device) for side, (table, _) in sides.items()}
     prepared = {
         "mentions": matcher.prepare_mentions(tables["mentions"]),
         "entities": matcher.prepare_entities(tables["entities"]),
