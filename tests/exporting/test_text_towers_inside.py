@@ -88,7 +88,10 @@ def test_a_tokenizer_of_the_hub_for_a_tower_of_open_clips(
     on_the_hub: str, small_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As SigLIP has one, without a configuration beside it."""
-    (tmp_path / "hub" / f"models--{on_the_hub.replace('/', '--')}/snapshots/{'0' * 40}/config.json").unlink()
+    model = tmp_path / "hub" / f"models--{on_the_hub.replace('/', '--')}"
+    (model / "snapshots" / ("0" * 40) / "config.json").unlink()
+    (model / ".no_exist" / ("0" * 40)).mkdir(parents=True)  # as the client notes what it has asked for in vain
+    (model / ".no_exist" / ("0" * 40) / "config.json").touch()
     network = {
         "embed_dim": 24,
         "text_cfg": {**TEXT, "vocab_size": 160, "hf_tokenizer_name": on_the_hub},
