@@ -5,6 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
+from pathlib import Path
 from string import Formatter
 from threading import Lock
 from types import MappingProxyType
@@ -301,6 +302,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._num_ids = max(vocabulary.values()) + 1
         self._lock = Lock()  # where texts are cut is a state of the library's tokenizer
         self._encode = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_anew)
+
+    def save(self, folder: Path) -> None:
+        """Writes its files, of which one by the folder's name reads texts alike."""
+        self._tokenizer.save_pretrained(folder)
 
     @property
     def num_ids(self) -> int:

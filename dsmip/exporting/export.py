@@ -50,6 +50,7 @@ from dsmip.storage.locations import Location
 from dsmip.version import VERSION
 
 _BACKBONE = f"{FILES}/backbone.safetensors"
+_VISION_OF_HUB = "hf-hub:"  # how timm names a network whose sizes are on the hub
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def export_run(
     try:
         files = _Files(folder, opened.model.config, with_backbone=options.with_backbone)
         if files.of_hub is not None:
-            notice(f"opening it asks the hub for {files.of_hub}; --with-backbone puts that in")
+            advice = "" if files.of_hub.startswith(_VISION_OF_HUB) else "; --with-backbone puts that in"
+            notice(f"opening it asks the hub for {files.of_hub}{advice}")
         dataset, probes = opened.run.dataset, Probes.of_validation(linker, opened.run.dataset)
         asked = linker, dataset, probes, options.candidate_vectors, opened.run.config.seed
         vectors = choose_vectors(*asked, progress, notice)
@@ -259,7 +261,7 @@ def _hugging_face_names(network: Architecture) -> dict[str, str]:
 def _asked_of_hub(network: Architecture, *, text: bool) -> str | None:
     """A model of the hub that building a network asks for, weights aside; with `text`, also for its text tower."""
     vision = str(network.config["vision_cfg"].get("timm_model_name") or "")
-    if vision.startswith("hf-hub:"):
+    if vision.startswith(_VISION_OF_HUB):
         return vision
     names = _hugging_face_names(network).values() if text else ()
     return next((name for name in names if not Path(name).is_dir()), None)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -78,13 +78,12 @@ def link_router(served: Served, batcher: Batcher, limits: Limits) -> APIRouter:
             field, _, message = found[0].reason.partition(": ")
             raise Unusable(field, message)
         answers = zip(asked.mentions, found, strict=True)
-        answer = LinkResponse(
+        return LinkResponse(
             mentions=[
                 links_out(each.id, each.word, links, asked.min_confidence, explain=asked.explain)
                 for each, links in answers
             ]
         )
-        return Response(answer.model_dump_json(), media_type="application/json")  # FastAPI would check it once more
 
     return router
 

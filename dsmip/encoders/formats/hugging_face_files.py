@@ -3,13 +3,14 @@
 import shutil
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+from dsmip.data.text import HuggingFaceTokenizer
 from dsmip.errors import UserError, first_line
 
 # Sizes; how sentence-transformers pools, and how many places it used.
 _CONFIGURATION = ("config.json", "1_Pooling/config.json", "sentence_bert_config.json")
 _PROBE = "A Jaguar, the 2nd: déjà vu at 10 o'clock (Ünïcode 中文 😀) don't"
+_PLACES = 512  # more than the probe takes
 
 
 def model_file(name: str, file: str, *, needed: bool) -> Path | None:
@@ -51,18 +52,10 @@ def save_tokenizer(name: str, folder: Path) -> None:
     Raises:
         UserError: It cannot be had, or what was saved reads a text otherwise.
     """
-    from transformers import AutoTokenizer
-
-    def opened(where: str) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        except Exception as error:  # tokenizers raises a bare Exception of a file that is none
-            raise UserError(f"tokenizer {where} cannot be had ({first_line(error)})") from None
-
-    tokenizer = opened(name)
-    tokenizer.save_pretrained(folder)
-    again = opened(str(folder))
-    if again(_PROBE).input_ids != tokenizer(_PROBE).input_ids or again.get_vocab() != tokenizer.get_vocab():
+    tokenizer = HuggingFaceTokenizer(name, _PLACES)
+    tokenizer.save(folder)
+    again = HuggingFaceTokenizer(str(folder), _PLACES)
+    if again.num_ids != tokenizer.num_ids or not again([_PROBE]).ids.equal(tokenizer([_PROBE]).ids):
         raise UserError(f"tokenizer {name} cannot be saved: what the library makes of its files reads texts otherwise")
 
 
