@@ -1,4 +1,4 @@
-"""The roofline of a GPU for a ranking. Only the text units count: they cost the most.
+"""The roofline of a device for a ranking. Only the text units count: they cost the most.
 
 A pair with T mention and S entity tokens of width d takes T x S exponentials and 2 d T (S + 1) operations of products.
 """

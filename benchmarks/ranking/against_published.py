@@ -16,7 +16,7 @@ programs cost caches and waiting, even in processor seconds (with OMP_NUM_THREAD
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks.ranking.cases import CASES, MEAN_TOKENS
 from benchmarks.ranking.contest import TOLERANCE, Ours, Outcome, Sizes, run_case
 from benchmarks.ranking.published import ENTITY_CHUNK, MENTION_BATCH
-from benchmarks.roofline import device_rates
+from benchmarks.roofline import Rates, device_rates, matrix_rate
 from dsmip.rank_options import PrecisionName
 from dsmip.storage.atomic import write_json
 from dsmip.units import text_unit_library
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         outcomes.append(run_case(CASES[name], sizes, backends, options.precision, device))
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(_table(outcomes, device))
-    for line in _notes(outcomes, sizes, device) + (_shares(outcomes, device) if device.type == "cuda" else []):
+    for line in [*_notes(outcomes, sizes, device), *_shares(outcomes, device)]:
         console.print(line, highlight=False)
     if options.json is not None:
         rows = [_row(outcome, name) for outcome in outcomes for name in outcome.ours]
@@ -180,15 +180,26 @@ def _notes(outcomes: Sequence[Outcome], sizes: Sizes, device: torch.device) -> l
 
 
 def _shares(outcomes: Sequence[Outcome], device: torch.device) -> list[str]:
-    """A line per backend: the share of the card's rates that the text units reached."""
-    rates, lines = device_rates(device), []
+    """A line per backend: the share of the device's rates that the text units reached, in the whole ranking's time."""
+    lines = []
+    if device.type == "cpu":
+        large = matrix_rate(device, torch.float32)
+        for case, name, seconds, work in _work(outcomes, device):
+            share = work.operations / seconds / large
+            lines.append(f"{case}, {name}: {share:.1%} of the rate of a large dense product")
+        return lines
+    rates = device_rates(device)
+    for case, name, seconds, work in _work(outcomes, device):
+        tensor, exp = work.operations / seconds / rates.operations, work.exponentials / seconds / rates.exponentials
+        lines.append(f"{case}, {name}: {tensor:.1%} of the tensor rate, {exp:.1%} of the exp rate")
+    return lines
+
+
+def _work(outcomes: Sequence[Outcome], device: torch.device) -> Iterator[tuple[str, str, float, Rates]]:
+    """Case, backend, seconds (of processors on a CPU, else on the clock) and work of each."""
     for outcome in outcomes:
         for name, ours in outcome.ours.items():
-            seconds = median(cost.wall_s for cost in ours.measured.costs)
-            tensor = ours.work.operations / seconds / rates.operations
-            exp = ours.work.exponentials / seconds / rates.exponentials
-            lines.append(f"{outcome.case.name}, {name}: {tensor:.1%} of the tensor rate, {exp:.1%} of the exp rate")
-    return lines
+            yield outcome.case.name, name, median(cost.seconds(device) for cost in ours.measured.costs), ours.work
 
 
 def _row(outcome: Outcome, backend: str) -> dict[str, Any]:

@@ -72,9 +72,10 @@ Vec power_of_2(Vec x) {
   return y * (Vec)((Bits)shifted << 23);
 }
 
-// R rows of queries times C vectors of keys; `width` vectors in a row of keys and of logits.
+// R rows of queries times C vectors of keys; `width` vectors in a row of keys and of logits. A function of its own: where
+// it was inlined, other code's constants took registers, and GCC kept a sum, or the keys, in memory.
 template <int R, int C>
-void product(const float* query, std::int64_t d, const Vec* keys, std::int64_t width, Vec* logits) {
+__attribute__((noinline)) void product(const float* query, std::int64_t d, const Vec* keys, std::int64_t width, Vec* logits) {
   Vec sums[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sums[r][c] = keys[c];
@@ -90,32 +91,34 @@ void product(const float* query, std::int64_t d, const Vec* keys, std::int64_t w
     for (int c = 0; c < C; ++c) logits[r * width + c] = sums[r][c];
 }
 
-// All vectors of keys, as many at a time as registers hold.
+// All vectors of keys, as many at a time as registers hold, but no single one at the end, whose sums would wait for
+// themselves.
 template <int R, int C>
 void products(const float* query, std::int64_t d, const Vec* keys, std::int64_t width, std::int64_t left, Vec* logits) {
-  for (; left >= C; left -= C, keys += C, logits += C) product<R, C>(query, d, keys, width, logits);
+  constexpr std::int64_t kOneMore = C > 2 ? C + 1 : 0;
+  for (; left >= C && left != kOneMore; left -= C, keys += C, logits += C)
+    product<R, C>(query, d, keys, width, logits);
   if constexpr (C > 1)
     if (left > 0) products<R, C - 1>(query, d, keys, width, left, logits);
 }
 
-// Adds the attention of R query rows, each times `share`, to `attention` [width].
+// Adds the attention of R query rows, each times `share`, to `attention` [width]. Every step is one of all rows: what one
+// row alone waits for fills the time of the others.
 template <int R>
 void attend(const float* query, std::int64_t d, const Vec* keys, std::int64_t width, float share, Vec* logits,
             Vec* attention) {
   products<R, std::min(kAccumulators / R, 8)>(query, d, keys, width, width, logits);
-  Vec weight[R];
-  for (int r = 0; r < R; ++r) {
-    Vec* row = logits + r * width;
-    Vec top = row[0];
-    for (std::int64_t v = 1; v < width; ++v) top = top < row[v] ? row[v] : top;
-    const Vec shift = all(largest(top));
-    Vec total = all(0.0f);
-    for (std::int64_t v = 0; v < width; ++v) total += row[v] = power_of_2(row[v] - shift);
-    weight[r] = all(share / sum(total));
-  }
+  Vec top[R], total[R];
+  for (int r = 0; r < R; ++r) top[r] = logits[r * width], total[r] = all(0.0f);
+  for (std::int64_t v = 1; v < width; ++v)
+    for (int r = 0; r < R; ++r) top[r] = top[r] < logits[r * width + v] ? logits[r * width + v] : top[r];
+  for (int r = 0; r < R; ++r) top[r] = all(largest(top[r]));
+  for (std::int64_t v = 0; v < width; ++v)
+    for (int r = 0; r < R; ++r) total[r] += logits[r * width + v] = power_of_2(logits[r * width + v] - top[r]);
+  for (int r = 0; r < R; ++r) total[r] = all(share / sum(total[r]));
   for (std::int64_t v = 0; v < width; ++v) {
     Vec x = attention[v];
-    for (int r = 0; r < R; ++r) x += weight[r] * logits[r * width + v];
+    for (int r = 0; r < R; ++r) x += total[r] * logits[r * width + v];
     attention[v] = x;
   }
 }
@@ -146,6 +149,8 @@ float score(const Mention& mention, const float* query, std::int64_t rows, const
   Vec *logits = scratch.logits.get(), *attention = scratch.attention.get(), *context = scratch.context.get();
   std::fill_n(attention, width, all(0.0f));
   const float share = 1.0f / static_cast<float>(rows);
+  if (width == 1)  // few sums at a time would wait for themselves
+    for (; rows >= 8; rows -= 8, query += 8 * d) attend<8>(query, d, mention.keys, width, share, logits, attention);
   for (; rows >= 4; rows -= 4, query += 4 * d) attend<4>(query, d, mention.keys, width, share, logits, attention);
   if (rows == 3) attend<3>(query, d, mention.keys, width, share, logits, attention);
   if (rows == 2) attend<2>(query, d, mention.keys, width, share, logits, attention);
@@ -242,7 +247,7 @@ extern "C" int dsmip_text_unit(const float* key, const float* value, const std::
   }
   const std::int64_t strips = (num_mentions + kMentions - 1) / kMentions;
   const auto make_scratch = [&](Scratch& scratch) {
-    scratch.logits.reset(new Vec[4 * vectors(longest)]);
+    scratch.logits.reset(new Vec[std::max<std::int64_t>(8, 4 * vectors(longest))]);
     scratch.attention.reset(new Vec[vectors(longest)]);
     scratch.context.reset(new Vec[channels]);
   };
