@@ -41,8 +41,8 @@ class TextUnit(nn.Module):
     Attributes:
         mask_padding: True attends over each item's own tokens. False reproduces the published code, which attends over
             padding as well: the features must then hold all token places of every item, padding included.
-        backend: What computes token-level scores (`use_backend`). `cpp` (on a CPU) and `triton` (on a GPU, up to 96
-            tokens a mention) are taken for float32 without gradients, `torch` for all else.
+        backend: What computes token-level scores (`use_backend`), where there are no gradients: `cpp` on a CPU, for
+            float32 and float64, and `triton` on a GPU, for float32 and up to 96 tokens a mention; `torch` for all else.
         precision: See `use_precision`.
     """
 
@@ -112,11 +112,12 @@ class TextUnit(nn.Module):
         return torch.cat([global_Nz, bias_N[:, None]], dim=-1)
 
     def _takes_kernel(self, mentions: Table, direction_Ed: Tensor) -> bool:
-        if torch.is_grad_enabled() or direction_Ed.dtype != torch.float32:
+        if torch.is_grad_enabled():
             return False
         if self.backend == "triton":
-            return cuda.can_score(mentions.ragged("key").lengths)
-        return self.backend == "cpp" and direction_Ed.device.type == "cpu"
+            return direction_Ed.dtype == torch.float32 and cuda.can_score(mentions.ragged("key").lengths)
+        on_cpu = direction_Ed.device.type == "cpu" and direction_Ed.dtype in (torch.float32, torch.float64)
+        return self.backend == "cpp" and on_cpu
 
     def _local_compiled(
         self, mentions: Table, entities: Table, direction_Ed: Tensor, wanted_ME: Tensor | None

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from dsmip.data.table import Ragged, Table
 from dsmip.units import text_unit_library
-from tests.support.scoring.text_unit_pairs import ATOL, INTERPRETED, Pairs, Way, as_seen, changed, pairs
+from tests.support.scoring.text_unit_pairs import INTERPRETED, Pairs, Way, as_seen, changed, pairs
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 
 
 @pytest.fixture(
     scope="module",
-    params=[Way("torch"), Way("cpp"), Way("triton"), Way("triton", "fp16")],
-    ids=lambda w: f"{w.backend}-{w.precision}",
+    params=[Way("torch"), Way("cpp"), Way("cpp", dtype=torch.float64), Way("triton"), Way("triton", "fp16")],
+    ids=lambda way: f"{way.backend}-{way.precision}-{way.dtype}".replace("torch.", ""),
 )
 def way(request: pytest.FixtureRequest) -> Way:
     asked: Way = request.param
@@ -95,7 +95,7 @@ def test_attention_may_be_flat_or_all_on_one_token(way: Way, scale: float) -> No
     """At 100 logits are some ten thousands: their last bits move the attention itself."""
     if way.precision == "fp16" and scale < 1:
         pytest.skip("half precision has no such small numbers")
-    pairs(way, [40, 7], [77, 3, 12], 96, scale).assert_equal(way, atol=100 * ATOL["fp32"] + ATOL[way.precision])
+    pairs(way, [40, 7], [77, 3, 12], 96, scale).assert_equal(way, atol=way.atol + 100 * min(way.atol, Way("cpp").atol))
 
 
 @pytest.mark.parametrize("largest", [59.0, 61.0, 1000.0])
@@ -108,7 +108,7 @@ def test_large_logits(way: Way, largest: float) -> None:
     query_Rd = query_Rd[:, :1].sign() * key_Rd[key.starts[1]] * (largest / 64)
     mentions = case.mentions.merged(Table({"key": replace(key, values=key_Rd.float())}))
     entities = case.entities.merged(Table({"query": replace(query, values=query_Rd.float())}))
-    as_seen(way, Pairs(case.unit, mentions, entities)).assert_equal(way, atol=5 * ATOL[way.precision])
+    as_seen(way, Pairs(case.unit, mentions, entities)).assert_equal(way, atol=5 * way.atol)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_what_is_not_finite_reaches_the_scores_of_its_item_only(way: Way, name: 
     else:
         side.ragged(name).values[side.ragged(name).starts[1], 0] = broken
     (expected_ME.T if side is case.entities else expected_ME)[1] = torch.nan
-    torch.testing.assert_close(case.scores(way), expected_ME, atol=ATOL[way.precision], rtol=0, equal_nan=True)
+    torch.testing.assert_close(case.scores(way), expected_ME, atol=way.atol, rtol=0, equal_nan=True)
     wanted_ME = torch.ones_like(expected_ME, dtype=torch.bool)
     (wanted_ME.T if side is case.entities else wanted_ME)[1] = False
     if name != "local":  # which is in every pair's score

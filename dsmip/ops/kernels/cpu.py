@@ -1,4 +1,4 @@
-"""The text unit's token-level score in C++ (text_unit.cpp); float32 on a CPU, no gradients.
+"""The text unit's token-level score in C++ (text_unit.cpp); float32 or float64 on a CPU, no gradients.
 
 The source is one C function in a shared library of its own, called with ctypes: building it takes a C++ compiler and
 seconds, where an extension of torch takes ninja, torch's headers and a minute. It starts threads itself, so that no
@@ -28,12 +28,13 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.dsmip_text_unit.argtypes = (
+        ctypes.c_int,  # whether numbers are doubles
         *(pointer,) * 5,  # keys, values, their starts, lengths
         number,
         *(pointer,) * 4,  # queries, starts, lengths, directions
         number,
         number,
-        ctypes.c_float,
+        ctypes.c_double,
         pointer,  # wanted
         ctypes.c_int,
         pointer,  # scores
@@ -52,17 +53,17 @@ def local_scores(
     wanted_ME: Tensor | None = None,
     num_threads: int | None = None,
 ) -> Tensor:
-    """`dsmip.ops.text_unit.local_scores` of M mentions, E entities: float32 [M, E], 0 where not wanted (bool [M, E]).
+    """`dsmip.ops.text_unit.local_scores` of M mentions, E entities: [M, E], 0 where not wanted (bool [M, E]).
 
     A pair's score depends on the pair alone, to the last bit: not on the other pairs, their order or the number of
     threads (default: torch's). NaN in, NaN out; an item without tokens scores NaN.
 
     Args:
         library: Of `load`.
-        key: Rows of the mentions' tokens, as `value`.
+        key: Rows of the mentions' tokens, as `value`; all numbers are float32, or all are float64.
         value: See `key`.
         query: Rows of the entities' tokens.
-        direction_Ed: float32 [E, d].
+        direction_Ed: [E, d].
         eps: Of the LayerNorm.
         wanted_ME: Which pairs are wanted; None: all.
         num_threads: See above.
@@ -71,11 +72,12 @@ def local_scores(
         RuntimeError: Memory does not suffice.
         ValueError: Another dtype, device or shape, or rows outside their tensor.
     """
-    pairs = checked(Pairs(key, value, query, direction_Ed, wanted_ME), "cpu", (torch.float32,))
+    pairs = checked(Pairs(key, value, query, direction_Ed, wanted_ME), "cpu", (torch.float32, torch.float64))
     key, value, query, direction_Ed, wanted_ME = pairs
-    scores_ME = torch.empty(pairs.num_mentions, pairs.num_entities)
+    scores_ME = torch.empty(pairs.num_mentions, pairs.num_entities, dtype=direction_Ed.dtype)
     mentions = (key.values_Rd, value.values_Rd, key.start_N, value.start_N, key.length_N)
     failed = library.dsmip_text_unit(
+        direction_Ed.dtype == torch.float64,
         *map(_address, mentions),
         pairs.num_mentions,
         *map(_address, query),

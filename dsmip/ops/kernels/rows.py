@@ -24,7 +24,7 @@ class Pairs(NamedTuple):
     Attributes:
         key, value: Of the mentions.
         query: Of the entities.
-        direction_Ed: Of the entities, float32.
+        direction_Ed: Of the entities, float64 beside rows of float64, else float32.
         wanted_ME: The pairs that are scored, bool; None: all.
     """
 
@@ -61,8 +61,10 @@ def checked(pairs: Pairs, device_type: str, dtypes: Sequence[torch.dtype]) -> Pa
     direction_Ed, wanted_ME = pairs.direction_Ed.detach().contiguous(), pairs.wanted_ME
     num_mentions, num_entities, width = pairs.num_mentions, pairs.num_entities, pairs.width
     shapes = (value.values_Rd.shape[1], query.values_Rd.shape[1], *direction_Ed.shape)
-    if shapes != (width, width, num_entities, width) or direction_Ed.dtype != torch.float32:
-        raise ValueError("directions must be float32 [E, d], and keys, values and queries of the same width d")
+    dtype = torch.promote_types(torch.float32, key.values_Rd.dtype)
+    if shapes != (width, width, num_entities, width) or direction_Ed.dtype != dtype:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"directions must be {name} [E, d], and keys, values and queries of the same width d")
     if wanted_ME is not None:
         if wanted_ME.shape != (num_mentions, num_entities) or wanted_ME.dtype != torch.bool:
             raise ValueError("wanted pairs must be bool [M, E]")

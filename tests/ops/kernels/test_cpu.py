@@ -40,7 +40,9 @@ def test_what_the_kernel_must_not_read_is_refused(library: ctypes.CDLL) -> None:
     beyond = key._replace(start_N=key.start_N + 100)
     for wrong, message in (
         ((beyond, value, query, direction_Ed), "outside of the"),
-        ((key._replace(values_Rd=key.values_Rd.double()), value, query, direction_Ed), "float32"),
+        ((key._replace(values_Rd=key.values_Rd.half()), value, query, direction_Ed), "float32 or float64"),
+        ((key._replace(values_Rd=key.values_Rd.double()), value, query, direction_Ed), "of one dtype"),
+        ((key, value, query, direction_Ed.double()), r"float32 \[E, d\]"),
         ((key, value._replace(length_N=value.length_N - 1), query, direction_Ed), "differ in their numbers"),
         ((key, value, query, direction_Ed[:1]), r"float32 \[E, d\]"),
     ):

@@ -15,16 +15,23 @@ from dsmip.units.text_unit import Backend, Precision, TextUnit, use_backend, use
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
 DEVICE = {"triton": CPU if INTERPRETED else torch.device("cuda")}
-ATOL = {"fp32": 3e-5, "fp16": 2e-2}  # of scores that spread by the square root of the width, 5 at most
 GLOBAL_WIDTH = 3
 
 
 @dataclass(frozen=True)
 class Way:
-    """What scores, and in which precision it holds token rows."""
+    """What scores, in which precision it holds token rows, and the numbers that it is given."""
 
     backend: Backend
     precision: Precision = "fp32"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def atol(self) -> float:
+        """Of scores that spread by the square root of the width, 5 at most."""
+        if self.dtype == torch.float64:
+            return 1e-12
+        return 2e-2 if self.precision == "fp16" else 3e-5
 
     @property
     def device(self) -> torch.device:
@@ -46,19 +53,19 @@ class Pairs:
         return key, value, query, self.entities.dense("local")
 
     def scores(self, way: Way, wanted_ME: Tensor | None = None) -> Tensor:
-        """Of the backend, on the CPU."""
+        """Of the backend, float64 on the CPU."""
         if INTERPRETED:
             self.unit.backend = "triton"  # on CPU tensors, which `use_backend` refuses
         else:
             assert use_backend(self.unit, way.backend, way.device) == way.backend
         assert use_precision(self.unit, way.precision, way.backend) == way.precision
-        sides = self.mentions.to(way.device), self.entities.to(way.device)
+        mentions, entities = (side.to(way.device).cast(way.dtype) for side in (self.mentions, self.entities))
         wanted_ME = None if wanted_ME is None else wanted_ME.to(way.device)
         with torch.no_grad():
-            scores_ME = self.unit.to(way.device).score(*sides, wanted_ME)
-        self.unit.to(CPU)
-        assert scores_ME.dtype == torch.float32
-        return scores_ME.cpu()
+            scores_ME = self.unit.to(way.device, way.dtype).score(mentions, entities, wanted_ME)
+        self.unit.to(CPU, torch.float32)
+        assert scores_ME.dtype == way.dtype
+        return scores_ME.double().cpu()
 
     def twin(self, wanted_ME: Tensor | None = None) -> Tensor:
         """Pair by pair, as the paper says it: float64 [M, E]; without the token-level half where not wanted."""
@@ -75,12 +82,11 @@ class Pairs:
                 centred = context - context.mean()
                 total = total + (local * weight) @ centred / (centred.square().mean() + unit.layer_norm.eps).sqrt()
             found_ME[m, e] = total / 2
-        return found_ME.float()
+        return found_ME
 
     def assert_equal(self, way: Way, wanted_ME: Tensor | None = None, atol: float | None = None) -> None:
-        atol = ATOL[way.precision] if atol is None else atol
         found_ME, expected_ME = self.scores(way, wanted_ME), self.twin(wanted_ME)
-        torch.testing.assert_close(found_ME, expected_ME, atol=atol, rtol=0, equal_nan=True)
+        torch.testing.assert_close(found_ME, expected_ME, atol=atol or way.atol, rtol=0, equal_nan=True)
 
 
 def own_rows(column: Ragged) -> list[Tensor]:
