@@ -55,8 +55,8 @@ class RankedModel:
         Raises:
             UserError: An option cannot be had.
         """
-        gold_score_M = self.gold_scores(self.index, device)
-        return self.rank_slice(self.index, gold_score_M, device, options, notice, progress)
+        model = self.ready(device, options, notice)
+        return model._ranked(model.gold_scores(self.index, device), device, options, notice, progress)
 
     def ready(self, device: torch.device, options: RankOptions, notice: Callable[[str], None]) -> "RankedModel":
         """With the matcher on the device, and what computes its token-level scores chosen."""
@@ -66,7 +66,10 @@ class RankedModel:
         return replace(self, matcher=matcher)
 
     def gold_scores(self, index: EntityIndex, device: torch.device) -> Tensor:
-        """float64 [M]: exact scores of the golds that are in a slice of the index, NaN elsewhere."""
+        """float64 [M]: exact scores of the golds that are in a slice of the index, NaN elsewhere.
+
+        Close pairs are compared with them: both should be of a model that is `ready` in the same way.
+        """
         return PairScorer(self.matcher, self.mentions, index, device).gold_scores(self.gold_row_M)
 
     @torch.no_grad()
@@ -87,8 +90,19 @@ class RankedModel:
         progress: Progress = no_progress,
     ) -> Ranking:
         """The ranking against a slice of the index, given all golds' exact scores."""
+        model = replace(self.ready(device, options, notice), index=index)
+        return model._ranked(gold_score_M, device, options, notice, progress)
+
+    def _ranked(
+        self,
+        gold_score_M: Tensor,
+        device: torch.device,
+        options: RankOptions,
+        notice: Callable[[str], None],
+        progress: Progress,
+    ) -> Ranking:
         return rank(
-            replace(self.ready(device, options, notice), index=index),
+            self,
             device,
             top_k=options.top_k,
             gold_score_M=gold_score_M,

@@ -1,7 +1,7 @@
 """The text unit and what computes its token-level half: PyTorch, or a compiled kernel (`dsmip.ops.kernels`).
 
 Parameter names are those of the published MIMIC state dict below `matcher.tglu`. N items, M mentions, E entities, z
-global text width, d unit width. Everything is float32: call it outside autocast.
+global text width, d unit width. Everything is float32, or all of it float64: call it outside autocast.
 """
 
 import warnings

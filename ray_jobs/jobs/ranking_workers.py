@@ -72,7 +72,8 @@ class RayWorkers:
         shares = {name: (files, num_slices, self._options, n) for name, n in numbers.items()}
         found = merged_statistics(list(self._run(_statistics, shares).values()))
         row_MB = best_rows(found)
-        cross = self._run(_cross_scores, {name: (files, num_slices, row_MB, n) for name, n in numbers.items()})
+        crossed = {name: (files, num_slices, self._options, row_MB, n) for name, n in numbers.items()}
+        cross = self._run(_cross_scores, crossed)
         return survey_of(found, list(cross.values()))
 
     def rank(self, files: RankingFiles, added: Table = NO_COLUMNS) -> Ranking:
@@ -83,11 +84,12 @@ class RayWorkers:
             JobFailed: a slice fails, or is lost again and again.
         """
         num_slices, numbers = self._num_workers, self._slices
-        golds = self._run(_gold_scores, {name: (files, num_slices, added, n) for name, n in numbers.items()})
+        shares = {name: (files, num_slices, added, self._options, n) for name, n in numbers.items()}
+        golds = self._run(_gold_scores, shares)
         gold_score_M = merge_gold_scores(list(golds.values()))
         check_golds(gold_score_M, files.gold_row_M, range(sum(map(len, files.slices.values()))))
-        shares = {name: (files, num_slices, added, gold_score_M, self._options, n) for name, n in numbers.items()}
-        ranked: dict[str, tuple[Ranking, list[str]]] = self._run(_rank_slice, shares)
+        slices = {name: (files, num_slices, added, gold_score_M, self._options, n) for name, n in numbers.items()}
+        ranked: dict[str, tuple[Ranking, list[str]]] = self._run(_rank_slice, slices)
         for line in dict.fromkeys(line for _, notices in ranked.values() for line in notices):
             self._display.say(line)
         return merge_rankings([ranking for ranking, _ in ranked.values()], self._options.top_k)
@@ -118,15 +120,19 @@ def _statistics(
     return slice_statistics(model, model.index.slice(number, num_slices), device)
 
 
-def _cross_scores(files: RankingFiles, num_slices: int, row_MB: Tensor, number: int, name: str, events: Any) -> Tensor:
+def _cross_scores(
+    files: RankingFiles, num_slices: int, options: RankOptions, row_MB: Tensor, number: int, name: str, events: Any
+) -> Tensor:
     device, _ = _started(name, events)
-    model = files.open()
+    model = files.open().ready(device, options, lambda line: None)
     return cross_scores(model, model.index.slice(number, num_slices), row_MB, device)
 
 
-def _gold_scores(files: RankingFiles, num_slices: int, added: Table, number: int, name: str, events: Any) -> Tensor:
+def _gold_scores(
+    files: RankingFiles, num_slices: int, added: Table, options: RankOptions, number: int, name: str, events: Any
+) -> Tensor:
     device, _ = _started(name, events)
-    model = _opened(files, added)
+    model = _opened(files, added).ready(device, options, lambda line: None)
     return model.gold_scores(model.index.slice(number, num_slices), device)
 
 

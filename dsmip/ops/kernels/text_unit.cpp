@@ -1,5 +1,5 @@
-// Token-level scores of the text unit on a CPU, in float or double (see cpu.py for the interface, ../text_unit.py for the
-// twin).
+// Token-level scores of the text unit on a CPU, in float or double (see cpu.py for the interface, ../text_unit.py for
+// the twin).
 //
 // For mention m with T keys and centred values and entity e with S queries:
 //   p_t   = mean over s of softmax over t of (query_s . key_t)
@@ -15,6 +15,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
@@ -37,7 +39,8 @@ constexpr std::int64_t kEntityBytes = 1 << 17;  // queries that stay in a core's
 constexpr std::int64_t kMentions = 32;          // of one task
 
 // What 2^x is made of: the number's bits, and a polynomial for 2^f, |f| <= 1/2, highest power first. `kMagic`: the last
-// bits of a sum with it are the exponent's.
+// bits of a sum with it are the exponent's. What is below `kLeast` counts as that, which beside a sum of at least 1 is
+// nothing; lower ones would make subnormal numbers of it, which are slow.
 template <class Real>
 struct Power;
 
@@ -45,16 +48,16 @@ template <>
 struct Power<float> {  // relative error 2.4e-7
   typedef std::int32_t Bits;
   static constexpr int kFraction = 23;
-  static constexpr float kLeast = -126.0f, kMagic = 12582912.0f + 127.0f;
+  static constexpr float kLeast = -96.0f, kMagic = 12582912.0f + 127.0f;
   static constexpr float kPolynomial[] = {1.3276472e-3f, 9.6755419e-3f, 5.5507131e-2f,
                                           2.4022120e-1f, 6.9314694e-1f, 1.0000001f};
 };
 
 template <>
-struct Power<double> {  // relative error 1e-16: the series of 2^f, whose next term is below 1e-17
+struct Power<double> {  // relative error about 2e-16: the series of 2^f, whose next term is below 1e-17
   typedef std::int64_t Bits;
   static constexpr int kFraction = 52;
-  static constexpr double kLeast = -1022.0, kMagic = 6755399441055744.0 + 1023.0;
+  static constexpr double kLeast = -960.0, kMagic = 6755399441055744.0 + 1023.0;
   static constexpr double kPolynomial[] = {
       1.3691488853904128e-12, 2.5678435993488202e-11, 4.4455382718708114e-10, 7.054911620801123e-9,
       1.0178086009239699e-7,  1.3215486790144307e-6,  1.5252733804059841e-5,  1.5403530393381609e-4,
@@ -88,7 +91,7 @@ struct TextUnit {
     return x[0];
   }
 
-  // 2^x for x <= 0 (that of the least exponent below it; NaN stays NaN): 2^n 2^f.
+  // 2^x for x <= 0 as 2^n 2^f; NaN stays NaN.
   static Vec power_of_2(Vec x) {
     const Vec low = all(Power<Real>::kLeast), magic = all(Power<Real>::kMagic);
     x = x < low ? low : x;
@@ -238,6 +241,7 @@ struct TextUnit {
     std::vector<Scratch> scratch(count);
     for (Scratch& each : scratch) make_scratch(each);
     std::vector<std::thread> threads;
+    threads.reserve(count);
     for (std::int64_t i = 1; i < count; ++i) {
       try {
         threads.emplace_back(take, std::ref(scratch[i]));

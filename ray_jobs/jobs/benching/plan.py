@@ -11,6 +11,8 @@ from data_prep.demo.release import DemoConfig
 from dsmip.config import ExperimentConfig, validated
 from dsmip.data.dataset import Dataset
 from dsmip.errors import UserError
+from dsmip.evaluation.stored.layout import METRICS_FILE, evaluation_name
+from dsmip.evaluation.stored.protocol import EvaluationProtocol
 from dsmip.runs.load_config import load_config, to_yaml
 from dsmip.runs.loaded_model import CONFIG
 from dsmip.runs.run import data_of_run, first_difference
@@ -77,15 +79,17 @@ def make_plan(name: str, suite: Suite, places: Places, only: Sequence[str], *, a
     members = suite_members(suite, source, places.out)
     rows = suite_rows(suite, members)
     chosen = _chosen(suite, members, only)
-    _check_worlds(suite, source)
+    _check_worlds(suite, source, places)
     steps = suite_steps(suite, members, places)
     datasets = _datasets(suite, members, places)
     warnings = check_protocols(members, datasets)
     if warnings and not across:
         raise UserError(f"{source}: {warnings[0]}; take --across if that is what you compare")
     for member in members:
-        _check_run(member, places, datasets)
+        _check_run(member, suite, places, datasets)
     _check_backbones(suite, members, places, datasets)
+    if not across:
+        _check_evaluations(members, places)
     own = [step for member in chosen for step in steps_of(steps, member)]
     return Plan(name, suite, places, members, rows, steps, wanted(steps, own), warnings)
 
@@ -112,10 +116,15 @@ def _chosen(suite: Suite, members: Sequence[Member], only: Sequence[str]) -> lis
     return [member for member in members if member.column.data in data and member.system in systems]
 
 
-def _check_worlds(suite: Suite, source: str) -> None:
+def _check_worlds(suite: Suite, source: str, places: Places) -> None:
+    """Checks what is to be drawn, and that what was drawn before is that."""
     for data, about in suite.data.items():
-        if about.drawn is not None:
-            validated(DemoConfig, about.drawn, source, f"data.{data}.drawn.")
+        if about.drawn is None:
+            continue
+        validated(DemoConfig, about.drawn, source, f"data.{data}.drawn.")
+        world = places.world(data)
+        if world.is_file() and world.read_text(encoding="utf-8") != yaml.safe_dump(about.drawn):
+            raise UserError(f"--out {places.out} holds {data} drawn by other settings ({world}); use another --out")
 
 
 def _datasets(suite: Suite, members: Sequence[Member], places: Places) -> dict[str, Dataset]:
@@ -137,7 +146,7 @@ def _datasets(suite: Suite, members: Sequence[Member], places: Places) -> dict[s
     return found
 
 
-def _check_run(member: Member, places: Places, datasets: Mapping[str, Dataset]) -> None:
+def _check_run(member: Member, suite: Suite, places: Places, datasets: Mapping[str, Dataset]) -> None:
     """Checks that a run that is there is the member's."""
     run = places.run(member)
     if not (run / STAMP).is_file() or not (run / CONFIG).is_file():
@@ -145,9 +154,10 @@ def _check_run(member: Member, places: Places, datasets: Mapping[str, Dataset]) 
     stored = load_config(str(run / CONFIG))
     if difference := first_difference(_decisive(stored), _decisive(member.config)):
         raise UserError(f"{run} was made with other settings ({difference}); use another --out, or delete that folder")
-    if member.column.share < 1 or member.folder not in datasets:
+    used = places.data(suite, member)
+    if member.folder not in datasets or not (used / MANIFEST_FILE).is_file():
         return
-    dataset = datasets[member.folder]
+    dataset = datasets[member.folder] if member.column.share == 1 else Dataset.open(used)
     if data_of_run(open_run_storage(str(run))).sha256 != dataset.manifest_hash:
         raise UserError(
             f"{run} was made on other data than {dataset.location} holds now; use another --out, or delete that folder"
@@ -177,4 +187,32 @@ def _check_backbones(suite: Suite, members: Sequence[Member], places: Places, da
             continue
         made = read_json(report, lambda it: str(it["sha256"]), f"; delete {weights} to make it anew")
         if made != weights_stamp(config, datasets[data].manifest_hash)["sha256"]:
-            raise UserError(f"{weights} was made from other settings or data; use another --out, or delete that file")
+            raise UserError(
+                f"{weights} was made from other settings or data; use another --out, or delete that file and the runs "
+                f"that began with it, {places.out / 'runs' / data}"
+            )
+
+
+def _check_evaluations(members: Sequence[Member], places: Places) -> None:
+    """Checks that evaluations that are there, of one table, were made alike."""
+    first: dict[str, tuple[Path, EvaluationProtocol]] = {}
+    for member in members:
+        for model in member.models:
+            path = places.run(member) / evaluation_name(SPLIT, model) / METRICS_FILE
+            if not path.is_file():
+                continue
+            protocol = read_json(path, _protocol, "; delete it to evaluate anew")
+            if protocol is None:
+                continue
+            other, its = first.setdefault(member.column.data, (path, protocol))
+            if differences := its.differences(protocol):
+                raise UserError(
+                    f"{other} and {path} were not evaluated alike: {'; '.join(differences)}; delete the one that "
+                    "is not to be compared, or take --across"
+                )
+
+
+def _protocol(metrics: Mapping[str, Any]) -> EvaluationProtocol | None:
+    """None of an older version's evaluation."""
+    made = metrics.get("protocol")
+    return None if made is None else EvaluationProtocol.model_validate(made)

@@ -22,10 +22,9 @@ from dsmip.evaluation.ranks import Ranking
 from dsmip.ops import kernels
 from dsmip.ops.kernels import cuda
 from dsmip.ops.kernels.rows import TokenRows
-from dsmip.units.matcher import Scores
 from dsmip.units.text_unit import HalfOverflow, TextUnit, use_backend, use_precision
 from tests.support.paths import ROOT
-from tests.support.scoring.matchers import TableMatcher, ranks_by_sorting
+from tests.support.scoring.matchers import TextMatcher, ranks_by_sorting
 from tests.support.scoring.text_unit_pairs import CPU, INTERPRETED, Way, pairs
 
 TRITON = Way("triton")
@@ -134,17 +133,6 @@ def test_pytorch_scores_what_the_kernel_does_not_take() -> None:
         exact = unit.double().score(mentions.cast(torch.float64), entities.cast(torch.float64))
     assert exact.dtype == torch.float64
     torch.testing.assert_close(exact.float(), plain[0], atol=1e-5, rtol=1e-5)
-
-
-class TextMatcher(TableMatcher):
-    """A text unit alone."""
-
-    def __init__(self, unit: TextUnit) -> None:
-        super().__init__(torch.zeros(0))
-        self.unit = unit
-
-    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
-        return Scores(self.unit.score(mentions, entities))
 
 
 @on_device

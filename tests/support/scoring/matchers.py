@@ -6,6 +6,7 @@ from torch import Tensor
 from dsmip.data.collate import ItemBatch
 from dsmip.data.table import Table
 from dsmip.units.matcher import Matcher, Scores
+from dsmip.units.text_unit import TextUnit
 
 CPU = torch.device("cpu")
 
@@ -69,3 +70,14 @@ class NoisyMatcher(TableMatcher):
 def weighted(count: int) -> Table:
     """Numbered rows with a column whose precision tells what is asked for."""
     return numbered(count).merged(Table({"weight": torch.ones(count)}))
+
+
+class TextMatcher(TableMatcher):
+    """A text unit alone."""
+
+    def __init__(self, unit: TextUnit) -> None:
+        super().__init__(torch.zeros(0))
+        self.unit = unit
+
+    def score(self, mentions: Table, entities: Table, *, noise: Tensor | None = None) -> Scores:
+        return Scores(self.unit.score(mentions, entities))

@@ -86,7 +86,9 @@ class Pairs:
 
     def assert_equal(self, way: Way, wanted_ME: Tensor | None = None, atol: float | None = None) -> None:
         found_ME, expected_ME = self.scores(way, wanted_ME), self.twin(wanted_ME)
-        torch.testing.assert_close(found_ME, expected_ME, atol=atol or way.atol, rtol=0, equal_nan=True)
+        torch.testing.assert_close(
+            found_ME, expected_ME, atol=way.atol if atol is None else atol, rtol=0, equal_nan=True
+        )
 
 
 def own_rows(column: Ragged) -> list[Tensor]:
