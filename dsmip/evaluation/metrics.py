@@ -14,6 +14,7 @@ from dsmip.ops import ranking as ops
 from dsmip.ops.significance import percentile_interval, randomisation_p_values, resamples
 
 HITS_AT = (1, 3, 5, 10, 20)
+ADJUSTED = ("mean_rank_index", "mrr")  # for chance
 LEVEL = 0.95  # of all intervals
 NUM_RESAMPLES = 2_000
 NUM_FLIPS = 10_000
@@ -105,10 +106,8 @@ def adjusted(metrics: Mapping[str, float], num_entities: int) -> dict[str, float
     if num_entities < 2:
         return {}
     mean_rank, mrr = (torch.tensor(metrics[name], dtype=torch.float64) for name in ("mean_rank", "mrr"))
-    return {
-        "mean_rank_index": float(ops.adjusted_mean_rank_index(mean_rank, num_entities)),
-        "mrr": float(ops.adjusted_mean_reciprocal_rank(mrr, num_entities)),
-    }
+    found = ops.adjusted_mean_rank_index(mean_rank, num_entities), ops.adjusted_mean_reciprocal_rank(mrr, num_entities)
+    return dict(zip(ADJUSTED, map(float, found), strict=True))
 
 
 def confidence(

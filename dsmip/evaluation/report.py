@@ -123,9 +123,11 @@ def evaluate_model(
         **_metrics(ranking, groups, without_image_M, model),
         "index_bytes_per_entity": model.index.num_bytes / len(model.index),
     }
-    protocol = EvaluationProtocol.of(evaluation.run, evaluation.split, evaluation.mentions, evaluation.entity_ids)
+    fixed = model.matcher.fixed_batches()
+    ranked = evaluation.split, evaluation.mentions, evaluation.entity_ids
+    protocol = EvaluationProtocol.of(evaluation.run, *ranked, fixed)
     metrics["protocol"] = protocol.model_dump(mode="json")
-    if fixed := model.matcher.fixed_batches():
+    if fixed:
         metrics["fixed_batches"] = {"mentions": fixed.mentions, "entities": fixed.entities}
     if passes := len(model.matcher.surveyed()):
         metrics["first_pass_pairs"] = passes * len(evaluation.mentions) * len(model.index)

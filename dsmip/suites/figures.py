@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmip.errors import UserError
-from dsmip.evaluation.metrics import METRICS, measure
+from dsmip.evaluation.metrics import ADJUSTED, METRICS, adjusted, measure
 from dsmip.evaluation.stored.comparison import Evaluation, protocol_differences, read_evaluation
 from dsmip.ops import ranking as ops
 from dsmip.storage.atomic import atomic_path
@@ -184,6 +184,7 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 def result_line(suite: str, result: Result) -> dict[str, Any]:
     """A run's figures of one model as a line of results.parquet."""
     protocol = result.evaluation.protocol
+    chance = {} if protocol is None else adjusted(result.metrics, protocol.entities)
     return {
         "suite": suite,
         "row": result.row.name,
@@ -195,6 +196,7 @@ def result_line(suite: str, result: Result) -> dict[str, Any]:
         "seed": result.seed,
         "mentions": len(result.evaluation.records),
         **result.metrics,
+        **{f"adjusted_{name}": chance.get(name) for name in ADJUSTED},
         "run": str(result.evaluation.run),
         "protocol": None if protocol is None else protocol.model_dump_json(),
     }

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dsmip.data.manifest import SPLITS
 from dsmip.errors import UserError
-from dsmip.evaluation.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES
+from dsmip.evaluation.metrics import LEVEL, NUM_FLIPS, NUM_RESAMPLES, adjusted
 from dsmip.evaluation.stored.comparison import Comparison, Evaluation, compare, read_evaluation, unlike
 from dsmip.storage.atomic import write_masked_json
 from dsmip.storage.locations import Location
@@ -90,6 +90,8 @@ def _show(
     console.print(f"{found.num_mentions} mentions of {split}")
     for number, side in enumerate((firsts, seconds), start=1):
         console.print(f"  {number}: {', '.join(map(str, side))}", soft_wrap=True)
+    for line in _adjusted(firsts, seconds, found):
+        console.print(line, soft_wrap=True)
     for difference in not_alike:
         console.print(f"  not evaluated alike: {difference}", soft_wrap=True)
     metrics = Table("", "1", "2", "2 - 1", f"{LEVEL:.0%} interval", "p")
@@ -126,6 +128,17 @@ def _of_seeds(*sides: Sequence[Evaluation]) -> Iterator[str]:
         seeds = [each.protocol.seed for each in side if each.protocol]
         if len(set(seeds)) < len(seeds):
             yield f"side {number} has several runs of one seed: their spread is not that of seeds"
+
+
+def _adjusted(firsts: Sequence[Evaluation], seconds: Sequence[Evaluation], found: Comparison) -> Iterator[str]:
+    """Each side's figures adjusted for chance, where knowledge bases of different sizes are compared."""
+    sizes = [{each.protocol.entities for each in side if each.protocol} for side in (firsts, seconds)]
+    if sizes[0] == sizes[1] or any(len(each) != 1 for each in sizes):
+        return
+    for number, (size,) in enumerate(sizes, start=1):
+        of_side = {name: (each.first, each.second)[number - 1] for name, each in found.metrics.items()}
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in adjusted(of_side, size).items())
+        yield f"  {number}, adjusted for chance among {size} entities: {figures}"
 
 
 def _figure(value: float, deviation: float | None) -> str:

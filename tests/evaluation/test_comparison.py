@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dsmip.config import ExperimentConfig
-from dsmip.evaluation.metrics import summarise
+from dsmip.evaluation.metrics import adjusted, summarise
 from dsmip.evaluation.stored.layout import KB_HASH, PROTOCOL, evaluation_name
 from dsmip.evaluation.stored.protocol import EvaluationProtocol, ids_hash
 from dsmip.ops.ranking import Counts
@@ -35,14 +35,15 @@ def evaluation(
     """A run folder with one evaluation.
 
     Args:
-        changes: Columns of ranks.parquet, or `kb`, the entity ids; `texts`, those of a stored protocol.
+        changes: Columns of ranks.parquet, or `kb`, the entity ids; `texts`, those of a stored protocol; `protocol`,
+            what else it says.
     """
     run.mkdir(exist_ok=True)
     (run / "run.json").write_text('{"seed": 3, "made": {"dsmip": "0"}}')
     (run / "config.yaml").write_text(to_yaml(config))
     columns = {"mention_id": IDS, "gold": GOLDS, "better": better, "tied": [0] * len(better), "kind": KINDS}
     columns |= {name: ["x"] * len(better) for name in ("gold_seen", "picture", "ambiguity")}
-    entity_ids, texts = changes.pop("kb", KB), changes.pop("texts", None)
+    entity_ids, texts, more = changes.pop("kb", KB), changes.pop("texts", None), changes.pop("protocol", {})
     about = {KB_HASH: ids_hash(entity_ids).encode()}
     if texts is not None:
         protocol = EvaluationProtocol(
@@ -54,6 +55,7 @@ def evaluation(
             mentions_sha256="",
             seed=5,
             versions={},
+            **more,
         )
         about[PROTOCOL] = protocol.model_dump_json().encode()
     table = pa.table({name: changes.get(name, column) for name, column in columns.items()})
@@ -257,6 +259,45 @@ def test_evaluations_that_were_not_made_alike_are_refused(
     assert "not evaluated alike" not in compare(first, older)
     for sides in ((older, f"{first},{second}"), (f"{older},{first}", second), (first, f"{older},{second}")):
         assert differences in refused(*sides)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ({"texts_sha256": "a"}, {"texts_sha256": "b"}, "texts_sha256 (a and b)"),
+        ({}, {"fixed_batches": "20 mentions, 6000 entities"}, "fixed_batches (nothing and 20 mentions, 600)"),
+        ({"texts_sha256": "a"}, {}, None),
+    ],
+)
+def test_texts_and_batches_are_part_of_how_ranks_were_made(
+    refused: Command,
+    compare: Command,
+    small_config: ExperimentConfig,
+    tmp_path: Path,
+    one: dict[str, Any],
+    other: dict[str, Any],
+    said: str | None,
+) -> None:
+    first = evaluation(tmp_path / "first", small_config, FIRST, texts=ATTRIBUTES, protocol=one)
+    second = evaluation(tmp_path / "second", small_config, SECOND, texts=ATTRIBUTES, protocol=other)
+    if said is None:  # an older version did not look at texts
+        assert "not evaluated alike" not in compare(first, second)
+    else:
+        assert said in refused(first, second)
+
+
+def test_knowledge_bases_of_two_sizes_are_compared_by_what_is_adjusted_for_chance(
+    compare: Command, small_config: ExperimentConfig, tmp_path: Path
+) -> None:
+    first = evaluation(tmp_path / "first", small_config, FIRST, texts=ATTRIBUTES)
+    second = evaluation(tmp_path / "second", small_config, SECOND, texts=ATTRIBUTES, kb=[*KB, "Q8", "Q9"])
+    said = compare(first, second, "--across", "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["metrics"]
+    for number, (side, size) in enumerate((("first", len(KB)), ("second", len(KB) + 2)), start=1):
+        expected = adjusted({name: found[name][side] for name in ("mrr", "mean_rank")}, size)
+        figures = f"mean_rank_index {expected['mean_rank_index']:.3f}, mrr {expected['mrr']:.3f}"
+        assert f"{number}, adjusted for chance among {size} entities: {figures}" in said
+    assert "adjusted" not in compare(first, evaluation(tmp_path / "third", small_config, SECOND, texts=ATTRIBUTES))
 
 
 def test_runs_of_several_seeds(

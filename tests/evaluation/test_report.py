@@ -85,6 +85,11 @@ def test_an_evaluation_says_how_it_was_made(run: Run, whole: Evaluated) -> None:
     assert protocol["entities_sha256"] == hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
     golds = sorted(f"{mention.mention_id}\t{mention.entity_id}" for mention in mentions)
     assert protocol["mentions_sha256"] == hashlib.sha256("\n".join(golds).encode()).hexdigest()
+    texts = [[each.entity_id, each.name, each.attributes] for each in run.dataset.entities()]
+    texts += [[each.mention_id, each.word, each.sentence] for each in mentions]
+    lines = sorted(json.dumps(each, ensure_ascii=False) for each in texts)
+    assert protocol["texts_sha256"] == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert protocol["fixed_batches"] is None
     assert (protocol["ranked"], protocol["ties"]) == ("all entities", "realistic")
     assert (protocol["texts"], protocol["seed"]) == (run.dataset.manifest.choices, run.config.seed)
     assert torch.__version__.startswith(protocol["versions"]["torch"])

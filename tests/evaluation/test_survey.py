@@ -45,7 +45,7 @@ SCALES = torch.tensor([1.7, 0.4, 1.1])
 
 
 @torch.no_grad()
-def fused(config: ExperimentConfig, scoring: ScoringName, *, gated: bool = True, items: bool = False) -> FusedMatcher:
+def fused(config: ExperimentConfig, scoring: ScoringName, *, gated: bool = True) -> FusedMatcher:
     def build() -> FusedMatcher:
         experts = {name: Dsmip.build_part(name, config, with_encoder=False) for name in EXPERTS}
         gate = FusionGate(0, 3, 8, 0.1, sees_confidence=True, sees_items=False) if gated else None

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dsmip.errors import UserError
+from dsmip.evaluation.metrics import adjusted
 from dsmip.evaluation.stored.protocol import EvaluationProtocol
 from dsmip.suites.figures import MentionKey, Result, compared, result_line, write_lines
 from dsmip.suites.report import StepFailure, SuiteReport, protocol_tables, share_charts, write_report
@@ -147,4 +148,7 @@ def test_every_run_has_a_line_in_results_parquet(results: list[Result], tmp_path
         (each.row.name, each.column.share, each.seed) for each in results
     ]
     assert lines[0]["hits@1"] == results[0].metrics["hits@1"]
+    protocol = results[0].evaluation.protocol
+    assert protocol is not None
+    assert lines[0]["adjusted_mrr"] == adjusted(results[0].metrics, protocol.entities)["mrr"]
     assert EvaluationProtocol.read(lines[0]["protocol"].encode()) == results[0].evaluation.protocol

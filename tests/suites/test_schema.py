@@ -34,7 +34,7 @@ def members(of: Suite, out: Path = Path("out")) -> list[Member]:
     return suite_members(of, "suite own", out)
 
 
-@pytest.mark.parametrize("name", ["demo", "table2"])
+@pytest.mark.parametrize("name", ["demo", "low_resource", "table1", "table2"])
 def test_shipped_suites_have_members_rows_and_steps(name: str) -> None:
     found = load_suite(name)
     assert isinstance(found, Suite)

@@ -1,6 +1,7 @@
 """The protocol of an evaluation: all that two figures must share before one may be called better than the other."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, Self
@@ -8,16 +9,26 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError
 
 from dsmip.config import Frozen
+from dsmip.data.dataset import Dataset
 from dsmip.data.records import Mention
 from dsmip.runs.provenance import environment
 from dsmip.runs.run import Run
+from dsmip.units.matcher import FixedBatches
 
 _FOR_THE_RECORD = {"seed", "versions"}
+_LATER = "texts_sha256"  # which evaluations of older versions have not
 
 
 def ids_hash(ids: Sequence[str]) -> str:
     """SHA-256 of ids in any order."""
     return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
+
+
+def _texts_hash(dataset: Dataset, mentions: Sequence[Mention]) -> str:
+    entities = dataset.entity_texts().select(["entity_id", "name", "attributes"]).to_pylist()
+    texts = [list(each.values()) for each in entities]
+    texts += [[each.mention_id, each.word, each.sentence] for each in mentions]
+    return ids_hash([json.dumps(each, ensure_ascii=False) for each in texts])
 
 
 class EvaluationProtocol(Frozen):
@@ -30,8 +41,11 @@ class EvaluationProtocol(Frozen):
         split: The split's name.
         mentions: How many of it are ranked.
         mentions_sha256: Of their ids and golds, in any order.
+        texts_sha256: Of the entities' names and attributes and the mentions' words and sentences, in any order; None:
+            an older version did not look.
         ranked: Every rank is over all entities; figures among candidates are a section of their own.
         ties: A gold stands in the middle of the entities that score as it does.
+        fixed_batches: How many mentions and entities were prepared at a time, where scores depend on it.
         seed: Of the run; figures of several seeds are comparable.
         versions: Of what computed the figures; comparable, too.
     """
@@ -42,17 +56,28 @@ class EvaluationProtocol(Frozen):
     split: str
     mentions: int = Field(ge=1)
     mentions_sha256: str
+    texts_sha256: str | None = None
     ranked: Literal["all entities"] = "all entities"
     ties: Literal["realistic"] = "realistic"
+    fixed_batches: str | None = None
     seed: int
     versions: dict[str, str | None]
 
     @classmethod
-    def of(cls, run: Run, split: str, mentions: Sequence[Mention], entity_ids: Sequence[str]) -> Self:
+    def of(
+        cls,
+        run: Run,
+        split: str,
+        mentions: Sequence[Mention],
+        entity_ids: Sequence[str],
+        fixed: FixedBatches | None = None,
+    ) -> Self:
         """That of a run's evaluation, in this process."""
         return cls(
             entities=len(entity_ids),
             entities_sha256=ids_hash(entity_ids),
+            texts_sha256=_texts_hash(run.dataset, mentions),
+            fixed_batches=fixed and f"{fixed.mentions} mentions, {fixed.entities} entities",
             texts=run.dataset.manifest.choices,
             split=split,
             mentions=len(mentions),
@@ -76,7 +101,7 @@ class EvaluationProtocol(Frozen):
         return [
             f"{name} ({_shown(own.get(name))} and {_shown(others.get(name))})"
             for name in names
-            if own.get(name) != others.get(name)
+            if own.get(name) != others.get(name) and not (name == _LATER and None in (own[name], others[name]))
         ]
 
     def _compared(self) -> dict[str, Any]:

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.dataset import Dataset
+from dsmip.evaluation.stored.protocol import EvaluationProtocol
 from dsmip.runs.load_config import changed, to_yaml
 from dsmip.runs.run import Run
 from dsmip.suites.members import suite_members
@@ -73,7 +75,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         assert run(monkeypatch, *arguments, "--out", tmp_path / "out") == 2
         said = capsys.readouterr()
         assert (said.out, said.err.count("\n")) == ("", 1)
-        assert not (tmp_path / "out" / "configs").exists()
+        assert not list(tmp_path.glob("out/configs/*/*/*.yaml"))  # of members
         return said.err
 
     return bench
@@ -133,6 +135,52 @@ def test_a_run_of_other_settings_is_not_taken_for_a_member(
     Run.create(out / "runs" / "small" / "dsmip" / "seed-0", other, Dataset.open(root / "small"))
     said = refused(path, "--data-root", root)
     assert "was made with other settings (train.epochs was 3, is now 2); use another --out" in said
+
+
+def test_what_was_drawn_by_other_settings_is_no_data_of_the_suite(
+    refused: Refused, suite: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, path = tmp_path / "out", suite(data={"small": {"drawn": {"seed": 1, "num_entities": 100}}})
+    world = out / "configs" / "small" / "world.yaml"
+    world.parent.mkdir(parents=True)
+    world.write_text(yaml.safe_dump({"seed": 1, "num_entities": 90}))
+    (out / "bench.json").write_text(json.dumps({"suite": str(path), "title": ""}))
+    assert f"--out {out} holds small drawn by other settings ({world}); use another --out" in refused(path)
+
+
+def test_evaluations_that_were_not_made_alike_are_told_before_anything_runs(
+    refused: Refused, suite: Callable[..., Path], root: Path, tmp_path: Path
+) -> None:
+    out, path = tmp_path / "out", suite()
+    protocol = EvaluationProtocol(
+        entities=3, entities_sha256="", texts={}, split="test", mentions=2, mentions_sha256="", seed=0, versions={}
+    )
+    for seed, model, made in ((0, "dsmip", protocol), (1, "text", protocol.model_copy(update={"entities": 4}))):
+        written = out / "runs" / "small" / "dsmip" / f"seed-{seed}" / "evaluate" / "test" / model / "metrics.json"
+        written.parent.mkdir(parents=True)
+        written.write_text(json.dumps({"protocol": made.model_dump(mode="json")}))
+    (out / "bench.json").write_text(json.dumps({"suite": str(path), "title": ""}))
+    said = refused(path, "--data-root", root)
+    assert "were not evaluated alike: entities (3 and 4); delete the one that is not to be compared" in said
+    written.write_text("{")
+    assert f"{written} is damaged" in refused(path, "--data-root", root)
+
+
+def test_a_run_of_another_share_is_not_taken_for_a_member(
+    refused: Refused, suite: Callable[..., Path], root: Path, tmp_path: Path, small_config: ExperimentConfig
+) -> None:
+    out, path = tmp_path / "out", suite(shares=[0.5])
+    of_suite = load_suite(str(path))
+    assert isinstance(of_suite, Suite)
+    member, places = suite_members(of_suite, "", out)[0], Places(root, out)
+    made = CliRunner().invoke(
+        cli.app, ["prepare", str(root / "small"), str(places.data(of_suite, member)), "--train-fraction", "0.5"]
+    )
+    assert made.exit_code == 0, made.output
+    (out / "bench.json").write_text(json.dumps({"suite": str(path), "title": ""}))
+    Run.create(places.run(member), member.config, Dataset.open(root / "small"))
+    said = refused(path, "--data-root", root)
+    assert f"was made on other data than {places.data(of_suite, member)} holds now" in said
 
 
 def test_parameters_are_counted_without_data(
