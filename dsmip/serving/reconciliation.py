@@ -5,6 +5,7 @@ what each expert or unit of the system says as `features`. Source: https://www.w
 """
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Query, Request
@@ -204,7 +205,7 @@ def of_conditions(query: Mapping[str, Any], number: int) -> dict[str, Any]:
 def results(links: Links) -> list[dict[str, Any]]:
     """Entities for one query; `match` says that the first one may be taken."""
     found = []
-    for number, link in enumerate(links):
+    for number, (link, score) in enumerate(zip(links, falling_scores(links), strict=True)):
         sure = not number and not links.is_nil and (link.confidence or 0) >= SURE  # there is none where not calibrated
         features = [{"id": "score", "value": link.score}]
         if link.confidence is not None:
@@ -216,12 +217,27 @@ def results(links: Links) -> list[dict[str, Any]]:
                 "name": link.name,
                 "description": link.attributes,
                 "type": [TYPE],
-                "score": round(100 * link.confidence, 2) if link.confidence is not None else link.score,
+                "score": score,
                 "match": sure,
                 "features": features,
             }
         )
     return found
+
+
+def falling_scores(links: Links) -> list[float]:
+    """Scores on one scale, in the order of the links: clients sort by them and may take the first one alone.
+
+    Of a calibrated model 100 * confidence, and of the others that over their rank. Only the best link has a
+    probability: those of the others say which comes first and no more. They do not go by the model's own scores, which
+    two experts, or a re-ranker and its first stage, give on scales of their own.
+
+    Of other models their own scores; one that is above that before it (the first stage's) becomes as low as that.
+    """
+    confidence = links[0].confidence if links else None
+    if confidence is None:
+        return list(accumulate((link.score for link in links), min))
+    return [100 * confidence / rank for rank in range(1, len(links) + 1)]
 
 
 def extended(served: Served, asked: Mapping[str, Any]) -> dict[str, Any]:
