@@ -4,6 +4,7 @@ A query's text is the mention's word; its sentence and picture are the propertie
 what each expert or unit of the system says as `features`. Source: https://www.w3.org/community/reports/reconciliation/.
 """
 
+import json
 from collections.abc import Mapping
 from itertools import accumulate
 from typing import Annotated, Any
@@ -168,9 +169,13 @@ def mention_of(query: Mapping[str, Any], before: str, fetcher: Fetcher) -> dict[
         raise Unusable(f"{before}properties", "is a list of {pid, v}")
     for each in properties:
         pid, value = (each.get("pid"), each.get("v")) if isinstance(each, dict) else (None, None)
-        value = value[0] if isinstance(value, list) and value else value
-        if pid not in ("sentence", "image") or value is None or value == "":
+        if pid not in ("sentence", "image"):
             continue  # a client may send columns that mean nothing here
+        value = value_of_cell(value)
+        if pid == "sentence" and isinstance(value, bool | int | float):
+            value = json.dumps(value)  # as the client writes it
+        if value is None or value == "":
+            continue
         if not isinstance(value, str):
             raise Unusable(f"{before}{pid}", "is a text")
         given[pid] = fetcher.decoded(value, f"{before}image") if pid == "image" else value
@@ -178,6 +183,15 @@ def mention_of(query: Mapping[str, Any], before: str, fetcher: Fetcher) -> dict[
         if len(given[name]) > fetcher.limits.text_length:
             raise Unusable(f"{before}{name}", f"a text may have {fetcher.limits.text_length} characters")
     return given
+
+
+def value_of_cell(value: Any) -> Any:
+    """What a property's value says: of a list the first value that is not empty, of a reconciled cell its name."""
+    for each in value if isinstance(value, list) else [value]:
+        said = each.get("name", each) if isinstance(each, dict) else each
+        if said is not None and said != "":
+            return said
+    return None
 
 
 def limit_of(query: Mapping[str, Any], before: str, limits: Limits) -> int:

@@ -114,6 +114,50 @@ def test_scores_that_are_not_calibrated_are_the_models_but_never_rise(
     assert [each["features"][0]["value"] for each in found] == scores
 
 
+BLUE = "data:image/jpeg;base64," + base64.b64encode(PICTURE).decode()
+
+
+@pytest.mark.parametrize(
+    ("properties", "mention"),
+    [
+        ({"sentence": {"id": "Q2", "name": "a blue thing"}}, {"sentence": "a blue thing"}),
+        ({"sentence": 1995}, {"sentence": "1995"}),
+        ({"sentence": 2.5}, {"sentence": "2.5"}),
+        ({"sentence": True}, {"sentence": "true"}),
+        ({"sentence": ["", None, {"id": "Q2", "name": "a blue thing"}, "another"]}, {"sentence": "a blue thing"}),
+        ({"sentence": []}, {}),
+        ({"sentence": {"id": "Q2", "name": ""}}, {}),
+        ({"sentence": 0, "image": {"id": "Q2", "name": BLUE}}, {"sentence": "0", "image": PICTURE}),
+        ({"image": ["", BLUE]}, {"image": PICTURE}),
+    ],
+)
+def test_cells_that_are_no_texts_are_read(
+    client: TestClient, linker: Linker, properties: dict[str, Any], mention: dict[str, Any]
+) -> None:
+    """Cells of a column that is reconciled come as entities, numbers as numbers, and several values as a list."""
+    expected = [(link.entity_id, pytest.approx(link.score, abs=1e-5)) for link in linker.link("blue", **mention, top=3)]
+    query = {"query": "blue", "limit": 3, "properties": [{"pid": pid, "v": v} for pid, v in properties.items()]}
+    conditions = [{"matchType": "name", "propertyValue": "blue"}]
+    for pid, value in properties.items():
+        conditions.append({"matchType": "property", "propertyId": pid, "propertyValue": value})
+    batch = asked(client, {"q0": query, "q1": query}).json()
+    draft = client.post("/reconcile/match", json={"queries": [{"conditions": conditions, "limit": 3}]}).json()
+    for found in (batch["q0"]["result"], batch["q1"]["result"], draft["results"][0]["candidates"]):
+        assert [(each["id"], each["score"]) for each in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("pid", "value"),
+    [("image", 3), ("image", True), ("image", {"id": "Q2"}), ("sentence", {"id": "Q2"}), ("sentence", [["a"]])],
+)
+def test_cells_without_a_text_are_refused(client: TestClient, pid: str, value: Any) -> None:
+    properties = [{"pid": pid, "v": value}]
+    answer = asked(client, {"q0": {"query": "red", "properties": properties}})
+    assert (answer.status_code, answer.json()["field"]) == (422, f"q0.{pid}")
+    answer = asked(client, {"q0": {"query": "red", "properties": properties}, "q1": {"query": "red"}})
+    assert [len(each["result"]) for each in answer.json().values()] == [0, 5]
+
+
 def test_entities_are_extended_and_previewed(client: TestClient) -> None:
     proposed = client.get("/reconcile/extend/propose", params={"type": "entity"}).json()["properties"]
     assert [each["id"] for each in proposed] == ["name", "attributes"]
