@@ -4,7 +4,9 @@ A query's text is the mention's word; its sentence and picture are the propertie
 what each expert or unit of the system says as `features`. Source: https://www.w3.org/community/reports/reconciliation/.
 """
 
+import json
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Query, Request
@@ -167,9 +169,13 @@ def mention_of(query: Mapping[str, Any], before: str, fetcher: Fetcher) -> dict[
         raise Unusable(f"{before}properties", "is a list of {pid, v}")
     for each in properties:
         pid, value = (each.get("pid"), each.get("v")) if isinstance(each, dict) else (None, None)
-        value = value[0] if isinstance(value, list) and value else value
-        if pid not in ("sentence", "image") or value is None or value == "":
+        if pid not in ("sentence", "image"):
             continue  # a client may send columns that mean nothing here
+        value = value_of_cell(value)
+        if pid == "sentence" and isinstance(value, bool | int | float):
+            value = json.dumps(value)  # as the client writes it
+        if value is None or value == "":
+            continue
         if not isinstance(value, str):
             raise Unusable(f"{before}{pid}", "is a text")
         given[pid] = fetcher.decoded(value, f"{before}image") if pid == "image" else value
@@ -177,6 +183,15 @@ def mention_of(query: Mapping[str, Any], before: str, fetcher: Fetcher) -> dict[
         if len(given[name]) > fetcher.limits.text_length:
             raise Unusable(f"{before}{name}", f"a text may have {fetcher.limits.text_length} characters")
     return given
+
+
+def value_of_cell(value: Any) -> Any:
+    """What a property's value says: of a list the first value that is not empty, of a reconciled cell its name."""
+    for each in value if isinstance(value, list) else [value]:
+        said = each.get("name", each) if isinstance(each, dict) else each
+        if said is not None and said != "":
+            return said
+    return None
 
 
 def limit_of(query: Mapping[str, Any], before: str, limits: Limits) -> int:
@@ -204,7 +219,7 @@ def of_conditions(query: Mapping[str, Any], number: int) -> dict[str, Any]:
 def results(links: Links) -> list[dict[str, Any]]:
     """Entities for one query; `match` says that the first one may be taken."""
     found = []
-    for number, link in enumerate(links):
+    for number, (link, score) in enumerate(zip(links, falling_scores(links), strict=True)):
         sure = not number and not links.is_nil and (link.confidence or 0) >= SURE  # there is none where not calibrated
         features = [{"id": "score", "value": link.score}]
         if link.confidence is not None:
@@ -216,12 +231,27 @@ def results(links: Links) -> list[dict[str, Any]]:
                 "name": link.name,
                 "description": link.attributes,
                 "type": [TYPE],
-                "score": round(100 * link.confidence, 2) if link.confidence is not None else link.score,
+                "score": score,
                 "match": sure,
                 "features": features,
             }
         )
     return found
+
+
+def falling_scores(links: Links) -> list[float]:
+    """Scores on one scale, in the order of the links: clients sort by them and may take the first one alone.
+
+    Of a calibrated model 100 * confidence, and of the others that over their rank. Only the best link has a
+    probability: those of the others say which comes first and no more. They do not go by the model's own scores, which
+    two experts, or a re-ranker and its first stage, give on scales of their own.
+
+    Of other models their own scores; one that is above that before it (the first stage's) becomes as low as that.
+    """
+    confidence = links[0].confidence if links else None
+    if confidence is None:
+        return list(accumulate((link.score for link in links), min))
+    return [100 * confidence / rank for rank in range(1, len(links) + 1)]
 
 
 def extended(served: Served, asked: Mapping[str, Any]) -> dict[str, Any]:

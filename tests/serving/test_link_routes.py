@@ -6,11 +6,9 @@ import json
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
-from dsmip.calibration.calibration import BestScores, Calibration
 from dsmip.linking.linker import Linker
 from dsmip.serving.app import create_app
 from dsmip.serving.served import Source
@@ -193,13 +191,7 @@ def test_answers_repeat_nothing_that_was_sent(client: TestClient) -> None:
         assert secret not in client.post("/link", json=asked).text
 
 
-def test_a_calibrated_linker_says_how_sure_it_is_and_what_is_not_there(linker: Linker) -> None:
-    score_MK = torch.tensor([[9.0, 1.0, 0.0, -1.0], [2.0, 1.9, 1.8, 1.7]]).repeat(20, 1)
-    is_gold_MK = torch.zeros(40, 4, dtype=torch.bool)
-    is_gold_MK[::2, 0] = is_gold_MK[1::2, 1] = True
-    best = BestScores(score_MK, torch.zeros(40, 4, dtype=torch.long))
-    calibration = Calibration.fit("dsmip", "index", linker.model.choices, best, is_gold_MK)
-    calibrated = Linker(linker.model, linker.knowledge_base, linker.search, calibration=calibration)
+def test_a_calibrated_linker_says_how_sure_it_is_and_what_is_not_there(calibrated: Linker) -> None:
     with TestClient(create_app(Source(lambda: calibrated, lambda: ""), name="calibrated")) as client:
         expected = calibrated.link("red", "a red thing")
         (found,) = client.post("/link", json={"word": "red", "sentence": "a red thing"}).json()["mentions"]

@@ -1,10 +1,11 @@
 """The page in a real browser: a mention with a picture, cards, hostile texts, keyboard, narrow screens, no network."""
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import uvicorn
@@ -122,6 +123,86 @@ def test_what_is_refused_is_said(page: Page, tmp_path: Path) -> None:
     page.route("**/link", lambda route: route.abort())
     page.click("#go")
     expect(page.locator("#state.problem")).to_contain_text("does not answer")
+
+
+HAND_IN = """
+([kind, items]) => {
+  const data = new DataTransfer();
+  for (const [type, name, content] of items) {
+    if (name) data.items.add(new File([Uint8Array.from(content)], name, { type }));
+    else data.items.add(content, type);
+  }
+  const options = { bubbles: true, cancelable: true };
+  const event = kind === "drop"
+    ? new DragEvent("drop", { ...options, dataTransfer: data })
+    : new ClipboardEvent("paste", { ...options, clipboardData: data });
+  document.getElementById(kind === "drop" ? "drop" : "sentence").dispatchEvent(event);
+}
+"""
+GREEN = ["image/jpeg", "green.jpg", list(image_bytes((40, 32), "green"))]
+BLUE = ["image/jpeg", "blue.jpg", list(image_bytes((24, 32), "blue"))]
+NOTES = ["text/plain", "<b>notes.txt", [104, 105]]
+TEXT = ["text/plain", "", "a text"]
+
+
+def width_shown(page: Page, kind: str, *items: list[Any]) -> Any:
+    """Of the mention's picture in pixels once something is dropped or pasted; None: there is none."""
+    page.evaluate(HAND_IN, [kind, items])
+    return page.evaluate(
+        "async () => { const shown = document.getElementById('shown'); if (shown.hidden) return null;"
+        " await shown.decode(); return shown.naturalWidth; }"
+    )
+
+
+@pytest.mark.parametrize("kind", ["drop", "paste"])
+def test_pictures_are_dropped_and_pasted_and_nothing_else_takes_their_place(page: Page, kind: str) -> None:
+    state = page.locator("#state")
+    assert width_shown(page, kind, TEXT) is None
+    assert width_shown(page, kind, NOTES) is None
+    expect(page.locator("#state.problem")).to_have_text("“<b>notes.txt” is no picture.")
+    assert width_shown(page, kind, NOTES, GREEN) == 40
+    expect(state).to_have_text("The picture is taken.")
+    assert width_shown(page, kind, TEXT) == 40
+    assert width_shown(page, kind) == 40
+    expect(state).not_to_contain_class("problem")
+    assert width_shown(page, kind, NOTES) == 40
+    expect(page.locator("#state.problem")).to_be_visible()
+    assert width_shown(page, kind, BLUE) == 24
+    page.fill("#word", "blue")
+    with page.expect_request("**/link") as asked:
+        page.click("#go")
+    assert b'filename="blue.jpg"' in (asked.value.post_data_buffer or b"")
+    expect(cards(page)).to_have_count(5)
+    page.focus("#drop")
+    page.keyboard.press("Delete")
+    expect(page.locator("#shown")).to_be_hidden()
+
+
+def test_a_chosen_file_that_is_no_picture_is_refused(page: Page) -> None:
+    page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hi"})
+    expect(page.locator("#state.problem")).to_have_text("“notes.txt” is no picture.")
+    expect(page.locator("#shown")).to_be_hidden()
+
+
+def lightness(page: Page, selector: str, name: str) -> float:
+    """Of a colour of an element, from 0 to 1."""
+    colour = page.evaluate("([s, n]) => getComputedStyle(document.querySelector(s))[n]", [selector, name])
+    red, green, blue = map(int, re.findall(r"\d+", colour)[:3])
+    return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_its_colours_are_the_readers(page: Page, scheme: Literal["dark", "light"]) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.locator(".example").first.click()
+    expect(cards(page)).to_have_count(5)
+    is_dark = scheme == "dark"
+    for selector in ("body", "#word", "#sentence", "#drop"):
+        assert (lightness(page, selector, "backgroundColor") < 0.2) is is_dark, selector
+        assert (lightness(page, selector, "backgroundColor") > 0.8) is not is_dark, selector
+    for selector in ("body", "#word", "#sentence", ".card h2", ".card p"):
+        assert (lightness(page, selector, "color") > 0.8) is is_dark, selector
+        assert (lightness(page, selector, "color") < 0.2) is not is_dark, selector
 
 
 def test_it_fits_a_narrow_screen(page: Page) -> None:

@@ -14,7 +14,7 @@ let asked = 0;
 function setPicture(file) {
   const shown = byId("shown");
   if (shown.src) URL.revokeObjectURL(shown.src);
-  picture = file && file.type.startsWith("image/") ? file : null;
+  picture = file;
   shown.hidden = picture === null;
   if (picture) shown.src = URL.createObjectURL(picture);
   else shown.removeAttribute("src");
@@ -25,6 +25,16 @@ function say(text, kind) {
   const state = byId("state");
   state.className = "state" + (kind ? " " + kind : "");
   state.textContent = text;
+}
+
+const isPicture = (file) => file.type.startsWith("image/");
+
+function take(files) { // the first picture of what is given; the present one stays where there is none
+  const file = [...files].find(isPicture);
+  if (file) {
+    setPicture(file);
+    if (byId("state").classList.contains("problem")) say("The picture is taken.");
+  } else if (files.length) say("“" + files[0].name + "” is no picture.", "problem");
 }
 
 function bars(link) {
@@ -121,13 +131,14 @@ drop.addEventListener("keydown", (event) => {
   if (event.key === "Enter" || event.key === " ") { event.preventDefault(); byId("file").click(); }
   if (event.key === "Delete" || event.key === "Backspace") setPicture(null);
 });
-byId("file").addEventListener("change", () => setPicture(byId("file").files[0]));
+byId("file").addEventListener("change", () => take(byId("file").files));
 for (const name of ["dragenter", "dragover"]) document.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
 for (const name of ["dragleave", "drop"]) document.addEventListener(name, () => drop.classList.remove("over"));
-document.addEventListener("drop", (event) => { event.preventDefault(); setPicture(event.dataTransfer.files[0]); });
+document.addEventListener("drop", (event) => { event.preventDefault(); take(event.dataTransfer.files); });
 document.addEventListener("paste", (event) => {
-  const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
-  if (file) { event.preventDefault(); setPicture(file); }
+  const files = [...event.clipboardData.files];
+  if (files.some(isPicture)) event.preventDefault();
+  take(files);
 });
 for (const example of document.querySelectorAll(".example")) {
   example.addEventListener("click", () => {
