@@ -15,6 +15,7 @@ from dsmip.storage.object_store import ObjectStore
 from dsmip.storage.run_storage import RunStorage
 
 HUB = "hf-hub:"
+_ALL = "*"  # also in folders; what is uploaded in the same commit stays, and so does the hub's own .gitattributes
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def bundle_of_hub(address: str) -> Path:
 def push_bundle(folder: Path, name: str) -> str:
     """Puts a bundle onto the hub, into a repository that is made private where it is not there.
 
+    Afterwards the repository has the files of the folder, and none that an earlier push has left.
+
     Returns:
         Its address for `dsmip.load`.
 
@@ -108,11 +111,11 @@ def push_bundle(folder: Path, name: str) -> str:
     api = HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="dsmip export")
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="dsmip export", delete_patterns=_ALL)
     except _hub_errors() as error:
         raise UserError(
             f"--push {name}: the hub does not take it ({first_line(error)}); check the name, the network and HF_TOKEN; "
-            f"the bundle is at {folder}; then: {shlex.join(['hf', 'upload', name, str(folder)])}"
+            f"the bundle is at {folder}; then: {shlex.join(['hf', 'upload', name, str(folder), '--delete', _ALL])}"
         ) from None
     return f"{HUB}{name}"
 

@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 import dsmip
 from dsmip.errors import UserError
-from dsmip.linking.found_bundles import HUB, push_bundle
+from dsmip.linking.found_bundles import HUB, bundle_of_hub, push_bundle
 from dsmip.runs.run import Run
 from ray_jobs.cli import app
-from tests.support.servers.hub import TOKEN, Hub, running_hub
+from tests.support.servers.hub import ATTRIBUTES, TOKEN, Hub, running_hub
 
 ME = "somebody/linker"
 
@@ -58,7 +58,7 @@ def test_an_exported_bundle_is_pushed_and_loaded(hub: Hub, run: Run, tmp_path: P
     assert f"on the hub: dsmip.load('{HUB}{ME}')" in done.output
     assert hub.private == {ME}
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert hub.models[ME] == files
+    assert hub.models[ME] == {ATTRIBUTES: b"", **files}
     here = dsmip.load(out).link("red", sentence="a red thing")
     shutil.rmtree(out)
     there = dsmip.load(f"{HUB}{ME}")
@@ -75,6 +75,22 @@ def test_a_second_push_replaces_the_files(hub: Hub, some_bundle: Path) -> None:
     assert hub.models[ME]["bundle.json"] == b'{"new": 1}'
 
 
+def test_a_second_push_removes_what_the_first_one_had_more(hub: Hub, some_bundle: Path) -> None:
+    (some_bundle / "calibration.json").write_text("{}")
+    (some_bundle / "dsmip").mkdir()
+    (some_bundle / "dsmip/config.yaml").write_text("")
+    push_bundle(some_bundle, ME)
+    assert {"calibration.json", "dsmip/config.yaml"} <= hub.models[ME].keys()
+    there = bundle_of_hub(f"{HUB}{ME}")
+    assert (there / "calibration.json").is_file()
+    (some_bundle / "calibration.json").unlink()
+    shutil.rmtree(some_bundle / "dsmip")
+    push_bundle(some_bundle, ME)
+    assert hub.models[ME].keys() == {ATTRIBUTES, "bundle.json", "text/weights.safetensors"}
+    assert hub.commits[ME] == 2  # who loads it meanwhile finds one bundle or the other
+    assert not (bundle_of_hub(f"{HUB}{ME}") / "calibration.json").exists()
+
+
 def test_a_token_that_is_refused(hub: Hub, some_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     with pytest.raises(UserError) as pushed:
@@ -82,7 +98,7 @@ def test_a_token_that_is_refused(hub: Hub, some_bundle: Path, monkeypatch: pytes
     said = one_line(pushed)
     assert said.startswith(f"--push {ME}: the hub does not take it (")
     assert "401 Unauthorized" in said
-    assert said.endswith(f"the bundle is at {some_bundle}; then: hf upload {ME} {some_bundle}")
+    assert said.endswith(f"the bundle is at {some_bundle}; then: hf upload {ME} {some_bundle} --delete '*'")
     assert not hub.models
     with pytest.raises(UserError) as loaded:
         dsmip.load(f"{HUB}{ME}")
