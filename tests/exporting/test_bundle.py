@@ -103,6 +103,7 @@ def test_the_card_says_what_it_is(bundle: Path, run: Run) -> None:
         "Ma et al.",
         "ranked against all entities",
         "| index | float32, ",
+        "| calibrated | no: ",
         "| unknown |",
         "in this bundle",
     ):
