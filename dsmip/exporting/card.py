@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dsmip.calibration.calibration import Calibration
 from dsmip.evaluation.index_builder import OpenedModel, plan_index
 from dsmip.evaluation.metrics import shown_metrics
 from dsmip.evaluation.stored.layout import evaluation_name
@@ -27,6 +28,7 @@ def model_card(
     *,
     with_backbone: bool,
     index: str,
+    calibration: Calibration | None = None,
     of_hub: str | None = None,
 ) -> str:
     """The text of README.md.
@@ -37,6 +39,7 @@ def model_card(
         vectors: What candidates are found by.
         with_backbone: The bundle has the backbone's tensors; else its tag brings them.
         index: In what the index is stored, and how large it is.
+        calibration: Of the model, if it goes into the bundle.
         of_hub: A model of the hub that is asked for when the bundle is opened, weights aside.
     """
     run, model = opened.run, opened.model
@@ -63,6 +66,7 @@ def model_card(
         f"| backbone | {_plain(backbone.architecture)}; weights: {_plain(weights)} |",
         *([] if of_hub is None else [f"| asked of the hub | {_plain(of_hub)}, when this bundle is opened |"]),
         f"| index | {index} |",
+        f"| calibrated | {_calibrated(calibration)} |",
         f"| data set | {_plain(manifest.name)}, manifest {run.dataset.manifest_hash} |",
         f"| licence of the data | {_plain(manifest.licence)} |",
         f"| training mentions | {run.dataset.num_mentions('train')} |",
@@ -81,6 +85,13 @@ def model_card(
         "are guesses: do not let them decide about people without somebody who looks at them.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _calibrated(calibration: Calibration | None) -> str:
+    if calibration is None:
+        return "no: links have no confidences, and no mention is said to be of something unknown"
+    threshold = f"{calibration.min_known:.3g}"
+    return f"yes; a mention whose probability of being known is below {threshold} counts as one of something unknown"
 
 
 def _figures(opened: OpenedModel) -> list[str]:

@@ -20,7 +20,6 @@ from dsmip.encoders.formats.hugging_face_files import copy_configuration, save_t
 from dsmip.errors import UserError
 from dsmip.evaluation.index import MANIFEST, EntityIndex, finish_index
 from dsmip.evaluation.index_builder import IndexPlan, OpenedModel, plan_index
-from dsmip.evaluation.stored.calibration import stored_calibration
 from dsmip.exporting.agreement import Probes
 from dsmip.exporting.candidate_vectors import VectorChoice, choose_vectors
 from dsmip.exporting.card import model_card
@@ -119,9 +118,8 @@ def export_run(
             notice(f"stored as {options.index_dtype}, {agreement}")
         _write_parts(opened, folder, files)
         _write_entities(opened, folder / ENTITIES, progress)
-        calibration = stored_calibration(opened.run, opened.model.name)
-        if calibration is not None and calibration.index == plan.name:
-            write_json(folder / CALIBRATION, calibration.model_dump(mode="json"))
+        if linker.calibration is not None:
+            write_json(folder / CALIBRATION, linker.calibration.model_dump(mode="json"))
         write_text(
             folder / CARD,
             model_card(
@@ -130,6 +128,7 @@ def export_run(
                 vectors,
                 with_backbone=(folder / _BACKBONE).is_file(),
                 index=_index_size(folder / INDEX, index.folder, options.index_dtype),
+                calibration=linker.calibration,
                 of_hub=files.of_hub,
             ),
         )

@@ -151,7 +151,16 @@ class BundleManifest(Frozen):
 
 @dataclass(frozen=True)
 class BundledParts(TrainedParts):
-    """The finished parts of a bundle, whose configurations name its files."""
+    """The finished parts of a bundle, whose configurations name its files.
+
+    Attributes:
+        files: Paths of those that its manifest lists, and whose hashes are known; no others are read.
+    """
+
+    files: frozenset[Path]
+
+    def has_file(self, path: Path) -> bool:
+        return path in self.files
 
     def stored_config(self, path: Path) -> ExperimentConfig:
         return bundled_config(path, self.folder)

@@ -3,7 +3,9 @@
 import hashlib
 import shlex
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsmip.errors import UserError, first_line
 from dsmip.linking.bundle import BUNDLE, is_bundle, parse_manifest
@@ -13,6 +15,9 @@ from dsmip.storage.dataset_storage import FileInfo
 from dsmip.storage.locations import Location, local_path
 from dsmip.storage.object_store import ObjectStore
 from dsmip.storage.run_storage import RunStorage
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 HUB = "hf-hub:"
 
@@ -97,6 +102,8 @@ def bundle_of_hub(address: str) -> Path:
 def push_bundle(folder: Path, name: str) -> str:
     """Puts a bundle onto the hub, into a repository that is made private where it is not there.
 
+    Files that a bundle had there before, and this one has not, go in the same commit; any others stay.
+
     Returns:
         Its address for `dsmip.load`.
 
@@ -108,13 +115,26 @@ def push_bundle(folder: Path, name: str) -> str:
     api = HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="dsmip export")
+        before = [escape(path) for path in _pushed_before(api, name)]
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="dsmip export", delete_patterns=before)
     except _hub_errors() as error:
         raise UserError(
             f"--push {name}: the hub does not take it ({first_line(error)}); check the name, the network and HF_TOKEN; "
             f"the bundle is at {folder}; then: {shlex.join(['hf', 'upload', name, str(folder)])}"
         ) from None
     return f"{HUB}{name}"
+
+
+def _pushed_before(api: "HfApi", name: str) -> list[str]:
+    """Files of the bundle that is in a repository; none where there is no bundle of this version."""
+    if not api.file_exists(name, BUNDLE):
+        return []
+    path = Path(api.hf_hub_download(name, BUNDLE))
+    try:
+        manifest, _ = parse_manifest(path.read_bytes(), f"{HUB}{name}")
+    except UserError:
+        return []
+    return list(manifest.files)
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:

@@ -114,18 +114,18 @@ class BundleSource:
             manifest.image_settings,
             identity,
         )
-        path = self.folder / CALIBRATION
         return Linker(
             linked,
             read_entities(self.folder, segments),
             ExactSearch(model.matcher, read_index(self.folder, segments), self.device, self.rank, opened.distilled),
             opened.second_stage,
-            read_calibration(path) if path.is_file() else None,
+            read_calibration(self.folder / CALIBRATION) if CALIBRATION in manifest.files else None,
             Origin(lambda: self.linker(opened), self._entities(opened)),
         )
 
     def _model(self, manifest: BundleManifest) -> _BundledModel:
-        parts = BundledParts(self.folder, bundled_config(self.folder / CONFIG, self.folder))
+        listed = frozenset(self.folder / name for name in manifest.files)
+        parts = BundledParts(self.folder, bundled_config(self.folder / CONFIG, self.folder), listed)
         model = parts.load_model(manifest.model)
         homes = {part: parts.home(part, model.config) for part in model.feature_parts}
         return _BundledModel(

@@ -111,7 +111,11 @@ class TrainedParts:
 
     def is_finished(self, part: str) -> bool:
         """Whether a part (or the whole system, by its name) has been trained to the end."""
-        return (self.folder / part / PART).is_file()
+        return self.has_file(self.folder / part / PART)
+
+    def has_file(self, path: Path) -> bool:
+        """Whether a file, which need not be there, is one of the parts'."""
+        return path.is_file()
 
     def part_report(self, part: str) -> dict[str, Any]:
         """What training said of a finished part: best metrics and history."""
@@ -199,7 +203,7 @@ class TrainedParts:
     def whole_config(self) -> ExperimentConfig:
         """The configuration that the best trial chose (temperature, gate width, experts ...)."""
         path = self.folder / self.system.name / CONFIG
-        return self.stored_config(path) if path.is_file() else self.config
+        return self.stored_config(path) if self.has_file(path) else self.config
 
     def stored_config(self, path: Path) -> ExperimentConfig:
         """A configuration that is stored with the parts."""

@@ -99,7 +99,11 @@ def export(
         ),
     ] = "auto",
     push: Annotated[
-        str | None, typer.Option("--push", help="owner/name: also put it onto the Hugging Face hub (private if new).")
+        str | None,
+        typer.Option(
+            "--push",
+            help="owner/name: also put it onto the Hugging Face hub (private if new), in the place of a bundle there.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = "cpu",
     data: MovedDataOption = None,

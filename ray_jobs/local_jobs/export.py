@@ -9,6 +9,7 @@ from dsmip.errors import UserError
 from dsmip.evaluation.stored.ranks import read_ranks
 from dsmip.exporting.export import ExportOptions, export_run
 from dsmip.exporting.trec import write_trec
+from dsmip.linking.bundle import CALIBRATION
 from dsmip.linking.found_bundles import push_bundle
 from dsmip.rank_options import device_here
 from dsmip.storage.locations import Location
@@ -32,6 +33,9 @@ def export_bundle(run: Location, out: Path, device: str, options: ExportOptions,
     display.say(f"{out}: {manifest.model} with {manifest.entities} entities; MiB: {shown}")
     if not any(name.startswith("files/backbone") for name in manifest.files):
         display.say("  the backbone's weights are not in it: its tag brings them (--with-backbone puts them in)")
+    if CALIBRATION not in manifest.files:
+        calibrate = ["dsmip", "calibrate", "--run", str(run), *(["--model", options.model] if options.model else [])]
+        display.say(f"  no confidences: run '{shlex.join(calibrate)}' and export again")
     display.say(f"  next: {shlex.join(['dsmip', 'link', str(out), '--word', 'W', '--sentence', 'S'])}")
     if push is not None:
         address = push_bundle(out, push)

@@ -15,7 +15,7 @@ import dsmip
 from dsmip.data.dataset import Dataset
 from dsmip.encoders.clip import Backbone
 from dsmip.exporting.export import ExportOptions, export_run
-from dsmip.linking.bundle import BUNDLE, CARD, ENTITIES, IndexDtype
+from dsmip.linking.bundle import BUNDLE, CALIBRATION, CARD, ENTITIES, IndexDtype
 from dsmip.linking.found_bundles import HUB
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
@@ -103,6 +103,7 @@ def test_the_card_says_what_it_is(bundle: Path, run: Run) -> None:
         "Ma et al.",
         "ranked against all entities",
         "| index | float32, ",
+        "| calibrated | no: ",
         "| unknown |",
         "in this bundle",
     ):
@@ -197,6 +198,17 @@ def test_what_is_damaged_is_one_line(bundle: Path, tmp_path: Path) -> None:
     (missing / BUNDLE).unlink()
     with pytest.raises(dsmip.UserError, match="neither a run nor a bundle"):
         dsmip.load(missing)
+
+
+def test_optional_files_that_it_does_not_list_are_not_read(bundle: Path, tmp_path: Path) -> None:
+    """Reading either of them would end in an error."""
+    more = damaged(bundle, tmp_path / "more")
+    for name in (CALIBRATION, "dsmip/config.yaml"):
+        assert not (more / name).exists()
+        (more / name).write_text("neither of the two")
+    linker = dsmip.load(more)
+    assert linker.calibration is None
+    assert scores(linker, MENTIONS) == scores(dsmip.load(bundle), MENTIONS)
 
 
 def test_an_export_that_fails_leaves_nothing(

@@ -1,18 +1,23 @@
 """A bundle onto the hub and back, against a stand-in of its HTTP interface; a hub that refuses, or is away."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import dsmip
 from dsmip.errors import UserError
+from dsmip.evaluation.stored.layout import CALIBRATION
+from dsmip.exporting.export import ExportOptions, export_run
+from dsmip.linking.bundle import BUNDLE, stated_files
 from dsmip.linking.found_bundles import HUB, push_bundle
 from dsmip.runs.run import Run
 from ray_jobs.cli import app
-from tests.support.servers.hub import TOKEN, Hub, running_hub
+from tests.support.servers.hub import ATTRIBUTES, TOKEN, Hub, running_hub
 
 ME = "somebody/linker"
 
@@ -58,7 +63,7 @@ def test_an_exported_bundle_is_pushed_and_loaded(hub: Hub, run: Run, tmp_path: P
     assert f"on the hub: dsmip.load('{HUB}{ME}')" in done.output
     assert hub.private == {ME}
     files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert hub.models[ME] == files
+    assert hub.models[ME] == {ATTRIBUTES: b"", **files}
     here = dsmip.load(out).link("red", sentence="a red thing")
     shutil.rmtree(out)
     there = dsmip.load(f"{HUB}{ME}")
@@ -73,6 +78,26 @@ def test_a_second_push_replaces_the_files(hub: Hub, some_bundle: Path) -> None:
     (some_bundle / "bundle.json").write_text('{"new": 1}')
     assert push_bundle(some_bundle, ME) == f"{HUB}{ME}"
     assert hub.models[ME]["bundle.json"] == b'{"new": 1}'
+
+
+def test_a_second_push_removes_what_the_first_one_had_more_and_nothing_else(hub: Hub, run: Run, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    export_run(run.folder, second, torch.device("cpu"), ExportOptions())
+    shutil.copytree(second, first)
+    (first / CALIBRATION).write_text("{}")
+    (first / BUNDLE).unlink()
+    manifest = json.loads((second / BUNDLE).read_text())
+    files = {name: file.model_dump() for name, file in stated_files(first).items()}
+    (first / BUNDLE).write_text(json.dumps(manifest | {"files": files}))
+    push_bundle(first, ME)
+    assert CALIBRATION in hub.models[ME]
+    hub.models[ME]["notes[1].md"] = b"the owner's own"
+    push_bundle(second, ME)
+    assert CALIBRATION not in hub.models[ME]
+    pushed = {path.relative_to(second).as_posix() for path in second.rglob("*") if path.is_file()}
+    assert hub.models[ME].keys() == {ATTRIBUTES, "notes[1].md", *pushed}
+    assert hub.commits[ME] == 2  # who loads it meanwhile finds one bundle or the other
+    assert dsmip.load(f"{HUB}{ME}").calibration is None
 
 
 def test_a_token_that_is_refused(hub: Hub, some_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

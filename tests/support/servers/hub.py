@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_of_somebody"
-COMMIT = "c" * 40
+ATTRIBUTES = ".gitattributes"
+"""What the hub itself puts into a new repository, and needs there."""
 
 
 @dataclass
@@ -22,12 +24,14 @@ class Hub:
     Attributes:
         endpoint: Its address.
         models: Contents of files by path, by owner/name.
+        commits: How many each of them has had.
         private: The models that were made private.
         asked: Method and path of all requests.
     """
 
     endpoint: str = ""
     models: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    commits: Counter[str] = field(default_factory=Counter)
     private: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
 
@@ -84,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self, asked: dict[str, Any]) -> None:
         name = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
         there = name in self.state.models
-        self.state.models.setdefault(name, {})
+        self.state.models.setdefault(name, {ATTRIBUTES: b""})
         if asked.get("private") or asked.get("visibility") == "private":
             self.state.private.add(name)
         self._send(409 if there else 200, {"url": f"{self.state.endpoint}/{name}", "name": name})
@@ -103,20 +107,28 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._send(200, {"commitUrl": f"{self.state.endpoint}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+                elif line["key"] == "deletedFile":
+                    del files[line["value"]["path"]]
+            self.state.commits[name] += 1
+            commit = self._commit(name)
+            self._send(200, {"commitUrl": f"{self.state.endpoint}/{name}/commit/{commit}", "commitOid": commit})
         elif what == "tree":
             self._send(200, [_entry(path, content) for path, content in files.items()])
         elif what == "resolve":
-            self._file(files.get("/".join(words[4:])))
+            self._file(files.get("/".join(words[4:])), self._commit(name))
         else:
             siblings = [{"rfilename": each} for each in files]
-            self._send(200, {"_id": "1", "id": name, "modelId": name, "sha": COMMIT, "siblings": siblings})
+            self._send(200, {"_id": "1", "id": name, "modelId": name, "sha": self._commit(name), "siblings": siblings})
 
-    def _file(self, content: bytes | None) -> None:
+    def _commit(self, name: str) -> str:
+        """The last one of a model."""
+        return f"{self.state.commits[name]:040x}"
+
+    def _file(self, content: bytes | None, commit: str) -> None:
         if content is None:
             self._send(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
             return
-        self._send(200, content, {"ETag": f'"{_hash(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+        self._send(200, content, {"ETag": f'"{_hash(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"})
 
     def _send(self, status: int, answer: Any, headers: dict[str, str] | None = None) -> None:
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
