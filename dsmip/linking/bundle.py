@@ -154,7 +154,8 @@ class BundledParts(TrainedParts):
     """The finished parts of a bundle, whose configurations name its files.
 
     Attributes:
-        files: Paths of those that its manifest lists, and whose hashes are known; no others are read.
+        files: Paths of those that its manifest lists, and whose hashes are known: what may be there or not is there
+            only if it is one of them.
     """
 
     files: frozenset[Path]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsmip.errors import UserError, first_line
+from dsmip.evaluation.stored.layout import CALIBRATION
 from dsmip.linking.bundle import BUNDLE, is_bundle, parse_manifest
 from dsmip.storage.atomic import atomic_path
 from dsmip.storage.cache import checked_copy, data_cache
@@ -115,7 +116,7 @@ def push_bundle(folder: Path, name: str) -> str:
     api = HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
-        before = [escape(path) for path in _pushed_before(api, name)]
+        before = [escape(path) for path in (*_pushed_before(api, name), CALIBRATION)]  # which older versions left there
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="dsmip export", delete_patterns=before)
     except _hub_errors() as error:
         raise UserError(

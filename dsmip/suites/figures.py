@@ -128,11 +128,11 @@ def compared(results: Sequence[Result], asked: Significance, groups: Groups, *, 
         for name in others:
             found = _tested(tested, by_place[name, column], asked.metric, groups, across=across)
             made.append(Tested(rows[asked.of], rows[name], column, *found[:3], best=name in best, why=found[3]))
-    adjusted = iter(holm([each.test.p_value for each in made if each.test is not None]))
+    corrected = iter(holm([each.test.p_value for each in made if each.test is not None]))
     return [
         each
         if each.test is None
-        else Tested(each.row, each.other, each.column, each.first, each.second, each.test, next(adjusted), each.best)
+        else Tested(each.row, each.other, each.column, each.first, each.second, each.test, next(corrected), each.best)
         for each in made
     ]
 

@@ -104,7 +104,7 @@ def protocol_tables(suite: Suite, results: Sequence[Result]) -> list[TableView]:
         values: dict[str, list[str]] = {}
         for protocol in protocols:
             for key, value in protocol.items():
-                if str(value) not in values.setdefault(key, []):
+                if value is not None and str(value) not in values.setdefault(key, []):
                     values[key].append(str(value))
         lines = tuple((Entry(key), Entry(", ".join(each))) for key, each in values.items())
         if lines:

@@ -34,7 +34,9 @@ def export_bundle(run: Location, out: Path, device: str, options: ExportOptions,
     if not any(name.startswith("files/backbone") for name in manifest.files):
         display.say("  the backbone's weights are not in it: its tag brings them (--with-backbone puts them in)")
     if CALIBRATION not in manifest.files:
-        calibrate = ["dsmip", "calibrate", "--run", str(run), *(["--model", options.model] if options.model else [])]
+        given = {"--model": options.model, "--data": options.data}
+        more = [each for name, value in given.items() if value for each in (name, str(value))]
+        calibrate = ["dsmip", "calibrate", "--run", str(run), *more]
         display.say(f"  no confidences: run '{shlex.join(calibrate)}' and export again")
     display.say(f"  next: {shlex.join(['dsmip', 'link', str(out), '--word', 'W', '--sentence', 'S'])}")
     if push is not None:

@@ -15,7 +15,7 @@ from dsmip.runs.provenance import environment
 from dsmip.runs.run import Run
 from dsmip.units.matcher import FixedBatches
 
-_FOR_THE_RECORD = {"seed", "versions"}
+_FOR_THE_RECORD = {"fixed_batches", "seed", "versions"}
 _LATER = "texts_sha256"  # which evaluations of older versions have not
 
 
@@ -45,7 +45,8 @@ class EvaluationProtocol(Frozen):
             an older version did not look.
         ranked: Every rank is over all entities; figures among candidates are a section of their own.
         ties: A gold stands in the middle of the entities that score as it does.
-        fixed_batches: How many mentions and entities were prepared at a time, where scores depend on it.
+        fixed_batches: How many mentions and entities were prepared at a time, where scores depend on it: of a model
+            that is compared with others all the same.
         seed: Of the run; figures of several seeds are comparable.
         versions: Of what computed the figures; comparable, too.
     """

@@ -131,7 +131,7 @@ drop.addEventListener("keydown", (event) => {
   if (event.key === "Enter" || event.key === " ") { event.preventDefault(); byId("file").click(); }
   if (event.key === "Delete" || event.key === "Backspace") setPicture(null);
 });
-byId("file").addEventListener("change", () => take(byId("file").files));
+byId("file").addEventListener("change", () => { take(byId("file").files); byId("file").value = ""; }); // so that it may be chosen again
 for (const name of ["dragenter", "dragover"]) document.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
 for (const name of ["dragleave", "drop"]) document.addEventListener(name, () => drop.classList.remove("over"));
 document.addEventListener("drop", (event) => { event.preventDefault(); take(event.dataTransfer.files); });

@@ -1,5 +1,7 @@
 """The plan of a suite: members, rows and steps, checked against the data and what is there before anything runs."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import yaml
 from data_prep.demo.release import DemoConfig
 from dsmip.config import ExperimentConfig, validated
 from dsmip.data.dataset import Dataset
+from dsmip.data.manifest import parse_view
 from dsmip.errors import UserError
 from dsmip.evaluation.stored.layout import METRICS_FILE, evaluation_name
 from dsmip.evaluation.stored.protocol import EvaluationProtocol
@@ -122,8 +125,8 @@ def _check_worlds(suite: Suite, source: str, places: Places) -> None:
         if about.drawn is None:
             continue
         validated(DemoConfig, about.drawn, source, f"data.{data}.drawn.")
-        world = places.world(data)
-        if world.is_file() and world.read_text(encoding="utf-8") != yaml.safe_dump(about.drawn):
+        world, drawn = places.world(data), places.base(suite, data, data) / MANIFEST_FILE
+        if world.is_file() and drawn.is_file() and world.read_text(encoding="utf-8") != yaml.safe_dump(about.drawn):
             raise UserError(f"--out {places.out} holds {data} drawn by other settings ({world}); use another --out")
 
 
@@ -154,14 +157,25 @@ def _check_run(member: Member, suite: Suite, places: Places, datasets: Mapping[s
     stored = load_config(str(run / CONFIG))
     if difference := first_difference(_decisive(stored), _decisive(member.config)):
         raise UserError(f"{run} was made with other settings ({difference}); use another --out, or delete that folder")
-    used = places.data(suite, member)
-    if member.folder not in datasets or not (used / MANIFEST_FILE).is_file():
+    if member.folder not in datasets:
         return
-    dataset = datasets[member.folder] if member.column.share == 1 else Dataset.open(used)
-    if data_of_run(open_run_storage(str(run))).sha256 != dataset.manifest_hash:
+    base, used = datasets[member.folder], places.data(suite, member)
+    of_base = member.column.share == 1
+    made_on = data_of_run(open_run_storage(str(run))).sha256
+    if made_on != (base.manifest_hash if of_base else _view_hash(used / MANIFEST_FILE, base)):
         raise UserError(
-            f"{run} was made on other data than {dataset.location} holds now; use another --out, or delete that folder"
+            f"{run} was made on other data than {base.location if of_base else used} holds now; use another --out, or "
+            "delete that folder"
         )
+
+
+def _view_hash(manifest: Path, base: Dataset) -> str | None:
+    """The hash of a view's manifest; None where it is not there, or no view of what the data set is now."""
+    if not manifest.is_file():
+        return None
+    content = manifest.read_bytes()
+    view = parse_view(content, str(manifest))
+    return hashlib.sha256(content).hexdigest() if view and view.base_sha256 == base.manifest_hash else None
 
 
 def _decisive(config: ExperimentConfig) -> dict[str, Any]:
@@ -183,19 +197,19 @@ def _check_backbones(suite: Suite, members: Sequence[Member], places: Places, da
             raise UserError(f"data.{data}.backbone: {error}") from error
         weights = backbone_file(places.out, data)
         report = weights.with_name(f"{weights.name}.json")
-        if not report.is_file() or data not in datasets:
+        if not (weights.is_file() and report.is_file()) or data not in datasets:
             continue
         made = read_json(report, lambda it: str(it["sha256"]), f"; delete {weights} to make it anew")
         if made != weights_stamp(config, datasets[data].manifest_hash)["sha256"]:
             raise UserError(
                 f"{weights} was made from other settings or data; use another --out, or delete that file and the runs "
-                f"that began with it, {places.out / 'runs' / data}"
+                f"that began with it ({places.out / 'runs' / data}*)"
             )
 
 
 def _check_evaluations(members: Sequence[Member], places: Places) -> None:
     """Checks that evaluations that are there, of one table, were made alike."""
-    first: dict[str, tuple[Path, EvaluationProtocol]] = {}
+    seen: dict[str, list[tuple[Path, EvaluationProtocol]]] = {}
     for member in members:
         for model in member.models:
             path = places.run(member) / evaluation_name(SPLIT, model) / METRICS_FILE
@@ -204,15 +218,17 @@ def _check_evaluations(members: Sequence[Member], places: Places) -> None:
             protocol = read_json(path, _protocol, "; delete it to evaluate anew")
             if protocol is None:
                 continue
-            other, its = first.setdefault(member.column.data, (path, protocol))
-            if differences := its.differences(protocol):
-                raise UserError(
-                    f"{other} and {path} were not evaluated alike: {'; '.join(differences)}; delete the one that "
-                    "is not to be compared, or take --across"
-                )
+            others = seen.setdefault(member.column.data, [])
+            for other, its in others:
+                if differences := its.differences(protocol):
+                    raise UserError(
+                        f"{other} and {path} were not evaluated alike: {'; '.join(differences)}; delete the one that "
+                        "is not to be compared, or take --across"
+                    )
+            if all(protocol != its for _, its in others):  # one that says less may be like two that are not alike
+                others.append((path, protocol))
 
 
 def _protocol(metrics: Mapping[str, Any]) -> EvaluationProtocol | None:
-    """None of an older version's evaluation."""
-    made = metrics.get("protocol")
-    return None if made is None else EvaluationProtocol.model_validate(made)
+    """None of another version's evaluation."""
+    return EvaluationProtocol.read(json.dumps(metrics.get("protocol")).encode())

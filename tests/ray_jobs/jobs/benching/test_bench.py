@@ -138,12 +138,13 @@ def test_a_run_of_other_settings_is_not_taken_for_a_member(
 
 
 def test_what_was_drawn_by_other_settings_is_no_data_of_the_suite(
-    refused: Refused, suite: Callable[..., Path], tmp_path: Path
+    refused: Refused, suite: Callable[..., Path], tmp_path: Path, small_data: Dataset
 ) -> None:
     out, path = tmp_path / "out", suite(data={"small": {"drawn": {"seed": 1, "num_entities": 100}}})
     world = out / "configs" / "small" / "world.yaml"
     world.parent.mkdir(parents=True)
     world.write_text(yaml.safe_dump({"seed": 1, "num_entities": 90}))
+    shutil.copytree(small_data.folder, out / "data" / "small")
     (out / "bench.json").write_text(json.dumps({"suite": str(path), "title": ""}))
     assert f"--out {out} holds small drawn by other settings ({world}); use another --out" in refused(path)
 
@@ -167,7 +168,12 @@ def test_evaluations_that_were_not_made_alike_are_told_before_anything_runs(
 
 
 def test_a_run_of_another_share_is_not_taken_for_a_member(
-    refused: Refused, suite: Callable[..., Path], root: Path, tmp_path: Path, small_config: ExperimentConfig
+    refused: Refused,
+    suite: Callable[..., Path],
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, path = tmp_path / "out", suite(shares=[0.5])
     of_suite = load_suite(str(path))
@@ -179,8 +185,17 @@ def test_a_run_of_another_share_is_not_taken_for_a_member(
     assert made.exit_code == 0, made.output
     (out / "bench.json").write_text(json.dumps({"suite": str(path), "title": ""}))
     Run.create(places.run(member), member.config, Dataset.open(root / "small"))
-    said = refused(path, "--data-root", root)
-    assert f"was made on other data than {places.data(of_suite, member)} holds now" in said
+    other = f"was made on other data than {places.data(of_suite, member)} holds now"
+    assert other in refused(path, "--data-root", root)
+    shutil.rmtree(places.run(member))
+    Run.create(places.run(member), member.config, Dataset.open(places.data(of_suite, member)))
+    assert run(monkeypatch, path, "--data-root", root, "--out", out, "--dry-run") == 0
+    capsys.readouterr()
+    manifest = root / "small" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "licence": "another"}))  # the base is replaced
+    assert other in refused(path, "--data-root", root)
+    (places.data(of_suite, member) / "manifest.json").unlink()
+    assert other in refused(path, "--data-root", root)
 
 
 def test_parameters_are_counted_without_data(
