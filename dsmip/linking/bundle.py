@@ -233,6 +233,19 @@ def check_files(folder: Path, files: Mapping[str, BundleFile]) -> None:
             raise UserError(f"{file} is not the file that the bundle was made with; copy it again")
 
 
+def check_no_others(folder: Path, files: Mapping[str, BundleFile]) -> None:
+    """Looks for further files beside those that a configuration names: libraries read what they find in a tokenizer's
+    folder, such as added_tokens.json. Hidden ones, which file managers leave, they do not.
+
+    Raises:
+        UserError: There is one.
+    """
+    for path in sorted((folder / FILES).rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name.as_posix() not in files and not any(part.startswith(".") for part in name.parts):
+            raise UserError(f"{path} is not of the bundle (bundle.json does not list it), and would be read; remove it")
+
+
 def stated_files(folder: Path) -> dict[str, BundleFile]:
     """Sizes and hashes of all files in a folder, by their names below it."""
     return {

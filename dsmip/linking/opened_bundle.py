@@ -20,6 +20,7 @@ from dsmip.linking.bundle import (
     IndexDtype,
     bundled_config,
     check_files,
+    check_no_others,
     read_manifest,
 )
 from dsmip.linking.found_bundles import FoundBundle
@@ -124,6 +125,7 @@ class BundleSource:
         )
 
     def _model(self, manifest: BundleManifest) -> _BundledModel:
+        check_no_others(self.folder, manifest.files)
         listed = frozenset(self.folder / name for name in manifest.files)
         parts = BundledParts(self.folder, bundled_config(self.folder / CONFIG, self.folder), listed)
         model = parts.load_model(manifest.model)

@@ -211,6 +211,16 @@ def test_optional_files_that_it_does_not_list_are_not_read(bundle: Path, tmp_pat
     assert scores(linker, MENTIONS) == scores(dsmip.load(bundle), MENTIONS)
 
 
+def test_files_that_a_library_might_find_beside_listed_ones_are_refused(bundle: Path, tmp_path: Path) -> None:
+    more = damaged(bundle, tmp_path / "more")
+    (more / "files/text-0").mkdir()
+    (more / "files/.DS_Store").write_text("as a file manager leaves it")
+    dsmip.load(more)
+    (more / "files/text-0/added_tokens.json").write_text('{"red": 4}')
+    with pytest.raises(dsmip.UserError, match=r"files/text-0/added_tokens\.json is not of the bundle .*; remove it"):
+        dsmip.load(more)
+
+
 def test_an_export_that_fails_leaves_nothing(
     small_data: Dataset, narrow_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
