@@ -4,10 +4,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsmip.linking.linker import Linker
-from dsmip.storage.locations import Location
+from dsmip.storage.locations import Location, local_path
 from dsmip.storage.run_storage import RunStorage
 
 # What is written last: of a bundle, and of a run.
@@ -41,7 +40,9 @@ def reloading(first: Callable[[], Linker]) -> Callable[[], Linker]:
 
 def stamp_of(location: Location) -> str:
     """Names, sizes and times of what a linker is made from; the same for ever where it is no folder of this machine."""
-    folder = location.folder if isinstance(location, RunStorage) else Path(location)
+    folder = location.folder if isinstance(location, RunStorage) else local_path(location)
+    if folder is None:
+        return ""
     files = (path for pattern in _STAMPED for path in sorted(folder.glob(pattern)))
     stats = ((path.relative_to(folder), path.stat()) for path in files)
     return "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)

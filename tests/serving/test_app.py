@@ -195,12 +195,13 @@ def test_a_changed_source_is_opened_again_and_a_damaged_one_changes_nothing(link
 
 
 def test_a_stamp_changes_with_what_is_written_last(tmp_path: Path) -> None:
-    assert stamp_of(tmp_path / "nowhere") == stamp_of("s3://bucket/run") == ""
+    assert stamp_of(tmp_path / "nowhere") == stamp_of("s3://bucket/run") == stamp_of("hf-hub:owner/name") == ""
     (tmp_path / "dsmip").mkdir()
     (tmp_path / "dsmip" / "part.json").write_text("{}")
     first = stamp_of(tmp_path)
     (tmp_path / "dsmip" / "part.json").write_text("{ }")
     assert first != stamp_of(tmp_path) != ""
+    assert stamp_of(tmp_path.as_uri()) == stamp_of(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["/link", "/reconcile/match"])
