@@ -116,6 +116,7 @@ def test_every_part_has_one_epoch(small_config: ExperimentConfig) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_trials_train_alike_with_and_without_cached_features(
     small_config: ExperimentConfig, small_data: Dataset, tmp_path: Path
 ) -> None:
