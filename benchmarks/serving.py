@@ -1,11 +1,12 @@
 """The command `python -m benchmarks.serving`: `POST /link` under load, against a bare loop over `link_many`.
 
-Both in one go on one machine, by turns: the service in a process of its own, clients in another, the loop in a third.
+Both in one go on one machine, round by round: the service in a process of its own, clients in another, the loop in a
+third; shares are of the same round, and their middle, least and most are shown.
 Requests are test mentions of the run, with their pictures; with `--entities`, those of a generated bundle (its files
-take tens of kilobytes an entity). The loop is measured twice: in batches of 64, and of as many mentions as clients
-wait, which is what the service can put together: the rest is what HTTP costs. Beside it stands how long encoding such a
-batch takes alone. On a machine of few cores clients cost as well. `--change-every` changes the bundle's entities while
-it is asked, as it is served.
+take tens of kilobytes an entity). The loop links in batches of as many mentions as clients wait, which is what the
+service can put together: the rest is what HTTP costs. Once, beside them, stand the loop in batches of 64, and how long
+encoding a batch takes alone. On a machine of few cores clients cost as well. `--change-every` changes the bundle's
+entities while it is asked, as it is served.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from multiprocessing.sharedctypes import Synchronized
@@ -37,12 +39,12 @@ from rich.table import Table
 import dsmip
 from benchmarks.data.big_bundle import ARCHITECTURE, write_big_bundle
 from dsmip.data.records import Mention
+from dsmip.linking.linker import Linker
 from dsmip.runs.run import Run
 from ray_jobs.terminal.lines import result_console
 
 CLIENTS = (1, 8, 32)
 _FULL_BATCH = 64
-_BARE_SECONDS = 30.0  # at most: the loop's rate does not change
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,21 @@ class Model:
     mentions: Sequence[Mention]
     data: str | None = None
     candidates: int | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How it is measured.
+
+    Attributes:
+        seconds: Of each measurement.
+        rounds: Of the service and the loop, by turns.
+        change_every: Seconds between changes of the entities of the bundle that is served.
+    """
+
+    seconds: float
+    rounds: int
+    change_every: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,7 @@ def main() -> None:
     parser.add_argument("--system", default="dsmip", help="of the generated bundle")
     parser.add_argument("--architecture", default=ARCHITECTURE, help="of the generated bundle's backbone")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     given = parser.parse_args()
@@ -102,12 +120,11 @@ def main() -> None:
             if given.bundle and given.change_every:  # the user's own stays as it is
                 location = str(shutil.copytree(given.bundle, Path(folder) / "bundle"))
             model = Model(location, mentions, data)
+        timing = Timing(given.seconds, given.rounds, given.change_every)
         rows = [
             row
             for candidates in given.candidates
-            for row in measure(
-                replace(model, candidates=candidates or None), given.clients, given.seconds, given.change_every
-            )
+            for row in measure(replace(model, candidates=candidates or None), given.clients, timing)
         ]
     _print(rows)
     if given.json:
@@ -124,7 +141,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         "link_many": "{bare_per_second:.1f}",
         "share": "{share:.2f}",
         "in batches of clients": "{bare_same_batch:.1f}",
-        "share of that": "{share_same_batch:.2f}",
+        "share of that": "{share_same_batch:.2f} ({share_least:.2f} to {share_most:.2f})",
         "memory MiB": "{memory_mib:.0f}",
         "lost": "{lost}",
         "changes": "{changes}",
@@ -135,46 +152,47 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     result_console().print(table)
 
 
-def measure(
-    model: Model, clients: Sequence[int], seconds: float, change_every: float | None = None
-) -> list[dict[str, Any]]:
-    """A row for each number of clients; the bare loop is measured anew beside each.
-
-    Args:
-        change_every: Seconds between changes of the entities of the bundle that is served.
-    """
+def measure(model: Model, clients: Sequence[int], timing: Timing) -> list[dict[str, Any]]:
+    """A row for each number of clients; service and bare loop by turns, each in one process all the while."""
     bodies = [json.dumps(_as_json(each.word, each.sentence, each.image)).encode() for each in model.mentions]
     rows = []
-    for count in clients:
-        with _served(model) as (address, process):
-            _load(address, bodies, 1, min(seconds, 2.0))  # what is slow once
-            with _changed(model.location, change_every) as changes:
-                load = _load(address, bodies, count, seconds)
-            memory = _resident(process.pid)
-        (bare, _), (same, encoding_ms) = (
-            _in_a_process(model, min(seconds, _BARE_SECONDS), size) for size in (_FULL_BATCH, min(count, _FULL_BATCH))
-        )
-        ordered, rate = sorted(load.latencies), len(load.latencies) / load.seconds
-        if not ordered:
-            raise SystemExit(f"none of {load.lost} requests was answered")
-        rows.append(
-            {
-                "candidates": model.candidates or "all",
-                "clients": count,
-                "per_second": rate,
-                "p50_ms": 1000 * ordered[len(ordered) // 2],
-                "p99_ms": 1000 * ordered[int(len(ordered) * 0.99)],
-                "encoding_ms": encoding_ms,
-                "bare_per_second": bare,
-                "share": rate / bare,
-                "bare_same_batch": same,
-                "share_same_batch": rate / same,
-                "memory_mib": memory / 1024,
-                "lost": load.lost,
-                "changes": changes.value,
-            }
-        )
+    with _served(model) as (address, process), multiprocessing.get_context("spawn").Pool(1) as bare:
+        _load(address, bodies, 1, min(timing.seconds, 2.0))  # what is slow once
+        bare.apply(_rate, (model, 1, 0.0))
+        for count in clients:
+            size, loads, rates, num_changes = min(count, _FULL_BATCH), list[Load](), list[float](), 0
+            for _ in range(timing.rounds):
+                with _changed(model.location, timing.change_every) as changes:
+                    loads.append(_load(address, bodies, count, timing.seconds))
+                num_changes += changes.value
+                rates.append(bare.apply(_rate, (model, size, timing.seconds)))
+            row = _row(count, loads, rates, bare.apply(_rate, (model, _FULL_BATCH, timing.seconds)))
+            encoding_ms = bare.apply(_encoding_ms, (model, size, timing.seconds / 4))
+            about = {"candidates": model.candidates or "all", "encoding_ms": encoding_ms, "changes": num_changes}
+            rows.append(about | row | {"memory_mib": _resident(process.pid) / 1024})
     return rows
+
+
+def _row(clients: int, loads: Sequence[Load], same_batch: Sequence[float], full_batch: float) -> dict[str, Any]:
+    """Middle of the rounds; latencies are those of all."""
+    latencies = sorted(seconds for load in loads for seconds in load.latencies)
+    if not all(load.latencies for load in loads):
+        raise SystemExit(f"none of {max(load.lost for load in loads)} requests was answered")
+    rates = [len(load.latencies) / load.seconds for load in loads]
+    shares = sorted(rate / bare for rate, bare in zip(rates, same_batch, strict=True))
+    return {
+        "clients": clients,
+        "per_second": median(rates),
+        "p50_ms": 1000 * latencies[len(latencies) // 2],
+        "p99_ms": 1000 * latencies[int(len(latencies) * 0.99)],
+        "bare_per_second": full_batch,
+        "share": median(rates) / full_batch,
+        "bare_same_batch": median(same_batch),
+        "share_same_batch": median(shares),
+        "share_least": shares[0],
+        "share_most": shares[-1],
+        "lost": sum(load.lost for load in loads),
+    }
 
 
 @contextmanager
@@ -276,28 +294,31 @@ def _load(address: str, bodies: Sequence[bytes], clients: int, seconds: float) -
     return Load(latencies, len(lost), time.perf_counter() - started)
 
 
-def _in_a_process(model: Model, seconds: float, batch_size: int) -> tuple[float, float]:
-    """Mentions a second of the bare loop, and milliseconds that a batch takes to encode, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_bare, (model, seconds, batch_size))
-
-
-def _bare(model: Model, seconds: float, batch_size: int) -> tuple[float, float]:
+@cache
+def _bare_linker(location: str, data: str | None) -> Linker:
+    """In the process of the bare loop."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    linker, mentions = dsmip.load(model.location, data=model.data), model.mentions
-    next(linker.link_many(mentions[:1], candidates=model.candidates))
-    done, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
+    return dsmip.load(location, data=data)
+
+
+def _rate(model: Model, batch_size: int, seconds: float) -> float:
+    """Mentions a second of the bare loop, of at least one batch."""
+    linker, mentions, done = _bare_linker(model.location, model.data), model.mentions, 0
+    started = time.perf_counter()
+    while not done or time.perf_counter() - started < seconds:
         batch = mentions[done % len(mentions) :][:batch_size]
         done += sum(1 for _ in linker.link_many(batch, batch_size=batch_size, candidates=model.candidates))
-    rate, times, first = done / (time.perf_counter() - started), list[float](), 0
-    while len(times) < 3 or sum(times) < seconds / 4:
+    return done / (time.perf_counter() - started)
+
+
+def _encoding_ms(model: Model, batch_size: int, seconds: float) -> float:
+    """Milliseconds that a batch takes to encode, middle of at least three."""
+    linker, times = _bare_linker(model.location, model.data), list[float]()
+    while len(times) < 3 or sum(times) < seconds:
         begun = time.perf_counter()
-        linker.prepared(mentions[first % len(mentions) :][:batch_size])
+        linker.prepared(model.mentions[len(times) * batch_size % len(model.mentions) :][:batch_size])
         times.append(time.perf_counter() - begun)
-        first += batch_size
-    return rate, 1000 * median(times)
+    return 1000 * median(times)
 
 
 if __name__ == "__main__":

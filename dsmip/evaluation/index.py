@@ -7,11 +7,12 @@ Slices do not depend on each other: whoever builds them (`dsmip.evaluation.index
 goes on from those that are there.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -26,10 +27,16 @@ LAYOUT = 2  # of slices: part of what an index is made from, to be raised when p
 
 
 class EntityIndex:
-    """Prepared entities of kb rows `first_row` .. `first_row + len(self)`, in one or several tables."""
+    """Prepared entities of kb rows `first_row` .. `first_row + len(self)`, in one or several tables.
 
-    def __init__(self, tables: Sequence[Table], first_row: int = 0) -> None:
-        self.tables, self.first_row = tuple(tables), first_row
+    Args:
+        restored: Makes prepared entities of rows that are stored smaller: only those that are asked for, each time.
+    """
+
+    def __init__(
+        self, tables: Sequence[Table], first_row: int = 0, restored: Callable[[Table], Table] | None = None
+    ) -> None:
+        self.tables, self.first_row, self._restored = tuple(tables), first_row, restored
         self._starts = [0]
         for table in self.tables:
             self._starts.append(self._starts[-1] + len(table))
@@ -46,7 +53,8 @@ class EntityIndex:
         """The entities in order, at most `size` at a time; a tile never spans two tables, so nothing is copied."""
         for table in self.tables:
             for start in range(0, len(table), size):
-                yield table.rows(slice(start, start + size))
+                rows = slice(start, start + size)
+                yield table.rows(rows) if self._restored is None else self._restored(table.take(rows))
 
     def take(self, columns: Tensor) -> Table:
         """The entities at the positions `columns` (int64 [n], ascending) in this index, with the stored rows they use.
@@ -59,11 +67,19 @@ class EntityIndex:
             inside = columns[(columns >= start) & (columns < stop)]
             if len(inside):
                 chosen.append(table.take(inside - start))
-        return concatenate(chosen)
+        rows = concatenate(chosen)
+        return rows if self._restored is None else self._restored(rows)
 
     def under(self, prefix: str) -> "EntityIndex":
         """The same entities, with the columns named `prefix.*` alone, without the prefix."""
-        return EntityIndex([table.under(prefix) for table in self.tables], self.first_row)
+        return self._of(table.under(prefix) for table in self.tables)
+
+    def to(self, device: torch.device) -> "EntityIndex":
+        """The same entities on a device, as they are stored."""
+        return self._of(table.to(device) for table in self.tables)
+
+    def _of(self, tables: Iterable[Table]) -> "EntityIndex":
+        return EntityIndex(list(tables), self.first_row, self._restored)
 
     def slice(self, number: int, num_slices: int) -> "EntityIndex":
         """One of `num_slices` contiguous slices of nearly equal size."""
@@ -72,7 +88,7 @@ class EntityIndex:
             table.rows(slice(max(first - start, 0), max(stop - start, 0)))
             for start, table in zip(self._starts, self.tables, strict=False)
         ]
-        return EntityIndex([table for table in cut if len(table)], self.first_row + first)
+        return EntityIndex([table for table in cut if len(table)], self.first_row + first, self._restored)
 
     @staticmethod
     def open(folder: Path, made_from: dict[str, Any]) -> "EntityIndex":

@@ -45,7 +45,7 @@ def default_tiles(device: torch.device, num_entities: int) -> TileSize:
 def placed(index: EntityIndex, device: torch.device, notice: Callable[[str], None]) -> EntityIndex:
     """The index on the device; where it does not fit, its tiles go there anew for every tile of mentions."""
     try:
-        return EntityIndex([table.to(device) for table in index.tables], index.first_row)
+        return index.to(device)
     except torch.OutOfMemoryError:
         notice(f"{device} has no memory for the whole index ({index.num_bytes / 2**30:.1f} GiB): slower, tile by tile")
         return index

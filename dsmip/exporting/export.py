@@ -60,7 +60,7 @@ class ExportOptions:
         model: A finished part, or the system's name for the whole (None: the whole, if there is one).
         data: Where the run's data lies, if it has moved.
         with_backbone: The pretrained backbone's tensors, also where their tag would do.
-        index_dtype: In which the index is stored; it is read as float32.
+        index_dtype: In which the index is stored; pairs are scored in float32.
         candidate_vectors: What finds candidates: the model's `global` vectors, `distilled` ones that its exact scores
             of training mentions have taught, or (`auto`) the latter where the former hold too little.
     """
@@ -157,7 +157,7 @@ def _write_index(
     finish_index(target, dict(plan.made_from), {target / name: rows for name, rows in plan.slices.items()})
     if dtype == "float32":
         return None
-    return read_index(bundle, [Segment(folder="", entities=sum(map(len, plan.slices.values())))])
+    return read_index(bundle, [Segment(folder="", entities=sum(map(len, plan.slices.values())))], dtype)
 
 
 def _index_size(stored: Path, whole: Path, dtype: IndexDtype) -> str:

@@ -1,6 +1,6 @@
 """Opening of linkers from a bundle, whose entities may change while its model stays."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from dsmip.linking.bundle import (
     BundledParts,
     BundleFile,
     BundleManifest,
-    IndexDtype,
     bundled_config,
     check_files,
     check_no_others,
@@ -32,9 +31,6 @@ from dsmip.linking.memory import free_memory
 from dsmip.linking.search import ExactSearch, SecondStage
 from dsmip.rank_options import RankOptions
 from dsmip.runs.loaded_model import CONFIG, LoadedModel, TrainedParts
-
-_TIMES: Mapping[IndexDtype, int] = {"float32": 0, "float16": 2, "int8": 4}
-"""How much more memory than disk an index takes; float32 is mapped, and takes none."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +61,14 @@ class BundleSource:
         name: What messages call it.
         device: Where items are encoded and scored.
         rank: How pairs are scored.
+        notice: Takes a line about an index that is larger than the memory.
     """
 
     bundle: FoundBundle
     name: str
     device: torch.device
     rank: RankOptions = RankOptions()
+    notice: Callable[[str], None] = lambda line: None
 
     @property
     def folder(self) -> Path:
@@ -98,7 +96,8 @@ class BundleSource:
         return self._entities(None)
 
     def _opened(self, manifest: BundleManifest, identity: str, before: _BundledModel | None) -> Linker:
-        _check_index_fits(self.name, manifest, free_memory())
+        if before is None:
+            self._say_whether_it_fits(manifest, free_memory())
         checked = {} if before is None else before.checked
         check_files(self.folder, {name: file for name, file in manifest.files.items() if checked.get(name) != file})
         if before is not None and before.files == manifest.model_files:
@@ -115,14 +114,24 @@ class BundleSource:
             manifest.image_settings,
             identity,
         )
+        index = read_index(self.folder, segments, manifest.index_dtype)
         return Linker(
             linked,
             read_entities(self.folder, segments),
-            ExactSearch(model.matcher, read_index(self.folder, segments), self.device, self.rank, opened.distilled),
+            ExactSearch(model.matcher, index, self.device, self.rank, opened.distilled),
             opened.second_stage,
             read_calibration(self.folder / CALIBRATION) if CALIBRATION in manifest.files else None,
             Origin(lambda: self.linker(opened), self._entities(opened)),
         )
+
+    def _say_whether_it_fits(self, manifest: BundleManifest, free: int | None) -> None:
+        stored = sum(file.bytes for path, file in manifest.files.items() if f"{INDEX}/" in path)
+        if free is not None and stored > free:
+            self.notice(
+                f"{self.name}: its index has {stored / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free: each "
+                "batch reads it from disk again, which is slow; take a machine with more, or export it with a smaller "
+                "--index-dtype (float16, int8)"
+            )
 
     def _model(self, manifest: BundleManifest) -> _BundledModel:
         check_no_others(self.folder, manifest.files)
@@ -168,20 +177,6 @@ class BundleSource:
             whole_images,
             opened.files,
             opened.distilled,
-        )
-
-
-def _check_index_fits(name: str, manifest: BundleManifest, free: int | None) -> None:
-    """
-    Raises:
-        UserError: The index takes more memory than the `free` bytes (None: it is tried).
-    """
-    stored = sum(file.bytes for path, file in manifest.files.items() if f"{INDEX}/" in path)
-    needed = stored * _TIMES[manifest.index_dtype]
-    if free is not None and needed > free:
-        raise UserError(
-            f"{name}: its index takes {needed / 2**30:.1f} GiB of memory, read as float32, and {free / 2**30:.1f} "
-            "GiB are free; take a machine with more, or export it with --index-dtype float32, which stays on disk"
         )
 
 

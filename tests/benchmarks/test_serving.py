@@ -30,6 +30,7 @@ def test_it_measures_clients_against_the_bare_loop(run: Run, tmp_path: Path) -> 
     row = measured("--run", str(run.folder), rows=tmp_path / "rows.json")
     assert row["clients"] == 2
     assert row["share"] == pytest.approx(row["per_second"] / row["bare_per_second"])
+    assert 0 < row["share_least"] <= row["share_same_batch"] <= row["share_most"]
     assert 0 < row["p50_ms"] <= row["p99_ms"]
     assert row["encoding_ms"] > 0
 

@@ -17,7 +17,7 @@ import torch
 from dsmip.data.table import Table, concatenate
 from dsmip.errors import UserError
 from dsmip.evaluation.index import EntityIndex
-from dsmip.linking.bundle import ENTITIES, INDEX, Segment
+from dsmip.linking.bundle import ENTITIES, INDEX, IndexDtype, Segment
 from dsmip.linking.growing.index_storage import restored
 from dsmip.linking.knowledge_base import KnowledgeBase
 
@@ -54,20 +54,19 @@ def stored_tables(folder: Path, segment: Segment) -> Iterator[Table]:
         start += len(table)
 
 
-def read_index(folder: Path, segments: Sequence[Segment]) -> EntityIndex:
-    """The index of segments as it is searched, in single precision: in memory where it is stored in another one.
+def read_index(folder: Path, segments: Sequence[Segment], dtype: IndexDtype) -> EntityIndex:
+    """The index of segments as it is searched; it stays on disk and in `dtype`, and what is scored becomes float32.
 
     Raises:
         UserError: A slice is missing or cut off.
     """
     tables, few = list[Table](), list[Table]()
-    for stored in (table for segment in segments for table in stored_tables(folder, segment)):
-        table = restored(stored)
+    for table in (table for segment in segments for table in stored_tables(folder, segment)):
         if len(table) < _FEW_ROWS:
             few.append(table)
             continue
         tables, few = [*tables, *_together(few), table], []
-    return EntityIndex([*tables, *_together(few)])
+    return EntityIndex([*tables, *_together(few)], restored=None if dtype == "float32" else restored)
 
 
 def _together(tables: Sequence[Table]) -> list[Table]:

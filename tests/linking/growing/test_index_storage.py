@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmip.data.table import Ragged, Repeated, Table
+from dsmip.data.table import Ragged, Repeated, Table, concatenate
+from dsmip.evaluation.index import EntityIndex
 from dsmip.linking.bundle import IndexDtype
 from dsmip.linking.growing.index_storage import restored, stored_as
 
@@ -63,6 +64,29 @@ def test_what_was_read_is_stored_as_it_was(dtype: IndexDtype, seed: int, num_ite
     assert again.columns.keys() == stored.columns.keys()
     for name, tensor in padded(stored).items():
         assert torch.equal(padded(again)[name], tensor), name
+
+
+@every_dtype
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.integers(1, 7), wanted=st.sets(st.integers(0, 10), min_size=1))
+def test_an_index_restores_what_is_read_of_it(dtype: IndexDtype, seed: int, size: int, wanted: set[int]) -> None:
+    stored = [stored_as(made(seed + number, num_items, 1.0), dtype) for number, num_items in enumerate((6, 5))]
+    index, whole = EntityIndex(stored, restored=restored), concatenate([restored(table) for table in stored])
+    assert index.num_bytes == sum(table.num_bytes for table in stored)
+    for each in (index, index.to(torch.device("cpu"))):
+        assert_equal(concatenate(list(each.tiles(size))), whole)
+    rows = torch.tensor(sorted(wanted))
+    assert_equal(index.take(rows), whole.take(rows))
+    part = index.slice(1, 2)
+    assert_equal(concatenate(list(part.tiles(size))), whole.rows(slice(part.first_row, None)))
+    of_part = EntityIndex([table.prefixed("text") for table in stored], restored=restored).under("text")
+    assert_equal(concatenate(list(of_part.tiles(size))), whole)
+
+
+def assert_equal(found: Table, expected: Table) -> None:
+    values, others = padded(found), padded(expected)
+    assert values.keys() == others.keys()
+    assert all(torch.equal(values[name], others[name]) for name in values)
 
 
 def test_rows_stay_shared_and_take_a_quarter() -> None:
