@@ -181,6 +181,8 @@ def bundled_config(path: Path, folder: Path) -> ExperimentConfig:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); copy the bundle again") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must be a mapping of keys, not {type(tree).__name__}; export the run again")
     return parse_config(with_files(tree, here), f"config {path}")
 
 

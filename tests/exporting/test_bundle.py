@@ -19,6 +19,7 @@ from dsmip.linking.found_bundles import HUB
 from dsmip.linking.load import load_linker
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
+from dsmip.storage.atomic import sha256_file
 from dsmip.storage.object_store import ObjectStore as StoreOfUris
 from ray_jobs.cli import app
 from tests.support.object_store import ObjectStore
@@ -197,6 +198,13 @@ def test_what_is_damaged_is_one_line(bundle: Path, tmp_path: Path) -> None:
     outside = {"../secret": {"bytes": 1, "sha256": "0" * 64}}
     with pytest.raises(dsmip.UserError, match="is no name of a bundle's file"):
         dsmip.load(rewritten(damaged(bundle, tmp_path / "outside"), files=outside))
+    listed = json.loads((bundle / BUNDLE).read_text())["files"]
+    no_mapping = damaged(bundle, tmp_path / "no-mapping")
+    (no_mapping / "config.yaml").write_text("- dsmip\n")
+    written = {"bytes": 8, "sha256": sha256_file(no_mapping / "config.yaml")}
+    rewritten(no_mapping, files=listed | {"config.yaml": written})
+    with pytest.raises(dsmip.UserError, match=r"config\.yaml: must be a mapping of keys, not list"):
+        dsmip.load(no_mapping)
     (missing / BUNDLE).unlink()
     with pytest.raises(dsmip.UserError, match="neither a run nor a bundle"):
         dsmip.load(missing)

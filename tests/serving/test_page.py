@@ -178,6 +178,25 @@ def test_pictures_are_dropped_and_pasted_and_nothing_else_takes_their_place(page
     expect(page.locator("#shown")).to_be_hidden()
 
 
+DRAGGED = """
+([kind, target, name]) => {
+  const data = new DataTransfer();
+  if (name) data.items.add(new File([], name, { type: "image/png" })); else data.items.add("a text", "text/plain");
+  const event = new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: data });
+  document.querySelector(target).dispatchEvent(event);
+  return event.defaultPrevented;
+}
+"""
+
+
+@pytest.mark.parametrize("kind", ["dragover", "drop"])
+def test_text_is_dragged_into_a_field_and_files_anywhere(page: Page, kind: str) -> None:
+    for target in ("#word", "#sentence"):
+        assert not page.evaluate(DRAGGED, [kind, target, ""])
+        assert page.evaluate(DRAGGED, [kind, target, "x.png"])
+    assert page.evaluate(DRAGGED, [kind, "body", ""])  # a link would lead away
+
+
 def test_a_chosen_file_that_is_no_picture_is_refused(page: Page) -> None:
     page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"hi"})
     expect(page.locator("#state.problem")).to_have_text("“notes.txt” is no picture.")

@@ -132,9 +132,18 @@ drop.addEventListener("keydown", (event) => {
   if (event.key === "Delete" || event.key === "Backspace") setPicture(null);
 });
 byId("file").addEventListener("change", () => { take(byId("file").files); byId("file").value = ""; }); // so that it may be chosen again
-for (const name of ["dragenter", "dragover"]) document.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
+const isText = (event) => !event.dataTransfer.types.includes("Files") && event.target.matches?.("input, textarea"); // the field takes it
+for (const name of ["dragenter", "dragover"]) document.addEventListener(name, (event) => {
+  if (isText(event)) return;
+  event.preventDefault();
+  drop.classList.add("over");
+});
 for (const name of ["dragleave", "drop"]) document.addEventListener(name, () => drop.classList.remove("over"));
-document.addEventListener("drop", (event) => { event.preventDefault(); take(event.dataTransfer.files); });
+document.addEventListener("drop", (event) => {
+  if (isText(event)) return;
+  event.preventDefault();
+  take(event.dataTransfer.files);
+});
 document.addEventListener("paste", (event) => {
   const files = [...event.clipboardData.files];
   if (files.some(isPicture)) event.preventDefault();
