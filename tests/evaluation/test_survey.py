@@ -1,12 +1,16 @@
 """Ranking by fused experts in two passes: equal to the full matrix's in float64, for any tiles and slices of the kb."""
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from dsmip.config import ExperimentConfig
 from dsmip.data.table import Table
@@ -29,125 +33,208 @@ from dsmip.evaluation.ranks import NotRankable, Ranking, merge_gold_scores, merg
 from dsmip.evaluation.tiles import TileSize
 from dsmip.models.dsmip import Dsmip
 from dsmip.ops import ranking as ops
-from dsmip.ops.experts.fusion import mixture_scores, product_scores
-from dsmip.ops.experts.statistics import num_confidence
+from dsmip.ops.experts.statistics import Survey, num_confidence
 from dsmip.units.expert import Expert
-from dsmip.units.fusion.gate import FusionGate
 from dsmip.units.fusion.matcher import FusedMatcher, ScoringName
+from dsmip.units.gate import PRESETS
 from dsmip.units.matcher import Scores
 from tests.support.scoring.matchers import CPU
-from tests.support.scoring.systems import features, seeded
+from tests.support.scoring.systems import features, seeded, with_system
+
+InputsName = Literal["raw", "normalised", "confidence", "both"]
 
 NUM_MENTIONS, NUM_ENTITIES, TOP_K = 9, 37, 5
+SAME_AS = torch.arange(NUM_ENTITIES) % 29  # entities are the same as earlier ones, so that experts' best ones tie
 ALL_BYTES = 4 * NUM_MENTIONS * NUM_ENTITIES
 EXPERTS = ("text", "visual", "multimodal")
-SCALES = torch.tensor([1.7, 0.4, 1.1])
+ALL_EXPERTS = (*EXPERTS, "text_image", "image_text")
+SCALES = torch.tensor([1.7, 0.4, 1.1, 0.7, 2.3])
+MEAN, DEVIATION = 0.5, 2.0  # of the mentions that a gate's normalisation was fitted to, the same for all inputs
 
 
 @torch.no_grad()
-def fused(config: ExperimentConfig, scoring: ScoringName, *, gated: bool = True) -> FusedMatcher:
+def fused(
+    config: ExperimentConfig,
+    scoring: ScoringName,
+    inputs: InputsName = "confidence",
+    *,
+    gated: bool = True,
+    num_experts: int = 3,
+) -> FusedMatcher:
+    gate = {**PRESETS["confidence"], "width": 8, "inputs": inputs, "scoring": scoring}
+    use = ALL_EXPERTS[:num_experts]
+    config = with_system(config, experts={"text_image": {}, "image_text": {}}, use=use, gate=gate)
+
     def build() -> FusedMatcher:
-        experts = {name: Dsmip.build_part(name, config, with_encoder=False) for name in EXPERTS}
-        gate = FusionGate(0, 3, 8, 0.1, sees_confidence=True, sees_items=False) if gated else None
-        matcher = FusedMatcher(experts, scoring, gate)
+        matcher = Dsmip.build_whole(config)
+        assert isinstance(matcher, FusedMatcher)
         for parameter in matcher.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
         return matcher.eval()
 
     matcher: FusedMatcher = seeded(1, build)
-    matcher.scale_B.copy_(SCALES)
+    matcher.scale_B.copy_(SCALES[:num_experts])
+    assert matcher.gate is not None
+    fitted_to_2 = torch.tensor([MEAN - DEVIATION, MEAN + DEVIATION])
+    matcher.gate.fit_normalisation(fitted_to_2[:, None].expand(2, len(matcher.gate.mean_F)))
+    if not gated:
+        matcher.gate = None
     return matcher
 
 
 def opened(matcher: FusedMatcher, config: ExperimentConfig) -> RankedModel:
-    """Some entities are the same, so that experts' best ones tie."""
-    entities = features(config, NUM_ENTITIES, 3).take(torch.arange(NUM_ENTITIES) % 29)
     with torch.no_grad():
         mentions = matcher.prepare_mentions(features(config, NUM_MENTIONS, 2))
-        index = EntityIndex([matcher.prepare_entities(entities)])
-    return RankedModel(matcher, mentions, index, torch.arange(NUM_MENTIONS) * 11 % NUM_ENTITIES, EXPERTS)
+        index = EntityIndex([matcher.prepare_entities(features(config, NUM_ENTITIES, 3)).take(SAME_AS)])
+    return RankedModel(matcher, mentions, index, torch.arange(NUM_MENTIONS) * 11 % NUM_ENTITIES, tuple(matcher.experts))
 
 
 @torch.no_grad()
-def in_full(model: RankedModel) -> tuple[Tensor, Tensor]:
-    """Scores [M, E] and the gate's log pi [M, B] from full matrices in float64, by the formulas."""
+def in_full(model: RankedModel, items: Table, inputs: InputsName = "confidence") -> tuple[Tensor, Tensor]:
+    """Scores [M, E] and the gate's log pi [M, B] from full matrices in float64, by the formulas.
+
+    Args:
+        items: Features of the mentions, of which the gate sees those of its own.
+    """
     matcher = model.matcher
     assert isinstance(matcher, FusedMatcher)
+    num_experts = len(matcher.experts)
     entities = model.index.tables[0].cast(torch.float64)
     mentions = model.mentions.cast(torch.float64)
     raw = [e.double().score(mentions.under(n), entities.under(n)).total_ME for n, e in matcher.experts.items()]  # type: ignore[operator]
     matcher.float()
     score_BME = torch.stack(raw).div(2**-30).round().mul(2**-30) * matcher.scale_B.double()[:, None, None]
     log_p_BME = torch.log_softmax(score_BME, dim=2)
+    log_pi_MB = torch.full((NUM_MENTIONS, num_experts), -math.log(num_experts), dtype=torch.float64)
+    if matcher.gate is not None:
+        seen = [confidences(score_BME, log_p_BME).float()] if inputs in ("confidence", "both") else []
+        seen += [items.dense(f"gate.{name}") for name in ("text", "picture")] if inputs != "confidence" else []
+        inputs_MF = torch.cat(seen, dim=1)
+        log_pi_MB = matcher.gate.mlp(inputs_MF if inputs == "raw" else (inputs_MF - MEAN) / DEVIATION).double()
+        log_pi_MB = torch.log_softmax(log_pi_MB, dim=1)
+    pi_BM1 = log_pi_MB.exp().T[:, :, None]
+    if matcher.scoring == "choice":
+        total_ME = log_p_BME[log_pi_MB.argmax(dim=1), torch.arange(NUM_MENTIONS)]
+    elif matcher.scoring == "mixture":
+        total_ME = (pi_BM1 * log_p_BME.exp()).sum(dim=0).log()
+    else:
+        total_ME = (pi_BM1 * log_p_BME).sum(dim=0)
+    return total_ME[:, SAME_AS], log_pi_MB  # columns of equal features differ in their last bits
+
+
+def confidences(score_BME: Tensor, log_p_BME: Tensor) -> Tensor:
+    """The numbers [M, F] that a gate sees of scores and log probabilities over all entities."""
+    experts = range(len(score_BME))
     best_BM = torch.tensor([[row.index(max(row)) for row in each] for each in score_BME.tolist()])
     numbers = []
     for each_ME in log_p_BME:
         best_M2 = each_ME.sort(dim=1, descending=True).values[:, :2]
         numbers += [best_M2[:, 0].exp(), best_M2[:, 0] - best_M2[:, 1], -(each_ME.exp() * each_ME).sum(dim=1)]
-    numbers += [(best_BM[a] == best_BM[b]).double() for a, b in ((0, 1), (0, 2), (1, 2))]
-    pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
-    numbers += [log_p_BME[a].gather(1, best_BM[b][:, None])[:, 0] for a, b in pairs]
-    log_pi_MB = torch.full((NUM_MENTIONS, 3), -torch.tensor(3.0).double().log().item(), dtype=torch.float64)
-    if matcher.gate is not None:
-        log_pi_MB = matcher.gate(torch.stack(numbers, dim=1).float()).double()
-    if matcher.scoring == "choice":
-        return log_p_BME.gather(0, log_pi_MB.argmax(dim=1)[None, :, None].expand(1, -1, NUM_ENTITIES))[0], log_pi_MB
-    fuse = mixture_scores if matcher.scoring == "mixture" else product_scores
-    return fuse(log_p_BME, log_pi_MB), log_pi_MB
+    numbers += [(best_BM[a] == best_BM[b]).double() for a in experts for b in experts if a < b]
+    numbers += [log_p_BME[a].gather(1, best_BM[b][:, None])[:, 0] for a in experts for b in experts if a != b]
+    return torch.stack(numbers, dim=1)
 
 
 def expected_counts(model: RankedModel, scores_ME: Tensor) -> ops.Counts:
-    """Ties are those of equal features: the formulas' differ in their last bits."""
     gold_M1 = scores_ME.gather(1, model.gold_row_M[:, None])
-    tied_ME = (scores_ME - gold_M1).abs() < 1e-9
-    better_M = ((scores_ME > gold_M1) & ~tied_ME).sum(dim=1)
-    return ops.Counts(better_M, tied_ME.sum(dim=1) - 1)
+    return ops.Counts((scores_ME > gold_M1).sum(dim=1), (scores_ME == gold_M1).sum(dim=1) - 1)
+
+
+def surveyed_in_slices(model: RankedModel, num_slices: int) -> Survey:
+    """As several workers do it."""
+    slices = [model.index.slice(number, num_slices) for number in range(num_slices)]
+    found = merged_statistics([slice_statistics(model, each, CPU) for each in slices])
+    return survey_of(found, [cross_scores(model, each, best_rows(found), CPU) for each in slices])
 
 
 def ranked_in_slices(model: RankedModel, num_slices: int) -> Ranking:
     """As several workers do it."""
     slices = [model.index.slice(number, num_slices) for number in range(num_slices)]
-    found = merged_statistics([slice_statistics(model, each, CPU) for each in slices])
-    cross = [cross_scores(model, each, best_rows(found), CPU) for each in slices]
-    model = informed(model, survey_of(found, cross))
     golds = merge_gold_scores([model.gold_scores(each, CPU) for each in slices])
     rankings = [rank(replace(model, index=each), CPU, top_k=TOP_K, gold_score_M=golds) for each in slices]
     return merge_rankings(rankings, TOP_K)
 
 
+@dataclass(frozen=True)
+class Surveyed:
+    """Experts, what they say of all mentions in one go, in tiles and in slices of the kb, and their scores."""
+
+    model: RankedModel
+    surveys: tuple[Survey, ...]
+    kept: KeptScores
+
+
+@pytest.fixture(scope="module")
+def experts(small_config: ExperimentConfig) -> Callable[[int], Surveyed]:
+    """So many experts; no survey depends on what is made of it."""
+
+    @cache
+    def made(num_experts: int) -> Surveyed:
+        model = opened(fused(small_config, "mixture", "both", num_experts=num_experts), small_config)
+        kept = KeptScores()
+        in_tiles = survey(model, CPU, tile_size=TileSize(4, 13))
+        return Surveyed(model, (survey(model, CPU, kept=kept), in_tiles, surveyed_in_slices(model, 3)), kept)
+
+    return made
+
+
+SCORINGS, INPUTS, COUNTS = get_args(ScoringName), (*get_args(InputsName), None), (2, 3, 5)  # inputs None: no gate
+FORMS = list(product(SCORINGS, INPUTS, COUNTS))
+
+
+def is_quick(scoring: ScoringName, inputs: InputsName | None, num_experts: int) -> bool:
+    """A third of all forms, in which each scoring meets all inputs and counts, and all inputs each count."""
+    return (SCORINGS.index(scoring) + INPUTS.index(inputs) + COUNTS.index(num_experts)) % 3 == 0
+
+
 @pytest.mark.parametrize(
-    ("scoring", "gated"),
-    [
-        ("mixture", True),
-        ("choice", False),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in (("choice", True), ("product", True), ("mixture", False), ("product", False))
-        ),
-    ],
+    ("scoring", "inputs", "num_experts"),
+    [pytest.param(*form, marks=() if is_quick(*form) else pytest.mark.slow) for form in FORMS],
 )
 def test_ranks_are_those_of_the_full_matrix_for_any_tiles_and_slices(
-    small_config: ExperimentConfig, scoring: ScoringName, gated: bool
+    small_config: ExperimentConfig,
+    experts: Callable[[int], Surveyed],
+    scoring: ScoringName,
+    inputs: InputsName | None,
+    num_experts: int,
 ) -> None:
-    model = opened(fused(small_config, scoring, gated=gated), small_config)
-    scores_ME, log_pi_MB = in_full(model)
-    expected = expected_counts(model, scores_ME)
+    """Each form has tiles of its own."""
+    known = experts(num_experts)
+    gate: dict[str, Any] = {"inputs": inputs} if inputs else {"gated": False}
+    matcher = fused(small_config, scoring, num_experts=num_experts, **gate)
+    matcher.experts.load_state_dict(known.model.matcher.get_submodule("experts").state_dict())
+    model = replace(known.model, matcher=matcher)
+    scores_ME, log_pi_MB = in_full(model, features(small_config, NUM_MENTIONS, 2), inputs or "confidence")
+    expected, best = expected_counts(model, scores_ME), ops.top_k(scores_ME, TOP_K)
     assert int(expected.tied_M.sum()) > 0
-    rankings = [
-        rank(surveyed(model, CPU, tile_size=size), CPU, top_k=TOP_K, tile_size=size)
-        for size in (TileSize(128, 2048), TileSize(4, 13))
-    ]
-    rankings.append(rank(surveyed(model, CPU, kept=KeptScores(most_bytes=0)), CPU, top_k=TOP_K))
-    rankings.append(rank(surveyed(model, CPU, tile_size=TileSize(4, 13)), CPU, tile_size=TileSize(5, 8), top_k=TOP_K))
-    rankings.append(ranked_in_slices(model, 3))
-    for found in rankings:
+    whole, in_tiles, in_slices = known.surveys
+    number = FORMS.index((scoring, inputs, num_experts))
+    for found in (
+        rank(informed(model, whole, known.kept), CPU, top_k=TOP_K),
+        rank(informed(model, in_tiles), CPU, top_k=TOP_K, tile_size=TileSize(4 + number % 6, 10 + number)),
+        ranked_in_slices(informed(model, in_slices), 2),
+    ):
         assert torch.equal(found.counts.better_M, expected.better_M)
         assert torch.equal(found.counts.tied_M, expected.tied_M)
-        assert torch.equal(found.top_row_Mk, rankings[0].top_row_Mk)
-        torch.testing.assert_close(found.top_score_Mk, scores_ME.gather(1, found.top_row_Mk), atol=1e-5, rtol=1e-5)
-        assert (found.choices is None) == (not gated)
+        assert torch.equal(found.top_row_Mk, best.rows_MK)
+        torch.testing.assert_close(found.top_score_Mk, best.scores_MK, atol=1e-5, rtol=1e-5)
+        assert (found.choices is None) == (inputs is None)
         if found.choices is not None:
-            assert torch.equal(found.choices.gold_M, log_pi_MB.argmax(dim=1))
+            chosen_M = log_pi_MB.argmax(dim=1)
+            assert torch.equal(found.choices.gold_M, chosen_M)
+            assert torch.equal(found.choices.top_Mk, chosen_M[:, None].expand(-1, TOP_K))
+            assert torch.equal(found.choices.pairs_MB, NUM_ENTITIES * one_hot(chosen_M, num_experts))
+
+
+@pytest.mark.parametrize("num_experts", [*(pytest.param(few, marks=pytest.mark.slow) for few in (2, 3)), 5])
+@pytest.mark.parametrize("inputs", get_args(InputsName))
+def test_a_gate_says_what_the_full_matrix_makes_it_say(
+    small_config: ExperimentConfig, inputs: InputsName, num_experts: int
+) -> None:
+    model = opened(fused(small_config, "mixture", inputs, num_experts=num_experts), small_config)
+    _, log_pi_MB = in_full(model, features(small_config, NUM_MENTIONS, 2), inputs)
+    found = surveyed(model, CPU, tile_size=TileSize(4, 13)).mentions.dense("fusion.log_pi")
+    torch.testing.assert_close(found, log_pi_MB, atol=1e-5, rtol=1e-5)
 
 
 def test_what_tells_experts_apart_is_found_exactly(small_config: ExperimentConfig) -> None:
