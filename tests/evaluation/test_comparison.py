@@ -145,13 +145,13 @@ def test_an_older_evaluation_s_column_of_ambiguous_words_is_read(
     assert "ambiguity" in compare(tmp_path / "second", first)
 
 
-def test_mentions_are_matched_by_id_whatever_their_order(
+def test_mentions_are_matched_by_id_whatever_their_order_and_that_of_entities(
     compare: Command, first: Path, small_config: ExperimentConfig, tmp_path: Path
 ) -> None:
     straight, turned = tmp_path / "straight.json", tmp_path / "turned.json"
     compare(first, evaluation(tmp_path / "second", small_config, SECOND), "--json", straight)
     columns: dict[str, Any] = {"mention_id": IDS[::-1], "gold": GOLDS[::-1], "kind": KINDS[::-1]}
-    evaluation(tmp_path / "second", small_config, SECOND[::-1], **columns)
+    evaluation(tmp_path / "second", small_config, SECOND[::-1], kb=KB[::-1], **columns)
     compare(first, tmp_path / "second", "--json", turned)
     assert turned.read_text() == straight.read_text()
 
@@ -320,10 +320,17 @@ def test_runs_of_several_seeds(
     assert "RUN1 and RUN2 are a run each, or several with commas between" in refused(",", second)
 
 
-def test_the_order_of_a_kb_does_not_matter(
-    compare: Command, first: Path, small_config: ExperimentConfig, tmp_path: Path
-) -> None:
-    assert compare(first, evaluation(tmp_path / "second", small_config, SECOND, kb=KB[::-1]))
+def test_groups_of_several_seeds(compare: Command, small_config: ExperimentConfig, tmp_path: Path) -> None:
+    """Means over each side's seeds; intervals of mentions and seeds together, also where a group is one mention."""
+    seeds = zip("abcd", (FIRST, [9] * 6, SECOND, [0, 0, 0, 0, 0, 9]), strict=True)
+    a, b, c, d = (evaluation(tmp_path / name, small_config, better) for name, better in seeds)
+    said = compare(f"{a},{b}", f"{c},{d}", "--json", tmp_path / "found.json")
+    assert json.loads((tmp_path / "found.json").read_text())["groups"]["kind"] == {
+        "": {"mentions": 1, "hits@1": [0.5, 0.5], "interval": [-1.0, 1.0]},
+        "picture": {"mentions": 3, "hits@1": [0.0, 1.0], "interval": [1.0, 1.0]},
+        "text": {"mentions": 2, "hits@1": [0.5, 0.75], "interval": [-0.5, 1.0]},
+    }
+    assert "+0.250 │ -0.500 to +1.000" in said
 
 
 def test_a_damaged_or_an_old_file_is_named(
