@@ -121,8 +121,15 @@ class CandidateSearch(VectorSearch):
         super().__init__(torch.cat([source.of(tile, "entities") for tile in index.tiles(_TILE)]), index.first_row)
 
     def candidates(self, mentions: Table, k: int) -> Tensor:
-        """As `search`, of prepared mentions."""
-        return self.search(self.source.of(mentions, "mentions"), k)
+        """As `search`, of prepared mentions.
+
+        Raises:
+            NotRankable: A mention's vector is not finite, and so are its products with all entities.
+        """
+        vectors_Mg = self.source.of(mentions, "mentions")
+        if broken := _infinite(vectors_Mg):
+            raise NotRankable(broken[0], self.first_row, "candidates' vectors")
+        return self.search(vectors_Mg, k)
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ def link(matcher: Matcher, mentions: Table, index: EntityIndex, search: Candidat
 
     Raises:
         ValueError: k < 1, or a search of another index.
-        NotRankable: A score is NaN.
+        NotRankable: A score is NaN, or a mention's vector is not finite.
     """
     if (len(search), search.first_row) != (len(index), index.first_row):
         raise ValueError(f"a search among {len(search)} entities for an index of {len(index)}: they must be the same")
@@ -192,7 +199,12 @@ def _faiss() -> ModuleType | None:
         return None
 
 
+def _infinite(vectors_Ng: Tensor) -> list[int]:
+    """Rows that have a number that is not finite."""
+    found: list[int] = (~vectors_Ng.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    return found
+
+
 def _refuse_infinite(vectors_Ng: Tensor, what: str, first: int = 0) -> None:
-    broken = (~vectors_Ng.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
-    if broken:
+    if broken := _infinite(vectors_Ng):
         raise ValueError(f"the vector of {what} {first + broken[0]} is not finite: nothing can be searched")

@@ -85,7 +85,7 @@ class MentionBlock:
 
 
 def link_block(linker: Linker, block: MentionBlock, options: BulkOptions) -> pa.Table:
-    """The links of some mentions, a row each; one that cannot be read has a reason.
+    """The links of some mentions, a row each; one that cannot be has a reason.
 
     On the CPU each batch is linked by one thread, several at once: so the bits are the same on any number of cores, and
     on workers that have a part of a machine.

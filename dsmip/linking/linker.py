@@ -9,7 +9,7 @@ import torch
 
 from dsmip.calibration.calibration import BestScores, Calibration
 from dsmip.data.manifest import ImageSettings
-from dsmip.data.records import Mention
+from dsmip.data.records import NO_ROW, Mention
 from dsmip.data.table import Table
 from dsmip.encoders.feature_cache import whole_features
 from dsmip.errors import UserError
@@ -37,6 +37,14 @@ class _Asked:
     def __post_init__(self) -> None:
         _check_count("top", self.top)
         _check_count("candidates", 1 if self.candidates is None else self.candidates)
+
+
+class _Unscored(UserError):
+    """A score is NaN or infinite; `reason` says it without the model's place, as a service may to whoever asks."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -195,8 +203,8 @@ class Linker:
                 do not count), prepared `dsmip.Mention`s, an Arrow table, or a pandas frame of such columns.
             top: How many entities each gets (at most all).
             min_confidence, candidates, explain: As for `link`.
-            on_error: `raise` at a mention that cannot be read, or `report`: it gets `Links` with a `reason` and no
-                link. Either way the others are linked.
+            on_error: `raise` at a mention that cannot be read or scores NaN, or `report`: it gets `Links` with a
+                `reason` and no link, and the others are linked.
             images: The folder that relative paths of pictures start from (default: the present one), or what reads a
                 picture of a name.
             batch_size: How many are linked at a time.
@@ -205,7 +213,8 @@ class Linker:
             The links of each mention.
 
         Raises:
-            UserError: As for `link`; the message has the number of the mention, from 0.
+            UserError: As for `link`, where it can be told with the number of the mention, from 0. A model that scores
+                NaN whatever the mention is an error either way.
         """
         _check_count("batch_size", batch_size)
         asked, reader = self._asked(top, min_confidence, candidates, explain), MentionReader(self.model.images, images)
@@ -238,9 +247,34 @@ class Linker:
                         raise UserError(f"mention {number}: {error}") from None
                     read.append(Links(_as_given(item), (), reason=str(error)))
                 number += 1
-            found = iter(self._link_batch([each for each in read if isinstance(each, Mention)], asked))
+            link = self._link_batch if on_error == "raise" else self._link_or_report
+            found = iter(link([each for each in read if isinstance(each, Mention)], asked))
             for each in read:
                 yield each if isinstance(each, Links) else next(found)
+
+    def _link_or_report(self, mentions: Sequence[Mention], asked: _Asked) -> list[Links]:
+        """As `_link_batch`, but those that score NaN have a reason; they are found by halving.
+
+        Raises:
+            UserError: The model scores NaN whatever the mention.
+        """
+        try:
+            return self._link_batch(mentions, asked)
+        except _Unscored as error:
+            if len(mentions) == 1:
+                if not self._is_sound(asked):
+                    raise
+                return [Links(mentions[0], (), reason=error.reason)]
+        middle = len(mentions) // 2
+        return [*self._link_or_report(mentions[:middle], asked), *self._link_or_report(mentions[middle:], asked)]
+
+    def _is_sound(self, asked: _Asked) -> bool:
+        """Whether the model scores a mention that is an entity's name alone."""
+        (entity,) = self.knowledge_base.texts([0])
+        try:
+            return bool(self._link_batch([Mention("", entity["name"], "", "", NO_ROW)], asked))
+        except _Unscored:
+            return False
 
     def _link_batch(self, mentions: Sequence[Mention], asked: _Asked) -> list[Links]:
         if not mentions:
@@ -284,10 +318,11 @@ class Linker:
             return best, self.search.part_scores(informed.mentions, best.row_Mk[:, : asked.top])
         except NotRankable as error:
             entity_id = self.knowledge_base.texts([error.entity_row])[0]["entity_id"]
-            of_part = f" ({error.part})" if error.part else ""
-            raise UserError(
+            found = f"NaN or infinite{f' ({error.part})' if error.part else ''}"
+            raise _Unscored(
                 f"{self.model.name} of {self.model.source} scores '{mentions[error.mention].word}' and entity "
-                f"{entity_id} as NaN or infinite{of_part}; its training diverged, or their features are broken"
+                f"{entity_id} as {found}; its training diverged, or their features are broken",
+                f"mention: the model scores it and entity {entity_id} as {found}",
             ) from None
 
     @torch.no_grad()

@@ -95,7 +95,7 @@ class ExactSearch:
 
         Raises:
             UserError: the model has no vectors.
-            NotRankable: a score is NaN.
+            NotRankable: a score is NaN, or a mention's vector is not finite.
         """
         with self._building:
             search = self.candidates

@@ -9,9 +9,12 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+import dsmip
 from dsmip.linking.linker import Linker
+from dsmip.runs.run import Run
 from dsmip.serving.app import create_app
 from dsmip.serving.served import Source
+from tests.support.scoring.linked_runs import break_long_texts
 from tests.support.small_release import image_bytes
 
 PICTURE = image_bytes((20, 16), "red")
@@ -77,6 +80,22 @@ def test_many_keep_their_order_and_a_bad_one_stops_no_other(
     assert [len(each["links"]) for each in found] == [1, 0, 1]
     assert found[1]["reason"].startswith(reason)
     assert pairs(answer, 2) == as_linked(linker, 1, word="green", sentence="a green thing")
+
+
+def test_a_mention_that_scores_nan_is_refused_and_stops_no_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = dsmip.load(run.folder, model="text")
+    break_long_texts(monkeypatch, 20)
+    broken = {"word": "blue", "sentence": "a blue thing " * 10}
+    with TestClient(create_app(Source(lambda: text, lambda: ""), name="text")) as client:
+        answer = client.post("/link", json={"mentions": [{"word": "red"}, broken], "top": 1})
+        refused = client.post("/link", json=broken)
+    found = answer.json()["mentions"]
+    assert [len(each["links"]) for each in found] == [1, 0]
+    assert pairs(answer) == as_linked(text, 1, word="red")
+    assert (refused.status_code, refused.json()["field"]) == (422, "mention")
+    assert refused.json()["message"].startswith("the model scores it and entity Q")
+    assert found[1]["reason"] == f"mention: {refused.json()['message']}"
+    assert str(run.folder) not in answer.text + refused.text
 
 
 def test_explained_links_have_every_experts_score(client: TestClient, linker: Linker) -> None:

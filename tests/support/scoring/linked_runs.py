@@ -3,14 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from dsmip.config import ExperimentConfig
+from dsmip.data.collate import ItemBatch
 from dsmip.data.dataset import Dataset
+from dsmip.data.table import Table
 from dsmip.models import find_system
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.run import Run
 from dsmip.runs.weights import own_weights
+from dsmip.units.expert import Expert
 from dsmip.units.matcher import Part
 
 _TEXTS = {"mention": "{left} | {word} | {right}", "entity": "{name} : {attributes}"}
@@ -51,6 +55,19 @@ def finished_run(folder: Path, config: ExperimentConfig, dataset: Dataset, seed:
         if system.gated:
             run.save_part(system.name, _shaken(system.build_whole(config)), {})
     return run
+
+
+def break_long_texts(patch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    """From now on DSMIP's experts encode texts of mentions of so many tokens and more as NaN."""
+    encode = Expert.encode_mentions
+
+    def broken(self: Expert, batch: ItemBatch) -> Table:
+        features = encode(self, batch)
+        if "text_global" in features.columns:
+            features.dense("text_global")[batch.token_mask.sum(dim=1) >= num_tokens] = torch.nan
+        return features
+
+    patch.setattr(Expert, "encode_mentions", broken)
 
 
 @torch.no_grad()
