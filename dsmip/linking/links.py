@@ -23,7 +23,8 @@ class Link:
         entity_row: Its row there.
         name: Its name.
         attributes: Its text.
-        score: Higher is better; comparable for one mention (and one expert) only. As `dsmip evaluate` has it.
+        score: Higher is better; comparable for one mention (and one expert) only. As `dsmip evaluate` has it. Of a
+            system that re-ranks, the first k have the re-ranker's, those behind the first stage's: it may rise there.
         confidence: The probability that this link is right, of the best link of a calibrated model; else None.
         expert: Which one scored it, of a system that chooses; else None.
     """

@@ -54,7 +54,9 @@ class LinkOut(BaseModel):
     entity_id: str
     name: str
     attributes: str
-    score: float = Field(description="Compares the entities of one mention only.")
+    score: float = Field(
+        description="Compares the entities of one mention only; behind a re-ranker's candidates it may rise again."
+    )
     confidence: float | None = Field(
         description="Probability that this link is right; of the best one of a calibrated model."
     )
