@@ -125,7 +125,7 @@ def evaluate_model(
     }
     fixed = model.matcher.fixed_batches()
     ranked = evaluation.split, evaluation.mentions, evaluation.entity_ids
-    protocol = EvaluationProtocol.of(evaluation.run, *ranked, fixed)
+    protocol = EvaluationProtocol.of(evaluation.run, evaluation.model.name, *ranked, fixed)
     metrics["protocol"] = protocol.model_dump(mode="json")
     if fixed:
         metrics["fixed_batches"] = {"mentions": fixed.mentions, "entities": fixed.entities}

@@ -97,7 +97,7 @@ def protocol_tables(suite: Suite, results: Sequence[Result]) -> list[TableView]:
     found = []
     for data, about in suite.data.items():
         protocols = [
-            flat(each.evaluation.protocol.model_dump(mode="json", exclude={"seed"}))
+            flat(each.evaluation.protocol.model_dump(mode="json", exclude={"seed", "tune_seed"}))
             for each in results
             if each.column.data == data and each.evaluation.protocol is not None
         ]

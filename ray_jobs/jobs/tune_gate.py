@@ -67,7 +67,7 @@ def tune_gate(
         features = _cache_all_features(run, trials, display)
         _claim_folder(run, trials, seed, stamp)
         results = _halve(run, trials, features, display)
-        report = _save_winner(run, trials, results, stamp, features, display)
+        report = _save_winner(run, trials, results, (seed, stamp), features, display)
     for line in report["warnings"]:
         display.say(f"  warning: {line}")
     display.say(f"  swept in {time.monotonic() - started:.0f} s; {best_trial(report)}")
@@ -204,11 +204,15 @@ def _save_winner(
     run: Run,
     trials: Sequence[Trial],
     results: Mapping[int, float],
-    stamp: str,
+    sweep: tuple[int, str],
     features: Mapping[tuple[str, str], PartTables],
     display: Display,
 ) -> dict[str, Any]:
-    """Judges the best trial, and copies it into the run as the whole system; part.json comes last."""
+    """Judges the best trial, and copies it into the run as the whole system; part.json comes last.
+
+    Args:
+        sweep: Its seed and its stamp.
+    """
     best = min(results, key=lambda number: (-results[number], number))
     judged = _judged(run, trials[best], features, display)
     source, target = run.storage / trial_name(best), run.storage / run.system.name
@@ -218,8 +222,8 @@ def _save_winner(
     with target.atomic(WEIGHTS) as temporary:
         shutil.copyfile(source.folder / WEIGHTS, temporary)
     target.write_text(CONFIG, to_yaml(trials[best].config))
-    changes = dict(trials[best].changes)
-    report = {**result, "trial": best, "changes": changes, "mrr": dict(results), "sweep": stamp}
+    changes, (seed, stamp) = dict(trials[best].changes), sweep
+    report = {**result, "trial": best, "changes": changes, "mrr": dict(results), "sweep": stamp, "tune_seed": seed}
     report |= {"fusion": judged, "warnings": gate_warnings(run.system.name, result["best"], judged)}
     target.write_json(PART, report)
     return run.part_report(run.system.name)

@@ -267,9 +267,10 @@ def test_evaluations_that_were_not_made_alike_are_refused(
         ({"texts_sha256": "a"}, {"texts_sha256": "b"}, "texts_sha256 (a and b)"),
         ({"texts_sha256": "a"}, {}, None),  # an older version did not look at texts
         ({}, {"fixed_batches": "20 mentions, 6000 entities"}, None),
+        ({"tune_seed": 1}, {"tune_seed": 2}, None),
     ],
 )
-def test_other_texts_are_told_apart_and_fixed_batches_are_for_the_record(
+def test_other_texts_are_told_apart_and_fixed_batches_and_seeds_are_for_the_record(
     refused: Command,
     compare: Command,
     small_config: ExperimentConfig,

@@ -22,6 +22,7 @@ from dsmip.evaluation.index_builder import OpenedEvaluation
 from dsmip.evaluation.metrics import METRICS, Metric
 from dsmip.evaluation.report import Evaluated, evaluate_model
 from dsmip.evaluation.stored.comparison import compare, read_evaluation
+from dsmip.evaluation.stored.protocol import EvaluationProtocol
 from dsmip.ops.ranking import hits_at
 from dsmip.runs.load_config import parse_config
 from dsmip.runs.loaded_model import model_names
@@ -92,10 +93,31 @@ def test_an_evaluation_says_how_it_was_made(run: Run, whole: Evaluated) -> None:
     assert protocol["fixed_batches"] is None
     assert (protocol["ranked"], protocol["ties"]) == ("all entities", "realistic")
     assert (protocol["texts"], protocol["seed"]) == (run.dataset.manifest.choices, run.config.seed)
+    assert protocol["tune_seed"] is None
     assert torch.__version__.startswith(protocol["versions"]["torch"])
     stored = read_evaluation(run.folder, "test", None).protocol
     assert stored is not None
     assert stored.model_dump(mode="json") == protocol
+
+
+def test_an_evaluation_says_by_which_seed_its_model_s_trials_were_drawn(run: Run, tmp_path: Path) -> None:
+    own = Run.open(shutil.copytree(run.folder, tmp_path / "run"))
+    ranked = list(own.dataset.mentions("test")), [entity.entity_id for entity in own.dataset.entities()]
+
+    def seeds(report: dict[str, Any], sweep: dict[str, Any] | None = None) -> list[int | None]:
+        own.storage.write_json("dsmip/part.json", report)
+        if sweep is not None:
+            own.storage.write_json("tune/sweep.json", sweep)
+        models = ("dsmip", "mean", "product", "text")
+        return [EvaluationProtocol.of(own, model, "test", *ranked).tune_seed for model in models]
+
+    assert seeds({}) == [None] * 4
+    assert seeds({"sweep": "a"}) == [None] * 4
+    older = {"sha256": "a", "seed": 5}
+    assert seeds({"sweep": "a"}, older) == [5, 5, 5, None]
+    assert seeds({"sweep": "another"}, older) == [None] * 4
+    assert seeds({"sweep": "another", "tune_seed": 7}, older) == [7, 7, 7, None]
+    assert seeds({"sweep": "a"}, {"sha256": "a"}) == [None] * 4
 
 
 def test_figures_adjusted_for_chance(whole: Evaluated) -> None:

@@ -11,11 +11,14 @@ from pydantic import Field, ValidationError
 from dsmip.config import Frozen
 from dsmip.data.dataset import Dataset
 from dsmip.data.records import Mention
+from dsmip.errors import UserError
+from dsmip.runs.cleanup import SWEEP
 from dsmip.runs.provenance import environment
 from dsmip.runs.run import Run
+from dsmip.storage.parsing import read_json
 from dsmip.units.matcher import FixedBatches
 
-_FOR_THE_RECORD = {"fixed_batches", "seed", "versions"}
+_FOR_THE_RECORD = {"fixed_batches", "seed", "tune_seed", "versions"}
 _LATER = "texts_sha256"  # which evaluations of older versions have not
 
 
@@ -48,6 +51,9 @@ class EvaluationProtocol(Frozen):
         fixed_batches: How many mentions and entities were prepared at a time, where scores depend on it: of a model
             that is compared with others all the same.
         seed: Of the run; figures of several seeds are comparable.
+        tune_seed: Of the sweep whose best trial the model is, or gives the experts' settings and scales (`dsmip tune
+            --seed`, which draws the trials; they train by the run's seed); comparable, too. None: there was no sweep,
+            or nothing says which.
         versions: Of what computed the figures; comparable, too.
     """
 
@@ -62,18 +68,20 @@ class EvaluationProtocol(Frozen):
     ties: Literal["realistic"] = "realistic"
     fixed_batches: str | None = None
     seed: int
+    tune_seed: int | None = None
     versions: dict[str, str | None]
 
     @classmethod
     def of(
         cls,
         run: Run,
+        model: str,
         split: str,
         mentions: Sequence[Mention],
         entity_ids: Sequence[str],
         fixed: FixedBatches | None = None,
     ) -> Self:
-        """That of a run's evaluation, in this process."""
+        """That of the evaluation of one of a run's models, in this process."""
         return cls(
             entities=len(entity_ids),
             entities_sha256=ids_hash(entity_ids),
@@ -84,6 +92,7 @@ class EvaluationProtocol(Frozen):
             mentions=len(mentions),
             mentions_sha256=ids_hash([f"{mention.mention_id}\t{mention.entity_id}" for mention in mentions]),
             seed=run.config.seed,
+            tune_seed=_tune_seed(run, model),
             versions=_versions(),
         )
 
@@ -108,6 +117,20 @@ class EvaluationProtocol(Frozen):
     def _compared(self) -> dict[str, Any]:
         tree: dict[str, Any] = self.model_dump(exclude=_FOR_THE_RECORD | {"texts"})
         return tree | self.texts
+
+
+def _tune_seed(run: Run, model: str) -> int | None:
+    whole = run.system.name
+    if not run.system.gated or model not in (whole, *run.system.fusions):
+        return None
+    report = run.part_report(whole)
+    if "tune_seed" in report:
+        return int(report["tune_seed"])
+    try:  # an older version's report names its sweep alone, and another one may have begun since
+        sweep, seed = read_json(run.folder / SWEEP, lambda it: (it["sha256"], int(it["seed"])))
+    except (UserError, OSError):
+        return None
+    return seed if report.get("sweep") == sweep else None
 
 
 @cache

@@ -88,6 +88,7 @@ def test_the_winner_and_all_figures_are_the_same_again_and_after_an_interruption
 
     figures = [evaluate_model(OpenedEvaluation(run, "test", "dsmip"), CPU).metrics for run in (first, second)]
     assert figures[0] == figures[1]
+    assert figures[0]["protocol"]["tune_seed"] == 4
     assert tune_gate(first, first.config, Display(), seed=4) == report  # finished: nothing runs
     with pytest.raises(UserError, match="holds another sweep"):
         tune_gate(first, first.config, Display(), seed=5)
