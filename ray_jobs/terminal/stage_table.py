@@ -54,7 +54,7 @@ class StageTable:
     ) -> None:
         if self.console.is_terminal:
             self._live.stop()
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):  # this one: of a SIGTERM
             self.say("interrupted; run the command again to go on")
 
     def add(self, name: str, row: str, stage: str, *, done: bool = False) -> None:

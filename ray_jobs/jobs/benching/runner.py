@@ -74,13 +74,17 @@ def run_steps(steps: Mapping[str, Step], setting: Setting, table: StageTable) ->
         steps: By name; what they need of others is done.
         setting: Where they run.
         table: Shows how far they are; it has all of them.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: By SIGINT and SIGTERM, when the steps that ran have been stopped.
     """
     waiting = [name for name, step in steps.items() if not step.done]
     running: dict[str, _Process] = {}
     failures: list[StepFailure] = []
     failed = set[str]()
-    with _stopped_at_the_end(running):
+    with _stopped_at_the_end(running) as leave_if_asked:
         while waiting or running:
+            leave_if_asked()
             while doomed := [name for name in waiting if failed.intersection(steps[name].needs)]:
                 for name in doomed:
                     waiting.remove(name)
@@ -103,6 +107,7 @@ def run_steps(steps: Mapping[str, Step], setting: Setting, table: StageTable) ->
                         table.set(name, "failed", failures[-1].reason)
             if waiting or running:
                 time.sleep(_POLL_SECONDS)
+        leave_if_asked()
     return failures
 
 
@@ -133,17 +138,32 @@ def _ends_with_parent() -> Callable[[], None] | None:
 
 
 @contextmanager
-def _stopped_at_the_end(running: Mapping[str, _Process]) -> Iterator[None]:
-    """Interrupts what still runs when the block is left: by a user, an error, or when this process is terminated."""
+def _stopped_at_the_end(running: Mapping[str, _Process]) -> Iterator[Callable[[], None]]:
+    """Interrupts what still runs when the block is left: by a user, an error, or when this process is terminated.
 
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
+    Yields what leaves it once a signal has asked for that. An exception by the signal itself would come anywhere: where
+    a process has been started that is not in `running` yet, or where Python forks and ignores it.
+    """
+    asked: list[int] = []
 
-    before = signal.signal(signal.SIGTERM, leave)
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+
+    def leave_if_asked() -> None:
+        if signal.SIGINT in asked:
+            raise KeyboardInterrupt
+        if asked:
+            raise SystemExit(128 + asked[0])
+
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}  # by nohup and &
+    for number in before:
+        signal.signal(number, note)
     try:
-        yield
+        yield leave_if_asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for process in running.values():
             _signal(process, signal.SIGINT)
         deadline = time.monotonic() + _STOP_SECONDS

@@ -1,6 +1,8 @@
 """Steps side by side as small programs: their order, their room, and what a failure takes along."""
 
 import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,9 @@ from ray_jobs.jobs.benching.runner import Room, Setting, run_steps
 from ray_jobs.terminal.stage_table import StageTable
 
 # Each step is Python's text, which finds its own file in `out` and all in `folder`.
-PROGRAM = "import os, sys; from pathlib import Path; out = Path(sys.argv[1]); folder = out.parent; exec(sys.argv[2])"
+PROGRAM = (
+    "import os, signal, sys; from pathlib import Path; out = Path(sys.argv[1]); folder = out.parent; exec(sys.argv[2])"
+)
 DONE = "out.write_text('done')"
 
 
@@ -83,6 +87,41 @@ def test_what_is_done_is_not_repeated_and_what_failed_is_tried_again(bench: Benc
     (bench.folder / "mended").touch()
     assert bench.run() == {}
     assert (bench.folder / "done").read_text() == "before"
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_stops_what_runs(bench: Bench, number: int, raised: type[BaseException]) -> None:
+    pid = bench.folder / "pid"
+    bench.step(
+        "endless",
+        "(folder / 'new').write_text(str(os.getpid())); (folder / 'new').rename(folder / 'pid'); signal.pause()",
+    )
+    bench.step("other", f"while not (folder / 'pid').exists(): pass\nos.kill(os.getppid(), {number}); signal.pause()")
+    bench.step("later", needs=["other"])
+    with pytest.raises(raised) as left:
+        bench.run(cpu=2)
+    assert raised is KeyboardInterrupt or left.value.args == (128 + number,)
+    assert "interrupted; run the command again to go on" in bench.said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert not any(step.done for step in bench.steps.values())
+
+
+def test_a_signal_that_comes_while_a_step_is_started_is_not_lost(bench: Bench) -> None:
+    """Python ignores what is raised while it forks."""
+    times = [signal.SIGTERM]
+
+    def send() -> None:
+        while times:
+            os.kill(os.getpid(), times.pop())
+
+    os.register_at_fork(after_in_parent=send)
+    bench.step("only")
+    with pytest.raises(SystemExit) as left:
+        bench.run()
+    assert left.value.code == 128 + signal.SIGTERM
 
 
 def test_steps_run_side_by_side_where_there_is_room(bench: Bench) -> None:
