@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -16,6 +16,7 @@ from ray_jobs.terminal.lines import result_console
 
 State = Literal["waiting", "running", "done", "failed", "left out"]
 _SHOWN: tuple[State, ...] = ("running", "failed", "left out")
+_OTHER_LINES = 6  # than rows: heads, the end, what is out of sight, and a cell of two lines
 
 
 @dataclass
@@ -42,10 +43,12 @@ class StageTable:
         self.console = console or result_console()
         self._title, self._stages = title, tuple(stages)
         self._works: dict[str, _Work] = {}
+        self._changes = False
         self._live = Live(console=self.console, get_renderable=self._table, refresh_per_second=2)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
+            self._changes = True
             self._live.start()
         return self
 
@@ -53,6 +56,7 @@ class StageTable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.console.is_terminal:
+            self._changes = False
             self._live.stop()
         if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):  # this one: of a SIGTERM
             self.say("interrupted; run the command again to go on")
@@ -78,8 +82,12 @@ class StageTable:
 
     def _table(self) -> Table:
         table = Table(self._title, *self._stages, "now")
-        for row in dict.fromkeys(work.row for work in self._works.values()):
-            of_row = {name: work for name, work in self._works.items() if work.row == row}
+        rows: dict[str, dict[str, _Work]] = {}
+        for name, work in self._works.items():
+            rows.setdefault(work.row, {})[name] = work
+        in_sight = self._in_sight(rows)
+        for row in in_sight:
+            of_row = rows[row]
             cells = [_counts([work.state for work in of_row.values() if work.stage == stage]) for stage in self._stages]
             running = [
                 f"{name.rpartition('/')[0] or name} {time.monotonic() - work.started:.0f} s"
@@ -87,7 +95,16 @@ class StageTable:
                 if work.state == "running"
             ]
             table.add_row(row, *cells, ", ".join(running))
+        if len(in_sight) < len(rows):
+            table.caption = f"and {len(rows) - len(in_sight)} more rows"
         return table
+
+    def _in_sight(self, rows: Mapping[str, Mapping[str, _Work]]) -> list[str]:
+        """All rows; while they change, as many as the terminal has room for, before all others those at work."""
+        room = max(1, self.console.height - _OTHER_LINES) if self._changes else len(rows)
+        at_work = {row for row, works in rows.items() if any(work.state == "running" for work in works.values())}
+        chosen = {*sorted(rows, key=lambda row: row not in at_work)[:room]}
+        return [row for row in rows if row in chosen]
 
 
 def _counts(states: Sequence[State]) -> str:
