@@ -157,7 +157,7 @@ def link(matcher: Matcher, mentions: Table, index: EntityIndex, search: Candidat
 
     Raises:
         ValueError: k < 1, or a search of another index.
-        NotRankable: A score is NaN, or a mention's vector is not finite.
+        NotRankable: A score, or a number of a mention's vector, is NaN or infinite.
     """
     if (len(search), search.first_row) != (len(index), index.first_row):
         raise ValueError(f"a search among {len(search)} entities for an index of {len(index)}: they must be the same")
@@ -181,8 +181,8 @@ def _scored(pairs: PairScorer, row_MK: Tensor, first_row: int) -> tuple[Tensor, 
         score_MK[mention : mention + 1], chosen_1K = pairs.score_and_choose(torch.tensor([mention]), row_K - first_row)
         if chosen_1K is not None:
             choices.append(chosen_1K)
-    if bool(score_MK.isnan().any()):
-        mention, column = score_MK.isnan().nonzero()[0].tolist()
+    if len(broken := (~score_MK.isfinite()).nonzero()):
+        mention, column = broken[0].tolist()
         raise NotRankable(mention, int(row_MK[mention, column]))
     return score_MK, torch.cat(choices) if choices else None
 

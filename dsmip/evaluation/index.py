@@ -50,7 +50,7 @@ class EntityIndex:
         return sum(table.num_bytes for table in self.tables)
 
     def tiles(self, size: int) -> Iterator[Table]:
-        """The entities in order, at most `size` at a time; a tile never spans two tables, so nothing is copied."""
+        """The entities in order, at most `size` at a time; a tile spans no two tables: only restored ones are new."""
         for table in self.tables:
             for start in range(0, len(table), size):
                 rows = slice(start, start + size)

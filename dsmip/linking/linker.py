@@ -322,7 +322,7 @@ class Linker:
             raise _Unscored(
                 f"{self.model.name} of {self.model.source} scores '{mentions[error.mention].word}' and entity "
                 f"{entity_id} as {found}; its training diverged, or their features are broken",
-                f"mention: the model scores it and entity {entity_id} as {found}",
+                f"mention: the model scores it as {found}",
             ) from None
 
     @torch.no_grad()

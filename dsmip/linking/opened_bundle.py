@@ -126,12 +126,13 @@ class BundleSource:
 
     def _say_whether_it_fits(self, manifest: BundleManifest, free: int | None) -> None:
         stored = sum(file.bytes for path, file in manifest.files.items() if f"{INDEX}/" in path)
-        if free is not None and stored > free:
-            self.notice(
-                f"{self.name}: its index has {stored / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free: each "
-                "batch reads it from disk again, which is slow; take a machine with more, or export it with a smaller "
-                "--index-dtype (float16, int8)"
-            )
+        if free is None or stored <= free:
+            return
+        smaller = "" if manifest.index_dtype == "int8" else ", or export it with --index-dtype int8"
+        self.notice(
+            f"{self.name}: its index has {stored / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free: batches "
+            f"may read it from disk again and again, which is slow; take a machine with more{smaller}"
+        )
 
     def _model(self, manifest: BundleManifest) -> _BundledModel:
         check_no_others(self.folder, manifest.files)

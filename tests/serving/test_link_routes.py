@@ -93,7 +93,7 @@ def test_a_mention_that_scores_nan_is_refused_and_stops_no_other(run: Run, monke
     assert [len(each["links"]) for each in found] == [1, 0]
     assert pairs(answer) == as_linked(text, 1, word="red")
     assert (refused.status_code, refused.json()["field"]) == (422, "mention")
-    assert refused.json()["message"].startswith("the model scores it and entity Q")
+    assert refused.json()["message"].startswith("the model scores it as NaN")
     assert found[1]["reason"] == f"mention: {refused.json()['message']}"
     assert str(run.folder) not in answer.text + refused.text
 

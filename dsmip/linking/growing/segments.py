@@ -55,7 +55,7 @@ def stored_tables(folder: Path, segment: Segment) -> Iterator[Table]:
 
 
 def read_index(folder: Path, segments: Sequence[Segment], dtype: IndexDtype) -> EntityIndex:
-    """The index of segments as it is searched; it stays on disk and in `dtype`, and what is scored becomes float32.
+    """The index of segments as it is searched; it stays in `dtype`, and what is scored becomes float32.
 
     Raises:
         UserError: A slice is missing or cut off.

@@ -84,6 +84,9 @@ def test_an_index_restores_what_is_read_of_it(dtype: IndexDtype, seed: int, size
 
 
 def assert_equal(found: Table, expected: Table) -> None:
+    assert {name: type(each) for name, each in found.columns.items()} == {
+        name: type(each) for name, each in expected.columns.items()
+    }
     values, others = padded(found), padded(expected)
     assert values.keys() == others.keys()
     assert all(torch.equal(values[name], others[name]) for name in values)
