@@ -4,7 +4,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -89,6 +89,15 @@ def test_what_is_done_is_not_repeated_and_what_failed_is_tried_again(bench: Benc
     assert (bench.folder / "done").read_text() == "before"
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT counts: programs that a shell has put into the background ignore it, tests among them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(
     ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["SIGINT", "SIGTERM"]
 )
