@@ -77,13 +77,13 @@ def load_linker(
         device: Where mentions are encoded and scored.
         options: Which model of a run, and where its data is.
         progress: Of the index, while it is built.
-        notice: Takes a line about features that are read beside the shards, or an index larger than the memory.
+        notice: Takes a line about features that are read beside the shards.
 
     Raises:
         UserError: No run, model or data there, a model that cannot be indexed, or a damaged bundle.
     """
     if (bundle := find_bundle(location)) is not None:
-        return _of_bundle(BundleSource(bundle, str(location), device, options.rank, notice), options)
+        return _of_bundle(BundleSource(bundle, str(location), device, options.rank), options)
     folder = None if isinstance(location, RunStorage) else local_path(location)
     if folder is not None and not (folder / STAMP).is_file():
         raise UserError(f"{location}: neither a run nor a bundle (no {STAMP}, no {BUNDLE})")

@@ -1,6 +1,7 @@
 """Opening of linkers from a bundle, whose entities may change while its model stays."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +33,8 @@ from dsmip.linking.search import ExactSearch, SecondStage
 from dsmip.rank_options import RankOptions
 from dsmip.runs.loaded_model import CONFIG, LoadedModel, TrainedParts
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class _BundledModel:
@@ -61,14 +64,12 @@ class BundleSource:
         name: What messages call it.
         device: Where items are encoded and scored.
         rank: How pairs are scored.
-        notice: Takes a line about an index that is larger than the memory.
     """
 
     bundle: FoundBundle
     name: str
     device: torch.device
     rank: RankOptions = RankOptions()
-    notice: Callable[[str], None] = lambda line: None
 
     @property
     def folder(self) -> Path:
@@ -97,7 +98,7 @@ class BundleSource:
 
     def _opened(self, manifest: BundleManifest, identity: str, before: _BundledModel | None) -> Linker:
         if before is None:
-            self._say_whether_it_fits(manifest, free_memory())
+            _warn_if_larger(self.name, manifest, free_memory())
         checked = {} if before is None else before.checked
         check_files(self.folder, {name: file for name, file in manifest.files.items() if checked.get(name) != file})
         if before is not None and before.files == manifest.model_files:
@@ -122,16 +123,6 @@ class BundleSource:
             opened.second_stage,
             read_calibration(self.folder / CALIBRATION) if CALIBRATION in manifest.files else None,
             Origin(lambda: self.linker(opened), self._entities(opened)),
-        )
-
-    def _say_whether_it_fits(self, manifest: BundleManifest, free: int | None) -> None:
-        stored = sum(file.bytes for path, file in manifest.files.items() if f"{INDEX}/" in path)
-        if free is None or stored <= free:
-            return
-        smaller = "" if manifest.index_dtype == "int8" else ", or export it with --index-dtype int8"
-        self.notice(
-            f"{self.name}: its index has {stored / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free: batches "
-            f"may read it from disk again and again, which is slow; take a machine with more{smaller}"
         )
 
     def _model(self, manifest: BundleManifest) -> _BundledModel:
@@ -179,6 +170,18 @@ class BundleSource:
             opened.files,
             opened.distilled,
         )
+
+
+def _warn_if_larger(name: str, manifest: BundleManifest, free: int | None) -> None:
+    """Logs, which without further ado goes to standard error, that the index has more than the `free` bytes."""
+    stored = sum(file.bytes for path, file in manifest.files.items() if f"{INDEX}/" in path)
+    if free is None or stored <= free:
+        return
+    smaller = "" if manifest.index_dtype == "int8" else ", or export it with --index-dtype int8"
+    _log.warning(
+        f"{name}: its index has {stored / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free: batches may read "
+        f"it from disk again and again, which is slow; take a machine with more{smaller}"
+    )
 
 
 def second_stage_of(parts: TrainedParts, model: LoadedModel, device: torch.device) -> SecondStage | None:

@@ -16,7 +16,6 @@ from dsmip.encoders.clip import Backbone
 from dsmip.exporting.export import ExportOptions, export_run
 from dsmip.linking.bundle import BUNDLE, CALIBRATION, CARD, ENTITIES, IndexDtype
 from dsmip.linking.found_bundles import HUB
-from dsmip.linking.load import load_linker
 from dsmip.runs.load_config import changed
 from dsmip.runs.run import Run
 from dsmip.storage.atomic import sha256_file
@@ -142,7 +141,12 @@ def test_a_part_alone_and_a_folder_that_is_taken(run: Run, bundle: Path, tmp_pat
     [pytest.param("float16", marks=pytest.mark.soak), pytest.param("int8", marks=pytest.mark.slow)],
 )
 def test_an_index_that_is_stored_smaller(
-    run: Run, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: IndexDtype
+    run: Run,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    dtype: IndexDtype,
 ) -> None:
     export_run(run.folder, tmp_path / "small", CPU, ExportOptions(index_dtype=dtype))
     whole, small = (next((each / "index").glob("slice-*")).stat().st_size for each in (bundle, tmp_path / "small"))
@@ -156,9 +160,9 @@ def test_an_index_that_is_stored_smaller(
     assert dsmip.load(tmp_path / "small").search.index.num_bytes < stored  # in memory as on disk
     for free, fits in ((stored, True), (stored - 1, False)):
         monkeypatch.setattr("dsmip.linking.opened_bundle.free_memory", lambda free=free: free)
-        lines = list[str]()
-        load_linker(tmp_path / "small", CPU, notice=lines.append)
-        assert [" GiB of memory are free" in line for line in lines] == ([] if fits else [True])
+        caplog.clear()
+        dsmip.load(tmp_path / "small")
+        assert [" GiB of memory are free" in line for line in caplog.messages] == ([] if fits else [True])
     row = next(line for line in (tmp_path / "small" / CARD).read_text().splitlines() if "the index as stored" in line)
     assert all(float(cell.strip(" %")) > 80 for cell in row.split("|")[2:4])
     assert "the index as stored" not in (bundle / CARD).read_text()
