@@ -11,6 +11,7 @@ A group that the data set itself has under one of these names stands as it is.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from dsmip.data.dataset import Dataset
 from dsmip.data.manifest import SPLITS
@@ -55,6 +56,11 @@ def report_groups(dataset: Dataset, mentions: Sequence[Mention], trained_on: Dat
         }
         groups.append({name: value for name, value in derived.items() if name not in own} | dict(mention.groups))
     return groups
+
+
+def stored_groups(row: Mapping[str, Any]) -> dict[str, str]:
+    """Group values of a mention by group name, from its row of ranks.parquet."""
+    return {name: row[name] for name in REPORTED if row[name]} | dict(row["groups"] or ())
 
 
 def num_meanings(dataset: Dataset, words: Sequence[str]) -> list[int]:

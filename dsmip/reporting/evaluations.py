@@ -146,11 +146,6 @@ def read_evaluated_run(location: Location, split: str, model: str | None) -> Eva
     return EvaluatedRun(parts, split, main.model, stored, names, parts.system.choices(config.system))
 
 
-def groups_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """A mention's groups by name, from its row of ranks: what is known of every data set, and the data set's own."""
-    return {name: row[name] for name in REPORTED if row[name]} | dict(row["groups"] or ())
-
-
 def _evaluation(ranks: StoredRanks) -> ModelEvaluation:
     """With the figures that were written beside the ranks."""
     path = ranks.path.parent / METRICS_FILE

@@ -7,10 +7,10 @@ from typing import Any
 from dsmip.data.dataset import Dataset
 from dsmip.data.records import Mention
 from dsmip.errors import UserError
-from dsmip.evaluation.groups import num_meanings
+from dsmip.evaluation.groups import num_meanings, stored_groups
 from dsmip.pages.thumbnails import thumbnail
 from dsmip.progress import Progress
-from dsmip.reporting.evaluations import EvaluatedRun, Key, ModelEvaluation, groups_of
+from dsmip.reporting.evaluations import EvaluatedRun, Key, ModelEvaluation
 
 MAX_MENTIONS = 1_000
 MAX_IMAGE_BYTES = 16 << 20  # of all thumbnails, as the page holds them
@@ -141,7 +141,7 @@ def shown_mentions(
     meanings = num_meanings(dataset, [rows[key]["word"] for key in keys])
     ranks = [_Ranks(run, sure) for run, sure in zip(runs, right, strict=True)]
     for key, shown, meaning in zip(keys, mentions, meanings, strict=True):
-        shown |= {"groups": groups_of(rows[key]), "meanings": meaning}
+        shown |= {"groups": stored_groups(rows[key]), "meanings": meaning}
         shown["runs"] = [each.of(key, entities) for each in ranks]
     shown_first = [entity for key in keys for entity in (rows[key]["gold"], *rows[key]["top"][:1])]
     data = {

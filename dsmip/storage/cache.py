@@ -25,7 +25,7 @@ from dsmip.storage.object_store import private_cache
 
 LIMIT = "DSMIP_CACHE_GB"
 _CHECKED_NS = 86_400_000_000_000  # one day after the epoch: nothing written now has it
-_FREE_SHARE = 0.1  # of the disk, where no limit is given
+_FREE_SHARE, _FREE_BYTES = 0.1, 10e9  # of a disk, where no limit is given
 _TABLE_SECONDS = 86_400.0  # other files than shards are handed around by path: they stay for a day after their use
 _SHARD_SUFFIX = ".tar"
 _FRESH = ".fresh-"
@@ -120,8 +120,13 @@ def _limit(held: int) -> float:
     stated = stated_limit(LIMIT)
     if stated is not None:
         return stated
-    disk = shutil.disk_usage(data_cache())
-    return held + disk.free - _FREE_SHARE * disk.total
+    return held + spare_bytes(data_cache())
+
+
+def spare_bytes(folder: Path) -> float:
+    """Bytes that a folder's disk has beyond what is left to others: a tenth of it, but no more than 10 GB."""
+    disk = shutil.disk_usage(folder)
+    return disk.free - min(_FREE_SHARE * disk.total, _FREE_BYTES)
 
 
 def stated_limit(variable: str) -> float | None:

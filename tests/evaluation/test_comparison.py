@@ -23,6 +23,7 @@ from ray_jobs import cli
 IDS = ["m1", "m2", "m3", "m4", "m5", "m6"]
 GOLDS = ["Q1", "Q2", "Q3", "Q1", "Q2", "Q3"]
 KINDS: list[str | None] = ["text", "text", "picture", "picture", "picture", None]
+LANGUAGES = [[("language", "de")]] * 2 + [[]] * 4  # a group that the data set brings itself
 FIRST, SECOND = [0, 0, 4, 30, 2, 0], [0, 1, 0, 0, 0, 0]  # better entities
 KB = ["Q1", "Q2", "Q3", "Q4"]
 
@@ -43,6 +44,7 @@ def evaluation(
     (run / "config.yaml").write_text(to_yaml(config))
     columns = {"mention_id": IDS, "gold": GOLDS, "better": better, "tied": [0] * len(better), "kind": KINDS}
     columns |= {name: ["x"] * len(better) for name in ("gold_seen", "picture", "ambiguity")}
+    columns |= {"groups": pa.array(LANGUAGES, pa.map_(pa.string(), pa.string()))}
     entity_ids, texts, more = changes.pop("kb", KB), changes.pop("texts", None), changes.pop("protocol", {})
     about = {KB_HASH: ids_hash(entity_ids).encode()}
     if texts is not None:
@@ -129,7 +131,11 @@ def test_figures_of_both_and_their_difference(
         "picture": {"mentions": 3, "hits@1": [0.0, 1.0], "interval": [1.0, 1.0]},
         "text": {"mentions": 2, "hits@1": [1.0, 0.5], "interval": [-1.0, 0.0]},
     }
-    assert list(report["groups"]) == ["ambiguity", "gold_seen", "kind", "picture"]
+    assert report["groups"]["language"] == {
+        "": {"mentions": 4, "hits@1": [0.25, 1.0], "interval": [0.25, 1.0]},
+        "de": {"mentions": 2, "hits@1": [1.0, 0.5], "interval": [-1.0, 0.0]},
+    }
+    assert list(report["groups"]) == ["ambiguity", "gold_seen", "kind", "language", "picture"]
     words = [line.replace("│", " ").split() for line in said.splitlines()]
     assert ["hits@1", "0.500", "0.833", "+0.333"] in [line[:4] for line in words]
     assert ["kind", "picture", "3", "0.000", "1.000", "+1.000", "+1.000", "to", "+1.000"] in words

@@ -3,11 +3,13 @@
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +20,7 @@ from data_prep.formats.mimic import MimicRelease
 from dsmip.data.dataset import Dataset, TrainingBatch
 from dsmip.errors import StoreAway, UserError
 from dsmip.parallel import map_tasks
+from dsmip.storage.cache import spare_bytes
 from dsmip.storage.object_store import connected_system, filesystem
 from tests.support.object_store import ObjectStore, free_port, running_store, variables
 from tests.support.paths import ROOT
@@ -36,8 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
+    """An empty cache, which may grow however full the disk is."""
     monkeypatch.setenv("DSMIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DSMIP_CACHE_GB", "1")
     return tmp_path / "cache"
 
 
@@ -191,6 +195,14 @@ def test_folders_of_killed_processes_go_after_a_day(uri: str, cache: Path) -> No
     batches(Dataset.open(uri))
     assert not left.exists()
     assert used.is_dir()
+
+
+@pytest.mark.parametrize(("size", "spare"), [(20e9, 3e9), (4e12, -5e9)])
+def test_without_a_limit_a_tenth_of_the_disk_stays_free_or_ten_gigabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: float, spare: float
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=size, free=5e9))
+    assert spare_bytes(tmp_path) == spare
 
 
 def test_a_limit_that_is_no_number_is_a_mistake(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from dsmip.data.manifest import Count, Digest
 from dsmip.encoders.shared_tables.locks import lock_alone, lock_shared
 from dsmip.errors import StoreAway, UserError
 from dsmip.storage.atomic import sha256_file
-from dsmip.storage.cache import stated_limit
+from dsmip.storage.cache import spare_bytes, stated_limit
 from dsmip.storage.run_storage import LocalRun, RunStorage
 
 LIMIT = "DSMIP_FEATURES_GB"
@@ -32,7 +32,6 @@ Say = Callable[[str], None]
 _TABLE, _ENTRY, _LOCKS = ".safetensors", ".json", ".locks"
 _KEY = re.compile(r"[0-9a-f]{64}")
 _CHECKED_NS = 86_400_000_000_000  # one day after the epoch: nothing written now has it
-_FREE_SHARE, _FREE_BYTES = 0.1, 10e9  # of a disk, where no limit is given
 _WAIT_SECONDS = 0.5  # between two looks whether another process has written a table
 _held: dict[Path, int] = {}  # locks of the tables that this process has opened: they are memory-mapped until it ends
 
@@ -193,8 +192,7 @@ class SharedTables:
         stated = stated_limit(LIMIT)
         if stated is not None or not isinstance(self.storage, LocalRun) or not self.storage.folder.is_dir():
             return stated
-        disk = shutil.disk_usage(self.storage.folder)
-        return held + disk.free - min(_FREE_SHARE * disk.total, _FREE_BYTES)
+        return held + spare_bytes(self.storage.folder)
 
     def in_use(self, key: str) -> bool:
         """Whether a process reads or writes it: of a store's, on this node."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dsmip.errors import UserError
-from dsmip.evaluation.groups import REPORTED, rows_by_value
+from dsmip.evaluation.groups import REPORTED, rows_by_value, stored_groups
 from dsmip.evaluation.metrics import METRICS, Difference, compare_counts
 from dsmip.evaluation.stored.layout import KB_HASH, PROTOCOL
 from dsmip.evaluation.stored.protocol import EvaluationProtocol
@@ -17,7 +17,7 @@ from dsmip.ops.ranking import Counts
 from dsmip.storage.locations import Location
 from dsmip.storage.run_storage import RunStorage
 
-_COLUMNS = ["mention_id", "gold", "better", "tied", *REPORTED]
+_COLUMNS = ["mention_id", "gold", "better", "tied", "groups", *REPORTED]
 _NAMED_AT_MOST = 3
 _OF_GROUPS = {"hits@1": METRICS["hits@1"]}
 
@@ -88,10 +88,10 @@ def compare(
         _check_same_mentions(first, other)
     keys = sorted(first.records)
     counts = _counts(firsts, keys), _counts(seconds, keys)
-    groups = [{name: first.records[key][name] or "" for name in REPORTED} for key in keys]
+    groups = [stored_groups(first.records[key]) for key in keys]
     differences = compare_counts(*counts, generator)
     by_group = {}
-    for name in (name for name in REPORTED if any(each[name] for each in groups)):
+    for name in sorted({name for each in groups for name in each}):
         by_group[name] = {
             value: {"mentions": sum(rows), **_group(counts, rows, generator)}
             for value, rows in rows_by_value(groups, name).items()

@@ -5,7 +5,6 @@ do, the others say the same of an item in every validation. Pictures that only s
 no name once it is open, so it goes with the process, even with a killed one.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,9 +25,9 @@ from dsmip.encoders import feature_cache
 from dsmip.encoders.clip import Backbone
 from dsmip.encoders.towers.base import TrunkFeatures
 from dsmip.parallel import map_ahead
+from dsmip.storage.cache import spare_bytes
 from dsmip.units.matcher import Matcher
 
-_FREE_SHARE, _FREE_BYTES = 0.1, 10e9  # of the disk, left to others: as beside shared feature tables
 _FIELDS = ("unprojected", "tokens", "mask")
 _HAS_IMAGE = "has_image"
 _NO_PICTURE = 255  # at every place of a picture that is not there: a missing one is black
@@ -134,9 +133,8 @@ class KeptTrunks:
     def _on_disk(self, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """The same tensors, memory-mapped; None: there is no room."""
         folder = Path(tempfile.gettempdir())
-        disk = shutil.disk_usage(folder)
         wanted = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if disk.free - wanted < min(_FREE_SHARE * disk.total, _FREE_BYTES):
+        if wanted > spare_bytes(folder):
             self._stop(folder)
             return None
         try:
