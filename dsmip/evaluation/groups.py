@@ -59,8 +59,8 @@ def report_groups(dataset: Dataset, mentions: Sequence[Mention], trained_on: Dat
 
 
 def stored_groups(row: Mapping[str, Any]) -> dict[str, str]:
-    """Group values of a mention by group name, from its row of ranks.parquet."""
-    return {name: row[name] for name in REPORTED if row[name]} | dict(row["groups"] or ())
+    """Group values of a mention by group name, from its row of ranks.parquet; an old one has no column `groups`."""
+    return {name: row[name] for name in REPORTED if row[name]} | dict(row.get("groups") or ())
 
 
 def num_meanings(dataset: Dataset, words: Sequence[str]) -> list[int]:

@@ -18,6 +18,8 @@ from dsmip.storage.parsing import read_json
 from dsmip.storage.run_storage import STAMP
 from ray_jobs.terminal.lines import result_console
 
+_SHOWN_VALUES = 50  # of a group: one that has more, such as a source for each mention, would bury the others
+
 
 @dataclass(frozen=True)
 class Side:
@@ -105,15 +107,24 @@ def _show(
     )
     for line in _of_seeds(firsts, seconds):
         console.print(line, soft_wrap=True)
+    for line in _of_groups(found):
+        console.print(line, soft_wrap=True)
+
+
+def _of_groups(found: Comparison) -> Iterator[Table | str]:
+    """hits@1 by group and value, and what is in the JSON alone."""
     hits = Table("hits@1 of", "mentions", "1", "2", "2 - 1", f"{LEVEL:.0%} interval")
-    for group, values in found.groups.items():
+    shown = {group: values for group, values in found.groups.items() if len(values) <= _SHOWN_VALUES}
+    for group, values in shown.items():
         hits.add_section()
         for value, each in values.items():
             one, two = each["hits@1"]
             of_both = f"{two - one:+.3f}", _interval(each["interval"])
             hits.add_row(f"{group} {value or '-'}", str(each["mentions"]), f"{one:.3f}", f"{two:.3f}", *of_both)
-    if found.groups:
-        console.print(hits)
+    if shown:
+        yield hits
+    for group in found.groups.keys() - shown.keys():
+        yield f"{group}: {len(found.groups[group])} values, which --json has"
 
 
 def _of_seeds(*sides: Sequence[Evaluation]) -> Iterator[str]:

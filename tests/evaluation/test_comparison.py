@@ -145,7 +145,7 @@ def test_an_older_evaluation_s_column_of_ambiguous_words_is_read(
     first: Path, tmp_path: Path, small_config: ExperimentConfig, compare: Command
 ) -> None:
     path = evaluation(tmp_path / "second", small_config, SECOND) / evaluation_name("test", "dsmip") / "ranks.parquet"
-    table = pq.read_table(path)
+    table = pq.read_table(path).drop_columns("groups")  # which it did not have either
     columns = ["word" if name == "ambiguity" else name for name in table.column_names]
     pq.write_table(table.rename_columns(columns).replace_schema_metadata(table.schema.metadata), path)
     assert "ambiguity" in compare(tmp_path / "second", first)
@@ -338,6 +338,20 @@ def test_groups_of_several_seeds(compare: Command, small_config: ExperimentConfi
         "text": {"mentions": 2, "hits@1": [0.5, 0.75], "interval": [-0.5, 1.0]},
     }
     assert "+0.250 │ -0.500 to +1.000" in said
+
+
+def test_a_group_of_many_values_is_in_the_file_alone(
+    compare: Command, small_config: ExperimentConfig, tmp_path: Path
+) -> None:
+    many = {name: [f"{name}{i}" for i in range(60)] for name in ("mention_id", "gold", "kind")}
+    groups = pa.array([[("source", "x")]] * 60, pa.map_(pa.string(), pa.string()))
+    columns = {**many, "tied": [0] * 60, "groups": groups}
+    runs = [evaluation(tmp_path / name, small_config, [0] * 60, **columns) for name in "ab"]
+    said = compare(*runs, "--json", tmp_path / "found.json")
+    assert "kind: 60 values, which --json has" in said
+    assert "kind59" not in said
+    assert "source x" in said
+    assert len(json.loads((tmp_path / "found.json").read_text())["groups"]["kind"]) == 60
 
 
 def test_a_damaged_or_an_old_file_is_named(

@@ -17,7 +17,8 @@ from dsmip.ops.ranking import Counts
 from dsmip.storage.locations import Location
 from dsmip.storage.run_storage import RunStorage
 
-_COLUMNS = ["mention_id", "gold", "better", "tied", "groups", *REPORTED]
+_COLUMNS = ["mention_id", "gold", "better", "tied", *REPORTED]
+_OWN_GROUPS = "groups"  # a column that older versions did not write
 _NAMED_AT_MOST = 3
 _OF_GROUPS = {"hits@1": METRICS["hits@1"]}
 
@@ -58,7 +59,8 @@ def read_evaluation(location: Location, split: str, model: str | None) -> Evalua
     """
     stored = read_ranks(location, split, model)
     stored.check(_COLUMNS, [KB_HASH])
-    records = dict(zip(stored.mention_keys(), stored.table.select(_COLUMNS).to_pylist(), strict=True))
+    columns = [*_COLUMNS, *({_OWN_GROUPS} & {*stored.table.column_names})]
+    records = dict(zip(stored.mention_keys(), stored.table.select(columns).to_pylist(), strict=True))
     protocol = EvaluationProtocol.read(stored.metadata.get(PROTOCOL))
     return Evaluation(stored.run, stored.model, stored.metadata[KB_HASH], protocol, records)
 
