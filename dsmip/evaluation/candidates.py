@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dsmip.data.table import Ragged, Table
 from dsmip.encoders.base import Side
+from dsmip.errors import UserError
 from dsmip.evaluation.index import EntityIndex
 from dsmip.evaluation.ranks import NotRankable
 from dsmip.evaluation.refinement import PairScorer
@@ -114,11 +115,16 @@ class CandidateSearch(VectorSearch):
     def __init__(self, source: VectorSource, index: EntityIndex) -> None:
         """
         Raises:
-            UserError: The source has no vectors of these.
-            ValueError: A vector is not finite.
+            UserError: The source has no vectors of these, or one is not finite.
         """
         self.source = source
-        super().__init__(torch.cat([source.of(tile, "entities") for tile in index.tiles(_TILE)]), index.first_row)
+        vectors_Eg = torch.cat([source.of(tile, "entities") for tile in index.tiles(_TILE)])
+        if broken := _infinite(vectors_Eg):
+            raise UserError(
+                f"the model's vector of entity row {index.first_row + broken[0]} is NaN or infinite, so that no "
+                "candidates can be found; its training diverged, or the entity's features are broken"
+            )
+        super().__init__(vectors_Eg, index.first_row)
 
     def candidates(self, mentions: Table, k: int) -> Tensor:
         """As `search`, of prepared mentions.

@@ -347,6 +347,18 @@ def test_a_model_that_scores_nan_is_one_line(small_data: Dataset, narrow_backbon
         dsmip.load(run.folder).link("red")
 
 
+def test_a_model_whose_vectors_are_nan_has_no_candidates(
+    small_data: Dataset, narrow_backbone: Path, tmp_path: Path
+) -> None:
+    run = finished_run(tmp_path / "run", small_system("mimic", narrow_backbone), small_data)
+    matcher = run.load_part("mimic", with_encoder=True)
+    for weight in matcher.parameters():
+        torch.nn.init.constant_(weight, torch.nan)
+    run.save_part("mimic", matcher, {})
+    with pytest.raises(dsmip.UserError, match="vector of entity row 0 is NaN or infinite, so that no candidates"):
+        dsmip.load(run.folder).link("red", candidates=2)
+
+
 def test_what_cannot_be_loaded(run: Run, tmp_path: Path) -> None:
     with pytest.raises(dsmip.UserError, match="neither a run nor a bundle"):
         dsmip.load(tmp_path)
