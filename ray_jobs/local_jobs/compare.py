@@ -107,8 +107,8 @@ def _show(
     )
     for line in _of_seeds(firsts, seconds):
         console.print(line, soft_wrap=True)
-    for line in _of_groups(found):
-        console.print(line, soft_wrap=True)
+    for each in _of_groups(found):
+        console.print(each, soft_wrap=isinstance(each, str))
 
 
 def _of_groups(found: Comparison) -> Iterator[Table | str]:
