@@ -123,7 +123,7 @@ def _of_groups(found: Comparison) -> Iterator[Table | str]:
             hits.add_row(f"{group} {value or '-'}", str(each["mentions"]), f"{one:.3f}", f"{two:.3f}", *of_both)
     if shown:
         yield hits
-    for group in found.groups.keys() - shown.keys():
+    for group in sorted(found.groups.keys() - shown.keys()):
         yield f"{group}: {len(found.groups[group])} values, which --json has"
 
 
