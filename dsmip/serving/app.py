@@ -53,7 +53,7 @@ def create_app(
         notice: Takes lines of what happens.
 
     Raises:
-        UserError: The linker cannot be opened, or has no global vectors that would find candidates.
+        UserError: The linker cannot be opened, or has no vectors that would find candidates, or broken ones.
     """
     figures = Figures()
     served = Served(source, notice, figures.reloads.inc)
